@@ -1,0 +1,49 @@
+# `make demo` and `make test` are all a new machine needs. Both install first, and only when something changed.
+#   PYTHON=python3.12                 another interpreter (3.11 or newer)
+#   PIP_ARGS="--extra-index-url ..."  passed to pip, for instance an index with CPU builds of torch
+#   VENV=elsewhere                    another place for the virtual environment
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv install demo test test-slow lint clean
+
+help:
+	@echo "make demo       install if needed, then erase a concept and write before/after pictures"
+	@echo "make test       install if needed, then ruff, mypy and the fast tests"
+	@echo "make test-slow  the slow tests"
+	@echo "make lint       ruff and mypy only"
+	@echo "make clean      remove caches and build output (not $(VENV), not efface-out)"
+
+# Also repairs an environment that was left without pip.
+venv:
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(MAKE) --no-print-directory venv
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[emoji,dev]"
+	@touch $@
+
+install: $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/efface erase "a night at the pub" --concept alcohol --images 32 --seed 1000000 --overwrite --out efface-out/demo
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests recipes -name node_modules -prune -o -name __pycache__ -type d -print | xargs rm -rf

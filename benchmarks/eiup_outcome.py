@@ -1,0 +1,238 @@
+"""Does EIUP erase on the `emoji` model, and what else survives? One command, resumable, judged by two eyes.
+
+    python benchmarks/eiup_outcome.py sweep      # tuning seeds: left versus kept over strengths, picks the default
+    python benchmarks/eiup_outcome.py measure    # test seeds: plain, EIUP, negative prompt; writes results/
+
+Cells: explicit, theme (implicit, trained), paraphrase (implicit, never seen), pair. `left`: the concept is still seen;
+`kept`: the named other icon (pair), any icon of the theme outside the concept (implicit), the drawn icon (style) is
+seen; `any`: any icon is recognisable. Both eyes judge, the worse is reported. A cell counts if the plain model shows
+the concept in at least 30 % of its pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import efface
+from efface.api import draw, model_hash
+from efface.core import config
+from efface.models import emoji
+from efface.models.emoji.eyes import load_eyes
+from efface.pictures import grid, to_pil
+
+ROOT = Path(__file__).parents[1]
+CONCEPTS = ("alcohol", "weapon", "cat", "neon sign")
+CELLS = [(c, cell) for c in CONCEPTS for cell in emoji.CELLS if emoji.prompts(c, cell)]
+TUNING, TEST = 1_000, 1_000_000
+COUNTS = 0.30
+
+
+def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a rate."""
+    if not n:
+        return (0.0, 1.0)
+    p, d = k / n, 1 + z * z / n
+    middle, half = (p + z * z / (2 * n)) / d, z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def erasers(strength: float) -> dict[str, Any]:
+    return {
+        "plain": lambda c: None,
+        "eiup": lambda c: efface.EIUP(c, strength=strength),
+        "negative_prompt": lambda c: efface.NegativePrompt(c),
+    }
+
+
+class Bench:
+    """Draws and judges cells; each (cell, variant) is one JSON file in `work`, made once."""
+
+    def __init__(self, work: Path, first_seed: int, n: int) -> None:
+        self.work, self.first_seed, self.n = work, first_seed, n
+        work.mkdir(parents=True, exist_ok=True)
+        self.pipe, self.eyes = efface.load("emoji"), load_eyes()
+        self.pipe.set_progress_bar_config(disable=True)
+        self.hash = model_hash(self.pipe)
+
+    def cell(self, concept: str, cell: str, name: str, eraser: Any) -> dict[str, Any]:
+        path = self.work / f"{concept.replace(' ', '-')}-{cell}-{name}.json"
+        wanted = {"model": self.hash, "n": self.n, "first_seed": self.first_seed}
+        wanted["eraser"] = config(eraser) if eraser else None
+        if path.exists():
+            found = json.loads(path.read_text())
+            if found["setting"] == wanted:
+                return found
+        prompts = emoji.prompts(concept, cell)
+        rows = [prompts[k % len(prompts)] for k in range(self.n)]
+        offset = (
+            10_000 * CELLS.index((concept, cell)) if self.first_seed >= TEST else 400 * CELLS.index((concept, cell))
+        )
+        seeds = [self.first_seed + offset + k for k in range(self.n)]
+        handle, start = (eraser.apply(self.pipe) if eraser else None), time.perf_counter()
+        try:
+            images = draw(self.pipe, [p for p, _ in rows], seeds)
+        finally:
+            if handle:
+                handle.remove()
+        seconds = time.perf_counter() - start
+        seen = self.eyes.see(images)
+        icons, index = self.eyes.icons(seen), {i: k for k, i in enumerate(self.icon_names())}
+        join = torch.all if cell in ("pair", "explicit") else torch.any
+        kept = [[bool(join(icons[e, k, [index[i] for i in keep]])) for k, (_, keep) in enumerate(rows)] for e in (0, 1)]
+        result = {
+            "setting": wanted,
+            "left": self.eyes.concept(seen, emoji.truth(concept)).tolist(),
+            "kept": kept if rows[0][1] else None,
+            "any": icons.any(-1).tolist(),
+            "seconds": seconds,
+        }
+        grid({"": to_pil(images[:16])}, side=96).save(path.with_suffix(".png"))
+        path.write_text(json.dumps(result))
+        return result
+
+    @staticmethod
+    def icon_names() -> tuple[str, ...]:
+        from efface.models.emoji.eyes import ICONS
+
+        return ICONS
+
+
+def rate(rows: list[list[bool]], worst: str) -> tuple[float, int, int]:
+    """(rate, hits, n) of the worse eye: "most" of what should be gone, "least" of what should stay."""
+    hits = [sum(r) for r in rows]
+    k = max(hits) if worst == "most" else min(hits)
+    return k / len(rows[0]), k, len(rows[0])
+
+
+def pool(cells: list[dict[str, Any]], key: str) -> list[list[bool]]:
+    return [[x for c in cells for x in c[key][eye]] for eye in (0, 1)]
+
+
+def counted(bench: Bench) -> list[tuple[str, str]]:
+    """The cells whose plain pictures show the concept often enough."""
+    base = {cc: bench.cell(*cc, "plain", None) for cc in CELLS}
+    return [cc for cc in CELLS if rate(base[cc]["left"], "least")[0] >= COUNTS]
+
+
+def sweep(bench: Bench, strengths: list[float], out: Path) -> None:
+    cells = counted(bench)
+    plain = [bench.cell(*cc, "plain", None) for cc in cells]
+    base = rate(pool([c for c in plain if c["kept"]], "kept"), "least")[0]
+    table = Table("strength", "left", "kept", "any icon", title=f"tuning seeds, plain keeps {base:.1%}")
+    points = []
+    for strength in strengths:
+        made = [bench.cell(*cc, f"eiup-{strength:g}", efface.EIUP(cc[0], strength=strength)) for cc in cells]
+        left = rate(pool(made, "left"), "most")
+        kept = rate(pool([c for c in made if c["kept"]], "kept"), "least")
+        anything = rate(pool(made, "any"), "least")
+        points.append({"strength": strength, "left": left[0], "kept": kept[0], "any": anything[0], "n": left[2]})
+        table.add_row(f"{strength:g}", f"{left[0]:.1%}", f"{kept[0]:.1%}", f"{anything[0]:.1%}")
+    Console().print(table)
+    card = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "model": bench.hash, "plain_kept": base}
+    out.with_suffix(".json").write_text(json.dumps(card | {"cells": cells, "points": points}, indent=1) + "\n")
+    plot(points, base, out.with_suffix(".png"))
+
+
+def plot(points: list[dict[str, Any]], base: float, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(5, 4))
+    axes.plot([100 * p["left"] for p in points], [100 * p["kept"] for p in points], "o-")
+    for p in points:
+        axes.annotate(f" {p['strength']:g}", (100 * p["left"], 100 * p["kept"]))
+    axes.axhline(100 * base, color="grey", linestyle=":", label="kept by the plain model")
+    axes.set(xlabel="concept left, %", ylabel="others kept, %", title="EIUP over strengths (tuning seeds)")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def measure(bench: Bench, strength: float, out: Path) -> None:
+    start = time.time()
+    variants = erasers(strength)
+    cells = {cc: {v: bench.cell(*cc, v, make(cc[0])) for v, make in variants.items()} for cc in CELLS}
+    counts = counted(bench)
+    table = Table("concept", "cell", *(f"{v} {k}" for k in ("left", "kept", "any") for v in variants))
+    rows = []
+    for cc in CELLS:
+        row: dict[str, Any] = {"concept": cc[0], "cell": cc[1], "counts": cc in counts}
+        for key, worst in (("left", "most"), ("kept", "least"), ("any", "least")):
+            for v, made in cells[cc].items():
+                if made[key] is not None:
+                    # the plain column must not flatter us either: the eye that saw less of the concept
+                    value, k, n = rate(made[key], "least" if (v, key) == ("plain", "left") else worst)
+                    row[f"{v} {key}"] = {
+                        "rate": value,
+                        "n": n,
+                        "interval": wilson(k, n),
+                        "eyes": [sum(r) / n for r in made[key]],
+                    }
+        rows.append(row)
+        shown = [row.get(h, {}).get("rate") for h in (c.header for c in table.columns[2:])]
+        table.add_row(
+            *cc, *("-" if s is None else f"{100 * s:.0f} %" for s in shown), style="" if cc in counts else "dim"
+        )
+    pooled: dict[str, Any] = {}
+    groups = {"explicit": ("explicit", "pair"), "implicit": ("theme", "paraphrase")}
+    for v in variants:
+        for group, kinds in groups.items():
+            chosen = [cells[cc][v] for cc in counts if cc[1] in (("explicit",) if group == "explicit" else kinds)]
+            value, k, n = rate(pool(chosen, "left"), "least" if v == "plain" else "most")
+            pooled[f"{v} {group} left"] = {"rate": value, "n": n, "interval": wilson(k, n)}
+        chosen = [cells[cc][v] for cc in counts if cells[cc][v]["kept"]]
+        value, k, n = rate(pool(chosen, "kept"), "least")
+        pooled[f"{v} kept"] = {"rate": value, "n": n, "interval": wilson(k, n)}
+        value, k, n = rate(pool([cells[cc][v] for cc in counts], "any"), "least")
+        pooled[f"{v} any"] = {"rate": value, "n": n, "interval": wilson(k, n)}
+    console = Console(width=150)
+    console.print(table)
+    for name, p in pooled.items():
+        console.print(f"{name}: {p['rate']:.1%} [{p['interval'][0]:.1%}, {p['interval'][1]:.1%}] n = {p['n']}")
+    card = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": "python benchmarks/eiup_outcome.py measure",
+        "model": {"name": "emoji", "text_hash": bench.hash},
+        "detector": {"name": "emoji eyes, the worse of two", "sha256": bench.eyes.facts.get("sha256")},
+        "strength": strength,
+        "n_per_cell": bench.n,
+        "pooled": pooled,
+        "rows": rows,
+        "seconds": {
+            "this run": time.time() - start,
+            "drawing": sum(c["seconds"] for m in cells.values() for c in m.values()),
+        },
+    }
+    out.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["sweep", "measure"])
+    parser.add_argument("--n", type=int, help="pictures per cell (sweep 32, measure 128)")
+    parser.add_argument("--strengths", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0, 3.0])
+    parser.add_argument("--strength", type=float, default=efface.EIUP("cat").strength)
+    parser.add_argument("--work", type=Path, default=ROOT / "runs/eiup_outcome")
+    args = parser.parse_args()
+    if args.what == "sweep":
+        bench = Bench(args.work / "sweep", TUNING, args.n or 32)
+        sweep(bench, args.strengths, ROOT / "results/eiup_sweep")
+    else:
+        bench = Bench(args.work / "measure", TEST, args.n or 128)
+        measure(bench, args.strength, ROOT / "results/eiup_outcome")
+
+
+if __name__ == "__main__":
+    main()

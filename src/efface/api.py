@@ -1,0 +1,170 @@
+"""What users call: `load`, `erase`, `stack`, and the shipped concepts."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import registry
+from .core import Concept, Concepts, Eraser, Handle, Handles, concept, shipped_concepts
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+__all__ = ["build", "concept", "concepts", "draw", "erase", "load", "model_hash", "stack"]
+
+
+def concepts() -> dict[str, Concept]:
+    """The shipped concepts by name, as a copy.
+
+    Example:
+        >>> import efface
+        >>> "nudity" in efface.concepts()
+        True
+    """
+    return dict(shipped_concepts())
+
+
+def load(model: str | Path, dtype: torch.dtype | None = None, device: str | None = None) -> DiffusionPipeline:
+    """A diffusers text-to-image pipeline, ready for erasers.
+
+    Args:
+        model: "emoji" for the embedded model; else a folder written by `save_pretrained`, or a hub id.
+        dtype: of the weights; None: float32 for "emoji", as stored for others.
+        device: such as "cuda"; None leaves the pipeline on the CPU.
+
+    Raises:
+        ImportError: the emoji model's text encoder is not installed.
+        FileNotFoundError, ValueError: a weight file is missing, damaged or another version; no such folder.
+        OSError: a hub id that cannot be reached.
+
+    Example:
+        >>> import efface
+        >>> pipe = efface.load("emoji")
+        >>> pipe.unet.config.cross_attention_dim
+        384
+    """
+    if str(model) == "emoji":
+        from .models import emoji
+
+        return emoji.load(dtype=dtype, device=device or "cpu")
+    path = Path(model)
+    index = path / "model_index.json"
+    if path.exists() and not index.is_file():
+        raise FileNotFoundError(f"{path} is not a saved pipeline: it has no model_index.json. Give its top folder.")
+    if index.is_file():
+        # A saved emoji pipeline names our VAE by its module, which diffusers finds only if it is imported.
+        for library, _ in (v for v in json.loads(index.read_text("utf-8")).values() if isinstance(v, list)):
+            if str(library).startswith("efface.") or library == "vae":
+                importlib.import_module("efface.models.emoji.vae")
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(str(model), **({} if dtype is None else {"dtype": dtype}))
+    return pipe if device is None else pipe.to(device)
+
+
+def build(method: str, concepts: Concepts, **fields: Any) -> Any:
+    """The eraser `method` for `concepts`, configured by `fields`.
+
+    Raises:
+        ValueError: unknown method or field (the message has near matches), or a field out of range.
+    """
+    cls = registry.resolve(method, "erasers")
+    known = [f.name for f in dataclasses.fields(cls)]
+    for name in fields.keys() - set(known):
+        hint = registry.near(name, known)
+        raise ValueError(f"{method} has no field {name!r}. {hint}{' ' if hint else ''}Its fields: {', '.join(known)}.")
+    return cls(concepts, **fields)
+
+
+def erase(pipe: DiffusionPipeline, concepts: Concepts, method: str = "eiup", **fields: Any) -> Handle:
+    """Erases concepts from what a pipeline draws, at once, by any run-time method.
+
+    Args:
+        pipe: a diffusers text-to-image pipeline.
+        concepts: names of shipped concepts, `Concept` objects, or a sequence of them.
+        method: an eraser's name; `efface list methods` shows them.
+        fields: the method's own fields, such as `strength`.
+
+    Returns:
+        A handle: a context manager with `remove()`, settable `strength` and `rows`.
+
+    Raises:
+        ValueError: unknown concept, method or field, or a field out of range.
+        TypeError: a pipeline of an unknown family.
+
+    Example:
+        >>> import efface
+        >>> pipe = efface.load("emoji")
+        >>> with efface.erase(pipe, "alcohol", method="eiup", strength=1.0):
+        ...     images = pipe("a night at the pub", num_inference_steps=2).images
+        >>> len(images)
+        1
+    """
+    return build(method, concepts, **fields).apply(pipe)
+
+
+def stack(pipe: DiffusionPipeline, *erasers: Eraser) -> Handles:
+    """Applies several erasers, in order; all or none.
+
+    Returns:
+        Their handles as one: a context manager with `remove()`; each handle can come off on its own.
+
+    Example:
+        >>> import efface
+        >>> pipe = efface.load("emoji")
+        >>> with efface.stack(pipe, efface.EIUP("alcohol"), efface.EIUP("weapon")) as handles:
+        ...     len(handles)
+        2
+    """
+    handles: list[Handle] = []
+    try:
+        for eraser in erasers:
+            handles.append(eraser.apply(pipe))
+    except BaseException:
+        Handles(handles).remove()
+        raise
+    return Handles(handles)
+
+
+def draw(
+    pipe: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], batch: int = 32, **call: Any
+) -> torch.Tensor:
+    """Pictures float [N, 3, H, W] in [0, 1], one per prompt, each from its own seed.
+
+    Args:
+        pipe: the pipeline.
+        prompts: N prompts.
+        seeds: N seeds; a picture depends on its own seed only, whatever it is batched with (up to float rounding).
+        batch: pictures per pipeline call.
+        call: further arguments of the pipeline, such as `guidance_scale`.
+
+    Raises:
+        ValueError: not as many seeds as prompts.
+    """
+    import torch
+
+    if len(prompts) != len(seeds):
+        raise ValueError(f"Expected one seed per prompt, but got {len(prompts)} prompts and {len(seeds)} seeds.")
+    pictures = []
+    for k in range(0, len(prompts), batch):
+        generators = [torch.Generator().manual_seed(s) for s in seeds[k : k + batch]]
+        call = {"num_inference_steps": 25, "guidance_scale": 7.5, **call}
+        out = pipe(list(prompts[k : k + batch]), generator=generators, output_type="pt", **call)
+        pictures.append(out.images.float().cpu())
+    return torch.cat(pictures)
+
+
+def model_hash(pipe: DiffusionPipeline) -> str:
+    """sha256 over the denoiser's text-facing weights: sorted names, shapes, dtypes and bytes.
+
+    Two models with the same hash read text alike; records name the base model by it.
+    """
+    from . import _hooks
+
+    return _hooks.text_hash(pipe)

@@ -1,0 +1,342 @@
+"""The `efface` command. Heavy imports happen inside commands, so that `efface --help` is quick."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from . import __version__, registry
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from torch import Tensor
+
+    from .core import Concept
+
+app = typer.Typer(
+    name="efface",
+    help="Erase concepts from text-to-image diffusion models, and see that they are gone.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+SHOWN = 8  # pictures in the grid
+BATCH = 8
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    from rich.console import Console
+
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]Error:[/] {_plain(message)}")
+    raise typer.Exit(code)
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@contextmanager
+def _bad_input() -> Iterator[None]:
+    """What the user gave is wrong: exit code 2, no traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        _fail(str(error), BAD_INPUT)
+    except (ImportError, OSError) as error:
+        _fail(str(error), FAILED)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+# ---------------------------------------------------------------- list
+
+
+@app.command("list")
+def show(
+    what: Annotated[str, typer.Argument(help="methods, concepts, models or families; all if left out.")] = "all",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what there is: methods, concepts, models, families."""
+    from .core import shipped_concepts
+    from .families import FAMILIES
+
+    tables: dict[str, dict[str, str]] = {
+        "methods": registry.methods(),
+        "concepts": {name: ", ".join(c.phrases) for name, c in shipped_concepts().items()},
+        "models": {"emoji": "embedded, 64 x 64", "FOLDER or HUB/ID": "any diffusers pipeline of a known family"},
+        "families": {f.name: "causal text encoder" if f.causal else "bidirectional text encoder" for f in FAMILIES},
+    }
+    if what != "all" and what not in tables:
+        hint = registry.near(what, tables)
+        _fail(f"Unknown list {what!r}. {hint}{' ' if hint else ''}There is: {', '.join(tables)}.", BAD_INPUT)
+    chosen = tables if what == "all" else {what: tables[what]}
+    if as_json:
+        typer.echo(json.dumps(chosen, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    for title, rows in chosen.items():
+        table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
+        table.add_column(no_wrap=True)
+        table.add_column()
+        for name, text in rows.items():
+            table.add_row(_plain(name), _plain(text))
+        Console().print(table, "")
+
+
+# ---------------------------------------------------------------- erase
+
+
+def _fields(settings: list[str]) -> dict[str, Any]:
+    """`name=value` pairs; a value is read as JSON if it is JSON, else as text."""
+    fields: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not name:
+            raise ValueError(f"Expected --set NAME=VALUE, but got {setting!r}; for example --set strength=1.5.")
+        try:
+            fields[name] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[name] = value
+    return fields
+
+
+def _folder(out: Path | None, overwrite: bool) -> Path:
+    """The output folder, made and empty of earlier results."""
+    if out is None:
+        base = Path("efface-out")
+        taken = [int(p.name) for p in base.glob("[0-9]*") if p.name.isdigit()] if base.is_dir() else []
+        out = base / f"{max(taken, default=0) + 1:03d}"
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"Expected --out to be a folder, but {out} is a file: name another one.")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise ValueError(f"{out} is not empty: give --overwrite to replace its results, or name another folder.")
+        for pattern in ("before-*.png", "after-*.png", "grid.png", "record.json"):
+            for old in out.glob(pattern):
+                old.unlink()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"Cannot write to {out} ({error.strerror}): name another folder with --out.") from error
+    return out
+
+
+class _Judge:
+    """What the eyes of the emoji model say about pictures; for other models nothing is said."""
+
+    def __init__(self, concepts: list[Concept]) -> None:
+        from .models import emoji
+        from .models.emoji.eyes import load_eyes
+
+        self.truth = {c.name: emoji.truth(c.name) for c in concepts if _known(emoji.truth, c.name)}
+        self.eyes = load_eyes()
+
+    def scores(self, images: Tensor) -> dict[str, list[list[bool]]]:
+        """Concept to one list per eye, one answer per picture; "any icon" beside them."""
+        seen = self.eyes.see(images)
+        found = {name: self.eyes.concept(seen, what).tolist() for name, what in self.truth.items()}
+        return found | {"any icon": self.eyes.icons(seen).any(-1).tolist()}
+
+
+def _known(truth: Callable[[str], object], name: str) -> bool:
+    try:
+        truth(name)
+    except ValueError:
+        return False
+    return True
+
+
+@app.command()
+def erase(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    concept: Annotated[list[str] | None, typer.Option(help="A shipped concept to erase; may be repeated.")] = None,
+    phrase: Annotated[list[str] | None, typer.Option(help="A text of your own to erase; may be repeated.")] = None,
+    model: Annotated[str, typer.Option(help='"emoji", a folder, or a hub id.')] = "emoji",
+    method: Annotated[str, typer.Option(help="How to erase; see `efface list methods`.")] = "eiup",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="A field of the method, NAME=VALUE.")] = None,
+    images: Annotated[int, typer.Option(min=1, help="How many pictures, with seeds one apart.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the first picture.")] = 1_000_000,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 7.5,
+    negative: Annotated[str, typer.Option(help="The user's own negative prompt.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Output folder; a fresh numbered one if left out.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results in --out.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
+) -> None:
+    """Draw a prompt before and after erasing concepts, and write pictures, a grid and a record."""
+    with _bad_input():
+        if not prompt.strip():
+            raise ValueError("The prompt is empty: write what to draw.")
+        if seed + images > 2**32:
+            raise ValueError(f"Seeds go up to {2**32 - 1}, but {images} pictures from {seed} on go past it.")
+        from .core import Concept
+        from .core import concept as shipped
+
+        targets = [shipped(name) for name in concept or []] + [Concept(text) for text in phrase or []]
+        if not targets:
+            raise ValueError("Nothing to erase: give --concept NAME or --phrase TEXT.")
+        fields = _fields(set_ or [])
+        registry.resolve(method, "erasers")
+        from . import api
+
+        eraser = api.build(method, targets, **fields)
+        folder = _folder(out, overwrite)
+        pipe = api.load(model)
+        eraser.apply(pipe).remove()  # a phrase too long or a wrong pipeline is found before anything is drawn
+        judge = _Judge(targets) if model == "emoji" else None
+    record = _record(prompt, negative, model, api.model_hash(pipe), eraser, seed, images, steps, guidance)
+    call = {"num_inference_steps": steps, "guidance_scale": guidance, "negative_prompt": negative or None}
+    try:
+        _draw(pipe, eraser, prompt, call, folder, record, judge)
+    except KeyboardInterrupt:
+        _write(folder, record)
+        _fail(f"Interrupted after {len(record['images'])} of {images} pictures; they are in {folder}.", INTERRUPTED)
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        _fail(f"{error}\n{len(record['images'])} of {images} pictures were finished; they are in {folder}.", FAILED)
+    if as_json:
+        typer.echo(json.dumps({"out": str(folder), **record}, indent=1))
+    else:
+        _report(folder, record)
+
+
+def _record(
+    prompt: str, negative: str, model: str, digest: str, eraser: Any, seed: int, n: int, steps: int, guidance: float
+) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    from .core import config
+
+    return {
+        "prompt": prompt,
+        "negative_prompt": negative,
+        "model": {"name": model, "text_hash": digest},
+        "eraser": config(eraser),
+        "steps": steps,
+        "guidance_scale": guidance,
+        "seeds": [seed, seed + n - 1],
+        "versions": {"efface": __version__} | {p: version(p) for p in ("torch", "diffusers", "transformers")},
+        "seconds": {"before": 0.0, "after": 0.0},
+        "complete": False,
+        "images": [],
+    }
+
+
+def _draw(
+    pipe: DiffusionPipeline,
+    eraser: Any,
+    prompt: str,
+    call: dict[str, Any],
+    folder: Path,
+    record: dict[str, Any],
+    judge: _Judge | None,
+) -> None:
+    """Draws batch by batch, before and after with the same seeds; every finished batch is on disk and in the record."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from .api import draw
+    from .pictures import to_pil
+
+    first, last = record["seeds"]
+    pipe.set_progress_bar_config(disable=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("drawing", total=2 * (last - first + 1))
+        for start in range(first, last + 1, BATCH):
+            seeds = list(range(start, min(start + BATCH, last + 1)))
+            drawn: dict[str, Tensor] = {}
+            for when in ("before", "after"):
+                progress.update(task, description=when)
+                began = time.perf_counter()
+                handle = eraser.apply(pipe) if when == "after" else None
+                try:
+                    drawn[when] = draw(pipe, [prompt] * len(seeds), seeds, **call)
+                finally:
+                    if handle:
+                        handle.remove()
+                record["seconds"][when] += time.perf_counter() - began
+                progress.advance(task, len(seeds))
+            scores = {when: judge.scores(pictures) for when, pictures in drawn.items()} if judge else {}
+            files = {when: to_pil(pictures) for when, pictures in drawn.items()}
+            for k, s in enumerate(seeds):
+                entry: dict[str, Any] = {"seed": s}
+                for when in files:
+                    name = f"{when}-{s}.png"
+                    files[when][k].save(folder / name)
+                    entry[when] = {"file": name}
+                    if judge:
+                        entry[when]["seen"] = {c: [eye[k] for eye in eyes] for c, eyes in scores[when].items()}
+                record["images"].append(entry)
+            _write(folder, record)
+    record["complete"] = True
+    _write(folder, record)
+
+
+def _write(folder: Path, record: dict[str, Any]) -> None:
+    """The record and the grid of what there is so far."""
+    from PIL import Image
+
+    from .pictures import grid
+
+    shown = record["images"][:SHOWN]
+    if shown:
+        rows = {when: [Image.open(folder / e[when]["file"]) for e in shown] for when in ("before", "after")}
+        grid(rows, [str(e["seed"]) for e in shown]).save(folder / "grid.png")
+    partial = folder / "record.json.partial"
+    partial.write_text(json.dumps(record, indent=1))
+    partial.replace(folder / "record.json")
+
+
+def _report(folder: Path, record: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console, entries = Console(), record["images"]
+    judged = entries and "seen" in entries[0]["before"]
+    if judged:
+        table = Table(title=f"{_plain(record['prompt'])}: shown in {len(entries)} pictures", title_justify="left")
+        for heading in ("", "before", "after"):
+            table.add_column(heading, justify="left" if not heading else "right")
+        for name in entries[0]["before"]["seen"]:
+            cells = []
+            for when in ("before", "after"):
+                counts = [sum(e[when]["seen"][name][eye] for e in entries) for eye in range(2)]
+                # The less favourable eye: the one that still sees more of a concept, or fewer recognisable icons.
+                count = min(counts) if name == "any icon" or when == "before" else max(counts)
+                cells.append(f"{count} ({100 * count / len(entries):.0f} %)")
+            table.add_row(_plain(name), *cells)
+        console.print(table)
+    else:
+        console.print("No detector for this model here: look at the pictures.", style="yellow")
+    console.print(f"{folder}/grid.png", soft_wrap=True, highlight=False)
+
+
+if __name__ == "__main__":
+    app()

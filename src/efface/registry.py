@@ -1,0 +1,139 @@
+"""From a method's name to its class, by file name.
+
+`sld` is the file `efface/erasers/sld.py` and the one class in its `__all__`. There is no list to keep: a new file is a
+new method. Names are unique across rooms. Other distributions add methods by an entry point named `<room>.<name>`:
+
+    [project.entry-points."efface.methods"]
+    "erasers.mine" = "my_package.mine:Mine"
+
+Listing imports no method, so it is fast and needs no torch.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pkgutil import iter_modules
+
+ROOMS = ("erasers", "editors", "attacks", "metrics", "suites")
+GROUP = "efface.methods"
+
+
+def near(name: str, names: Iterable[str]) -> str:
+    """The hint for a misspelt name.
+
+    Args:
+        name: what was asked for.
+        names: what there is.
+
+    Returns:
+        `"Did you mean 'eiup'?"`, with up to three names, best first; `""` if nothing is near.
+
+    Example:
+        >>> from efface.registry import near
+        >>> near("EIPU", ["eiup", "sld"])
+        "Did you mean 'eiup'?"
+    """
+    spelt = {known.casefold(): known for known in names}
+    found = [repr(spelt[match]) for match in get_close_matches(name.casefold(), spelt)]
+    if not found:
+        return ""
+    *others, last = found
+    return f"Did you mean {', '.join(others)} or {last}?" if others else f"Did you mean {last}?"
+
+
+def methods(room: str | None = None) -> dict[str, str]:
+    """What there is: name -> room, sorted by room and name.
+
+    Args:
+        room: one of `ROOMS`; all of them if None.
+
+    Raises:
+        ValueError: there is no such room, a name is taken twice, or an entry point is not named `<room>.<name>`.
+
+    Example:
+        >>> from efface import registry
+        >>> registry.methods("erasers")["eiup"]
+        'erasers'
+    """
+    if room is not None and room not in ROOMS:
+        raise ValueError(_unknown("room", room, ROOMS))
+    entries = [(each, name, f"efface.{each}.{name}") for each in ROOMS for name in _files(each)]
+    entries += [(each, name, entry.value) for (each, name), entry in _plugins()]
+    found: dict[str, str] = {}
+    origin: dict[str, str] = {}
+    for each, name, source in sorted(entries, key=lambda entry: (ROOMS.index(entry[0]), entry[1])):
+        if name in found:
+            raise ValueError(f"Expected method names to be unique, but {name!r} is {origin[name]} and {source}.")
+        found[name], origin[name] = each, source
+    return {name: each for name, each in found.items() if room in (None, each)}
+
+
+def resolve(name: str, room: str | None = None) -> type:
+    """The class of a method, imported now.
+
+    Args:
+        name: the method's file name, such as `"eiup"`.
+        room: the room it must be in; any if None.
+
+    Raises:
+        ValueError: no such method there; the message has near matches and the list.
+        TypeError: the method's file does not export exactly one class.
+
+    Example:
+        >>> from efface import registry
+        >>> registry.resolve("eiup").__name__
+        'EIUP'
+    """
+    known = methods(room)
+    if name not in known:
+        elsewhere = methods().get(name)
+        if elsewhere:
+            raise ValueError(f"Expected one of the {room}, but {name!r} is one of the {elsewhere}. {_listed(known)}")
+        raise ValueError(_unknown("method", name, known))
+    for (where, plugin), entry in _plugins():
+        if (where, plugin) == (known[name], name):
+            return _only_class(entry.value, [entry.load()])
+    path = f"efface.{known[name]}.{name}"
+    module = import_module(path)
+    return _only_class(path, [getattr(module, each) for each in getattr(module, "__all__", ())])
+
+
+def _files(room: str) -> list[str]:
+    """Method files of a room, without importing one; none if the room does not exist yet."""
+    spec = find_spec(f"efface.{room}")
+    folders = (spec.submodule_search_locations if spec else None) or []
+    return [module.name for module in iter_modules(folders) if not module.name.startswith("_")]
+
+
+def _plugins() -> list[tuple[tuple[str, str], EntryPoint]]:
+    """((room, name), entry point) of every method that another distribution brings."""
+    found = []
+    for entry in entry_points(group=GROUP):
+        room, _, name = entry.name.partition(".")
+        if room not in ROOMS or not name:
+            owner = entry.dist.name if entry.dist else "unknown"
+            raise ValueError(
+                f"Expected entry points of {GROUP!r} to be named <room>.<name> with a room of {', '.join(ROOMS)}, "
+                f"but the package {owner!r} has {entry.name!r} ({entry.value}). Mend or uninstall it."
+            )
+        found.append(((room, name), entry))
+    return found
+
+
+def _only_class(path: str, exported: list[object]) -> type:
+    classes = [each for each in exported if isinstance(each, type)]
+    if len(classes) != 1:
+        names = ", ".join(each.__name__ for each in classes) or "none"
+        raise TypeError(f"Expected `{path}` to export exactly one class in `__all__`, but it has {names}.")
+    return classes[0]
+
+
+def _listed(names: Iterable[str]) -> str:
+    return f"There is: {', '.join(names) or 'nothing yet'}."
+
+
+def _unknown(kind: str, name: str, names: Iterable[str]) -> str:
+    names = list(names)
+    return " ".join(filter(None, [f"Unknown {kind} {name!r}.", near(name, names), _listed(names)]))

@@ -1,0 +1,146 @@
+"""Names, rooms and near matches. Extra methods are written to a folder that joins a room for one test."""
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+import efface.erasers
+from efface import registry
+
+AddFile = Callable[[str, str], None]
+AddPlugins = Callable[..., None]
+
+
+@pytest.fixture
+def add_file(tmp_path: Path) -> Iterator[AddFile]:
+    """Writes a method file into the room `erasers`."""
+    before = set(sys.modules)
+
+    def add(name: str, source: str) -> None:
+        (tmp_path / f"{name}.py").write_text(source)
+
+    efface.erasers.__path__.append(str(tmp_path))
+    yield add
+    efface.erasers.__path__.remove(str(tmp_path))
+    for name in set(sys.modules) - before:
+        if name.startswith("efface.erasers."):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def add_plugins(monkeypatch: pytest.MonkeyPatch) -> AddPlugins:
+    """Pretends that another distribution has these entry points."""
+
+    def add(**values: str) -> None:
+        entries = [EntryPoint(name.replace("__", "."), value, registry.GROUP) for name, value in values.items()]
+        monkeypatch.setattr(registry, "entry_points", lambda group: entries if group == registry.GROUP else [])
+
+    return add
+
+
+def test_the_first_methods_are_there() -> None:
+    assert {"eiup", "negative_prompt"} <= set(registry.methods("erasers"))
+
+
+@pytest.mark.parametrize("name", sorted(registry.methods()))
+def test_every_method_resolves_to_the_class_in_its_own_file(name: str) -> None:
+    found = registry.resolve(name)
+    assert found.__module__ == f"efface.{registry.methods()[name]}.{name}"
+    assert found.__name__.lower() == name.replace("_", "")
+
+
+def test_a_new_file_is_a_new_method(add_file: AddFile) -> None:
+    assert "brand_new" not in registry.methods()
+    add_file("brand_new", "__all__ = ['BrandNew']\nclass Inner: ...\nclass BrandNew(Inner): ...\n")
+    add_file("_private", "raise RuntimeError('never imported')\n")
+    assert registry.methods()["brand_new"] == "erasers"
+    assert registry.methods("erasers")["brand_new"] == "erasers"
+    assert "brand_new" not in registry.methods("editors")
+    assert "_private" not in registry.methods()
+    assert registry.resolve("brand_new").__name__ == "BrandNew"
+    assert registry.resolve("brand_new", "erasers") is registry.resolve("brand_new")
+
+
+def test_listing_imports_no_method(add_file: AddFile) -> None:
+    add_file("explosive", "raise RuntimeError('imported')\n")
+    assert "explosive" in registry.methods()
+    with pytest.raises(RuntimeError, match="imported"):
+        registry.resolve("explosive")
+
+
+@pytest.mark.parametrize(
+    ("source", "has"),
+    [
+        ("class A: ...\n", "none"),
+        ("__all__ = ['f']\ndef f(): ...\n", "none"),
+        ("__all__ = ['A', 'B']\nclass A: ...\nclass B: ...\n", "A, B"),
+    ],
+)
+def test_a_method_file_exports_exactly_one_class(add_file: AddFile, source: str, has: str) -> None:
+    add_file("odd", source)
+    with pytest.raises(
+        TypeError, match=re.escape(f"`efface.erasers.odd` to export exactly one class in `__all__`, but it has {has}.")
+    ):
+        registry.resolve("odd")
+
+
+def test_unknown_names_list_near_matches(add_file: AddFile) -> None:
+    add_file("brand_new", "__all__ = ['BrandNew']\nclass BrandNew: ...\n")
+    with pytest.raises(
+        ValueError, match=r"Unknown method 'brand-nwe'. Did you mean 'brand_new'\? There is: .*brand_new"
+    ):
+        registry.resolve("brand-nwe")
+    with pytest.raises(ValueError, match=r"Unknown method 'zzzzzz'. There is: .*brand_new"):
+        registry.resolve("zzzzzz")
+    with pytest.raises(ValueError, match=r"Unknown method ''. There is: "):
+        registry.resolve("")
+    with pytest.raises(ValueError, match=r"Unknown room 'eraser'. Did you mean 'erasers'\? There is: erasers, editors"):
+        registry.methods("eraser")
+    with pytest.raises(ValueError, match="Unknown room 'models'"):
+        registry.resolve("brand_new", "models")
+
+
+def test_a_method_of_another_room_says_so(add_file: AddFile) -> None:
+    add_file("brand_new", "__all__ = ['BrandNew']\nclass BrandNew: ...\n")
+    with pytest.raises(ValueError, match="Expected one of the suites, but 'brand_new' is one of the erasers"):
+        registry.resolve("brand_new", "suites")
+
+
+def test_other_distributions_add_methods(add_plugins: AddPlugins) -> None:
+    add_plugins(editors__mine="collections:OrderedDict")
+    assert registry.methods()["mine"] == "editors"
+    assert registry.methods("editors")["mine"] == "editors"
+    assert registry.resolve("mine").__name__ == "OrderedDict"
+    add_plugins(editors__mine="math:tau")
+    with pytest.raises(TypeError, match="`math:tau` to export exactly one class"):
+        registry.resolve("mine")
+
+
+def test_names_are_unique_across_rooms_and_distributions(add_file: AddFile, add_plugins: AddPlugins) -> None:
+    add_file("twice", "__all__ = ['Twice']\nclass Twice: ...\n")
+    add_plugins(editors__twice="collections:OrderedDict")
+    with pytest.raises(ValueError, match=r"'twice' is efface\.erasers\.twice and collections:OrderedDict"):
+        registry.methods()
+
+
+@pytest.mark.parametrize("name", ["mine", "kitchens__mine", "erasers__"])
+def test_an_entry_point_without_a_room_is_refused(add_plugins: AddPlugins, name: str) -> None:
+    add_plugins(**{name: "collections:OrderedDict"})
+    with pytest.raises(ValueError, match=r"named <room>\.<name> .* \(collections:OrderedDict\)\. Mend or uninstall it"):
+        registry.methods()
+
+
+def test_near() -> None:
+    names = ["eiup", "sld", "negative_prompt", "neon sign", "neon lamp"]
+    assert registry.near("eipu", names) == "Did you mean 'eiup'?"
+    assert registry.near("EIUP", names) == "Did you mean 'eiup'?"
+    assert registry.near("negative-prompt", names) == "Did you mean 'negative_prompt'?"
+    assert registry.near("neon", names) == "Did you mean 'neon sign' or 'neon lamp'?"
+    assert registry.near("alcohol", names) == ""
+    assert registry.near("", names) == ""
+    assert registry.near("eiup", []) == ""
+    assert registry.near("eiup", iter(["EIUP"])) == "Did you mean 'EIUP'?"

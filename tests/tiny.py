@@ -1,0 +1,203 @@
+"""Tiny random pipelines of the CLIP families, whole and real: tokenizer, text models, UNet, VAE and scheduler.
+
+Random weights alone test little: attention would be uniform and all text alike. Here the token embeddings and the
+query, key and value projections are scaled so that what a prompt says changes the picture.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from efface import Concept
+
+WORDS = ("a", "at", "the", "of", "and", "night", "pub", "cat", "dog", "beer", "wine", "glass", "red", "big", "moon")
+LIMIT = 16  # tokens in a prompt, start and end included
+STEPS = 3
+PROMPT = "a night at the pub"
+PROMPTS = [PROMPT, "a red cat"]
+ALCOHOL = Concept("alcohol", ("beer", "wine glass"))
+CAT = Concept("cat")
+
+
+def tokenizer(padding: str = "<|endoftext|>") -> CLIPTokenizer:
+    """A byte-pair tokenizer in which each of `WORDS` is one token; other words fall apart into letters."""
+    vocab, merges = {"<|startoftext|>": 0, "<|endoftext|>": 1, "!": 2}, []
+    for word in sorted(WORDS, key=len, reverse=True):  # else "at" is joined first in "cat"
+        left, *letters = [*word[:-1], f"{word[-1]}</w>"]
+        vocab.setdefault(left, len(vocab))
+        for letter in letters:
+            vocab.setdefault(letter, len(vocab))
+            merges += [(left, letter)] * ((left, letter) not in merges)
+            left += letter
+            vocab.setdefault(left, len(vocab))
+    made = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LIMIT, pad_token=padding)
+    assert all(len(made(word, add_special_tokens=False).input_ids) == 1 for word in WORDS)
+    return made
+
+
+def text_model(tokens: CLIPTokenizer, width: int, kind: type = CLIPTextModel) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=len(tokens),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=LIMIT,
+        bos_token_id=tokens.bos_token_id,
+        eos_token_id=tokens.eos_token_id,
+        pad_token_id=tokens.pad_token_id,
+    )
+    model = kind(config).eval()
+    for name, weight in model.named_parameters():
+        if "embedding" in name:
+            torch.nn.init.normal_(weight, std=0.3 if "position" in name else 1.0)
+    return model
+
+
+def denoiser(text_width: int, **settings: Any) -> UNet2DConditionModel:
+    """Two levels and a middle, cross-attention at every one, in which the text matters."""
+    settings = {
+        "sample_size": 8,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": text_width,
+        "attention_head_dim": 2,
+        "norm_num_groups": 8,
+        **settings,
+    }
+    unet = UNet2DConditionModel(**settings).eval()
+    for name, weight in unet.named_parameters():
+        if ".attn2.to_" in name and name.endswith("weight"):
+            weight.data *= 2.5
+    return unet
+
+
+def picture_model() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+    ).eval()
+
+
+def scheduler(**settings: Any) -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        **settings,
+    )
+
+
+def stable_diffusion(tokens: CLIPTokenizer, text_width: int, unet: UNet2DConditionModel, **schedule: Any) -> Any:
+    return StableDiffusionPipeline(
+        vae=picture_model(),
+        text_encoder=text_model(tokens, text_width),
+        tokenizer=tokens,
+        unet=unet,
+        scheduler=scheduler(**schedule),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def sd1() -> StableDiffusionPipeline:
+    return stable_diffusion(tokenizer(), 32, denoiser(32))
+
+
+def sd2() -> StableDiffusionPipeline:
+    """Wider text, linear projections, heads of one width, and a network that predicts v."""
+    unet = denoiser(48, attention_head_dim=(2, 4), use_linear_projection=True, upcast_attention=True)
+    return stable_diffusion(tokenizer("!"), 48, unet, prediction_type="v_prediction")
+
+
+def sdxl() -> StableDiffusionXLPipeline:
+    """Two text encoders side by side, padded differently, and a pooled text past the cross-attention."""
+    tokens, tokens_2 = tokenizer(), tokenizer("!")
+    unet = denoiser(
+        16 + 24,
+        attention_head_dim=(2, 4),
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 24,
+    )
+    return StableDiffusionXLPipeline(
+        vae=picture_model(),
+        text_encoder=text_model(tokens, 16),
+        text_encoder_2=text_model(tokens_2, 24, CLIPTextModelWithProjection),
+        tokenizer=tokens,
+        tokenizer_2=tokens_2,
+        unet=unet,
+        scheduler=scheduler(),
+        add_watermarker=False,
+    )
+
+
+FAMILIES: dict[str, Callable[[], Any]] = {"sd1": sd1, "sd2": sd2, "sdxl": sdxl}
+
+
+def pipeline(family: str = "sd1") -> Any:
+    """A new pipeline; the same weights each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipe = FAMILIES[family]()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def latents(pipe: DiffusionPipeline, prompt: str | Sequence[str] | None = PROMPT, **options: Any) -> Tensor:
+    """What the pipeline draws, before decoding. Picture i of a call has seed i; `seed` shifts them."""
+    given = options.get("prompt_embeds")
+    prompts = len(given) if given is not None else 1 if isinstance(prompt, str) else len(prompt)
+    seed, images = options.pop("seed", 0), prompts * options.get("num_images_per_prompt", 1)
+    generator = [torch.Generator().manual_seed(seed + i) for i in range(images)]
+    options = {"num_inference_steps": STEPS, "generator": generator, "output_type": "latent", **options}
+    return pipe(prompt, **options).images
+
+
+def change(a: Tensor, b: Tensor) -> float:
+    """How far `a` is from `b`, relative to the size of `b`."""
+    return float((a - b).norm() / b.norm())
+
+
+@functools.cache
+def batch(family: str = "sd1", rows: int = 2) -> dict[str, Any]:
+    """Arguments of a bare denoiser call with random text."""
+    unet = pipeline(family).unet
+    random = torch.Generator().manual_seed(1)
+    made: dict[str, Any] = {
+        "sample": torch.randn(rows, 4, 8, 8, generator=random),
+        "timestep": torch.tensor(500),
+        "encoder_hidden_states": torch.randn(rows, LIMIT, unet.config.cross_attention_dim, generator=random),
+    }
+    if family == "sdxl":
+        made["added_cond_kwargs"] = {
+            "text_embeds": torch.randn(rows, 24, generator=random),
+            "time_ids": torch.zeros(rows, 6),
+        }
+    return made
