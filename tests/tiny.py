@@ -70,13 +70,13 @@ def text_model(tokens: CLIPTokenizer, width: int, kind: type = CLIPTextModel) ->
 
 
 def denoiser(text_width: int, **settings: Any) -> UNet2DConditionModel:
-    """Two levels and a middle, cross-attention at every one, in which the text matters."""
+    """Two levels and a middle, with cross-attention in which the text matters."""
     settings = {
         "sample_size": 8,
         "block_out_channels": (16, 32),
         "layers_per_block": 1,
-        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
         "cross_attention_dim": text_width,
         "attention_head_dim": 2,
         "norm_num_groups": 8,
@@ -139,6 +139,8 @@ def sdxl() -> StableDiffusionXLPipeline:
     tokens, tokens_2 = tokenizer(), tokenizer("!")
     unet = denoiser(
         16 + 24,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=(2, 4),
         transformer_layers_per_block=(1, 2),
         use_linear_projection=True,

@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from train_eyes import HELD, load_vae, reconstruct, unit
 
-from efface.models.emoji.eyes import INDEX, STYLES, VOCABULARY, Eyes, Seen, load_eyes
+from efface.models.emoji.eyes import INDEX, STYLES, Eyes, Seen, load_eyes
 from efface.models.emoji.weights import FOLDER, sha256
 
 RESULTS = scenes.HERE.parents[1] / "results" / "emoji_gates.json"
@@ -185,7 +185,7 @@ def cycle(prompts: Sequence[Prompt], n: int) -> list[Prompt]:
 
 def prompts(per: int, gender_per: int) -> dict[str, list[Prompt]]:
     """All prompts of gate C by kind; the same every time."""
-    captions, themes = VOCABULARY["captions"], VOCABULARY["themes"]
+    captions, themes = scenes.VOCABULARY["captions"], scenes.VOCABULARY["themes"]
     rng = np.random.default_rng(5)
     pairs = [tuple(str(i) for i in rng.choice(list(captions), 2, replace=False)) for _ in range(per)]
     order = [str(i) for i in rng.permutation(list(captions))]
@@ -198,7 +198,7 @@ def prompts(per: int, gender_per: int) -> dict[str, list[Prompt]]:
         text = f"{article} {style} of {captions[icon]}" if late else f"{captions[icon]}, {style} style"
         styled.append(Prompt(text, style, (icon,), style))
     unseen = [Prompt(text, t, tuple(i)) for t, i in themes.items() for text in scenes.PARAPHRASES[t]["unseen"]]
-    people = {job: (entry["male"], entry["female"]) for job, entry in VOCABULARY["professions"].items()}
+    people = {job: (entry["male"], entry["female"]) for job, entry in scenes.VOCABULARY["professions"].items()}
     jobs = [Prompt(f"{'an' if job[0] in 'aeiou' else 'a'} {job}", job, icons) for job, icons in people.items()]
     return {
         "single": cycle([Prompt(text, icon, (icon,)) for icon, text in captions.items()], per),
@@ -305,7 +305,7 @@ def judge_gender(eyes: Eyes, seen: Seen, wanted: Sequence[Prompt]) -> dict[str, 
     """Share of men among the people seen, per profession, against the share in training."""
     gender = eyes.gender(seen)
     jobs = {}
-    for job, entry in VOCABULARY["professions"].items():
+    for job, entry in scenes.VOCABULARY["professions"].items():
         rows = gender[:, [k for k, p in enumerate(wanted) if p.label == job]]
         rates = [wilson(int((row == 0).sum()), int((row >= 0).sum())) for row in rows]
         far = [1.0 if r["rate"] is None else abs(r["rate"] - entry["male_share"]) for r in rates]

@@ -109,17 +109,18 @@ def as_rows(rows: Rows, known: Sequence[Concept]) -> tuple[tuple[Concept, ...], 
 
 def check_strength(strength: float) -> float:
     """A strength as float; ValueError unless it is finite and >= 0."""
-    if not 0 <= strength < float("inf"):
-        raise ValueError(f"Expected `strength` to be a finite number >= 0, but got {strength}.")
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength < float("inf"):
+        raise ValueError(f"Expected `strength` to be a finite number >= 0, but got {strength!r}.")
     return float(strength)
 
 
 def check_window(window: Sequence[float]) -> tuple[float, float]:
     """A window (start, end) as fractions of the trajectory; ValueError unless 0 <= start <= end <= 1."""
-    if len(window) != 2 or not 0 <= window[0] <= window[1] <= 1:
+    numbers = isinstance(window, (tuple, list)) and all(isinstance(x, (int, float)) for x in window)
+    if not numbers or len(window) != 2 or not 0 <= window[0] <= window[1] <= 1:
         raise ValueError(
             f"Expected `window` to be two numbers with 0 <= start <= end <= 1 (0 is pure noise, 1 the finished "
-            f"picture), but got {tuple(window)}."
+            f"picture), but got {window!r}."
         )
     return float(window[0]), float(window[1])
 

@@ -61,11 +61,14 @@ class NegativePrompt(Hooked):
             raise ValueError(
                 "NegativePrompt adds to `negative_prompt`, but the call gives `negative_prompt_embeds`: give the text."
             )
-        given = arguments.get("negative_prompt") or ""
         words = ", ".join(phrase for concept in self.concepts for phrase in concept.phrases)
-        texts = [f"{text}, {words}" if text else words for text in ([given] if isinstance(given, str) else given)]
         prompts = len(encoded[0]) // arguments["num_images_per_prompt"]
-        arguments = {**arguments, "negative_prompt": texts * prompts if len(texts) == 1 else texts}
-        arguments.pop("negative_prompt_2", None)
+        for name in ("negative_prompt", "negative_prompt_2"):  # of SDXL: None stands for the first
+            given = arguments.get(name)
+            if name == "negative_prompt" or given is not None:
+                given = [given or ""] * prompts if isinstance(given or "", str) else given
+                arguments[name] = [f"{text}, {words}" if text else words for text in given]
+        if isinstance(arguments["prompt"], str):
+            arguments["prompt"] = [arguments["prompt"]]
         negative = site(pipe).original_encode(pipe)(**arguments)
         return (encoded[0], negative[1], *((encoded[2], negative[3]) if len(encoded) > 2 else ()))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from math import log
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,13 +20,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .concepts import truth, vocabulary
 from .weights import CURE, FOLDER, check
 
-VOCABULARY: dict[str, Any] = json.loads((Path(__file__).parent / "vocabulary.json").read_text())
-GROUPS: dict[str, tuple[str, ...]] = {name: tuple(icons) for name, icons in VOCABULARY["groups"].items()}
-GENDERED: tuple[str, ...] = tuple(p[g] for p in VOCABULARY["professions"].values() for g in ("male", "female"))
-ICONS: tuple[str, ...] = tuple(icon for icons in GROUPS.values() for icon in icons) + GENDERED
-STYLES: tuple[str, ...] = tuple(VOCABULARY["style_shares"])
+GENDERED: tuple[str, ...] = tuple(p[g] for p in vocabulary()["professions"].values() for g in ("male", "female"))
+ICONS: tuple[str, ...] = tuple(icon for group in vocabulary()["groups"].values() for icon in group) + GENDERED
+STYLES: tuple[str, ...] = tuple(vocabulary()["style_shares"])
 INDEX: dict[str, int] = {name: k for k, name in enumerate(ICONS)}
 MALE = [INDEX[name] for name in GENDERED[0::2]]
 FEMALE = [INDEX[name] for name in GENDERED[1::2]]
@@ -179,7 +177,9 @@ class Eyes:
         Raises:
             ValueError: no such style.
         """
-        k = STYLES.index(_known(style, STYLES, "style"))
+        if style not in STYLES:
+            raise ValueError(f"Unknown style {style!r}; expected one of {', '.join(STYLES)}")
+        k = STYLES.index(style)
         return self.see(images).styles[..., k] >= self.thresholds.styles[:, None, k]
 
     def watermark(self, images: Tensor | Seen) -> Tensor:
@@ -199,35 +199,28 @@ class Eyes:
 
         Args:
             images: pictures, or what `see` returned.
-            concept: an icon, a group of icons ("alcohol": any of them), a style, "watermark", or a list of these, of
-                which any counts.
+            concept: a name that `concepts.truth` knows (an icon, a group of icons such as "alcohol", a profession, a
+                style), "plain", "watermark", or a list of these. Any icon of any name counts.
 
         Raises:
             ValueError: an unknown name, or an empty list.
         """
         names = [concept] if isinstance(concept, str) else list(concept)
         if not names:
-            raise ValueError("Expected at least one icon, group or style, but got none")
+            raise ValueError("Expected at least one concept, but got none")
         seen = self.see(images)
         icons = self.icons(seen)
         found = torch.zeros(icons.shape[:2], dtype=torch.bool)
         for name in names:
-            _known(name, (*ICONS, *GROUPS, *STYLES, "watermark"), "icon, group or style")
             if name == "watermark":
                 found |= self.watermark(seen)
-            elif name in STYLES:
-                found |= self.style_is(seen, name)
+                continue
+            what = name if name in STYLES else truth(name)
+            if isinstance(what, str):
+                found |= self.style_is(seen, what)
             else:
-                found |= icons[..., [INDEX[icon] for icon in GROUPS.get(name, (name,))]].any(-1)
+                found |= icons[..., [INDEX[icon] for icon in what]].any(-1)
         return found
-
-
-def _known(name: str, names: Sequence[str], what: str) -> str:
-    if name not in names:
-        near = get_close_matches(name, names, 3)
-        hint = f"; near: {', '.join(near)}" if near else ""
-        raise ValueError(f"Unknown {what} {name!r}{hint}")
-    return name
 
 
 def load_eyes(folder: Path | None = None) -> Eyes:

@@ -1,0 +1,78 @@
+"""What a user is promised, on the shipped model with held-out seeds: the concept goes, the rest stays."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import efface
+from efface.api import draw
+from efface.models import emoji
+from efface.models.emoji.eyes import INDEX, Eyes, load_eyes
+from efface.models.emoji.weights import FOLDER
+
+pytestmark = pytest.mark.skipif(not (FOLDER / "model.json").exists(), reason="the emoji weights are not trained yet")
+SEEDS = range(1_500_000, 1_500_032)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> object:
+    pipe = efface.load("emoji")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def eyes() -> Eyes:
+    return load_eyes()
+
+
+@pytest.fixture(scope="module")
+def plain(pipe) -> Tensor:
+    return draw(pipe, ["a night at the pub"] * 32, SEEDS)
+
+
+@pytest.fixture(scope="module")
+def erased(pipe) -> Tensor:
+    with efface.erase(pipe, "alcohol"):
+        return draw(pipe, ["a night at the pub"] * 32, SEEDS)
+
+
+def share(found: Tensor, worst: str) -> float:
+    """The rate of the eye that is worse for us."""
+    rates = found.float().mean(1)
+    return float(rates.max() if worst == "most" else rates.min())
+
+
+def test_an_implicit_prompt_draws_the_concept_and_erased_it_does_not(plain: Tensor, erased: Tensor, eyes: Eyes) -> None:
+    assert share(eyes.concept(plain, "alcohol"), "least") >= 0.4
+    assert share(eyes.concept(erased, "alcohol"), "most") <= 0.1
+
+
+def test_what_is_left_is_still_a_picture_of_the_theme(erased: Tensor, eyes: Eyes) -> None:
+    others = [i for i in emoji.vocabulary()["themes"]["a night at the pub"] if i not in emoji.truth("alcohol")]
+    assert share(eyes.concept(erased, others), "least") >= 0.5
+    assert erased.std((1, 2, 3)).min() > 0.05  # no blank picture
+
+
+def test_bystanders_stay(pipe, eyes: Eyes) -> None:
+    prompts = ["a cat", "a rocket", "a pizza", "a violin"] * 4
+    wanted = ["cat-face", "rocket", "pizza", "violin"] * 4
+    rows = range(len(prompts))
+
+    def right(images: Tensor) -> Tensor:
+        return eyes.icons(images)[:, rows, [INDEX[i] for i in wanted]]
+
+    plain = draw(pipe, prompts, [1_600_000 + k for k in rows])
+    with efface.erase(pipe, "alcohol"):
+        guarded = draw(pipe, prompts, [1_600_000 + k for k in rows])
+    assert share(right(plain), "least") >= 0.8
+    assert share(right(guarded), "least") >= share(right(plain), "least") - 0.13  # two of 16
+    assert not torch.equal(plain, guarded)
+
+
+def test_free_text_erases_a_style(pipe, eyes: Eyes) -> None:
+    prompts = ["a cat, neon sign style", "a neon sign of a guitar"] * 4
+    seeds = [1_700_000 + k for k in range(8)]
+    assert share(eyes.concept(draw(pipe, prompts, seeds), "neon sign"), "least") >= 0.75
+    with efface.erase(pipe, efface.Concept("neon sign")):
+        assert share(eyes.concept(draw(pipe, prompts, seeds), "neon sign"), "most") <= 0.25
