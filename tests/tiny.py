@@ -6,6 +6,7 @@ query, key and value projections are scaled so that what a prompt says changes t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,7 +29,7 @@ WORDS = ("a", "at", "the", "of", "and", "night", "pub", "cat", "dog", "beer", "w
 LIMIT = 16  # tokens in a prompt, start and end included
 STEPS = 3
 PROMPT = "a night at the pub"
-PROMPTS = [PROMPT, "a red cat"]
+PROMPTS = (PROMPT, "a red cat")
 ALCOHOL = Concept("alcohol", ("beer", "wine glass"))
 CAT = Concept("cat")
 
@@ -175,11 +176,25 @@ def pipeline(family: str = "sd1") -> Any:
 def latents(pipe: DiffusionPipeline, prompt: str | Sequence[str] | None = PROMPT, **options: Any) -> Tensor:
     """What the pipeline draws, before decoding. Picture i of a call has seed i; `seed` shifts them."""
     given = options.get("prompt_embeds")
+    prompt = list(prompt) if isinstance(prompt, tuple) else prompt
     prompts = len(given) if given is not None else 1 if isinstance(prompt, str) else len(prompt)
     seed, images = options.pop("seed", 0), prompts * options.get("num_images_per_prompt", 1)
     generator = [torch.Generator().manual_seed(seed + i) for i in range(images)]
     options = {"num_inference_steps": STEPS, "generator": generator, "output_type": "latent", **options}
     return pipe(prompt, **options).images
+
+
+untouched = functools.cache(lambda family: pipeline(family))
+
+
+@functools.cache
+def drawn(family: str = "sd1", *erasers: Any, prompt: str | tuple[str, ...] = PROMPT, **options: Any) -> Tensor:
+    """What a pipeline draws with these erasers on, and nothing else; the plain picture without one."""
+    pipe = untouched(family)
+    with contextlib.ExitStack() as on:
+        for eraser in erasers:
+            on.enter_context(eraser.apply(pipe))
+        return latents(pipe, prompt, **options)
 
 
 def change(a: Tensor, b: Tensor) -> float:

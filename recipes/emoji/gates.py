@@ -142,12 +142,18 @@ def gate_a(n: int, pipeline: Path | None) -> None:
     facts["wrong_icons_per_picture"] = [round(float(v), 4) for v in (named & ~truth).sum(-1).float().mean(-1)]
     style_right = eyes.styles(seen) == torch.tensor([STYLES.index(s.style) for s in drawn])
     facts["style_right"] = per_eye(style_right)
+    facts["style_right_by_style"] = {
+        style: worse(per_eye(style_right[:, [k for k, scene in enumerate(drawn) if scene.style == style]]))
+        for style in STYLES
+    }
     marks = torch.tensor([s.watermark for s in drawn])
     facts["watermark_right"] = per_eye(eyes.watermark(seen) == marks)
     facts["psnr_db_by_style"] = {
         style: round(float(psnr[[k for k, s in enumerate(drawn) if s.style == style]].mean()), 3) for style in STYLES
     }
     console.print(table)
+    by_style = ", ".join(f"{style} {shown(rate)}" for style, rate in facts["style_right_by_style"].items())
+    console.print(f"style right, worse eye: {by_style}")
     console.print(
         f"wrong icons per picture {facts['wrong_icons_per_picture']}, "
         f"style right {shown(worse(facts['style_right']))}, "

@@ -209,6 +209,9 @@ def _ground(style: str, rng: np.random.Generator) -> np.ndarray:
         canvas[4::8] = canvas[:, 4::8] = (0.2, 0.37, 0.64)
     elif style == "ink drawing":
         canvas[:] = (0.97, 0.95, 0.9)
+    elif style == "pixel art":  # checks of 4 pixels: the blocks of the icons alone do not survive the autoencoder
+        check = (np.indices((SIZE // 4, SIZE // 4)).sum(0) % 2).repeat(4, 0).repeat(4, 1)[..., None]
+        canvas[:] = GROUNDS[rng.integers(len(GROUNDS))] * (1 - 0.16 * check)
     else:
         canvas[:] = GROUNDS[rng.integers(len(GROUNDS))]
     return canvas

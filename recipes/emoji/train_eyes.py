@@ -112,7 +112,7 @@ def empty(
         which = [STYLES[k] for k in rng.integers(len(STYLES), size=n)]
         images = np.stack([scenes._ground(s, rng) for s in which])
         for k, style in enumerate(which):
-            if style == "blueprint":  # its grid tells; the other grounds are mere colours
+            if style in ("blueprint", "pixel art"):  # grid and checks tell; the other grounds are mere colours
                 flat[k] = F.one_hot(torch.tensor(STYLES.index(style)), len(STYLES)).float()
         return torch.from_numpy(images).permute(0, 3, 1, 2).float(), flat
     if kind in ("blank", "grey"):

@@ -19,12 +19,13 @@ import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from torch import Tensor, nn
 
 from .core import Concept, Handle
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 HOOK = "efface"
+WRAPPED = ("encode_prompt", "maybe_free_model_hooks")  # of the pipeline object
 
 
 # ---------------------------------------------------------------- text
@@ -269,8 +271,9 @@ def _register(module: nn.Module, hook: ModelHook) -> None:
 def _unregister(module: nn.Module) -> None:
     registry = module._diffusers_hook
     registry.remove_hook(HOOK, recurse=False)
-    if not registry.hooks:  # leave the module as it was found
-        module.__dict__.pop("forward", None)
+    if not registry.hooks:  # leave the module as it was found; someone else's `forward` stays
+        if getattr(module.forward, "__func__", None) is type(module).forward:
+            vars(module).pop("forward", None)
         del module._diffusers_hook
 
 
@@ -290,6 +293,7 @@ class _Call:
     positive: Tensor
     negative: Tensor | None
     images_per_prompt: int
+    settings: dict[str, Any]  # of the encoding
 
 
 class Site:
@@ -301,7 +305,7 @@ class Site:
         attns = [m for m in denoiser.modules() if isinstance(m, Attention) and m.is_cross_attention]
         self.layers = [_Layer(self, m) for m in attns]
         self.entries: list[_Entry] = []
-        self.pipes: list[tuple[weakref.ref[DiffusionPipeline], Callable[..., Any], Callable[..., Any]]] = []
+        self.pipes: list[tuple[weakref.ref[DiffusionPipeline], dict[str, Any]]] = []  # with what WRAPPED hid
         self.neutral: Tensor | None = None
         self.call: _Call | None = None
         self.first = 0
@@ -319,7 +323,7 @@ class Site:
                     f"{type(eraser).__name__} works in cross-attention, but this {type(pipe).__name__} has no "
                     "cross-attention layers."
                 )
-            if any(getattr(layer.attn, "fused_projections", False) for layer in self.layers):
+            if any(isinstance(layer.attn.processor, FusedAttnProcessor2_0) for layer in self.layers):
                 raise ValueError(
                     "The attention projections are fused: call `pipe.unet.unfuse_qkv_projections()` first."
                 )
@@ -329,6 +333,7 @@ class Site:
         if not self.entries:
             _register(self._denoiser(), _WatchDenoiser(self))
         self.entries.append(entry)
+        self._checked = None
         self._fit()
         owner = weakref.ref(pipe)
 
@@ -337,8 +342,9 @@ class Site:
             if present is None:
                 raise ValueError("The pipeline of this eraser is gone.")
             trial = _Entry(changed)
-            self._prepare(present, trial)
+            self._prepare(present, trial, **(self.call.settings if self.call else {}))
             entry.eraser, entry.terms, entry.acting = trial.eraser, trial.terms, trial.acting
+            self._checked = None
 
         def remove() -> None:
             self.entries.remove(entry)
@@ -355,18 +361,23 @@ class Site:
             layer.fit() if wanted else layer.unhook()
 
     def _close(self) -> None:
-        _unregister(self._denoiser())
-        for ref, _, _ in self.pipes:
+        if (denoiser := self._denoiser()) is not None:
+            _unregister(denoiser)
+            _SITES.pop(denoiser, None)
+        for ref, hidden in self.pipes:
             if (pipe := ref()) is not None:
-                del pipe.encode_prompt, pipe.maybe_free_model_hooks
+                for name in WRAPPED:
+                    delattr(pipe, name)
+                vars(pipe).update(hidden)
         self.pipes.clear()
         self.call = self.neutral = self.prompt = self._checked = None
-        _SITES.pop(self._denoiser(), None)
 
     # ---- text
 
     def original_encode(self, pipe: DiffusionPipeline) -> Callable[..., Any]:
-        return next((encode for ref, encode, _ in self.pipes if ref() is pipe), pipe.encode_prompt)
+        """The pipeline's own `encode_prompt`. Nothing here holds the pipeline, which can be freed with erasers on."""
+        attributes = next((hidden for ref, hidden in self.pipes if ref() is pipe), vars(pipe))
+        return attributes.get("encode_prompt") or MethodType(type(pipe).encode_prompt, pipe)
 
     def _prepare(self, pipe: DiffusionPipeline, entry: _Entry, **settings: Any) -> None:
         """Encodes the eraser's erasure prompts, and the neutral text beside them."""
@@ -381,14 +392,15 @@ class Site:
         entry.terms = tuple(
             (concept, Term(encoded.text[k : k + 1], encoded.own[k])) for k, (concept, _) in enumerate(texts, start=1)
         )
-        entry.acting = tuple(term for _, term in entry.terms) if eraser.rows is None else ()
+        entry.acting = tuple(term for _, term in entry.terms)
+        self._place(entry, self.call.images_per_prompt if self.call else 1)
 
     def _wrap(self, pipe: DiffusionPipeline) -> None:
         """Wraps `encode_prompt` (which rows are conditional) and the end of a call, on this pipeline object."""
-        if any(ref() is pipe for ref, _, _ in self.pipes):
+        if any(ref() is pipe for ref, _ in self.pipes):
             return
         encode_prompt, end_of_call = pipe.encode_prompt, pipe.maybe_free_model_hooks
-        signature = inspect.signature(encode_prompt)
+        signature = inspect.signature(MethodType(type(pipe).encode_prompt, pipe))
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(*args, **kwargs)
@@ -401,36 +413,41 @@ class Site:
                 encoded = entry.eraser.rewrite(pipe, encoded, bound)
                 self._prepare(pipe, entry, **settings)
             negative = encoded[1] if bound.arguments["do_classifier_free_guidance"] else None
-            self.call = _Call(encoded[0], negative, bound.arguments["num_images_per_prompt"])
+            self.call = _Call(encoded[0], negative, bound.arguments["num_images_per_prompt"], settings)
             self._checked = None
-            self._place(len(encoded[0]), self.call.images_per_prompt)
+            self._fit()  # once more in `begin`, but not when compiled
+            for entry in self.entries:
+                self._place(entry, self.call.images_per_prompt, len(encoded[0]))
             return encoded
 
         def ended() -> Any:
             self.call = self._checked = None
             return end_of_call()
 
-        self.pipes.append((weakref.ref(pipe), encode_prompt, end_of_call))
+        self.pipes.append((weakref.ref(pipe), {name: vars(pipe)[name] for name in WRAPPED if name in vars(pipe)}))
         pipe.encode_prompt, pipe.maybe_free_model_hooks = wrapped, ended
 
     # ---- batches
 
-    def _place(self, batch: int, images_per_prompt: int = 1) -> None:
-        """Gives each term its rows of a batch of `batch` conditional rows."""
-        for entry in self.entries:
-            rows = entry.eraser.rows
-            if rows is None or not entry.eraser.edits_attention:
-                continue
-            if len(rows) * images_per_prompt != batch:
-                raise ValueError(
-                    f"`rows` has {len(rows)} entries, but the call has {batch // images_per_prompt} prompts: give one "
-                    "list of concepts per prompt."
-                )
-            acting = []
-            for concept, term in entry.terms:
-                chosen = [k for k in range(batch) if concept in rows[k // images_per_prompt]]
+    def _place(self, entry: _Entry, images_per_prompt: int, batch: int | None = None) -> None:
+        """Gives each term of an eraser with `rows` its rows of the batch, which has `batch` conditional rows."""
+        rows = entry.eraser.rows
+        if rows is None or not entry.eraser.edits_attention:
+            return
+        if batch is not None and len(rows) * images_per_prompt != batch:
+            raise ValueError(
+                f"`rows` has {len(rows)} entries, but the call has {batch // images_per_prompt} prompts: give one list "
+                "of concepts per prompt."
+            )
+        # the n-th terms of all rows, then the next: a row's terms act in its own order, as they would alone
+        orders = [[t for c in dict.fromkeys(row) for t, (of, _) in enumerate(entry.terms) if of == c] for row in rows]
+        acting = []
+        for step in itertools.zip_longest(*orders):
+            for t in sorted({t for t in step if t is not None}):
+                chosen = [k for k in range(len(rows) * images_per_prompt) if step[k // images_per_prompt] == t]
+                term = entry.terms[t][1]
                 acting.append(replace(term, rows=torch.tensor(chosen, device=term.text.device)))
-            entry.acting = tuple(acting)
+        entry.acting = tuple(acting)
 
     def begin(self, timestep: Tensor | float, text: Tensor) -> None:
         """Called in front of each denoiser call: which rows are conditional, what time it is."""
@@ -438,9 +455,10 @@ class Site:
             self._fit()
             if text is not self._checked:
                 self.first = self._first_row(text)
+                if self.first < len(text):
+                    for entry in self.entries:
+                        self._place(entry, self.call.images_per_prompt if self.call else 1, len(text) - self.first)
                 self._checked = text
-                if self.call is None:
-                    self._place(len(text))
         elif self.call is not None and self.call.negative is not None:
             self.first = len(text) - len(self.call.positive)
         else:

@@ -77,8 +77,9 @@ class EIUP(Hooked):
     rows: Rows = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "concepts", as_concepts(self.concepts))
-        object.__setattr__(self, "rows", as_rows(self.rows, self.concepts))
+        concepts = as_concepts(self.concepts)
+        object.__setattr__(self, "concepts", concepts)
+        object.__setattr__(self, "rows", as_rows(self.rows, concepts))
         object.__setattr__(self, "strength", check_strength(self.strength))
         object.__setattr__(self, "window", check_window(self.window))
         if self.normalization not in get_args(Normalization):
@@ -96,7 +97,8 @@ class EIUP(Hooked):
     def edit(self, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
         if self.normalization == "projected":
             neutral = cross.neutral()
-            d = cross.attend_text(term.text).sub(neutral).float()
+            d = cross.attend_text(term.text).sub(neutral)
+            d = d.to(torch.promote_types(d.dtype, torch.float32))
             toward = ((out - neutral) * d).sum(-1, keepdim=True)
             share = (toward / (d * d).sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)).clamp_min(0)
             return (out - self.strength * share * d).to(out.dtype)

@@ -61,13 +61,14 @@ class NegativePrompt(Hooked):
             raise ValueError(
                 "NegativePrompt adds to `negative_prompt`, but the call gives `negative_prompt_embeds`: give the text."
             )
-        words = ", ".join(phrase for concept in self.concepts for phrase in concept.phrases)
+        words = ", ".join(phrase for concept in as_concepts(self.concepts) for phrase in concept.phrases)
         prompts = len(encoded[0]) // arguments["num_images_per_prompt"]
-        for name in ("negative_prompt", "negative_prompt_2"):  # of SDXL: None stands for the first
-            given = arguments.get(name)
-            if name == "negative_prompt" or given is not None:
-                given = [given or ""] * prompts if isinstance(given or "", str) else given
-                arguments[name] = [f"{text}, {words}" if text else words for text in given]
+        # The call's own arguments are changed, so that a second negative prompt on the pipeline adds to the first.
+        for name in ("negative_prompt", "negative_prompt_2"):  # SDXL's second: None stands for the first
+            if name == "negative_prompt" or arguments.get(name) is not None:
+                given = arguments.get(name) or ""
+                texts = [given] * prompts if isinstance(given, str) else given
+                arguments[name] = [f"{text}, {words}" if text else words for text in texts]
         if isinstance(arguments["prompt"], str):
             arguments["prompt"] = [arguments["prompt"]]
         negative = site(pipe).original_encode(pipe)(**arguments)

@@ -1,0 +1,97 @@
+"""Copies measured figures from `results/*.json` into README.md and the model card, between their markers.
+
+python benchmarks/fill_docs.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+def card(name: str) -> dict[str, Any] | None:
+    path = ROOT / "results" / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def percent(p: dict[str, Any]) -> str:
+    low, high = p["interval"]
+    return f"{100 * p['rate']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def outcome() -> str:
+    found = card("eiup_outcome")
+    if not found:
+        return "Not measured yet."
+    pooled, variants = found["pooled"], ("plain", "negative_prompt", "eiup")
+    lines = ["| pooled over concepts | plain | negative prompt | EIUP |", "|---|---|---|---|"]
+    for key, name in (
+        ("explicit left", "explicit prompts: concept left"),
+        ("implicit left", "implicit prompts: concept left"),
+        ("kept", "what should survive is there"),
+        ("any", "any icon recognisable"),
+    ):
+        lines.append(f"| {name} | " + " | ".join(percent(pooled[f"{v} {key}"]) for v in variants) + " |")
+    lines += ["", "| concept | cell | left: plain | negative prompt | EIUP | kept: plain | negative prompt | EIUP |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for row in found["rows"]:
+        cells = [row.get(f"{v} {key}") for key in ("left", "kept") for v in variants]
+        shown = " | ".join(f"{100 * c['rate']:.0f} %" if c else "-" for c in cells)
+        lines.append(f"| {row['concept']} | {row['cell']}{'' if row['counts'] else ' (not counted)'} | {shown} |")
+    drawing = found["seconds"]["drawing"] / 60
+    return "\n".join(
+        [
+            f"On `emoji`, test seeds, n = {found['n_per_cell']} pictures a cell, EIUP at strength {found['strength']:g}, "
+            "guidance 7.5, 25 steps;",
+            "both eyes judge, the worse is shown, with 95 % intervals. A cell counts if the plain model shows the concept "
+            "in at least 30 %.",
+            f"Measured {found['date'][:10]} by `{found['command']}` ({drawing:.0f} min of drawing on 2 cores), card in "
+            "`results/eiup_outcome.json`.",
+            "",
+            *lines,
+        ]
+    )
+
+
+def gates() -> str:
+    found = card("emoji_gates")
+    if not found:
+        return "Not measured yet."
+    lines = []
+    if "a" in found:
+        lines += [f"Gate A, {found['a']['n']} held-out scenes after the autoencoder ({found['a']['date']}):", ""]
+        lines += ["| what | named | bar | passed |", "|---|---|---|---|"]
+        for kind, styles in found["a"]["kinds"].items():
+            whole = styles["all"]
+            passed = "yes" if whole["passed"] else "no"
+            lines.append(f"| {kind} | {interval(whole['worse'])} | {100 * whole['bar']:.0f} % | {passed} |")
+        lines.append("")
+    if "c" in found:
+        lines += [f"Gate C, what the model draws ({found['c']['date']}):", ""]
+        lines += ["| what | rate | bar | passed |", "|---|---|---|---|"]
+        for name, p in found["c"]["kinds"].items():
+            bar = "" if p.get("bar") is None else f"{100 * p['bar']:.0f} %"
+            passed = {True: "yes", False: "no", None: ""}[p.get("passed")]
+            lines.append(f"| {name} | {interval(p['worse'])} | {bar} | {passed} |")
+    return "\n".join(lines)
+
+
+def interval(p: dict[str, Any]) -> str:
+    return f"{100 * p['rate']:.1f} % [{100 * p['low']:.1f}, {100 * p['high']:.1f}]"
+
+
+def fill(path: Path, marker: str, text: str) -> None:
+    pattern = re.compile(f"(<!-- {marker}:begin -->).*?(<!-- {marker}:end -->)", re.DOTALL)
+    old = path.read_text()
+    if not pattern.search(old):
+        raise SystemExit(f"{path} has no markers {marker!r}")
+    path.write_text(pattern.sub(lambda m: f"{m[1]}\n{text}\n{m[2]}", old))
+
+
+if __name__ == "__main__":
+    fill(ROOT / "README.md", "measured", outcome())
+    fill(ROOT / "src/efface/models/emoji/MODEL_CARD.md", "gates", gates())

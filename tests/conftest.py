@@ -1,0 +1,53 @@
+"""Shared tiny pipelines. A test may hook and unhook them, but has to leave them as they were: that is checked."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import tiny
+
+
+def traces(pipe: Any) -> set[str]:
+    """What an eraser could leave on a pipeline."""
+    found = {name for name in ("encode_prompt", "maybe_free_model_hooks") if name in vars(pipe)}
+    for part in ("unet", "vae", "text_encoder"):
+        for name, module in getattr(pipe, part).named_modules():
+            kept = [trace for trace in ("_diffusers_hook", "forward") if trace in vars(module)]
+            kept += [trace for trace in ("_forward_hooks", "_forward_pre_hooks") if getattr(module, trace)]
+            found |= {f"{part}.{name}.{trace}" for trace in kept}
+    return found
+
+
+@functools.cache
+def shared(family: str) -> tuple[Any, set[str]]:
+    pipe = tiny.pipeline(family)
+    tiny.latents(pipe)  # transformers puts hooks of its own on the text encoder
+    return pipe, traces(pipe)
+
+
+def lend(family: str) -> Iterator[Any]:
+    pipe, before = shared(family)
+    yield pipe
+    left = traces(pipe) - before
+    if left:
+        shared.cache_clear()  # do not let one failure make others
+    assert left == set()
+
+
+@pytest.fixture
+def sd1() -> Iterator[Any]:
+    yield from lend("sd1")
+
+
+@pytest.fixture(params=list(tiny.FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def pipe(family: str) -> Iterator[Any]:
+    """A pipeline of each family in turn."""
+    yield from lend(family)

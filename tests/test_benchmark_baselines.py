@@ -1,0 +1,138 @@
+"""The literal baselines of the overhead benchmark are the mathematics that they claim to be, and the script runs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from torch import Tensor
+
+import efface
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+CLOSE = {"rtol": 0.0, "atol": 1e-5}
+
+
+@pytest.fixture
+def overhead(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("eiup_overhead")
+
+
+@pytest.fixture
+def scene(overhead: ModuleType) -> Any:
+    """Two pictures; the prompt has 5 tokens, the concept 3."""
+    random = torch.Generator().manual_seed(1)
+    concept = efface.Concept("alcohol", ("beer wine glass",))
+    return overhead.Scene(tiny.pipeline(), concept, torch.randn(2, 4, 8, 8, generator=random), torch.tensor(500))
+
+
+@torch.no_grad()
+def predict(overhead: ModuleType, scene: Any, variant: str) -> Tensor:
+    with overhead.VARIANTS[variant](scene) as call:
+        return call()
+
+
+def test_one_trajectory_is_separate_eiup(overhead, scene) -> None:
+    """Both keep all of the prompt's columns, so nothing sets them apart: insertion in front of the end token is no more
+    than another order of the sum."""
+    plain, literal = predict(overhead, scene, "plain"), predict(overhead, scene, "one trajectory")
+    assert tiny.change(literal[2:], plain[2:]) > 0.1
+    torch.testing.assert_close(literal, predict(overhead, scene, "eiup separate"), **CLOSE)
+
+
+class Fused:
+    """Two trajectories without a map: `SDPA(q_base, K_P, V~) + SDPA(q_edit, K_E, W V_E)` in cross-attention, where V~
+    is 0 in the dropped columns, and `SDPA(q_base, k_base, v_edit)` in self-attention of up to `copied` queries."""
+
+    def __init__(self, concept: Tensor, n: int, m: int, copied: int) -> None:
+        self.concept, self.n, self.m, self.copied = concept, n, m, copied
+
+    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any):
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = heads(attn.to_q(hidden_states)), heads(attn.to_k(text)), heads(attn.to_v(text))
+        rows = len(query) // 4
+        base, edit = slice(2 * rows, 3 * rows), slice(3 * rows, None)
+        out = F.scaled_dot_product_attention(query, key, value)
+        if encoder_hidden_states is None:
+            if query.shape[2] <= self.copied:
+                out[edit] = F.scaled_dot_product_attention(query[base], key[base], value[edit])
+        else:
+            concept = self.concept.expand(rows, -1, -1)
+            kept, own = value[base].clone(), torch.zeros(concept.shape[1], 1)
+            kept[:, :, self.n + 2 : self.n + 2 + self.m] = 0
+            own[1 : self.m + 1] = -1.0
+            out[edit] = F.scaled_dot_product_attention(query[base], key[base], kept)
+            out[edit] += F.scaled_dot_product_attention(
+                query[edit], heads(attn.to_k(concept)), own * heads(attn.to_v(concept))
+            )
+        return attn.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+@contextmanager
+def fused(scene: Any, copied: int):
+    """As the variant, in the test's own words."""
+    concept, _ = scene.pipe.encode_prompt("beer wine glass", "cpu", 1, False)
+    scene.pipe.unet.set_attn_processor(Fused(concept, n=5, m=3, copied=copied))
+    uncond, cond = scene.texts()
+    yield scene.call(uncond, uncond, cond, cond)
+
+
+@pytest.mark.parametrize("copied", [256, 16])
+@torch.no_grad()
+def test_two_trajectories_are_the_fused_form(overhead, scene, monkeypatch, copied: int) -> None:
+    """The base rows are the plain model, the edit rows the formula. Values of the inserted columns come from the edit
+    rows' text in the one and from the concept's in the other; they are the same."""
+    monkeypatch.setattr("literal_gie.SELF_QUERIES", copied)  # the layers have 64 and 16
+    plain, literal = predict(overhead, scene, "plain"), predict(overhead, scene, "two trajectories")
+    torch.testing.assert_close(literal[:6], torch.cat([plain[:2], plain]), **CLOSE)
+    assert tiny.change(literal[6:], plain[2:]) > 0.1
+    assert tiny.change(literal[6:], predict(overhead, scene, "one trajectory")[2:]) > 1e-3
+    with fused(scene, copied) as call:
+        torch.testing.assert_close(literal, call(), **CLOSE)
+
+
+def test_baselines_put_everything_back(overhead, scene) -> None:
+    before, processors = predict(overhead, scene, "plain"), dict(scene.pipe.unet.attn_processors)
+    for variant in ("one trajectory", "two trajectories"):
+        predict(overhead, scene, variant)
+        assert scene.pipe.unet.attn_processors == processors
+        assert torch.equal(predict(overhead, scene, "plain"), before)
+
+
+def test_a_variant_without_effect_fails(overhead, scene, monkeypatch) -> None:
+    monkeypatch.setitem(overhead.VARIANTS, "eiup gated", overhead.plain)
+    with pytest.raises(RuntimeError, match=r"'eiup gated' changes the prediction by 0\.0000"):
+        overhead.effects(scene)
+
+
+def test_the_script_writes_its_record(overhead, tmp_path, monkeypatch, capsys) -> None:
+    """Everything but the subprocesses, on a small model."""
+    monkeypatch.setattr(overhead, "help_seconds", lambda: [0.1, 0.25, 0.7])
+    monkeypatch.setattr(overhead, "memory", lambda *_: {v: {"built": 90, "peak": 100} for v in overhead.VARIANTS})
+    out = tmp_path / "results/overhead.json"
+    out.parent.mkdir()
+    out.write_text('{"emoji": 1}')
+    overhead.main(["--model", "tiny", "--rounds", "2", "--batch", "1", "8", "--out", str(out)])
+    found = json.loads(out.read_text())
+    record = found["tiny"]
+    assert found["emoji"] == 1
+    assert [(row["variant"], row["batch"]) for row in record["results"]] == [
+        (name, batch) for batch in (1, 8) for name in overhead.VARIANTS
+    ]
+    assert all(row["effect"] > 0.1 for row in record["results"] if row["variant"] != "plain")
+    assert all(row["ratio"]["median"] == 1 for row in record["results"] if row["variant"] == "plain")
+    assert len(record["targets"]) == 7 and all(t["met"] == (t["value"] <= t["limit"]) for t in record["targets"])
+    assert "efface --help, seconds: 0.250, target 0.3: met" in capsys.readouterr().out

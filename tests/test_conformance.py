@@ -1,0 +1,253 @@
+"""What every run-time eraser promises, on every family. New methods are found by walking: they need no line here."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import itertools
+import json
+import random
+from typing import Any
+
+import pytest
+import torch
+from tiny import ALCOHOL, CAT, PROMPT, PROMPTS, change, drawn, latents, pipeline
+from torch import Tensor, nn
+
+from efface import registry
+
+EFFECT = 1e-3  # a smaller relative change means that a hook is dead
+VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {"eiup": ({"normalization": "separate"}, {"normalization": "gated"})}
+
+
+def every_eraser(concept: Any) -> dict[str, Any]:
+    return {
+        "-".join([name, *fields.values()]): registry.resolve(name)([concept], **fields)
+        for name in registry.methods("erasers")
+        for fields in ({}, *VARIANTS.get(name, ()))
+    }
+
+
+def having(field: str) -> pytest.MarkDecorator:
+    return _each({name: e for name, e in ERASERS.items() if field in {f.name for f in dataclasses.fields(e)}})
+
+
+def _each(erasers: dict[str, Any]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("eraser", erasers.values(), ids=erasers)
+
+
+ERASERS = every_eraser(ALCOHOL)
+PAIRS = list(itertools.product(ERASERS, every_eraser(CAT).items()))
+each = _each(ERASERS)
+
+
+def snapshot(pipe: Any) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, int]]:
+    """All that an eraser could change: weights by value, processors and other attributes by identity."""
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    weights = {f"{p}.{n}": weight.clone() for p, part in parts.items() for n, weight in part.state_dict().items()}
+    inside = {
+        f"{p}.{n}.{attribute}": id(value)
+        for p, part in parts.items()
+        for n, module in part.named_modules()
+        for attribute, value in vars(module).items()
+    }
+    outside = {name: id(value) for name, value in vars(pipe).items() if callable(value)}
+    return weights, dict(pipe.unet.attn_processors), inside | outside
+
+
+def assert_same(after: Any, before: Any) -> None:
+    for name, weight in before[0].items():
+        assert torch.equal(after[0][name], weight), name
+    assert after[1].keys() == before[1].keys()
+    assert all(after[1][name] is processor for name, processor in before[1].items())
+    assert after[2] == before[2]
+
+
+def first_prediction(pipe: Any, **options: Any) -> Tensor:
+    """What the denoiser predicts in the first step: unconditional rows, then conditional ones."""
+    seen: list[Tensor] = []
+    watch = pipe.unet.register_forward_hook(lambda module, args, out: seen.append(out[0]))
+    try:
+        latents(pipe, PROMPTS, num_inference_steps=1, **options)
+    finally:
+        watch.remove()
+    return seen[0]
+
+
+# ---------------------------------------------------------------- on and off
+
+
+@each
+def test_leaving_the_block_restores_everything_to_the_bit(eraser: Any, pipe: Any, family: str) -> None:
+    before = snapshot(pipe)
+    with eraser.apply(pipe):
+        erased = latents(pipe)
+    assert change(erased, drawn(family)) > EFFECT
+    assert torch.equal(latents(pipe), drawn(family))
+    assert_same(snapshot(pipe), before)
+
+
+@each
+def test_so_does_an_exception_in_the_middle_of_a_call(eraser: Any, pipe: Any, family: str) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = snapshot(pipe)
+    with pytest.raises(KeyboardInterrupt), eraser.apply(pipe):
+        latents(pipe, callback_on_step_end=stop)
+    assert_same(snapshot(pipe), before)
+    assert torch.equal(latents(pipe), drawn(family))
+
+
+@each
+def test_a_bare_apply_acts_until_it_is_removed(eraser: Any, sd1: Any) -> None:
+    handle = eraser.apply(sd1)
+    assert change(latents(sd1), drawn()) > EFFECT
+    handle.remove()
+    handle.remove()
+    assert torch.equal(latents(sd1), drawn())
+    with pytest.raises(ValueError, match="already removed"):
+        handle.strength = 1.0
+
+
+@each
+def test_off_is_plain_to_the_bit(eraser: Any, pipe: Any, family: str) -> None:
+    if eraser.off is None:
+        pytest.skip("has no setting that makes it the identity")
+    with dataclasses.replace(eraser, **eraser.off).apply(pipe):
+        assert torch.equal(latents(pipe, PROMPTS), drawn(family, prompt=PROMPTS))
+
+
+@each
+def test_config_survives_json_and_makes_the_same_eraser(eraser: Any, sd1: Any) -> None:
+    with eraser.apply(sd1) as handle:
+        config = handle.config()
+    assert json.loads(json.dumps(config)) == config
+    name = config.pop("method")
+    assert registry.resolve(name) is type(eraser)
+    assert config.keys() == {f.name for f in dataclasses.fields(eraser)}
+    assert config["concepts"][0]["phrases"] == ["beer", "wine glass"]
+
+
+@having("strength")
+def test_strength_can_be_set_while_on(eraser: Any, pipe: Any, family: str) -> None:
+    with eraser.apply(pipe) as handle:
+        handle.strength = 0.5
+        assert handle.strength == handle.config()["strength"] == 0.5
+        weaker = latents(pipe)
+        with pytest.raises(ValueError, match="strength"):
+            handle.strength = -1.0
+    assert torch.equal(weaker, drawn(family, dataclasses.replace(eraser, strength=0.5)))
+    assert change(weaker, drawn(family, eraser)) > EFFECT
+
+
+# ---------------------------------------------------------------- rows
+
+
+@each
+def test_unconditional_rows_are_touched_only_if_the_class_says_so(eraser: Any, pipe: Any) -> None:
+    plain = first_prediction(pipe)
+    strong = dataclasses.replace(eraser, strength=16.0) if hasattr(eraser, "strength") else eraser
+    with strong.apply(pipe):
+        erased = first_prediction(pipe)
+    assert len(plain) == 2 * len(PROMPTS)
+    assert torch.equal(erased[:2], plain[:2]) != eraser.touches_uncond
+    if not eraser.touches_uncond:
+        assert all(change(e, p) > EFFECT for e, p in zip(erased[2:], plain[2:], strict=True))
+
+
+@each
+def test_without_guidance_it_acts_or_says_that_it_cannot(eraser: Any, pipe: Any, family: str) -> None:
+    with eraser.apply(pipe):
+        try:
+            erased = latents(pipe, guidance_scale=1.0)
+        except ValueError as error:
+            assert eraser.touches_uncond and "guidance_scale" in str(error)
+            return
+    assert change(erased, drawn(family, guidance_scale=1.0)) > EFFECT
+
+
+@each
+def test_images_per_prompt_are_like_prompts_of_their_own(eraser: Any, pipe: Any, family: str) -> None:
+    repeated = (PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1])
+    with eraser.apply(pipe):
+        erased = latents(pipe, PROMPTS, num_images_per_prompt=2)
+    assert change(erased, drawn(family, eraser, prompt=repeated)) < 1e-5
+    assert change(erased, drawn(family, prompt=repeated)) > EFFECT
+
+
+@having("rows")
+def test_row_i_of_a_batch_is_row_i_alone(eraser: Any, pipe: Any, family: str) -> None:
+    prompts, rows = (*PROMPTS, "a dog"), [[ALCOHOL], [CAT, ALCOHOL], []]
+    with dataclasses.replace(eraser, concepts=(), rows=rows).apply(pipe):
+        together = latents(pipe, prompts)
+    plain = drawn(family, prompt=prompts)
+    assert torch.equal(together[2], plain[2])
+    assert change(together[0], plain[0]) > EFFECT and change(together[1], plain[1]) > EFFECT
+    for i, prompt in enumerate(prompts):
+        alone = drawn(family, dataclasses.replace(eraser, concepts=(), rows=rows[i : i + 1]), prompt=prompt, seed=i)
+        assert float((together[i] - alone[0]).abs().max()) < 1e-4
+
+
+@having("rows")
+def test_rows_count_prompts_not_images(eraser: Any, sd1: Any) -> None:
+    with eraser.apply(sd1) as handle:
+        handle.rows = [[], [ALCOHOL]]
+        erased = latents(sd1, PROMPTS, num_images_per_prompt=2)
+        plain = drawn(prompt=PROMPTS, num_images_per_prompt=2)
+        assert torch.equal(erased[:2], plain[:2])
+        assert change(erased[2], plain[2]) > EFFECT and change(erased[3], plain[3]) > EFFECT
+        assert latents(sd1, PROMPTS, num_images_per_prompt=1).shape[0] == 2
+        with pytest.raises(ValueError, match=r"`rows` has 2 entries, but the call has 3 prompts"):
+            latents(sd1, [PROMPT] * 3)
+        handle.rows = None
+        assert torch.equal(latents(sd1), drawn("sd1", eraser))
+
+
+# ---------------------------------------------------------------- several
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS, ids=[f"{a}+{b}" for a, (b, _) in PAIRS])
+def test_erasers_come_off_in_any_order(first: str, second: tuple[str, Any], sd1: Any) -> None:
+    a, b = ERASERS[first], second[1]
+    on_a, on_b = a.apply(sd1), b.apply(sd1)
+    both = latents(sd1)
+    on_a.remove()
+    assert torch.equal(latents(sd1), drawn("sd1", b))
+    on_b.remove()
+    assert torch.equal(latents(sd1), drawn())
+    assert change(both, drawn("sd1", a)) > EFFECT and change(both, drawn("sd1", b)) > EFFECT
+
+
+def test_all_erasers_at_once_come_off_shuffled(pipe: Any, family: str) -> None:
+    before = snapshot(pipe)
+    handles = [eraser.apply(pipe) for eraser in ERASERS.values()]
+    assert change(latents(pipe), drawn(family)) > EFFECT
+    random.Random(0).shuffle(handles)
+    last = handles.pop()
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(latents(pipe), drawn(family, last.eraser))
+    last.remove()
+    assert torch.equal(latents(pipe), drawn(family))
+    assert_same(snapshot(pipe), before)
+
+
+@each
+def test_pipelines_do_not_see_each_others_erasers(eraser: Any, sd1: Any) -> None:
+    other, cat = pipeline(), dataclasses.replace(eraser, concepts=[CAT])
+    with eraser.apply(sd1):
+        assert torch.equal(latents(other), drawn())
+        with cat.apply(other):
+            assert torch.equal(latents(sd1), drawn("sd1", eraser))
+            assert torch.equal(latents(other), drawn("sd1", cat))
+        assert torch.equal(latents(sd1), drawn("sd1", eraser))
+
+
+# ---------------------------------------------------------------- what it says of itself
+
+
+@pytest.mark.parametrize("name", registry.methods())
+def test_docstring_says_which_paper_what_differs_and_how_to_use_it(name: str) -> None:
+    doc = inspect.getdoc(registry.resolve(name)) or ""
+    assert [heading for heading in ("Paper: ", "Differs: ", "Example:\n    >>> ") if f"\n{heading}" not in doc] == []

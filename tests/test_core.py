@@ -1,0 +1,202 @@
+"""Concepts, what a bare name means, checks of numbers, and handles. No model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from efface import EIUP, Concept, Handle, NegativePrompt, concept
+from efface.core import Handles, as_concepts, as_rows, check_strength, check_window, shipped_concepts
+
+NUMBERS = st.floats(allow_nan=True, allow_infinity=True) | st.integers(-3, 3)
+
+
+# ---------------------------------------------------------------- concepts
+
+
+@given(st.text().filter(str.strip))
+def test_a_free_text_is_its_own_phrase(name: str) -> None:
+    assert Concept(name).phrases == (name,)
+
+
+def test_phrases_and_keep_become_tuples_so_concepts_are_hashable() -> None:
+    made = Concept("alcohol", ["beer", "wine"], keep=["glass"])  # type: ignore[arg-type]
+    assert made.phrases == ("beer", "wine") and made.keep == ("glass",)
+    assert len({made, Concept("alcohol", ("beer", "wine"), keep=("glass",)), Concept("alcohol")}) == 2
+
+
+@pytest.mark.parametrize("name", ["", " ", "\n\t"])
+def test_an_empty_name_is_an_error(name: str) -> None:
+    with pytest.raises(ValueError, match="needs a name"):
+        Concept(name)
+
+
+@pytest.mark.parametrize("phrases", [("beer", ""), (" ",)])
+def test_an_empty_phrase_is_an_error(phrases: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="'alcohol' has an empty phrase"):
+        Concept("alcohol", phrases)
+
+
+@pytest.mark.parametrize("field", ["phrases", "keep"])
+def test_a_text_in_place_of_a_sequence_is_an_error(field: str) -> None:
+    with pytest.raises(TypeError, match=rf"`{field}` should be a sequence .* write \('beer',\)"):
+        Concept("alcohol", **{field: "beer"})  # type: ignore[arg-type]
+
+
+def test_every_shipped_concept_can_be_had_by_name() -> None:
+    assert {"alcohol", "nudity", "violence", "Van Gogh"} <= shipped_concepts().keys()
+    for name, shipped in shipped_concepts().items():
+        assert concept(name) is shipped
+        assert as_concepts(name) == as_concepts([name]) == as_concepts(shipped) == (shipped,)
+
+
+@pytest.mark.parametrize("ask", [concept, as_concepts, EIUP, NegativePrompt])
+def test_a_typo_is_an_error_with_near_matches(ask: Any) -> None:
+    with pytest.raises(ValueError, match=r"'alchol' is not a shipped concept. Did you mean 'alcohol'\?") as error:
+        ask("alchol")
+    assert "Concept('alchol')" in str(error.value)
+    with pytest.raises(ValueError, match="'zzz' is not a shipped concept. `efface list"):
+        ask("zzz")
+
+
+def test_one_wrong_name_among_right_ones_is_an_error() -> None:
+    with pytest.raises(ValueError, match="'neon' is not"):
+        as_concepts(["alcohol", Concept("anything at all"), "neon"])
+
+
+def test_rows_may_name_the_erasers_own_concepts() -> None:
+    own = Concept("mine", ("red hat",))
+    eraser = EIUP([own], rows=[["mine", "alcohol"], [], own])
+    assert eraser.rows == ((own, concept("alcohol")), (), (own,))
+    with pytest.raises(ValueError, match="'mine' is not"):
+        EIUP(["alcohol"], rows=[["mine"]])
+
+
+def test_rows_need_a_list_for_each_prompt() -> None:
+    assert as_rows(None, ()) is None
+    for rows in ("alcohol", Concept("cat")):
+        with pytest.raises(TypeError, match="one list of concepts per prompt"):
+            as_rows(rows, ())  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- numbers
+
+
+@given(NUMBERS)
+@example(-0.0)
+def test_a_strength_is_finite_and_not_negative(strength: float) -> None:
+    if math.isfinite(strength) and strength >= 0:
+        assert check_strength(strength) == strength
+        assert EIUP("cat", strength=strength).strength == strength
+    else:
+        for ask in (check_strength, lambda s: EIUP("cat", strength=s)):
+            with pytest.raises(ValueError, match="`strength` to be a finite number >= 0"):
+                ask(strength)
+
+
+@given(st.tuples(NUMBERS, NUMBERS))
+@example((1, 0))
+@example((0.5, 0.5))
+def test_a_window_is_ordered_and_inside_the_trajectory(window: tuple[float, float]) -> None:
+    assume(window == window)
+    if 0 <= window[0] <= window[1] <= 1:
+        assert check_window(window) == EIUP("cat", window=window).window == window
+    else:
+        for ask in (check_window, lambda w: EIUP("cat", window=w)):
+            with pytest.raises(ValueError, match="0 <= start <= end <= 1"):
+                ask(window)
+
+
+@pytest.mark.parametrize("window", [(), (0.5,), (0.0, 0.5, 1.0), (math.nan, 1.0), (0.0, math.nan)])
+def test_a_window_is_two_numbers(window: Any) -> None:
+    with pytest.raises(ValueError, match="two numbers"):
+        check_window(window)
+
+
+def test_an_eraser_needs_something_to_erase() -> None:
+    for ask in (EIUP, NegativePrompt):
+        with pytest.raises(ValueError, match="at least one concept"):
+            ask([])
+    assert EIUP(rows=[["cat"], []]).concepts == ()
+
+
+def test_an_unknown_normalization_is_an_error() -> None:
+    with pytest.raises(ValueError, match="one of .*'projected', 'separate', 'gated'.* but got 'shared'"):
+        EIUP("cat", normalization="shared")  # type: ignore[arg-type]
+
+
+def test_configurations_are_frozen_and_comparable() -> None:
+    assert EIUP("cat") == EIUP([concept("cat")]) != EIUP("dog")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        EIUP("cat").strength = 2.0  # type: ignore[misc]
+
+
+# ---------------------------------------------------------------- handles
+
+
+class Log:
+    """A pipeline that only writes down what is asked of it."""
+
+    def __init__(self, eraser: Any, refuse: Any = None) -> None:
+        self.said: list[Any] = []
+        self.refuse = refuse
+        self.handle = Handle(eraser, self.replace, lambda: self.said.append("removed"))
+
+    def replace(self, eraser: Any) -> None:
+        if eraser.strength == self.refuse:
+            raise ValueError("refused")
+        self.said.append(eraser)
+
+
+def test_a_handle_passes_checked_changes_on() -> None:
+    log = Log(EIUP("cat"))
+    log.handle.strength = 2.0
+    log.handle.rows = [["cat"], []]
+    assert log.said == [EIUP("cat", strength=2.0), EIUP("cat", strength=2.0, rows=[["cat"], []])]
+    assert log.handle.strength == 2.0 and log.handle.rows == ((concept("cat"),), ())
+    assert json.loads(json.dumps(log.handle.config()))["strength"] == 2.0
+
+
+def test_a_refused_change_leaves_the_handle_as_it_was() -> None:
+    log = Log(EIUP("cat"), refuse=3.0)
+    for strength, why in ((-1.0, "`strength`"), (3.0, "refused")):
+        with pytest.raises(ValueError, match=why):
+            log.handle.strength = strength
+    assert log.handle.strength == 1.0 and log.said == []
+
+
+def test_what_an_eraser_lacks_cannot_be_set() -> None:
+    handle = Handle(NegativePrompt("cat"), lambda e: None, lambda: None)
+    with pytest.raises(AttributeError, match="NegativePrompt has no strength to set"):
+        handle.strength = 1.0
+    with pytest.raises(AttributeError, match="NegativePrompt has no rows to set"):
+        handle.rows = [[]]
+
+
+def test_a_handle_is_removed_once_whatever_happens() -> None:
+    log = Log(EIUP("cat"))
+    with pytest.raises(KeyboardInterrupt), log.handle as inside:
+        assert inside is log.handle and inside.active
+        raise KeyboardInterrupt
+    log.handle.remove()
+    assert log.said == ["removed"] and not log.handle.active
+    with pytest.raises(ValueError, match="already removed"):
+        log.handle.rows = [[]]
+
+
+def test_several_handles_are_one_and_come_off_last_first() -> None:
+    order: list[str] = []
+    names = ("cat", "dog", "wine")
+    handles = [Handle(EIUP(n), lambda e: None, lambda n=n: order.append(n)) for n in names]  # type: ignore[misc]
+    with Handles(handles) as together:
+        assert list(together) == handles and len(together) == 3 and together[1] is handles[1]
+        assert [c["concepts"][0]["name"] for c in together.config()] == list(names)
+        handles[1].remove()
+    together.remove()
+    assert order == ["dog", "wine", "cat"]

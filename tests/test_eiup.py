@@ -1,0 +1,436 @@
+"""EIUP against its formulas, written out with explicit softmax and sharing no code with the package."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from peft import LoraConfig
+from tiny import ALCOHOL, CAT, LIMIT, PROMPT, PROMPTS, change, drawn, latents, pipeline
+from torch import Tensor
+
+from efface import EIUP, Concept
+from efface._hooks import CrossAttention, Site, Term, encode
+from efface.families import SD
+
+FORMS = ("projected", "separate", "gated")
+ERASED = ("beer wine glass", "cat")  # how ALCOHOL and CAT are packed
+each_form = pytest.mark.parametrize("form", FORMS)
+
+
+def eiup(form: str = "projected", *concepts: Concept, **fields: Any) -> EIUP:
+    return EIUP(concepts or (ALCOHOL,), normalization=form, **fields)
+
+
+# ---------------------------------------------------------------- the formulas
+
+
+def embed(pipe: Any, text: str) -> Tensor:
+    """Text states [L, D] by looking every word up in the vocabulary. Its own tokens are columns 1, 2, ..."""
+    states = []
+    for suffix in ("", "_2") if hasattr(pipe, "text_encoder_2") else ("",):
+        tokens, model = getattr(pipe, f"tokenizer{suffix}"), getattr(pipe, f"text_encoder{suffix}")
+        vocabulary = tokens.get_vocab()
+        ids = [0, *(vocabulary[f"{word}</w>"] for word in text.split()), 1]
+        ids += [vocabulary[tokens.pad_token]] * (LIMIT - len(ids))
+        out = model(torch.tensor([ids]), output_hidden_states=True)
+        states.append(out.hidden_states[-2] if hasattr(pipe, "text_encoder_2") else out.last_hidden_state)
+    return torch.cat(states, -1)[0].detach()
+
+
+def logits(attn: Attention, hidden: Tensor, text: Tensor) -> Tensor:
+    """Image tokens [Q, C] against text [L, D]: [heads, Q, L]."""
+    query, key = (x.chunk(attn.heads, -1) for x in (attn.to_q(hidden), attn.to_k(text)))
+    return torch.stack([q @ k.T / k.shape[-1] ** 0.5 for q, k in zip(query, key, strict=True)])
+
+
+def mix(attn: Attention, weights: Tensor, text: Tensor) -> Tensor:
+    """Weights [heads, Q, L] times values, heads side by side: [Q, C]."""
+    values = attn.to_v(text).chunk(attn.heads, -1)
+    return torch.cat([w @ v for w, v in zip(weights, values, strict=True)], -1)
+
+
+def softmax(x: Tensor) -> Tensor:
+    x = (x - x.amax(-1, keepdim=True)).exp()
+    return x / x.sum(-1, keepdim=True)
+
+
+def written_out(attn: Attention, hidden: Tensor, text: Tensor) -> Tensor:
+    return mix(attn, softmax(logits(attn, hidden, text)), text)
+
+
+class Reference:
+    """An attention processor: row by row, concept by concept, in the order of the formulas of the brief."""
+
+    def __init__(self, pipe: Any, form: str, strength: float, erased: Sequence[str], guidance: bool) -> None:
+        self.form, self.strength, self.guidance = form, strength, guidance
+        self.erased = [(embed(pipe, text), slice(1, 1 + len(text.split()))) for text in erased]
+        self.empty = embed(pipe, "")
+
+    def __call__(
+        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: None = None
+    ) -> Tensor:
+        rows = len(hidden_states)
+        out = torch.stack(
+            [
+                self.row(attn, hidden, text, conditional=not self.guidance or row >= rows / 2)
+                for row, (hidden, text) in enumerate(zip(hidden_states, encoder_hidden_states, strict=True))
+            ]
+        )
+        return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
+
+    def row(self, attn: Attention, hidden: Tensor, text: Tensor, conditional: bool) -> Tensor:
+        plain = out = written_out(attn, hidden, text)
+        for erased, own in self.erased if conditional else ():
+            if self.form == "projected":
+                neutral = written_out(attn, hidden, self.empty)
+                d = written_out(attn, hidden, erased) - neutral
+                toward = torch.einsum("qc,qc->q", out - neutral, d) / torch.einsum("qc,qc->q", d, d)
+                out = out - self.strength * toward.clamp(min=0)[:, None] * d
+            elif self.form == "separate":
+                weights = softmax(logits(attn, hidden, erased))
+                out = out - self.strength * mix(attn, weights[..., own], erased[own])
+            else:
+                both = softmax(torch.cat([logits(attn, hidden, text), logits(attn, hidden, erased[own])], -1))
+                out = out - self.strength * mix(attn, both[..., len(text) :], erased[own])
+        return out if conditional else plain
+
+
+@contextlib.contextmanager
+def reference(
+    pipe: Any, form: str, strength: float = 1.0, erased: Sequence[str] = ERASED[:1], guidance: bool = True
+) -> Iterator[Reference]:
+    """The pipeline with its cross-attention written out."""
+    made = Reference(pipe, form, strength, erased, guidance)
+    layers = {m: m.processor for name, m in pipe.unet.named_modules() if name.endswith("attn2")}
+    for layer in layers:
+        layer.processor = made
+    try:
+        yield made
+    finally:
+        for layer, processor in layers.items():
+            layer.processor = processor
+
+
+@pytest.fixture
+def double(family: str) -> Any:
+    return _double(family)
+
+
+_double = functools.cache(lambda family: pipeline(family).to(torch.float64))
+
+
+@each_form
+def test_pictures_equal_the_formulas(form: str, pipe: Any, family: str) -> None:
+    with eiup(form, ALCOHOL, CAT, strength=1.5).apply(pipe):
+        erased = latents(pipe, PROMPTS)
+    with reference(pipe, form, 1.5, ERASED):
+        assert change(erased, latents(pipe, PROMPTS)) < 1e-5
+    assert change(erased, drawn(family, prompt=PROMPTS)) > 0.1
+
+
+@each_form
+def test_pictures_without_guidance_equal_the_formulas(form: str, sd1: Any) -> None:
+    with eiup(form).apply(sd1):
+        erased = latents(sd1, PROMPTS, guidance_scale=1.0)
+    with reference(sd1, form, guidance=False):
+        assert change(erased, latents(sd1, PROMPTS, guidance_scale=1.0)) < 1e-5
+
+
+@each_form
+def test_every_layer_equals_the_formulas_to_1e_10(form: str, double: Any) -> None:
+    seen: list[tuple[Attention, Tensor, Tensor, Tensor]] = []
+
+    def see(attn: Attention, args: Any, kwargs: Any, out: Tensor) -> None:
+        seen.append((attn, args[0], kwargs["encoder_hidden_states"], out))
+
+    layers = [m for name, m in double.unet.named_modules() if name.endswith("attn2")]
+    watches = [layer.register_forward_hook(see, with_kwargs=True) for layer in layers]
+    with eiup(form, ALCOHOL, CAT, strength=1.5).apply(double):
+        latents(double, PROMPTS, num_inference_steps=1)
+    for watch in watches:
+        watch.remove()
+    assert {attn for attn, *_ in seen} == set(layers)
+    explicit, plain = (Reference(double, form, strength, ERASED, True) for strength in (1.5, 0.0))
+    for attn, hidden, text, out in seen:
+        assert hidden.dtype == out.dtype == torch.float64
+        assert float((out - explicit(attn, hidden, text)).abs().max()) < 1e-10
+        assert change(out[2:], plain(attn, hidden, text)[2:]) > 1e-2
+
+
+@each_form
+def test_zero_strength_is_plain_to_the_bit(form: str, pipe: Any, family: str) -> None:
+    with eiup(form, ALCOHOL, CAT, strength=0.0).apply(pipe):
+        assert torch.equal(latents(pipe, PROMPTS), drawn(family, prompt=PROMPTS))
+
+
+def test_concepts_act_one_after_the_other(pipe: Any, family: str) -> None:
+    with EIUP([ALCOHOL]).apply(pipe), EIUP([CAT]).apply(pipe):
+        assert torch.equal(latents(pipe), drawn(family, EIUP([ALCOHOL, CAT])))
+    assert change(drawn(family, EIUP([CAT, ALCOHOL])), drawn(family, EIUP([ALCOHOL, CAT]))) > 1e-6
+
+
+# ---------------------------------------------------------------- one edit, looked at closely
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """One call of `EIUP.edit`."""
+
+    eraser: EIUP
+    out: Tensor
+    cross: CrossAttention
+    term: Term
+    edited: Tensor
+
+
+@pytest.fixture
+def edits(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Edit]]:
+    """Draws with an eraser on and returns every edit that was made."""
+    seen: list[Edit] = []
+    original = EIUP.edit
+
+    def spy(self: EIUP, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
+        edited = original(self, out, cross, term)
+        seen.append(Edit(self, out, cross, term, edited))
+        return edited
+
+    def draw(pipe: Any, eraser: EIUP, prompt: Any = PROMPTS, **options: Any) -> list[Edit]:
+        monkeypatch.setattr(EIUP, "edit", spy)
+        with eraser.apply(pipe):
+            latents(pipe, prompt, **options)
+        monkeypatch.setattr(EIUP, "edit", original)
+        assert seen
+        return seen
+
+    return draw
+
+
+Edits = Callable[..., list[Edit]]
+
+
+def test_strength_1_leaves_nothing_of_the_concept(edits: Edits, pipe: Any) -> None:
+    erased = removed = 0
+    for edit in edits(pipe, eiup()):
+        neutral = edit.cross.neutral()
+        d = edit.cross.attend_text(edit.term.text) - neutral
+        left, before = (((out - neutral) * d).sum(-1) for out in (edit.edited, edit.out))
+        assert bool((left <= 1e-5 * (d * d).sum(-1)).all())
+        assert torch.equal(edit.edited[before < 0], edit.out[before < 0])
+        erased += int((before > 0).sum())
+        removed += int((before < 0).sum())
+    assert erased and removed
+
+
+def test_an_empty_prompt_is_left_alone(pipe: Any, family: str) -> None:
+    with eiup(strength=2.0).apply(pipe):
+        assert change(latents(pipe, ""), drawn(family, prompt="")) < 1e-6
+
+
+def test_the_empty_text_as_concept_erases_nothing(edits: Edits, sd1: Any) -> None:
+    for edit in edits(sd1, eiup(strength=2.0), num_inference_steps=1):
+        edit.cross.neutral()
+        empty = Term(edit.cross._neutral, slice(1, 1))
+        for form in FORMS:
+            unchanged = dataclasses.replace(edit.eraser, normalization=form).edit(edit.out, edit.cross, empty)
+            assert torch.equal(unchanged, edit.out), form
+        nearly = Term(encode(sd1, ["", "cat"]).text[:1], slice(1, 1))
+        assert bool(edit.eraser.edit(edit.out, edit.cross, nearly).isfinite().all())
+
+
+@pytest.mark.parametrize("form", ["separate", "gated"])
+def test_weights_add_up(form: str, edits: Edits, double: Any) -> None:
+    for edit in edits(double, eiup(form), num_inference_steps=1):
+
+        def at(strength: float, edit: Edit = edit) -> Tensor:
+            return dataclasses.replace(edit.eraser, strength=strength).edit(edit.out, edit.cross, edit.term)
+
+        assert float((at(0.7) + at(1.1) - at(0.0) - at(1.8)).abs().max()) < 1e-10
+        assert torch.equal(at(0.0), edit.out) and not torch.equal(at(0.7), edit.out)
+
+
+@pytest.mark.parametrize("form", ["separate", "gated"])
+def test_start_end_and_padding_tokens_carry_no_weight(form: str, edits: Edits, sd1: Any) -> None:
+    for edit in edits(sd1, eiup(form), num_inference_steps=1):
+        genuine = edit.cross.keys_values
+
+        def with_other_values(columns: list[int], edit: Edit = edit, genuine: Any = genuine) -> Tensor:
+            def keys_values(text: Tensor) -> tuple[Tensor, Tensor]:
+                key, value = genuine(text)
+                if text is edit.term.text:
+                    value = value.index_fill(2, torch.tensor(columns), 100.0)
+                return key, value
+
+            edit.cross.keys_values = keys_values  # type: ignore[method-assign]
+            return edit.eraser.edit(edit.out, edit.cross, edit.term)
+
+        assert torch.equal(with_other_values([0, *range(4, LIMIT)]), edit.edited)
+        for column in (1, 2, 3):
+            assert not torch.equal(with_other_values([column]), edit.edited)
+
+
+# ---------------------------------------------------------------- layers
+
+
+def test_hooks_sit_on_the_cross_attention_layers_only(pipe: Any) -> None:
+    layers = [name for name, _ in pipe.unet.named_modules() if name.endswith("attn2")]
+    with eiup().apply(pipe):
+        hooked = {name for name, module in pipe.unet.named_modules() if hasattr(module, "_diffusers_hook")}
+        assert all(pipe.unet.get_submodule(name).is_cross_attention for name in layers)
+    assert hooked == {"", *(f"{name}.{part}" for name in layers for part in ("to_q", "to_out.0"))}
+    assert len(layers) >= 4
+
+
+SDXL_BASE = {
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "use_linear_projection": True,
+}
+
+
+@pytest.mark.parametrize(("config", "layers"), [({"cross_attention_dim": 768}, 16), (SDXL_BASE, 70)])
+def test_layers_of_the_published_models(config: dict[str, Any], layers: int) -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config)
+    assert len(Site(unet, SD).layers) == layers
+
+
+# ---------------------------------------------------------------- time
+
+
+@each_form
+def test_it_acts_inside_the_window_only(form: str, sd1: Any) -> None:
+    steps: list[tuple[float, Any, Tensor]] = []
+
+    def see(unet: Any, args: Any, kwargs: Any, out: Any) -> None:
+        steps.append((1 - float(args[1]) / 1000, functools.partial(unet, *args, **kwargs), out[0]))
+
+    watch = sd1.unet.register_forward_hook(see, with_kwargs=True)
+    with eiup(form, window=(0.3, 0.7)).apply(sd1):
+        latents(sd1, num_inference_steps=5)
+    watch.remove()
+    acted = {round(time, 1): not torch.equal(plain()[0], out) for time, plain, out in steps}
+    assert acted == {0.2: False, 0.4: True, 0.6: True, 0.8: False, 1.0: False}
+
+
+def test_windows(pipe: Any, family: str) -> None:
+    def at(*window: float) -> Tensor:
+        return drawn(family, eiup(window=window))
+
+    assert torch.equal(at(0.0, 0.0), drawn(family))
+    assert change(at(0.0, 0.8), at(0.0, 1.0)) > 1e-3
+    assert change(at(0.0, 0.8), drawn(family)) > 1e-3
+    assert EIUP.paper([ALCOHOL], 2.0) == eiup("separate", window=(0.0, 0.8), strength=2.0)
+
+
+# ---------------------------------------------------------------- together with other things
+
+
+@each_form
+def test_attention_slicing_before_and_after(form: str) -> None:
+    pipe, want = pipeline(), drawn("sd1", eiup(form))
+    pipe.enable_attention_slicing("max")
+    with eiup(form).apply(pipe):
+        assert change(latents(pipe), want) < 1e-5
+        pipe.disable_attention_slicing()
+        assert torch.equal(latents(pipe), want)
+        pipe.enable_attention_slicing("max")
+        assert change(latents(pipe), want) < 1e-5
+    assert {type(p).__name__ for p in pipe.unet.attn_processors.values()} == {"SlicedAttnProcessor"}
+    assert change(latents(pipe), drawn()) < 1e-5
+
+
+def add_lora(pipe: Any) -> None:
+    config = LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        pipe.unet.add_adapter(config)
+
+
+@each_form
+@pytest.mark.parametrize("first", ["lora", "eraser"])
+def test_a_lora_takes_part(first: str, form: str) -> None:
+    pipe = pipeline()
+    if first == "lora":
+        add_lora(pipe)
+    handle = eiup(form).apply(pipe)
+    if first == "eraser":
+        assert torch.equal(latents(pipe), drawn("sd1", eiup(form)))
+        add_lora(pipe)
+    erased, half = latents(pipe), latents(pipe, cross_attention_kwargs={"scale": 0.5})
+    assert change(erased, drawn("sd1", eiup(form))) > 1e-2 and change(erased, half) > 1e-2
+    handle.remove()
+    assert change(erased, latents(pipe)) > 1e-2
+    with reference(pipe, form):
+        assert change(erased, latents(pipe)) < 1e-5
+        assert change(half, latents(pipe, cross_attention_kwargs={"scale": 0.5})) < 1e-5
+    handle = eiup(form).apply(pipe)
+    assert torch.equal(latents(pipe), erased)
+    pipe.unet.unload_lora()
+    assert torch.equal(latents(pipe), drawn("sd1", eiup(form)))
+    handle.remove()
+    assert torch.equal(latents(pipe), drawn())
+    assert not any(hasattr(module, "_diffusers_hook") for module in pipe.unet.modules())
+
+
+@each_form
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_half_precision(dtype: torch.dtype, form: str) -> None:
+    pipe = pipeline().to(dtype)
+    with eiup(form).apply(pipe):
+        erased = latents(pipe)
+    assert erased.dtype == dtype
+    assert change(erased.float(), drawn("sd1", eiup(form))) < change(drawn(), drawn("sd1", eiup(form))) / 2
+
+
+# ---------------------------------------------------------------- compiled
+
+COMPILE = {
+    "the pipeline's unet": lambda pipe, **how: setattr(pipe, "unet", torch.compile(pipe.unet, **how)),
+    "in place": lambda pipe, **how: pipe.unet.compile(**how),
+    "block by block": lambda pipe, **how: pipe.unet.compile_repeated_blocks(**how),
+}
+
+
+@pytest.fixture
+def compile_options() -> Iterator[dict[str, Any]]:
+    torch._dynamo.reset()
+    # every block has hooks of its own, so each is compiled by itself
+    with torch._dynamo.config.patch(recompile_limit=64):
+        yield {"backend": "eager", "fullgraph": True}
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("way", COMPILE)
+@pytest.mark.parametrize("first", ["compiled", "applied"])
+def test_compiled_without_a_graph_break(way: str, first: str, compile_options: dict[str, Any]) -> None:
+    pipe = pipeline()
+    eraser = EIUP(rows=[[ALCOHOL], []], window=(0.0, 0.5))
+
+    def check(*erasers: EIUP) -> None:
+        assert change(latents(pipe, PROMPTS), drawn("sd1", *erasers, prompt=PROMPTS)) < 1e-5
+
+    assert change(drawn("sd1", eraser, prompt=PROMPTS), drawn(prompt=PROMPTS)) > 1e-2
+    if first == "compiled":
+        COMPILE[way](pipe, **compile_options)
+        check()
+    handle = eraser.apply(pipe)
+    if first == "applied":
+        COMPILE[way](pipe, **compile_options)
+    check(eraser)
+    handle.strength = 3.0
+    check(dataclasses.replace(eraser, strength=3.0))
+    handle.remove()
+    check()

@@ -1,0 +1,375 @@
+"""Which rows are conditional, how texts are encoded, what is refused, and what stays behind on a pipeline: nothing."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from diffusers import StableDiffusionPipeline
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import ALCOHOL, CAT, LIMIT, PROMPT, PROMPTS, WORDS, batch, change, drawn, latents, pipeline, untouched
+from tokenizers import normalizers
+from torch import Tensor
+
+from efface import EIUP, Concept, NegativePrompt, _hooks
+from efface._hooks import CrossAttention, Term, encode, pack
+
+ERASER = EIUP([ALCOHOL])
+
+
+def bare(pipe: Any, family: str = "sd1", rows: int = 2, **arguments: Any) -> Tensor:
+    """The denoiser called by itself."""
+    with torch.no_grad():
+        return pipe.unet(**{**batch(family, rows), **arguments}).sample
+
+
+@pytest.fixture
+def edited(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The prompt rows of every edit, as they come."""
+    seen: list[Tensor] = []
+    original = EIUP.edit
+
+    def spy(self: EIUP, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
+        assert len(out) == len(cross.query) == len(cross.prompt)
+        seen.append(cross.prompt)
+        return original(self, out, cross, term)
+
+    monkeypatch.setattr(EIUP, "edit", spy)
+    return seen
+
+
+# ---------------------------------------------------------------- which rows are conditional
+
+
+@pytest.mark.parametrize("guidance", [7.5, 1.0])
+def test_the_prompts_rows_are_conditional(guidance: float, pipe: Any, edited: list[Tensor]) -> None:
+    want, *_ = pipe.encode_prompt(list(PROMPTS), device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    with ERASER.apply(pipe):
+        latents(pipe, PROMPTS, guidance_scale=guidance, negative_prompt=["a dog", "the moon"])
+    assert edited and all(torch.equal(rows, want) for rows in edited)
+
+
+def test_a_bare_call_is_conditional_throughout(pipe: Any, family: str, edited: list[Tensor]) -> None:
+    plain = [bare(pipe, family, rows) for rows in (2, 3)]
+    with ERASER.apply(pipe):
+        erased = [bare(pipe, family, 2)]
+        latents(pipe, PROMPT)
+        edited.clear()
+        erased.append(bare(pipe, family, 3))
+        assert edited and all(torch.equal(rows, batch(family, 3)["encoder_hidden_states"]) for rows in edited)
+    for e, p in zip(erased, plain, strict=True):
+        assert all(change(row, of) > 1e-3 for row, of in zip(e, p, strict=True))
+
+
+def test_guidance_may_be_switched_off_midway(sd1: Any, edited: list[Tensor]) -> None:
+    def switch_off(pipe: Any, step: int, time: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if step == 0:
+            pipe._guidance_scale = 1.0
+            tensors["prompt_embeds"] = tensors["prompt_embeds"][1:]
+        return tensors
+
+    options = {"callback_on_step_end": switch_off, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    with ERASER.apply(sd1):
+        erased = latents(sd1, **options)
+    assert len(edited) == 4 * tiny.STEPS and all(torch.equal(rows, edited[0]) for rows in edited)
+    assert change(erased, latents(sd1, **options)) > 1e-3
+
+
+def test_guidance_in_two_calls_edits_the_conditional_one(sd1: Any) -> None:
+    with ERASER.apply(sd1):
+        positive, negative = sd1.encode_prompt(PROMPT, "cpu", 1, True, "a dog")
+        erased = [bare(sd1, rows=1, encoder_hidden_states=text) for text in (negative, positive, negative, positive)]
+    assert torch.equal(erased[0], bare(sd1, rows=1, encoder_hidden_states=negative))
+    assert change(erased[1], bare(sd1, rows=1, encoder_hidden_states=positive)) > 1e-3
+    assert torch.equal(erased[0], erased[2]) and torch.equal(erased[1], erased[3])
+
+
+def test_rows_that_encode_prompt_did_not_make_are_an_error(pipe: Any, family: str) -> None:
+    def add_rows(pipe: Any, step: int, time: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"prompt_embeds": tensors["prompt_embeds"].flip(0)}
+
+    with ERASER.apply(pipe), pytest.raises(ValueError, match="not known which rows are conditional"):
+        latents(pipe, callback_on_step_end=add_rows, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+
+
+def test_embeddings_given_by_the_user(pipe: Any, family: str) -> None:
+    names = ["prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
+    made = pipe.encode_prompt(list(PROMPTS), device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
+    given_by_user = dict(zip(names, made, strict=False))
+    with ERASER.apply(pipe):
+        erased = latents(pipe, None, **given_by_user)
+    assert change(erased, drawn(family, ERASER, prompt=PROMPTS)) < 1e-6
+    with EIUP(rows=[[], [ALCOHOL]]).apply(pipe):
+        erased = latents(pipe, None, **given_by_user)
+    assert torch.equal(erased[0], drawn(family, prompt=PROMPTS)[0])
+    assert change(erased[1], drawn(family, prompt=PROMPTS)[1]) > 1e-3
+
+
+# ---------------------------------------------------------------- changes while on
+
+
+def test_changes_act_at_the_next_denoiser_call(sd1: Any) -> None:
+    plain = bare(sd1)
+    with EIUP(rows=[[ALCOHOL], []]).apply(sd1) as handle:
+        first = bare(sd1)
+        handle.strength = 2.0
+        second = bare(sd1)
+        handle.rows = [[], [ALCOHOL]]
+        third = bare(sd1)
+        with EIUP(rows=[[CAT], []]).apply(sd1):
+            fourth = bare(sd1)
+        handle.rows = [[ALCOHOL]]
+        with pytest.raises(ValueError, match="`rows` has 1 entries, but the call has 2 prompts"):
+            bare(sd1)
+    for one, other in ((first, plain), (second, plain), (second, first)):
+        assert change(one[0], other[0]) > 1e-3 and torch.equal(one[1], other[1])
+    assert torch.equal(third[0], plain[0]) and change(third[1], plain[1]) > 1e-3
+    assert change(fourth[0], third[0]) > 1e-3 and torch.equal(fourth[1], third[1])
+
+
+@pytest.mark.parametrize(("family", "options"), [("sd1", {}), ("sdxl", {"clip_skip": 1})])
+def test_changes_act_in_the_middle_of_a_call(family: str, pipe: Any, options: dict[str, Any]) -> None:
+    rows = [[ALCOHOL], []]
+    with EIUP(rows=rows, strength=0.0).apply(pipe) as handle:
+
+        def switch_on(pipe: Any, step: int, time: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            handle.strength = 1.0 if step == 0 else 0.0
+            return {}
+
+        late = latents(pipe, PROMPTS, callback_on_step_end=switch_on, **options)
+    assert torch.equal(late, drawn(family, EIUP(rows=rows, window=(0.5, 0.9)), prompt=PROMPTS, **options))
+    assert change(late[0], drawn(family, prompt=PROMPTS, **options)[0]) > 1e-3
+
+
+def test_a_refused_change_changes_nothing(sd1: Any) -> None:
+    with ERASER.apply(sd1) as handle:
+        with pytest.raises(ValueError, match="tokens long"):
+            handle.rows = [[Concept("cat " * 20)]]
+        assert handle.rows is None and torch.equal(latents(sd1), drawn("sd1", ERASER))
+
+
+# ---------------------------------------------------------------- texts
+
+
+def test_encode_gives_what_the_pipeline_gives_and_where_the_words_stand(pipe: Any) -> None:
+    texts = ["", "cat", "a night at the pub"]
+    made = encode(pipe, texts)
+    want = pipe.encode_prompt(texts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    assert torch.equal(made.text, want[0]) and made.text.shape[:2] == (3, LIMIT)
+    assert (made.pooled is None) if len(want) == 2 else torch.equal(made.pooled, want[2])
+    columns = [list(range(LIMIT))[own] for own in made.own]
+    assert columns == [[], [1], [1, 2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize(("family", "options"), [("sd1", {}), ("sdxl", {}), ("sdxl", {"clip_skip": 1})])
+def test_concepts_are_encoded_as_the_prompt_is(
+    pipe: Any, family: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(self: EIUP, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
+        assert torch.allclose(cross.prompt, term.text, atol=1e-6)
+        return out
+
+    monkeypatch.setattr(EIUP, "edit", check)
+    with EIUP([CAT]).apply(pipe):
+        latents(pipe, "cat", **options)
+        with pytest.raises(AssertionError):
+            latents(pipe, "cat dog", **options)
+
+
+def test_a_word_may_be_several_tokens_and_look_like_the_end_token(sd1: Any) -> None:
+    # ca t dog, the padding token of others, three unknown bytes
+    assert encode(sd1, ["catdog", "!", "☃ cat"]).own == (slice(1, 4), slice(1, 2), slice(1, 5))
+
+
+def phrases() -> st.SearchStrategy[list[str]]:
+    phrase = st.lists(st.sampled_from(WORDS), min_size=1, max_size=LIMIT - 2).map(" ".join)
+    return st.lists(phrase, min_size=1, max_size=8)
+
+
+@settings(max_examples=40, deadline=None)
+@given(phrases())
+def test_packing_is_greedy_in_order_and_fits(given_phrases: list[str]) -> None:
+    pipe = untouched("sd1")
+    packed = pack(pipe, given_phrases)
+    assert " ".join(packed) == " ".join(given_phrases)
+    assert all(len(text.split()) <= LIMIT - 2 for text in packed)
+    starts = {" ".join(given_phrases[:k]): given_phrases[k] for k in range(1, len(given_phrases))}
+    for k in range(1, len(packed)):
+        phrase = starts[" ".join(packed[:k])]  # no phrase is torn apart
+        assert len(packed[k - 1].split()) + len(phrase.split()) > LIMIT - 2  # and it did not fit any more
+
+
+def test_a_concept_of_several_prompts_acts_with_each(pipe: Any, family: str) -> None:
+    long, rest = "a big red glass of wine and a big red glass of beer", "the moon"
+    assert pack(pipe, [long, rest]) == [long, rest]
+    both = drawn(family, EIUP([Concept("x", (long, rest))]))
+    assert torch.equal(both, drawn(family, EIUP([Concept("x", (long,)), Concept("y", (rest,))])))
+    assert change(both, drawn(family, EIUP([Concept("x", (long,))]))) > 1e-3
+
+
+def test_the_limit_is_the_encoders(pipe: Any) -> None:
+    fits = "cat " * (LIMIT - 2)
+    EIUP([Concept(fits)]).apply(pipe).remove()
+    with pytest.raises(ValueError, match=rf"'{fits}cat' is {LIMIT + 1} tokens long, but .* takes {LIMIT}"):
+        EIUP([Concept("x", ("dog", f"{fits}cat"))]).apply(pipe)
+
+
+def test_a_phrase_without_tokens_is_an_error(sd1: Any) -> None:
+    with pytest.raises(ValueError, match=r"'  ' has no tokens"):
+        encode(sd1, ["cat", "  "])
+    pipe = pipeline()  # with a tokenizer that drops what cannot be seen, as BERT's does
+    rules = pipe.tokenizer.backend_tokenizer
+    rules.normalizer = normalizers.Sequence([normalizers.Replace("\u200b", ""), rules.normalizer])
+    with pytest.raises(ValueError, match=r"'\\u200b' has no tokens"):
+        EIUP([Concept("\u200b")]).apply(pipe)
+
+
+def test_tokenizers_have_to_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pipeline("sdxl")
+    pipe.tokenizer_2.add_tokens("cat")  # now one token there, whatever follows
+    pipe.text_encoder_2.resize_token_embeddings(len(pipe.tokenizer_2))
+    with pytest.raises(ValueError, match="tokenizers place the tokens of .* differently"):
+        encode(pipe, ["catdog cat", "nightcat"])
+
+
+# ---------------------------------------------------------------- the negative prompt
+
+
+@pytest.mark.parametrize("user", [None, "a dog", ["a dog", "the moon"]])
+def test_the_negative_prompt_is_diffusers_own(user: Any, pipe: Any, family: str) -> None:
+    words = "beer, wine glass"
+    with NegativePrompt([ALCOHOL]).apply(pipe):
+        erased = latents(pipe, PROMPTS, negative_prompt=[user] * 2 if isinstance(user, str) else user)
+    texts = [words] * 2 if user is None else [f"{text}, {words}" for text in ([user] * 2 if user == "a dog" else user)]
+    assert torch.equal(erased, latents(pipe, PROMPTS, negative_prompt=texts))
+    assert change(erased, drawn(family, prompt=PROMPTS)) > 1e-3
+
+
+@pytest.mark.parametrize("user", [None, "a dog"])
+def test_one_prompt_one_negative_prompt(user: Any, pipe: Any) -> None:
+    with NegativePrompt([CAT]).apply(pipe):
+        erased = latents(pipe, PROMPT, negative_prompt=user, num_images_per_prompt=2)
+    want = latents(pipe, PROMPT, negative_prompt=f"{user}, cat" if user else "cat", num_images_per_prompt=2)
+    assert torch.equal(erased, want)
+
+
+def test_negative_prompts_add_up(sd1: Any) -> None:
+    with NegativePrompt([ALCOHOL]).apply(sd1), NegativePrompt([CAT]).apply(sd1):
+        both = latents(sd1)
+    assert torch.equal(both, latents(sd1, negative_prompt="beer, wine glass, cat"))
+
+
+def test_both_negative_prompts_of_sdxl() -> None:
+    pipe = pipeline("sdxl")
+    with NegativePrompt([CAT]).apply(pipe):
+        erased = latents(pipe, negative_prompt="a dog", negative_prompt_2="the moon")
+    assert torch.equal(erased, latents(pipe, negative_prompt="a dog, cat", negative_prompt_2="the moon, cat"))
+
+
+def test_negative_embeddings_cannot_be_added_to(sd1: Any) -> None:
+    positive, negative = sd1.encode_prompt(PROMPT, "cpu", 1, True)
+    with NegativePrompt([CAT]).apply(sd1):
+        with pytest.raises(ValueError, match="give the text"):
+            latents(sd1, negative_prompt_embeds=negative)
+        erased = latents(sd1, None, prompt_embeds=positive)
+    assert torch.equal(erased, drawn("sd1", NegativePrompt([CAT])))
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("other", [object(), None, tiny.picture_model()])
+def test_not_a_pipeline_is_a_type_error(other: Any) -> None:
+    for eraser in (ERASER, NegativePrompt([CAT])):
+        with pytest.raises(TypeError, match="Expected a diffusers text-to-image pipeline .* but got"):
+            eraser.apply(other)
+
+
+def test_a_denoiser_without_cross_attention_is_an_error() -> None:
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "mid_block_type": None}
+    pipe = tiny.stable_diffusion(tiny.tokenizer(), 32, tiny.denoiser(32, **blocks))
+    with pytest.raises(ValueError, match="EIUP works in cross-attention, but this StableDiffusionPipeline has no"):
+        ERASER.apply(pipe)
+    assert "encode_prompt" not in vars(pipe) and not hasattr(pipe.unet, "_diffusers_hook")
+    NegativePrompt([CAT]).apply(pipe).remove()
+
+
+def test_fused_projections_are_refused_with_the_cure() -> None:
+    pipe = pipeline()
+    pipe.unet.fuse_qkv_projections()
+    with pytest.raises(ValueError, match=r"`pipe.unet.unfuse_qkv_projections\(\)`"):
+        ERASER.apply(pipe)
+    pipe.unet.unfuse_qkv_projections()
+    with ERASER.apply(pipe):
+        assert change(latents(pipe), drawn("sd1", ERASER)) < 1e-5
+
+
+# ---------------------------------------------------------------- nothing stays behind
+
+
+def test_the_unet_can_be_copied_afterwards(sd1: Any) -> None:
+    with ERASER.apply(sd1):
+        pass
+    assert torch.equal(bare(sd1), copy.deepcopy(sd1.unet)(**batch()).sample)
+
+
+def test_what_others_put_on_the_pipeline_stays(sd1: Any) -> None:
+    calls: list[str] = []
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    pipe = pipeline()
+    query = next(m for name, m in pipe.unet.named_modules() if name.endswith("attn2.to_q"))
+    pipe.encode_prompt = by_hand = counted("text", pipe.encode_prompt)
+    pipe.unet.forward = unet_forward = counted("unet", pipe.unet.forward)
+    query.forward = query_forward = counted("query", query.forward)
+    with pytest.raises(TypeError, match="missing"):
+        by_hand()
+    with ERASER.apply(pipe):
+        calls.clear()
+        assert torch.equal(latents(pipe), drawn("sd1", ERASER))
+        assert {"text", "unet", "query"} == set(calls)
+    assert pipe.encode_prompt is by_hand and pipe.unet.forward is unet_forward and query.forward is query_forward
+    assert "maybe_free_model_hooks" not in vars(pipe)
+    assert torch.equal(latents(pipe), drawn())
+
+
+def test_a_dropped_pipeline_is_freed_though_an_eraser_is_on() -> None:
+    pipe = pipeline()
+    handle = ERASER.apply(pipe)
+    latents(pipe)
+    seen = weakref.ref(pipe.unet)
+    del pipe
+    gc.collect()
+    assert seen() is None
+    with pytest.raises(ValueError, match="pipeline of this eraser is gone"):
+        handle.strength = 2.0
+    handle.remove()
+
+
+def test_pipelines_that_share_a_denoiser_share_its_erasers() -> None:
+    first = pipeline()
+    second = StableDiffusionPipeline(**first.components, requires_safety_checker=False)
+    second.set_progress_bar_config(disable=True)
+    on_first, on_second = EIUP([ALCOHOL]).apply(first), EIUP([CAT]).apply(second)
+    for pipe in (first, second):
+        assert torch.equal(latents(pipe), drawn("sd1", EIUP([ALCOHOL]), EIUP([CAT])))
+    on_first.remove()
+    for pipe in (first, second):
+        assert torch.equal(latents(pipe), drawn("sd1", EIUP([CAT])))
+    on_second.remove()
+    for pipe in (first, second):
+        assert "encode_prompt" not in vars(pipe) and torch.equal(latents(pipe), drawn())
+    assert first.unet not in _hooks._SITES
