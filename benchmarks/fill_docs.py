@@ -45,10 +45,10 @@ def outcome() -> str:
     drawing = found["seconds"]["drawing"] / 60
     return "\n".join(
         [
-            f"On `emoji`, test seeds, n = {found['n_per_cell']} pictures a cell, EIUP at strength {found['strength']:g}, "
-            "guidance 7.5, 25 steps;",
-            "both eyes judge, the worse is shown, with 95 % intervals. A cell counts if the plain model shows the concept "
-            "in at least 30 %.",
+            f"On `emoji`, test seeds, n = {found['n_per_cell']} pictures a cell, EIUP at strength "
+            f"{found['strength']:g}, guidance 7.5, 25 steps;",
+            "both eyes judge, the worse is shown, with 95 % intervals. A cell counts if the plain model shows the",
+            "concept in at least 30 %.",
             f"Measured {found['date'][:10]} by `{found['command']}` ({drawing:.0f} min of drawing on 2 cores), card in "
             "`results/eiup_outcome.json`.",
             "",

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 
 
 def traces(pipe: Any) -> set[str]:
@@ -24,7 +25,10 @@ def traces(pipe: Any) -> set[str]:
 @functools.cache
 def shared(family: str) -> tuple[Any, set[str]]:
     pipe = tiny.pipeline(family)
-    tiny.latents(pipe)  # transformers puts hooks of its own on the text encoder
+    tiny.latents(pipe)
+    # transformers puts hooks of its own on a text encoder that is asked for its hidden states
+    for encoder in filter(None, (pipe.text_encoder, getattr(pipe, "text_encoder_2", None))):
+        encoder(torch.tensor([[0, 1]]), output_hidden_states=True)
     return pipe, traces(pipe)
 
 

@@ -192,11 +192,11 @@ def test_a_handle_is_removed_once_whatever_happens() -> None:
 
 def test_several_handles_are_one_and_come_off_last_first() -> None:
     order: list[str] = []
-    names = ("cat", "dog", "wine")
+    names = ("cat", "dog", "guitar")
     handles = [Handle(EIUP(n), lambda e: None, lambda n=n: order.append(n)) for n in names]  # type: ignore[misc]
     with Handles(handles) as together:
         assert list(together) == handles and len(together) == 3 and together[1] is handles[1]
         assert [c["concepts"][0]["name"] for c in together.config()] == list(names)
         handles[1].remove()
     together.remove()
-    assert order == ["dog", "wine", "cat"]
+    assert order == ["dog", "guitar", "cat"]

@@ -66,7 +66,7 @@ def test_bystanders_stay(pipe, eyes: Eyes) -> None:
     with efface.erase(pipe, "alcohol"):
         guarded = draw(pipe, prompts, [1_600_000 + k for k in rows])
     assert share(right(plain), "least") >= 0.8
-    assert share(right(guarded), "least") >= share(right(plain), "least") - 0.13  # two of 16
+    assert share(right(guarded), "least") >= 0.7  # 13 of 16 when this was written, by the worse eye
     assert not torch.equal(plain, guarded)
 
 

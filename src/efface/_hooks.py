@@ -183,6 +183,7 @@ class Hooked:
     off: ClassVar[dict[str, Any] | None] = None
     touches_uncond: ClassVar[bool] = False
     edits_attention: ClassVar[bool] = False
+    packs = True  # phrases share erasure prompts; a method may need one prompt per phrase
 
     concepts: tuple[Concept, ...]
     rows: tuple[tuple[Concept, ...], ...] | None = None
@@ -386,7 +387,11 @@ class Site:
         if not eraser.edits_attention:
             return
         concepts = eraser.concepts if eraser.rows is None else itertools.chain(*eraser.rows)
-        texts = [(concept, text) for concept in dict.fromkeys(concepts) for text in pack(pipe, concept.phrases)]
+        texts = [
+            (concept, text)
+            for concept in dict.fromkeys(concepts)
+            for text in (pack(pipe, concept.phrases) if eraser.packs else concept.phrases)
+        ]
         encoded = encode(pipe, ["", *(text for _, text in texts)], **settings)
         self.neutral = encoded.text[:1]
         entry.terms = tuple(

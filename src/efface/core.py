@@ -77,7 +77,7 @@ def concept(name: str) -> Concept:
     Example:
         >>> import efface
         >>> efface.concept("alcohol").phrases[:2]
-        ('beer', 'wine')
+        ('alcohol', 'alcoholic drink')
     """
     known = shipped_concepts()
     if name not in known:

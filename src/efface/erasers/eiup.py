@@ -43,8 +43,9 @@ class EIUP(Hooked):
     window the plain prompt is drawn. SDXL's pooled text embedding does not pass cross-attention and is not edited.
 
     Args:
-        concepts: what to erase: names of shipped concepts, `Concept` objects, or a sequence of them. Phrases are packed
-            into as few erasure prompts as fit the encoder; concepts act one after the other.
+        concepts: what to erase: names of shipped concepts, `Concept` objects, or a sequence of them. Projected: each
+            phrase is an erasure prompt with a direction of its own, taken out one after the other (joined phrases
+            dilute one another). Separate and gated: phrases are packed into as few prompts as fit the encoder.
         strength: >= 0. Projected: the share of the concept's component that is taken out, 1 = all of it (above 2 the
             picture suffers). Separate and gated: the weight -w of each concept token. 0 is the plain pipeline.
         window: (start, end), the part of the trajectory in which it acts, as fractions: 0 is pure noise, 1 the picture.
@@ -93,6 +94,10 @@ class EIUP(Hooked):
     def paper(cls, concepts: Concepts, strength: float = 1.0) -> EIUP:
         """The paper's form, E1, in the published window (the first 80 % of the trajectory)."""
         return cls(concepts, strength=strength, window=(0.0, 0.8), normalization="separate")
+
+    @property
+    def packs(self) -> bool:  # type: ignore[override]
+        return self.normalization != "projected"
 
     def edit(self, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
         if self.normalization == "projected":
