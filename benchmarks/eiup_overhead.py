@@ -238,7 +238,7 @@ def show(model: str, record: dict[str, Any]) -> None:
     """The table, within 80 columns, and what became of the targets."""
     title = f"{model}, {record['rounds']} rounds, {record['threads']} threads: medians (range)"
     columns = ("variant", "batch", "seconds", "x plain", "effect", "MiB", "x plain")
-    table = Table(*columns, title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table(*columns, title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     for row in record["results"]:
         ratio, used = row["ratio"], row.get("memory")
         table.add_row(

@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=80)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=6e-4)
-    parser.add_argument("--pool", type=int, default=100_000)
+    parser.add_argument("--pool", type=int, default=90_000)
     parser.add_argument("--pool-seed", type=int, default=0)
     parser.add_argument("--init", type=Path, help="start from these weights with a fresh optimiser")
     parser.add_argument("--name", default="unet")
