@@ -203,7 +203,7 @@ def measure(bench: Bench, strength: float, out: Path) -> None:
         console.print(f"{name}: {p['rate']:.1%} [{p['interval'][0]:.1%}, {p['interval'][1]:.1%}] n = {p['n']}")
     card = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python benchmarks/eiup_outcome.py measure",
+        "command": f"python benchmarks/eiup_outcome.py measure --n {bench.n}",
         "model": {"name": "emoji", "text_hash": bench.hash},
         "detector": {"name": "emoji eyes, the worse of two", "sha256": bench.eyes.facts.get("sha256")},
         "strength": strength,

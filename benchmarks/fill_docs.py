@@ -77,6 +77,10 @@ def gates() -> str:
             bar = "" if p.get("bar") is None else f"{100 * p['bar']:.0f} %"
             passed = {True: "yes", False: "no", None: ""}[p.get("passed")]
             lines.append(f"| {name} | {interval(p['worse'])} | {bar} | {passed} |")
+        rates = {f"{job}: male": p for job, p in found["c"]["gender"]["jobs"].items()}
+        for name, p in (rates | {"watermark": found["c"]["watermark"]}).items():
+            passed = "yes" if p["passed"] else "no"
+            lines.append(f"| {name} | {interval(p['worse'])} | {100 * p['trained']:.0f} ± 5 % | {passed} |")
     return "\n".join(lines)
 
 

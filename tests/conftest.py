@@ -17,7 +17,8 @@ def traces(pipe: Any) -> set[str]:
     for part in ("unet", "vae", "text_encoder"):
         for name, module in getattr(pipe, part).named_modules():
             kept = [trace for trace in ("_diffusers_hook", "forward") if trace in vars(module)]
-            kept += [trace for trace in ("_forward_hooks", "_forward_pre_hooks") if getattr(module, trace)]
+            if part != "text_encoder":  # where transformers has hooks of its own
+                kept += [trace for trace in ("_forward_hooks", "_forward_pre_hooks") if getattr(module, trace)]
             found |= {f"{part}.{name}.{trace}" for trace in kept}
     return found
 

@@ -41,7 +41,7 @@ def embed(pipe: Any, text: str) -> Tensor:
         vocabulary = tokens.get_vocab()
         ids = [0, *(vocabulary[f"{word}</w>"] for word in text.split()), 1]
         ids += [vocabulary[tokens.pad_token]] * (LIMIT - len(ids))
-        out = model(torch.tensor([ids]), output_hidden_states=True)
+        out = model(torch.tensor([ids]), output_hidden_states=hasattr(pipe, "text_encoder_2"))
         states.append(out.hidden_states[-2] if hasattr(pipe, "text_encoder_2") else out.last_hidden_state)
     return torch.cat(states, -1)[0].detach()
 
