@@ -47,7 +47,7 @@ def sd1() -> Iterator[Any]:
     yield from lend("sd1")
 
 
-@pytest.fixture(params=list(tiny.FAMILIES))
+@pytest.fixture(params=tiny.FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -90,6 +90,8 @@ def test_rows_need_a_list_for_each_prompt() -> None:
 
 @given(NUMBERS)
 @example(-0.0)
+@example(math.nan)
+@example(math.inf)
 def test_a_strength_is_finite_and_not_negative(strength: float) -> None:
     if math.isfinite(strength) and strength >= 0:
         assert check_strength(strength) == strength

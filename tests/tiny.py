@@ -161,14 +161,21 @@ def sdxl() -> StableDiffusionXLPipeline:
     )
 
 
-FAMILIES: dict[str, Callable[[], Any]] = {"sd1": sd1, "sd2": sd2, "sdxl": sdxl}
+def small() -> StableDiffusionPipeline:
+    """One level, quick to compile."""
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    return stable_diffusion(tokenizer(), 32, denoiser(32, block_out_channels=(16,), **blocks))
+
+
+BUILDERS: dict[str, Callable[[], Any]] = {"sd1": sd1, "sd2": sd2, "sdxl": sdxl, "small": small}
+FAMILIES = ("sd1", "sd2", "sdxl")
 
 
 def pipeline(family: str = "sd1") -> Any:
     """A new pipeline; the same weights each time."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        pipe = FAMILIES[family]()
+        pipe = BUILDERS[family]()
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
