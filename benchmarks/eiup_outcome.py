@@ -186,10 +186,10 @@ def measure(bench: Bench, strength: float, out: Path) -> None:
             *cc, *("-" if s is None else f"{100 * s:.0f} %" for s in shown), style="" if cc in counts else "dim"
         )
     pooled: dict[str, Any] = {}
-    groups = {"explicit": ("explicit", "pair"), "implicit": ("theme", "paraphrase")}
+    groups = {"explicit": ("explicit",), "implicit": ("theme", "paraphrase")}
     for v in variants:
         for group, kinds in groups.items():
-            chosen = [cells[cc][v] for cc in counts if cc[1] in (("explicit",) if group == "explicit" else kinds)]
+            chosen = [cells[cc][v] for cc in counts if cc[1] in kinds]
             value, k, n = rate(pool(chosen, "left"), "least" if v == "plain" else "most")
             pooled[f"{v} {group} left"] = {"rate": value, "n": n, "interval": wilson(k, n)}
         chosen = [cells[cc][v] for cc in counts if cells[cc][v]["kept"]]

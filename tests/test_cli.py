@@ -55,6 +55,17 @@ def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_overwrite_removes_nothing_before_the_model_is_there(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/grid.png").write_text("earlier")
+    (tmp_path / "empty").mkdir()
+    args = ["erase", "a cat", "--concept", "cat", "--model", str(tmp_path / "empty")]
+    done = run(*args, "--out", str(tmp_path / "out"), "--overwrite")
+    assert done.returncode == 2
+    assert "is not a saved pipeline" in done.stderr
+    assert (tmp_path / "out/grid.png").read_text() == "earlier"
+
+
 def test_an_output_file_is_not_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = run("erase", "a cat", "--concept", "cat", "--out", str(tmp_path / "file"))

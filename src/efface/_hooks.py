@@ -516,10 +516,8 @@ class Site:
             for term in entry.acting:
                 if term.rows is None:
                     edited = eraser.edit(out, cross, term)
-                elif len(term.rows):
-                    edited = out.index_copy(0, term.rows, eraser.edit(out[term.rows], cross.at(term.rows), term))
                 else:
-                    continue
+                    edited = out.index_copy(0, term.rows, eraser.edit(out[term.rows], cross.at(term.rows), term))
                 out, changed = (torch.lerp(out, edited, weight.to(out)) if isinstance(weight, Tensor) else edited), True
         if not changed:
             return hidden

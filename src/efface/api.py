@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,11 +56,8 @@ def load(model: str | Path, dtype: torch.dtype | None = None, device: str | None
     index = path / "model_index.json"
     if path.exists() and not index.is_file():
         raise FileNotFoundError(f"{path} is not a saved pipeline: it has no model_index.json. Give its top folder.")
-    if index.is_file():
-        # A saved emoji pipeline names our VAE by its module, which diffusers finds only if it is imported.
-        for library, _ in (v for v in json.loads(index.read_text("utf-8")).values() if isinstance(v, list)):
-            if str(library).startswith("efface.") or library == "vae":
-                importlib.import_module("efface.models.emoji.vae")
+    if index.is_file() and "efface.models.emoji.vae" in index.read_text("utf-8"):
+        importlib.import_module("efface.models.emoji.vae")  # diffusers finds our VAE only if it is imported
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(str(model), **({} if dtype is None else {"dtype": dtype}))

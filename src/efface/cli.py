@@ -125,19 +125,15 @@ def _fields(settings: list[str]) -> dict[str, Any]:
 
 
 def _folder(out: Path | None, overwrite: bool) -> Path:
-    """The output folder, made and empty of earlier results."""
+    """The output folder: made, writable, and empty unless its results may be replaced."""
     if out is None:
         base = Path("efface-out")
         taken = [int(p.name) for p in base.glob("[0-9]*") if p.name.isdigit()] if base.is_dir() else []
         out = base / f"{max(taken, default=0) + 1:03d}"
     if out.exists() and not out.is_dir():
         raise ValueError(f"Expected --out to be a folder, but {out} is a file: name another one.")
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise ValueError(f"{out} is not empty: give --overwrite to replace its results, or name another folder.")
-        for pattern in ("before-*.png", "after-*.png", "grid.png", "record.json"):
-            for old in out.glob(pattern):
-                old.unlink()
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise ValueError(f"{out} is not empty: give --overwrite to replace its results, or name another folder.")
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".writable"
@@ -146,6 +142,13 @@ def _folder(out: Path | None, overwrite: bool) -> Path:
     except OSError as error:
         raise ValueError(f"Cannot write to {out} ({error.strerror}): name another folder with --out.") from error
     return out
+
+
+def _clear(folder: Path) -> None:
+    """Removes earlier results, once nothing stands in the way of new ones."""
+    for pattern in ("before-*.png", "after-*.png", "grid.png", "record.json"):
+        for old in folder.glob(pattern):
+            old.unlink()
 
 
 class _Judge:
@@ -211,6 +214,7 @@ def erase(
         pipe = api.load(model)
         eraser.apply(pipe).remove()  # a phrase too long or a wrong pipeline is found before anything is drawn
         judge = _Judge(targets) if model == "emoji" else None
+        _clear(folder)
     record = _record(prompt, negative, model, api.model_hash(pipe), eraser, seed, images, steps, guidance)
     call = {"num_inference_steps": steps, "guidance_scale": guidance, "negative_prompt": negative or None}
     try:
@@ -321,7 +325,8 @@ def _report(folder: Path, record: dict[str, Any]) -> None:
     console, entries = Console(), record["images"]
     judged = entries and "seen" in entries[0]["before"]
     if judged:
-        table = Table(title=f"{_plain(record['prompt'])}: shown in {len(entries)} pictures", title_justify="left")
+        console.print(f"{_plain(record['prompt'])}: seen in {len(entries)} pictures", soft_wrap=True, highlight=False)
+        table = Table()
         for heading in ("", "before", "after"):
             table.add_column(heading, justify="left" if not heading else "right")
         for name in entries[0]["before"]["seen"]:

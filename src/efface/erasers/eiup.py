@@ -46,8 +46,9 @@ class EIUP(Hooked):
         concepts: what to erase: names of shipped concepts, `Concept` objects, or a sequence of them. Projected: each
             phrase is an erasure prompt with a direction of its own, taken out one after the other (joined phrases
             dilute one another). Separate and gated: phrases are packed into as few prompts as fit the encoder.
-        strength: >= 0. Projected: the share of the concept's component that is taken out, 1 = all of it (above 2 the
-            picture suffers). Separate and gated: the weight -w of each concept token. 0 is the plain pipeline.
+        strength: >= 0. Projected: the share of the concept's component that is taken out, 1 = all of it. Above 1 it
+            pushes the other way, and guidance multiplies that: pictures suffer soon. Separate and gated: the weight -w
+            of each concept token. 0 is the plain pipeline.
         window: (start, end), the part of the trajectory in which it acts, as fractions: 0 is pure noise, 1 the picture.
         normalization: "projected", "separate" or "gated".
         rows: one list of concepts per prompt of the batch, instead of `concepts` for all.
