@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 import training
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from efface.models.emoji.eyes import ICONS, INDEX, STYLES, WIDTHS, Eye, Eyes, Seen
@@ -69,10 +69,15 @@ def decode(vae: EmojiVAE, z: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def reconstruct(vae: EmojiVAE, x: Tensor, noise: Tensor | None = None) -> Tensor:
-    """Pictures [N, 3, H, W] in [0, 1] through the autoencoder; `noise` [N, C, h, w] is added to the latents."""
+def reconstruct(vae: EmojiVAE, x: Tensor, noise: Tensor | float = 0.0, smooth: Tensor | float = 0.0) -> Tensor:
+    """Pictures [N, 3, H, W] in [0, 1] through the autoencoder.
+
+    A share `smooth` [N, 1, 1, 1] of the latents is the mean of the neighbourhood, which blurs as a diffusion model does
+    that is unsure where an edge runs; then `noise` [N, C, h, w] is added.
+    """
     z = vae.encoder((2 * x - 1).contiguous(memory_format=torch.channels_last)).float()
-    return decode(vae, z if noise is None else z + noise)
+    around = F.avg_pool2d(z, 3, 1, 1, count_include_pad=False)
+    return decode(vae, z + smooth * (around - z) + noise)
 
 
 def draw(
@@ -179,7 +184,9 @@ def mixed_batch(eye: int, step: int, n: int, vae: EmojiVAE, sheets: dict[str, np
     size = 0.5 * STRENGTHS[eye] ** 0.5 * size**1.5 * (torch.rand(decoded, 1, 1, 1, generator=generator) < 0.7)
     with torch.autocast("cpu", torch.bfloat16):
         noise = size * torch.randn(decoded, vae.config.latent_channels, 8, 8, generator=generator)
-        x[:decoded] = reconstruct(vae, x[:decoded], noise)
+        smooth = torch.rand(decoded, 1, 1, 1, generator=generator)
+        smooth = 0.7 * smooth * (torch.rand(decoded, 1, 1, 1, generator=generator) < 0.4)
+        x[:decoded] = reconstruct(vae, x[:decoded], noise, smooth)
         nothing = [empty(kind, rng, each, vae, sheets) for kind in EMPTY]
     x = torch.cat([x, *(images for images, _ in nothing)])
     icons = torch.cat([target.icons, torch.zeros(each * len(EMPTY), len(ICONS))])
@@ -198,10 +205,14 @@ def loss_of(logits: tuple[Tensor, Tensor, Tensor], target: Seen) -> Tensor:
 # ---------------------------------------------------------------- train
 
 
-def train(eye: int, minutes: float, size: int, work: Path) -> None:
+def train(eye: int, minutes: float, size: int, work: Path, init: Path | None) -> None:
     torch.manual_seed(SEEDS[eye])
     sheets, vae = scenes.icons(), load_vae()
-    model = Eye(WIDTHS[eye]).to(memory_format=torch.channels_last)
+    model = Eye(WIDTHS[eye])
+    if init:
+        stored = {k.removeprefix(f"{eye}."): v.float() for k, v in load_file(init).items() if k.startswith(f"{eye}.")}
+        model.load_state_dict(stored, strict=False)  # without BatchNorm's count of batches, which nothing reads
+    model.to(memory_format=torch.channels_last)
     x, held = draw(np.random.default_rng(HELD + 1), sheets, 512, ("noto",), mix=False)
     held_x = reconstruct(vae, x)
 
@@ -382,6 +393,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--eye", type=int, choices=(0, 1))
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--init", type=Path, help="start from these weights (an eyes.safetensors), fresh optimiser")
     parser.add_argument("--freeze", action="store_true")
     parser.add_argument("--scenes", type=int, default=12_288, help="held-out scenes that --freeze calibrates on")
     parser.add_argument("--work", type=Path, default=scenes.WORK, help="checkpoints of the eyes")
@@ -392,7 +404,7 @@ def main() -> None:
     elif args.eye is None:
         parser.error("name an eye with --eye 0 or --eye 1, or --freeze both")
     else:
-        train(args.eye, args.minutes, args.batch, args.work)
+        train(args.eye, args.minutes, args.batch, args.work, args.init)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 import scenes
@@ -37,10 +38,16 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--channels", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--decoder-of", type=Path, help="keep the encoder of this autoencoder, train its decoder on")
     args = parser.parse_args()
     torch.manual_seed(SEED)
     sheets = scenes.icons()
-    vae = EmojiVAE(latent_channels=args.channels).to(memory_format=torch.channels_last)
+    vae = EmojiVAE(latent_channels=args.channels)
+    if args.decoder_of:  # latents stay what they are, so a UNet trained on them stays valid
+        vae = EmojiVAE.from_pretrained(args.decoder_of).float()
+        vae.encoder.requires_grad_(False)
+    vae.to(memory_format=torch.channels_last)
     held, _ = scenes.batch(np.random.default_rng(9_999), sheets, 256)
     held_x = pictures(held)
 
@@ -69,18 +76,18 @@ def main() -> None:
         scenes.sheet(rows, 14).save(scenes.WORK / "vae.png")
 
     ema = training.train(
-        "vae", scenes.WORK, vae, loss_of, minutes=args.minutes, lr=2e-3, images=args.batch, on_checkpoint=show
+        "vae", scenes.WORK, vae, loss_of, minutes=args.minutes, lr=args.lr, images=args.batch, on_checkpoint=show
     )
     final = EmojiVAE(latent_channels=args.channels)
     final.load_state_dict(ema)
     with torch.no_grad():
         x = pictures(scenes.batch(np.random.default_rng(9_998), sheets, 2048)[0])
         std = float(torch.cat([final.encoder(p) for p in x.split(256)]).std())
-    final.register_to_config(scaling_factor=round(1 / std, 5))
+    scaling_factor = vae.config.scaling_factor if args.decoder_of else round(1 / std, 5)
+    final.register_to_config(scaling_factor=scaling_factor)
     final.half().save_pretrained(scenes.WORK / "vae")
-    print(
-        f"vae saved, scaling_factor {1 / std:.4f}, {sum(p.numel() for p in final.parameters()) / 1e6:.2f} M parameters"
-    )
+    size = sum(p.numel() for p in final.parameters()) / 1e6
+    print(f"vae saved, scaling_factor {scaling_factor:.4f}, {size:.2f} M parameters")
 
 
 if __name__ == "__main__":
