@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from efface.api import concept, concepts, erase, load, stack
     from efface.core import Concept, Detector, Editor, Eraser, Handle
     from efface.delta import Delta
+    from efface.editors.rece import RECE
+    from efface.editors.uce import UCE
     from efface.erasers.eiup import EIUP
     from efface.erasers.negative_prompt import NegativePrompt
 
@@ -23,6 +25,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "EIUP",
+    "RECE",
+    "UCE",
     "Concept",
     "Delta",
     "Detector",
@@ -40,6 +44,8 @@ __all__ = [
 
 _HOME = {
     "EIUP": "efface.erasers.eiup",
+    "RECE": "efface.editors.rece",
+    "UCE": "efface.editors.uce",
     "Concept": "efface.core",
     "Delta": "efface.delta",
     "Detector": "efface.core",
