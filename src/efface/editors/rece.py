@@ -44,8 +44,8 @@ class RECE:
     1,734 artists are not preserved unless you give them. Of their penalties only that on ||c'|| is here.
 
     Args:
-        mu: > 0, holds c' small; to be compared with the mean eigenvalue of S ("trace" in `info`), far above which the
-            rounds do nothing. 0.1 or 0.001 in the paper, for SD 1.4.
+        mu: > 0, holds c' small; far above the "mean eigenvalue" of S in `info`, the rounds do nothing. 0.1 or 0.001 in
+            the paper, for SD 1.4.
         rounds: >= 0 pairs of derive and erase; 0 is UCE.
         tokens: which tokens UCE edits in front, see `UCE`; the rounds edit every position.
         preserve: texts that must read as before, beside each concept's `keep`. The empty text holds the start token,
@@ -136,11 +136,11 @@ class RECE:
             return delta()
         concept, anchor, gram = self._rows(pipe, wanted)
         s = sum_of_squares(list(weights.values()))
-        info["trace"] = float(s.trace()) / len(s)
-        if self.mu > info["trace"]:
+        info["mean eigenvalue"] = float(s.trace()) / len(s)
+        if self.mu > info["mean eigenvalue"]:
             warnings.warn(
-                f"`mu` is {self.mu:g}, above the mean eigenvalue {info['trace']:g} of this model's keys and values, so "
-                "the rounds do next to nothing: give a smaller one.",
+                f"`mu` is {self.mu:g}, but the mean eigenvalue of this model's keys and values is "
+                f"{info['mean eigenvalue']:g}, so the rounds do next to nothing: give a smaller one.",
                 stacklevel=2,
             )
         for k in range(1, self.rounds + 1):
