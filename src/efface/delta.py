@@ -240,7 +240,7 @@ class Delta:
         (64, 64)
     """
 
-    off: ClassVar[dict[str, Any] | None] = {"strength": 0.0}
+    off: ClassVar[Mapping[str, Any] | None] = {"strength": 0.0}
     touches_uncond: ClassVar[bool] = True
 
     weights: Mapping[str, Change]
