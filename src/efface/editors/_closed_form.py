@@ -10,12 +10,10 @@ from torch import Tensor
 
 from .._hooks import encode
 from ..core import Concept
-from ..delta import Change, Factors, truncate
+from ..delta import Change, Factors
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-EXACT = 1e-7  # what falls off when factors are made thinner, relative: below the rounding of float32
 
 
 def check_positive(name: str, value: float) -> None:
@@ -115,13 +113,16 @@ def condition(concept: Tensor, gram: Tensor, erase_scale: float, lam: float) -> 
 
 
 def changes(weights: Mapping[str, Tensor], left: Tensor, right: Tensor) -> dict[str, Change]:
-    """W (T - I) for every W [C, D]: factors in float32, or a whole tensor where that is smaller."""
-    if left.shape[1] > len(left) // 4:  # many rows are alike: as many factors as float32 can tell apart
-        factors, _ = truncate(Factors(left, right), tolerance=EXACT)
-        left, right = factors.B, factors.A
+    """W (T - I) for every W [C, D], in float32: the exact factors, or one tensor where that is smaller."""
+    n, width = right.shape
+    whole: Tensor | None = None
     found: dict[str, Change] = {}
     for name, weight in weights.items():
-        b = weight.detach().cpu().double() @ left
-        small = b.shape[1] * (b.shape[0] + right.shape[1]) <= weight.numel()
-        found[name] = Factors(b.float(), right.float()) if small else (b @ right).float()
+        w = weight.detach().cpu()
+        if n * (len(w) + width) <= w.numel():
+            found[name] = Factors((w.double() @ left).float(), right.float())
+            continue
+        whole = left @ right if whole is None else whole
+        precise = torch.promote_types(w.dtype, torch.float32)
+        found[name] = (w.to(precise) @ whole.to(precise)).float()
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -143,17 +143,9 @@ class RECE:
                 f"{info['mean eigenvalue']:g}, so the rounds do next to nothing: give a smaller one.",
                 stacklevel=2,
             )
-        for k in range(1, self.rounds + 1):
-            derived = derive(s, left, right, concept, self.mu)
-            more_left, more_right = step(derived, anchor, gram, 1.0, self.lam)
-            note = {
-                "norm": float(derived.norm() / concept.norm()),
-                "residual": residual(more_left, more_right, derived, anchor),
-                "condition": condition(derived, gram, 1.0, self.lam),
-            }
+        steps = rounds(s, left, right, concept, anchor, gram, self.mu, self.lam)
+        for k, (left, right, note) in zip(range(1, self.rounds + 1), steps, strict=False):  # noqa: B007
             info["rounds"] = [*info["rounds"], note]
-            left = torch.cat([left, more_left + left @ (right @ more_left)], 1)  # T (I + u v) = T + (T u) v
-            right = torch.cat([right, more_right])
             if on_epoch_end and on_epoch_end(k, delta()):
                 break
         return delta()
@@ -183,3 +175,20 @@ def derive(s: Tensor, left: Tensor, right: Tensor, concept: Tensor, mu: float) -
     k = (k + k.T) / 2
     k.diagonal().add_(mu)
     return torch.cholesky_solve(ts @ concept.T, torch.linalg.cholesky(k)).T
+
+
+def rounds(
+    s: Tensor, left: Tensor, right: Tensor, concept: Tensor, anchor: Tensor, gram: Tensor, mu: float, lam: float
+) -> Iterator[tuple[Tensor, Tensor, dict[str, float]]]:
+    """T - I as factors after each round, without end, and what is worth knowing; `gram` is b P^T P."""
+    while True:
+        derived = derive(s, left, right, concept, mu)
+        more_left, more_right = step(derived, anchor, gram, 1.0, lam)
+        note = {
+            "norm": float(derived.norm() / concept.norm()),
+            "residual": residual(more_left, more_right, derived, anchor),
+            "condition": condition(derived, gram, 1.0, lam),
+        }
+        left = torch.cat([left, more_left + left @ (right @ more_left)], 1)  # T (I + u v) = T + (T u) v
+        right = torch.cat([right, more_right])
+        yield left, right, note
