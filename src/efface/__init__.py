@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from efface.api import concept, concepts, erase, load, stack
-    from efface.core import Concept, Detector, Eraser, Handle
+    from efface.core import Concept, Detector, Editor, Eraser, Handle
+    from efface.delta import Delta
+    from efface.editors.rece import RECE
+    from efface.editors.uce import UCE
     from efface.erasers.eiup import EIUP
     from efface.erasers.negative_prompt import NegativePrompt
 
@@ -22,8 +25,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "EIUP",
+    "RECE",
+    "UCE",
     "Concept",
+    "Delta",
     "Detector",
+    "Editor",
     "Eraser",
     "Handle",
     "NegativePrompt",
@@ -37,8 +44,12 @@ __all__ = [
 
 _HOME = {
     "EIUP": "efface.erasers.eiup",
+    "RECE": "efface.editors.rece",
+    "UCE": "efface.editors.uce",
     "Concept": "efface.core",
+    "Delta": "efface.delta",
     "Detector": "efface.core",
+    "Editor": "efface.core",
     "Eraser": "efface.core",
     "Handle": "efface.core",
     "NegativePrompt": "efface.erasers.negative_prompt",
