@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from efface.api import concept, concepts, erase, load, stack
-    from efface.core import Concept, Detector, Eraser, Handle
+    from efface.core import Concept, Detector, Eraser, Handle, Metric, Row, Sample, Score, Suite
     from efface.erasers.eiup import EIUP
     from efface.erasers.negative_prompt import NegativePrompt
 
@@ -26,7 +26,12 @@ __all__ = [
     "Detector",
     "Eraser",
     "Handle",
+    "Metric",
     "NegativePrompt",
+    "Row",
+    "Sample",
+    "Score",
+    "Suite",
     "__version__",
     "concept",
     "concepts",
@@ -41,7 +46,12 @@ _HOME = {
     "Detector": "efface.core",
     "Eraser": "efface.core",
     "Handle": "efface.core",
+    "Metric": "efface.core",
     "NegativePrompt": "efface.erasers.negative_prompt",
+    "Row": "efface.core",
+    "Sample": "efface.core",
+    "Score": "efface.core",
+    "Suite": "efface.core",
     "concept": "efface.api",
     "concepts": "efface.api",
     "erase": "efface.api",
