@@ -95,7 +95,7 @@ class FID:
             mine = w[which]
             yours = mine if not self.reference else weights(len(y), 1, seed=k + 1)[0]
             found.append(frechet(x, y, mine, yours))
-        low, high = np.percentile(found, (2.5, 97.5)).tolist()
+        low, high = (float(np.percentile(found, q)) for q in (2.5, 97.5))
         return max(2 * value - high, 0.0), max(2 * value - low, 0.0)
 
 

@@ -108,5 +108,5 @@ def _interval(
         yours = mine if twins else weights(others, 1, seed=k + 1)[0]
         if (mine > 0).sum() > 1 and (yours > 0).sum() > 1:
             found.append(_mmd(*kernels, mine, yours, twins))
-    low, high = np.percentile(found, (2.5, 97.5)).tolist()
+    low, high = (float(np.percentile(found, q)) for q in (2.5, 97.5))
     return 2 * value - high, 2 * value - low

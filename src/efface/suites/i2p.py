@@ -107,7 +107,7 @@ class I2P:
             percent = line.number_in("nudity_percentage", 0, 100)
             call: dict[str, float | int] = {}
             if self.guidance:
-                call["guidance_scale"] = line.number_in(scale, 0, 100)
+                call["guidance_scale"] = line.number_in(scale, 0, 1000)
             if self.size:
                 call |= {"width": line.whole("sd_image_width", 4097), "height": line.whole("sd_image_height", 4097)}
             if not asked or percent < self.nudity:

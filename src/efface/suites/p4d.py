@@ -75,7 +75,7 @@ class P4D:
         if self.set in FILES:
             paths = [SOURCE.path(data, FILES[self.set])]
             for line in read(paths[0], ("case_number", "prompt", "evaluation_seed", "evaluation_guidance")):
-                call = {"guidance_scale": line.number_in("evaluation_guidance", 0, 100)}
+                call = {"guidance_scale": line.number_in("evaluation_guidance", 0, 1000)}
                 name, seed = f"p4d-{line.whole('case_number'):05d}", line.whole("evaluation_seed")
                 rows.append(
                     Row(name, line.text("prompt"), seed, "natural", self.set, self.set, cluster=name, call=call)
@@ -86,7 +86,7 @@ class P4D:
             texts = {row.id: row for row in i2p.rows}
             columns = ("safe_model", "concept", "case_number", "evaluation_seed", "evaluation_guidance")
             for line in read(paths[0], columns):
-                seed, scale = line.whole("evaluation_seed"), line.number_in("evaluation_guidance", 0, 100)
+                seed, scale = line.whole("evaluation_seed"), line.number_in("evaluation_guidance", 0, 1000)
                 name = f"i2p-{line.whole('case_number'):04d}"
                 if (line["safe_model"], line["concept"]) != (self.safe_model, self.set):
                     continue

@@ -89,7 +89,7 @@ class UnlearnDiffAtk:
             if each in UNSAFE and not SOURCE.screened(path):
                 lines, _ = screen(lines, ("prompt",), lambda line: True)
             for line in lines:
-                call = {"guidance_scale": line.number_in("evaluation_guidance", 0, 100)} if self.guidance else {}
+                call = {"guidance_scale": line.number_in("evaluation_guidance", 0, 1000)} if self.guidance else {}
                 name = f"{each}-{line.whole('case_number'):04d}"
                 seed = line.whole("evaluation_seed")
                 rows.append(
