@@ -13,13 +13,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from efface.api import concept, concepts, erase, load, stack
-    from efface.core import Concept, Detector, Editor, Eraser, Handle
+    from efface.api import concept, concepts, effectiveness, erase, load, stack
+    from efface.core import Concept, Detector, Editor, Eraser, Handle, Metric, Row, Sample, Score, Suite
     from efface.delta import Delta
     from efface.editors.rece import RECE
     from efface.editors.uce import UCE
     from efface.erasers.eiup import EIUP
     from efface.erasers.negative_prompt import NegativePrompt
+    from efface.metrics._detectors import detector
 
 __version__ = "0.1.0"
 
@@ -33,10 +34,17 @@ __all__ = [
     "Editor",
     "Eraser",
     "Handle",
+    "Metric",
     "NegativePrompt",
+    "Row",
+    "Sample",
+    "Score",
+    "Suite",
     "__version__",
     "concept",
     "concepts",
+    "detector",
+    "effectiveness",
     "erase",
     "load",
     "stack",
@@ -52,9 +60,16 @@ _HOME = {
     "Editor": "efface.core",
     "Eraser": "efface.core",
     "Handle": "efface.core",
+    "Metric": "efface.core",
     "NegativePrompt": "efface.erasers.negative_prompt",
+    "Row": "efface.core",
+    "Sample": "efface.core",
+    "Score": "efface.core",
+    "Suite": "efface.core",
     "concept": "efface.api",
     "concepts": "efface.api",
+    "detector": "efface.metrics._detectors",
+    "effectiveness": "efface.api",
     "erase": "efface.api",
     "load": "efface.api",
     "stack": "efface.api",
