@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from efface.core import Concept, Detector, Eraser, Handle, Metric, Row, Sample, Score, Suite
     from efface.erasers.eiup import EIUP
     from efface.erasers.negative_prompt import NegativePrompt
+    from efface.runs import Run, make_suite, run, score
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ __all__ = [
     "Metric",
     "NegativePrompt",
     "Row",
+    "Run",
     "Sample",
     "Score",
     "Suite",
@@ -37,6 +39,9 @@ __all__ = [
     "concepts",
     "erase",
     "load",
+    "make_suite",
+    "run",
+    "score",
     "stack",
 ]
 
@@ -49,6 +54,7 @@ _HOME = {
     "Metric": "efface.core",
     "NegativePrompt": "efface.erasers.negative_prompt",
     "Row": "efface.core",
+    "Run": "efface.runs",
     "Sample": "efface.core",
     "Score": "efface.core",
     "Suite": "efface.core",
@@ -56,6 +62,9 @@ _HOME = {
     "concepts": "efface.api",
     "erase": "efface.api",
     "load": "efface.api",
+    "make_suite": "efface.runs",
+    "run": "efface.runs",
+    "score": "efface.runs",
     "stack": "efface.api",
 }
 
