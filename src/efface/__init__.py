@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from efface.core import Concept, Detector, Eraser, Handle, Metric, Row, Sample, Score, Suite
     from efface.erasers.eiup import EIUP
     from efface.erasers.negative_prompt import NegativePrompt
+    from efface.report import write_report
     from efface.runs import Run, make_suite, run, score
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ __all__ = [
     "run",
     "score",
     "stack",
+    "write_report",
 ]
 
 _HOME = {
@@ -66,6 +68,7 @@ _HOME = {
     "run": "efface.runs",
     "score": "efface.runs",
     "stack": "efface.api",
+    "write_report": "efface.report",
 }
 
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, registry
-from .core import Concepts, Metric, Row, Sample, Score, Suite, as_concepts, config, rows_hash
+from .core import Concepts, Metric, Row, Sample, Score, Suite, as_concepts, rows_hash
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -146,6 +146,12 @@ def make_suite(
 
     Raises:
         ValueError: no such suite or field; or what the suite says of concepts and data.
+
+    Example:
+        >>> import efface
+        >>> efface.make_suite("emojii")
+        Traceback (most recent call last):
+        ValueError: Unknown method 'emojii'. ...
     """
     cls = registry.resolve(name, "suites")
     known = [f.name for f in dataclasses.fields(cls)]
@@ -267,6 +273,13 @@ def score(
 
     Returns:
         The scores of the run.
+
+    Example:
+        >>> import tempfile
+        >>> import efface
+        >>> efface.score(tempfile.mkdtemp())
+        Traceback (most recent call last):
+        FileNotFoundError: ... is not a run folder: it has no run.json. `efface bench` makes one.
     """
     run = run if isinstance(run, Run) else Run.open(run)
     chosen = tuple(metrics) if metrics is not None else run.metrics or _metrics(run.record["metrics"])
@@ -450,7 +463,10 @@ def _score(fields: dict[str, Any]) -> Score:
 
 
 def _metric_config(metric: Metric) -> dict[str, Any]:
-    return config(metric) if dataclasses.is_dataclass(metric) else {"method": metric.name}
+    """A metric's name and fields; what is no JSON, such as a detector of the user's own, by its representation."""
+    fields: dict[str, Any] = dataclasses.asdict(metric) if dataclasses.is_dataclass(metric) else {}
+    name = type(metric).__module__.rsplit(".", 1)[-1]
+    return {"method": name, **json.loads(json.dumps(fields, default=repr))}
 
 
 def _metrics(configs: Sequence[Mapping[str, Any]]) -> tuple[Metric, ...]:
