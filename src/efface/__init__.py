@@ -13,10 +13,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from efface.api import concept, concepts, erase, load, stack
+    from efface.api import concept, concepts, effectiveness, erase, load, stack
     from efface.core import Concept, Detector, Eraser, Handle, Metric, Row, Sample, Score, Suite
     from efface.erasers.eiup import EIUP
     from efface.erasers.negative_prompt import NegativePrompt
+    from efface.metrics._detectors import detector
     from efface.report import write_report
     from efface.runs import Run, make_suite, run, score
 
@@ -38,6 +39,8 @@ __all__ = [
     "__version__",
     "concept",
     "concepts",
+    "detector",
+    "effectiveness",
     "erase",
     "load",
     "make_suite",
@@ -62,6 +65,8 @@ _HOME = {
     "Suite": "efface.core",
     "concept": "efface.api",
     "concepts": "efface.api",
+    "detector": "efface.metrics._detectors",
+    "effectiveness": "efface.api",
     "erase": "efface.api",
     "load": "efface.api",
     "make_suite": "efface.runs",

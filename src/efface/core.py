@@ -242,7 +242,8 @@ class Handles(AbstractContextManager["Handles"]):
 class Detector(Protocol):
     """Says whether a concept is in a picture."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def __call__(self, images: Tensor) -> Tensor:
         """Pictures [N, 3, H, W] in [0, 1] to bool [J, N]: one row per judge; the worse judge is reported."""
