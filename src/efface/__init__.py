@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from efface.api import concept, concepts, effectiveness, erase, load, stack
-    from efface.core import Concept, Detector, Eraser, Handle, Metric, Row, Sample, Score, Suite
+    from efface.core import Concept, Detector, Editor, Eraser, Handle, Metric, Row, Sample, Score, Suite
+    from efface.delta import Delta
+    from efface.editors.rece import RECE
+    from efface.editors.uce import UCE
     from efface.erasers.eiup import EIUP
     from efface.erasers.negative_prompt import NegativePrompt
     from efface.metrics._detectors import detector
@@ -25,8 +28,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "EIUP",
+    "RECE",
+    "UCE",
     "Concept",
+    "Delta",
     "Detector",
+    "Editor",
     "Eraser",
     "Handle",
     "Metric",
@@ -52,8 +59,12 @@ __all__ = [
 
 _HOME = {
     "EIUP": "efface.erasers.eiup",
+    "RECE": "efface.editors.rece",
+    "UCE": "efface.editors.uce",
     "Concept": "efface.core",
+    "Delta": "efface.delta",
     "Detector": "efface.core",
+    "Editor": "efface.core",
     "Eraser": "efface.core",
     "Handle": "efface.core",
     "Metric": "efface.core",

@@ -91,7 +91,7 @@ def write_report(
             "with `mixed=True` (--mixed)."
         )
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"number": _number, "span": _span, "json": partial(json.dumps, indent=1)}
+    environment.filters |= {"number": number, "span": span, "json": partial(json.dumps, indent=1)}
     template = environment.from_string((resources.files("efface") / "report.html.j2").read_text("utf-8"))
     made = datetime.now(UTC).isoformat(timespec="seconds")
     views = [_view(k, group, pairs) for k, group in enumerate(groups)]
@@ -221,7 +221,7 @@ def _warnings(group: Sequence[Entry]) -> list[str]:
     return found
 
 
-def _number(score: Score | None) -> str:
+def number(score: Score | None) -> str:
     if score is None or math.isnan(score.value):
         return "–"
     return _value(score.value, score.unit)
@@ -231,7 +231,7 @@ def _value(value: float, unit: str) -> str:
     return f"{100 * value:.1f} %" if unit == "share" else f"{value:.3g}"
 
 
-def _span(score: Score | None) -> str:
+def span(score: Score | None) -> str:
     """The interval, in words that say when there is none."""
     if score is None or math.isnan(score.value):
         return "not defined" if score else "not measured"

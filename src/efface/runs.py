@@ -154,12 +154,7 @@ def make_suite(
         ValueError: Unknown method 'emojii'. ...
     """
     cls = registry.resolve(name, "suites")
-    known = [f.name for f in dataclasses.fields(cls)]
-    for option in options.keys() - set(known):
-        hint = registry.near(option, known)
-        raise ValueError(
-            f"{name} has no field {option!r}. {hint}{' ' if hint else ''}Its fields: {', '.join(known) or 'none'}."
-        )
+    _known(name, cls, options)
     return cls(**options).load(as_concepts(concepts), None if data is None else Path(data), limit)
 
 
@@ -215,10 +210,11 @@ def run(
         raise ValueError(f"The suite {suite.name!r} has no rows: nothing to draw.")
     folder = _folder(Path(out))
     from . import _hooks, api
+    from .delta import active
 
     name = str(model) if isinstance(model, (str, Path)) else None
     pipe = api.load(model) if isinstance(model, (str, Path)) else model
-    if getattr(_hooks.site(pipe), "entries", ()):
+    if _hooks.site(pipe).entries or active(pipe):
         raise ValueError("The pipeline has an eraser on: remove it, and give it as `eraser=` instead.")
     pipe.set_progress_bar_config(disable=True)
     erasers = () if eraser is None else tuple(eraser) if isinstance(eraser, Sequence) else (eraser,)
@@ -235,7 +231,7 @@ def run(
         "metrics": [_metric_config(m) for m in suite.metrics],
         "base": None,
     }
-    session = {"started": _now(), "command": command or _command(), "versions": _versions(), "machine": _machine()}
+    session = {"started": _now(), "command": command or this_command(), "versions": _versions(), "machine": _machine()}
     paint, done = _painter(pipe), progress or _silent
     if not erasers:
         record = work(folder, plain | {"sessions": [session]}, rows, paint, done, "plain")
@@ -471,11 +467,23 @@ def _metric_config(metric: Metric) -> dict[str, Any]:
 
 def _metrics(configs: Sequence[Mapping[str, Any]]) -> tuple[Metric, ...]:
     """The metrics that a record names."""
-    made = []
-    for entry in configs:
-        fields = dict(entry)
-        made.append(registry.resolve(fields.pop("method"), "metrics")(**fields))
-    return tuple(made)
+    return tuple(make_metric(entry["method"], **{k: v for k, v in entry.items() if k != "method"}) for entry in configs)
+
+
+def make_metric(name: str, **fields: Any) -> Metric:
+    """A metric by name, with its own fields."""
+    cls = registry.resolve(name, "metrics")
+    _known(name, cls, fields)
+    return cls(**fields)
+
+
+def _known(name: str, cls: Any, fields: Mapping[str, Any]) -> None:
+    known = [f.name for f in dataclasses.fields(cls)]
+    for field in fields.keys() - set(known):
+        hint = registry.near(field, known)
+        raise ValueError(
+            f"{name} has no field {field!r}. {hint}{' ' if hint else ''}Its fields: {', '.join(known) or 'none'}."
+        )
 
 
 def _versions() -> dict[str, str]:
@@ -494,7 +502,8 @@ def _machine() -> str:
     return f"{platform.system()} {platform.machine()}{threads}"
 
 
-def _command() -> str:
+def this_command() -> str:
+    """The command line of this process."""
     name, *rest = sys.argv or [""]
     return shlex.join([Path(name).name, *rest] if not name.endswith(".py") else ["python", name, *rest])
 

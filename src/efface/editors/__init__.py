@@ -1,0 +1,1 @@
+"""Methods that learn a delta: one file each, found by name through `efface.registry`."""
