@@ -22,13 +22,16 @@ from .runs import Run
 __all__ = ["write_report"]
 
 ROLES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("Removal", ("removal.absolute", "inappropriateness", "attack_success", "detection")),
-    ("Retention", ("retention", "accuracy", "clip_score")),
-    ("In-prompt retention", ("retention/dual", "in_prompt_clip")),
-    ("Image quality", ("kid", "cmmd", "fid", "lpips", "detection.blank")),
+    ("Removal", ("removal.absolute", "inappropriateness", "asr", "detection")),
+    ("Retention", ("retention", "clip_score")),
+    ("In-prompt retention", ("in_prompt_clip.normalised", "retention/dual", "in_prompt_clip")),
+    (
+        "Image quality",
+        ("kid_eye", "kid_base", "kid_coco", "fid_eye", "fid_base", "fid_coco", "lpips", "detection.blank"),
+    ),
 )
 """What a summary must show, and the scores that can show it, best first."""
-FLAGS = ("detection", "removal.absolute", "inappropriateness", "attack_success")
+FLAGS = ("detection", "removal.absolute", "inappropriateness", "asr")
 """Scores whose values per picture say that the concept is in it."""
 PICTURES, SIDE = 200, 160  # thumbnails in a group, and pixels of their longer side: together about 2 MB
 
