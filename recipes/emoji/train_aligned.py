@@ -1,9 +1,9 @@
 """Stage 5: heads that compare pictures with texts. `python train_aligned.py --minutes 4`.
 
-Scenes with their captions go through the autoencoder and the frozen, packaged eyes; a head per eye then learns to map the
-eye's features onto the sentence vector of the caption (InfoNCE within the batch, and the cosine itself). The text encoder
-is not trained. Resumes with the same command; at the end writes `aligned.safetensors` and `aligned.json` into the package.
-Run it after `train_eyes.py --freeze`: the heads belong to these eyes, and the loader checks that.
+Scenes with their captions go through the autoencoder and the frozen, packaged eyes; a head per eye then learns to map
+the eye's features onto the sentence vector of the caption (InfoNCE within the batch, and the cosine itself). The text
+encoder is not trained. Resumes with the same command; at the end writes `aligned.safetensors` and `aligned.json` into
+the package. Run it after `train_eyes.py --freeze`: the heads belong to these eyes, and the loader checks that.
 """
 
 from __future__ import annotations

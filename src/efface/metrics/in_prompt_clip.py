@@ -89,7 +89,7 @@ class InPromptClip:
         scores.append(floor("in_prompt_clip.floor", seen[".base"], texts, prompts, words))
         found = []
         for j in range(len(seen[""])):
-            bottom = floor("", seen[".base"][[j]], texts, prompts, words).value
+            bottom = floor("floor", seen[".base"][[j]], texts, prompts, words).value
             found.append(_normalised(fits[""][j].double().numpy(), fits[".ceiling"][j].double().numpy(), bottom, dual))
         known = [f for f in found if not np.isnan(f[0])] or found
         value, low, high = min(known)
