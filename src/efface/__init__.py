@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from efface.erasers.eiup import EIUP
     from efface.erasers.negative_prompt import NegativePrompt
     from efface.metrics._detectors import detector
+    from efface.report import write_report
+    from efface.runs import Run, make_suite, run, score
 
 __version__ = "0.1.0"
 
@@ -37,6 +39,7 @@ __all__ = [
     "Metric",
     "NegativePrompt",
     "Row",
+    "Run",
     "Sample",
     "Score",
     "Suite",
@@ -47,7 +50,11 @@ __all__ = [
     "effectiveness",
     "erase",
     "load",
+    "make_suite",
+    "run",
+    "score",
     "stack",
+    "write_report",
 ]
 
 _HOME = {
@@ -63,6 +70,7 @@ _HOME = {
     "Metric": "efface.core",
     "NegativePrompt": "efface.erasers.negative_prompt",
     "Row": "efface.core",
+    "Run": "efface.runs",
     "Sample": "efface.core",
     "Score": "efface.core",
     "Suite": "efface.core",
@@ -72,7 +80,11 @@ _HOME = {
     "effectiveness": "efface.api",
     "erase": "efface.api",
     "load": "efface.api",
+    "make_suite": "efface.runs",
+    "run": "efface.runs",
+    "score": "efface.runs",
     "stack": "efface.api",
+    "write_report": "efface.report",
 }
 
 
