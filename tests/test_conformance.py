@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from efface import registry
 
 EFFECT = 1e-3  # a smaller relative change means that a hook is dead
-VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {"eiup": ({"normalization": "separate"}, {"normalization": "gated"})}
+VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
+    "eiup": ({"normalization": "separate"}, {"normalization": "gated"}),
+    "gie": ({"values": "official"},),
+}
 
 
 def every_eraser(concept: Any) -> dict[str, Any]:

@@ -14,20 +14,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from efface.api import concept, concepts, erase, load, stack
+    from efface.calibration import calibrate
     from efface.core import Concept, Detector, Eraser, Handle
     from efface.erasers.eiup import EIUP
+    from efface.erasers.gie import GIE
     from efface.erasers.negative_prompt import NegativePrompt
 
 __version__ = "0.1.0"
 
 __all__ = [
     "EIUP",
+    "GIE",
     "Concept",
     "Detector",
     "Eraser",
     "Handle",
     "NegativePrompt",
     "__version__",
+    "calibrate",
     "concept",
     "concepts",
     "erase",
@@ -37,11 +41,13 @@ __all__ = [
 
 _HOME = {
     "EIUP": "efface.erasers.eiup",
+    "GIE": "efface.erasers.gie",
     "Concept": "efface.core",
     "Detector": "efface.core",
     "Eraser": "efface.core",
     "Handle": "efface.core",
     "NegativePrompt": "efface.erasers.negative_prompt",
+    "calibrate": "efface.calibration",
     "concept": "efface.api",
     "concepts": "efface.api",
     "erase": "efface.api",

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 HOOK = "efface"
+UNCOMPILED = (
+    "This eraser makes a denoiser call of its own, which a compiled denoiser does not allow: give it a pipeline that "
+    "is not compiled, or a fixed strength and one trajectory."
+)
 WRAPPED = ("encode_prompt", "maybe_free_model_hooks")  # of the pipeline object
 
 
@@ -116,11 +120,23 @@ def pack(pipe: DiffusionPipeline, phrases: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Term:
-    """One erasure prompt: `text` [1, L, D], the columns of its own tokens, the batch rows it acts on (None: all)."""
+    """One erasure prompt: `text` [1, L, D], the columns of its own tokens, the batch rows it acts on (None: all).
+
+    Of erasers that ask for them: `joined`, each prompt of those rows with this text behind it, [B, L, D], and the
+    number of tokens `lengths` [B] of those prompts alone; `weights` [B, tokens], measured at the start of the picture.
+    """
 
     text: Tensor
     own: slice
     rows: Tensor | None = None
+    joined: Tensor | None = None
+    lengths: Tensor | None = None
+    weights: Tensor | None = None
+
+    def at(self, rows: Tensor) -> Term:
+        """The same term, on some rows."""
+        parts = {name: getattr(self, name) for name in ("joined", "lengths", "weights")}
+        return replace(self, rows=rows, **{k: v[rows] for k, v in parts.items() if v is not None})
 
 
 class CrossAttention:
@@ -164,6 +180,23 @@ class CrossAttention:
         """What the layer would put out for another text [1, L, D]: [B, Q, C]."""
         return self.attend(*self.keys_values(text))
 
+    def mass(self, term: Term) -> Tensor:
+        """The softmax over all columns of a text at its own tokens, mean over heads and queries: [B, tokens].
+
+        One-hot values make attention return its own map, column by column; no map is written out.
+        """
+        key, value = self.keys_values(term.text)
+        cross = CrossAttention(self.attn, self.query.float(), None, self._neutral)
+        width, found = value.shape[-1], []
+        for start in range(term.own.start, term.own.stop, width):
+            columns = range(start, min(start + width, term.own.stop))
+            one_hot = torch.zeros_like(value, dtype=torch.float32)
+            for k, column in enumerate(columns):
+                one_hot[:, :, column, k] = 1.0
+            out = cross.attend(key.float(), one_hot).unflatten(-1, (self.attn.heads, -1))
+            found.append(out.mean((1, 2))[:, : len(columns)])
+        return torch.cat(found, 1)
+
     def neutral(self) -> Tensor:
         """What the layer would put out for the pipeline's empty prompt: [B, Q, C]."""
         if self._neutral_out is None:
@@ -184,6 +217,8 @@ class Hooked:
     touches_uncond: ClassVar[bool] = False
     edits_attention: ClassVar[bool] = False
     packs = True  # phrases share erasure prompts; a method may need one prompt per phrase
+    joins = False  # terms come with each prompt and the erasure prompt in one text
+    measures = False  # `weigh` gets features from a plain denoiser call in front of the first one
 
     concepts: tuple[Concept, ...]
     rows: tuple[tuple[Concept, ...], ...] | None = None
@@ -195,6 +230,13 @@ class Hooked:
     def edit(self, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
         """The attention output [B, Q, C] of conditional rows, without the concept of `term`."""
         return out
+
+    def weigh(self, features: Tensor, layers: tuple[str, ...]) -> Tensor:
+        """Weights [B, tokens] of an erasure prompt's own tokens from the attention they get, [B, tokens, layers].
+
+        `layers` are the names of the cross-attention layers in the order in which they ran.
+        """
+        raise NotImplementedError
 
     def rewrite(
         self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], call: inspect.BoundArguments
@@ -239,6 +281,8 @@ class _WatchDenoiser(ModelHook):
         timestep = args[1] if len(args) > 1 else kwargs["timestep"]
         text = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
         self.site.begin(timestep, text)
+        forward = self.fn_ref.original_forward or self.fn_ref.forward
+        self.site.measure(lambda: forward(*args, **kwargs))
         return args, kwargs
 
 
@@ -295,6 +339,7 @@ class _Call:
     negative: Tensor | None
     images_per_prompt: int
     settings: dict[str, Any]  # of the encoding
+    prompts: list[str] | None  # None: the user gave embeddings
 
 
 class Site:
@@ -303,8 +348,9 @@ class Site:
     def __init__(self, denoiser: nn.Module, facts: Family) -> None:
         self.facts = facts
         self._denoiser = weakref.ref(denoiser)
-        attns = [m for m in denoiser.modules() if isinstance(m, Attention) and m.is_cross_attention]
-        self.layers = [_Layer(self, m) for m in attns]
+        named = {m: n for n, m in denoiser.named_modules() if isinstance(m, Attention) and m.is_cross_attention}
+        self.layers = [_Layer(self, m) for m in named]
+        self.names = named
         self.entries: list[_Entry] = []
         self.pipes: list[tuple[weakref.ref[DiffusionPipeline], dict[str, Any]]] = []  # with what WRAPPED hid
         self.neutral: Tensor | None = None
@@ -314,6 +360,8 @@ class Site:
         self.time: Tensor | float = 0.0
         self.train_timesteps = 1000
         self._checked: Tensor | None = None
+        self._measuring: list[_Entry] = []
+        self._seen: dict[str, list[list[Tensor]]] | None = None  # while measuring, by layer: entry, term
 
     # ---- the list
 
@@ -328,6 +376,8 @@ class Site:
                 raise ValueError(
                     "The attention projections are fused: call `pipe.unet.unfuse_qkv_projections()` first."
                 )
+        if eraser.measures and getattr(pipe, self.facts.denoiser) is not self._denoiser():
+            raise ValueError(UNCOMPILED)
         entry = _Entry(eraser)
         self._prepare(pipe, entry)
         self._wrap(pipe)
@@ -343,7 +393,12 @@ class Site:
             if present is None:
                 raise ValueError("The pipeline of this eraser is gone.")
             trial = _Entry(changed)
-            self._prepare(present, trial, **(self.call.settings if self.call else {}))
+            call = self.call
+            self._prepare(present, trial, call.prompts if call else None, **(call.settings if call else {}))
+            old = entry.terms
+            if (changed.concepts, changed.rows) == (entry.eraser.concepts, entry.eraser.rows):  # keep what was measured
+                weighed = [replace(new, weights=t.weights) for (_, new), (_, t) in zip(trial.terms, old, strict=True)]
+                self._set_terms(trial, weighed)
             entry.eraser, entry.terms, entry.acting = trial.eraser, trial.terms, trial.acting
             self._checked = None
 
@@ -380,8 +435,10 @@ class Site:
         attributes = next((hidden for ref, hidden in self.pipes if ref() is pipe), vars(pipe))
         return attributes.get("encode_prompt") or MethodType(type(pipe).encode_prompt, pipe)
 
-    def _prepare(self, pipe: DiffusionPipeline, entry: _Entry, **settings: Any) -> None:
-        """Encodes the eraser's erasure prompts, and the neutral text beside them."""
+    def _prepare(
+        self, pipe: DiffusionPipeline, entry: _Entry, prompts: list[str] | None = None, **settings: Any
+    ) -> None:
+        """Encodes the eraser's erasure prompts, and the neutral text beside them; `prompts` are those of the call."""
         eraser = entry.eraser
         self.train_timesteps = pipe.scheduler.config.num_train_timesteps
         if not eraser.edits_attention:
@@ -394,11 +451,35 @@ class Site:
         ]
         encoded = encode(pipe, ["", *(text for _, text in texts)], **settings)
         self.neutral = encoded.text[:1]
-        entry.terms = tuple(
-            (concept, Term(encoded.text[k : k + 1], encoded.own[k])) for k, (concept, _) in enumerate(texts, start=1)
-        )
-        entry.acting = tuple(term for _, term in entry.terms)
+        terms = []
+        for k, (concept, text) in enumerate(texts, start=1):
+            joined = self._join(pipe, prompts, text, **settings) if eraser.joins and prompts is not None else {}
+            terms.append((concept, Term(encoded.text[k : k + 1], encoded.own[k], **joined)))
+        entry.terms = tuple(terms)
+        self._set_terms(entry, [term for _, term in terms])
+
+    def _set_terms(self, entry: _Entry, terms: Sequence[Term]) -> None:
+        """Replaces the terms of an entry, which stay those of the same concepts."""
+        entry.terms = tuple((concept, term) for (concept, _), term in zip(entry.terms, terms, strict=True))
+        entry.acting = tuple(terms)
         self._place(entry, self.call.images_per_prompt if self.call else 1)
+
+    def _join(self, pipe: DiffusionPipeline, prompts: list[str], text: str, **settings: Any) -> dict[str, Tensor]:
+        """`joined` and `lengths` of a term, for each prompt of the call."""
+        pairs = [prompt + " " * (not prompt.endswith(" ")) + text for prompt in prompts]
+        lengths = []
+        for prompt, pair in zip(prompts, pairs, strict=True):
+            for tokenizer in (getattr(pipe, name) for name in self.facts.tokenizers):
+                n, m, both = (len(tokenizer(x, add_special_tokens=False).input_ids) for x in (prompt, text, pair))
+                limit = tokenizer.model_max_length - 2
+                if n + m != both or both > limit:
+                    raise ValueError(
+                        f"Official values join prompt and erasure prompt into one text, but {pair!r} has {both} tokens "
+                        f'(expected {n} + {m}, and at most {limit}): shorten one of them, or use values="paper".'
+                    )
+            lengths.append(n)
+        joined = encode(pipe, pairs, **settings).text
+        return {"joined": joined, "lengths": torch.tensor(lengths, device=joined.device)}
 
     def _wrap(self, pipe: DiffusionPipeline) -> None:
         """Wraps `encode_prompt` (which rows are conditional) and the end of a call, on this pipeline object."""
@@ -414,11 +495,12 @@ class Site:
                 k: bound.arguments[k] for k in ("clip_skip", "lora_scale") if bound.arguments.get(k) is not None
             }
             encoded = encode_prompt(*args, **kwargs)
+            self.call, prompts = None, self._prompts(bound.arguments)
             for entry in self.entries:
                 encoded = entry.eraser.rewrite(pipe, encoded, bound)
-                self._prepare(pipe, entry, **settings)
+                self._prepare(pipe, entry, prompts, **settings)
             negative = encoded[1] if bound.arguments["do_classifier_free_guidance"] else None
-            self.call = _Call(encoded[0], negative, bound.arguments["num_images_per_prompt"], settings)
+            self.call = _Call(encoded[0], negative, bound.arguments["num_images_per_prompt"], settings, prompts)
             self._checked = None
             self._fit()  # once more in `begin`, but not when compiled
             for entry in self.entries:
@@ -431,6 +513,15 @@ class Site:
 
         self.pipes.append((weakref.ref(pipe), {name: vars(pipe)[name] for name in WRAPPED if name in vars(pipe)}))
         pipe.encode_prompt, pipe.maybe_free_model_hooks = wrapped, ended
+
+    @staticmethod
+    def _prompts(arguments: dict[str, Any]) -> list[str] | None:
+        """The texts of a call's prompts, one for each conditional row; None if it gave embeddings."""
+        prompt, second = arguments["prompt"], arguments.get("prompt_2")
+        if prompt is None or arguments.get("prompt_embeds") is not None or second not in (None, prompt):
+            return None
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        return [text for text in prompts for _ in range(arguments["num_images_per_prompt"])]
 
     # ---- batches
 
@@ -451,13 +542,17 @@ class Site:
             for t in sorted({t for t in step if t is not None}):
                 chosen = [k for k in range(len(rows) * images_per_prompt) if step[k // images_per_prompt] == t]
                 term = entry.terms[t][1]
-                acting.append(replace(term, rows=torch.tensor(chosen, device=term.text.device)))
+                acting.append(term.at(torch.tensor(chosen, device=term.text.device)))
         entry.acting = tuple(acting)
 
     def begin(self, timestep: Tensor | float, text: Tensor) -> None:
         """Called in front of each denoiser call: which rows are conditional, what time it is."""
         if not torch.compiler.is_compiling():
             self._fit()
+            if self.call is None:
+                for entry in self.entries:
+                    fresh = [replace(t, joined=None, lengths=None, weights=None) for _, t in entry.terms]
+                    self._set_terms(entry, fresh)
             if text is not self._checked:
                 self.first = self._first_row(text)
                 if self.first < len(text):
@@ -470,6 +565,35 @@ class Site:
             self.first = 0
         self.prompt = text[self.first :]
         self.time = timestep
+
+    def measure(self, plain: Callable[[], Any]) -> None:
+        """In front of a picture's first denoiser call: one plain call, by which erasers set their weights.
+
+        Outside a pipeline each call is a first one. What was measured is kept until `encode_prompt` runs again.
+        """
+        waiting = [
+            e
+            for e in self.entries
+            if e.eraser.measures
+            and not e.eraser.is_off()
+            and (self.call is None or any(term.weights is None for _, term in e.terms))
+        ]
+        if not waiting or self.prompt is None or not len(self.prompt):
+            return
+        if torch.compiler.is_compiling():
+            raise ValueError(UNCOMPILED)
+        self._measuring, self._seen = waiting, {}
+        try:
+            with torch.no_grad():
+                plain()
+            seen = self._seen
+        finally:
+            self._measuring, self._seen = [], None
+        for k, entry in enumerate(waiting):
+            layers = [mass[k] for mass in seen.values()]
+            features = [torch.stack([layer[t] for layer in layers], -1) for t in range(len(entry.terms))]
+            weights = [entry.eraser.weigh(mass, tuple(seen)).to(mass) for mass in features]
+            self._set_terms(entry, [replace(t, weights=w) for (_, t), w in zip(entry.terms, weights, strict=True)])
 
     def _first_row(self, text: Tensor) -> int:
         """Rows before it are unconditional. A call outside a pipeline is conditional throughout."""
@@ -505,6 +629,10 @@ class Site:
             return hidden
         out = hidden[self.first :]
         cross = CrossAttention(attn, query[self.first :], self.prompt, self.neutral)
+        if self._seen is not None:
+            masses = [[cross.mass(term) for _, term in entry.terms] for entry in self._measuring]
+            self._seen[self.names[attn]] = masses
+            return hidden
         changed = False
         for entry in self.entries:
             eraser = entry.eraser
@@ -553,3 +681,9 @@ def text_hash(pipe: DiffusionPipeline) -> str:
             digest.update(f"{name}.{part} {tuple(weight.shape)} {weight.dtype}".encode())
             digest.update(weight.view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def layer_names(pipe: DiffusionPipeline) -> tuple[str, ...]:
+    """Names of the denoiser's cross-attention layers, as they are registered."""
+    named = _denoiser(pipe).named_modules()
+    return tuple(name for name, module in named if isinstance(module, Attention) and module.is_cross_attention)

@@ -1,0 +1,144 @@
+"""GIE: EIUP with a weight for each concept token, fixed or predicted by a small adapter from the first step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .._hooks import CrossAttention, Hooked, Term, layer_names, text_hash
+from ..core import Concepts, Handle, Rows, as_concepts, as_rows, check_strength, check_window
+from ..families import family
+from ._adapter import Adapter
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+__all__ = ["GIE"]
+
+Values = Literal["paper", "official"]
+
+
+@dataclass(frozen=True)
+class GIE(Hooked):
+    """Inserts the concept's re-weighted attention maps as growth inhibitors beside the prompt's.
+
+    In each cross-attention layer, with `A(q, X)` the softmax of the image queries against the keys of text X, P the
+    user's prompt, E the erasure prompt and C its own tokens:
+
+        O = A(q, P) V_P + sum_{k in C} w_k A(q, E)_k V_E,k          w_k <= 0
+
+    The weights are `w_k = -strength`, or, with an adapter, `w_k = -strength max(0, adapter(f_k))`. `f_k` holds one
+    feature per layer: the mean of `A(q, E)_k` over heads and queries in a plain denoiser call in front of the first.
+
+    Paper: D. Chen, Z. Li, M. Fan, C. Chen, W. Zhou et al., 2025, "Growth Inhibitors for Suppressing Inappropriate Image
+    Concepts in Diffusion Models", ICLR 2025, arXiv 2408.01014 v2. Its equations could not be read and have no numbers
+    here; the formula is its algorithm, the window and the sizes of the adapter are those of its public code.
+
+    Differs: `values="paper"` is the algorithm of the paper, in one trajectory. The public code takes the prompt's
+    values from the text of prompt and concept joined, so that the end token becomes the concept's first word in
+    context, and drops one padding column per concept token: `values="official"`. The published adapter's weights and
+    its training are not available: `GIE.fit` trains one with a detector instead of a language model as judge. Its
+    inputs are standardised, its weights never positive, and they are measured without injection, not with weight 1.
+    Outside the window the plain prompt is drawn. Several erasure prompts act independently: their terms add up.
+
+    Args:
+        concepts: what to erase: names of shipped concepts, `Concept` objects, or a sequence of them. The phrases of a
+            concept are packed into as few erasure prompts as fit the encoder.
+        strength: >= 0; the weight -w of each concept token, or with an adapter the factor on what it predicts. 0 is the
+            plain pipeline, if the values are the paper's. The paper's fixed weight is not known.
+        window: (start, end), the part of the trajectory in which it acts, as fractions; `GIE.paper` has (0, 0.8).
+        values: "paper" or "official"; official needs a causal text encoder, and prompt and concept in one text.
+        adapter: a file written by `GIE.fit`, for this model; None for a fixed weight.
+        rows: one list of concepts per prompt of the batch, instead of `concepts` for all.
+
+    Shapes: queries and outputs [B, Q, C] on conditional rows, text [1, L, D], features [B, tokens, layers], weights
+    [B, tokens]. Unconditional rows are never edited.
+
+    Raises:
+        ValueError: unknown concept or values, negative strength, a window outside [0, 1], no concept; an adapter of
+            another model or layer list; official values on a bidirectional text encoder, or without the prompt's text.
+        FileNotFoundError: no such adapter.
+
+    Example:
+        >>> import efface
+        >>> pipe = efface.load("emoji")
+        >>> with efface.GIE(["alcohol"], strength=0.5).apply(pipe):
+        ...     image = pipe("a night at the pub", num_inference_steps=2).images[0]
+        >>> image.size
+        (64, 64)
+    """
+
+    off: ClassVar[dict[str, Any] | None] = {"strength": 0.0, "values": "paper"}
+    touches_uncond: ClassVar[bool] = False
+    edits_attention: ClassVar[bool] = True
+
+    concepts: Concepts = ()  # type: ignore[assignment]
+    strength: float = 1.0
+    window: tuple[float, float] = (0.0, 1.0)
+    values: Values = "paper"
+    adapter: str | Path | None = None
+    rows: Rows = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        concepts = as_concepts(self.concepts)
+        object.__setattr__(self, "concepts", concepts)
+        object.__setattr__(self, "rows", as_rows(self.rows, concepts))
+        object.__setattr__(self, "strength", check_strength(self.strength))
+        object.__setattr__(self, "window", check_window(self.window))
+        if self.values not in get_args(Values):
+            raise ValueError(f"Expected `values` to be one of {get_args(Values)}, but got {self.values!r}.")
+        if not self.concepts and self.rows is None:
+            raise ValueError("GIE needs at least one concept to erase, but got none: give `concepts` or `rows`.")
+        if self.adapter is not None:
+            object.__setattr__(self, "adapter", str(self.adapter))
+            Adapter.load(self.adapter)
+
+    @classmethod
+    def paper(cls, concepts: Concepts, strength: float = 1.0, **fields: Any) -> GIE:
+        """The paper's form in the published window, the first 80 % of the trajectory."""
+        return cls(concepts, strength, window=(0.0, 0.8), **fields)
+
+    @property
+    def joins(self) -> bool:  # type: ignore[override]
+        return self.values == "official"
+
+    @property
+    def measures(self) -> bool:  # type: ignore[override]
+        return self.adapter is not None
+
+    def apply(self, pipe: DiffusionPipeline) -> Handle:
+        if self.values == "official" and not family(pipe).causal:
+            raise ValueError(
+                f"The official values take the prompt's tokens from a longer text, which needs a causal text encoder; "
+                f'that of {family(pipe).name} is bidirectional: use values="paper".'
+            )
+        if self.adapter is not None:
+            Adapter.load(self.adapter).check(text_hash(pipe), layer_names(pipe))
+        return super().apply(pipe)
+
+    def weigh(self, features: Tensor, layers: tuple[str, ...]) -> Tensor:
+        adapter = Adapter.load(str(self.adapter))
+        adapter.check(adapter.model, layers, ordered=True)
+        return -adapter(features).clamp_min(0)
+
+    def edit(self, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
+        key, value = cross.keys_values(term.text)
+        own = torch.full((1, term.own.stop - term.own.start), -1.0) if term.weights is None else term.weights
+        weights = torch.zeros(len(own), 1, key.shape[2], 1, dtype=value.dtype, device=value.device)
+        weights[:, 0, term.own, 0] = (self.strength * own).to(value)
+        out = out + cross.attend(key.expand(len(own), -1, -1, -1), weights * value)
+        return out + self.swapped(cross, term) if self.joins else out
+
+    def swapped(self, cross: CrossAttention, term: Term) -> Tensor:
+        """What the prompt's maps put out with the official values, less what they do with its own: [B, Q, C]."""
+        if cross.prompt is None or term.joined is None or term.lengths is None:
+            raise ValueError('values="official" needs the text of each prompt: call the pipeline with `prompt` alone.')
+        key, value = cross.keys_values(cross.prompt)
+        dropped = torch.arange(key.shape[2])[None] - term.lengths[:, None]  # from the end token on: 1, 2, ...
+        kept = (dropped < 2) | (dropped > 1 + term.own.stop - term.own.start)
+        official = cross.keys_values(term.joined)[1] * kept[:, None, :, None].to(value)
+        return cross.attend(key, official - value)
