@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from efface import EIUP, GIE, Concept, load
 from efface._hooks import layer_names, text_hash
 from efface.erasers._adapter import Adapter, network
+from efface.erasers._gie_fit import Ladder, Row, train
 from efface.models.emoji.weights import FOLDER
 
 ERASED = {"alcohol": "beer wine glass", "cat": "cat"}
@@ -308,3 +309,126 @@ def test_a_compiled_denoiser_takes_fixed_weights_only() -> None:
     with pytest.raises(ValueError, match="compiled denoiser"):
         Weighed([Concept("cat")]).apply(pipe)
     GIE([Concept("cat")]).apply(pipe).remove()
+
+
+# ---------------------------------------------------------------- training it
+
+TEXTS = ("a cat", "a dog", "a red cat", "the moon", "a big dog at night", "a pub")
+QUICK = {"seeds": [7], "strengths": (4, 1), "batch": 4, "num_inference_steps": 2, "most_epochs": 30}
+
+
+class Bright:
+    """Says that brighter pictures have the concept, and stops at call `stop`."""
+
+    name = "bright"
+
+    def __init__(self, stop: int = 0) -> None:
+        self.calls, self.stop, self.pictures = 0, stop, []
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == self.stop:
+            raise KeyboardInterrupt
+        self.pictures.append(images)
+        return torch.stack([images.mean((1, 2, 3)) > 0.5, torch.zeros(len(images), dtype=torch.bool)])
+
+
+def test_fit_draws_a_ladder_and_gives_an_adapter_of_this_model(sd1: Any, tmp_path: Path) -> None:
+    told: list[tuple[str, int]] = []
+    bright, out = Bright(), tmp_path / "fits" / "cat.safetensors"
+    gie = GIE.fit(sd1, CAT, TEXTS, detector=bright, out=out, progress=lambda *x: told.append(x), **QUICK)
+    assert gie == GIE([CAT], adapter=out)
+    assert [what for what, _ in told] == ["cat, plain", "cat, strength 1", "cat, strength 4"] * 2
+    assert sum(n for _, n in told) == 3 * len(TEXTS)
+    same = [torch.Generator().manual_seed(7) for _ in range(4)]
+    plain = sd1(list(TEXTS[:4]), num_inference_steps=2, output_type="pt", generator=same).images
+    assert torch.equal(bright.pictures[0], plain)
+    made = Adapter.load(out)
+    assert (made.layers, made.model, made.text_encoder) == (execution_order(sd1), text_hash(sd1), "CLIPTextModel")
+    assert made.facts["prompts"] == 6 and made.facts["held_out"] == 1 and made.facts["pictures"] == 18
+    judged = json.loads(Path(f"{out}.ladder.json").read_text())["judged"]
+    entry = judged[Row(CAT, "a dog", 7).key]
+    assert set(entry) == {"features", "0", "1", "4"} and entry["0"][1] > 0.999 > entry["4"][1]
+    assert len(entry["features"]) == 1 and len(entry["features"][0]) == len(made.layers)
+    with gie.apply(sd1):
+        latents(sd1)
+    with pytest.raises(ValueError, match="fitted on"):
+        gie.apply(pipeline("small"))
+
+
+def test_a_killed_fit_loses_one_batch(sd1: Any, tmp_path: Path) -> None:
+    whole = GIE.fit(sd1, CAT, TEXTS, detector=Bright(), out=tmp_path / "whole.safetensors", **QUICK)
+    out = tmp_path / "cat.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        GIE.fit(sd1, CAT, TEXTS, detector=Bright(stop=6), out=out, **QUICK)
+    assert not out.exists()
+    assert torch.equal(latents(sd1), drawn())  # nothing stays on
+    rest = Bright()
+    gie = GIE.fit(sd1, CAT, TEXTS, detector=rest, out=out, **QUICK)
+    assert rest.calls == 2  # of six: the plain pictures of the second batch once more, and its last strength
+    assert out.read_bytes() == Path(str(whole.adapter)).read_bytes()
+    again = Bright()
+    assert GIE.fit(sd1, CAT, TEXTS, detector=again, out=out, **QUICK) == gie
+    assert again.calls == 0
+    with pytest.raises(ValueError, match="judged with another call, rows"):
+        GIE.fit(sd1, CAT, TEXTS[:5], detector=Bright(), out=out, **{**QUICK, "num_inference_steps": 3})
+
+
+def test_each_concept_has_prompts_and_a_judge_of_its_own(sd1: Any, tmp_path: Path) -> None:
+    cats, drinks = Bright(), Bright()
+    prompts = {"cat": TEXTS[:3], "alcohol": TEXTS[3:]}
+    judges = {"cat": cats, "alcohol": drinks}
+    GIE.fit(sd1, [CAT, ALCOHOL], prompts, detector=judges, out=tmp_path / "two.safetensors", **QUICK)
+    assert cats.calls == drinks.calls == 3 and len(cats.pictures[0]) == 3
+    with pytest.raises(ValueError, match=r"they differ in \['alcohol'\]"):
+        GIE.fit(sd1, [CAT, ALCOHOL], {"cat": TEXTS}, detector=judges, out=tmp_path / "x.safetensors", **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "how", "error", "message"),
+    [
+        (TEXTS[:4], {}, ValueError, "at least 5 prompts"),
+        ("a cat", {}, TypeError, "a sequence of texts"),
+        (TEXTS, {"seeds": [1_000_000]}, ValueError, "Expected tuning seeds"),
+        (TEXTS, {"strengths": [0]}, ValueError, "a strength above 0"),
+        (TEXTS, {"strengths": [-1]}, ValueError, "`strength`"),
+    ],
+)
+def test_bad_fits_are_found_before_anything_is_drawn(
+    prompts: Any, how: dict[str, Any], error: type, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        GIE.fit(None, CAT, prompts, detector=Bright(), out=tmp_path / "a", **how)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_best_strength_is_the_least_loss_over_seeds(tmp_path: Path) -> None:
+    rows = [Row(CAT, text, s) for text in ("draws it", "does not") for s in (1, 2)]
+    ladder = Ladder(tmp_path / "l.json", {})
+    scores = {
+        rows[0]: {"0": (1, 1.0), "1": (1, 0.9), "2": (0, 0.6)},
+        rows[1]: {"0": (1, 1.0), "1": (0, 0.9), "2": (0, 0.8)},
+        rows[2]: {"0": (0, 1.0), "1": (0, 1.0), "2": (0, 0.8)},
+        rows[3]: {"0": (0, 1.0), "1": (0, 1.0), "2": (0, 0.8)},
+    }
+    ladder.content["judged"] = {r.key: {"features": [[0.1, 0.2], [0.3, 0.4]], **of} for r, of in scores.items()}
+    features, targets, groups = ladder.samples(rows, [1.0, 2.0], fidelity=1.0)
+    assert targets.tolist() == [2.0] * 4 + [0.0] * 4  # of equals, the smallest
+    assert groups == [0] * 4 + [1] * 4 and features.shape == (8, 2)
+    assert ladder.samples(rows, [1.0, 2.0], fidelity=2.5)[1].tolist()[0] == 1.0  # loss 0.75 against 0.75: the smaller
+    assert ladder.samples(rows, [1.0, 2.0], fidelity=9.0)[1].tolist()[0] == 0.0
+
+
+def test_training_learns_what_the_features_say_and_ignores_their_scale() -> None:
+    random = torch.Generator().manual_seed(1)
+    signal = torch.rand(120, 3, generator=random)
+    targets = 4 * signal[:, 0] + (signal[:, 1] > 0.5)
+    losses = []
+    for scale in (1.0, 1e-4):  # mean attention is small
+        net, _, std, facts = train(scale * signal, targets, list(range(120)), 0.2, 100, 800, 0)
+        assert facts["held_out"] == 24 and facts["held_out_loss"] < 0.2 * facts["held_out_loss_of_a_constant"]
+        losses.append(facts["held_out_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert not any(p.requires_grad for p in net.parameters()) and float(std.min()) > 0
+    _, _, std, _ = train(torch.zeros(20, 2), torch.ones(20), list(range(20)), 0.2, 5, 20, 0)
+    assert torch.equal(std, torch.ones(2))  # a layer that never differs must not divide by zero

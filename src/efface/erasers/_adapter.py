@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,7 +32,8 @@ class Adapter:
         mean, std: of the features in training, [layers].
         layers: names of the cross-attention layers, in the order in which they run.
         model: `efface.api.model_hash` of the pipeline that it was trained on.
-        text_encoder: class name and width of its text encoders, to be told apart in errors.
+        text_encoder: class name of its text encoder, to be told apart in errors.
+        facts: what training measured.
     """
 
     net: nn.Sequential
@@ -40,6 +42,7 @@ class Adapter:
     layers: tuple[str, ...]
     model: str
     text_encoder: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @torch.no_grad()
     def __call__(self, features: Tensor) -> Tensor:
@@ -65,7 +68,8 @@ class Adapter:
 
     def save(self, path: str | Path) -> Path:
         """Writes one safetensors file with a JSON header."""
-        header = {"layers": self.layers, "model": self.model, "text_encoder": self.text_encoder}
+        header: dict[str, Any] = {"layers": self.layers, "model": self.model, "text_encoder": self.text_encoder}
+        header |= {"facts": dict(self.facts)}
         tensors = {f"net.{name}": weight for name, weight in self.net.state_dict().items()}
         tensors |= {"mean": self.mean, "std": self.std}
         path, part = Path(path), Path(f"{path}.partial")
@@ -106,7 +110,9 @@ def _read(path: str, modified: int) -> Adapter:
         net = network(len(header["layers"]))
         net.load_state_dict({n.removeprefix("net."): t for n, t in tensors.items() if n.startswith("net.")})
         mean, std = tensors["mean"], tensors["std"]
-        made = Adapter(net, mean, std, tuple(header["layers"]), header["model"], header["text_encoder"])
+        made = Adapter(
+            net, mean, std, tuple(header["layers"]), header["model"], header["text_encoder"], header["facts"]
+        )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is a damaged GIE adapter ({error}): fit it again.") from error
     net.requires_grad_(False)

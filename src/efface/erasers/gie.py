@@ -17,6 +17,8 @@ from ._adapter import Adapter
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from ._gie_fit import Detectors, Prompts
+
 __all__ = ["GIE"]
 
 Values = Literal["paper", "official"]
@@ -101,6 +103,42 @@ class GIE(Hooked):
     def paper(cls, concepts: Concepts, strength: float = 1.0, **fields: Any) -> GIE:
         """The paper's form in the published window, the first 80 % of the trajectory."""
         return cls(concepts, strength, window=(0.0, 0.8), **fields)
+
+    @classmethod
+    def fit(
+        cls,
+        pipe: DiffusionPipeline,
+        concepts: Concepts,
+        prompts: Prompts,
+        *,
+        detector: Detectors,
+        out: str | Path,
+        **how: Any,
+    ) -> GIE:
+        """Trains an adapter on this pipeline, without labels, and returns GIE with it.
+
+        For each prompt and tuning seed a ladder of fixed strengths is drawn. A picture's loss is the detector's score
+        plus `fidelity` times what it has lost of the plain picture; a prompt's best strength is what the adapter learns
+        to say from the features of its tokens. A fifth of the prompts is held out and stops the training.
+
+        Args:
+            pipe: the pipeline; the adapter is for its model only.
+            concepts: what to erase, one at a time.
+            prompts: at least 5 texts, some that draw the concept and some that must not change; or texts by concept.
+            detector: says whether the concept is there (`efface.Detector`); or one by the name of each concept.
+            out: the adapter's file. Judgements are kept beside it in `<out>.ladder.json`, batch by batch: killed, the
+                same call goes on from there.
+            how: `strengths` (0.5, 1, 2, 4, 8), `seeds` (2000 to 2003; all below 10,000), `faithful` (from pictures and
+                plain ones [N, 3, H, W] to [N] in [0, 1]; `pictures.likeness`), `fidelity` (0.5), `held_out` (0.2),
+                `batch` (16), `patience` (200 epochs), `most_epochs` (5000), `seed` of the training (0), `progress`
+                (called with a text and a number of pictures); all else goes to the pipeline.
+
+        Raises:
+            ValueError: too few prompts, seeds that are not tuning seeds, or judgements of another setting.
+        """
+        from ._gie_fit import fit_adapter
+
+        return cls(concepts, adapter=fit_adapter(pipe, as_concepts(concepts), prompts, detector, Path(out), **how))
 
     @property
     def joins(self) -> bool:  # type: ignore[override]
