@@ -26,6 +26,7 @@ LEAST = 5  # prompts
 Progress = Callable[[str, int], None]
 Prompts = Sequence[str] | Mapping[str, Sequence[str]]
 Detectors = Detector | Mapping[str, Detector]
+Faithful = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def fit_adapter(
     *,
     strengths: Sequence[float] = STRENGTHS,
     seeds: Sequence[int] = tuple(range(2_000, 2_004)),
-    faithful: Callable[[Tensor, Tensor], Tensor] = likeness,
+    faithful: Faithful | Mapping[str, Faithful] = likeness,
     fidelity: float = 0.5,
     held_out: float = 0.2,
     batch: int = 16,
@@ -69,20 +70,21 @@ def fit_adapter(
             f"strengths {strengths} and held_out {held_out}."
         )
     judges = {c.name: detector[c.name] if isinstance(detector, Mapping) else detector for c in concepts}
+    like = {c.name: faithful[c.name] if isinstance(faithful, Mapping) else faithful for c in concepts}
     setting = {
         "model": text_hash(pipe),
         "concepts": [asdict(c) for c in concepts],
         "rows": [r.key for r in rows],
         "strengths": strengths,
         "detectors": {name: judge.name for name, judge in judges.items()},
-        "faithful": getattr(faithful, "__qualname__", repr(faithful)),
+        "faithful": {name: getattr(each, "__qualname__", repr(each)) for name, each in like.items()},
         "call": call,
     }
     ladder = Ladder(Path(f"{out}.ladder.json"), setting)
     for concept in concepts:
         mine = [r for r in rows if r.concept == concept]
         for k in range(0, len(mine), batch):
-            ladder.judge(pipe, mine[k : k + batch], strengths, judges[concept.name], faithful, progress, call)
+            ladder.judge(pipe, mine[k : k + batch], strengths, judges[concept.name], like[concept.name], progress, call)
     features, targets, groups = ladder.samples(rows, strengths, fidelity)
     layers = tuple(ladder.content["layers"])
     net, mean, std, facts = train(features, targets, groups, held_out, patience, most_epochs, seed)
@@ -136,7 +138,7 @@ class Ladder:
         rows: Sequence[Row],
         strengths: Sequence[float],
         detector: Detector,
-        faithful: Callable[[Tensor, Tensor], Tensor],
+        faithful: Faithful,
         progress: Progress | None,
         call: dict[str, Any],
     ) -> None:

@@ -129,9 +129,10 @@ class GIE(Hooked):
             out: the adapter's file. Judgements are kept beside it in `<out>.ladder.json`, batch by batch: killed, the
                 same call goes on from there.
             how: `strengths` (0.5, 1, 2, 4, 8), `seeds` (2000 to 2003; all below 10,000), `faithful` (from pictures and
-                plain ones [N, 3, H, W] to [N] in [0, 1]; `pictures.likeness`), `fidelity` (0.5), `held_out` (0.2),
-                `batch` (16), `patience` (200 epochs), `most_epochs` (5000), `seed` of the training (0), `progress`
-                (called with a text and a number of pictures); all else goes to the pipeline.
+                plain ones [N, 3, H, W] to [N] in [0, 1], or one by the name of each concept; `pictures.likeness`),
+                `fidelity` (0.5), `held_out` (0.2), `batch` (16), `patience` (200 epochs), `most_epochs` (5000), `seed`
+                of the training (0), `progress` (called with a text and a number of pictures); all else goes to the
+                pipeline.
 
         Raises:
             ValueError: too few prompts, seeds that are not tuning seeds, or judgements of another setting.

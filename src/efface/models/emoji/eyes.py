@@ -257,6 +257,14 @@ class ConceptEyes:
         found = (before & after).any(-1).to(torch.int8)
         return torch.where(before.any(-1), found, torch.full_like(found, -1))
 
+    def faithful(self, erased: Tensor, plain: Tensor) -> Tensor:
+        """The share of the plain picture's other icons that the erased one still shows, [N], by the eye that finds
+        less; 1 where there were none."""
+        before, after = (self.eyes.icons(images)[..., self._others] for images in (plain, erased))
+        there = before.sum(-1)
+        share = (before & after).sum(-1) / there.clamp_min(1)
+        return torch.where(there > 0, share, torch.ones_like(share)).amin(0)
+
 
 def load_eyes(folder: Path | None = None) -> Eyes:
     """Both eyes from `eyes.safetensors` (fp16) and `eyes.json` in `folder`, by default the packaged ones.
