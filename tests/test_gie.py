@@ -366,7 +366,8 @@ def test_a_killed_fit_loses_one_batch(sd1: Any, tmp_path: Path) -> None:
     rest = Bright()
     gie = GIE.fit(sd1, CAT, TEXTS, detector=rest, out=out, **QUICK)
     assert rest.calls == 2  # of six: the plain pictures of the second batch once more, and its last strength
-    assert out.read_bytes() == Path(str(whole.adapter)).read_bytes()
+    mine, unbroken = Adapter.load(out), Adapter.load(str(whole.adapter))
+    assert mine.facts == unbroken.facts and all(map(torch.equal, mine.net.parameters(), unbroken.net.parameters()))
     again = Bright()
     assert GIE.fit(sd1, CAT, TEXTS, detector=again, out=out, **QUICK) == gie
     assert again.calls == 0

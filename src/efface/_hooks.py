@@ -120,36 +120,43 @@ def pack(pipe: DiffusionPipeline, phrases: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Term:
-    """One erasure prompt: `text` [1, L, D], the columns of its own tokens, the batch rows it acts on (None: all).
+    """Erasure prompts that act together: `text` [N, L, D], the columns of the own tokens of each, and their batch rows.
 
-    Of erasers that ask for them: `joined`, each prompt of those rows with this text behind it, [B, L, D], and the
-    number of tokens `lengths` [B] of those prompts alone; `weights` [B, tokens], measured at the start of the picture.
+    They act one after the other, in order; `rows` None means all rows. For erasers that ask for them: `joined`, each
+    prompt of those rows with the erasure prompt behind it, [N, B, L, D], and `lengths` [B], the number of tokens of
+    those prompts alone; `weights` of the own tokens, measured at the start of the picture, N times [B, tokens].
     """
 
     text: Tensor
-    own: slice
+    own: tuple[slice, ...]
     rows: Tensor | None = None
     joined: Tensor | None = None
     lengths: Tensor | None = None
-    weights: Tensor | None = None
+    weights: tuple[Tensor, ...] | None = None
 
-    def at(self, rows: Tensor) -> Term:
-        """The same term, on some rows."""
-        parts = {name: getattr(self, name) for name in ("joined", "lengths", "weights")}
-        return replace(self, rows=rows, **{k: v[rows] for k, v in parts.items() if v is not None})
+    def part(self, chosen: Sequence[int], rows: Tensor) -> Term:
+        """Some of the erasure prompts, on some rows."""
+        return Term(
+            self.text[list(chosen)],
+            tuple(self.own[k] for k in chosen),
+            rows,
+            None if self.joined is None else self.joined[list(chosen)][:, rows],
+            None if self.lengths is None else self.lengths[rows],
+            None if self.weights is None else tuple(self.weights[k][rows] for k in chosen),
+        )
 
 
 class CrossAttention:
-    """One cross-attention call, conditional rows only: the query, the prompt and the layer's own projections."""
+    """One cross-attention call, conditional rows only: `query` [B, Q, C] and `prompt` [B, L, D], the layer's own
+    projections, and the pipeline's empty prompt as `neutral` [1, L, D]."""
 
     def __init__(self, attn: Attention, query: Tensor, prompt: Tensor | None, neutral: Tensor) -> None:
-        self.attn, self.query, self.prompt, self._neutral = attn, query, prompt, neutral
-        self._neutral_out: Tensor | None = None
+        self.attn, self.query, self.prompt, self.neutral = attn, query, prompt, neutral
 
     def at(self, rows: Tensor) -> CrossAttention:
         """The same call, on some rows."""
         prompt = None if self.prompt is None else self.prompt[rows]
-        return CrossAttention(self.attn, self.query[rows], prompt, self._neutral)
+        return CrossAttention(self.attn, self.query[rows], prompt, self.neutral)
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, L, C] to [B, heads, L, C / heads], without a copy."""
@@ -163,45 +170,44 @@ class CrossAttention:
         return (key if self.attn.norm_k is None else self.attn.norm_k(key)), value
 
     def attend(self, key: Tensor, value: Tensor) -> Tensor:
-        """Softmax attention of the query to `key`, `value` [1 or B, heads, L, d]: [B, Q, C].
+        """Softmax attention of the query to `key`, `value` [B, heads, L, d]: [B, Q, C]."""
+        return self._attend(self.query, key, value)
 
-        One key set for all rows folds the batch into the queries: one fused call, no copy of the keys.
+    def attend_texts(self, key: Tensor, value: Tensor) -> Tensor:
+        """Softmax attention of every row to each of N key sets [N, heads, L, d]: [N, B, Q, C].
+
+        The batch is folded into the queries: one fused call for all texts and rows, no copy of the keys.
         """
-        query = self.query
-        shape = query.shape
-        if key.shape[0] == 1:
-            query = query.reshape(1, -1, shape[-1])
+        query = self.query.flatten(0, 1).expand(len(key), -1, -1)
+        return self._attend(query, key, value).unflatten(1, self.query.shape[:2])
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query = self._heads(query)
         query = query if self.attn.norm_q is None else self.attn.norm_q(query)
-        out = F.scaled_dot_product_attention(query, key, value)
-        return out.transpose(1, 2).reshape(shape)
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
-    def attend_text(self, text: Tensor) -> Tensor:
-        """What the layer would put out for another text [1, L, D]: [B, Q, C]."""
-        return self.attend(*self.keys_values(text))
+    def mass(self, term: Term) -> tuple[Tensor, ...]:
+        """The softmax over each text at its own tokens, mean over heads and queries: N times [B, tokens].
 
-    def mass(self, term: Term) -> Tensor:
-        """The softmax over all columns of a text at its own tokens, mean over heads and queries: [B, tokens].
-
-        One-hot values make attention return its own map, column by column; no map is written out.
+        One-hot values make attention return its own map, a few columns at a time; no map is written out.
         """
         key, value = self.keys_values(term.text)
-        cross = CrossAttention(self.attn, self.query.float(), None, self._neutral)
-        width, found = value.shape[-1], []
-        for start in range(term.own.start, term.own.stop, width):
-            columns = range(start, min(start + width, term.own.stop))
+        cross = CrossAttention(self.attn, self.query.float(), None, self.neutral)
+        width, most = value.shape[-1], max(own.stop - own.start for own in term.own)
+        found = []
+        for k in range(0, most, width):
             one_hot = torch.zeros_like(value, dtype=torch.float32)
-            for k, column in enumerate(columns):
-                one_hot[:, :, column, k] = 1.0
-            out = cross.attend(key.float(), one_hot).unflatten(-1, (self.attn.heads, -1))
-            found.append(out.mean((1, 2))[:, : len(columns)])
-        return torch.cat(found, 1)
+            for n, own in enumerate(term.own):
+                for column in range(own.start + k, min(own.start + k + width, own.stop)):
+                    one_hot[n, :, column, column - own.start - k] = 1.0
+            out = cross.attend_texts(key.float(), one_hot)
+            found.append(out.unflatten(-1, (self.attn.heads, -1)).mean((2, 3)))
+        masses = torch.cat(found, -1)
+        return tuple(mass[:, : own.stop - own.start] for mass, own in zip(masses, term.own, strict=True))
 
-    def neutral(self) -> Tensor:
-        """What the layer would put out for the pipeline's empty prompt: [B, Q, C]."""
-        if self._neutral_out is None:
-            self._neutral_out = self.attend_text(self._neutral)
-        return self._neutral_out
+    def would_be(self, text: Tensor) -> Tensor:
+        """What the layer would put out for other texts [N, L, D] in place of the prompt: [N, B, Q, C]."""
+        return self.attend_texts(*self.keys_values(text))
 
 
 # ---------------------------------------------------------------- erasers
@@ -324,10 +330,11 @@ def _unregister(module: nn.Module) -> None:
 
 @dataclass
 class _Entry:
-    """An eraser that is on, its erasure prompts, and the handle that controls it."""
+    """An eraser that is on, and its erasure prompts."""
 
     eraser: Hooked
-    terms: tuple[tuple[Concept, Term], ...] = ()
+    of: tuple[Concept, ...] = ()  # whose each erasure prompt is
+    prompts: Term | None = None
     acting: tuple[Term, ...] = ()  # with the rows of the present batch
 
 
@@ -348,9 +355,9 @@ class Site:
     def __init__(self, denoiser: nn.Module, facts: Family) -> None:
         self.facts = facts
         self._denoiser = weakref.ref(denoiser)
-        named = {m: n for n, m in denoiser.named_modules() if isinstance(m, Attention) and m.is_cross_attention}
-        self.layers = [_Layer(self, m) for m in named]
-        self.names = named
+        named = denoiser.named_modules()
+        self.names = {m: name for name, m in named if isinstance(m, Attention) and m.is_cross_attention}
+        self.layers = [_Layer(self, m) for m in self.names]
         self.entries: list[_Entry] = []
         self.pipes: list[tuple[weakref.ref[DiffusionPipeline], dict[str, Any]]] = []  # with what WRAPPED hid
         self.neutral: Tensor | None = None
@@ -361,7 +368,7 @@ class Site:
         self.train_timesteps = 1000
         self._checked: Tensor | None = None
         self._measuring: list[_Entry] = []
-        self._seen: dict[str, list[list[Tensor]]] | None = None  # while measuring, by layer: entry, term
+        self._seen: dict[str, list[tuple[Tensor, ...]]] | None = None  # while measuring: layer -> masses of each entry
 
     # ---- the list
 
@@ -392,14 +399,11 @@ class Site:
             present = owner()
             if present is None:
                 raise ValueError("The pipeline of this eraser is gone.")
-            trial = _Entry(changed)
-            call = self.call
+            trial, call = _Entry(changed), self.call
             self._prepare(present, trial, call.prompts if call else None, **(call.settings if call else {}))
-            old = entry.terms
-            if (changed.concepts, changed.rows) == (entry.eraser.concepts, entry.eraser.rows):  # keep what was measured
-                weighed = [replace(new, weights=t.weights) for (_, new), (_, t) in zip(trial.terms, old, strict=True)]
-                self._set_terms(trial, weighed)
-            entry.eraser, entry.terms, entry.acting = trial.eraser, trial.terms, trial.acting
+            if entry.prompts and (changed.concepts, changed.rows) == (entry.eraser.concepts, entry.eraser.rows):
+                self._set_prompts(trial, weights=entry.prompts.weights)  # keep what was measured
+            vars(entry).update(vars(trial))
             self._checked = None
 
         def remove() -> None:
@@ -451,35 +455,39 @@ class Site:
         ]
         encoded = encode(pipe, ["", *(text for _, text in texts)], **settings)
         self.neutral = encoded.text[:1]
-        terms = []
-        for k, (concept, text) in enumerate(texts, start=1):
-            joined = self._join(pipe, prompts, text, **settings) if eraser.joins and prompts is not None else {}
-            terms.append((concept, Term(encoded.text[k : k + 1], encoded.own[k], **joined)))
-        entry.terms = tuple(terms)
-        self._set_terms(entry, [term for _, term in terms])
+        entry.of = tuple(concept for concept, _ in texts)
+        entry.prompts = Term(encoded.text[1:], encoded.own[1:])
+        joined: dict[str, Any] = {}
+        if eraser.joins and prompts is not None and texts:
+            joined = self._join(pipe, prompts, [text for _, text in texts], **settings)
+        self._set_prompts(entry, **joined)
 
-    def _set_terms(self, entry: _Entry, terms: Sequence[Term]) -> None:
-        """Replaces the terms of an entry, which stay those of the same concepts."""
-        entry.terms = tuple((concept, term) for (concept, _), term in zip(entry.terms, terms, strict=True))
-        entry.acting = tuple(terms)
+    def _set_prompts(self, entry: _Entry, **parts: Any) -> None:
+        """Changes parts of an entry's erasure prompts, if it has any, and gives them their rows again."""
+        if entry.prompts is None:
+            return
+        entry.prompts = replace(entry.prompts, **parts)
+        entry.acting = (entry.prompts,)
         self._place(entry, self.call.images_per_prompt if self.call else 1)
 
-    def _join(self, pipe: DiffusionPipeline, prompts: list[str], text: str, **settings: Any) -> dict[str, Tensor]:
-        """`joined` and `lengths` of a term, for each prompt of the call."""
-        pairs = [prompt + " " * (not prompt.endswith(" ")) + text for prompt in prompts]
-        lengths = []
-        for prompt, pair in zip(prompts, pairs, strict=True):
+    def _join(
+        self, pipe: DiffusionPipeline, prompts: list[str], texts: list[str], **settings: Any
+    ) -> dict[str, Tensor]:
+        """`joined` and `lengths` of erasure prompts, for each prompt of the call."""
+        pairs, lengths = [], []
+        for text, prompt in itertools.product(texts, prompts):
+            pairs.append(prompt + " " * (not prompt.endswith(" ")) + text)
             for tokenizer in (getattr(pipe, name) for name in self.facts.tokenizers):
-                n, m, both = (len(tokenizer(x, add_special_tokens=False).input_ids) for x in (prompt, text, pair))
+                n, m, both = (len(tokenizer(x, add_special_tokens=False).input_ids) for x in (prompt, text, pairs[-1]))
                 limit = tokenizer.model_max_length - 2
                 if n + m != both or both > limit:
                     raise ValueError(
-                        f"Official values join prompt and erasure prompt into one text, but {pair!r} has {both} tokens "
-                        f'(expected {n} + {m}, and at most {limit}): shorten one of them, or use values="paper".'
+                        f"Official values join prompt and erasure prompt into one text, but {pairs[-1]!r} has {both} "
+                        f'tokens (expected {n} + {m}, and at most {limit}): shorten one of them, or use values="paper".'
                     )
             lengths.append(n)
-        joined = encode(pipe, pairs, **settings).text
-        return {"joined": joined, "lengths": torch.tensor(lengths, device=joined.device)}
+        joined = encode(pipe, pairs, **settings).text.unflatten(0, (len(texts), len(prompts)))
+        return {"joined": joined, "lengths": torch.tensor(lengths[: len(prompts)], device=joined.device)}
 
     def _wrap(self, pipe: DiffusionPipeline) -> None:
         """Wraps `encode_prompt` (which rows are conditional) and the end of a call, on this pipeline object."""
@@ -526,33 +534,32 @@ class Site:
     # ---- batches
 
     def _place(self, entry: _Entry, images_per_prompt: int, batch: int | None = None) -> None:
-        """Gives each term of an eraser with `rows` its rows of the batch, which has `batch` conditional rows."""
+        """Gives the erasure prompts of an eraser with `rows` their rows of the batch, `batch` conditional ones."""
         rows = entry.eraser.rows
-        if rows is None or not entry.eraser.edits_attention:
+        if rows is None or entry.prompts is None:
             return
         if batch is not None and len(rows) * images_per_prompt != batch:
             raise ValueError(
                 f"`rows` has {len(rows)} entries, but the call has {batch // images_per_prompt} prompts: give one list "
                 "of concepts per prompt."
             )
-        # the n-th terms of all rows, then the next: a row's terms act in its own order, as they would alone
-        orders = [[t for c in dict.fromkeys(row) for t, (of, _) in enumerate(entry.terms) if of == c] for row in rows]
-        acting = []
-        for step in itertools.zip_longest(*orders):
-            for t in sorted({t for t in step if t is not None}):
-                chosen = [k for k in range(len(rows) * images_per_prompt) if step[k // images_per_prompt] == t]
-                term = entry.terms[t][1]
-                acting.append(term.at(torch.tensor(chosen, device=term.text.device)))
-        entry.acting = tuple(acting)
+        alike: dict[tuple[int, ...], list[int]] = {}  # erasure prompts in the order of a row -> its images
+        for r, row in enumerate(rows):
+            chosen = tuple(k for concept in dict.fromkeys(row) for k, of in enumerate(entry.of) if of == concept)
+            alike.setdefault(chosen, []).extend(range(r * images_per_prompt, (r + 1) * images_per_prompt))
+        device = entry.prompts.text.device
+        entry.acting = tuple(
+            entry.prompts.part(chosen, torch.tensor(images, device=device))
+            for chosen, images in alike.items()
+            if chosen
+        )
 
     def begin(self, timestep: Tensor | float, text: Tensor) -> None:
         """Called in front of each denoiser call: which rows are conditional, what time it is."""
         if not torch.compiler.is_compiling():
             self._fit()
-            if self.call is None:
-                for entry in self.entries:
-                    fresh = [replace(t, joined=None, lengths=None, weights=None) for _, t in entry.terms]
-                    self._set_terms(entry, fresh)
+            for entry in self.entries if self.call is None else ():
+                self._set_prompts(entry, joined=None, lengths=None, weights=None)
             if text is not self._checked:
                 self.first = self._first_row(text)
                 if self.first < len(text):
@@ -574,9 +581,7 @@ class Site:
         waiting = [
             e
             for e in self.entries
-            if e.eraser.measures
-            and not e.eraser.is_off()
-            and (self.call is None or any(term.weights is None for _, term in e.terms))
+            if e.eraser.measures and not e.eraser.is_off() and e.acting and e.prompts and not e.prompts.weights
         ]
         if not waiting or self.prompt is None or not len(self.prompt):
             return
@@ -590,10 +595,9 @@ class Site:
         finally:
             self._measuring, self._seen = [], None
         for k, entry in enumerate(waiting):
-            layers = [mass[k] for mass in seen.values()]
-            features = [torch.stack([layer[t] for layer in layers], -1) for t in range(len(entry.terms))]
-            weights = [entry.eraser.weigh(mass, tuple(seen)).to(mass) for mass in features]
-            self._set_terms(entry, [replace(t, weights=w) for (_, t), w in zip(entry.terms, weights, strict=True)])
+            of_each = zip(*(masses[k] for masses in seen.values()), strict=True)  # erasure prompt: its mass by layer
+            weights = [entry.eraser.weigh(torch.stack(by_layer, -1), tuple(seen)) for by_layer in of_each]
+            self._set_prompts(entry, weights=tuple(weights))
 
     def _first_row(self, text: Tensor) -> int:
         """Rows before it are unconditional. A call outside a pipeline is conditional throughout."""
@@ -630,8 +634,8 @@ class Site:
         out = hidden[self.first :]
         cross = CrossAttention(attn, query[self.first :], self.prompt, self.neutral)
         if self._seen is not None:
-            masses = [[cross.mass(term) for _, term in entry.terms] for entry in self._measuring]
-            self._seen[self.names[attn]] = masses
+            prompts = (entry.prompts for entry in self._measuring)
+            self._seen[self.names[attn]] = [cross.mass(term) for term in prompts if term is not None]
             return hidden
         changed = False
         for entry in self.entries:

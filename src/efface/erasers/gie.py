@@ -166,10 +166,16 @@ class GIE(Hooked):
 
     def edit(self, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
         key, value = cross.keys_values(term.text)
-        own = torch.full((1, term.own.stop - term.own.start), -1.0) if term.weights is None else term.weights
-        weights = torch.zeros(len(own), 1, key.shape[2], 1, dtype=value.dtype, device=value.device)
-        weights[:, 0, term.own, 0] = (self.strength * own).to(value)
-        out = out + cross.attend(key.expand(len(own), -1, -1, -1), weights * value)
+        if term.weights is None:  # the same in all rows
+            weights = value.new_zeros(len(value), 1, value.shape[2], 1)
+            for n, own in enumerate(term.own):
+                weights[n, :, own] = -self.strength
+            out = out + cross.attend_texts(key, weights * value).sum(0)
+        else:
+            for n, own in enumerate(term.own):
+                weights = value.new_zeros(len(out), 1, value.shape[2], 1)
+                weights[:, 0, own, 0] = (self.strength * term.weights[n]).to(value)
+                out = out + cross.attend(key[n : n + 1].expand(len(out), -1, -1, -1), weights * value[n : n + 1])
         return out + self.swapped(cross, term) if self.joins else out
 
     def swapped(self, cross: CrossAttention, term: Term) -> Tensor:
@@ -177,7 +183,9 @@ class GIE(Hooked):
         if cross.prompt is None or term.joined is None or term.lengths is None:
             raise ValueError('values="official" needs the text of each prompt: call the pipeline with `prompt` alone.')
         key, value = cross.keys_values(cross.prompt)
-        dropped = torch.arange(key.shape[2])[None] - term.lengths[:, None]  # from the end token on: 1, 2, ...
-        kept = (dropped < 2) | (dropped > 1 + term.own.stop - term.own.start)
-        official = cross.keys_values(term.joined)[1] * kept[:, None, :, None].to(value)
-        return cross.attend(key, official - value)
+        difference = torch.zeros_like(value)
+        for own, joined in zip(term.own, term.joined, strict=True):
+            behind = torch.arange(key.shape[2], device=key.device) - term.lengths[:, None]  # 1: the end token
+            kept = (behind < 2) | (behind > 1 + own.stop - own.start)
+            difference += cross.keys_values(joined)[1] * kept[:, None, :, None].to(value) - value
+        return cross.attend(key, difference)
