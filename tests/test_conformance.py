@@ -19,13 +19,13 @@ from efface import registry
 EFFECT = 1e-3  # a smaller relative change means that a hook is dead
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "eiup": ({"normalization": "separate"}, {"normalization": "gated"}),
-    "gie": ({"values": "official"},),
+    "gie": ({"values": "official"}, {"trajectories": 2}),
 }
 
 
 def every_eraser(concept: Any) -> dict[str, Any]:
     return {
-        "-".join([name, *fields.values()]): registry.resolve(name)([concept], **fields)
+        "-".join([name, *map(str, fields.values())]): registry.resolve(name)([concept], **fields)
         for name in registry.methods("erasers")
         for fields in ({}, *VARIANTS.get(name, ()))
     }

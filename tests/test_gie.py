@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler, PNDMScheduler
 from diffusers.models.attention_processor import Attention
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -20,7 +21,7 @@ from tiny import ALCOHOL, CAT, LIMIT, PROMPT, PROMPTS, STEPS, batch, change, dra
 from torch import Tensor, nn
 
 from efface import EIUP, GIE, Concept, load
-from efface._hooks import layer_names, text_hash
+from efface._hooks import layer_names, site, text_hash
 from efface.erasers._adapter import Adapter, network
 from efface.erasers._gie_fit import Ladder, Row, train
 from efface.models.emoji.weights import FOLDER
@@ -139,6 +140,159 @@ def test_official_values_say_what_they_cannot_do(sd1: Any) -> None:
 def test_official_values_need_a_causal_text_encoder() -> None:
     with pytest.raises(ValueError, match="emoji is bidirectional"):
         GIE(["alcohol"], values="official").apply(load("emoji"))
+
+
+# ---------------------------------------------------------------- two trajectories
+
+
+class Both:
+    """Processors of the public code's form, for rows [uncond, uncond, base, edit]; all maps written out.
+
+    `end` and `copied` are the first steps outside the windows; `queries` is the most that are copied.
+    """
+
+    def __init__(
+        self, pipe: Any, prompts: Sequence[str], erased: str, official: bool, steps: int, queries: int
+    ) -> None:
+        self.prompts, self.official, self.queries, self.step = prompts, official, queries, 0
+        self.end, self.copied = int(0.8 * (steps + 1)), int(0.4 * steps)
+        self.m, self.text = len(erased.split()), embed(pipe, erased)
+        self.joined = [embed(pipe, f"{prompt} {erased}") for prompt in prompts]
+        self.used: list[bool] = []
+
+    def replaced(self, row: int) -> Tensor:
+        """The code's text of the edited row: L columns, the concept's own tokens in front of the end token."""
+        n, joined = len(self.prompts[row].split()), self.joined[row]
+        own = self.text[1 : 1 + self.m]
+        return torch.cat([joined[: n + 1], own, joined[n + 1 : n + 2], joined[n + self.m + 2 :]])
+
+    def __call__(
+        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any
+    ) -> Tensor:
+        rows, out = len(self.prompts), []
+        for k, hidden in enumerate(hidden_states):
+            text = hidden if encoder_hidden_states is None else encoder_hidden_states[k]
+            if k < 3 * rows:
+                out.append(written_out(attn, hidden, text))
+                continue
+            base, row = hidden_states[k - rows], k - 3 * rows
+            if encoder_hidden_states is None:
+                copy = self.step < self.copied and len(hidden) <= self.queries
+                self.used.append(copy)
+                maps = softmax(logits(attn, base, base)) if copy else softmax(logits(attn, hidden, hidden))
+                out.append(mix(attn, maps, hidden))
+            elif self.step < self.end:
+                out.append(self.inside(attn, hidden, base, text, row))
+            else:
+                out.append(written_out(attn, hidden, self.replaced(row) if self.official else text))
+        return attn.to_out[1](attn.to_out[0](torch.stack(out))) / attn.rescale_output_factor
+
+    def inside(self, attn: Attention, hidden: Tensor, base: Tensor, text: Tensor, row: int) -> Tensor:
+        n, m = len(self.prompts[row].split()), self.m
+        maps, concept = softmax(logits(attn, base, text)), softmax(logits(attn, hidden, self.text))
+        weight = weights(len(self.prompts), m)[row].to(concept)
+        inserted = -weight * concept[..., 1 : m + 1]
+        if not self.official:
+            return mix(attn, maps, text) + mix(attn, inserted, self.text[1 : m + 1])
+        whole = torch.cat([maps[..., : n + 1], inserted, maps[..., n + 1 : n + 2], maps[..., n + m + 2 :]], -1)
+        assert whole.shape[-1] == LIMIT
+        return mix(attn, whole, self.replaced(row))
+
+
+@torch.no_grad()
+def both(pipe: Any, processors: Both, prompts: Sequence[str], steps: int) -> tuple[Tensor, Tensor]:
+    """Latents of the plain and of the erased picture, by a sampling loop of its own."""
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(steps)
+    positive, negative = pipe.encode_prompt(list(prompts), "cpu", 1, True)
+    noise = [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in (0, 1)]
+    x = torch.cat(noise * 2) * scheduler.init_noise_sigma
+    with replaced(pipe, processors), replaced(pipe, processors, "attn1"):
+        for step, time in enumerate(scheduler.timesteps):
+            processors.step = step
+            text = torch.cat([negative, negative, positive, positive])
+            uncond, cond = pipe.unet(torch.cat([x, x]), time, text).sample.chunk(2)
+            x = scheduler.step(uncond + 7.5 * (cond - uncond), time, x).prev_sample
+    base, edit = x.chunk(2)
+    return base, edit
+
+
+@pytest.fixture
+def pndm() -> Iterator[Any]:
+    """In double precision, with a scheduler that makes one call more than there are steps."""
+    pipe = _double("sd1")
+    kept = pipe.scheduler
+    pipe.scheduler = PNDMScheduler.from_config(kept.config, skip_prk_steps=True)
+    yield pipe
+    pipe.scheduler = kept
+
+
+@pytest.mark.parametrize(("values", "queries"), [("paper", 256), ("official", 256), ("official", 16)])
+def test_two_trajectories_are_the_public_code(
+    values: str, queries: int, pndm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("efface.erasers.gie.QUERIES", queries)  # the layers have 64 and 16
+    steps, erased = 5, ERASED["alcohol"]  # six calls: four in the window, two with copied self-attention
+    reference = Both(pndm, PROMPTS, erased, values == "official", steps, queries)
+    assert (reference.end, reference.copied) == (4, 2)
+    base, want = both(pndm, reference, PROMPTS, steps)
+    assert {True, False} == set(reference.used)
+    twins: list[Tensor] = []
+
+    def watch(pipe: Any, step: int, time: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        twins.append(site(pipe).twin.latents)
+        return {}
+
+    with Weighed([ALCOHOL], values=values, trajectories=2, window=(0.0, 0.8)).apply(pndm):
+        got = latents(pndm, PROMPTS, num_inference_steps=steps, callback_on_step_end=watch)
+    plain = latents(pndm, PROMPTS, num_inference_steps=steps)
+    assert change(got, want) < 1e-9
+    assert torch.equal(twins[-1], plain) and change(base, plain) < 1e-9
+    assert len(twins) == steps + 1
+    assert change(got, plain) > 1e-2
+    with Weighed([ALCOHOL], values=values, window=(0.0, 0.8)).apply(pndm):
+        assert change(got, latents(pndm, PROMPTS, num_inference_steps=steps)) > 1e-3
+
+
+def test_official_is_the_published_setting() -> None:
+    official = GIE.official([CAT], 2.0)
+    assert (official.values, official.trajectories, official.window) == ("official", 2, (0.0, 0.8))
+    with pytest.raises(ValueError, match="`trajectories` to be 1 or 2, but got 3"):
+        GIE([CAT], trajectories=3)
+
+
+def test_borrowed_maps_alone_change_nothing(family: str) -> None:
+    weak = drawn(family, GIE([ALCOHOL], strength=1e-9, trajectories=2), prompt=PROMPTS)
+    assert change(weak, drawn(family, prompt=PROMPTS)) < 1e-5
+
+
+def test_the_twin_starts_from_the_same_noise_whatever_the_scheduler(sd1: Any) -> None:
+    twins: list[Tensor] = []
+
+    def watch(pipe: Any, step: int, time: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        twins.append(site(pipe).twin.latents)
+        return {}
+
+    kept = sd1.scheduler
+    sd1.scheduler = EulerDiscreteScheduler.from_config(kept.config)  # scales what the denoiser gets
+    plain = latents(sd1, PROMPTS)
+    with GIE([ALCOHOL], trajectories=2).apply(sd1):
+        latents(sd1, PROMPTS, callback_on_step_end=watch)
+    sd1.scheduler = kept
+    assert change(twins[-1], plain) < 1e-5
+
+
+def test_two_trajectories_say_what_they_cannot_do(sd1: Any) -> None:
+    with GIE([ALCOHOL], trajectories=2).apply(sd1):
+        with pytest.raises(ValueError, match="need a call of the pipeline"), torch.no_grad():
+            sd1.unet(**batch())
+        with pytest.raises(ValueError, match="`guidance_rescale`"):
+            latents(sd1, guidance_rescale=0.5)
+        latents(sd1)
+    pipe = pipeline("small")
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    with pytest.raises(ValueError, match="compiled denoiser"):
+        GIE([CAT], trajectories=2).apply(pipe)
 
 
 # ---------------------------------------------------------------- the adapter

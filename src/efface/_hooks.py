@@ -13,12 +13,13 @@ hook is gone.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -146,17 +147,37 @@ class Term:
         )
 
 
+@dataclass(frozen=True)
+class Beside:
+    """A layer in the plain picture that is drawn beside the erased one, from the same noise; conditional rows only.
+
+    `query` [B, Q, C]; `shift` [B, Q, C], what the layer puts out there less what it puts out here before any eraser;
+    `step`, the number of this denoiser call from 0 on, and `steps`, the number of steps asked for.
+    """
+
+    query: Tensor
+    shift: Tensor
+    step: int
+    steps: int
+
+    def at(self, rows: Tensor) -> Beside:
+        return replace(self, query=self.query[rows], shift=self.shift[rows])
+
+
 class CrossAttention:
     """One cross-attention call, conditional rows only: `query` [B, Q, C] and `prompt` [B, L, D], the layer's own
-    projections, and the pipeline's empty prompt as `neutral` [1, L, D]."""
+    projections, and the pipeline's empty prompt as `neutral` [1, L, D]; `beside` for erasers with a twin."""
 
-    def __init__(self, attn: Attention, query: Tensor, prompt: Tensor | None, neutral: Tensor) -> None:
-        self.attn, self.query, self.prompt, self.neutral = attn, query, prompt, neutral
+    def __init__(
+        self, attn: Attention, query: Tensor, prompt: Tensor | None, neutral: Tensor, beside: Beside | None = None
+    ) -> None:
+        self.attn, self.query, self.prompt, self.neutral, self.beside = attn, query, prompt, neutral, beside
 
     def at(self, rows: Tensor) -> CrossAttention:
         """The same call, on some rows."""
         prompt = None if self.prompt is None else self.prompt[rows]
-        return CrossAttention(self.attn, self.query[rows], prompt, self.neutral)
+        beside = None if self.beside is None else self.beside.at(rows)
+        return CrossAttention(self.attn, self.query[rows], prompt, self.neutral, beside)
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, L, C] to [B, heads, L, C / heads], without a copy."""
@@ -180,6 +201,13 @@ class CrossAttention:
         """
         query = self.query.flatten(0, 1).expand(len(key), -1, -1)
         return self._attend(query, key, value).unflatten(1, self.query.shape[:2])
+
+    @staticmethod
+    def copied(attn: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Self-attention from projections [B, Q, C] of different pictures: [B, Q, C]."""
+        layer = CrossAttention(attn, query, None, query)
+        key = layer._heads(key)
+        return layer.attend(key if attn.norm_k is None else attn.norm_k(key), layer._heads(value))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query = self._heads(query)
@@ -224,6 +252,7 @@ class Hooked:
     edits_attention: ClassVar[bool] = False
     packs = True  # phrases share erasure prompts; a method may need one prompt per phrase
     joins = False  # terms come with each prompt and the erasure prompt in one text
+    twins = False  # the plain picture is drawn beside; the eraser keeps its window by the steps of `cross.beside`
     measures = False  # `weigh` gets features from a plain denoiser call in front of the first one
 
     concepts: tuple[Concept, ...]
@@ -236,6 +265,10 @@ class Hooked:
     def edit(self, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
         """The attention output [B, Q, C] of conditional rows, without the concept of `term`."""
         return out
+
+    def copies(self, step: int, steps: int, queries: int) -> bool:
+        """With a twin: whether self-attention layers of so many queries take its maps in this step."""
+        return False
 
     def weigh(self, features: Tensor, layers: tuple[str, ...]) -> Tensor:
         """Weights [B, tokens] of an erasure prompt's own tokens from the attention they get, [B, tokens, layers].
@@ -268,6 +301,18 @@ class _SeeQuery(ModelHook):
         return output
 
 
+class _SeeKey(_SeeQuery):
+    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+        self.layer.key = output
+        return output
+
+
+class _SeeValue(_SeeQuery):
+    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+        self.layer.value = output
+        return output
+
+
 class _EditOutput(ModelHook):
     def __init__(self, layer: _Layer) -> None:
         super().__init__()
@@ -276,6 +321,13 @@ class _EditOutput(ModelHook):
     def pre_forward(self, module: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         query, self.layer.query = self.layer.query, None
         return (self.layer.site.edit(self.layer.attn, query, hidden), *args), kwargs
+
+
+class _EditSelf(_EditOutput):
+    def pre_forward(self, module: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        layer = self.layer
+        parts, layer.query, layer.key, layer.value = (layer.query, layer.key, layer.value), None, None, None
+        return (layer.site.edit_self(layer.attn, *parts, hidden), *args), kwargs
 
 
 class _WatchDenoiser(ModelHook):
@@ -289,6 +341,9 @@ class _WatchDenoiser(ModelHook):
         self.site.begin(timestep, text)
         forward = self.fn_ref.original_forward or self.fn_ref.forward
         self.site.measure(lambda: forward(*args, **kwargs))
+        rest, sample = (args[1:], args[0]) if args else (args, kwargs["sample"])
+        others = {name: value for name, value in kwargs.items() if name != "sample"}
+        self.site.draw_beside(sample, lambda beside: forward(beside, *rest, **others)[0])
         return args, kwargs
 
 
@@ -298,21 +353,35 @@ class _Layer:
     def __init__(self, site: Site, attn: Attention) -> None:
         self.site, self.attn = site, attn
         self.query: Tensor | None = None
-        self.hooked: tuple[nn.Module, nn.Module] | None = None
+        self.key: Tensor | None = None  # this and the next of self-attention only
+        self.value: Tensor | None = None
+        self.hooked: tuple[nn.Module, ...] | None = None
+
+    def watches(self) -> dict[nn.Module, ModelHook]:
+        return {self.attn.to_q: _SeeQuery(self), self.attn.to_out[0]: _EditOutput(self)}
 
     def fit(self) -> None:
         """Hooks the present submodules; loading or unloading a LoRA swaps them."""
-        present = (self.attn.to_q, self.attn.to_out[0])
-        if self.hooked != present:
+        watches = self.watches()
+        if self.hooked != tuple(watches):
             self.unhook()
-            _register(present[0], _SeeQuery(self))
-            _register(present[1], _EditOutput(self))
-            self.hooked = present
+            for module, hook in watches.items():
+                _register(module, hook)
+            self.hooked = tuple(watches)
 
     def unhook(self) -> None:
         for module in self.hooked or ():
             _unregister(module)
         self.hooked = None
+
+
+class _SelfLayer(_Layer):
+    """One self-attention module."""
+
+    def watches(self) -> dict[nn.Module, ModelHook]:
+        attn = self.attn
+        see = {attn.to_q: _SeeQuery(self), attn.to_k: _SeeKey(self), attn.to_v: _SeeValue(self)}
+        return {**see, attn.to_out[0]: _EditSelf(self)}
 
 
 def _register(module: nn.Module, hook: ModelHook) -> None:
@@ -347,6 +416,22 @@ class _Call:
     images_per_prompt: int
     settings: dict[str, Any]  # of the encoding
     prompts: list[str] | None  # None: the user gave embeddings
+    pipe: weakref.ref[DiffusionPipeline]
+
+
+@dataclass
+class _Twin:
+    """The plain picture, drawn beside from the same noise with a scheduler of its own."""
+
+    latents: Tensor
+    scheduler: Any
+    step: int = -1
+    seen: dict[Attention, tuple[Tensor, Tensor]] = field(default_factory=dict)  # query and output, or query and key
+
+    @property
+    def moment(self) -> tuple[int, int]:
+        """The number of this denoiser call, and how many steps were asked for."""
+        return self.step, self.scheduler.num_inference_steps
 
 
 class Site:
@@ -358,6 +443,8 @@ class Site:
         named = denoiser.named_modules()
         self.names = {m: name for name, m in named if isinstance(m, Attention) and m.is_cross_attention}
         self.layers = [_Layer(self, m) for m in self.names]
+        inner = (m for m in denoiser.modules() if isinstance(m, Attention) and not m.is_cross_attention)
+        self.self_layers = [_SelfLayer(self, m) for m in inner]
         self.entries: list[_Entry] = []
         self.pipes: list[tuple[weakref.ref[DiffusionPipeline], dict[str, Any]]] = []  # with what WRAPPED hid
         self.neutral: Tensor | None = None
@@ -367,6 +454,8 @@ class Site:
         self.time: Tensor | float = 0.0
         self.train_timesteps = 1000
         self._checked: Tensor | None = None
+        self.twin: _Twin | None = None
+        self._twin_runs = False
         self._measuring: list[_Entry] = []
         self._seen: dict[str, list[tuple[Tensor, ...]]] | None = None  # while measuring: layer -> masses of each entry
 
@@ -383,7 +472,7 @@ class Site:
                 raise ValueError(
                     "The attention projections are fused: call `pipe.unet.unfuse_qkv_projections()` first."
                 )
-        if eraser.measures and getattr(pipe, self.facts.denoiser) is not self._denoiser():
+        if (eraser.measures or eraser.twins) and getattr(pipe, self.facts.denoiser) is not self._denoiser():
             raise ValueError(UNCOMPILED)
         entry = _Entry(eraser)
         self._prepare(pipe, entry)
@@ -419,6 +508,9 @@ class Site:
         wanted = any(e.eraser.edits_attention for e in self.entries)
         for layer in self.layers:
             layer.fit() if wanted else layer.unhook()
+        twins = any(e.eraser.twins for e in self.entries)
+        for layer in self.self_layers:
+            layer.fit() if twins else layer.unhook()
 
     def _close(self) -> None:
         if (denoiser := self._denoiser()) is not None:
@@ -430,7 +522,7 @@ class Site:
                     delattr(pipe, name)
                 vars(pipe).update(hidden)
         self.pipes.clear()
-        self.call = self.neutral = self.prompt = self._checked = None
+        self.call = self.neutral = self.prompt = self._checked = self.twin = None
 
     # ---- text
 
@@ -496,6 +588,8 @@ class Site:
         encode_prompt, end_of_call = pipe.encode_prompt, pipe.maybe_free_model_hooks
         signature = inspect.signature(MethodType(type(pipe).encode_prompt, pipe))
 
+        owner = weakref.ref(pipe)
+
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
@@ -503,12 +597,13 @@ class Site:
                 k: bound.arguments[k] for k in ("clip_skip", "lora_scale") if bound.arguments.get(k) is not None
             }
             encoded = encode_prompt(*args, **kwargs)
-            self.call, prompts = None, self._prompts(bound.arguments)
+            self.call = self.twin = None
+            prompts = self._prompts(bound.arguments)
             for entry in self.entries:
                 encoded = entry.eraser.rewrite(pipe, encoded, bound)
                 self._prepare(pipe, entry, prompts, **settings)
             negative = encoded[1] if bound.arguments["do_classifier_free_guidance"] else None
-            self.call = _Call(encoded[0], negative, bound.arguments["num_images_per_prompt"], settings, prompts)
+            self.call = _Call(encoded[0], negative, bound.arguments["num_images_per_prompt"], settings, prompts, owner)
             self._checked = None
             self._fit()  # once more in `begin`, but not when compiled
             for entry in self.entries:
@@ -516,7 +611,7 @@ class Site:
             return encoded
 
         def ended() -> Any:
-            self.call = self._checked = None
+            self.call = self._checked = self.twin = None
             return end_of_call()
 
         self.pipes.append((weakref.ref(pipe), {name: vars(pipe)[name] for name in WRAPPED if name in vars(pipe)}))
@@ -599,6 +694,67 @@ class Site:
             weights = [entry.eraser.weigh(torch.stack(by_layer, -1), tuple(seen)) for by_layer in of_each]
             self._set_prompts(entry, weights=tuple(weights))
 
+    def draw_beside(self, sample: Tensor, plain: Callable[[Tensor], Tensor]) -> None:
+        """Takes the plain picture one step further, if an eraser needs it, and keeps what its layers saw.
+
+        Args:
+            sample: what the denoiser gets now; at first, that is where the plain picture starts.
+            plain: the denoiser's prediction for another sample, all else being the same.
+        """
+        if not any(e.eraser.twins and not e.eraser.is_off() for e in self.entries):
+            return
+        pipe = self.call.pipe() if self.call is not None else None
+        if pipe is None or self.prompt is None or self.first not in (0, len(self.prompt)):
+            raise ValueError(
+                "Two trajectories need a call of the pipeline, with guidance in the same denoiser call: use one "
+                "trajectory."
+            )
+        if getattr(pipe, "guidance_rescale", 0.0):
+            raise ValueError("Two trajectories know no `guidance_rescale`: leave it 0, or use one trajectory.")
+        if torch.compiler.is_compiling():
+            raise ValueError(UNCOMPILED)
+        with torch.no_grad():
+            if self.twin is None:
+                scheduler = copy.deepcopy(pipe.scheduler)
+                scale = copy.deepcopy(scheduler).scale_model_input(torch.ones_like(sample[:1]), self.time)
+                latents = sample[self.first :]
+                self.twin = _Twin(latents.clone() if bool((scale == 1).all()) else latents / scale, scheduler)
+            twin = self.twin
+            twin.step += 1
+            twin.seen.clear()
+            scaled = twin.scheduler.scale_model_input(twin.latents, self.time)
+            self._twin_runs = True
+            try:
+                prediction = plain(torch.cat([scaled] * 2) if self.first else scaled)
+            finally:
+                self._twin_runs = False
+            if self.first:
+                uncond, cond = prediction.chunk(2)
+                prediction = uncond + pipe.guidance_scale * (cond - uncond)
+            twin.latents = twin.scheduler.step(prediction, self.time, twin.latents, return_dict=False)[0]
+
+    def edit_self(
+        self, attn: Attention, query: Tensor | None, key: Tensor | None, value: Tensor | None, hidden: Tensor
+    ) -> Tensor:
+        """The self-attention output [B, Q, C] in front of `to_out`, with the twin's maps where an eraser wants them."""
+        if query is None or key is None or value is None or self.first == len(hidden):
+            return hidden
+        twin = self.twin
+        if twin is not None and self._twin_runs:
+            twin.seen[attn] = query[self.first :], key[self.first :]
+        if twin is None or self._twin_runs or self._seen is not None:
+            return hidden
+        wanting = [e for e in self.entries if e.eraser.twins and not e.eraser.is_off()]
+        wanting = [e for e in wanting if e.eraser.copies(*twin.moment, query.shape[1])]
+        if not wanting:
+            return hidden
+        its_query, its_key = twin.seen[attn]
+        copied = CrossAttention.copied(attn, its_query, its_key, value[self.first :])
+        out = hidden[self.first :]
+        for term in itertools.chain(*(entry.acting for entry in wanting)):
+            out = copied if term.rows is None else out.index_copy(0, term.rows, copied[term.rows])
+        return out if self.first == 0 else torch.cat([hidden[: self.first], out])
+
     def _first_row(self, text: Tensor) -> int:
         """Rows before it are unconditional. A call outside a pipeline is conditional throughout."""
         if self.call is None:
@@ -633,6 +789,9 @@ class Site:
             return hidden
         out = hidden[self.first :]
         cross = CrossAttention(attn, query[self.first :], self.prompt, self.neutral)
+        if self._twin_runs and self.twin is not None:
+            self.twin.seen[attn] = query[self.first :], hidden[self.first :]
+            return hidden
         if self._seen is not None:
             prompts = (entry.prompts for entry in self._measuring)
             self._seen[self.names[attn]] = [cross.mass(term) for term in prompts if term is not None]
@@ -642,7 +801,11 @@ class Site:
             eraser = entry.eraser
             if not eraser.edits_attention or eraser.is_off():
                 continue
-            weight = self._weight(eraser.window)
+            cross.beside = None
+            if eraser.twins and self.twin is not None:
+                its_query, its_out = self.twin.seen[attn]
+                cross.beside = Beside(its_query, its_out - hidden[self.first :], *self.twin.moment)
+            weight = 1.0 if eraser.twins else self._weight(eraser.window)
             if not isinstance(weight, Tensor) and weight == 0:
                 continue
             for term in entry.acting:

@@ -61,7 +61,22 @@ def fit_adapter(
     progress: Progress | None = None,
     **call: Any,
 ) -> Path:
-    """Draws and judges the ladder, trains the adapter and writes it; see `GIE.fit`."""
+    """Draws and judges the ladder, trains the adapter and writes it; see `GIE.fit`.
+
+    Args:
+        strengths: the ladder; 0, the plain picture, is always part of it.
+        seeds: of each prompt's pictures, all below 10,000.
+        faithful: from pictures and plain ones [N, 3, H, W] to [N] in [0, 1]; or one by the name of each concept.
+        fidelity: what losing all of the plain picture costs, where showing the concept costs 1.
+        held_out: the share of prompts that stops the training.
+        batch: pictures per pipeline call.
+        patience, most_epochs, seed: of the training.
+        progress: called with what is drawn and the number of pictures since the last call.
+        call: further arguments of the pipeline.
+
+    Raises:
+        ValueError: too few prompts, seeds that are not tuning seeds, or judgements of another setting.
+    """
     strengths = sorted({check_strength(s) for s in strengths} - {0.0})
     rows = _rows(concepts, prompts, check_tuning_seeds(seeds))
     if len({(r.concept.name, r.prompt) for r in rows}) < LEAST or not strengths or not 0 < held_out < 1:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from .._hooks import CrossAttention, Hooked, Term, layer_names, text_hash
 from ..core import Concepts, Handle, Rows, as_concepts, as_rows, check_strength, check_window
 from ..families import family
 from ._adapter import Adapter
+from ._gie_official import afterwards, swapped
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["GIE"]
 
 Values = Literal["paper", "official"]
+COPIED, QUERIES = 0.4, 256  # of the code: self-attention maps are copied in the first 40 % of steps, up to 16 x 16
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,16 @@ class GIE(Hooked):
     Concepts in Diffusion Models", ICLR 2025, arXiv 2408.01014 v2. Its equations could not be read and have no numbers
     here; the formula is its algorithm, the window and the sizes of the adapter are those of its public code.
 
-    Differs: `values="paper"` is the algorithm of the paper, in one trajectory. The public code takes the prompt's
-    values from the text of prompt and concept joined, so that the end token becomes the concept's first word in
-    context, and drops one padding column per concept token: `values="official"`. The published adapter's weights and
-    its training are not available: `GIE.fit` trains one with a detector instead of a language model as judge. Its
-    inputs are standardised, its weights never positive, and they are measured without injection, not with weight 1.
-    Outside the window the plain prompt is drawn. Several erasure prompts act independently: their terms add up.
+    Differs: `values="paper"` in one trajectory is the algorithm of the paper. The public code differs from it.
+    `values="official"`: it takes the prompt's values from the text of prompt and concept joined, so that the end token
+    becomes the concept's first word in context, and drops one padding column per concept token. `trajectories=2`: it
+    draws the plain picture beside, takes the prompt's maps from there, and copies its self-attention up to 256 queries
+    in the first 40 % of the steps; that is a second denoiser call per step. With both (`GIE.official`) the concept's
+    tokens are a part of the prompt once the window is over, as in the code; else the plain prompt is drawn then. The
+    picture beside takes the scheduler's default step: with `eta`, or a scheduler that draws noise, it is another one.
+    The published adapter's weights and its training are not available: `GIE.fit` trains one with a detector instead of
+    a language model as judge. Its inputs are standardised, its weights never positive, and they are measured without
+    injection, not with weight 1. Several erasure prompts act independently: their terms add up.
 
     Args:
         concepts: what to erase: names of shipped concepts, `Concept` objects, or a sequence of them. The phrases of a
@@ -53,7 +58,10 @@ class GIE(Hooked):
         strength: >= 0; the weight -w of each concept token, or with an adapter the factor on what it predicts. 0 is the
             plain pipeline, if the values are the paper's. The paper's fixed weight is not known.
         window: (start, end), the part of the trajectory in which it acts, as fractions; `GIE.paper` has (0, 0.8).
+            With two trajectories it counts denoiser calls as the code does, of N steps those from `int(start (N + 1))`
+            to below `int(end (N + 1))`.
         values: "paper" or "official"; official needs a causal text encoder, and prompt and concept in one text.
+        trajectories: 1, or 2 for the code's form, which needs a pipeline's call and is not compiled.
         adapter: a file written by `GIE.fit`, for this model; None for a fixed weight.
         rows: one list of concepts per prompt of the batch, instead of `concepts` for all.
 
@@ -82,6 +90,7 @@ class GIE(Hooked):
     strength: float = 1.0
     window: tuple[float, float] = (0.0, 1.0)
     values: Values = "paper"
+    trajectories: int = 1
     adapter: str | Path | None = None
     rows: Rows = None  # type: ignore[assignment]
 
@@ -93,6 +102,8 @@ class GIE(Hooked):
         object.__setattr__(self, "window", check_window(self.window))
         if self.values not in get_args(Values):
             raise ValueError(f"Expected `values` to be one of {get_args(Values)}, but got {self.values!r}.")
+        if self.trajectories not in (1, 2) or isinstance(self.trajectories, bool):
+            raise ValueError(f"Expected `trajectories` to be 1 or 2, but got {self.trajectories!r}.")
         if not self.concepts and self.rows is None:
             raise ValueError("GIE needs at least one concept to erase, but got none: give `concepts` or `rows`.")
         if self.adapter is not None:
@@ -103,6 +114,11 @@ class GIE(Hooked):
     def paper(cls, concepts: Concepts, strength: float = 1.0, **fields: Any) -> GIE:
         """The paper's form in the published window, the first 80 % of the trajectory."""
         return cls(concepts, strength, window=(0.0, 0.8), **fields)
+
+    @classmethod
+    def official(cls, concepts: Concepts, strength: float = 1.0, **fields: Any) -> GIE:
+        """What the public code computes: its values, its two trajectories and its window."""
+        return cls(concepts, strength, window=(0.0, 0.8), values="official", trajectories=2, **fields)
 
     @classmethod
     def fit(
@@ -128,14 +144,7 @@ class GIE(Hooked):
             detector: says whether the concept is there (`efface.Detector`); or one by the name of each concept.
             out: the adapter's file. Judgements are kept beside it in `<out>.ladder.json`, batch by batch: killed, the
                 same call goes on from there.
-            how: `strengths` (0.5, 1, 2, 4, 8), `seeds` (2000 to 2003; all below 10,000), `faithful` (from pictures and
-                plain ones [N, 3, H, W] to [N] in [0, 1], or one by the name of each concept; `pictures.likeness`),
-                `fidelity` (0.5), `held_out` (0.2), `batch` (16), `patience` (200 epochs), `most_epochs` (5000), `seed`
-                of the training (0), `progress` (called with a text and a number of pictures); all else goes to the
-                pipeline.
-
-        Raises:
-            ValueError: too few prompts, seeds that are not tuning seeds, or judgements of another setting.
+            how: the settings of `erasers._gie_fit.fit_adapter`; all else goes to the pipeline.
         """
         from ._gie_fit import fit_adapter
 
@@ -144,6 +153,13 @@ class GIE(Hooked):
     @property
     def joins(self) -> bool:  # type: ignore[override]
         return self.values == "official"
+
+    @property
+    def twins(self) -> bool:  # type: ignore[override]
+        return self.trajectories == 2
+
+    def copies(self, step: int, steps: int, queries: int) -> bool:
+        return step < int(COPIED * steps) and queries <= QUERIES
 
     @property
     def measures(self) -> bool:  # type: ignore[override]
@@ -165,6 +181,12 @@ class GIE(Hooked):
         return -adapter(features).clamp_min(0)
 
     def edit(self, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
+        base, beside = cross, cross.beside
+        if beside is not None:
+            start, end = (int(share * (beside.steps + 1)) for share in self.window)
+            if not start <= beside.step < end:
+                return out + afterwards(cross, term) if self.joins else out
+            out, base = out + beside.shift, CrossAttention(cross.attn, beside.query, cross.prompt, cross.neutral)
         key, value = cross.keys_values(term.text)
         if term.weights is None:  # the same in all rows
             weights = value.new_zeros(len(value), 1, value.shape[2], 1)
@@ -176,16 +198,4 @@ class GIE(Hooked):
                 weights = value.new_zeros(len(out), 1, value.shape[2], 1)
                 weights[:, 0, own, 0] = (self.strength * term.weights[n]).to(value)
                 out = out + cross.attend(key[n : n + 1].expand(len(out), -1, -1, -1), weights * value[n : n + 1])
-        return out + self.swapped(cross, term) if self.joins else out
-
-    def swapped(self, cross: CrossAttention, term: Term) -> Tensor:
-        """What the prompt's maps put out with the official values, less what they do with its own: [B, Q, C]."""
-        if cross.prompt is None or term.joined is None or term.lengths is None:
-            raise ValueError('values="official" needs the text of each prompt: call the pipeline with `prompt` alone.')
-        key, value = cross.keys_values(cross.prompt)
-        difference = torch.zeros_like(value)
-        for own, joined in zip(term.own, term.joined, strict=True):
-            behind = torch.arange(key.shape[2], device=key.device) - term.lengths[:, None]  # 1: the end token
-            kept = (behind < 2) | (behind > 1 + own.stop - own.start)
-            difference += cross.keys_values(joined)[1] * kept[:, None, :, None].to(value) - value
-        return cross.attend(key, difference)
+        return out + swapped(base, term) if self.joins else out
