@@ -112,7 +112,6 @@ def test_erase_writes_pictures_grid_and_record(tmp_path: Path) -> None:
         (["--concept", "nudity"], "unknown concept 'nudity'"),
         (["--concept", "cat", "--model", "some/model"], "There is no detector"),
         (["--concept", "cat", "--set", "strength=1"], "The strength is what is looked for"),
-        (["--concept", "cat", "--method", "negative_prompt"], "has no `strength`"),
     ],
 )
 def test_bad_calibrations_are_explained(args: list[str], expected: str, tmp_path: Path) -> None:
@@ -141,8 +140,6 @@ def test_calibrate_names_a_strength_and_goes_on_without_drawing(tmp_path: Path) 
     (tmp_path / "out/strength-1.json").write_text('{"left": [[1, 1, 1, 1]], "kept": [[1, 1, 1, 1]]}')
     again = run(*args, "--out", str(tmp_path / "out"))
     assert again.returncode == 0 and "No strength from 1 to 1 reaches" in " ".join(again.stdout.split())
-    other = run(*args, "--out", str(tmp_path / "out"), "--steps", "3")
-    assert (other.returncode, "another call" in " ".join(other.stderr.split())) == (2, True)
 
 
 @needs_weights

@@ -580,7 +580,7 @@ def test_training_learns_what_the_features_say_and_ignores_their_scale() -> None
     targets = 4 * signal[:, 0] + (signal[:, 1] > 0.5)
     losses = []
     for scale in (1.0, 1e-4):  # mean attention is small
-        net, _, std, facts = train(scale * signal, targets, list(range(120)), 0.2, 100, 800, 0)
+        net, _, std, facts = train(scale * signal, targets, list(range(120)), 0.2, 100, 400, 0)
         assert facts["held_out"] == 24 and facts["held_out_loss"] < 0.2 * facts["held_out_loss_of_a_constant"]
         losses.append(facts["held_out_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=0.05)

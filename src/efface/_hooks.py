@@ -48,20 +48,28 @@ WRAPPED = ("encode_prompt", "maybe_free_model_hooks")  # of the pipeline object
 
 @dataclass(frozen=True)
 class Encoded:
-    """Texts as the pipeline encodes its prompts: `text` [N, L, D], `pooled` [N, P] or None, and `own`.
+    """Texts as the pipeline encodes its prompts: `text` [N, L, D], `pooled` [N, P] or None, `own`, and `mask`.
 
-    `own` holds for each text the columns of its own tokens: not the start, end or padding tokens.
+    `mask` [N, L] is False where the denoiser sees no text (None: it sees all columns). `own` holds for each text the
+    columns of its own tokens: not the start, end or padding tokens.
     """
 
     text: Tensor
     pooled: Tensor | None
     own: tuple[slice, ...]
+    mask: Tensor | None = None
 
 
-def _own_columns(tokenizer: Any, text: str) -> slice:
+def _limit(pipe: DiffusionPipeline, tokenizer: Any, **settings: Any) -> int:
+    """How many tokens of a text the pipeline encodes, start and end included."""
+    longest = inspect.signature(type(pipe).encode_prompt).parameters.get("max_sequence_length")
+    limit = settings.get("max_sequence_length") or (longest.default if longest else tokenizer.model_max_length)
+    return min(limit, tokenizer.model_max_length)
+
+
+def _own_columns(tokenizer: Any, text: str, limit: int) -> slice:
     """Where a text's own tokens stand; ValueError if it has none or does not fit."""
     ids, whole = tokenizer(text, add_special_tokens=False).input_ids, tokenizer(text).input_ids
-    limit = tokenizer.model_max_length
     if text and not ids:
         raise ValueError(f"The phrase {text!r} has no tokens for this pipeline: write the concept in other words.")
     if len(whole) > limit:
@@ -83,7 +91,11 @@ def encode(pipe: DiffusionPipeline, texts: Sequence[str], **settings: Any) -> En
     Raises:
         ValueError: a text without tokens, or over the limit.
     """
-    places = [[_own_columns(getattr(pipe, t), text) for text in texts] for t in family(pipe).tokenizers]
+    facts, cleaned = family(pipe), list(texts)
+    if facts.masked:
+        cleaned = pipe._text_preprocessing(cleaned, clean_caption=settings.get("clean_caption", False))
+    tokenizers = [getattr(pipe, name) for name in facts.tokenizers]
+    places = [[_own_columns(t, text, _limit(pipe, t, **settings)) for text in cleaned] for t in tokenizers]
     if any(p != places[0] for p in places):
         raise ValueError(f"The pipeline's tokenizers place the tokens of {list(texts)} differently: use other words.")
     site = _SITES.get(_denoiser(pipe))
@@ -96,6 +108,8 @@ def encode(pipe: DiffusionPipeline, texts: Sequence[str], **settings: Any) -> En
             do_classifier_free_guidance=False,
             **settings,
         )
+    if facts.masked:
+        return Encoded(out[0], None, tuple(places[0]), out[1].bool())
     return Encoded(out[0], out[2] if len(out) > 2 else None, tuple(places[0]))
 
 
@@ -104,7 +118,7 @@ def pack(pipe: DiffusionPipeline, phrases: Sequence[str]) -> list[str]:
     tokenizers = [getattr(pipe, name) for name in family(pipe).tokenizers]
 
     def fits(text: str) -> bool:
-        return all(len(t(text).input_ids) <= t.model_max_length for t in tokenizers)
+        return all(len(t(text).input_ids) <= _limit(pipe, t) for t in tokenizers)
 
     texts = [phrases[0]]
     for phrase in phrases[1:]:
@@ -134,6 +148,7 @@ class Term:
     joined: Tensor | None = None
     lengths: Tensor | None = None
     weights: tuple[Tensor, ...] | None = None
+    mask: Tensor | None = None  # [N, L]
 
     def part(self, chosen: Sequence[int], rows: Tensor) -> Term:
         """Some of the erasure prompts, on some rows."""
@@ -144,6 +159,7 @@ class Term:
             None if self.joined is None else self.joined[list(chosen)][:, rows],
             None if self.lengths is None else self.lengths[rows],
             None if self.weights is None else tuple(self.weights[k][rows] for k in chosen),
+            None if self.mask is None else self.mask[list(chosen)],
         )
 
 
@@ -166,18 +182,28 @@ class Beside:
 
 class CrossAttention:
     """One cross-attention call, conditional rows only: `query` [B, Q, C] and `prompt` [B, L, D], the layer's own
-    projections, and the pipeline's empty prompt as `neutral` [1, L, D]; `beside` for erasers with a twin."""
+    projections, and the pipeline's empty prompt as `neutral` [1, L, D]; `beside` for erasers with a twin. Where the
+    denoiser masks text, `prompt_mask` [B, L] and `neutral_mask` [1, L] say what it sees."""
 
     def __init__(
-        self, attn: Attention, query: Tensor, prompt: Tensor | None, neutral: Tensor, beside: Beside | None = None
+        self,
+        attn: Attention,
+        query: Tensor,
+        prompt: Tensor | None,
+        neutral: Tensor,
+        beside: Beside | None = None,
+        prompt_mask: Tensor | None = None,
+        neutral_mask: Tensor | None = None,
     ) -> None:
+        self.prompt_mask, self.neutral_mask = prompt_mask, neutral_mask
         self.attn, self.query, self.prompt, self.neutral, self.beside = attn, query, prompt, neutral, beside
 
     def at(self, rows: Tensor) -> CrossAttention:
         """The same call, on some rows."""
         prompt = None if self.prompt is None else self.prompt[rows]
         beside = None if self.beside is None else self.beside.at(rows)
-        return CrossAttention(self.attn, self.query[rows], prompt, self.neutral, beside)
+        mask = None if self.prompt_mask is None else self.prompt_mask[rows]
+        return CrossAttention(self.attn, self.query[rows], prompt, self.neutral, beside, mask, self.neutral_mask)
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, L, C] to [B, heads, L, C / heads], without a copy."""
@@ -190,17 +216,17 @@ class CrossAttention:
         key, value = self._heads(self.attn.to_k(text)), self._heads(self.attn.to_v(text))
         return (key if self.attn.norm_k is None else self.attn.norm_k(key)), value
 
-    def attend(self, key: Tensor, value: Tensor) -> Tensor:
-        """Softmax attention of the query to `key`, `value` [B, heads, L, d]: [B, Q, C]."""
-        return self._attend(self.query, key, value)
+    def attend(self, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Softmax attention of the query to `key`, `value` [B, heads, L, d] where `mask` [B, L] allows: [B, Q, C]."""
+        return self._attend(self.query, key, value, mask)
 
-    def attend_texts(self, key: Tensor, value: Tensor) -> Tensor:
-        """Softmax attention of every row to each of N key sets [N, heads, L, d]: [N, B, Q, C].
+    def attend_texts(self, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Softmax attention of every row to each of N key sets [N, heads, L, d], masked by [N, L]: [N, B, Q, C].
 
         The batch is folded into the queries: one fused call for all texts and rows, no copy of the keys.
         """
         query = self.query.flatten(0, 1).expand(len(key), -1, -1)
-        return self._attend(query, key, value).unflatten(1, self.query.shape[:2])
+        return self._attend(query, key, value, mask).unflatten(1, self.query.shape[:2])
 
     @staticmethod
     def copied(attn: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -209,10 +235,11 @@ class CrossAttention:
         key = layer._heads(key)
         return layer.attend(key if attn.norm_k is None else attn.norm_k(key), layer._heads(value))
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         query = self._heads(query)
         query = query if self.attn.norm_q is None else self.attn.norm_q(query)
-        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        mask = None if mask is None else mask[:, None, None, :]
+        return F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2)
 
     def mass(self, term: Term) -> tuple[Tensor, ...]:
         """The softmax over each text at its own tokens, mean over heads and queries: N times [B, tokens].
@@ -228,14 +255,18 @@ class CrossAttention:
             for n, own in enumerate(term.own):
                 for column in range(own.start + k, min(own.start + k + width, own.stop)):
                     one_hot[n, :, column, column - own.start - k] = 1.0
-            out = cross.attend_texts(key.float(), one_hot)
+            out = cross.attend_texts(key.float(), one_hot, term.mask)
             found.append(out.unflatten(-1, (self.attn.heads, -1)).mean((2, 3)))
         masses = torch.cat(found, -1)
         return tuple(mass[:, : own.stop - own.start] for mass, own in zip(masses, term.own, strict=True))
 
-    def would_be(self, text: Tensor) -> Tensor:
-        """What the layer would put out for other texts [N, L, D] in place of the prompt: [N, B, Q, C]."""
-        return self.attend_texts(*self.keys_values(text))
+    def would_be(self, text: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the layer would put out for other texts [N, L, D], masked by [N, L]: [N, B, Q, C]."""
+        return self.attend_texts(*self.keys_values(text), mask)
+
+    def mask_with(self, mask: Tensor | None) -> Tensor | None:
+        """The masks [1 + N, L] of the neutral text and of others."""
+        return None if mask is None or self.neutral_mask is None else torch.cat([self.neutral_mask, mask])
 
 
 # ---------------------------------------------------------------- erasers
@@ -336,14 +367,13 @@ class _WatchDenoiser(ModelHook):
         self.site = site
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        text = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
-        self.site.begin(timestep, text)
+        given = dict(zip(self.site.parameters, args, strict=False)) | kwargs
+        self.site.begin(given["timestep"], given["encoder_hidden_states"], given.get("encoder_attention_mask"))
         forward = self.fn_ref.original_forward or self.fn_ref.forward
         self.site.measure(lambda: forward(*args, **kwargs))
-        rest, sample = (args[1:], args[0]) if args else (args, kwargs["sample"])
-        others = {name: value for name, value in kwargs.items() if name != "sample"}
-        self.site.draw_beside(sample, lambda beside: forward(beside, *rest, **others)[0])
+        sample = self.site.parameters[0]
+        others = {name: value for name, value in given.items() if name != sample}
+        self.site.draw_beside(given[sample], lambda beside: forward(beside, **others)[0])
         return args, kwargs
 
 
@@ -445,12 +475,15 @@ class Site:
         self.layers = [_Layer(self, m) for m in self.names]
         inner = (m for m in denoiser.modules() if isinstance(m, Attention) and not m.is_cross_attention)
         self.self_layers = [_SelfLayer(self, m) for m in inner]
+        self.parameters = tuple(inspect.signature(type(denoiser).forward).parameters)[1:]
         self.entries: list[_Entry] = []
         self.pipes: list[tuple[weakref.ref[DiffusionPipeline], dict[str, Any]]] = []  # with what WRAPPED hid
         self.neutral: Tensor | None = None
+        self.neutral_mask: Tensor | None = None
         self.call: _Call | None = None
         self.first = 0
         self.prompt: Tensor | None = None
+        self.prompt_mask: Tensor | None = None
         self.time: Tensor | float = 0.0
         self.train_timesteps = 1000
         self._checked: Tensor | None = None
@@ -470,10 +503,16 @@ class Site:
                 )
             if any(isinstance(layer.attn.processor, FusedAttnProcessor2_0) for layer in self.layers):
                 raise ValueError(
-                    "The attention projections are fused: call `pipe.unet.unfuse_qkv_projections()` first."
+                    "The attention projections are fused: call "
+                    f"`pipe.{self.facts.denoiser}.unfuse_qkv_projections()` first."
                 )
         if (eraser.measures or eraser.twins) and getattr(pipe, self.facts.denoiser) is not self._denoiser():
             raise ValueError(UNCOMPILED)
+        if eraser.twins and not hasattr(type(pipe), "guidance_scale"):
+            raise ValueError(
+                f"Two trajectories need the guidance scale of the call, but {self.facts.name} pipelines do not tell "
+                "it: use one trajectory."
+            )
         entry = _Entry(eraser)
         self._prepare(pipe, entry)
         self._wrap(pipe)
@@ -546,13 +585,22 @@ class Site:
             for text in (pack(pipe, concept.phrases) if eraser.packs else concept.phrases)
         ]
         encoded = encode(pipe, ["", *(text for _, text in texts)], **settings)
-        self.neutral = encoded.text[:1]
+        text = self.projected(encoded.text)
+        self.neutral, self.neutral_mask = text[:1], None if encoded.mask is None else encoded.mask[:1]
         entry.of = tuple(concept for concept, _ in texts)
-        entry.prompts = Term(encoded.text[1:], encoded.own[1:])
+        entry.prompts = Term(text[1:], encoded.own[1:], mask=None if encoded.mask is None else encoded.mask[1:])
         joined: dict[str, Any] = {}
         if eraser.joins and prompts is not None and texts:
             joined = self._join(pipe, prompts, [text for _, text in texts], **settings)
         self._set_prompts(entry, **joined)
+
+    def projected(self, text: Tensor) -> Tensor:
+        """A text as the cross-attention layers get it: some denoisers project it first."""
+        projection = getattr(self._denoiser(), "caption_projection", None)
+        if projection is None:
+            return text
+        with torch.no_grad():
+            return projection(text)
 
     def _set_prompts(self, entry: _Entry, **parts: Any) -> None:
         """Changes parts of an entry's erasure prompts, if it has any, and gives them their rows again."""
@@ -593,16 +641,17 @@ class Site:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
-            settings = {
-                k: bound.arguments[k] for k in ("clip_skip", "lora_scale") if bound.arguments.get(k) is not None
-            }
+            names = ("clip_skip", "lora_scale", "clean_caption", "max_sequence_length")
+            settings = {k: bound.arguments[k] for k in names if bound.arguments.get(k) is not None}
             encoded = encode_prompt(*args, **kwargs)
             self.call = self.twin = None
             prompts = self._prompts(bound.arguments)
             for entry in self.entries:
                 encoded = entry.eraser.rewrite(pipe, encoded, bound)
                 self._prepare(pipe, entry, prompts, **settings)
-            negative = encoded[1] if bound.arguments["do_classifier_free_guidance"] else None
+            negative = (
+                encoded[2 if self.facts.masked else 1] if bound.arguments["do_classifier_free_guidance"] else None
+            )
             self.call = _Call(encoded[0], negative, bound.arguments["num_images_per_prompt"], settings, prompts, owner)
             self._checked = None
             self._fit()  # once more in `begin`, but not when compiled
@@ -649,8 +698,8 @@ class Site:
             if chosen
         )
 
-    def begin(self, timestep: Tensor | float, text: Tensor) -> None:
-        """Called in front of each denoiser call: which rows are conditional, what time it is."""
+    def begin(self, timestep: Tensor | float, text: Tensor, mask: Tensor | None = None) -> None:
+        """Called in front of each denoiser call: which rows are conditional, what time it is, what text is masked."""
         if not torch.compiler.is_compiling():
             self._fit()
             for entry in self.entries if self.call is None else ():
@@ -665,8 +714,9 @@ class Site:
             self.first = len(text) - len(self.call.positive)
         else:
             self.first = 0
-        self.prompt = text[self.first :]
-        self.time = timestep
+        self.prompt = self.projected(text[self.first :])
+        self.prompt_mask = mask[self.first :].bool() if mask is not None and mask.ndim == 2 else None
+        self.time = timestep.flatten()[0] if isinstance(timestep, Tensor) and timestep.ndim else timestep
 
     def measure(self, plain: Callable[[], Any]) -> None:
         """In front of a picture's first denoiser call: one plain call, by which erasers set their weights.
@@ -788,7 +838,8 @@ class Site:
         if query is None or self.first == len(hidden):
             return hidden
         out = hidden[self.first :]
-        cross = CrossAttention(attn, query[self.first :], self.prompt, self.neutral)
+        masks = {"prompt_mask": self.prompt_mask, "neutral_mask": self.neutral_mask}
+        cross = CrossAttention(attn, query[self.first :], self.prompt, self.neutral, **masks)
         if self._twin_runs and self.twin is not None:
             self.twin.seen[attn] = query[self.first :], hidden[self.first :]
             return hidden

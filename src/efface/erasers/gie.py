@@ -192,10 +192,12 @@ class GIE(Hooked):
             weights = value.new_zeros(len(value), 1, value.shape[2], 1)
             for n, own in enumerate(term.own):
                 weights[n, :, own] = -self.strength
-            out = out + cross.attend_texts(key, weights * value).sum(0)
+            out = out + cross.attend_texts(key, weights * value, term.mask).sum(0)
         else:
             for n, own in enumerate(term.own):
                 weights = value.new_zeros(len(out), 1, value.shape[2], 1)
                 weights[:, 0, own, 0] = (self.strength * term.weights[n]).to(value)
-                out = out + cross.attend(key[n : n + 1].expand(len(out), -1, -1, -1), weights * value[n : n + 1])
+                mask = None if term.mask is None else term.mask[n : n + 1]
+                key_n = key[n : n + 1].expand(len(out), -1, -1, -1)
+                out = out + cross.attend(key_n, weights * value[n : n + 1], mask)
         return out + swapped(base, term) if self.joins else out
