@@ -472,7 +472,7 @@ QUICK = {"seeds": [7], "strengths": (4, 1), "batch": 4, "num_inference_steps": 2
 
 
 class Bright:
-    """Says that brighter pictures have the concept, and stops at call `stop`."""
+    """Says that the brighter pictures of a batch have the concept, and stops at call `stop`."""
 
     name = "bright"
 
@@ -484,7 +484,7 @@ class Bright:
         if self.calls == self.stop:
             raise KeyboardInterrupt
         self.pictures.append(images)
-        return torch.stack([images.mean((1, 2, 3)) > 0.5, torch.zeros(len(images), dtype=torch.bool)])
+        return torch.stack([images.mean((1, 2, 3)) > images.mean(), torch.zeros(len(images), dtype=torch.bool)])
 
 
 def test_fit_draws_a_ladder_and_gives_an_adapter_of_this_model(sd1: Any, tmp_path: Path) -> None:
@@ -527,6 +527,16 @@ def test_a_killed_fit_loses_one_batch(sd1: Any, tmp_path: Path) -> None:
     assert again.calls == 0
     with pytest.raises(ValueError, match="judged with another call, rows"):
         GIE.fit(sd1, CAT, TEXTS[:5], detector=Bright(), out=out, **{**QUICK, "num_inference_steps": 3})
+
+
+def test_a_detector_that_sees_nothing_teaches_nothing(sd1: Any, tmp_path: Path) -> None:
+    class Blind(Bright):
+        def __call__(self, images: Tensor) -> Tensor:
+            return super().__call__(images) & False
+
+    with pytest.raises(ValueError, match="in none of 6 plain pictures"):
+        GIE.fit(sd1, CAT, TEXTS, detector=Blind(), out=tmp_path / "a.safetensors", **QUICK)
+    assert not (tmp_path / "a.safetensors").exists()
 
 
 def test_each_concept_has_prompts_and_a_judge_of_its_own(sd1: Any, tmp_path: Path) -> None:

@@ -75,7 +75,8 @@ def fit_adapter(
         call: further arguments of the pipeline.
 
     Raises:
-        ValueError: too few prompts, seeds that are not tuning seeds, or judgements of another setting.
+        ValueError: too few prompts, seeds that are not tuning seeds, judgements of another setting, or a detector that
+            sees the concept in no plain picture.
     """
     strengths = sorted({check_strength(s) for s in strengths} - {0.0})
     rows = _rows(concepts, prompts, check_tuning_seeds(seeds))
@@ -100,6 +101,11 @@ def fit_adapter(
         mine = [r for r in rows if r.concept == concept]
         for k in range(0, len(mine), batch):
             ladder.judge(pipe, mine[k : k + batch], strengths, judges[concept.name], like[concept.name], progress, call)
+    if not any(ladder.content["judged"][r.key]["0"][0] for r in rows):
+        raise ValueError(
+            f"The detector sees the concept in none of {len(rows)} plain pictures, so there is nothing to learn: give "
+            "prompts that draw it, and a detector that knows it."
+        )
     features, targets, groups = ladder.samples(rows, strengths, fidelity)
     layers = tuple(ladder.content["layers"])
     net, mean, std, facts = train(features, targets, groups, held_out, patience, most_epochs, seed)
