@@ -9,6 +9,8 @@ hook is gone.
 - The denoiser hook reads the time and checks the batch against what `encode_prompt` returned.
 - In every cross-attention layer the query is seen behind `to_q`, and the attention output is edited in front of
   `to_out[0]`, on conditional rows only. Processors stay as they are (slicing, LoRA, IP-Adapter).
+- An eraser may ask for denoiser calls of its own: a plain one in front of the first, which measures the attention that
+  its erasure prompts get (`measures`), or one in each step, which draws the plain picture beside (`twins`).
 """
 
 from __future__ import annotations
