@@ -42,7 +42,8 @@ class EIUP(Hooked):
     it. Its N is the mean of the states of texts that name ordinary things: with the empty prompt as N, d holds what all
     pictures of things have in common, and taking that out spoils bystanders. `gated` is ours too. All of the prompt's
     columns are kept (the published code of GIE drops one padding column for each concept token), so zero strength is
-    the plain pipeline to the bit. One trajectory, not two. Outside the window the plain prompt is drawn. SDXL's pooled text embedding does not pass cross-attention and is not edited.
+    the plain pipeline to the bit. One trajectory, not two. Outside the window the plain prompt is drawn. SDXL's pooled
+    text embedding does not pass cross-attention and is not edited.
     On PixArt, whose T5 has no start token either, text is projected and its padding masked as the pipeline does it.
 
     Args:
