@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from efface.api import concept, concepts, erase, load, stack
-    from efface.core import Concept, Detector, Eraser, Handle
+    from efface.core import Concept, Detector, Editor, Eraser, Handle
+    from efface.delta import Delta
     from efface.erasers.eiup import EIUP
     from efface.erasers.negative_prompt import NegativePrompt
 
@@ -23,7 +24,9 @@ __version__ = "0.1.0"
 __all__ = [
     "EIUP",
     "Concept",
+    "Delta",
     "Detector",
+    "Editor",
     "Eraser",
     "Handle",
     "NegativePrompt",
@@ -38,7 +41,9 @@ __all__ = [
 _HOME = {
     "EIUP": "efface.erasers.eiup",
     "Concept": "efface.core",
+    "Delta": "efface.delta",
     "Detector": "efface.core",
+    "Editor": "efface.core",
     "Eraser": "efface.core",
     "Handle": "efface.core",
     "NegativePrompt": "efface.erasers.negative_prompt",

@@ -159,8 +159,9 @@ def draw(
 def model_hash(pipe: DiffusionPipeline) -> str:
     """sha256 over the denoiser's text-facing weights: sorted names, shapes, dtypes and bytes.
 
-    Two models with the same hash read text alike; records name the base model by it.
+    Two models with the same hash read text alike; records name the base model by it. Deltas that are on do not count.
     """
     from . import _hooks
+    from .delta import unedited
 
-    return _hooks.text_hash(pipe)
+    return _hooks.text_hash(pipe, unedited(pipe))

@@ -136,8 +136,18 @@ class Eraser(Protocol):
     def apply(self, pipe: DiffusionPipeline) -> Handle: ...
 
 
+class Editor(Protocol):
+    """Learns a `Delta`, an eraser made of changed weights. The object is its own configuration (a frozen dataclass)."""
+
+    def fit(self, pipe: DiffusionPipeline, concepts: Concepts, *, seed: int = 0) -> Any:
+        """The delta (`efface.Delta`) that erases `concepts`; leaves `pipe` as found, also after an exception."""
+        ...
+
+
 def config(method: Any) -> dict[str, Any]:
     """What a record stores of a method: its name and its fields, as JSON types."""
+    if hasattr(method, "config"):  # a delta says itself what it is: its tensors do not belong into a record
+        return dict(method.config())
     fields = json.loads(json.dumps(dataclasses.asdict(method)))
     return {"method": type(method).__module__.rsplit(".", 1)[-1], **fields}
 

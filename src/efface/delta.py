@@ -1,0 +1,618 @@
+"""`Delta`: what an editor learned, as one file; itself an eraser.
+
+The weights of a model are always its own, kept as exact copies, plus the sum of the deltas that are on. They are made
+anew on each change, so deltas come off in any order, and the last one leaves the model as it was, to the bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import __version__
+from ._hooks import part, weight
+from .core import Concept, Concepts, Handle, as_concepts, check_strength, config
+from .families import family
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+HEADER, FORMAT = "efface", 1
+PRECISIONS = ("float64", "float32", "float16", "bfloat16")
+Layout = Literal["diffusers", "kohya"]
+
+
+# ---------------------------------------------------------------- one changed tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """A change of low rank: dW = B A, with `B` [out, r] and `A` [r, in], or [r, in, h, w] for a convolution."""
+
+    B: Tensor
+    A: Tensor
+
+    def __post_init__(self) -> None:
+        if self.B.ndim != 2 or self.A.ndim not in (2, 4) or self.B.shape[1] != self.A.shape[0]:
+            raise ValueError(
+                f"Expected factors B [out, r] and A [r, in] or [r, in, h, w], but got {list(self.B.shape)} and "
+                f"{list(self.A.shape)}."
+            )
+
+    @property
+    def rank(self) -> int:
+        return self.B.shape[1]
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size([self.B.shape[0], *self.A.shape[1:]])
+
+    def dense(self) -> Tensor:
+        return (self.B @ self.A.flatten(1)).reshape(self.shape)
+
+
+Change: TypeAlias = "Factors | Tensor"
+
+
+def dense(change: Change) -> Tensor:
+    return change.dense() if isinstance(change, Factors) else change
+
+
+def truncate(change: Change, rank: int) -> tuple[Factors, float]:
+    """The nearest change of at most this rank (singular values of the [out, in] matrix), and its relative error."""
+    if not isinstance(change, Factors):
+        if change.ndim not in (2, 4):
+            raise ValueError(f"Only matrices and convolutions have a rank, but got a tensor {list(change.shape)}.")
+        u, s, v = torch.linalg.svd(change.flatten(1).double(), full_matrices=False)
+    elif change.rank <= rank:
+        return change, 0.0
+    else:  # a thin decomposition, without the [out, in] matrix
+        (left, b), (right, a) = (torch.linalg.qr(x.double()) for x in (change.B, change.A.flatten(1).T))
+        u, s, v = torch.linalg.svd(b @ a.T, full_matrices=False)
+        u, v = left @ u, v @ right.T
+    error = float(s[rank:].norm() / s.norm()) if s.any() else 0.0
+    root, kept = s[:rank].sqrt(), dense(change).dtype if isinstance(change, Tensor) else change.B.dtype
+    a = (root[:, None] * v[:rank]).reshape(-1, *change.shape[1:])
+    return Factors((u[:, :rank] * root).to(kept), a.to(kept)), error
+
+
+def _tensors(change: Change) -> tuple[Tensor, ...]:
+    return (change.B, change.A) if isinstance(change, Factors) else (change,)
+
+
+def _scaled(change: Change, by: float) -> Change:
+    return Factors(change.B * by, change.A) if isinstance(change, Factors) else change * by
+
+
+def _sum(a: Change, b: Change) -> Change:
+    if isinstance(a, Factors) and isinstance(b, Factors):
+        if torch.equal(a.A, b.A):
+            return Factors(a.B + b.B, a.A)
+        return Factors(torch.cat([a.B, b.B], 1), torch.cat([a.A, b.A]))
+    return dense(a) + dense(b)
+
+
+# ---------------------------------------------------------------- the deltas that are on
+
+
+@dataclass
+class _On:
+    delta: Delta
+
+
+@dataclass
+class _Edited:
+    """A part of a pipeline whose weights are changed just now: its own values, exactly, and the deltas, in order."""
+
+    own: dict[str, Tensor] = field(default_factory=dict)  # by path inside the part
+    on: list[_On] = field(default_factory=list)
+
+
+_EDITED: weakref.WeakKeyDictionary[nn.Module, _Edited] = weakref.WeakKeyDictionary()
+
+
+def _write(module: nn.Module, name: str, paths: Iterable[str]) -> None:
+    """Own values + sum of the deltas, at these paths of a part called `name`; own values exactly where none acts."""
+    edited = _EDITED[module]
+    for path in paths:
+        target = weight(module, path)
+        own = edited.own.setdefault(path, target.detach().clone())
+        deltas = [entry.delta for entry in edited.on if f"{name}.{path}" in entry.delta.weights]
+        value = own
+        for delta in deltas:
+            if delta.strength:
+                change = _on_device(delta.weights[f"{name}.{path}"], own.device)
+                precise = value.to(torch.promote_types(value.dtype, torch.float32))
+                value = precise + delta.strength * dense(change).to(precise.dtype)
+        with torch.no_grad():
+            target.copy_(value)
+        if not deltas:
+            del edited.own[path]
+
+
+def _on_device(change: Change, device: torch.device) -> Change:
+    return Factors(*(t.to(device) for t in _tensors(change))) if isinstance(change, Factors) else change.to(device)
+
+
+def _parts(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+    return {n: part(pipe, n) for n, m in pipe.components.items() if isinstance(m, nn.Module)}
+
+
+def active(pipe: DiffusionPipeline) -> list[Delta]:
+    """The deltas that are on, in the order in which they were applied."""
+    entries = [entry for m in _parts(pipe).values() if m in _EDITED for entry in _EDITED[m].on]
+    return list({id(entry): entry.delta for entry in entries}.values())
+
+
+def unedited(pipe: DiffusionPipeline) -> dict[str, Tensor]:
+    """The model's own values of what deltas have changed just now, by canonical name."""
+    edited = {n: _EDITED[m].own for n, m in _parts(pipe).items() if m in _EDITED}
+    return {f"{n}.{path}": own for n, values in edited.items() for path, own in values.items()}
+
+
+# ---------------------------------------------------------------- which model
+
+
+def _fingerprints(values: Mapping[str, Tensor], precision: str) -> dict[str, str]:
+    """sha256 of the shape and bytes of each tensor, rounded to a precision."""
+    found = {}
+    for name, value in values.items():
+        rounded = value.detach().to("cpu", getattr(torch, precision)).contiguous()
+        digest = hashlib.sha256(str(list(value.shape)).encode())
+        digest.update(rounded.flatten().view(torch.uint8).numpy())
+        found[name] = digest.hexdigest()
+    return found
+
+
+def _combined(fingerprints: Mapping[str, str]) -> str:
+    return hashlib.sha256("".join(f"{n} {h}\n" for n, h in sorted(fingerprints.items())).encode()).hexdigest()
+
+
+def _precision(values: Iterable[Tensor], narrowest: bool = False) -> str:
+    places = [PRECISIONS.index(str(v.dtype).removeprefix("torch.")) for v in values]
+    return PRECISIONS[max(places) if narrowest else min(places)]
+
+
+def _model(pipe: DiffusionPipeline) -> str:
+    """What to call the model: a hub id, the name of its folder (not where it lies), or its family."""
+    name = pipe.name_or_path
+    return (Path(name).name if name and Path(name).exists() else name) or family(pipe).name
+
+
+# ---------------------------------------------------------------- the artefact
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """What an editor learned: changes of weights, the model they belong to, and how they came about.
+
+    It is an eraser: `apply` adds the changes to the pipeline's weights and returns a handle that takes them off.
+
+    Args:
+        weights: canonical parameter name, such as "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight",
+            to its change: `Factors` where it is of low rank, else a tensor of the parameter's shape.
+        method: the editor's name.
+        fields: the editor's fields, as JSON types.
+        concepts: what it erases.
+        seed: the seed of the fit.
+        model: what the base model is called.
+        base: precision to parameter name to sha256 of the model's own value (no delta on), at the precision of the fit
+            and all narrower ones: a delta fitted in float32 fits the same model loaded in float16.
+        after: deltas that were on during the fit, hash to strength: it is of use on top of them only.
+        versions: of the software.
+        info: what else the editor has to say, as JSON types: errors, norms, losses.
+        strength: >= 0, how much of the changes is added; 0 is the plain pipeline.
+
+    Raises:
+        ValueError: changes that are empty or not finite, or a negative strength; on `apply`: another base model (the
+            error names both), weights that are quantised, fused or offloaded, or a missing delta of `after`.
+
+    Example:
+        >>> import efface
+        >>> pipe = efface.load("emoji")
+        >>> delta = efface.UCE().fit(pipe, ["alcohol"])
+        >>> with delta.apply(pipe) as handle:
+        ...     handle.strength = 0.5
+        ...     image = pipe("a night at the pub", num_inference_steps=2).images[0]
+        >>> image.size
+        (64, 64)
+    """
+
+    off: ClassVar[dict[str, Any] | None] = {"strength": 0.0}
+    touches_uncond: ClassVar[bool] = True
+
+    weights: Mapping[str, Change]
+    method: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    concepts: Concepts = ()
+    seed: int = 0
+    model: str = ""
+    base: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    after: Mapping[str, float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "concepts", as_concepts(self.concepts))
+        object.__setattr__(self, "strength", check_strength(self.strength))
+        if not self.weights:
+            raise ValueError("A delta needs at least one changed weight, but got none.")
+        for name, change in self.weights.items():
+            if not all(bool(t.isfinite().all()) for t in _tensors(change)):
+                raise ValueError(
+                    f"The change of {name!r} has values that are not finite, and would make the model draw noise: "
+                    "fit it again with gentler settings."
+                )
+
+    @classmethod
+    def fitted(
+        cls,
+        editor: Any,
+        pipe: DiffusionPipeline,
+        weights: Mapping[str, Change],
+        concepts: Concepts,
+        *,
+        seed: int = 0,
+        info: Mapping[str, Any] | None = None,
+    ) -> Delta:
+        """The delta that an editor hands back: `weights` are the changes from what `pipe` has now."""
+        own = _own(pipe, weights)
+        known = PRECISIONS[PRECISIONS.index(_precision(own.values())) :]
+        fields = config(editor)
+        return cls(
+            {name: _detached(change) for name, change in weights.items()},
+            method=fields.pop("method"),
+            fields=fields,
+            concepts=concepts,
+            seed=seed,
+            model=_model(pipe),
+            base={precision: _fingerprints(own, precision) for precision in known},
+            after={delta.hash: delta.strength for delta in active(pipe) if delta.strength},
+            versions={"efface": __version__} | {p: version(p) for p in ("torch", "diffusers", "transformers")},
+            info=info or {},
+        )
+
+    # ---- on a pipeline
+
+    def apply(self, pipe: DiffusionPipeline) -> Handle:
+        """Takes effect at once; returns the handle that takes it off again (also a context manager)."""
+        self.check(pipe)
+        entry = _On(self)
+        paths: dict[str, list[str]] = {}
+        for name in self.weights:
+            prefix, _, path = name.partition(".")
+            paths.setdefault(prefix, []).append(path)
+        refs = {name: weakref.ref(part(pipe, name)) for name in paths}  # a pipeline can be freed with deltas on
+
+        def alive() -> list[tuple[str, nn.Module]]:
+            return [(name, module) for name, ref in refs.items() if (module := ref()) is not None]
+
+        def write() -> None:
+            for name, module in alive():
+                _write(module, name, paths[name])
+
+        def remove() -> None:
+            for _, module in alive():
+                edited = _EDITED[module]
+                edited.on = [e for e in edited.on if e is not entry]
+            write()
+            for _, module in alive():
+                if not _EDITED[module].on:
+                    del _EDITED[module]
+
+        def swap(changed: Delta) -> None:
+            before, entry.delta = entry.delta, changed
+
+            def back() -> None:
+                entry.delta = before
+                write()
+
+            _or_undo(write, back)
+
+        for _, module in alive():
+            _EDITED.setdefault(module, _Edited()).on.append(entry)
+        _or_undo(write, remove)
+        return Handle(self, swap, remove)
+
+    def check(self, pipe: DiffusionPipeline) -> None:
+        """ValueError unless the delta belongs to this pipeline's model, and what it was fitted on top of is on."""
+        try:
+            own = _own(pipe, self.weights)
+        except ValueError as error:
+            raise ValueError(
+                f"The delta was fitted on {self.model!r} (base hash {self.base_hash[:16]}) and does not fit this pipeline "
+                f"({_model(pipe)!r}): {error}"
+            ) from error
+        if self.base:
+            narrow = _precision(own.values(), narrowest=True)
+            precision = narrow if narrow in self.base else next(iter(self.base))
+            want, got = self.base[precision], _fingerprints(own, precision)
+            differ = [name for name in got if want.get(name) != got[name]]
+            if differ:
+                raise ValueError(
+                    f"The delta was fitted on {self.model!r} (base hash {_combined(want)[:16]}), but this pipeline is "
+                    f"{_model(pipe)!r} ({_combined(got)[:16]}): {len(differ)} of {len(want)} weights differ, the first "
+                    f"is {differ[0]!r}. Load the model it was fitted on, or fit it again."
+                )
+        on = {delta.hash: delta.strength for delta in active(pipe)}
+        for earlier, strength in self.after.items():
+            if on.get(earlier) != strength:
+                state = f"on at {on[earlier]:g}" if earlier in on else "not on"
+                raise ValueError(
+                    f"The delta was fitted on top of the delta {earlier[:16]} at strength {strength:g}, which is "
+                    f"{state}: apply that first, as in efface.stack(pipe, earlier, this)."
+                )
+
+    def merge(self, pipe: DiffusionPipeline) -> None:
+        """Adds the changes to the pipeline's weights for good; `pipe.save_pretrained` then writes a plain model.
+
+        Raises:
+            ValueError: deltas are on (they would be saved too, or lost); otherwise as `apply`.
+        """
+        if active(pipe):
+            raise ValueError("A delta is on: remove its handle before merging; to merge several, merge their sum.")
+        self.apply(pipe)
+        for module in {part(pipe, name.partition(".")[0]) for name in self.weights}:
+            del _EDITED[module]
+
+    def config(self) -> dict[str, Any]:
+        """What a record stores: all but the numbers, with their hash."""
+        header = self._header()
+        del header["base"], header["format"]
+        return {**header, "base": self.base_hash, "hash": self.hash, "strength": self.strength}
+
+    # ---- arithmetic on the changes
+
+    def __mul__(self, by: float) -> Delta:
+        if isinstance(by, bool) or not isinstance(by, (int, float)):
+            return NotImplemented
+        return replace(self, weights={name: _scaled(change, by) for name, change in self.weights.items()})
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Delta:
+        return self * -1.0
+
+    def __add__(self, other: Delta) -> Delta:
+        """Both changes at once, at their present strengths, as one delta of strength 1."""
+        if not isinstance(other, Delta):
+            return NotImplemented
+        bases = {p: dict(self.base[p]) for p in self.base if p in other.base}
+        for precision, base in bases.items():
+            differ = [name for name, h in other.base[precision].items() if base.get(name, h) != h]
+            if differ:
+                raise ValueError(
+                    f"The deltas were fitted on different models, {self.model!r} ({self.base_hash[:16]}) and "
+                    f"{other.model!r} ({other.base_hash[:16]}): {differ[0]!r} differs. Fit them on one model."
+                )
+            base.update(other.base[precision])
+        weights: dict[str, Change] = {}
+        for delta in (self, other):
+            for name, change in delta.weights.items():
+                scaled = change if delta.strength == 1 else _scaled(change, delta.strength)
+                weights[name] = _sum(weights[name], scaled) if name in weights else scaled
+        within = {self.hash: self.strength, other.hash: other.strength}
+        after = {h: s for h, s in {**self.after, **other.after}.items() if within.get(h) != s}
+        concepts = tuple(dict.fromkeys([*as_concepts(self.concepts), *as_concepts(other.concepts)]))
+        return Delta(
+            weights,
+            method=" + ".join(dict.fromkeys([self.method, other.method])),
+            concepts=concepts,
+            model=self.model,
+            base=bases,
+            after=after,
+            versions=self.versions,
+            info={"sum of": [self.config(), other.config()]},
+        )
+
+    def __sub__(self, other: Delta) -> Delta:
+        return self + -other if isinstance(other, Delta) else NotImplemented
+
+    def truncated(self, rank: int) -> Delta:
+        """Every change at most of this rank; `info["truncated"]` has the relative errors. Vectors stay as they are.
+
+        Raises:
+            ValueError: a rank below 1.
+        """
+        if rank < 1:
+            raise ValueError(f"Expected a rank of at least 1, but got {rank}.")
+        made = {n: truncate(c, rank) for n, c in self.weights.items() if isinstance(c, Factors) or c.ndim in (2, 4)}
+        lost = sum(float(dense(self.weights[n]).norm()) ** 2 * error**2 for n, (_, error) in made.items())
+        whole = sum(float(dense(change).norm()) ** 2 for change in self.weights.values())
+        note = {
+            "rank": rank,
+            "relative error": (lost / whole) ** 0.5 if whole else 0.0,
+            "largest": max((error for _, error in made.values()), default=0.0),
+        }
+        weights = {n: made[n][0] if n in made else change for n, change in self.weights.items()}
+        return replace(self, weights=weights, info={**self.info, "truncated": note})
+
+    # ---- files
+
+    @property
+    def base_hash(self) -> str:
+        """One hash over the model's own values of what is changed, at the precision of the fit."""
+        return _combined(next(iter(self.base.values()))) if self.base else ""
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 over names, shapes and values of the changes (not the strength), the base, and `after`."""
+        digest = hashlib.sha256(json.dumps([self.base_hash, sorted(self.after.items())]).encode())
+        for name, change in sorted(self.weights.items()):
+            for tensor in _tensors(change):
+                digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def _header(self) -> dict[str, Any]:
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "weights"}
+        concepts = [dataclasses.asdict(c) for c in as_concepts(self.concepts)]
+        return json.loads(json.dumps({**plain, "concepts": concepts, "format": FORMAT}))
+
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file: the factors or tensors, and everything else as JSON in its header.
+
+        The file appears whole or not at all: an older one stays if the disk is full.
+        """
+        tensors: dict[str, Tensor] = {}
+        for name, change in self.weights.items():
+            if isinstance(change, Factors):
+                tensors[f"{name}:B"], tensors[f"{name}:A"] = change.B, change.A
+            else:
+                tensors[name] = change
+        _save(tensors, Path(path), {HEADER: json.dumps(self._header())})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Delta:
+        """Reads a file that `save` has written.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is cut short, damaged, of a newer version, or something else than a delta.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no delta {path}: make one with `efface fit`.")
+        try:
+            with safe_open(path, "pt") as file:
+                header = json.loads((file.metadata() or {}).get(HEADER, "null"))
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(
+                f"{path} is damaged, cut short, or no safetensors file ({error}): make it anew."
+            ) from error
+        if not isinstance(header, dict):
+            raise ValueError(
+                f"{path} is a safetensors file, but not a delta of Efface: its header has no {HEADER!r} entry. A LoRA "
+                "is loaded with pipe.load_lora_weights."
+            )
+        if header.get("format") != FORMAT:
+            raise ValueError(
+                f"{path} has format {header.get('format')}, but this version reads {FORMAT}: update Efface."
+            )
+        try:
+            header["concepts"] = tuple(Concept(**c) for c in header["concepts"])
+            names = dict.fromkeys(key.removesuffix(":B").removesuffix(":A") for key in tensors)
+            weights = {n: tensors[n] if n in tensors else Factors(tensors[f"{n}:B"], tensors[f"{n}:A"]) for n in names}
+            return cls(weights, **{name: value for name, value in header.items() if name != "format"})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a whole delta ({error}): make it anew.") from error
+
+    def export(
+        self, path: str | Path, layout: Layout = "diffusers", rank: int | None = None, dtype: torch.dtype | None = None
+    ) -> float:
+        """Writes a LoRA for other tools, at the present strength, and returns its relative error.
+
+        Args:
+            path: the safetensors file.
+            layout: "diffusers", for `pipe.load_lora_weights` (PEFT), or "kohya", for A1111 and ComfyUI (diffusers reads
+                it too).
+            rank: at most this; needed where a change is not of low rank.
+            dtype: of the file; None: float32 for diffusers, float16 for kohya.
+
+        Raises:
+            ValueError: what a LoRA cannot hold: biases and norms, parts other than the UNet, changes of full rank
+                without `rank`, a delta that needs others under it.
+        """
+        if layout not in ("diffusers", "kohya"):
+            raise ValueError(f"Expected `layout` to be 'diffusers' or 'kohya', but got {layout!r}.")
+        if self.after:
+            raise ValueError("This delta needs others under it: export the sum of all, (earlier + this).export(...).")
+        wrong = [n for n, c in self.weights.items() if not (n.startswith("unet.") and len(c.shape) in (2, 4))]
+        if wrong:
+            raise ValueError(
+                f"A LoRA cannot hold {len(wrong)} of the {len(self.weights)} changes, such as {wrong[0]!r}: it has "
+                "matrices and convolutions of the UNet only. Merge the delta and save the whole model."
+            )
+        full = [n for n, change in self.weights.items() if not isinstance(change, Factors)]
+        if full and rank is None:
+            raise ValueError(
+                f"{len(full)} changes, such as {full[0]!r}, are not of low rank: give `rank` (64, say) and look at the "
+                "error that comes back."
+            )
+        delta = self if rank is None else self.truncated(rank)
+        dtype = dtype or (torch.float32 if layout == "diffusers" else torch.float16)
+        tensors: dict[str, Tensor] = {}
+        lost = whole = 0.0
+        for name, change in delta.weights.items():
+            module = name.removesuffix(".weight")
+            b, a = (t.to(dtype) for t in _tensors(_balanced(change, self.strength)))
+            if layout == "kohya":
+                key = f"lora_{module.replace('.', '_')}"
+                up, down = f"{key}.lora_up.weight", f"{key}.lora_down.weight"
+                tensors[f"{key}.alpha"] = torch.tensor(float(b.shape[1]), dtype=dtype)
+            else:
+                up, down = f"{module}.lora_B.weight", f"{module}.lora_A.weight"
+            tensors[up], tensors[down] = b if a.ndim == 2 else b[:, :, None, None], a
+            exact = self.strength * dense(self.weights[name]).double()
+            lost += float((Factors(b.double(), a.double()).dense() - exact).norm()) ** 2
+            whole += float(exact.norm()) ** 2
+        _save(tensors, Path(path), {"format": "pt", "software": f"efface {__version__}", "method": self.method})
+        return (lost / whole) ** 0.5 if whole else 0.0
+
+
+def _own(pipe: DiffusionPipeline, weights: Mapping[str, Change]) -> dict[str, Tensor]:
+    """The model's own values (no delta on) of what `weights` changes; ValueError if a shape is another."""
+    overlaid, own = unedited(pipe), {}
+    for name, change in weights.items():
+        prefix, _, path = name.partition(".")
+        own[name] = overlaid.get(name, weight(part(pipe, prefix), path))
+        if own[name].shape != change.shape:
+            raise ValueError(
+                f"{name!r} is changed as {list(change.shape)}, but it is {list(own[name].shape)}. Another architecture "
+                "needs a fit of its own."
+            )
+    return own
+
+
+def _or_undo(do: Callable[[], None], undo: Callable[[], None]) -> None:
+    try:
+        do()
+    except BaseException:
+        undo()
+        raise
+
+
+def _detached(change: Change) -> Change:
+    if isinstance(change, Factors):
+        return Factors(*(t.detach().cpu().contiguous() for t in _tensors(change)))
+    return change.detach().cpu().contiguous()
+
+
+def _balanced(change: Change, strength: float) -> Change:
+    """Factors with columns and rows of like size, so that they fit into half precision."""
+    if not isinstance(change, Factors):
+        return change
+    b, a = change.B.double() * strength, change.A.double()
+    left, right = b.norm(dim=0), a.flatten(1).norm(dim=1)
+    by = torch.where((left > 0) & (right > 0), (right / left.clamp_min(1e-300)).sqrt(), torch.ones_like(left))
+    return Factors(b * by, (a.flatten(1) / by[:, None]).reshape(a.shape))
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """The file appears whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save_file({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, partial, metadata)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"Cannot write {path} ({error}); what was there before is still there.") from error
+    finally:
+        partial.unlink(missing_ok=True)
