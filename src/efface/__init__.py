@@ -16,13 +16,19 @@ if TYPE_CHECKING:
     from efface.api import concept, concepts, erase, load, stack
     from efface.core import Concept, Detector, Editor, Eraser, Handle
     from efface.delta import Delta
+    from efface.editors.ccrt import CCRT
+    from efface.editors.esd import ESD
+    from efface.editors.sdd import SDD
     from efface.erasers.eiup import EIUP
     from efface.erasers.negative_prompt import NegativePrompt
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CCRT",
     "EIUP",
+    "ESD",
+    "SDD",
     "Concept",
     "Delta",
     "Detector",
@@ -39,6 +45,9 @@ __all__ = [
 ]
 
 _HOME = {
+    "CCRT": "efface.editors.ccrt",
+    "ESD": "efface.editors.esd",
+    "SDD": "efface.editors.sdd",
     "EIUP": "efface.erasers.eiup",
     "Concept": "efface.core",
     "Delta": "efface.delta",

@@ -1,24 +1,27 @@
-"""The genetic search of CCRT: entities, alone or together, on which an edited model strays most from its base."""
+"""The calibration prompts of CCRT: entities, alone or together, on which an edited model strays most from its base."""
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 
 Individual = tuple[str, ...]  # one to three entities
 Broader = Mapping[str, Collection[str]]  # entity -> its direct hypernyms
 LONGEST = 3
-LITTLE = frozenset("a an and at by for in of on or the to with".split())
+LITTLE = {"a", "an", "and", "at", "by", "for", "in", "of", "on", "or", "the", "to", "with"}
 
-ENTITIES: tuple[str, ...] = tuple(
-    """
-    apple banana cherry lemon tomato carrot bread cheese pizza cake dog horse cow rabbit elephant lion bear fish bird
-    butterfly bee snail turtle tree rose sunflower mushroom cactus mountain island moon sun cloud rainbow snowman house
-    castle church bridge tent car bus train bicycle boat airplane rocket clock book pencil key lamp chair umbrella shoe hat
-    crown ring guitar drum camera telephone
-    """.split()
+# fmt: off
+ENTITIES: tuple[str, ...] = (
+    "apple", "banana", "cherry", "lemon", "tomato", "carrot", "bread", "cheese", "pizza", "cake", "dog", "horse",
+    "rabbit", "elephant", "lion", "bear", "fish", "bird", "butterfly", "bee", "snail", "turtle", "tree", "rose",
+    "sunflower", "mushroom", "cactus", "mountain", "island", "moon", "sun", "cloud", "rainbow", "snowman", "house",
+    "castle", "church", "bridge", "tent", "car", "bus", "train", "bicycle", "boat", "airplane", "rocket", "clock",
+    "book", "pencil", "key", "lamp", "chair", "umbrella", "shoe", "hat", "crown", "ring", "guitar", "drum",
 )
+# fmt: on
 
 
 def words(text: str) -> set[str]:
@@ -99,3 +102,75 @@ def search(
         young = [tuple(dict.fromkeys(one)) for one in (*children, *mutants)]
         best = ranked([*best, *(one for one in young if len(one) <= LONGEST and all(map(allowed, one)))])[:keep]
     return [(individual, scores[individual]) for individual in best]
+
+
+class Calibration:
+    """Where calibration prompts come from: entities that have nothing to do with what is removed, and how they are put.
+
+    Args:
+        entities: names of things.
+        removed: phrases of all removed concepts.
+        template: a text with {} for the entities.
+        composer: entities to a prompt; None: the template.
+        broader: entity to its direct hypernyms.
+
+    Raises:
+        ValueError: fewer than two entities are left.
+    """
+
+    def __init__(
+        self,
+        entities: Sequence[str],
+        removed: Sequence[str],
+        template: str,
+        composer: Callable[[Sequence[str]], str] | None = None,
+        broader: Broader | None = None,
+    ) -> None:
+        self.removed, self.template, self.composer, self.broader = removed, template, composer, broader
+        self.entities = [entity for entity in dict.fromkeys(entities) if self.allowed(entity)]
+        if len(self.entities) < 2:
+            raise ValueError(
+                f"Expected two entities or more that have nothing to do with the removed concepts, but of "
+                f"{len(entities)} there are {len(self.entities)}: give others."
+            )
+
+    def allowed(self, entity: str) -> bool:
+        return not related(entity, self.removed, self.broader)
+
+    def put(self, individual: Sequence[str]) -> str:
+        """The entities in the template."""
+        return self.template.format(compose(individual))
+
+    def prompts(
+        self,
+        distance: Callable[[Sequence[str]], Sequence[float]],
+        *,
+        keep: int,
+        generations: int,
+        mutation: float,
+        seed: int,
+        path: Path | None = None,
+        key: str = "",
+    ) -> list[str]:
+        """The prompts of the fittest; kept in the file `path`, and read from there if it was written for `key`."""
+        if path and path.exists():
+            kept = json.loads(path.read_text("utf-8"))
+            if kept["key"] == key:
+                return list(kept["prompts"])
+        best = search(
+            self.entities,
+            lambda individuals: distance([self.put(one) for one in individuals]),
+            keep=keep,
+            generations=generations,
+            mutation=mutation,
+            rng=random.Random(seed),
+            broader=self.broader,
+            allowed=self.allowed,
+        )
+        composed = [(self.composer or self.put)(one) for one, _ in best]
+        found = [text for text in composed if self.composer is None or not related(text, self.removed)]
+        if not found:
+            raise ValueError("Every prompt of the composer names a removed concept: give another composer.")
+        if path:
+            path.write_text(json.dumps({"key": key, "prompts": found}, indent=1), "utf-8")
+        return found

@@ -12,7 +12,8 @@ from torch import Generator, Tensor
 
 from ..core import Concepts, Detector, config
 from ..delta import Delta
-from ._training import Denoiser, Points, Training, Weights, check_number, look, mse, phrases, run
+from ._denoiser import Denoiser, Points, Weights, mse
+from ._training import Training, check_number, look, phrases, run
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -25,14 +26,14 @@ class ESD(Training):
     """Fine-tunes the denoiser so that its prediction for a concept points away from it; needs only the concept's name.
 
         L = || e(x_t, c, t) - target ||^2 / elements
-        target = e*(x_t, t) - eta (e*(x_t, c, t) - e*(x_t, t))                          e*: frozen, e: trained, c: concept
+        target = e*(x_t, t) - eta (e*(x_t, c, t) - e*(x_t, t))                        e*: frozen, e: trained, c: concept
         target = e*(x_t, f, t) - eta (e*(x_t, c, t) - e*(x_t, t)),  L on e(x_t, f, t)   to erase c from f only
 
-    x_t is drawn by the student, guided with the prompt c (or f), up to a random step. The coefficients of the target sum
-    to one, so the same formula serves networks that predict v.
+    x_t is drawn by the student, guided with the prompt c (or f), up to a random step. The coefficients of the target
+    sum to one, so the same formula serves networks that predict v.
 
     Paper: R. Gandikota, J. Materzynska, J. Fiotto-Kaufman, D. Bau, 2023, "Erasing Concepts from Diffusion Models", ICCV
-    2023, arXiv 2303.07345, equation 6. `ESD.paper()` has its settings; to erase from a text is the authors' later code.
+    2023, arXiv 2303.07345, equation 6. `ESD.paper()` has its settings; erasing from a text is the authors' later code.
 
     Differs: `eta` is the paper's. The current public code calls eta + 1 its `negative_guidance`, so its 2 is eta 1, and
     its 1 merely maps the concept onto the empty prompt. The time step fits the noise in x_t exactly, and latents are
@@ -113,7 +114,7 @@ class ESD(Training):
         """
         found, texts = phrases(concepts)
         method = self.resolved(pipe)
-        net = Denoiser(pipe, [*texts, *filter(None, [self.erase_from])], self.train, method.sampler_steps, self.precision)
+        net = method.denoiser(pipe, [*texts, *filter(None, [self.erase_from])])
         state = run(
             net,
             method,

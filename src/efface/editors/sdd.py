@@ -13,7 +13,8 @@ from torch import Generator, Tensor
 from .._hooks import pack
 from ..core import Concepts, Detector, config
 from ..delta import Delta
-from ._training import Denoiser, Points, Training, Weights, check_number, look, mse, phrases, run
+from ._denoiser import Denoiser, Points, Weights, mse
+from ._training import Training, check_number, look, phrases, run
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -25,7 +26,7 @@ Roles = Literal["readme", "code"]
 
 @dataclass(frozen=True)
 class SDD(Training):
-    """Distils the denoiser into itself: under the removal prompt it learns to predict what it predicts without a prompt.
+    """Distils the denoiser into itself: under the removal prompt it learns to predict what it would without a prompt.
 
         L = || e_theta(z_t, c_s, t) - stopgrad(e_theta(z_t, "", t)) ||^2 / elements       c_s: removal prompt
         theta_bar = ema theta_bar + (1 - ema) theta                                         theta_bar: what is shipped
@@ -35,12 +36,12 @@ class SDD(Training):
     been said", not away from the concept. Made for many concepts at once.
 
     Paper: S. Kim, S. Jung, B. Kim, M. Choi, J. Shin, J. Lee, 2023, "Towards Safe Self-Distillation of Internet-Scale
-    Text-to-Image Diffusion Models", ICML 2023 workshop, arXiv 2307.05977. Equation numbers cannot be given: its body could
-    not be read. Written from the abstract, the pseudo-code that its authors published and the settings of their code.
-    `SDD.paper()` has these settings.
+    Text-to-Image Diffusion Models", ICML 2023 workshop, arXiv 2307.05977. Equation numbers cannot be given: its body
+    could not be read. Written from the abstract, the pseudo-code that its authors published and the settings of their
+    code, which `SDD.paper()` has.
 
-    Differs: with several concepts the published pseudo-code ("readme": c_p one concept, cycling, c_s all joined) and the
-    published training script ("code": the other way round) disagree; both are here. Joined concepts that do not fit the
+    Differs: with several concepts the published pseudo-code ("readme": c_p one concept, cycling, c_s all joined) and
+    the published training script ("code": the other way round) disagree; both are here. Joined concepts that do not fit the
     text encoder become several prompts that take turns, where the script cuts them off. A trajectory of 0 steps is pure
     noise; in the script it is a finished picture with the time of pure noise. The time step is exactly the one of the
     noise in z_t, not a random one near it. The average covers the trained tensors (the others do not move). The empty
@@ -49,8 +50,9 @@ class SDD(Training):
 
     Args:
         prompt_roles: "readme" or "code"; the same for one phrase.
-        ema: share that the average keeps in an update, in [0, 1]: 0 is the student, 1 the original. Below 1 - 3 / steps,
-            or the average has not arrived; None: 0.999 from 1500 updates on (the script's), 1 - 5 / steps below.
+        ema: share that the average keeps in an update, in [0, 1]: 0 is the student, 1 the original. Keep it below
+            1 - 3 / steps, or the average does not arrive. None: 0.999 from 1500 updates on (the script's), below that
+            1 - 5 / steps.
         train: "x" (cross-attention, the script's), "x-strict", "u", "self" or "full".
         steps: updates, >= 0; script: 1500. None: what suits the family, as for `lr`, `batch`, `reuse`, `sampler_steps`.
         lr: of AdamW; script: 1e-5.
@@ -133,7 +135,7 @@ class SDD(Training):
         found, words = phrases(concepts)
         method = self.resolved(pipe)
         joined = pack(pipe, words, ", ")
-        net = Denoiser(pipe, [*words, *joined], self.train, method.sampler_steps, self.precision)
+        net = method.denoiser(pipe, [*words, *joined])
         state = run(
             net,
             method,
