@@ -176,8 +176,8 @@ def test_zero_strength_is_plain_to_the_bit(form: str, pipe: Any, family: str) ->
 
 def test_concepts_act_one_after_the_other(pipe: Any, family: str) -> None:
     with EIUP([ALCOHOL]).apply(pipe), EIUP([CAT]).apply(pipe):
-        assert torch.equal(latents(pipe), drawn(family, EIUP([ALCOHOL, CAT])))
-    assert change(drawn(family, EIUP([CAT, ALCOHOL])), drawn(family, EIUP([ALCOHOL, CAT]))) > 1e-6
+        assert change(latents(pipe), drawn(family, EIUP([ALCOHOL, CAT]))) < 1e-5
+    assert change(drawn(family, EIUP([CAT, ALCOHOL])), drawn(family, EIUP([ALCOHOL, CAT]))) > 1e-4
 
 
 # ---------------------------------------------------------------- one edit, looked at closely
@@ -222,8 +222,8 @@ Edits = Callable[..., list[Edit]]
 def test_strength_1_leaves_nothing_of_the_concept(edits: Edits, pipe: Any) -> None:
     erased = removed = 0
     for edit in edits(pipe, eiup()):
-        neutral = edit.cross.neutral()
-        d = edit.cross.attend_text(edit.term.text) - neutral
+        neutral, d = edit.cross.would_be(torch.cat([edit.cross.neutral, edit.term.text[-1:]]))
+        d = d - neutral
         left, before = (((out - neutral) * d).sum(-1) for out in (edit.edited, edit.out))
         assert bool((left <= 1e-5 * (d * d).sum(-1)).all())
         assert torch.equal(edit.edited[before < 0], edit.out[before < 0])
@@ -239,12 +239,11 @@ def test_an_empty_prompt_is_left_alone(pipe: Any, family: str) -> None:
 
 def test_the_empty_text_as_concept_erases_nothing(edits: Edits, sd1: Any) -> None:
     for edit in edits(sd1, eiup(strength=2.0), num_inference_steps=1):
-        edit.cross.neutral()
-        empty = Term(edit.cross._neutral, slice(1, 1))
+        empty = Term(edit.cross.neutral, (slice(1, 1),))
         for form in FORMS:
             unchanged = dataclasses.replace(edit.eraser, normalization=form).edit(edit.out, edit.cross, empty)
             assert torch.equal(unchanged, edit.out), form
-        nearly = Term(encode(sd1, ["", "cat"]).text[:1], slice(1, 1))
+        nearly = Term(encode(sd1, ["", "cat"]).text[:1], (slice(1, 1),))
         assert bool(edit.eraser.edit(edit.out, edit.cross, nearly).isfinite().all())
 
 

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from efface.models.emoji.eyes import ICONS, INDEX, STYLES, WIDTHS, Eye, Eyes, Seen
+from efface.models.emoji.eyes import GENDERED, ICONS, INDEX, STYLES, WIDTHS, Eye, Eyes, Seen
 from efface.models.emoji.vae import EmojiVAE
 from efface.models.emoji.weights import FOLDER, sha256
 
@@ -83,7 +83,7 @@ def reconstruct(vae: EmojiVAE, x: Tensor, noise: Tensor | float = 0.0, smooth: T
 def draw(
     rng: np.random.Generator, sheets: dict[str, np.ndarray], n: int, sets: tuple[str, ...], mix: bool = True
 ) -> tuple[Tensor, Seen]:
-    """`n` scenes [n, 3, 64, 64] in [0, 1] and what is in them; more styles and watermarks than in the captions' world.
+    """`n` scenes [n, 3, 64, 64] in [0, 1] and what is in them; styles, watermarks and genders evener than for captions.
 
     With `mix`, some pairs swap their right halves, so that any icons, grounds and styles meet.
     """
@@ -91,7 +91,10 @@ def draw(
     for _ in range(n):
         scene = scenes.sample_scene(rng, KINDS)
         style = str(rng.choice(STYLES)) if rng.random() < 0.5 else scene.style
-        drawn.append(replace(scene, style=style, watermark=bool(rng.random() < 0.25)))
+        icons = scene.icons
+        if scene.kind == "profession":  # as many women as men, whatever the bias of the job
+            icons = (str(rng.choice(GENDERED[GENDERED.index(icons[0]) // 2 * 2 :][:2])),)
+        drawn.append(replace(scene, icons=icons, style=style, watermark=bool(rng.random() < 0.25)))
     images = np.stack([scenes.draw(s, sheets, rng, sets[rng.integers(len(sets))]) for s in drawn])
     names = [list(s.icons) for s in drawn]
     styles = torch.zeros(n, len(STYLES))

@@ -18,7 +18,7 @@ import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -116,24 +116,27 @@ def pack(pipe: DiffusionPipeline, phrases: Sequence[str], separator: str = " ") 
 
 @dataclass(frozen=True)
 class Term:
-    """One erasure prompt: `text` [1, L, D], the columns of its own tokens, the batch rows it acts on (None: all)."""
+    """Erasure prompts that act together: `text` [N, L, D], the columns of the own tokens of each, and their batch rows.
+
+    They act one after the other, in order; `rows` None means all rows.
+    """
 
     text: Tensor
-    own: slice
+    own: tuple[slice, ...]
     rows: Tensor | None = None
 
 
 class CrossAttention:
-    """One cross-attention call, conditional rows only: the query, the prompt and the layer's own projections."""
+    """One cross-attention call, conditional rows only: `query` [B, Q, C] and `prompt` [B, L, D], the layer's own
+    projections, and the pipeline's empty prompt as `neutral` [1, L, D]."""
 
     def __init__(self, attn: Attention, query: Tensor, prompt: Tensor | None, neutral: Tensor) -> None:
-        self.attn, self.query, self.prompt, self._neutral = attn, query, prompt, neutral
-        self._neutral_out: Tensor | None = None
+        self.attn, self.query, self.prompt, self.neutral = attn, query, prompt, neutral
 
     def at(self, rows: Tensor) -> CrossAttention:
         """The same call, on some rows."""
         prompt = None if self.prompt is None else self.prompt[rows]
-        return CrossAttention(self.attn, self.query[rows], prompt, self._neutral)
+        return CrossAttention(self.attn, self.query[rows], prompt, self.neutral)
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, L, C] to [B, heads, L, C / heads], without a copy."""
@@ -147,28 +150,25 @@ class CrossAttention:
         return (key if self.attn.norm_k is None else self.attn.norm_k(key)), value
 
     def attend(self, key: Tensor, value: Tensor) -> Tensor:
-        """Softmax attention of the query to `key`, `value` [1 or B, heads, L, d]: [B, Q, C].
+        """Softmax attention of the query to `key`, `value` [B, heads, L, d]: [B, Q, C]."""
+        return self._attend(self.query, key, value)
 
-        One key set for all rows folds the batch into the queries: one fused call, no copy of the keys.
+    def attend_texts(self, key: Tensor, value: Tensor) -> Tensor:
+        """Softmax attention of every row to each of N key sets [N, heads, L, d]: [N, B, Q, C].
+
+        The batch is folded into the queries: one fused call for all texts and rows, no copy of the keys.
         """
-        query = self.query
-        shape = query.shape
-        if key.shape[0] == 1:
-            query = query.reshape(1, -1, shape[-1])
+        query = self.query.flatten(0, 1).expand(len(key), -1, -1)
+        return self._attend(query, key, value).unflatten(1, self.query.shape[:2])
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query = self._heads(query)
         query = query if self.attn.norm_q is None else self.attn.norm_q(query)
-        out = F.scaled_dot_product_attention(query, key, value)
-        return out.transpose(1, 2).reshape(shape)
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
-    def attend_text(self, text: Tensor) -> Tensor:
-        """What the layer would put out for another text [1, L, D]: [B, Q, C]."""
-        return self.attend(*self.keys_values(text))
-
-    def neutral(self) -> Tensor:
-        """What the layer would put out for the pipeline's empty prompt: [B, Q, C]."""
-        if self._neutral_out is None:
-            self._neutral_out = self.attend_text(self._neutral)
-        return self._neutral_out
+    def would_be(self, text: Tensor) -> Tensor:
+        """What the layer would put out for other texts [N, L, D] in place of the prompt: [N, B, Q, C]."""
+        return self.attend_texts(*self.keys_values(text))
 
 
 # ---------------------------------------------------------------- erasers
@@ -280,10 +280,11 @@ def _unregister(module: nn.Module) -> None:
 
 @dataclass
 class _Entry:
-    """An eraser that is on, its erasure prompts, and the handle that controls it."""
+    """An eraser that is on, and its erasure prompts."""
 
     eraser: Hooked
-    terms: tuple[tuple[Concept, Term], ...] = ()
+    of: tuple[Concept, ...] = ()  # whose each erasure prompt is
+    prompts: Term | None = None
     acting: tuple[Term, ...] = ()  # with the rows of the present batch
 
 
@@ -342,7 +343,7 @@ class Site:
                 raise ValueError("The pipeline of this eraser is gone.")
             trial = _Entry(changed)
             self._prepare(present, trial, **(self.call.settings if self.call else {}))
-            entry.eraser, entry.terms, entry.acting = trial.eraser, trial.terms, trial.acting
+            vars(entry).update(vars(trial))
             self._checked = None
 
         def remove() -> None:
@@ -392,10 +393,9 @@ class Site:
         ]
         encoded = encode(pipe, ["", *(text for _, text in texts)], **settings)
         self.neutral = encoded.text[:1]
-        entry.terms = tuple(
-            (concept, Term(encoded.text[k : k + 1], encoded.own[k])) for k, (concept, _) in enumerate(texts, start=1)
-        )
-        entry.acting = tuple(term for _, term in entry.terms)
+        entry.of = tuple(concept for concept, _ in texts)
+        entry.prompts = Term(encoded.text[1:], encoded.own[1:])
+        entry.acting = (entry.prompts,)
         self._place(entry, self.call.images_per_prompt if self.call else 1)
 
     def _wrap(self, pipe: DiffusionPipeline) -> None:
@@ -433,24 +433,25 @@ class Site:
     # ---- batches
 
     def _place(self, entry: _Entry, images_per_prompt: int, batch: int | None = None) -> None:
-        """Gives each term of an eraser with `rows` its rows of the batch, which has `batch` conditional rows."""
+        """Gives the erasure prompts of an eraser with `rows` their rows of the batch, `batch` conditional ones."""
         rows = entry.eraser.rows
-        if rows is None or not entry.eraser.edits_attention:
+        if rows is None or entry.prompts is None:
             return
         if batch is not None and len(rows) * images_per_prompt != batch:
             raise ValueError(
                 f"`rows` has {len(rows)} entries, but the call has {batch // images_per_prompt} prompts: give one list "
                 "of concepts per prompt."
             )
-        # the n-th terms of all rows, then the next: a row's terms act in its own order, as they would alone
-        orders = [[t for c in dict.fromkeys(row) for t, (of, _) in enumerate(entry.terms) if of == c] for row in rows]
-        acting = []
-        for step in itertools.zip_longest(*orders):
-            for t in sorted({t for t in step if t is not None}):
-                chosen = [k for k in range(len(rows) * images_per_prompt) if step[k // images_per_prompt] == t]
-                term = entry.terms[t][1]
-                acting.append(replace(term, rows=torch.tensor(chosen, device=term.text.device)))
-        entry.acting = tuple(acting)
+        alike: dict[tuple[int, ...], list[int]] = {}  # erasure prompts in the order of a row -> its images
+        for r, row in enumerate(rows):
+            chosen = tuple(k for concept in dict.fromkeys(row) for k, of in enumerate(entry.of) if of == concept)
+            alike.setdefault(chosen, []).extend(range(r * images_per_prompt, (r + 1) * images_per_prompt))
+        text, own = entry.prompts.text, entry.prompts.own
+        entry.acting = tuple(
+            Term(text[list(chosen)], tuple(own[k] for k in chosen), torch.tensor(images, device=text.device))
+            for chosen, images in alike.items()
+            if chosen
+        )
 
     def begin(self, timestep: Tensor | float, text: Tensor) -> None:
         """Called in front of each denoiser call: which rows are conditional, what time it is."""

@@ -102,18 +102,30 @@ class EIUP(Hooked):
 
     def edit(self, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
         if self.normalization == "projected":
-            neutral = cross.neutral()
-            d = cross.attend_text(term.text).sub(neutral)
-            d = d.to(torch.promote_types(d.dtype, torch.float32))
-            toward = ((out - neutral) * d).sum(-1, keepdim=True)
-            share = (toward / (d * d).sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)).clamp_min(0)
-            return (out - self.strength * share * d).to(out.dtype)
+            neutral, *would_be = cross.would_be(torch.cat([cross.neutral, term.text])).to(_at_least_float(out))
+            d = torch.stack(would_be, 2) - neutral[:, :, None]  # [B, Q, N, C]
+            # One after the other, in the coordinates <., d_n>: taking a_k d_k out lowers the n-th by a_k <d_k, d_n>.
+            gram, toward = d @ d.mT, (d @ (out - neutral)[..., None]).squeeze(-1)
+            length = gram.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(d.dtype).tiny)
+            shares = []
+            for k in range(len(would_be)):
+                shares.append(self.strength * (toward[..., k] / length[..., k]).clamp_min(0))
+                toward = toward - shares[k][..., None] * gram[..., k, :]
+            return (out - (torch.stack(shares, -1)[..., None, :] @ d).squeeze(-2)).to(out.dtype)
         key, value = cross.keys_values(term.text)
         if self.normalization == "separate":
-            weight = torch.zeros(value.shape[2], 1, dtype=value.dtype, device=value.device)
-            weight[term.own] = -self.strength
-            return out + cross.attend(key, weight * value)
+            weight = torch.zeros(len(value), 1, value.shape[2], 1, dtype=value.dtype, device=value.device)
+            for n, own in enumerate(term.own):
+                weight[n, :, own] = -self.strength
+            return out + cross.attend_texts(key, weight * value).sum(0)
         prompt_key, _ = cross.keys_values(cross.prompt)
-        key, value = (x[:, :, term.own].expand(len(out), -1, -1, -1) for x in (key, value))
-        value = torch.cat([torch.zeros_like(prompt_key), -self.strength * value], 2)
-        return out + cross.attend(torch.cat([prompt_key, key], 2), value)
+        added = out
+        for n, own in enumerate(term.own):
+            own_key, own_value = (x[n : n + 1, :, own].expand(len(out), -1, -1, -1) for x in (key, value))
+            own_value = torch.cat([torch.zeros_like(prompt_key), -self.strength * own_value], 2)
+            added = added + cross.attend(torch.cat([prompt_key, own_key], 2), own_value)
+        return added
+
+
+def _at_least_float(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
