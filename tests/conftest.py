@@ -10,10 +10,13 @@ import pytest
 import tiny
 import torch
 
+from efface.delta import active
+
 
 def traces(pipe: Any) -> set[str]:
     """What an eraser could leave on a pipeline."""
     found = {name for name in ("encode_prompt", "maybe_free_model_hooks") if name in vars(pipe)}
+    found |= {f"delta of {delta.method}" for delta in active(pipe)}
     for part in ("unet", "vae", "text_encoder"):
         for name, module in getattr(pipe, part).named_modules():
             kept = [trace for trace in ("_diffusers_hook", "forward") if trace in vars(module)]

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from efface.cli import app
 from efface.models.emoji.weights import FOLDER
 
 EFFACE = Path(sys.executable).parent / "efface"
@@ -131,3 +133,73 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path: Path) -> None:
     assert 0 < len(record["images"]) < 800
     assert all((tmp_path / "out" / e["after"]["file"]).exists() for e in record["images"])
     assert (tmp_path / "out/grid.png").exists()
+
+
+# ---------------------------------------------------------------- fit, delta; in this process, for speed
+
+
+def call(*args: object, code: int = 0) -> str:
+    """What a command prints; its errors if it fails."""
+    done = CliRunner().invoke(app, [str(a) for a in args])
+    assert done.exit_code == code, done.output
+    return " ".join((done.stderr if code else done.stdout).split())
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["fit", "uce"], "Nothing to erase"),
+        (["fit", "uce", "--concept", "alcohl"], "Did you mean 'alcohol'?"),
+        (["fit", "ucee", "--concept", "cat"], "Did you mean 'uce'?"),
+        (["fit", "eiup", "--concept", "cat"], "'eiup' is one of the erasers"),
+        (["fit", "uce", "--concept", "cat", "--set", "lamb=1"], "Did you mean 'lam'?"),
+        (["fit", "uce", "--concept", "cat", "--set", "lam=-1"], "Expected `lam`"),
+        (["erase", "a cat", "--delta", "absent.safetensors"], "There is no delta"),
+        (["erase", "a cat", "--delta", "absent.safetensors", "--set", "strength=2"], "name the method too"),
+        (["delta", "export", "absent.safetensors"], "There is no delta"),
+        (["delta", "merge", "absent.safetensors"], "There is no delta"),
+    ],
+)
+def test_bad_input_of_fit_and_delta_writes_nothing(args: list[str], expected: str, tmp_path: Path) -> None:
+    assert expected in call(*args, "--out", tmp_path / "out", code=2)
+    assert not (tmp_path / "out").exists()
+
+
+@needs_weights
+def test_fit_describe_export_merge_and_erase(tmp_path: Path) -> None:
+    file, lora, merged = tmp_path / "made/cat.safetensors", tmp_path / "lora.safetensors", tmp_path / "merged"
+    fit = ["fit", "uce", "--phrase", "cat", "--anchor", "dog", "--set", "tokens=last", "--out", file]
+    made = json.loads(call(*fit, "--json"))
+    assert made["method"] == "uce" and made["concepts"][0]["anchor"] == "dog" and made["fields"]["tokens"] == "last"
+    assert "exists: give --overwrite" in call(*fit, code=2)
+    assert "cat" in call(*fit, "--overwrite")
+    assert json.loads(call("delta", "info", file, "--json"))["hash"] == made["hash"]
+    assert "14 of rank 1 to 1" in call("delta", "info", file)
+    (tmp_path / "bad.safetensors").write_bytes(file.read_bytes()[:-8])
+    assert "damaged" in call("delta", "info", tmp_path / "bad.safetensors", code=2)
+
+    assert "relative error" in call("delta", "export", file, "--out", lora, "--layout", "kohya")
+    assert "Expected `layout`" in call("delta", "export", file, "--out", tmp_path / "x", "--layout", "a1111", code=2)
+    assert lora.exists() and not (tmp_path / "x").exists()
+    call("delta", "merge", file, "--out", merged)
+
+    draw = ["erase", "cat", "--images", "1", "--steps", "2", "--seed", "7", "--json"]
+    erased = json.loads(call(*draw, "--delta", file, "--out", tmp_path / "erased"))
+    assert erased["eraser"]["hash"] == made["hash"] and "seen" in erased["images"][0]["after"]
+    both = json.loads(call(*draw, "--delta", file, "--method", "eiup", "--concept", "alcohol", "--out", tmp_path / "b"))
+    assert [e["method"] for e in both["eraser"]] == ["uce", "eiup"]
+    assert both["model"]["text_hash"] == erased["model"]["text_hash"]
+    args = ["erase", "cat", "--images", "1", "--steps", "2", "--seed", "7", "--phrase", "dog", "--model", merged]
+    call(*args, "--out", tmp_path / "m")
+    pictures = {(d, w): Image.open(tmp_path / d / f"{w}-7.png").tobytes() for d in "bm" for w in ("before", "after")}
+    after = Image.open(tmp_path / "erased/after-7.png").tobytes()
+    assert after == pictures["m", "before"] != pictures["b", "before"]
+    assert "this pipeline is 'merged'" in call(
+        *draw, "--delta", file, "--model", merged, "--out", tmp_path / "n", code=2
+    )
+
+    later = tmp_path / "later.safetensors"
+    call("fit", "uce", "--phrase", "beer", "--after", file, "--out", later)
+    assert made["hash"][:16] in call("delta", "info", later)
+    assert "apply that first" in call(*draw, "--delta", later, "--out", tmp_path / "o", code=2)
+    call(*draw, "--delta", file, "--delta", later, "--out", tmp_path / "p")

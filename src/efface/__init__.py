@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from efface.delta import Delta
     from efface.editors.ccrt import CCRT
     from efface.editors.esd import ESD
+    from efface.editors.rece import RECE
     from efface.editors.sdd import SDD
+    from efface.editors.uce import UCE
     from efface.erasers.eiup import EIUP
     from efface.erasers.negative_prompt import NegativePrompt
 
@@ -28,7 +30,9 @@ __all__ = [
     "CCRT",
     "EIUP",
     "ESD",
+    "RECE",
     "SDD",
+    "UCE",
     "Concept",
     "Delta",
     "Detector",
@@ -49,6 +53,8 @@ _HOME = {
     "ESD": "efface.editors.esd",
     "SDD": "efface.editors.sdd",
     "EIUP": "efface.erasers.eiup",
+    "RECE": "efface.editors.rece",
+    "UCE": "efface.editors.uce",
     "Concept": "efface.core",
     "Delta": "efface.delta",
     "Detector": "efface.core",

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
-__all__ = ["build", "concept", "concepts", "draw", "erase", "load", "model_hash", "stack"]
+    from .delta import Delta
+
+__all__ = ["build", "concept", "concepts", "draw", "editor", "erase", "load", "load_delta", "model_hash", "stack"]
 
 
 def concepts() -> dict[str, Concept]:
@@ -70,12 +72,32 @@ def build(method: str, concepts: Concepts, **fields: Any) -> Any:
     Raises:
         ValueError: unknown method or field (the message has near matches), or a field out of range.
     """
-    cls = registry.resolve(method, "erasers")
+    return _checked(method, "erasers", fields)(concepts, **fields)
+
+
+def editor(method: str, **fields: Any) -> Any:
+    """The editor `method`, configured by `fields`; its `fit(pipe, concepts)` gives a delta.
+
+    Raises:
+        ValueError: unknown method or field (the message has near matches), or a field out of range.
+    """
+    return _checked(method, "editors", fields)(**fields)
+
+
+def _checked(method: str, room: str, fields: dict[str, Any]) -> type:
+    cls = registry.resolve(method, room)
     known = [f.name for f in dataclasses.fields(cls)]
     for name in fields.keys() - set(known):
         hint = registry.near(name, known)
         raise ValueError(f"{method} has no field {name!r}. {hint}{' ' if hint else ''}Its fields: {', '.join(known)}.")
-    return cls(concepts, **fields)
+    return cls
+
+
+def load_delta(path: str | Path) -> Delta:
+    """The delta in a file, as `Delta.save` and `efface fit` write it; see `Delta.load`."""
+    from .delta import Delta
+
+    return Delta.load(path)
 
 
 def erase(pipe: DiffusionPipeline, concepts: Concepts, method: str = "eiup", **fields: Any) -> Handle:

@@ -182,7 +182,10 @@ def erase(
     concept: Annotated[list[str] | None, typer.Option(help="A shipped concept to erase; may be repeated.")] = None,
     phrase: Annotated[list[str] | None, typer.Option(help="A text of your own to erase; may be repeated.")] = None,
     model: Annotated[str, typer.Option(help='"emoji", a folder, or a hub id.')] = "emoji",
-    method: Annotated[str, typer.Option(help="How to erase; see `efface list methods`.")] = "eiup",
+    method: Annotated[
+        str | None, typer.Option(help="How to erase, see `efface list methods`; eiup, or nothing beside --delta.")
+    ] = None,
+    delta: Annotated[list[Path] | None, typer.Option(help="A file made by `efface fit`; may be repeated.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="A field of the method, NAME=VALUE.")] = None,
     images: Annotated[int, typer.Option(min=1, help="How many pictures, with seeds one apart.")] = 4,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the first picture.")] = 1_000_000,
@@ -203,22 +206,28 @@ def erase(
         from .core import concept as shipped
 
         targets = [shipped(name) for name in concept or []] + [Concept(text) for text in phrase or []]
-        if not targets:
-            raise ValueError("Nothing to erase: give --concept NAME or --phrase TEXT.")
         fields = _fields(set_ or [])
-        registry.resolve(method, "erasers")
+        name = method or (None if delta else "eiup")
+        if not targets and name:
+            raise ValueError("Nothing to erase: give --concept NAME or --phrase TEXT.")
+        if fields and not name:
+            raise ValueError("--set is for the fields of a --method, but only deltas were given: name the method too.")
+        if name:
+            registry.resolve(name, "erasers")
         from . import api
 
-        eraser = api.build(method, targets, **fields)
+        erasers: list[Any] = [api.load_delta(path) for path in delta or []]
+        targets = targets or list(dict.fromkeys(c for each in erasers for c in each.concepts))
+        erasers += [api.build(name, targets, **fields)] if name else []
         folder = _folder(out, overwrite)
         pipe = api.load(model)
-        eraser.apply(pipe).remove()  # a phrase too long or a wrong pipeline is found before anything is drawn
+        api.stack(pipe, *erasers).remove()  # a phrase too long or a wrong pipeline is found before anything is drawn
         judge = _Judge(targets) if model == "emoji" else None
         _clear(folder)
-    record = _record(prompt, negative, model, api.model_hash(pipe), eraser, seed, images, steps, guidance)
+    record = _record(prompt, negative, model, api.model_hash(pipe), erasers, seed, images, steps, guidance)
     call = {"num_inference_steps": steps, "guidance_scale": guidance, "negative_prompt": negative or None}
     try:
-        _draw(pipe, eraser, prompt, call, folder, record, judge)
+        _draw(pipe, erasers, prompt, call, folder, record, judge)
     except KeyboardInterrupt:
         _write(folder, record)
         _fail(f"Interrupted after {len(record['images'])} of {images} pictures; they are in {folder}.", INTERRUPTED)
@@ -231,7 +240,15 @@ def erase(
 
 
 def _record(
-    prompt: str, negative: str, model: str, digest: str, eraser: Any, seed: int, n: int, steps: int, guidance: float
+    prompt: str,
+    negative: str,
+    model: str,
+    digest: str,
+    erasers: list[Any],
+    seed: int,
+    n: int,
+    steps: int,
+    guidance: float,
 ) -> dict[str, Any]:
     from importlib.metadata import version
 
@@ -241,7 +258,7 @@ def _record(
         "prompt": prompt,
         "negative_prompt": negative,
         "model": {"name": model, "text_hash": digest},
-        "eraser": config(eraser),
+        "eraser": config(erasers[0]) if len(erasers) == 1 else [config(eraser) for eraser in erasers],
         "steps": steps,
         "guidance_scale": guidance,
         "seeds": [seed, seed + n - 1],
@@ -254,7 +271,7 @@ def _record(
 
 def _draw(
     pipe: DiffusionPipeline,
-    eraser: Any,
+    erasers: list[Any],
     prompt: str,
     call: dict[str, Any],
     folder: Path,
@@ -265,7 +282,7 @@ def _draw(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from .api import draw
+    from .api import draw, stack
     from .pictures import to_pil
 
     first, last = record["seeds"]
@@ -279,12 +296,8 @@ def _draw(
             for when in ("before", "after"):
                 progress.update(task, description=when)
                 began = time.perf_counter()
-                handle = eraser.apply(pipe) if when == "after" else None
-                try:
+                with stack(pipe, *(erasers if when == "after" else ())):
                     drawn[when] = draw(pipe, [prompt] * len(seeds), seeds, **call)
-                finally:
-                    if handle:
-                        handle.remove()
                 record["seconds"][when] += time.perf_counter() - began
                 progress.advance(task, len(seeds))
             scores = {when: judge.scores(pictures) for when, pictures in drawn.items()} if judge else {}
@@ -341,6 +354,161 @@ def _report(folder: Path, record: dict[str, Any]) -> None:
     else:
         console.print("No detector for this model here: look at the pictures.", style="yellow")
     console.print(f"{folder}/grid.png", soft_wrap=True, highlight=False)
+
+
+# ---------------------------------------------------------------- fit, delta
+
+
+def _file(out: Path, overwrite: bool) -> Path:
+    """The output file: in a folder that is there and writable, and not there yet unless it may be replaced."""
+    if out.is_dir():
+        raise ValueError(f"Expected --out to be a file, but {out} is a folder: add a name, such as delta.safetensors.")
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists: give --overwrite to replace it, or name another file.")
+    probe = out.with_name(f".{out.name}.writable")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"Cannot write to {out} ({error.strerror}): name another file with --out.") from error
+    return out
+
+
+@app.command()
+def fit(
+    method: Annotated[str, typer.Argument(help="An editor; see `efface list methods`.")],
+    out: Annotated[Path, typer.Option(help="The file to write, such as no-alcohol.safetensors.")],
+    concept: Annotated[list[str] | None, typer.Option(help="A shipped concept to erase; may be repeated.")] = None,
+    phrase: Annotated[list[str] | None, typer.Option(help="A text of your own to erase; may be repeated.")] = None,
+    anchor: Annotated[str, typer.Option(help="What the concepts are to become; nothing in particular if empty.")] = "",
+    keep: Annotated[list[str] | None, typer.Option(help="A text that must stay as it is; may be repeated.")] = None,
+    model: Annotated[str, typer.Option(help='"emoji", a folder, or a hub id.')] = "emoji",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="A field of the method, NAME=VALUE.")] = None,
+    after: Annotated[list[Path] | None, typer.Option(help="Fit on top of this delta; may be repeated.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the fit.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
+) -> None:
+    """Learn a delta that erases concepts from a model, and write it to one file."""
+    with _bad_input():
+        from dataclasses import replace
+
+        from .core import Concept
+        from .core import concept as shipped
+
+        targets = [shipped(name) for name in concept or []] + [Concept(text) for text in phrase or []]
+        if not targets:
+            raise ValueError("Nothing to erase: give --concept NAME or --phrase TEXT.")
+        targets = [replace(target, anchor=anchor, keep=tuple(keep or ())) for target in targets]
+        fields = _fields(set_ or [])
+        registry.resolve(method, "editors")
+        from . import api
+
+        editor = api.editor(method, **fields)
+        file = _file(out, overwrite)
+        pipe = api.load(model)
+        pipe.set_progress_bar_config(disable=True)
+        began = time.perf_counter()
+        try:
+            with api.stack(pipe, *(api.load_delta(path) for path in after or ())):
+                delta = editor.fit(pipe, targets, seed=seed)
+        except KeyboardInterrupt:
+            _fail(f"Interrupted: {file} was not written.", INTERRUPTED)
+        except RuntimeError as error:
+            _fail(f"{error}\n{file} was not written.", FAILED)
+        seconds = time.perf_counter() - began
+        delta.save(file)
+    if as_json:
+        typer.echo(json.dumps({"out": str(file), "seconds": seconds, **delta.config()}, indent=1))
+    else:
+        _describe(file, delta)
+
+
+delta_app = typer.Typer(help="Look at deltas, and bring them to other tools.", no_args_is_help=True)
+app.add_typer(delta_app, name="delta")
+DeltaFile = Annotated[Path, typer.Argument(help="A file made by `efface fit`.")]
+
+
+@delta_app.command()
+def info(
+    file: DeltaFile,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a delta erases, how it was made, and which model it belongs to."""
+    with _bad_input():
+        from . import api
+
+        delta = api.load_delta(file)
+    if as_json:
+        typer.echo(json.dumps(delta.config(), indent=1))
+    else:
+        _describe(file, delta)
+
+
+@delta_app.command()
+def export(
+    file: DeltaFile,
+    out: Annotated[Path, typer.Option(help="The file to write.")],
+    layout: Annotated[
+        str, typer.Option(help="diffusers (pipe.load_lora_weights) or kohya (A1111, ComfyUI).")
+    ] = "diffusers",
+    rank: Annotated[int | None, typer.Option(min=1, help="At most this rank; if left out, nothing is lost.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out.")] = False,
+) -> None:
+    """Write a delta as a LoRA."""
+    with _bad_input():
+        from . import api
+
+        delta = api.load_delta(file)
+        error = delta.export(_file(out, overwrite), layout, rank)  # type: ignore[arg-type]
+    typer.echo(f"{out}: relative error {error:.1e}")
+
+
+@delta_app.command()
+def merge(
+    files: Annotated[list[Path], typer.Argument(help="Files made by `efface fit`; several are added up.")],
+    out: Annotated[Path, typer.Option(help="The folder to write the whole model to.")],
+    model: Annotated[str, typer.Option(help='"emoji", a folder, or a hub id.')] = "emoji",
+) -> None:
+    """Write a whole model with deltas added to its weights for good."""
+    with _bad_input():
+        from functools import reduce
+        from operator import add
+
+        from . import api
+
+        delta = reduce(add, [api.load_delta(file) for file in files])
+        folder = _folder(out, overwrite=False)
+        pipe = api.load(model)
+        delta.merge(pipe)
+        pipe.save_pretrained(folder)
+    typer.echo(f"{folder}")
+
+
+def _describe(file: Path, delta: Any) -> None:
+    """A delta in a few lines."""
+    from rich.console import Console
+    from rich.table import Table
+
+    config = delta.config()
+    ranks = [change.rank for change in delta.weights.values() if hasattr(change, "rank")]
+    whole = len(delta.weights) - len(ranks)
+    kinds = [f"{len(ranks)} of rank {min(ranks)} to {max(ranks)}"] * bool(ranks) + [f"{whole} whole"] * bool(whole)
+    rows = {
+        "erases": ", ".join(c["name"] for c in config["concepts"]),
+        "method": " ".join([config["method"], *(f"{k}={v}" for k, v in config["fields"].items())]),
+        "model": f"{config['model']}, base hash {config['base'][:16]}",
+        "after": ", ".join(f"{h[:16]} at strength {s:g}" for h, s in config["after"].items()) or "-",
+        "weights": f"{len(delta.weights)}: {', '.join(kinds)}",
+        "hash": config["hash"][:16],
+        **{name: json.dumps(value) for name, value in config["info"].items()},
+    }
+    table = Table(show_header=False, box=None)
+    for name, text in rows.items():
+        table.add_row(_plain(name), _plain(text))
+    Console(soft_wrap=True, highlight=False).print(table)
+    Console(soft_wrap=True, highlight=False).print(_plain(str(file)))
 
 
 if __name__ == "__main__":

@@ -72,22 +72,30 @@ def dense(change: Change) -> Tensor:
     return change.dense() if isinstance(change, Factors) else change
 
 
-def truncate(change: Change, rank: int) -> tuple[Factors, float]:
-    """The nearest change of at most this rank (singular values of the [out, in] matrix), and its relative error."""
-    if not isinstance(change, Factors):
-        if change.ndim not in (2, 4):
-            raise ValueError(f"Only matrices and convolutions have a rank, but got a tensor {list(change.shape)}.")
-        u, s, v = torch.linalg.svd(change.flatten(1).double(), full_matrices=False)
-    elif change.rank <= rank:
-        return change, 0.0
-    else:  # a thin decomposition, without the [out, in] matrix
+def truncate(change: Change, rank: int | None = None, tolerance: float = 0.0) -> tuple[Factors, float]:
+    """The nearest change of lower rank, by singular values of the [out, in] matrix, and its relative error.
+
+    Args:
+        change: a matrix, a convolution, or factors (whose [out, in] matrix is then never made).
+        rank: at most this.
+        tolerance: else the least rank whose relative error (Frobenius norm) is at most this.
+    """
+    if len(change.shape) not in (2, 4):
+        raise ValueError(f"Only matrices and convolutions have a rank, but got a tensor {list(change.shape)}.")
+    if isinstance(change, Factors):
         (left, b), (right, a) = (torch.linalg.qr(x.double()) for x in (change.B, change.A.flatten(1).T))
         u, s, v = torch.linalg.svd(b @ a.T, full_matrices=False)
-        u, v = left @ u, v @ right.T
-    error = float(s[rank:].norm() / s.norm()) if s.any() else 0.0
-    root, kept = s[:rank].sqrt(), dense(change).dtype if isinstance(change, Tensor) else change.B.dtype
+        u, v, dtype = left @ u, v @ right.T, change.B.dtype
+    else:
+        u, s, v = torch.linalg.svd(change.flatten(1).double(), full_matrices=False)
+        dtype = change.dtype
+    rest = (s * s).flip(0).cumsum(0).flip(0).sqrt()  # rest[k]: what is lost at rank k
+    if rank is None:
+        rank = max(1, int((rest > tolerance * rest[0]).sum()))
+    error = float(rest[rank] / rest[0]) if rank < len(s) and rest[0] > 0 else 0.0
+    root = s[:rank].sqrt()
     a = (root[:, None] * v[:rank]).reshape(-1, *change.shape[1:])
-    return Factors((u[:, :rank] * root).to(kept), a.to(kept)), error
+    return Factors((u[:, :rank] * root).to(dtype), a.to(dtype)), error
 
 
 def _tensors(change: Change) -> tuple[Tensor, ...]:
@@ -204,7 +212,7 @@ class Delta:
 
     Args:
         weights: canonical parameter name, such as "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight",
-            to its change: `Factors` where it is of low rank, else a tensor of the parameter's shape.
+            to its change: `Factors` where it is of low rank (and they are smaller), else a tensor of its shape.
         method: the editor's name.
         fields: the editor's fields, as JSON types.
         concepts: what it erases.
@@ -232,7 +240,7 @@ class Delta:
         (64, 64)
     """
 
-    off: ClassVar[dict[str, Any] | None] = {"strength": 0.0}
+    off: ClassVar[Mapping[str, Any] | None] = {"strength": 0.0}
     touches_uncond: ClassVar[bool] = True
 
     weights: Mapping[str, Change]
@@ -335,8 +343,8 @@ class Delta:
             own = _own(pipe, self.weights)
         except ValueError as error:
             raise ValueError(
-                f"The delta was fitted on {self.model!r} (base hash {self.base_hash[:16]}) and does not fit this pipeline "
-                f"({_model(pipe)!r}): {error}"
+                f"The delta was fitted on {self.model!r} (base hash {self.base_hash[:16]}) and does not fit this "
+                f"pipeline, {_model(pipe)!r}: {error}"
             ) from error
         if self.base:
             narrow = _precision(own.values(), narrowest=True)
@@ -431,7 +439,11 @@ class Delta:
         """
         if rank < 1:
             raise ValueError(f"Expected a rank of at least 1, but got {rank}.")
-        made = {n: truncate(c, rank) for n, c in self.weights.items() if isinstance(c, Factors) or c.ndim in (2, 4)}
+        made = {
+            name: (change, 0.0) if isinstance(change, Factors) and change.rank <= rank else truncate(change, rank)
+            for name, change in self.weights.items()
+            if len(change.shape) in (2, 4)
+        }
         lost = sum(float(dense(self.weights[n]).norm()) ** 2 * error**2 for n, (_, error) in made.items())
         whole = sum(float(dense(change).norm()) ** 2 for change in self.weights.values())
         note = {
@@ -522,12 +534,12 @@ class Delta:
             path: the safetensors file.
             layout: "diffusers", for `pipe.load_lora_weights` (PEFT), or "kohya", for A1111 and ComfyUI (diffusers reads
                 it too).
-            rank: at most this; needed where a change is not of low rank.
+            rank: at most this; None: whatever loses nothing, which is large where a change is not of low rank.
             dtype: of the file; None: float32 for diffusers, float16 for kohya.
 
         Raises:
-            ValueError: what a LoRA cannot hold: biases and norms, parts other than the UNet, changes of full rank
-                without `rank`, a delta that needs others under it.
+            ValueError: what a LoRA cannot hold: biases and norms, parts other than the UNet; a delta that needs others
+                under it.
         """
         if layout not in ("diffusers", "kohya"):
             raise ValueError(f"Expected `layout` to be 'diffusers' or 'kohya', but got {layout!r}.")
@@ -539,19 +551,14 @@ class Delta:
                 f"A LoRA cannot hold {len(wrong)} of the {len(self.weights)} changes, such as {wrong[0]!r}: it has "
                 "matrices and convolutions of the UNet only. Merge the delta and save the whole model."
             )
-        full = [n for n, change in self.weights.items() if not isinstance(change, Factors)]
-        if full and rank is None:
-            raise ValueError(
-                f"{len(full)} changes, such as {full[0]!r}, are not of low rank: give `rank` (64, say) and look at the "
-                "error that comes back."
-            )
         delta = self if rank is None else self.truncated(rank)
+        factors = {n: c if isinstance(c, Factors) else truncate(c)[0] for n, c in delta.weights.items()}
         dtype = dtype or (torch.float32 if layout == "diffusers" else torch.float16)
         tensors: dict[str, Tensor] = {}
         lost = whole = 0.0
-        for name, change in delta.weights.items():
+        for name, change in factors.items():
             module = name.removesuffix(".weight")
-            b, a = (t.to(dtype) for t in _tensors(_balanced(change, self.strength)))
+            b, a = (t.to(dtype) for t in _balanced(change, self.strength))
             if layout == "kohya":
                 key = f"lora_{module.replace('.', '_')}"
                 up, down = f"{key}.lora_up.weight", f"{key}.lora_down.weight"
@@ -594,14 +601,12 @@ def _detached(change: Change) -> Change:
     return change.detach().cpu().contiguous()
 
 
-def _balanced(change: Change, strength: float) -> Change:
-    """Factors with columns and rows of like size, so that they fit into half precision."""
-    if not isinstance(change, Factors):
-        return change
+def _balanced(change: Factors, strength: float) -> tuple[Tensor, Tensor]:
+    """B and A with columns and rows of like size, so that they fit into half precision."""
     b, a = change.B.double() * strength, change.A.double()
     left, right = b.norm(dim=0), a.flatten(1).norm(dim=1)
     by = torch.where((left > 0) & (right > 0), (right / left.clamp_min(1e-300)).sqrt(), torch.ones_like(left))
-    return Factors(b * by, (a.flatten(1) / by[:, None]).reshape(a.shape))
+    return b * by, (a.flatten(1) / by[:, None]).reshape(a.shape)
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

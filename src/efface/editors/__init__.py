@@ -1,1 +1,1 @@
-"""Methods that change weights: `fit` learns a `Delta`, which is an eraser. One file each, found by its name."""
+"""Methods that learn a delta: one file each, found by name through `efface.registry`."""

@@ -1,0 +1,128 @@
+"""What UCE and RECE share: rows of texts, and the change T of the text that stands for the change of every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .._hooks import encode
+from ..core import Concept
+from ..delta import Change, Factors
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+def check_positive(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise ValueError(f"Expected `{name}` to be a finite number > 0, but got {value!r}.")
+
+
+# ---------------------------------------------------------------- texts
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def anchors_of(concepts: Sequence[Concept], anchor: str | None = None) -> dict[str, str]:
+    """Phrase to the text it is to read as; ValueError if that is the phrase itself, or two different ones."""
+    if not concepts:
+        raise ValueError("Nothing to erase: give at least one concept.")
+    found: dict[str, str] = {}
+    for concept in concepts:
+        to = concept.anchor if anchor is None else anchor
+        for phrase in concept.phrases:
+            if _plain(phrase) == _plain(to):
+                raise ValueError(f"The concept {concept.name!r} has itself as anchor, {to!r}: name something else.")
+            if _plain(found.setdefault(phrase, to)) != _plain(to):
+                raise ValueError(f"{phrase!r} is to read as {found[phrase]!r} and as {to!r}: give one of them.")
+    return found
+
+
+def kept_texts(preserve: Sequence[str], concepts: Sequence[Concept], erased: Mapping[str, str]) -> tuple[str, ...]:
+    """All texts to preserve, once each; ValueError if one is also to be erased."""
+    gone = {_plain(phrase) for phrase in erased}
+    kept = dict.fromkeys([*preserve, *(text for concept in concepts for text in concept.keep)])
+    for text in kept:
+        if _plain(text) in gone:
+            raise ValueError(f"{text!r} is to be erased and to be preserved: take it out of one of the two.")
+    return tuple(kept)
+
+
+class Texts:
+    """Texts as the pipeline encodes them, each once, in batches that fit memory."""
+
+    def __init__(self, pipe: DiffusionPipeline, texts: Sequence[str], batch: int = 64) -> None:
+        unique = list(dict.fromkeys(texts))
+        self._rows: dict[str, Tensor] = {}
+        self._last: dict[str, int] = {}
+        for k in range(0, len(unique), batch):
+            encoded = encode(pipe, unique[k : k + batch])
+            self._rows |= zip(unique[k : k + batch], encoded.text.cpu(), strict=True)
+            self._last |= {t: max(own.stop - 1, 0) for t, own in zip(unique[k : k + batch], encoded.own, strict=True)}
+
+    def rows(self, text: str) -> Tensor:
+        """Every position of a text, [L, D] in float64."""
+        return self._rows[text].double()
+
+    def last(self, text: str) -> int:
+        """Where the last token of its own stands; the start token for the empty text."""
+        return self._last[text]
+
+    def gram(self, texts: Sequence[str], last: bool = False) -> Tensor:
+        """P^T P [D, D] over the rows of all these texts, or over their last tokens."""
+        width = next(iter(self._rows.values())).shape[1]
+        gram = torch.zeros(width, width, dtype=torch.float64)
+        for k in range(0, len(texts), 16):
+            rows = [self.rows(t)[self.last(t)][None] if last else self.rows(t) for t in texts[k : k + 16]]
+            gram.addmm_(torch.cat(rows).T, torch.cat(rows))
+        return gram
+
+
+# ---------------------------------------------------------------- algebra
+
+
+def step(concept: Tensor, anchor: Tensor, gram: Tensor, erase_scale: float, lam: float) -> tuple[Tensor, Tensor]:
+    """T - I = a (G - C)^T C K^-1 as factors [D, N], [N, D], with K = a C^T C + `gram` + lam I."""
+    k = torch.addmm(gram, concept.T, concept, alpha=erase_scale)
+    k.diagonal().add_(lam)
+    moved = (anchor != concept).any(1)
+    moved[:1] |= not moved.any()  # an edit that moves nothing is still an edit
+    rows = concept[moved]
+    right = torch.cholesky_solve(rows.T, torch.linalg.cholesky(k)).T
+    return erase_scale * (anchor[moved] - rows).T, right
+
+
+def residual(left: Tensor, right: Tensor, concept: Tensor, anchor: Tensor) -> float:
+    """||T c - g|| / ||c - g||: 0 if the edit does all it should, 1 if it does nothing."""
+    moved = concept + (concept @ right.T) @ left.T
+    return float((moved - anchor).norm() / (concept - anchor).norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def condition(concept: Tensor, gram: Tensor, erase_scale: float, lam: float) -> float:
+    """An upper bound of the condition number of K, by power iteration (its least eigenvalue is at least lam)."""
+    x = torch.ones(len(gram), dtype=gram.dtype)
+    for _ in range(30):
+        x = erase_scale * (concept.T @ (concept @ x)) + gram @ x
+        largest, x = float(x.norm()), x / x.norm().clamp_min(torch.finfo(x.dtype).tiny)
+    return 1 + largest / lam
+
+
+def changes(weights: Mapping[str, Tensor], left: Tensor, right: Tensor) -> dict[str, Change]:
+    """W (T - I) for every W [C, D], in float32: the exact factors, or one tensor where that is smaller."""
+    n, width = right.shape
+    whole: Tensor | None = None
+    found: dict[str, Change] = {}
+    for name, weight in weights.items():
+        w = weight.detach().cpu()
+        if n * (len(w) + width) <= w.numel():
+            found[name] = Factors((w.double() @ left).float(), right.float())
+            continue
+        whole = left @ right if whole is None else whole
+        precise = torch.promote_types(w.dtype, torch.float32)
+        found[name] = (w.to(precise) @ whole.to(precise)).float()
+    return found

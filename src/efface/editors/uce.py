@@ -1,0 +1,189 @@
+"""UCE: the projections that read the text are changed, in closed form, so that a concept reads as its anchor."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .._hooks import keys_values
+from ..core import Concept, Concepts, as_concepts
+from ..delta import Delta
+from ..families import family
+from ._closed_form import Texts, anchors_of, changes, check_positive, condition, kept_texts, residual, step
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+__all__ = ["UCE"]
+
+Mode = Literal["erase", "moderate", "debias"]
+Tokens = Literal["last", "tail", "all"]
+
+
+@dataclass(frozen=True)
+class UCE:
+    """Changes the keys and values of every cross-attention layer so that a concept's tokens read as its anchor's.
+
+    With W [C, D] one of the projections, c, g, p [D] tokens of the concept, its anchor, and texts to preserve:
+
+        W* = argmin  a sum ||W* c - W g||^2 + b sum ||W* p - W p||^2 + lam ||W* - W||^2  =  W T
+        T  = I + a (G - C)^T C K^-1         K = a C^T C + b P^T P + lam I         C, G [N, D], P [M, D]
+
+    T is the same for all layers: one Cholesky factorisation in float64 for the model, and for each layer the exact
+    factors B = a W (G - C)^T, A = C K^-1, of rank <= N. The edited model reads c as the plain one reads T c.
+
+    Paper: R. Gandikota, H. Orgad, Y. Belinkov, J. Materzynska, D. Bau, 2024, "Unified Concept Editing in Diffusion
+    Models", WACV, arXiv 2308.14761. Equation numbers cannot be given: the formulas follow a summary and the public
+    code.
+
+    Differs: `lam`, which makes K invertible, is not in the paper's objective but always in the code. The shared T, in
+    float64 by Cholesky, is ours; the code solves each layer with an explicit inverse in float32. The code's `tensor`
+    target is left out. `tokens="all"` is ours, for text encoders that are not causal. The empty text is preserved, as
+    in the code of 2023; its 1,734 artists are not, unless you give them. SDXL's pooled text is not edited, so part of
+    the concept gets past. A LoRA that is loaded stays as it is: only the base weights are edited.
+
+    Args:
+        mode: "erase" onto each concept's `anchor`; "moderate": onto the empty text, whatever the anchor; "debias":
+            towards `attributes`.
+        tokens: which tokens of a text are edited. "last": the last one of its own (the code of 2025); "tail": from
+            there to the end of the padding (the code of 2023, the paper's); "all": every position. None: "tail" for
+            causal text encoders, "all" for others. Preserved texts: the last token for "last", else all positions.
+        preserve: texts that must read as before, beside each concept's `keep`.
+        attributes: debias: pairs (text, shift); the concept reads as c + sum shift * (attribute's token). Shifts are
+            what is wanted minus what was measured, see `balance`.
+        erase_scale: a > 0; 1 in the paper.
+        preserve_scale: b >= 0; None: max(0.1, 1 / number of preserved texts), as in the code of 2023.
+        lam: > 0, to be compared with the squared norm of a token; 0.5 in the code.
+
+    Shapes: W [C, D]; tokens [N, D], one row for each edited position of each phrase.
+
+    Raises:
+        ValueError: an option out of range; no concept; a phrase that is its own anchor, or is also preserved; on `fit`:
+            a phrase over the encoder's limit, fused or quantised projections.
+
+    Example:
+        >>> import efface
+        >>> pipe = efface.load("emoji")
+        >>> delta = efface.UCE().fit(pipe, efface.Concept("cat", anchor="dog"))
+        >>> with delta.apply(pipe):
+        ...     image = pipe("a cat", num_inference_steps=2).images[0]
+        >>> delta.method
+        'uce'
+    """
+
+    mode: Mode = "erase"
+    tokens: Tokens | None = None
+    preserve: tuple[str, ...] = ("",)
+    attributes: tuple[tuple[str, float], ...] = ()
+    erase_scale: float = 1.0
+    preserve_scale: float | None = None
+    lam: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name, known in (("mode", get_args(Mode)), ("tokens", (*get_args(Tokens), None))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"Expected `{name}` to be one of {known}, but got {getattr(self, name)!r}.")
+        if isinstance(self.preserve, str):
+            raise ValueError(f"Expected `preserve` to be a sequence of texts, but got one, {self.preserve!r}.")
+        pairs = self.attributes.items() if isinstance(self.attributes, Mapping) else self.attributes
+        object.__setattr__(self, "preserve", tuple(self.preserve))
+        object.__setattr__(self, "attributes", tuple((str(text), float(shift)) for text, shift in pairs))
+        for name in ("erase_scale", "lam"):
+            check_positive(name, getattr(self, name))
+        if self.preserve_scale:
+            check_positive("preserve_scale", self.preserve_scale)
+        if (self.mode == "debias") != bool(self.attributes):
+            raise ValueError(
+                "Mode 'debias', and no other, needs `attributes` to shift between, such as (('a woman', 0.2), "
+                f"('a man', -0.2)), but got mode {self.mode!r} and {self.attributes!r}."
+            )
+
+    @classmethod
+    def code_2025(cls) -> UCE:
+        """The settings of the published code of 2025: the last token only, nothing preserved unless given."""
+        return cls(tokens="last", preserve=(), preserve_scale=1.0)
+
+    def fit(self, pipe: DiffusionPipeline, concepts: Concepts, *, seed: int = 0) -> Delta:
+        """The delta that edits `concepts`. `pipe` is only read; nothing is random, `seed` goes into the record."""
+        wanted = as_concepts(concepts)
+        left, right, info = self.transform(pipe, wanted)
+        return Delta.fitted(self, pipe, changes(keys_values(pipe), left, right), wanted, seed=seed, info=info)
+
+    def transform(self, pipe: DiffusionPipeline, concepts: Sequence[Concept]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """T - I as factors [D, N] and [N, D] in float64, and what is worth knowing about them."""
+        tokens = self.tokens or ("tail" if family(pipe).causal else "all")
+        anchors = anchors_of(concepts, "" if self.mode == "moderate" else None)
+        kept = kept_texts(self.preserve, concepts, anchors)
+        texts = Texts(pipe, [*anchors, *anchors.values(), *kept, *(text for text, _ in self.attributes)])
+        pairs = [self._pair(texts, phrase, anchor, tokens) for phrase, anchor in anchors.items()]
+        concept, anchor = (torch.cat(rows) for rows in zip(*pairs, strict=True))
+        scale = max(0.1, 1 / max(len(kept), 1)) if self.preserve_scale is None else self.preserve_scale
+        gram = texts.gram(kept, last=tokens == "last")
+        left, right = step(concept, anchor, scale * gram, self.erase_scale, self.lam)
+        rest = residual(left, right, concept, anchor)
+        if rest > 0.5:
+            alone = residual(*step(concept, anchor, 0 * gram, self.erase_scale, self.lam), concept, anchor)
+            cure = "fewer preserved texts or a smaller `preserve_scale`" if alone < rest / 2 else "a smaller `lam`"
+            warnings.warn(
+                f"Only {1 - rest:.0%} of the edit is done, and {1 - alone:.0%} if nothing were preserved: give {cure}.",
+                stacklevel=3,
+            )
+        info = {"tokens": tokens, "edited rows": len(concept), "preserved texts": len(kept), "residual": rest}
+        return left, right, info | {"condition": condition(concept, scale * gram, self.erase_scale, self.lam)}
+
+    def _pair(self, texts: Texts, phrase: str, anchor: str, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """The phrase's rows [N, D] and what they are to read as."""
+        aims = [text for text, _ in self.attributes] or [anchor]
+        if tokens == "all":
+            rows, *towards = (texts.rows(text) for text in (phrase, *aims))
+        else:
+            starts = [texts.last(text) for text in (phrase, *aims)]
+            length = 1 if tokens == "last" else len(texts.rows(phrase)) - max(starts)
+            found = zip((phrase, *aims), starts, strict=True)
+            rows, *towards = (texts.rows(text)[start : start + length] for text, start in found)
+        if not self.attributes:
+            return rows, towards[0]
+        shifts = (shift * toward for (_, shift), toward in zip(self.attributes, towards, strict=True))
+        return rows, rows + torch.stack(list(shifts)).sum(0)
+
+    def balance(
+        self,
+        pipe: DiffusionPipeline,
+        concept: Concepts,
+        measure: Callable[[DiffusionPipeline], Sequence[float]],
+        *,
+        wanted: Sequence[float] | None = None,
+        rounds: int = 30,
+        tolerance: float = 0.05,
+        seed: int = 0,
+    ) -> Delta:
+        """Debias in rounds: draw and measure with the delta on, add what is missing to the shifts, solve again.
+
+        Args:
+            pipe: the pipeline; each round edits the original weights.
+            concept: one concept; others need shifts of their own.
+            measure: the share of each attribute in the pictures that `pipe` draws now, in the order of `attributes`.
+            wanted: the shares wanted; None: the same for all.
+            rounds: at most this many (30 in the paper).
+            tolerance: stops once every share is this near (0.05 in the paper).
+            seed: for the record.
+        """
+        texts = [text for text, _ in self.attributes]
+        aim = [1 / len(texts)] * len(texts) if wanted is None else list(wanted)
+        shifts, history = [shift for _, shift in self.attributes], []
+        for _ in range(max(rounds, 1)):
+            editor = replace(self, attributes=tuple(zip(texts, shifts, strict=True)))
+            delta = editor.fit(pipe, concept, seed=seed)
+            with delta.apply(pipe):
+                shares = [float(share) for share in measure(pipe)]
+            history.append(shares)
+            gaps = [want - share for want, share in zip(aim, shares, strict=True)]
+            if max(map(abs, gaps)) < tolerance:
+                break
+            shifts = [shift + gap for shift, gap in zip(shifts, gaps, strict=True)]
+        return replace(delta, info={**delta.info, "shares": history})

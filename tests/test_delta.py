@@ -1,0 +1,421 @@
+"""`Delta`: what an editor learned, on and off a pipeline, in arithmetic, in files, and as a LoRA."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import resource
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from diffusers import StableDiffusionPipeline
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny import ALCOHOL, change, drawn, latents, pipeline
+from torch import Tensor
+
+import efface
+from efface import EIUP, Delta
+from efface._hooks import keys_values, weight
+from efface.api import model_hash
+from efface.delta import Factors, active, dense, truncate, unedited
+
+EFFECT = 1e-3
+CONV = "unet.down_blocks.0.resnets.0.conv1.weight"
+BIAS = "unet.down_blocks.0.resnets.0.conv1.bias"
+
+
+@dataclass(frozen=True)
+class Noise:
+    """An editor that learns nothing: random changes of rank 2, or whole ones."""
+
+    whole: bool = False
+    conv: bool = False
+    size: float = 0.15
+
+    def fit(self, pipe: Any, concepts: Any, *, seed: int = 0) -> Delta:
+        random = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> Tensor:
+            return self.size * torch.randn(shape, generator=random)
+
+        changed = {n: tuple(w.shape) for n, w in keys_values(pipe).items()}
+        if self.conv:
+            changed[CONV] = tuple(weight(pipe.unet, CONV.removeprefix("unet.")).shape)
+        weights = {n: draw(*s) if self.whole else Factors(draw(s[0], 2), draw(2, *s[1:])) for n, s in changed.items()}
+        return Delta.fitted(self, pipe, weights, concepts, seed=seed)
+
+
+def low(pipe: Any, seed: int = 0, **fields: Any) -> Delta:
+    return Noise(**fields).fit(pipe, [ALCOHOL], seed=seed)
+
+
+def state(pipe: Any) -> dict[str, Tensor]:
+    return {n: w.clone() for n, w in pipe.unet.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+# ---------------------------------------------------------------- on and off
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_on_it_changes_the_picture_and_off_the_model_is_what_it_was(whole: bool, pipe: Any, family: str) -> None:
+    before, digest = state(pipe), model_hash(pipe)
+    delta = low(pipe, whole=whole)
+    with delta.apply(pipe) as handle:
+        on = latents(pipe)
+        assert change(on, drawn(family)) > EFFECT
+        assert model_hash(pipe) == digest and active(pipe) == [delta]
+        for name, value in delta.weights.items():
+            path = name.removeprefix("unet.")
+            assert torch.allclose(weight(pipe.unet, path), before[path] + dense(value), atol=1e-6)
+        handle.strength = 0.0
+        assert same(state(pipe), before)
+        handle.strength = 0.5
+        half = latents(pipe)
+    assert same(state(pipe), before) and torch.equal(latents(pipe), drawn(family)) and unedited(pipe) == {}
+    assert torch.equal(half, drawn(family, replace(delta, strength=0.5))) and change(half, on) > EFFECT
+
+
+def test_an_exception_takes_it_off(sd1: Any) -> None:
+    before = state(sd1)
+    with pytest.raises(KeyboardInterrupt), low(sd1).apply(sd1):
+        raise KeyboardInterrupt
+    assert same(state(sd1), before)
+
+
+def test_an_apply_that_breaks_half_way_leaves_nothing(sd1: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, delta, other = state(sd1), low(sd1), low(sd1, seed=1)
+    with other.apply(sd1) as handle:
+        edited, calls = state(sd1), itertools.count()
+
+        def out_of_memory(self: Factors) -> Tensor:
+            if next(calls) == 5:
+                raise MemoryError
+            return self.B @ self.A
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Factors, "dense", out_of_memory)
+            with pytest.raises(MemoryError):
+                delta.apply(sd1)
+            assert same(state(sd1), edited) and active(sd1) == [other]
+            calls = itertools.count()
+            with pytest.raises(MemoryError):
+                handle.strength = 2.0
+        assert same(state(sd1), edited) and handle.strength == 1.0
+    assert same(state(sd1), before)
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(range(3))])
+def test_deltas_come_off_in_any_order(order: tuple[int, ...], sd1: Any) -> None:
+    before = state(sd1)
+    deltas = [low(sd1, 0), low(sd1, 1, whole=True), low(sd1, 2, conv=True)]
+    handles = [delta.apply(sd1) for delta in deltas]
+    for gone, k in enumerate(order, start=1):
+        handles[k].remove()
+        left = [deltas[j] for j in sorted(order[gone:])]
+        present = state(sd1)
+        with efface.stack(tiny.untouched("sd1"), *left):
+            assert same(present, state(tiny.untouched("sd1")))
+        assert active(sd1) == left
+    assert same(state(sd1), before)
+
+
+def test_an_eraser_on_top_acts_on_the_edited_model(sd1: Any) -> None:
+    delta, eraser, merged = low(sd1), EIUP([ALCOHOL]), pipeline()
+    delta.merge(merged)
+    with eraser.apply(merged):
+        want = latents(merged)
+    handles = efface.stack(sd1, delta, eraser)
+    assert torch.equal(latents(sd1), want)
+    assert change(want, drawn("sd1", delta)) > EFFECT and change(want, drawn("sd1", eraser)) > EFFECT
+    handles[0].remove()
+    assert torch.equal(latents(sd1), drawn("sd1", eraser))
+    handles.remove()
+    assert torch.equal(latents(sd1), drawn())
+
+
+def test_a_pipeline_can_be_freed_with_a_delta_on() -> None:
+    pipe = pipeline("small")
+    handle, gone = low(pipe).apply(pipe), weakref.ref(pipe.unet)
+    del pipe
+    gc.collect()
+    assert gone() is None
+    handle.strength = 2.0
+    handle.remove()
+
+
+def test_half_precision_and_conversion_while_on(sd1: Any) -> None:
+    delta, half = low(sd1), pipeline().to(torch.float16)
+    before = state(half)
+    with delta.apply(half):
+        assert not same(state(half), before)
+    assert same(state(half), before)
+    with low(half).apply(pipeline()):
+        pass  # fitted in float16, on float32 values that round to the same
+    converted = pipeline()
+    with delta.apply(converted):
+        converted.to(torch.float16)
+    assert same(state(converted), before)
+
+
+def test_behind_a_lora_and_behind_compile(sd1: Any, tmp_path: Path) -> None:
+    delta, other = low(sd1), low(sd1, 1)
+    with efface.stack(sd1, delta, other):
+        want = latents(sd1)
+    other.export(tmp_path / "lora.safetensors")
+    pipe = pipeline()
+    before, digest = latents(pipe), model_hash(pipe)
+    pipe.load_lora_weights(tmp_path / "lora.safetensors")
+    handle = delta.apply(pipe)
+    assert change(latents(pipe), want) < 1e-4 and change(want, before) > EFFECT and model_hash(pipe) == digest
+    pipe.unload_lora_weights()  # the names of the layers change while the delta is on
+    assert torch.equal(latents(pipe), drawn("sd1", delta))
+    handle.remove()
+    assert torch.equal(latents(pipe), before)
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    plain = state(pipe)
+    with delta.apply(pipe):
+        assert active(pipe) == [delta] and model_hash(pipe) == digest and not same(state(pipe), plain)
+    assert same(state(pipe), plain)
+
+
+# ---------------------------------------------------------------- which model
+
+
+def test_another_model_is_refused_and_both_are_named(sd1: Any) -> None:
+    delta, other = low(sd1), pipeline()
+    first = next(iter(keys_values(other).values()))
+    first.data[0, 0] = torch.nextafter(first.data[0, 0], torch.tensor(9.0))
+    before = state(other)
+    with pytest.raises(ValueError, match="1 of 8 weights differ") as error:
+        delta.apply(other)
+    assert delta.base_hash[:16] in str(error.value) and low(other).base_hash[:16] in str(error.value)
+    assert same(state(other), before) and active(other) == []
+    with pytest.raises(ValueError, match=r"does not fit this pipeline, 'SD 1.x/2.x'.* but it is \[16, 48\]"):
+        delta.apply(pipeline("sd2"))
+    with pytest.raises(ValueError, match="does not fit this pipeline, 'SDXL'"):
+        delta.apply(pipeline("sdxl"))
+
+
+def test_the_base_is_the_model_without_deltas(sd1: Any) -> None:
+    earlier = low(sd1)
+    with earlier.apply(sd1):
+        later = low(sd1, 1)
+    assert later.base_hash == earlier.base_hash and later.after == {earlier.hash: 1.0}
+    with pytest.raises(ValueError, match=f"on top of the delta {earlier.hash[:16]} at strength 1, which is not on"):
+        later.apply(sd1)
+    with replace(earlier, strength=0.5).apply(sd1), pytest.raises(ValueError, match=r"which is on at 0.5"):
+        later.apply(sd1)
+    with efface.stack(sd1, earlier, later) as handles:
+        both = latents(sd1)
+        handles[0].remove()
+    with pytest.raises(ValueError, match="needs others under it"):
+        later.export("never.safetensors")
+    assert (earlier + later).after == {}
+    assert change(drawn("sd1", earlier + later), both) < 1e-5
+
+
+def test_what_cannot_be_edited_is_an_error(sd1: Any) -> None:
+    delta = low(sd1)
+    fused = pipeline()
+    fused.unet.fuse_qkv_projections()
+    with pytest.raises(ValueError, match="unfuse_qkv_projections"):
+        delta.apply(fused)
+    for make, words in (
+        (lambda w: w.data.to(torch.float8_e4m3fn), "quantised"),
+        (lambda w: w.data.to("meta"), "not in memory"),
+    ):
+        broken = pipeline()
+        layer = broken.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k
+        layer.weight = torch.nn.Parameter(make(layer.weight), requires_grad=False)
+        with pytest.raises(ValueError, match=words):
+            delta.apply(broken)
+
+
+def test_changes_are_finite_and_there_is_one(sd1: Any) -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        Delta({"unet.x": torch.tensor([float("nan")])}, method="noise")
+    with pytest.raises(ValueError, match="at least one"):
+        Delta({}, method="noise")
+    with low(sd1).apply(sd1) as handle, pytest.raises(ValueError, match="strength"):
+        handle.strength = -1.0
+
+
+# ---------------------------------------------------------------- arithmetic
+
+
+def test_arithmetic_is_on_the_changes(sd1: Any) -> None:
+    before, a, b = state(sd1), low(sd1), low(sd1, 1, whole=True)
+    with (a - a).apply(sd1):
+        assert same(state(sd1), before)
+    for made, want in (
+        (a + b, lambda n: dense(a.weights[n]) + b.weights[n]),
+        (2 * a - b * 0.5, lambda n: 2 * dense(a.weights[n]) - 0.5 * b.weights[n]),
+        (replace(a, strength=0.25) + a, lambda n: 1.25 * dense(a.weights[n])),
+        (-a, lambda n: -dense(a.weights[n])),
+    ):
+        assert all(torch.allclose(dense(w), want(n), atol=1e-6) for n, w in made.weights.items())
+    assert {w.rank for w in (a + low(sd1, 2)).weights.values()} == {4}
+    assert {w.rank for w in (a + a).weights.values()} == {2}
+    other = pipeline()
+    next(iter(keys_values(other).values())).data += 1
+    with pytest.raises(ValueError, match="fitted on different models"):
+        a + low(other)
+    with pytest.raises(TypeError):
+        a * "2"
+
+
+matrices = st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**31))
+
+
+@settings(max_examples=60, deadline=None)
+@given(matrices, st.integers(1, 9))
+def test_truncation_is_the_nearest_and_knows_its_error(shape: tuple[int, int, int], rank: int) -> None:
+    out, width, seed = shape
+    whole = torch.randn(out, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    factors, error = truncate(whole, rank)
+    values = torch.linalg.svdvals(whole)
+    assert error == pytest.approx(float(values[rank:].norm() / values.norm()), abs=1e-9)
+    assert change(factors.dense(), whole) == pytest.approx(error, abs=1e-9)
+    again, less = truncate(Factors(whole, torch.eye(width, dtype=torch.float64)), rank)
+    assert less == pytest.approx(error, abs=1e-9) and torch.allclose(again.dense(), factors.dense())
+    thin, lost = truncate(whole, tolerance=0.3)
+    assert lost <= 0.3 and (thin.rank == 1 or float(values[thin.rank - 1 :].norm() / values.norm()) > 0.3)
+
+
+def test_truncated_says_what_was_lost(sd1: Any) -> None:
+    delta = low(sd1, whole=True, conv=True)
+    thin = delta.truncated(4)
+    note = thin.info["truncated"]
+    lost = sum(float((dense(w) - delta.weights[n]).norm()) ** 2 for n, w in thin.weights.items())
+    whole = sum(float(w.norm()) ** 2 for w in delta.weights.values())
+    assert note["relative error"] == pytest.approx((lost / whole) ** 0.5, rel=1e-4) and 0.1 < note["relative error"] < 1
+    assert low(sd1).truncated(2).info["truncated"]["relative error"] == 0
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_a_file_holds_all_of_it(sd1: Any, tmp_path: Path) -> None:
+    path = tmp_path / "no-alcohol.safetensors"
+    delta = replace(low(sd1, 3) + low(sd1, 4, whole=True, conv=True), seed=3, strength=0.5)
+    delta.save(path)
+    read = Delta.load(path)
+    assert read.hash == delta.hash and read.config() == delta.config() and read.base == delta.base
+    assert read.concepts == (ALCOHOL,) and read.strength == 0.5
+    assert json.loads(json.dumps(read.config())) == read.config()
+    assert torch.equal(drawn("sd1", read), drawn("sd1", delta))
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_full_disk_leaves_the_old_file(sd1: Any, tmp_path: Path) -> None:
+    path = tmp_path / "delta.safetensors"
+    old, new = low(sd1), low(sd1, 1, whole=True, conv=True)
+    old.save(path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"delta.safetensors|File too large"):
+            new.save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert Delta.load(path).hash == old.hash and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def foreign(path: Path) -> None:
+    save_file({"x": torch.zeros(2)}, path)
+
+
+def newer(path: Path) -> None:
+    save_file({"x": torch.zeros(2)}, path, {"efface": '{"format": 99}'})
+
+
+def lacking(path: Path) -> None:
+    tensors = load_file(path)
+    del tensors[next(iter(tensors))]
+    header = {f: [] if f == "concepts" else "" for f in ("method", "concepts", "model")}
+    save_file(tensors, path, {"efface": json.dumps(header | {"format": 1})})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (cut, "damaged"),
+        (empty, "damaged"),
+        (foreign, "not a delta of Efface"),
+        (newer, "format 99"),
+        (lacking, "not a whole delta"),
+        (Path.unlink, "There is no delta"),
+    ],
+)
+def test_a_bad_file_is_named_and_explained(spoil: Callable[[Path], None], words: str, sd1: Any, tmp_path: Path) -> None:
+    path = tmp_path / "delta.safetensors"
+    low(sd1).save(path)
+    spoil(path)
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as error:
+        Delta.load(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(("layout", "tolerance"), [("diffusers", 1e-5), ("kohya", 2e-3)])
+def test_a_lora_draws_the_same_pictures(layout: Any, tolerance: float, pipe: Any, family: str, tmp_path: Path) -> None:
+    delta = replace(low(pipe) + low(pipe, 1, conv=family == "sd1") * 1e-3, strength=0.7)
+    error = delta.export(tmp_path / "lora.safetensors", layout)
+    assert error < tolerance
+    tensors = load_file(tmp_path / "lora.safetensors")
+    if layout == "kohya":
+        assert {t.dtype for t in tensors.values()} == {torch.float16}
+        assert any(n.startswith("lora_unet_") and n.endswith("_attn2_to_k.lora_down.weight") for n in tensors)
+        assert all(float(t) == 4 or float(t) == 2 for n, t in tensors.items() if n.endswith(".alpha"))
+    other = pipeline(family)
+    other.load_lora_weights(tmp_path / "lora.safetensors")
+    assert change(latents(other), drawn(family, delta)) < tolerance
+    assert change(drawn(family, delta), drawn(family)) > 10 * tolerance
+
+
+def test_whole_changes_need_their_full_rank_and_biases_do_not_fit(sd1: Any, tmp_path: Path) -> None:
+    delta, path = low(sd1, whole=True), tmp_path / "lora.safetensors"
+    assert delta.export(path) < 1e-6
+    assert delta.export(path, rank=3) == pytest.approx(delta.truncated(3).info["truncated"]["relative error"], rel=1e-3)
+    assert delta.export(path, rank=3) > 0.1
+    bias = Delta({**delta.weights, BIAS: torch.ones(16)}, method="noise")
+    path.unlink()
+    with pytest.raises(ValueError, match="A LoRA cannot hold 1 of the 9"):
+        bias.export(path)
+    with pytest.raises(ValueError, match="`layout`"):
+        delta.export(path, "a1111")  # type: ignore[arg-type]
+    assert not path.exists()
+
+
+def test_merged_weights_are_a_plain_model(sd1: Any, tmp_path: Path) -> None:
+    delta, merged = low(sd1, conv=True), pipeline()
+    with low(sd1, 1).apply(merged), pytest.raises(ValueError, match="remove its handle before merging"):
+        delta.merge(merged)
+    delta.merge(merged)
+    assert active(merged) == [] and model_hash(merged) != model_hash(sd1)
+    merged.save_pretrained(tmp_path)
+    read = StableDiffusionPipeline.from_pretrained(tmp_path)
+    read.set_progress_bar_config(disable=True)
+    assert torch.equal(latents(read), drawn("sd1", delta)) and tiny.STEPS > 1
+    with pytest.raises(ValueError, match=f"this pipeline is '{tmp_path.name}'"):
+        delta.apply(read)

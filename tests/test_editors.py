@@ -1,0 +1,121 @@
+"""What every editor promises, on every family. New editors are found by walking: they need no line here.
+
+An editor whose fit is slow gives, in QUICK, fields that make it short.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from test_conformance import EFFECT, assert_same, snapshot
+from tiny import ALCOHOL, CAT, change, drawn, latents
+
+import efface
+from efface import EIUP, Delta, registry
+from efface.delta import active
+
+QUICK: dict[str, dict[str, Any]] = {}
+EDITORS = {name: registry.resolve(name)(**QUICK.get(name, {})) for name in registry.methods("editors")}
+each = pytest.mark.parametrize("name", EDITORS)
+
+
+@functools.cache
+def fitted(name: str, family: str = "sd1", concept: Any = ALCOHOL) -> Delta:
+    return EDITORS[name].fit(tiny.untouched(family), [concept])
+
+
+def test_there_are_editors() -> None:
+    assert {"uce", "rece"} <= EDITORS.keys()
+
+
+@each
+def test_fit_leaves_the_pipeline_as_found(name: str, pipe: Any, family: str) -> None:
+    before = snapshot(pipe)
+    delta = EDITORS[name].fit(pipe, [ALCOHOL])
+    assert_same(snapshot(pipe), before)
+    assert delta.hash == fitted(name, family).hash  # the same again
+    assert delta.concepts == (ALCOHOL,) and delta.after == {}
+
+
+@each
+def test_so_does_a_fit_that_is_interrupted(name: str, sd1: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = snapshot(sd1)
+    monkeypatch.setattr(Delta, "fitted", stop)
+    with pytest.raises(KeyboardInterrupt):
+        EDITORS[name].fit(sd1, [ALCOHOL])
+    assert_same(snapshot(sd1), before)
+
+
+@each
+def test_its_delta_comes_off_to_the_bit_also_after_an_exception(name: str, pipe: Any, family: str) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before, delta = snapshot(pipe), fitted(name, family)
+    with delta.apply(pipe):
+        erased = latents(pipe)
+    assert change(erased, drawn(family)) > EFFECT
+    assert_same(snapshot(pipe), before)
+    with pytest.raises(KeyboardInterrupt), delta.apply(pipe):
+        latents(pipe, callback_on_step_end=stop)
+    assert_same(snapshot(pipe), before)
+    assert torch.equal(latents(pipe), drawn(family))
+
+
+@each
+def test_config_and_delta_survive_json_and_a_file(name: str, sd1: Any, tmp_path: Path) -> None:
+    editor, delta = EDITORS[name], fitted(name)
+    config = delta.config()
+    assert json.loads(json.dumps(config)) == config
+    assert config["method"] == name and config["concepts"][0]["phrases"] == ["beer", "wine glass"]
+    assert config["fields"].keys() == {f.name for f in dataclasses.fields(editor)}
+    assert type(editor)(**config["fields"]) == editor
+    delta.save(tmp_path / "delta.safetensors")
+    read = Delta.load(tmp_path / "delta.safetensors")
+    assert read.config() == config and torch.equal(drawn("sd1", read), drawn("sd1", delta))
+
+
+@each
+def test_a_fit_on_top_of_an_earlier_one_belongs_on_top(name: str, sd1: Any) -> None:
+    earlier = fitted(name)
+    with earlier.apply(sd1):
+        later = EDITORS[name].fit(sd1, [CAT])
+        assert active(sd1) == [earlier]
+        with later.apply(sd1):
+            both = latents(sd1)
+    assert later.after == {earlier.hash: 1.0} and later.base_hash == earlier.base_hash
+    with pytest.raises(ValueError, match="apply that first"):
+        later.apply(sd1)
+    assert change(both, drawn("sd1", earlier)) > EFFECT and later.hash != fitted(name, concept=CAT).hash
+
+
+@each
+def test_it_stacks_with_run_time_erasers(name: str, sd1: Any) -> None:
+    delta, eraser = fitted(name), EIUP([CAT])
+    handles = efface.stack(sd1, eraser, delta)
+    both = latents(sd1)
+    handles[0].remove()
+    assert torch.equal(latents(sd1), drawn("sd1", delta))
+    handles[1].remove()
+    assert torch.equal(latents(sd1), drawn())
+    assert change(both, drawn("sd1", delta)) > EFFECT and change(both, drawn("sd1", eraser)) > EFFECT
+
+
+@each
+@pytest.mark.parametrize(
+    ("concepts", "words"),
+    [([], "at least one concept"), ("beeer", "not a shipped concept"), ([efface.Concept("cat " * 20)], "tokens long")],
+)
+def test_bad_concepts_are_errors(name: str, concepts: Any, words: str, sd1: Any) -> None:
+    with pytest.raises(ValueError, match=words):
+        EDITORS[name].fit(sd1, concepts)

@@ -1,0 +1,335 @@
+"""UCE and RECE: the closed forms are what they claim to be, and the model reads a concept as its anchor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import CAT, WORDS, batch, change, latents
+from torch import Tensor
+
+from efface import RECE, UCE, Concept
+from efface._hooks import encode, keys_values
+from efface.delta import Delta, Factors, dense
+from efface.editors._closed_form import Texts, anchors_of, residual, step
+from efface.editors.rece import derive, sum_of_squares
+
+DOG = Concept("cat", anchor="dog", keep=("moon", "a big pub"))
+TAIL = 1  # where a one-word text has its last token
+
+
+def rows(texts: Sequence[str]) -> Tensor:
+    """[N, L, D] in float64."""
+    return encode(tiny.untouched("sd1"), texts).text.double()
+
+
+def originals() -> dict[str, Tensor]:
+    return {n: w.detach().double() for n, w in keys_values(tiny.untouched("sd1")).items()}
+
+
+def edited(delta: Delta) -> dict[str, Tensor]:
+    return {n: w + dense(delta.weights[n]).double() for n, w in originals().items()}
+
+
+def literal_uce(editor: UCE, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Layer by layer, with explicit inverses, as the paper writes it; `DOG`, tail tokens."""
+    concept, anchor, *kept = rows(["cat", "dog", "", *DOG.keep])
+    c, g, p = concept[TAIL:].T, anchor[TAIL:].T, torch.cat(kept).T
+    b = editor.preserve_scale if editor.preserve_scale is not None else max(0.1, 1 / len(kept))
+    ridge = editor.lam * torch.eye(len(c), dtype=torch.float64)
+    return {
+        n: (editor.erase_scale * w @ g @ c.T + b * w @ p @ p.T + editor.lam * w)
+        @ torch.linalg.inv(editor.erase_scale * c @ c.T + b * p @ p.T + ridge)
+        for n, w in weights.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "editor", [UCE(), UCE(lam=0.01), UCE(preserve_scale=0.0), UCE(erase_scale=3.0, preserve_scale=2.0)]
+)
+def test_the_shared_form_is_the_solution_of_every_layer(editor: UCE, sd1: Any) -> None:
+    delta = editor.fit(sd1, DOG)
+    want = literal_uce(editor, originals())
+    assert all(change(w, want[n]) < 1e-6 for n, w in edited(delta).items())
+    assert all(change(w, originals()[n]) > 0.05 for n, w in edited(delta).items())
+    assert {w.rank for w in UCE(tokens="last").fit(sd1, DOG).weights.values() if isinstance(w, Factors)} == {1}
+    assert all(w.numel() <= 15 * sum(w.shape) for w in delta.weights.values() if isinstance(w, Tensor))
+
+
+def test_it_is_the_minimum_of_the_objective(sd1: Any) -> None:
+    editor = UCE(preserve_scale=0.7)
+    concept, anchor, *kept = rows(["cat", "dog", "", *DOG.keep])
+    c, g, p = concept[TAIL:].T, anchor[TAIL:].T, torch.cat(kept).T
+    for name, new in edited(editor.fit(sd1, DOG)).items():
+        old = originals()[name]
+
+        def objective(w: Tensor, old: Tensor = old) -> Tensor:
+            return (
+                (w @ c - old @ g).square().sum()
+                + 0.7 * (w @ p - old @ p).square().sum()
+                + 0.5 * (w - old).square().sum()
+            )
+
+        at_new, at_old = new.clone().requires_grad_(), old.clone().requires_grad_()
+        for point in (at_new, at_old):
+            objective(point).backward()
+        assert at_new.grad is not None and at_old.grad is not None
+        assert at_new.grad.norm() < 1e-5 * at_old.grad.norm()
+        assert objective(new) < 0.7 * objective(old)
+
+
+@pytest.mark.parametrize("editor", [UCE(), UCE(tokens="last"), UCE(tokens="all"), RECE(rounds=2)])
+def test_the_edited_model_reads_c_as_the_plain_one_reads_t_c(editor: Any, pipe: Any, family: str) -> None:
+    delta = editor.fit(pipe, DOG)
+    weights = {n: w.detach().double() for n, w in keys_values(pipe).items()}
+    stacked, moved = (
+        torch.cat([x[n] for n in weights])
+        for x in (weights, {n: w + dense(delta.weights[n]) for n, w in weights.items()})
+    )
+    transform = torch.linalg.lstsq(stacked, moved).solution  # the one T of all layers
+    assert change(stacked @ transform, moved) < 1e-5
+    call = batch(family)
+    text = call["encoder_hidden_states"]
+    with torch.no_grad():
+        plain = pipe.unet(**call).sample
+        want = pipe.unet(**{**call, "encoder_hidden_states": (text.double() @ transform.T).float()}).sample
+        with delta.apply(pipe):
+            got = pipe.unet(**call).sample
+    assert change(got, want) < 1e-4 < 1e-3 < change(got, plain)
+
+
+def test_the_concept_is_drawn_as_its_anchor_and_others_stay(sd1: Any) -> None:
+    def drawn(word: str) -> Tensor:
+        return latents(sd1, (f"{word}",) * 4)
+
+    plain = {word: drawn(word) for word in ("cat", "dog", "moon", "wine")}
+    with UCE(lam=0.01).fit(sd1, DOG).apply(sd1):
+        now = {word: drawn(word) for word in plain}
+    assert change(now["cat"], plain["dog"]) < 0.3 * change(plain["cat"], plain["dog"])
+    assert change(now["moon"], plain["moon"]) < 0.3 * change(now["cat"], plain["cat"])
+    assert change(now["wine"], plain["wine"]) < change(now["cat"], plain["cat"])
+
+
+random_rows = st.tuples(st.integers(1, 6), st.integers(0, 6), st.integers(0, 2**31))
+
+
+@settings(max_examples=40, deadline=None)
+@given(random_rows)
+def test_less_ridge_erases_more_and_more_preservation_preserves_more(sizes: tuple[int, int, int]) -> None:
+    n, m, seed = sizes
+    random = torch.Generator().manual_seed(seed)
+    concept, anchor, kept = (torch.randn(k, 16, dtype=torch.float64, generator=random) for k in (n, n, m))
+    gram = kept.T @ kept
+    left = [residual(*step(concept, anchor, gram, 1.0, lam), concept, anchor) for lam in (10.0, 1.0, 0.1, 1e-6)]
+    assert left == sorted(left, reverse=True) and left[-1] < 1e-3 < left[0]  # n + m <= 12 < 16: both can be had
+    drift = []
+    for b in (0.0, 1.0, 100.0, 1e6):
+        u, v = step(concept, anchor, b * gram, 1.0, 1.0)
+        drift.append(float(((kept @ v.T) @ u.T).norm()))
+    assert m == 0 or (drift == sorted(drift, reverse=True) and drift[-1] < 1e-3 * max(drift[0], 1e-9))
+
+
+def test_modes(sd1: Any) -> None:
+    moderate, erase = UCE(mode="moderate").fit(sd1, DOG), UCE().fit(sd1, replace(DOG, anchor=""))
+    assert all(torch.equal(dense(moderate.weights[n]), dense(w)) for n, w in erase.weights.items())
+    editor = UCE(mode="debias", attributes={"red": 0.5, "big": -0.25}, lam=1e-9, preserve=(), tokens="last")  # type: ignore[arg-type]
+    delta = editor.fit(sd1, CAT)
+    cat, red, big = rows(["cat", "red", "big"])[:, TAIL]
+    for name, new in edited(delta).items():
+        assert change(new @ cat, originals()[name] @ (cat + 0.5 * red - 0.25 * big)) < 1e-5
+
+
+def test_balance_measures_corrects_and_stops(sd1: Any) -> None:
+    """Shares follow the shifts with a slope, as guidance would: the loop has to find the shift."""
+    editor = UCE(mode="debias", attributes=(("red", 0.0), ("big", 0.0)), tokens="last", lam=1e-9, preserve=())
+    cat, red, big = rows(["cat", "red", "big"])[:, TAIL]
+    name, weight = next(iter(originals().items()))
+
+    def measure(pipe: Any) -> list[float]:
+        present = keys_values(pipe)[name].detach().double() @ cat
+        seen = torch.linalg.lstsq(torch.stack([weight @ red, weight @ big], 1), present - weight @ cat).solution
+        share = min(max(0.9 + 0.4 * float(seen[1] - seen[0]), 0.0), 1.0)
+        return [1 - share, share]
+
+    delta = editor.balance(sd1, CAT, measure)
+    shares = delta.info["shares"]
+    assert shares[0] == pytest.approx([0.1, 0.9], abs=1e-4) and 1 < len(shares) < 10
+    assert shares[-1] == pytest.approx([0.5, 0.5], abs=0.05)
+
+
+def test_which_tokens_are_edited(sd1: Any) -> None:
+    def edit(tokens: Any, text: str = "red cat", anchor: str = "dog") -> dict[str, Any]:
+        return UCE(tokens=tokens).fit(sd1, Concept(text, anchor=anchor)).info
+
+    assert [edit(t)["edited rows"] for t in ("last", "tail", "all")] == [1, 14, 16]
+    assert edit("tail", "cat", "a night at the pub")["edited rows"] == 11  # the later of the two ends
+    assert edit(None)["tokens"] == "tail"
+    texts = Texts(sd1, ["red cat", "dog", ""])
+    assert [texts.last(t) for t in ("red cat", "dog", "")] == [2, 1, 0]
+
+
+def test_a_hundred_concepts_at_once(sd1: Any) -> None:
+    names = [f"{a} {b}" for a in WORDS[:10] for b in WORDS[-10:] if a != b][:100]
+    concepts = [Concept(name, anchor="moon of dog") for name in names]
+    delta = UCE(tokens="last", lam=1e-3).fit(sd1, concepts)
+    assert delta.info["edited rows"] == len(names) >= 90 and delta.info["residual"] < 0.5
+    assert all(w.numel() <= 32 * 32 for w in delta.weights.values() if isinstance(w, Tensor))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda p: UCE().fit(p, Concept("dog", anchor=" Dog ")), "itself as anchor"),
+        (lambda p: UCE(preserve=("Cat",)).fit(p, CAT), "'Cat' is to be erased and to be preserved"),
+        (lambda p: UCE().fit(p, Concept("pet", ("cat", "dog"), keep=("dog",))), "to be erased and to be preserved"),
+        (lambda p: UCE().fit(p, [CAT, DOG]), "'cat' is to read as '' and as 'dog'"),
+        (lambda p: UCE(lam=0.0), "`lam`"),
+        (lambda p: UCE(erase_scale=-1.0), "`erase_scale`"),
+        (lambda p: UCE(preserve_scale=-1.0), "`preserve_scale`"),
+        (lambda p: UCE(tokens="first"), "`tokens`"),  # type: ignore[arg-type]
+        (lambda p: UCE(mode="forget"), "`mode`"),  # type: ignore[arg-type]
+        (lambda p: UCE(mode="debias"), "needs `attributes`"),
+        (lambda p: UCE(preserve="dog"), "`preserve`"),  # type: ignore[arg-type]
+        (lambda p: RECE(mu=0.0), "`mu`"),
+        (lambda p: RECE(rounds=-1), "`rounds`"),
+        (lambda p: RECE(lam=float("nan")), "`lam`"),
+    ],
+)
+def test_bad_input(make: Any, words: str, sd1: Any) -> None:
+    with pytest.raises(ValueError, match=words):
+        make(sd1)
+
+
+def test_a_preserve_set_that_forbids_the_edit_is_told(sd1: Any) -> None:
+    spanning = tuple(f"{a} {b}" for a in WORDS[:6] for b in WORDS[8:])
+    with pytest.warns(UserWarning, match="fewer preserved texts"):
+        delta = UCE(preserve=spanning, preserve_scale=1e6).fit(sd1, CAT)
+    assert delta.info["residual"] > 0.9
+    with pytest.warns(UserWarning, match="a smaller `lam`"):
+        UCE(lam=1e6).fit(sd1, CAT)
+
+
+# ---------------------------------------------------------------- RECE
+
+
+def after_uce() -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """UCE's T - I as factors, the concept's rows, and the edited weights."""
+    left, right, _ = UCE(preserve_scale=0.1, lam=0.1).transform(tiny.untouched("sd1"), [DOG])
+    return left, right, rows(["cat"])[0], {n: w + w @ left @ right for n, w in originals().items()}
+
+
+def test_the_derived_embedding_is_the_minimum_over_all_layers() -> None:
+    left, right, concept, now = after_uce()
+    s, old = sum_of_squares(list(originals().values())), originals()
+    for mu in (1e-3, 0.1):
+        x = derive(s, left, right, concept, mu).requires_grad_()
+        start = concept.clone().requires_grad_()
+        for point in (x, start):
+            fit = sum((now[n] @ point.T - old[n] @ concept.T).square().sum() for n in now)
+            (fit + mu * point.square().sum()).backward()
+        assert x.grad is not None and start.grad is not None
+        assert x.grad.norm() < 1e-9 * start.grad.norm()
+
+
+def test_an_unedited_model_has_nothing_to_recover() -> None:
+    left, right, concept, _ = after_uce()
+    s = sum_of_squares(list(originals().values()))
+    gaps = [change(derive(s, 0 * left, right, concept, mu), concept) for mu in (1.0, 1e-3, 1e-9)]
+    assert gaps == sorted(gaps, reverse=True) and gaps[-1] < 1e-6
+
+
+def test_it_recovers_what_uce_erased_the_more_the_smaller_mu() -> None:
+    left, right, concept, now = after_uce()
+    old, s = originals(), sum_of_squares(list(originals().values()))
+    made = [derive(s, left, right, concept, mu) for mu in (10.0, 0.1, 1e-3, 1e-6)]
+
+    def gap(x: Tensor) -> float:
+        return sum(float((now[n] @ x.T - old[n] @ concept.T).norm()) for n in now)
+
+    gaps, sizes = [gap(x) for x in made], [float(x.norm()) for x in made]
+    assert gaps == sorted(gaps, reverse=True) and gaps[-1] < 0.01 * gap(concept)
+    assert sizes == sorted(sizes)
+
+
+def literal_rece(editor: RECE) -> dict[str, Tensor]:
+    """Sums over layers and explicit inverses; `DOG`."""
+    now, old = literal_uce(UCE(preserve_scale=editor.preserve_scale, lam=editor.lam), originals()), originals()
+    concept, anchor, *kept = rows(["cat", "dog", "", *DOG.keep])
+    c, g, p = concept.T, anchor.T, torch.cat(kept).T
+    eye = torch.eye(len(c), dtype=torch.float64)
+    for _ in range(editor.rounds):
+        x = (
+            torch.linalg.inv(editor.mu * eye + sum(w.T @ w for w in now.values()))
+            @ sum(now[n].T @ old[n] for n in now)
+            @ c
+        )
+        k = torch.linalg.inv(x @ x.T + editor.preserve_scale * p @ p.T + editor.lam * eye)
+        now = {n: (w @ g @ x.T + editor.preserve_scale * w @ p @ p.T + editor.lam * w) @ k for n, w in now.items()}
+    return now
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_the_shared_form_is_the_literal_one(rounds: int, sd1: Any) -> None:
+    editor = RECE(rounds=rounds)
+    delta, want = editor.fit(sd1, DOG), literal_rece(editor)
+    assert all(change(w, want[n]) < 1e-5 for n, w in edited(delta).items())
+    uce = edited(editor.uce().fit(sd1, DOG))
+    assert all(change(w, uce[n]) > 1e-3 for n, w in edited(delta).items())
+    assert len(delta.info["rounds"]) == rounds and all(r["norm"] > 0.1 for r in delta.info["rounds"])
+
+
+def test_a_round_takes_the_derived_embedding_to_the_anchor() -> None:
+    left, right, concept, now = after_uce()
+    x = derive(sum_of_squares(list(originals().values())), left, right, concept, 1e-3)
+    anchor = rows(["dog"])[0]
+    more = step(x, anchor, torch.zeros(len(left), len(left), dtype=torch.float64), 1.0, 0.1)
+    for w in now.values():
+        moved = w + w @ more[0] @ more[1]
+        assert change(moved @ x.T, w @ anchor.T) < 0.2 * change(w @ x.T, w @ anchor.T)
+
+
+def test_no_rounds_are_uce_to_the_bit(sd1: Any) -> None:
+    editor = RECE(rounds=0)
+    one, other = editor.fit(sd1, DOG), editor.uce().fit(sd1, DOG)
+    assert all(torch.equal(dense(w), dense(other.weights[n])) for n, w in one.weights.items())
+
+
+def test_the_blank_text_drifts_less_the_more_it_is_preserved(sd1: Any) -> None:
+    blank, drift = rows([""])[0], []
+    for scale in (1e-3, 0.1, 10.0):
+        now = edited(RECE(rounds=1, preserve_scale=scale).fit(sd1, replace(DOG, keep=())))
+        drift.append(sum(float((now[n] @ blank.T - w @ blank.T).norm()) for n, w in originals().items()))
+    assert drift == sorted(drift, reverse=True) and drift[-1] < 0.5 * drift[0]
+
+
+def test_a_callback_sees_every_round_and_can_stop(sd1: Any) -> None:
+    seen: list[tuple[int, Delta]] = []
+    delta = RECE(rounds=3).fit(sd1, DOG, on_epoch_end=lambda k, d: seen.append((k, d)) or k == 2)
+    assert [k for k, _ in seen] == [0, 1, 2] and seen[-1][1].hash == delta.hash
+    assert delta.hash == RECE(rounds=2).fit(sd1, DOG).hash
+    assert len(delta.info["rounds"]) == 2
+
+
+def test_a_penalty_that_stifles_the_rounds_is_told(sd1: Any) -> None:
+    with pytest.warns(UserWarning, match="but the mean eigenvalue"):
+        delta = RECE(mu=1e6, rounds=1).fit(sd1, DOG)
+    assert delta.info["rounds"][0]["norm"] < 1e-3 and delta.info["mean eigenvalue"] > 0.1
+
+
+def test_presets_have_the_papers_numbers() -> None:
+    made = {name: getattr(RECE, name)() for name in ("nudity", "unsafe", "style", "hard_object", "easy_object")}
+    assert {name: (r.mu, r.rounds) for name, r in made.items()} == {
+        "nudity": (0.1, 3),
+        "unsafe": (0.1, 2),
+        "style": (1e-3, 1),
+        "hard_object": (1e-3, 1),
+        "easy_object": (0.1, 1),
+    }
+    assert {(r.preserve_scale, r.lam) for r in made.values()} == {(0.1, 0.1)}
+    assert anchors_of([DOG]) == {"cat": "dog"}
