@@ -160,9 +160,9 @@ def plot(points: list[dict[str, Any]], base: float, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def measure(bench: Bench, strength: float, out: Path) -> None:
+def measure(bench: Bench, variants: dict[str, Any], out: Path, about: dict[str, Any]) -> None:
+    """Every cell with every variant (name to a function from a concept to an eraser or None), and a card of it."""
     start = time.time()
-    variants = erasers(strength)
     cells = {cc: {v: bench.cell(*cc, v, make(cc[0])) for v, make in variants.items()} for cc in CELLS}
     counts = counted(bench)
     table = Table("concept", "cell", *(f"{v} {k}" for k in ("left", "kept", "any") for v in variants))
@@ -203,10 +203,9 @@ def measure(bench: Bench, strength: float, out: Path) -> None:
         console.print(f"{name}: {p['rate']:.1%} [{p['interval'][0]:.1%}, {p['interval'][1]:.1%}] n = {p['n']}")
     card = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": f"python benchmarks/eiup_outcome.py measure --n {bench.n}",
         "model": {"name": "emoji", "text_hash": bench.hash},
         "detector": {"name": "emoji eyes, the worse of two", "sha256": bench.eyes.facts.get("sha256")},
-        "strength": strength,
+        **about,
         "n_per_cell": bench.n,
         "pooled": pooled,
         "rows": rows,
@@ -231,7 +230,8 @@ def main() -> None:
         sweep(bench, args.strengths, ROOT / "results/eiup_sweep")
     else:
         bench = Bench(args.work / "measure", TEST, args.n or 128)
-        measure(bench, args.strength, ROOT / "results/eiup_outcome")
+        about = {"command": f"python benchmarks/eiup_outcome.py measure --n {bench.n}", "strength": args.strength}
+        measure(bench, erasers(args.strength), ROOT / "results/eiup_outcome", about)
 
 
 if __name__ == "__main__":

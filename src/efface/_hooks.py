@@ -590,7 +590,7 @@ def keys_values(pipe: DiffusionPipeline) -> dict[str, Tensor]:
 
 
 def _check_unfused(attn: Attention) -> None:
-    if attn.fused_projections or isinstance(attn.processor, FusedAttnProcessor2_0):
+    if isinstance(attn.processor, FusedAttnProcessor2_0):  # `fused_projections` stays set after unfusing
         raise ValueError("The attention projections are fused: call `pipe.unet.unfuse_qkv_projections()` first.")
 
 
