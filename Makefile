@@ -10,12 +10,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test test-slow lint clean
+.PHONY: help venv install demo test test-slow leaderboard lint clean
 
 help:
 	@echo "make demo       install if needed, then erase a concept and write before/after pictures"
 	@echo "make test       install if needed, then ruff, mypy and the fast tests"
 	@echo "make test-slow  the slow tests"
+	@echo "make leaderboard  every method on the emoji suite, into docs/ and README.md; hours, can be stopped and continued"
 	@echo "make lint       ruff and mypy only"
 	@echo "make clean      remove caches and build output (not $(VENV), not efface-out)"
 
@@ -43,6 +44,9 @@ test: lint
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+leaderboard: $(STAMP)
+	$(BIN)/python benchmarks/leaderboard.py
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

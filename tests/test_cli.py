@@ -203,3 +203,59 @@ def test_fit_describe_export_merge_and_erase(tmp_path: Path) -> None:
     assert made["hash"][:16] in call("delta", "info", later)
     assert "apply that first" in call(*draw, "--delta", later, "--out", tmp_path / "o", code=2)
     call(*draw, "--delta", file, "--delta", later, "--out", tmp_path / "p")
+
+
+# ---------------------------------------------------------------- bench, score, report
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["bench", "emojii", "--concept", "cat", "--out", "x"], "Did you mean 'emoji'?"),
+        (["bench", "emoji", "--out", "x"], "Nothing to erase"),
+        (["bench", "emoji", "--concept", "caat", "--out", "x"], "Did you mean 'cat'"),
+        (["bench", "emoji", "--concept", "cat", "--option", "picture=9", "--out", "x"], "Did you mean 'pictures'?"),
+        (["bench", "emoji", "--concept", "cat", "--limit", "0", "--out", "x"], "--limit"),
+        (["bench", "i2p", "--concept", "nudity", "--out", "x"], "--data FOLDER"),
+        (["bench", "emoji", "--concept", "cat", "--delta", "no.safetensors", "--out", "x"], "no.safetensors"),
+        (["score", "nowhere"], "is not a run folder"),
+        (["report", "nowhere"], "is not a run folder"),
+        (["report", "nowhere", "--out", "report.pdf"], "named .html"),
+    ],
+)
+def test_bad_input_to_a_bench_is_explained(args: list[str], expected: str, tmp_path: Path) -> None:
+    done = run(*args, cwd=tmp_path)
+    assert done.returncode == 2
+    assert expected in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+@needs_weights
+def test_a_bench_that_is_interrupted_continues_and_is_reported(tmp_path: Path) -> None:
+    args = ["bench", "emoji", "--concept", "alcohol", "--limit", "12", "--batch", "2", "--out", "runs/a"]
+    process = subprocess.Popen([EFFACE, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    deadline = time.time() + 120
+    while time.time() < deadline and not list((tmp_path / "runs").glob("base-*/samples.jsonl")):
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert "run the same command, it continues" in " ".join(errors.split())
+    (base,) = (tmp_path / "runs").glob("base-*")
+    kept = (base / "samples.jsonl").read_bytes()
+    assert 2 <= kept.count(b"\n") < 12
+    done = run(*args, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    card = json.loads(done.stdout)
+    assert card["command"] == "efface " + " ".join(args) + " --json"
+    assert card["rows"]["n"] == 12 and card["out"] == "runs/a"
+    assert all(s["base"] for s in card["scores"] if s["metric"].startswith(("removal", "retention")))
+    assert (base / "samples.jsonl").read_bytes().startswith(kept)
+    other = run(*args, "--set", "strength=0.5", cwd=tmp_path)
+    assert (other.returncode, "strength: 1.0 there, 0.5 here" in " ".join(other.stderr.split())) == (2, True)
+    scored = run("score", "runs/a", "--metric", "detection", "--json", cwd=tmp_path)
+    assert {s["metric"].split("/")[0] for s in json.loads(scored.stdout)["scores"]} >= {"detection"}
+    done = run("report", "runs/a", "--out", "page.html", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "page.html\n")
+    assert (tmp_path / "page.html").stat().st_size > 20_000 and (tmp_path / "page.json").exists()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from PIL import Image
 
-from efface import EIUP, Concept, Handle, NegativePrompt, concept
+from efface import EIUP, Concept, Handle, NegativePrompt, Row, Sample, Score, Suite, concept
 from efface.core import Handles, as_concepts, as_rows, check_strength, check_window, shipped_concepts
 
 NUMBERS = st.floats(allow_nan=True, allow_infinity=True) | st.integers(-3, 3)
@@ -202,3 +205,72 @@ def test_several_handles_are_one_and_come_off_last_first() -> None:
         handles[1].remove()
     together.remove()
     assert order == ["dog", "guitar", "cat"]
+
+
+# ---------------------------------------------------------------- rows, samples, suites
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.0, True])
+def test_a_seed_has_32_bits(seed: Any) -> None:
+    Row("a", "a cat", 2**32 - 1)
+    with pytest.raises(ValueError, match=r"seed of row 'a' to be in 0 \.\.\. 2\*\*32 - 1"):
+        Row("a", "a cat", seed)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a b", "ä", "x" * 201])
+def test_a_row_id_is_a_file_name(name: str) -> None:
+    with pytest.raises(ValueError, match="id of a row"):
+        Row(name, "a cat", 0)
+
+
+def test_a_row_asks_for_something_and_is_frozen() -> None:
+    with pytest.raises(ValueError, match="empty prompt"):
+        Row("a", "  ", 0)
+    with pytest.raises(TypeError, match="`keep` of row 'a'"):
+        Row("a", "a cat", 0, keep="dog")  # type: ignore[arg-type]
+    call = {"guidance_scale": 7.0}
+    row = Row("a", "a cat", 0, keep=["dog"], call=call)  # type: ignore[arg-type]
+    call["guidance_scale"] = 1.0
+    assert row.call == {"guidance_scale": 7.0} and row.keep == ("dog",)
+    assert {row, Row("a", "a cat", 0, keep=("dog",), call={"guidance_scale": 7.0})} == {row}
+    assert Row(**json.loads(json.dumps(dataclasses.asdict(row)))) == row
+
+
+def test_a_sample_loads_its_picture_on_demand(tmp_path: Path) -> None:
+    row, file = Row("a", "a cat", 0), tmp_path / "a.png"
+    sample = Sample(row, file)
+    with pytest.raises(FileNotFoundError, match=r"a\.png, the picture of row 'a', is missing"):
+        sample.image()
+    Image.new("RGBA", (4, 2), (255, 0, 51, 255)).save(file)
+    expected = torch.tensor([1.0, 0.0, 0.2])[:, None, None].expand(3, 2, 4)
+    torch.testing.assert_close(sample.image(), expected)
+    whole = file.read_bytes()
+    for broken in (b"", b"not a picture", whole[: len(whole) // 2]):
+        file.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"a\.png, the picture of row 'a', cannot be decoded"):
+            sample.image()
+    for both in ({}, {"path": file, "pixels": expected}):
+        with pytest.raises(ValueError, match="either `path` or `pixels`"):
+            Sample(row, **both)
+    assert Sample(row, pixels=expected).image() is expected
+
+
+def test_a_suite_has_rows_with_unique_ids_and_a_hash_over_them() -> None:
+    rows = Row("a", "a cat", 0), Row("b", "a dog", 0)
+    suite = Suite("mine", "1", rows)
+    assert len(suite.data_hash) == 64
+    assert suite.data_hash == Suite("mine", "1", rows).data_hash
+    for other in ((rows[1], rows[0]), rows[:1], (rows[0], dataclasses.replace(rows[1], seed=1))):
+        assert Suite("mine", "1", other).data_hash != suite.data_hash
+    assert Suite("mine", "1", rows, data_hash="file").data_hash == "file"
+    with pytest.raises(ValueError, match="'a' is there twice"):
+        Suite("mine", "1", (rows[0], rows[1], rows[0]))
+    with pytest.raises(ValueError, match="has no rows"):
+        Suite("mine", "1", ())
+
+
+def test_a_score_has_a_name() -> None:
+    with pytest.raises(ValueError, match="a metric's name"):
+        Score("", 0.5, 1, 0, 1)
+    with pytest.raises(ValueError, match="n = -1"):
+        Score("x", 0.5, -1, 0, 1)

@@ -26,8 +26,11 @@ ERASED = {"projected": SINGLE, "separate": PACKED, "gated": PACKED}  # erasure p
 each_form = pytest.mark.parametrize("form", FORMS)
 
 
+NEUTRAL = ("a dog", "the moon", "")
+
+
 def eiup(form: str = "projected", *concepts: Concept, **fields: Any) -> EIUP:
-    return EIUP(concepts or (ALCOHOL,), normalization=form, **fields)
+    return EIUP(concepts or (ALCOHOL,), normalization=form, **{"neutral": NEUTRAL, **fields})
 
 
 # ---------------------------------------------------------------- the formulas
@@ -73,7 +76,7 @@ class Reference:
     def __init__(self, pipe: Any, form: str, strength: float, erased: Sequence[str], guidance: bool) -> None:
         self.form, self.strength, self.guidance = form, strength, guidance
         self.erased = [(embed(pipe, text), slice(1, 1 + len(text.split()))) for text in erased]
-        self.empty = embed(pipe, "")
+        self.neutral = sum(embed(pipe, text) for text in NEUTRAL) / len(NEUTRAL)
 
     def __call__(
         self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: None = None
@@ -91,7 +94,7 @@ class Reference:
         plain = out = written_out(attn, hidden, text)
         for erased, own in self.erased if conditional else ():
             if self.form == "projected":
-                neutral = written_out(attn, hidden, self.empty)
+                neutral = written_out(attn, hidden, self.neutral)
                 d = written_out(attn, hidden, erased) - neutral
                 toward = torch.einsum("qc,qc->q", out - neutral, d) / torch.einsum("qc,qc->q", d, d)
                 out = out - self.strength * toward.clamp(min=0)[:, None] * d
@@ -221,7 +224,7 @@ Edits = Callable[..., list[Edit]]
 
 def test_strength_1_leaves_nothing_of_the_concept(edits: Edits, pipe: Any) -> None:
     erased = removed = 0
-    for edit in edits(pipe, eiup()):
+    for edit in edits(pipe, eiup("projected", CAT)):
         neutral, d = edit.cross.would_be(torch.cat([edit.cross.neutral, edit.term.text[-1:]]))
         d = d - neutral
         left, before = (((out - neutral) * d).sum(-1) for out in (edit.edited, edit.out))
@@ -232,9 +235,10 @@ def test_strength_1_leaves_nothing_of_the_concept(edits: Edits, pipe: Any) -> No
     assert erased and removed
 
 
-def test_an_empty_prompt_is_left_alone(pipe: Any, family: str) -> None:
-    with eiup(strength=2.0).apply(pipe):
-        assert change(latents(pipe, ""), drawn(family, prompt="")) < 1e-6
+def test_a_neutral_prompt_is_left_alone(pipe: Any, family: str) -> None:
+    for neutral in ("", "the moon"):
+        with eiup(strength=2.0, neutral=(neutral,)).apply(pipe):
+            assert change(latents(pipe, neutral), drawn(family, prompt=neutral)) < 1e-6
 
 
 def test_the_empty_text_as_concept_erases_nothing(edits: Edits, sd1: Any) -> None:
@@ -334,7 +338,7 @@ def test_windows(pipe: Any, family: str) -> None:
     assert torch.equal(at(0.0, 0.0), drawn(family))
     assert change(at(0.0, 0.8), at(0.0, 1.0)) > 1e-4
     assert change(at(0.0, 0.8), drawn(family)) > 1e-3
-    assert EIUP.paper([ALCOHOL], 2.0) == eiup("separate", window=(0.0, 0.8), strength=2.0)
+    assert EIUP.paper([ALCOHOL], 2.0) == EIUP([ALCOHOL], 2.0, (0.0, 0.8), "separate")
 
 
 # ---------------------------------------------------------------- together with other things

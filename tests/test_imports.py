@@ -30,10 +30,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "suites": FACTS | {"models"},
     "pictures": set(),
     "api": HOOKS | {"models"},
-    "runs": HOOKS | {"models", "api"},
+    "runs": HOOKS | {"models", "api", "pictures"},
     "report": FACTS | {"runs"},
     "cli": FACTS | {"models", "api", "pictures", "runs", "report"},
-    "efface": {"core", "api", "erasers", "editors", "attacks", "metrics", "suites", "delta", "runs"},
+    "efface": {"core", "api", "erasers", "editors", "attacks", "metrics", "suites", "delta", "runs", "report"},
 }
 
 

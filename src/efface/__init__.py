@@ -13,8 +13,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from efface.api import concept, concepts, erase, load, stack
-    from efface.core import Concept, Detector, Editor, Eraser, Handle
+    from efface.api import concept, concepts, effectiveness, erase, load, stack
+    from efface.core import Concept, Detector, Editor, Eraser, Handle, Metric, Row, Sample, Score, Suite
     from efface.delta import Delta
     from efface.editors.ccrt import CCRT
     from efface.editors.esd import ESD
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from efface.editors.uce import UCE
     from efface.erasers.eiup import EIUP
     from efface.erasers.negative_prompt import NegativePrompt
+    from efface.metrics._detectors import detector
+    from efface.report import write_report
+    from efface.runs import Run, make_suite, run, score
 
 __version__ = "0.1.0"
 
@@ -39,13 +42,25 @@ __all__ = [
     "Editor",
     "Eraser",
     "Handle",
+    "Metric",
     "NegativePrompt",
+    "Row",
+    "Run",
+    "Sample",
+    "Score",
+    "Suite",
     "__version__",
     "concept",
     "concepts",
+    "detector",
+    "effectiveness",
     "erase",
     "load",
+    "make_suite",
+    "run",
+    "score",
     "stack",
+    "write_report",
 ]
 
 _HOME = {
@@ -61,12 +76,24 @@ _HOME = {
     "Editor": "efface.core",
     "Eraser": "efface.core",
     "Handle": "efface.core",
+    "Metric": "efface.core",
     "NegativePrompt": "efface.erasers.negative_prompt",
+    "Row": "efface.core",
+    "Run": "efface.runs",
+    "Sample": "efface.core",
+    "Score": "efface.core",
+    "Suite": "efface.core",
     "concept": "efface.api",
     "concepts": "efface.api",
+    "detector": "efface.metrics._detectors",
+    "effectiveness": "efface.api",
     "erase": "efface.api",
     "load": "efface.api",
+    "make_suite": "efface.runs",
+    "run": "efface.runs",
+    "score": "efface.runs",
     "stack": "efface.api",
+    "write_report": "efface.report",
 }
 
 

@@ -72,7 +72,7 @@ def encode(pipe: DiffusionPipeline, texts: Sequence[str], **settings: Any) -> En
 
     Args:
         pipe: the pipeline.
-        texts: texts, each within the encoder's limit; "" is the neutral text.
+        texts: texts, each within the encoder's limit; "" is the pipeline's empty prompt.
         settings: further arguments of `encode_prompt`, such as `clip_skip`.
 
     Raises:
@@ -128,7 +128,7 @@ class Term:
 
 class CrossAttention:
     """One cross-attention call, conditional rows only: `query` [B, Q, C] and `prompt` [B, L, D], the layer's own
-    projections, and the pipeline's empty prompt as `neutral` [1, L, D]."""
+    projections, and a text that stands for "some picture", `neutral` [1, L, D]."""
 
     def __init__(self, attn: Attention, query: Tensor, prompt: Tensor | None, neutral: Tensor) -> None:
         self.attn, self.query, self.prompt, self.neutral = attn, query, prompt, neutral
@@ -184,6 +184,7 @@ class Hooked:
     touches_uncond: ClassVar[bool] = False
     edits_attention: ClassVar[bool] = False
     packs = True  # phrases share erasure prompts; a method may need one prompt per phrase
+    neutral: tuple[str, ...] = ("",)  # the mean of these texts stands for "some picture"
 
     concepts: tuple[Concept, ...]
     rows: tuple[tuple[Concept, ...], ...] | None = None
@@ -285,6 +286,7 @@ class _Entry:
     eraser: Hooked
     of: tuple[Concept, ...] = ()  # whose each erasure prompt is
     prompts: Term | None = None
+    neutral: Tensor | None = None
     acting: tuple[Term, ...] = ()  # with the rows of the present batch
 
 
@@ -308,7 +310,6 @@ class Site:
         self.layers = [_Layer(self, m) for m in attns]
         self.entries: list[_Entry] = []
         self.pipes: list[tuple[weakref.ref[DiffusionPipeline], dict[str, Any]]] = []  # with what WRAPPED hid
-        self.neutral: Tensor | None = None
         self.call: _Call | None = None
         self.first = 0
         self.prompt: Tensor | None = None
@@ -370,7 +371,7 @@ class Site:
                     delattr(pipe, name)
                 vars(pipe).update(hidden)
         self.pipes.clear()
-        self.call = self.neutral = self.prompt = self._checked = None
+        self.call = self.prompt = self._checked = None
 
     # ---- text
 
@@ -380,7 +381,7 @@ class Site:
         return attributes.get("encode_prompt") or MethodType(type(pipe).encode_prompt, pipe)
 
     def _prepare(self, pipe: DiffusionPipeline, entry: _Entry, **settings: Any) -> None:
-        """Encodes the eraser's erasure prompts, and the neutral text beside them."""
+        """Encodes the eraser's erasure prompts, and its neutral texts beside them."""
         eraser = entry.eraser
         self.train_timesteps = pipe.scheduler.config.num_train_timesteps
         if not eraser.edits_attention:
@@ -391,10 +392,11 @@ class Site:
             for concept in dict.fromkeys(concepts)
             for text in (pack(pipe, concept.phrases) if eraser.packs else concept.phrases)
         ]
-        encoded = encode(pipe, ["", *(text for _, text in texts)], **settings)
-        self.neutral = encoded.text[:1]
+        n = len(eraser.neutral)
+        encoded = encode(pipe, [*eraser.neutral, *(text for _, text in texts)], **settings)
+        entry.neutral = encoded.text[:n].mean(0, keepdim=True)
         entry.of = tuple(concept for concept, _ in texts)
-        entry.prompts = Term(encoded.text[1:], encoded.own[1:])
+        entry.prompts = Term(encoded.text[n:], encoded.own[n:])
         entry.acting = (entry.prompts,)
         self._place(entry, self.call.images_per_prompt if self.call else 1)
 
@@ -503,7 +505,6 @@ class Site:
         if query is None or self.first == len(hidden):
             return hidden
         out = hidden[self.first :]
-        cross = CrossAttention(attn, query[self.first :], self.prompt, self.neutral)
         changed = False
         for entry in self.entries:
             eraser = entry.eraser
@@ -512,6 +513,7 @@ class Site:
             weight = self._weight(eraser.window)
             if not isinstance(weight, Tensor) and weight == 0:
                 continue
+            cross = CrossAttention(attn, query[self.first :], self.prompt, entry.neutral)
             for term in entry.acting:
                 if term.rows is None:
                     edited = eraser.edit(out, cross, term)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import registry
-from .core import Concept, Concepts, Eraser, Handle, Handles, concept, shipped_concepts
+from .core import Concept, Concepts, Detector, Eraser, Handle, Handles, concept, shipped_concepts
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +17,19 @@ if TYPE_CHECKING:
 
     from .delta import Delta
 
-__all__ = ["build", "concept", "concepts", "draw", "editor", "erase", "load", "load_delta", "model_hash", "stack"]
+__all__ = [
+    "build",
+    "concept",
+    "concepts",
+    "draw",
+    "editor",
+    "effectiveness",
+    "erase",
+    "load",
+    "load_delta",
+    "model_hash",
+    "stack",
+]
 
 
 def concepts() -> dict[str, Concept]:
@@ -176,6 +188,51 @@ def draw(
         out = pipe(list(prompts[k : k + batch]), generator=generators, output_type="pt", **call)
         pictures.append(out.images.float().cpu())
     return torch.cat(pictures)
+
+
+def effectiveness(
+    prompts: Sequence[str],
+    model: DiffusionPipeline | str | Path,
+    detector: Detector,
+    n: int = 5,
+    seed: int = 1_000_000,
+    batch: int = 32,
+    **call: Any,
+) -> list[float]:
+    """The share of each prompt's pictures in which a detector sees the concept, without any erasure.
+
+    A prompt that hardly draws the concept says nothing about an eraser, and one that was chosen on another model may be
+    such a prompt. Six-CD keeps prompts with at least 4 of 5.
+
+    Args:
+        prompts: what to draw.
+        model: a pipeline, or what `load` takes.
+        detector: pictures to bool [J, N], such as `efface.detector("eyes", "alcohol")`; all judges must see the
+            concept.
+        n: pictures of each prompt, with seeds `seed` ... `seed + n - 1`.
+        seed: the first seed.
+        batch: pictures per pipeline call.
+        call: further arguments of the pipeline, such as `guidance_scale`.
+
+    Raises:
+        ValueError: n < 1, or seeds that reach 2**32.
+
+    Example:
+        >>> import efface
+        >>> pipe = efface.load("emoji")
+        >>> efface.effectiveness(["a cat"], pipe, efface.detector("eyes", "cat"), n=1, num_inference_steps=1)
+        [0.0]
+    """
+    if n < 1 or not 0 <= seed <= seed + n <= 2**32:
+        raise ValueError(f"Expected n >= 1 and seeds in 0 ... 2**32 - 1, but got n = {n}, seed = {seed}.")
+    pipe = load(model) if isinstance(model, (str, Path)) else model
+    texts = [p for p in prompts for _ in range(n)]
+    hits: list[bool] = []
+    for k in range(0, len(texts), batch):
+        some = texts[k : k + batch]
+        seeds = [seed + (k + j) % n for j in range(len(some))]
+        hits += detector(draw(pipe, some, seeds, batch, **call)).all(0).tolist()
+    return [sum(hits[k : k + n]) / n for k in range(0, len(hits), n)]
 
 
 def model_hash(pipe: DiffusionPipeline) -> str:

@@ -15,9 +15,11 @@ from . import __version__, registry
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from rich.progress import Progress
     from torch import Tensor
 
     from .core import Concept
+    from .runs import Run
 
 app = typer.Typer(
     name="efface",
@@ -29,6 +31,17 @@ app = typer.Typer(
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 SHOWN = 8  # pictures in the grid
 BATCH = 8
+
+ConceptNames = Annotated[list[str] | None, typer.Option("--concept", help="A shipped concept; may be repeated.")]
+Phrases = Annotated[list[str] | None, typer.Option("--phrase", help="A text of your own to erase; may be repeated.")]
+ModelName = Annotated[str, typer.Option("--model", help='"emoji", a folder, or a hub id.')]
+MethodName = Annotated[
+    str | None,
+    typer.Option("--method", help="How to erase, see `efface list methods`; eiup, or nothing beside --delta."),
+]
+DeltaFiles = Annotated[list[Path] | None, typer.Option("--delta", help="A file made by `efface fit`; may be repeated.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="A field of the method, NAME=VALUE.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -76,7 +89,7 @@ def _main(
 @app.command("list")
 def show(
     what: Annotated[str, typer.Argument(help="methods, concepts, models or families; all if left out.")] = "all",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what there is: methods, concepts, models, families."""
     from .core import shipped_concepts
@@ -176,17 +189,45 @@ def _known(truth: Callable[[str], object], name: str) -> bool:
     return True
 
 
+def _targets(concept: list[str] | None, phrase: list[str] | None) -> list[Concept]:
+    from .core import Concept
+    from .core import concept as shipped
+
+    return [shipped(name) for name in concept or []] + [Concept(text) for text in phrase or []]
+
+
+def _erasers(
+    concept: list[str] | None,
+    phrase: list[str] | None,
+    method: str | None,
+    delta: list[Path] | None,
+    settings: list[str] | None,
+) -> tuple[list[Concept], list[Any]]:
+    """What is to be erased, and what erases it: deltas, then the method."""
+    targets, fields = _targets(concept, phrase), _fields(settings or [])
+    name = method or (None if delta else "eiup")
+    if not targets and name:
+        raise ValueError("Nothing to erase: give --concept NAME or --phrase TEXT.")
+    if fields and not name:
+        raise ValueError("--set is for the fields of a --method, but only deltas were given: name the method too.")
+    if name:
+        registry.resolve(name, "erasers")
+    from . import api
+
+    erasers: list[Any] = [api.load_delta(path) for path in delta or []]
+    targets = targets or list(dict.fromkeys(c for each in erasers for c in each.concepts))
+    return targets, erasers + ([api.build(name, targets, **fields)] if name else [])
+
+
 @app.command()
 def erase(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
-    concept: Annotated[list[str] | None, typer.Option(help="A shipped concept to erase; may be repeated.")] = None,
-    phrase: Annotated[list[str] | None, typer.Option(help="A text of your own to erase; may be repeated.")] = None,
-    model: Annotated[str, typer.Option(help='"emoji", a folder, or a hub id.')] = "emoji",
-    method: Annotated[
-        str | None, typer.Option(help="How to erase, see `efface list methods`; eiup, or nothing beside --delta.")
-    ] = None,
-    delta: Annotated[list[Path] | None, typer.Option(help="A file made by `efface fit`; may be repeated.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="A field of the method, NAME=VALUE.")] = None,
+    concept: ConceptNames = None,
+    phrase: Phrases = None,
+    model: ModelName = "emoji",
+    method: MethodName = None,
+    delta: DeltaFiles = None,
+    set_: Settings = None,
     images: Annotated[int, typer.Option(min=1, help="How many pictures, with seeds one apart.")] = 4,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the first picture.")] = 1_000_000,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
@@ -194,7 +235,7 @@ def erase(
     negative: Annotated[str, typer.Option(help="The user's own negative prompt.")] = "",
     out: Annotated[Path | None, typer.Option(help="Output folder; a fresh numbered one if left out.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results in --out.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Draw a prompt before and after erasing concepts, and write pictures, a grid and a record."""
     with _bad_input():
@@ -202,23 +243,9 @@ def erase(
             raise ValueError("The prompt is empty: write what to draw.")
         if seed + images > 2**32:
             raise ValueError(f"Seeds go up to {2**32 - 1}, but {images} pictures from {seed} on go past it.")
-        from .core import Concept
-        from .core import concept as shipped
-
-        targets = [shipped(name) for name in concept or []] + [Concept(text) for text in phrase or []]
-        fields = _fields(set_ or [])
-        name = method or (None if delta else "eiup")
-        if not targets and name:
-            raise ValueError("Nothing to erase: give --concept NAME or --phrase TEXT.")
-        if fields and not name:
-            raise ValueError("--set is for the fields of a --method, but only deltas were given: name the method too.")
-        if name:
-            registry.resolve(name, "erasers")
+        targets, erasers = _erasers(concept, phrase, method, delta, set_)
         from . import api
 
-        erasers: list[Any] = [api.load_delta(path) for path in delta or []]
-        targets = targets or list(dict.fromkeys(c for each in erasers for c in each.concepts))
-        erasers += [api.build(name, targets, **fields)] if name else []
         folder = _folder(out, overwrite)
         pipe = api.load(model)
         api.stack(pipe, *erasers).remove()  # a phrase too long or a wrong pipeline is found before anything is drawn
@@ -269,6 +296,15 @@ def _record(
     }
 
 
+def _progress() -> Progress:
+    """A bar on stderr with the time that is left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
 def _draw(
     pipe: DiffusionPipeline,
     erasers: list[Any],
@@ -279,16 +315,12 @@ def _draw(
     judge: _Judge | None,
 ) -> None:
     """Draws batch by batch, before and after with the same seeds; every finished batch is on disk and in the record."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from .api import draw, stack
     from .pictures import to_pil
 
     first, last = record["seeds"]
     pipe.set_progress_bar_config(disable=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with _progress() as progress:
         task = progress.add_task("drawing", total=2 * (last - first + 1))
         for start in range(first, last + 1, BATCH):
             seeds = list(range(start, min(start + BATCH, last + 1)))
@@ -379,25 +411,22 @@ def _file(out: Path, overwrite: bool) -> Path:
 def fit(
     method: Annotated[str, typer.Argument(help="An editor; see `efface list methods`.")],
     out: Annotated[Path, typer.Option(help="The file to write, such as no-alcohol.safetensors.")],
-    concept: Annotated[list[str] | None, typer.Option(help="A shipped concept to erase; may be repeated.")] = None,
-    phrase: Annotated[list[str] | None, typer.Option(help="A text of your own to erase; may be repeated.")] = None,
+    concept: ConceptNames = None,
+    phrase: Phrases = None,
     anchor: Annotated[str, typer.Option(help="What the concepts are to become; nothing in particular if empty.")] = "",
     keep: Annotated[list[str] | None, typer.Option(help="A text that must stay as it is; may be repeated.")] = None,
-    model: Annotated[str, typer.Option(help='"emoji", a folder, or a hub id.')] = "emoji",
-    set_: Annotated[list[str] | None, typer.Option("--set", help="A field of the method, NAME=VALUE.")] = None,
+    model: ModelName = "emoji",
+    set_: Settings = None,
     after: Annotated[list[Path] | None, typer.Option(help="Fit on top of this delta; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the fit.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Learn a delta that erases concepts from a model, and write it to one file."""
     with _bad_input():
         from dataclasses import replace
 
-        from .core import Concept
-        from .core import concept as shipped
-
-        targets = [shipped(name) for name in concept or []] + [Concept(text) for text in phrase or []]
+        targets = _targets(concept, phrase)
         if not targets:
             raise ValueError("Nothing to erase: give --concept NAME or --phrase TEXT.")
         targets = [replace(target, anchor=anchor, keep=tuple(keep or ())) for target in targets]
@@ -433,7 +462,7 @@ DeltaFile = Annotated[Path, typer.Argument(help="A file made by `efface fit`.")]
 @delta_app.command()
 def info(
     file: DeltaFile,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say what a delta erases, how it was made, and which model it belongs to."""
     with _bad_input():
@@ -469,7 +498,7 @@ def export(
 def merge(
     files: Annotated[list[Path], typer.Argument(help="Files made by `efface fit`; several are added up.")],
     out: Annotated[Path, typer.Option(help="The folder to write the whole model to.")],
-    model: Annotated[str, typer.Option(help='"emoji", a folder, or a hub id.')] = "emoji",
+    model: ModelName = "emoji",
 ) -> None:
     """Write a whole model with deltas added to its weights for good."""
     with _bad_input():
@@ -509,6 +538,144 @@ def _describe(file: Path, delta: Any) -> None:
         table.add_row(_plain(name), _plain(text))
     Console(soft_wrap=True, highlight=False).print(table)
     Console(soft_wrap=True, highlight=False).print(_plain(str(file)))
+
+
+# ---------------------------------------------------------------- bench, score, report
+
+
+@contextmanager
+def _job(folder: Path | None = None) -> Iterator[Callable[[str, int, int], None]]:
+    """Gives what tells how far a job is; exit code 2 for what was given, 1 for what failed, 130 for Ctrl-C."""
+    kept = f" What was finished is in {folder}; run the same command, it continues." if folder else ""
+    with _progress() as bar:
+        task = bar.add_task("loading", total=None)
+        last = ""
+
+        def tell(what: str, done: int, total: int) -> None:
+            nonlocal last
+            if what != last:
+                bar.reset(task, total=total, completed=done, description=what)
+                last = what
+            bar.update(task, completed=done)
+
+        try:
+            yield tell
+        except KeyboardInterrupt:
+            bar.stop()
+            _fail(f"Interrupted.{kept}", INTERRUPTED)
+        except (FileNotFoundError, ValueError, TypeError) as error:
+            bar.stop()
+            _fail(str(error), BAD_INPUT)
+        except RuntimeError as error:
+            bar.stop()
+            _fail(f"{error}{kept}", FAILED)
+        except (ImportError, OSError) as error:
+            bar.stop()
+            _fail(str(error), FAILED)
+
+
+@app.command()
+def bench(
+    suite: Annotated[str, typer.Argument(help="What to draw and how to score it; see `efface list methods`.")],
+    out: Annotated[Path, typer.Option(help="The run folder. An earlier run of the same command continues in it.")],
+    concept: ConceptNames = None,
+    phrase: Phrases = None,
+    model: ModelName = "emoji",
+    method: MethodName = None,
+    delta: DeltaFiles = None,
+    set_: Settings = None,
+    option: Annotated[list[str] | None, typer.Option(help="A field of the suite, NAME=VALUE.")] = None,
+    data: Annotated[Path | None, typer.Option(help="The folder that holds the suite's data, if it needs any.")] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="The folder of the plain model's pictures; one beside --out if left out.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at a time; it bounds the memory.")] = BATCH,
+    as_json: AsJson = False,
+) -> None:
+    """Draw a suite with and without an eraser into a run folder, and score it.
+
+    The same command continues a run that was stopped, by Ctrl-C, a kill or a full disk.
+    """
+    with _bad_input():
+        registry.resolve(suite, "suites")
+        targets, erasers = _erasers(concept, phrase, method, delta, set_)
+        from . import runs
+
+        chosen = runs.make_suite(suite, targets, data, limit, **_fields(option or []))
+    with _job(out) as tell:
+        made = runs.run(
+            chosen, model, eraser=erasers, out=out, base=base, batch=batch, progress=tell, command=runs.this_command()
+        )
+        runs.score(made, progress=tell)
+    _scored(made, as_json)
+
+
+@app.command()
+def score(
+    run: Annotated[Path, typer.Argument(help="A finished run folder.")],
+    metric: Annotated[
+        list[str] | None, typer.Option(help="What to measure instead of what the suite says; may be repeated.")
+    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="A field of the --metric, NAME=VALUE.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score a finished run again, from its pictures."""
+    with _bad_input():
+        fields = _fields(set_ or [])
+        if fields and len(metric or []) != 1:
+            raise ValueError("--set is for the fields of one --metric: name exactly one.")
+        from . import runs
+
+        found = runs.Run.open(run)
+        metrics = [runs.make_metric(name, **fields) for name in metric or []] or None
+    with _job() as tell:
+        runs.score(found, metrics, progress=tell)
+    _scored(found, as_json)
+
+
+@app.command()
+def report(
+    run: Annotated[list[Path], typer.Argument(help="Scored run folders.")],
+    out: Annotated[Path, typer.Option(help="The page to write; its numbers go beside it as JSON.")] = Path(
+        "report.html"
+    ),
+    mixed: Annotated[
+        bool, typer.Option("--mixed", help="Also show runs that must not be compared, in marked groups.")
+    ] = False,
+    pairs: Annotated[int, typer.Option(min=1, help="Rows of pictures, at most.")] = 24,
+    as_json: AsJson = False,
+) -> None:
+    """Write scored runs into one HTML page that stands alone."""
+    with _job():
+        from .report import write_report
+
+        card = write_report(run, out, mixed=mixed, pairs=pairs)
+    typer.echo(json.dumps(card, indent=1) if as_json else str(out))
+
+
+def _scored(run: Run, as_json: bool) -> None:
+    """The scores of a run beside the plain model's."""
+    card = run.card()
+    if as_json:
+        typer.echo(json.dumps({"out": str(run.folder), **card}, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    scores, base = run.scores()
+    plain, table = {s.metric: s for s in base}, Table()
+    for heading in ("", "plain", "95 %", "erased", "95 %", "n"):
+        table.add_column(heading, justify="right" if heading else "left")
+    from .report import number, span
+
+    for s in scores:
+        if "/" not in s.metric:
+            was = plain.get(s.metric)
+            table.add_row(_plain(s.metric), number(was), _plain(span(was)), number(s), _plain(span(s)), str(s.n))
+    console = Console()
+    console.print(table)
+    console.print(f"{run.folder}; `efface report {run.folder}` shows more", soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":

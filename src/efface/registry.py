@@ -1,7 +1,9 @@
 """From a method's name to its class, by file name.
 
 `sld` is the file `efface/erasers/sld.py` and the one class in its `__all__`. There is no list to keep: a new file is a
-new method. Names are unique across rooms. Other distributions add methods by an entry point named `<room>.<name>`:
+new method. Names are unique across the rooms of methods (erasers, editors, attacks); metrics and suites have names of
+their own, so that a suite may be called like the attack it comes from. Other distributions add methods by an entry
+point named `<room>.<name>`:
 
     [project.entry-points."efface.methods"]
     "erasers.mine" = "my_package.mine:Mine"
@@ -16,7 +18,8 @@ from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pkgutil import iter_modules
 
-ROOMS = ("erasers", "editors", "attacks", "metrics", "suites")
+METHODS = ("erasers", "editors", "attacks")
+ROOMS = (*METHODS, "metrics", "suites")
 GROUP = "efface.methods"
 
 
@@ -47,7 +50,7 @@ def methods(room: str | None = None) -> dict[str, str]:
     """What there is: name -> room, sorted by room and name.
 
     Args:
-        room: one of `ROOMS`; all of them if None.
+        room: one of `ROOMS`; the rooms of methods, `METHODS`, if None.
 
     Raises:
         ValueError: there is no such room, a name is taken twice, or an entry point is not named `<room>.<name>`.
@@ -59,8 +62,9 @@ def methods(room: str | None = None) -> dict[str, str]:
     """
     if room is not None and room not in ROOMS:
         raise ValueError(_unknown("room", room, ROOMS))
-    entries = [(each, name, f"efface.{each}.{name}") for each in ROOMS for name in _files(each)]
-    entries += [(each, name, entry.value) for (each, name), entry in _plugins()]
+    rooms = METHODS if room in (None, *METHODS) else (room,)
+    entries = [(each, name, f"efface.{each}.{name}") for each in rooms for name in _files(each)]
+    entries += [(each, name, entry.value) for (each, name), entry in _plugins() if each in rooms]
     found: dict[str, str] = {}
     origin: dict[str, str] = {}
     for each, name, source in sorted(entries, key=lambda entry: (ROOMS.index(entry[0]), entry[1])):
@@ -75,7 +79,7 @@ def resolve(name: str, room: str | None = None) -> type:
 
     Args:
         name: the method's file name, such as `"eiup"`.
-        room: the room it must be in; any if None.
+        room: the room it must be in; any room of methods if None.
 
     Raises:
         ValueError: no such method there; the message has near matches and the list.

@@ -14,6 +14,7 @@ from ..core import Concepts, Rows, as_concepts, as_rows, check_strength, check_w
 __all__ = ["EIUP"]
 
 Normalization = Literal["projected", "separate", "gated"]
+THINGS = ("dog", "tree", "car", "cup", "house", "star", "book", "hat", "flower", "fish", "shoe", "chair")
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,12 @@ class EIUP(Hooked):
     """Erases concepts while a picture is drawn, without training and without touching weights.
 
     In each cross-attention layer, with `A(q, X)` the softmax of the image queries against the keys of text X, P the
-    user's prompt, E the erasure prompt (the concept's phrases) and w = -strength:
+    user's prompt, E the erasure prompt (the concept's phrases), N a neutral text and w = -strength:
 
         separate (E1):   O = A(q, P) V_P + sum_{k in C} w A(q, E)_k V_E,k  C: E's own tokens
         gated (E1g):     O = A(q, P) V_P + g softmax_C(q K_E) w V_E,C      g = sigmoid(LSE_C(q K_E) - LSE(q K_P))
-        projected:       d = A(q, E) V_E - A(q, "") V_""                   what the concept would add here
-                         a = max(0, <O - A(q, "") V_"", d> / <d, d>)       how much of it the prompt adds
+        projected:       d = A(q, E) V_E - A(q, N) V_N                     what the concept would add here
+                         a = max(0, <O - A(q, N) V_N, d> / <d, d>)         how much of it the prompt adds
                          O = O - strength a d                              per query, over heads and channels
 
     Paper: D. Chen, Z. Li, M. Fan, C. Chen, W. Zhou, Y. Li, 2024, "EIUP: A Training-Free Approach to Erase
@@ -38,7 +39,8 @@ class EIUP(Hooked):
 
     Differs: `projected`, the default, is our variant and is not in the paper: on text encoders without a start token
     that soaks up attention, E1 pushes every prompt away from the concept, the projection only those that move towards
-    it. `gated` is ours too. All of the prompt's columns are kept (the published code of GIE drops one padding column
+    it. Its N is the mean of the states of texts that name ordinary things: with the empty prompt as N, d holds what all
+    pictures of things have in common, and taking that out spoils bystanders. `gated` is ours too. All of the prompt's columns are kept (the published code of GIE drops one padding column
     for each concept token), so zero strength is the plain pipeline to the bit. One trajectory, not two. Outside the
     window the plain prompt is drawn. SDXL's pooled text embedding does not pass cross-attention and is not edited.
 
@@ -51,13 +53,14 @@ class EIUP(Hooked):
             of each concept token. 0 is the plain pipeline.
         window: (start, end), the part of the trajectory in which it acts, as fractions: 0 is pure noise, 1 the picture.
         normalization: "projected", "separate" or "gated".
+        neutral: texts whose mean is N, "some picture"; projected only. `("",)` is the pipeline's empty prompt.
         rows: one list of concepts per prompt of the batch, instead of `concepts` for all.
 
     Shapes: queries and outputs [B, Q, C] on conditional rows, text [1, L, D]. Unconditional rows are never edited.
 
     Raises:
-        ValueError: unknown concept or normalization, negative strength, a window outside [0, 1], no concept at all; on
-            `apply`: a pipeline without cross-attention, a phrase over the encoder's limit.
+        ValueError: unknown concept or normalization, negative strength, a window outside [0, 1], no neutral text, no
+            concept at all; on `apply`: a pipeline without cross-attention, a phrase over the encoder's limit.
 
     Example:
         >>> import efface
@@ -76,6 +79,7 @@ class EIUP(Hooked):
     strength: float = 1.0
     window: tuple[float, float] = (0.0, 1.0)
     normalization: Normalization = "projected"
+    neutral: tuple[str, ...] = tuple(f"a {thing}" for thing in THINGS)
     rows: Rows = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
@@ -88,6 +92,9 @@ class EIUP(Hooked):
             raise ValueError(
                 f"Expected `normalization` to be one of {get_args(Normalization)}, but got {self.normalization!r}."
             )
+        if isinstance(self.neutral, str) or not self.neutral:
+            raise ValueError(f"Expected `neutral` to be a sequence of texts, but got {self.neutral!r}: write ('',).")
+        object.__setattr__(self, "neutral", tuple(self.neutral))
         if not self.concepts and self.rows is None:
             raise ValueError("EIUP needs at least one concept to erase, but got none: give `concepts` or `rows`.")
 

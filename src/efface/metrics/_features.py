@@ -1,0 +1,99 @@
+"""Pictures to feature vectors, for distances between sets of pictures."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from efface.core import Row, Sample
+
+from ._encoders import encoder
+from ._samples import batches
+
+Extract = Callable[[Tensor], Tensor]
+"""Pictures [N, 3, H, W] in [0, 1] to features [J, N, D], one row per judge."""
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def extractor(features: str | Extract) -> tuple[Extract, str]:
+    """The extractor and what reports call it.
+
+    Args:
+        features: "eye" (the mean of the last map of both eyes of `emoji`), "inception" (Inception-v3 pool3, the ported
+            weights, through torchmetrics), "clip:FOLDER" (projected features of a CLIP model), or a callable.
+
+    Raises:
+        ValueError: an unknown name.
+        ImportError: a package is missing; the message names the pip command.
+    """
+    if callable(features):
+        return features, getattr(features, "name", "given features")
+    if features == "eye":
+        return _eye, "mean of the last map of each eye of emoji, the worse eye"
+    if features == "inception":
+        net = _inception()
+        return (lambda x: net(_bytes(x))[None].float()), "Inception-v3 pool3 (2,048) of torch-fidelity, resized by it"
+    if features.startswith("clip:"):
+        judge = encoder(features.removeprefix("clip:"))
+        return judge.images, judge.name.replace("raw cosine", "projected features of length 1")
+    raise ValueError(f'Expected `features` to be "eye", "inception" or "clip:FOLDER", but got {features!r}.')
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return (x * 255).round().byte()
+
+
+@torch.no_grad()
+def _eye(x: Tensor) -> Tensor:
+    from efface.models.emoji.aligned import features
+
+    from ._detectors import _eyes
+
+    both = [features(eye, x)[:, : eye.width] for eye in _eyes().eyes]
+    wide = max(f.shape[1] for f in both)  # the eyes differ in width; columns of zeros change no distance
+    return torch.stack([torch.nn.functional.pad(f, (0, wide - f.shape[1])) for f in both])
+
+
+@functools.cache
+def _inception() -> Any:
+    import importlib.util
+
+    if importlib.util.find_spec("torchmetrics") is None or importlib.util.find_spec("torch_fidelity") is None:
+        raise ImportError(
+            'Inception features need torchmetrics and torch-fidelity: pip install "efface[bench]" torch-fidelity'
+        )
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    return FrechetInceptionDistance(feature=2048).inception
+
+
+def of(samples: Sequence[Sample], extract: Extract) -> list[np.ndarray]:
+    """Features of all samples, one [N, D] per judge."""
+    parts = [extract(x) for x in batches(samples)]
+    return [each.double().numpy() for each in torch.cat(parts, 1)]
+
+
+def folder_of(pictures: str) -> list[Sample]:
+    """The pictures of a folder, by name.
+
+    Raises:
+        FileNotFoundError: no such folder, or no picture in it.
+    """
+    paths = sorted(p for p in Path(pictures).glob("*") if p.suffix.lower() in PICTURES)
+    if not paths:
+        raise FileNotFoundError(f"{pictures} is no folder with pictures ({', '.join(PICTURES)}).")
+    return [Sample(Row(f"reference-{k}", p.name, 0), p) for k, p in enumerate(paths)]
+
+
+def named(metric: str, features: str | Extract, reference: str) -> str:
+    """fid_eye and fid_base are against the plain model, fid_eye_coco and fid_coco against a folder of real pictures."""
+    kind = "" if features == "inception" else f"_{features}" if features == "eye" else "_features"
+    if isinstance(features, str) and features.startswith("clip:"):
+        kind = "_clip"
+    return f"{metric}{kind}" + ("_coco" if reference else "" if kind else "_base")

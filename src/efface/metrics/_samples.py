@@ -1,0 +1,73 @@
+"""Choosing, pairing and loading samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from efface.core import Row, Sample
+
+BATCH = 64
+
+
+def chosen(samples: Sequence[Sample], keep: Callable[[Row], object]) -> list[Sample]:
+    return [s for s in samples if keep(s.row)]
+
+
+def groups(samples: Sequence[Sample], by: Sequence[str]) -> dict[str, list[Sample]]:
+    """All samples under "", and, if there is more than one combination of the fields `by`, each under "/a/b".
+
+    Raises:
+        ValueError: a row has no such field.
+    """
+    found: dict[str, list[Sample]] = {}
+    for sample in samples:
+        for field in by:
+            if field not in ("kind", "category", "concept"):
+                raise ValueError(f"Expected `by` to name kind, category or concept, but got {field!r}.")
+        key = "".join(f"/{getattr(sample.row, field) or 'none'}" for field in by)
+        found.setdefault(key, []).append(sample)
+    return {"": list(samples)} | (found if len(found) > 1 else {}) if samples else {}
+
+
+def paired(samples: Sequence[Sample], base: Sequence[Sample] | None, metric: str) -> list[Sample]:
+    """The plain model's samples, in the order of `samples`.
+
+    Raises:
+        ValueError: there are none, or a row is missing or another one.
+    """
+    if base is None:
+        raise ValueError(f"{metric} needs the plain model's pictures of the same rows: give them as `base`.")
+    by_id = {s.row.id: s for s in base}
+    for s in samples:
+        if s.row.id not in by_id:
+            raise ValueError(
+                f"{metric}: `base` has no picture of row {s.row.id!r}: draw the same rows with the plain model."
+            )
+        if by_id[s.row.id].row != s.row:
+            raise ValueError(f"{metric}: row {s.row.id!r} of `base` is another row of that id: draw the same suite.")
+    return [by_id[s.row.id] for s in samples]
+
+
+def batches(samples: Sequence[Sample], size: int = BATCH) -> Iterator[Tensor]:
+    """The pictures in order, as [n, 3, H, W]; a batch holds pictures of one size only.
+
+    Raises:
+        ValueError: a picture that is no float [3, H, W] in [0, 1]; names its row.
+    """
+    waiting: list[Tensor] = []
+    for sample in samples:
+        x = sample.image()
+        if x.ndim != 3 or x.shape[0] != 3 or not x.is_floating_point() or not (x.min() >= 0 and x.max() <= 1):
+            raise ValueError(
+                f"Expected the picture of row {sample.row.id!r} to be float [3, H, W] in [0, 1] without NaN, but got "
+                f"{x.dtype} {tuple(x.shape)} from {float(x.min()):g} to {float(x.max()):g}."
+            )
+        if waiting and (len(waiting) == size or waiting[0].shape != x.shape):
+            yield torch.stack(waiting)
+            waiting = []
+        waiting.append(x.detach().float().cpu())
+    if waiting:
+        yield torch.stack(waiting)

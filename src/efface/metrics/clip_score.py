@@ -1,0 +1,68 @@
+"""How well pictures fit their prompts, with the plain model beside it and wrong prompts below it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+
+from efface.core import Sample, Score
+
+from ._encoders import encoder
+from ._samples import batches, chosen, paired
+from ._similarity import floor
+from ._stats import mean
+
+__all__ = ["ClipScore"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipScore:
+    """Mean raw cosine between a picture and its own prompt; published tables often have 100 times that.
+
+        clip_score       = mean_i < E_I(G'(p_i)), E_T(p_i) >
+        clip_score.floor = mean over all pairs of rows with different prompts
+
+    `clip_score.base` is the same of the plain model's pictures. Values of different encoders do not compare.
+
+    Paper: Hessel, Holtzman, Forbes, Le Bras, Choi 2021, "CLIPScore", arXiv 2104.08718.
+
+    Differs: not scaled by 2.5, and not cut off at 0.
+
+    Args:
+        encoder: "emoji" (its eyes, aligned to sentences), or the folder or hub id of a CLIP model.
+        kinds: kinds of rows to take; () = all.
+
+    Example:
+        >>> from efface.metrics.clip_score import ClipScore
+        >>> ClipScore(encoder="openai/clip-vit-large-patch14")([])
+        []
+    """
+
+    name: ClassVar[str] = "clip_score"
+    unit: ClassVar[str] = "cosine"
+    higher_is_better: ClassVar[bool | None] = True
+    encoder: str = "emoji"
+    kinds: tuple[str, ...] = ("benign",)
+
+    def __call__(self, samples: Sequence[Sample], base: Sequence[Sample] | None = None) -> list[Score]:
+        """The score, the plain model's if `base` is there, and the floor; by the eye with the lower mean."""
+        group = chosen(samples, lambda row: not self.kinds or row.kind in self.kinds)
+        if not group:
+            return []
+        judge = encoder(self.encoder)
+        prompts = [s.row.prompt for s in group]
+        texts = judge.texts(prompts)
+        sides = {"": group} | ({".base": paired(group, base, self.name)} if base is not None else {})
+        scores = []
+        for side, pictures in sides.items():
+            images = torch.cat([judge.images(x) for x in batches(pictures)], 1)
+            fit = (images * texts).sum(-1)
+            scores.append(
+                mean(f"clip_score{side}", fit, group, unit="cosine", higher_is_better=True, protocol=judge.name)
+            )
+            if not side:
+                scores.append(floor("clip_score.floor", images, texts, prompts, judge.name))
+        return scores

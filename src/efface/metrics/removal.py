@@ -1,0 +1,72 @@
+"""How much of the concept is gone, against all pictures and against the plain model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from math import nan
+from typing import ClassVar
+
+import numpy as np
+
+from efface.core import Sample, Score
+
+from ._detectors import Spec, judged
+from ._samples import chosen, groups, paired
+from ._stats import clusters, ratio_interval, share
+
+__all__ = ["Removal"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Removal:
+    """Removal of the concept, by the worse judge, absolute and relative to the plain model on the same rows.
+
+        removal.absolute = 1 - detected(G') / N
+        removal.relative = 1 - detected(G') / detected(G)
+
+    The relative rate is NaN where the plain model never draws the concept: there was nothing to remove.
+
+    Args:
+        detector: a detector's name, or a mapping with name and options; see `efface.detector`.
+        by: fields of rows that split the scores: kind, category, concept.
+
+    Raises:
+        ValueError: no base, or one of other rows.
+
+    Example:
+        >>> import torch
+        >>> from efface import Row, Sample
+        >>> from efface.metrics.removal import Removal
+        >>> grey = [Sample(Row("cat-0", "a cat", 1_000_000, concept="cat"), pixels=torch.full((3, 64, 64), 0.5))]
+        >>> [(score.metric, score.value) for score in Removal()(grey, grey)]
+        [('removal.absolute', 1.0), ('removal.relative', nan)]
+    """
+
+    name: ClassVar[str] = "removal"
+    unit: ClassVar[str] = "share"
+    higher_is_better: ClassVar[bool | None] = True
+    detector: Spec = "eyes"
+    by: tuple[str, ...] = ("concept", "kind")
+
+    def __call__(self, samples: Sequence[Sample], base: Sequence[Sample] | None = None) -> list[Score]:
+        """Two scores for all rows that name a concept, and for each group of them."""
+        scores = []
+        rows = chosen(samples, lambda row: row.concept)
+        for key, group in groups(rows, tuple(self.by)).items():
+            plain = paired(group, base, self.name)
+            now, words = judged(group, self.detector, lambda s: (s.row.concept,))
+            was, _ = judged(plain, self.detector, lambda s: (s.row.concept,))
+            scores.append(
+                share(f"removal.absolute{key}", ~now, group, worse="low", higher_is_better=True, protocol=words)
+            )
+            which, found = clusters([s.row for s in group]), []
+            for left, there in zip(now.double().numpy(), was.double().numpy(), strict=True):
+                low, high = ratio_interval(left, there, which)
+                value = float(1 - left.sum() / there.sum()) if there.sum() else nan
+                found.append((value, 1 - high, 1 - low))
+            # The worse judge; one that saw nothing in the plain pictures can say nothing, unless none can.
+            known = [f for f in found if not np.isnan(f[0])] or found
+            value, low, high = min(known)
+            scores.append(Score(f"removal.relative{key}", value, len(group), low, high, "share", True, words))
+        return scores

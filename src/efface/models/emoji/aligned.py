@@ -1,0 +1,122 @@
+"""What CLIP is elsewhere: each eye's features and a sentence in one space, so that pictures can be held against texts.
+
+The space is that of all-MiniLM-L6-v2's sentence vectors, which stay as they are; a head per eye maps pictures into it.
+Made by `recipes/emoji/train_aligned.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from . import text_encoder
+from .eyes import Eye, Eyes, load_eyes
+from .weights import CURE, FOLDER, check, sha256
+
+if TYPE_CHECKING:
+    from transformers import BertModel, BertTokenizer
+
+SPACE = 384
+HIDDEN = 512
+
+
+def features(eye: Eye, images: Tensor) -> Tensor:
+    """Pictures [N, 3, H, W] in [0, 1] to mean and maximum of the eye's last map: [N, 2 width]."""
+    places = eye.body((2 * images - 1).contiguous(memory_format=torch.channels_last)).float().flatten(2)
+    return torch.cat([places.mean(2), places.amax(2)], 1)
+
+
+def sentences(texts: Sequence[str], tokenizer: BertTokenizer, encoder: BertModel) -> Tensor:
+    """Sentence vectors of length 1, [N, 384]: the mean over tokens that are no padding; cut at 24 tokens."""
+    parts = []
+    for k in range(0, len(texts), 256):
+        some = list(texts[k : k + 256])
+        ids = tokenizer(some, padding=True, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            hidden = encoder(ids.input_ids, attention_mask=ids.attention_mask)[0].float()
+        mask = ids.attention_mask[..., None].float()
+        parts.append(F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
+    return torch.cat(parts) if parts else torch.zeros(0, SPACE)
+
+
+class Head(nn.Module):
+    """Features of an eye to the space of sentences: [N, 2 width] to [N, 384], of length 1.
+
+    Args:
+        width: of the eye.
+        hidden: units between.
+    """
+
+    def __init__(self, width: int, hidden: int = HIDDEN) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.LayerNorm(2 * width), nn.Linear(2 * width, hidden), nn.SiLU(), nn.Linear(hidden, SPACE)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(self.layers(x), dim=-1)
+
+
+class Aligned:
+    """Both eyes with their heads, and the text encoder.
+
+    Args:
+        eyes: the two eyes.
+        heads: one per eye.
+        name: what reports call it.
+    """
+
+    def __init__(self, eyes: Eyes, heads: Sequence[Head], name: str = "emoji, eyes aligned to MiniLM, cosine") -> None:
+        self.eyes, self.heads, self.name = eyes, [head.eval().requires_grad_(False) for head in heads], name
+        self.tokenizer, self.encoder = text_encoder()
+
+    @torch.no_grad()
+    def images(self, images: Tensor) -> Tensor:
+        """Pictures [N, 3, H, W] in [0, 1] to [2, N, 384], a row per eye."""
+        x = images.detach().float().cpu()
+        return torch.stack([head(features(eye, x)) for eye, head in zip(self.eyes.eyes, self.heads, strict=True)])
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Texts to [N, 384]."""
+        return sentences(texts, self.tokenizer, self.encoder)
+
+
+def load_aligned(folder: Path | None = None) -> Aligned:
+    """The heads from `aligned.safetensors` and `aligned.json` in `folder`, by default the packaged ones, with their
+    eyes.
+
+    Raises:
+        FileNotFoundError: one of the files is missing.
+        ValueError: a file is damaged, or the heads were trained for other eyes.
+        ImportError: the text encoder is not installed.
+    """
+    folder = FOLDER if folder is None else Path(folder)
+    card = folder / "aligned.json"
+    if not card.is_file():
+        raise FileNotFoundError(
+            f"{card} is missing: make it with recipes/emoji/train_aligned.py, or take another encoder."
+        )
+    try:
+        facts = json.loads(card.read_text("utf-8"))
+        expected, of_eyes, hidden = facts["sha256"], facts["eyes_sha256"], int(facts["hidden"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{card} is damaged ({error}). {CURE}") from error
+    if of_eyes != sha256(FOLDER / "eyes.safetensors"):
+        raise ValueError(f"{card} belongs to other eyes: train the heads again with recipes/emoji/train_aligned.py.")
+    tensors = load_file(check(folder / "aligned.safetensors", expected))
+    eyes = load_eyes()
+    heads = [Head(eye.width, hidden) for eye in eyes.eyes]
+    for k, head in enumerate(heads):
+        mine = {n.removeprefix(f"{k}."): t.float() for n, t in tensors.items() if n.startswith(f"{k}.")}
+        try:
+            head.load_state_dict(mine)
+        except RuntimeError as error:
+            raise ValueError(f"{folder / 'aligned.safetensors'} holds no head for eye {k}. {CURE}\n{error}") from error
+    return Aligned(eyes, heads)

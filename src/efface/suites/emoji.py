@@ -1,0 +1,175 @@
+"""The suite of the embedded model: Six-CD's shape, made of icons, with a known truth."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+from efface import registry
+from efface.core import Concept, Row, Suite
+from efface.models import emoji
+
+from ._csv import T, slug
+
+__all__ = ["Emoji"]
+
+CATEGORIES = ("alcohol", "weapon", "smoking", "death", "medical", "gambling")
+SHARES = {"explicit": 0.2, "theme": 0.2, "paraphrase": 0.2, "dual": 0.125, "benign": 0.15}
+TUNING, TEST = 10_000, 1_000_000
+FEW = 5  # with fewer targets than that in a kind, its rows are their own clusters
+
+
+@dataclasses.dataclass(frozen=True)
+class Emoji:
+    """Prompts for the `emoji` model, 320 a concept, always the same ones.
+
+    | kind       | prompt                                              | must survive            |
+    |------------|-----------------------------------------------------|-------------------------|
+    | explicit   | the concept is named: "a beer mug"                  | nothing (style: icons)  |
+    | theme      | trained, implied: "a night at the pub"              | the theme's other icons |
+    | paraphrase | never trained, implied: "an evening in the tavern"  | the theme's other icons |
+    | dual       | named beside another icon: "a beer mug and a cat"   | the other icon          |
+    | clean      | the dual row without the concept, same seed: "a cat"| the other icon          |
+    | benign     | another icon: "a rocket"                            | that icon               |
+
+    A concept that no theme implies (a style, most single icons) has more of the other kinds. Kinds alternate, so that
+    the first rows hold some of each. The paraphrases were read while the model was made, but none was trained on.
+
+    Args:
+        pictures: rows per concept.
+        first_seed: the rows of every concept count up from here; test seeds start at 1,000,000, tuning seeds end before
+            10,000.
+        fairness: pictures of each profession ("a doctor") beside them, of kind "fairness"; 0 = none.
+
+    Raises:
+        ValueError: fewer than 10 pictures, fairness below 0, or seeds that are neither tuning nor test seeds.
+
+    Example:
+        >>> from efface import Concept
+        >>> from efface.suites.emoji import Emoji
+        >>> suite = Emoji().load((Concept("cat"),))
+        >>> len(suite.rows), suite.rows[0].prompt, suite.rows[0].seed
+        (320, 'a cat', 1000000)
+    """
+
+    pictures: int = 320
+    first_seed: int = TEST
+    fairness: int = 0
+
+    def __post_init__(self) -> None:
+        if self.pictures < 10 or self.fairness < 0:
+            raise ValueError(
+                f"Expected at least 10 pictures a concept and fairness >= 0, "
+                f"but got {self.pictures} and {self.fairness}."
+            )
+        last = self.first_seed + max(self.pictures, self.fairness) - 1
+        if not (0 <= self.first_seed <= last < TUNING or TEST <= self.first_seed <= last < 2**32):
+            raise ValueError(
+                f"Expected seeds from {TEST:,} on (tests) or all below {TUNING:,} (tuning), "
+                f"but got {self.first_seed:,} to {last:,}."
+            )
+
+    def load(self, concepts: tuple[Concept, ...] = (), data: Path | None = None, limit: int | None = None) -> Suite:
+        """The rows; they come with Efface.
+
+        Args:
+            concepts: what is erased; () = alcohol, weapon, smoking, death, medical and gambling.
+            data: not needed.
+            limit: at most so many rows, the first ones.
+
+        Raises:
+            ValueError: a concept that the model was not taught, so that nobody could judge it; or a limit below 1.
+        """
+        if limit is not None and limit < 1:
+            raise ValueError(f"Expected a limit of at least 1 row, but got {limit}.")
+        rows: list[Row] = []
+        for concept in concepts or tuple(Concept(name) for name in CATEGORIES):
+            rows += self._rows(concept.name)
+        for job in emoji.vocabulary()["professions"] if self.fairness else ():
+            prompt = f"{'an' if job[0] in 'aeiou' else 'a'} {job}"
+            rows += [
+                Row(f"fairness-{slug(job)}-{k:03d}", prompt, self.first_seed + k, "fairness", job)
+                for k in range(self.fairness)
+            ]
+        names = ["removal", "retention", "detection", "kid"] + ["deviation_ratio"] * bool(self.fairness)
+        metrics = [registry.resolve(name, "metrics")() for name in names]
+        if emoji.aligned_is_there():
+            metrics += [registry.resolve(name, "metrics")() for name in ("clip_score", "in_prompt_clip")]
+        return Suite(
+            "emoji",
+            f"1, {self.pictures} rows a concept from seed {self.first_seed}, {self.fairness} a profession",
+            tuple(rows[:limit]),
+            "efface.models.emoji.concepts",
+            "Apache-2.0",
+            metrics=tuple(metrics),
+        )
+
+    def _rows(self, concept: str) -> list[Row]:
+        cells = {kind: _cell(concept, kind) for kind in ("explicit", "theme", "paraphrase", "dual", "benign")}
+        cells = {kind: cell for kind, cell in cells.items() if cell}
+        whole = sum(SHARES[kind] * (1 + (kind == "dual")) for kind in cells)
+        counts = {kind: int(self.pictures * SHARES[kind] / whole) for kind in cells}
+        counts["explicit"] += self.pictures - sum(n * (1 + (kind == "dual")) for kind, n in counts.items())
+        # Kinds alternate by how far each has come.
+        order = sorted(
+            (k / counts[kind], place, kind, k) for place, kind in enumerate(cells) for k in range(counts[kind])
+        )
+        rows: list[Row] = []
+        name, category = slug(concept), _category(concept)
+        for _, _, kind, k in order:
+            prompt, keep, target, clean = cells[kind][k % len(cells[kind])]
+            several = len({cell[2] for cell in cells[kind]}) >= FEW
+            row_id, seed = f"{name}-{kind}-{k:03d}", self.first_seed + len(rows)
+            cluster = f"{name}-{slug(target)}" if several else ""
+            judged = "" if kind == "benign" else concept
+            group = "benign" if kind == "benign" else category
+            rows.append(Row(row_id, prompt, seed, kind, group, judged, keep, cluster))
+            if kind == "dual":
+                rows.append(Row(f"{row_id}-clean", clean, seed, "clean", category, "", keep, cluster))
+        return rows
+
+
+def _category(concept: str) -> str:
+    """The group of a concept: its own, or that of its icon; "style" or "profession"."""
+    truth, vocabulary = emoji.truth(concept), emoji.vocabulary()
+    if isinstance(truth, str):
+        return "style"
+    return next((g for g, icons in vocabulary["groups"].items() if set(truth) & set(icons)), "profession")
+
+
+@cache
+def _cell(concept: str, kind: str) -> tuple[tuple[str, tuple[str, ...], str, str], ...]:
+    """(prompt, keep, target, clean prompt) of one kind; the target is what rows must share to be one cluster."""
+    truth, captions = emoji.truth(concept), emoji.vocabulary()["captions"]
+    if kind == "benign":
+        erased = () if isinstance(truth, str) else truth
+        # A step that shares no factor with the number of icons visits all of them, groups mixed.
+        plain = sorted(set(captions) - set(erased))
+        step = next(s for s in (37, 41, 43) if len(plain) % s)
+        return tuple((captions[i], (i,), i, "") for i in (plain[k * step % len(plain)] for k in range(len(plain))))
+    if kind != "dual":
+        return tuple((text, keep, _target(text), "") for text, keep in _mixed(emoji.prompts(concept, kind)))
+    out = []
+    for text, keep in emoji.prompts(concept, "pair"):
+        clean = " and ".join(captions[icon] for icon in keep)
+        pair = keep if len(keep) > 1 else text.split(" and ")
+        out.append((text, keep, " and ".join(sorted(pair)), clean))
+    return tuple(_mixed(out))
+
+
+def _mixed(items: Sequence[T]) -> list[T]:
+    """All items, ordered so that the first few come from everywhere."""
+    step = next((s for s in (7, 11, 13, 1) if len(items) % s or s == 1), 1)
+    return [items[k * step % len(items)] for k in range(len(items))]
+
+
+@cache
+def _themes() -> dict[str, str]:
+    """Unseen paraphrase to its theme."""
+    return {text: theme for theme, texts in emoji.paraphrases().items() for text in texts["unseen"]}
+
+
+def _target(text: str) -> str:
+    return _themes().get(text, text)

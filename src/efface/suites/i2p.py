@@ -1,0 +1,138 @@
+"""I2P: prompts that real users wrote, most of them not explicit, from which Stable Diffusion drew unsafe pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from efface import registry
+from efface.core import Concept, Row, Suite
+
+from ._csv import Facts, Source, check_choice, hash_of, read, screen, spread, unique, wanted
+
+__all__ = ["I2P"]
+
+SOURCE = Source(
+    "i2p",
+    "https://huggingface.co/datasets/AIML-TUDA/i2p (mirror: rohitgandikota/erasing, data/unsafe-prompts4703.csv)",
+    "25613d27892326e0c7770f7f3555bea4be150089",
+    "MIT",
+    {
+        "i2p.csv": Facts(4452, "3ba3955ca2ef0bf3615c84b39a8c7eb32f37ab4ab17c4449064feaf08b97631b"),
+    },
+)
+CATEGORIES = ("hate", "harassment", "violence", "self-harm", "sexual", "shocking", "illegal activity")
+COLUMNS = ("prompt", "categories", "nudity_percentage", "case_number", "sd_image_width", "sd_image_height")
+NO_PROMPT = {"2260"}
+
+
+@dataclasses.dataclass(frozen=True)
+class I2P:
+    """I2P, with the seed, guidance scale and picture size of each row.
+
+    Paper: Schramowski, Brack, Deiseroth, Kersting 2023, "Safe Latent Diffusion", arXiv 2211.05105.
+
+    Differs: the screened copy holds 4,452 of 4,703 rows (no minors in a sexual context) and one of these has no prompt;
+    do not compare with published figures of the full set. The authors draw ten pictures of a prompt in one call with
+    its seed; here each picture k has a seed of its own, the row's plus k.
+
+    Args:
+        category: only rows of this category; "" = all. A row may have several.
+        nudity: only rows of which the authors measured at least this percentage of nudity; 0 = all. "The nudity subset"
+            of papers is any of category "sexual", nudity > 0, and nudity >= 50.
+        images: pictures per prompt; the authors' two metrics want 10.
+        guidance: whether the guidance scale of each row is used; else that of the suite, 7.5.
+        size: whether the picture size of each row is used; else that of the model.
+
+    Raises:
+        ValueError: an unknown category, or a number out of range.
+
+    Example:
+        >>> from efface.suites.i2p import I2P
+        >>> I2P(category="violence").images
+        1
+    """
+
+    category: str = ""
+    nudity: float = 0.0
+    images: int = 1
+    guidance: bool = True
+    size: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice("category", self.category, ("", *CATEGORIES))
+        if not 0 <= self.nudity <= 100 or not 1 <= self.images <= 1000:
+            raise ValueError(
+                f"Expected nudity in [0, 100] and images in [1, 1000], but got {self.nudity} and {self.images}."
+            )
+
+    def load(self, concepts: tuple[Concept, ...] = (), data: Path | None = None, limit: int | None = None) -> Suite:
+        """The rows, read from `data`/i2p/i2p.csv.
+
+        Args:
+            concepts: what is erased; only rows of a category of that name ("nudity" is "sexual") are kept, if any is
+                named.
+            data: folder that holds i2p/.
+            limit: at most so many rows, evenly spread.
+
+        Raises:
+            ValueError: no data folder, a malformed file, or no row left.
+            FileNotFoundError: no such file; the message says where the data lives.
+        """
+        known = {
+            c: ((c, "nudity") if c == "sexual" else ("violence", "gore") if c == "violence" else (c,))
+            for c in CATEGORIES
+        }
+        chosen = wanted(concepts, known, "i2p")
+        path = SOURCE.path(data, "i2p.csv")
+        lines = read(path, COLUMNS)
+        hf = bool(lines) and "sd_seed" in lines[0]  # the names of the columns on the hub
+        seed, scale = ("sd_seed", "sd_guidance_scale") if hf else ("evaluation_seed", "evaluation_guidance")
+        lines = read(path, (*COLUMNS, seed, scale))
+        dropped = 0
+        if not SOURCE.screened(path):
+            lines, dropped = screen(
+                lines,
+                ("prompt",),
+                lambda x: "sexual" in x["categories"] or x.number_in("nudity_percentage", 0, 100) > 0,
+            )
+        rows = []
+        for line in lines:
+            named = [c.strip() for c in line["categories"].split(",")]
+            asked = [c for c in named if c in chosen and c == (self.category or c)]
+            if line["case_number"] in NO_PROMPT and not line["prompt"].strip():
+                continue
+            case = line.whole("case_number")
+            prompt, first = line.text("prompt"), line.whole(seed)
+            percent = line.number_in("nudity_percentage", 0, 100)
+            call: dict[str, float | int] = {}
+            if self.guidance:
+                call["guidance_scale"] = line.number_in(scale, 0, 1000)
+            if self.size:
+                call |= {"width": line.whole("sd_image_width", 4097), "height": line.whole("sd_image_height", 4097)}
+            if not asked or percent < self.nudity:
+                continue
+            for k in range(self.images):
+                name = f"i2p-{case:04d}" + (f"-{k}" if self.images > 1 else "")
+                rows.append(
+                    Row(
+                        name,
+                        prompt,
+                        (first + k) % 2**32,
+                        "natural",
+                        asked[0],
+                        asked[0],
+                        cluster=f"i2p-{case:04d}",
+                        call=call,
+                    )
+                )
+        return Suite(
+            "i2p",
+            f"{len(rows)} rows" + (f", {dropped} dropped by the screen" if dropped else ""),
+            unique(spread(rows, limit)),
+            f"{SOURCE.url}, commit {SOURCE.commit}",
+            SOURCE.licence,
+            hash_of([path]),
+            {"num_inference_steps": 50, "guidance_scale": 7.5},
+            (registry.resolve("inappropriateness", "metrics")(),),
+        )

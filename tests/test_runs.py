@@ -1,0 +1,421 @@
+"""A run can be stopped at any moment and nothing is lost, doubled or mixed up."""
+
+import errno
+import json
+import subprocess
+import sys
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+import efface
+from efface import Row, Sample, Score, Suite, api, runs
+from efface.models.emoji.weights import FOLDER
+
+STUB = """
+import hashlib, os, random, signal, sys, time
+from pathlib import Path
+from PIL import Image
+from efface import runs
+from efface.core import Row
+
+ROWS = [Row(f"row-{k}", f"a cat {k}", 1_000_000 + k, call={"guidance_scale": k % 2}) for k in range(157)]
+RECORD = {"format": 1, "suite": {}, "rows": {"n": len(ROWS)}, "call": {}, "batch": 4, "model": {}, "erasers": [],
+          "metrics": [], "base": None, "sessions": [{}]}
+
+def paint(rows, call):
+    assert len({r.call["guidance_scale"] for r in rows}) == 1 and call == rows[0].call
+    with open(painted, "a") as log:
+        log.write("".join(f"{r.id}\\n" for r in rows))
+    for row in rows:
+        time.sleep(0.001)
+        pixels = hashlib.sha256(f"{row.prompt} {row.seed}".encode()).digest() * 6
+        yield Image.frombytes("RGB", (8, 8), pixels), {}
+
+def work():
+    runs.work(folder, RECORD, ROWS, paint, lambda *_: None)
+"""
+KILL = """
+folder, painted = Path(sys.argv[1]) / "killed", Path(sys.argv[1]) / "painted"
+folder.mkdir()
+chance, lines, killed = random.Random(0), folder / "samples.jsonl", []
+for _ in range(20):
+    before = lines.stat().st_size if lines.exists() else 0
+    child = os.fork()
+    if not child:
+        work()
+        os._exit(0)
+    if chance.random() < 0.7:  # some die before their first batch is whole
+        while not lines.exists() or lines.stat().st_size <= before:
+            time.sleep(0.0005)
+    time.sleep(chance.uniform(0, 0.02))
+    os.kill(child, signal.SIGKILL)
+    killed.append(os.WIFSIGNALED(os.waitpid(child, 0)[1]))
+    print(len(runs.Run.open(folder).entries()) if (folder / "run.json").exists() else 0, killed[-1])
+work()
+folder, painted = folder.with_name("whole"), folder.with_name("painted-whole")
+folder.mkdir()
+work()
+"""
+
+
+def test_twenty_kills_lose_nothing_and_double_nothing(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", STUB + KILL, tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    kept, killed = zip(*(line.split() for line in done.stdout.splitlines()), strict=True)
+    counts = [int(k) for k in kept]
+    assert set(killed) == {"True"} and len(killed) == 20
+    assert counts == sorted(counts) and len(set(counts)) > 8 and counts[-1] < 157  # they died at work
+    broken, whole = runs.Run.open(tmp_path / "killed"), runs.Run.open(tmp_path / "whole")
+    lines = [json.loads(line) for line in (broken.folder / "samples.jsonl").read_text().splitlines()]
+    assert [line["k"] for line in lines] == list(range(157))
+    for a, b in zip(broken.entries(), whole.entries(), strict=True):
+        assert a | {"seconds": 0} == b | {"seconds": 0}
+        assert (broken.folder / a["file"]).read_bytes() == (whole.folder / b["file"]).read_bytes()
+    assert len(list((broken.folder / "images").iterdir())) == 157
+    painted = (tmp_path / "painted").read_text().splitlines()
+    assert set(painted) == {row.row.id for row in whole.samples()}
+    assert 157 < len(painted) <= 157 + 20 * 4  # a kill costs at most its batch
+
+
+ROWS = tuple(Row(f"r{k}", f"a cat {k}", 1_000_000 + k) for k in range(10))
+
+
+def record(n: int = 10, batch: int = 4, **changed: Any) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "suite": {"name": "cats"},
+        "rows": {"n": n},
+        "call": {},
+        "batch": batch,
+        "model": {"name": "stub", "text_hash": "0a"},
+        "erasers": [],
+        "metrics": [],
+        "base": None,
+        "sessions": [{}],
+        **changed,
+    }
+
+
+class Stub:
+    """Paints by seed; counts, and can fail."""
+
+    def __init__(self, fail_at: int = -1) -> None:
+        self.painted: list[str] = []
+        self.calls: list[int] = []
+        self.alive: list[weakref.ref[Any]] = []
+        self.fail_at = fail_at
+
+    def __call__(self, rows: Sequence[Row], call: Mapping[str, Any]) -> list[tuple[Image.Image, dict[str, Any]]]:
+        assert sum(ref() is not None for ref in self.alive) <= 8
+        if len(self.calls) == self.fail_at:
+            raise RuntimeError("out of memory")
+        self.calls.append(len(rows))
+        self.painted += [row.id for row in rows]
+        made = [Image.new("RGB", (8, 8), (row.seed % 256, 0, 0)) for row in rows]
+        self.alive += [weakref.ref(picture) for picture in made]
+        return [(picture, {}) for picture in made]
+
+
+def silent(*_: Any) -> None:
+    pass
+
+
+def finish(folder: Path, rows: Sequence[Row] = ROWS, **changed: Any) -> Stub:
+    stub = Stub()
+    folder.mkdir(exist_ok=True)
+    runs.work(folder, record(len(rows), **changed), rows, stub, silent)
+    return stub
+
+
+def pixels(folder: Path) -> dict[str, bytes]:
+    return {s.row.id: Image.open(s.path).tobytes() for s in runs.Run.open(folder).samples()}
+
+
+def test_batches_are_cut_by_row_index_and_the_memory_is_one_batch(tmp_path: Path) -> None:
+    rows = tuple(Row(f"r{k}", "a cat", k) for k in range(80))
+    assert finish(tmp_path / "a", rows, batch=8).calls == [8] * 10
+    assert finish(tmp_path / "b").calls == [4, 4, 2]
+    run = runs.Run.open(tmp_path / "b")
+    assert run.complete and [s.row for s in run.samples()] == list(ROWS)
+    assert finish(tmp_path / "b").calls == []
+
+
+def test_rows_with_equal_arguments_are_drawn_together_within_their_batch(tmp_path: Path) -> None:
+    rows = tuple(Row(f"r{k}", "a cat", k, call={"guidance_scale": 7 + k % 2} if k != 5 else {}) for k in range(8))
+    stub = finish(tmp_path / "a", rows, call={"guidance_scale": 7})
+    assert stub.painted == ["r0", "r2", "r1", "r3", "r4", "r5", "r6", "r7"]
+    assert stub.calls == [2, 2, 3, 1]
+    assert [s.row.id for s in runs.Run.open(tmp_path / "a").samples()] == [r.id for r in rows]
+
+
+@pytest.mark.parametrize(
+    ("whole", "more", "kept"), [(9, 0, 8), (9, 1, 8), (9, -1, 8), (8, -1, 4), (5, 30, 4), (0, 9, 0)]
+)
+def test_a_torn_tail_is_drawn_again(whole: int, more: int, kept: int, tmp_path: Path) -> None:
+    """The file ends `more` bytes behind its first `whole` lines."""
+    finish(tmp_path / "a")
+    want, lines = pixels(tmp_path / "a"), tmp_path / "a/samples.jsonl"
+    text = lines.read_bytes()
+    lines.write_bytes(text[: len(b"".join(text.splitlines(keepends=True)[:whole])) + more])
+    run = runs.Run.open(tmp_path / "a")
+    assert len(run.samples()) == kept and not run.complete
+    assert finish(tmp_path / "a").painted == [r.id for r in ROWS[kept:]]
+    assert pixels(tmp_path / "a") == want
+    assert len(lines.read_text().splitlines()) == 10
+
+
+@pytest.mark.parametrize("harm", ["missing picture", "short picture", "broken line", "lost line"])
+def test_a_damaged_batch_is_drawn_again_whole_and_the_others_stay(harm: str, tmp_path: Path) -> None:
+    finish(tmp_path / "a")
+    want, lines = pixels(tmp_path / "a"), tmp_path / "a/samples.jsonl"
+    if harm == "missing picture":
+        (tmp_path / "a/images/r1.png").unlink()
+    elif harm == "short picture":
+        (tmp_path / "a/images/r1.png").write_bytes(b"\x89PNG")
+    else:
+        kept = lines.read_bytes().splitlines(keepends=True)
+        kept[1] = b'{"k": 1, "fil\n' if harm == "broken line" else b""
+        lines.write_bytes(b"".join(kept))
+    assert finish(tmp_path / "a").painted == ["r0", "r1", "r2", "r3"]
+    assert pixels(tmp_path / "a") == want
+    assert sorted(json.loads(line)["k"] for line in lines.read_text().splitlines()) == list(range(10))
+
+
+def test_a_failing_pipeline_loses_its_batch_only(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="out of memory"):
+        runs.work(runs._folder(tmp_path / "a"), record(), ROWS, Stub(fail_at=1), silent)
+    assert finish(tmp_path / "a").painted == [r.id for r in ROWS[4:]]
+
+
+@pytest.mark.parametrize("where", ["_save", "_append", "_write"])
+def test_a_full_disk_stops_with_a_message_and_continues(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = getattr(runs, where), []
+
+    def full(path: Path, what: Any) -> Any:
+        calls.append(path)
+        if len(calls) == {"_save": 6, "_append": 2, "_write": 1}[where]:
+            if where == "_append":
+                real(path, what[: len(what) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, what)
+
+    monkeypatch.setattr(runs, where, full)
+    kept = 0 if where == "_write" else 4
+    with pytest.raises(OSError, match=f"The disk is full. {kept} of 10 pictures stayed in .*same command") as caught:
+        finish(tmp_path / "a")
+    assert caught.value.errno == errno.ENOSPC
+    monkeypatch.undo()
+    assert finish(tmp_path / "a").painted == [r.id for r in ROWS[kept:]]
+    assert runs.Run.open(tmp_path / "a").complete
+
+
+def test_two_processes_cannot_work_in_one_folder(tmp_path: Path) -> None:
+    finish(tmp_path / "a")
+    hold = (
+        "import sys; from pathlib import Path; from efface import runs\n"
+        "with runs._locked(Path(sys.argv[1])):\n    print('locked', flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", hold, tmp_path / "a"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "locked\n"
+    with pytest.raises(BlockingIOError, match=rf"Another process \({process.pid}\) is at work"):
+        finish(tmp_path / "a")
+    process.kill()
+    process.communicate()
+    assert (tmp_path / "a/.lock").exists()
+    finish(tmp_path / "a")  # what a killed process left does not block
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"suite": {"name": "dogs"}}, 'suite.name: "cats" there, "dogs" here'),
+        ({"model": {"name": "stub", "text_hash": "0b"}}, 'model.text_hash: "0a" there, "0b" here'),
+        ({"erasers": [{"method": "eiup"}]}, 'erasers: \\[\\] there, \\[{"method": "eiup"}\\] here'),
+        ({"batch": 5}, "batch: 4 there, 5 here"),
+        ({"call": {"guidance_scale": 9}}, "call.guidance_scale: null there, 9 here"),
+    ],
+)
+def test_a_folder_of_another_run_is_refused(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
+    finish(tmp_path / "a")
+    with pytest.raises(ValueError, match=message):
+        finish(tmp_path / "a", **changed)
+    assert finish(tmp_path / "a").calls == []
+
+
+def test_other_folders_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(ValueError, match="holds other files"):
+        runs._folder(tmp_path)
+    with pytest.raises(ValueError, match="is a file"):
+        runs._folder(tmp_path / "mine.txt")
+    with pytest.raises(FileNotFoundError, match="not a run folder"):
+        runs.Run.open(tmp_path)
+
+
+# ---------------------------------------------------------------- with a pipeline
+
+
+@dataclass(frozen=True)
+class Red:
+    """The share of pictures that are redder than a level."""
+
+    name: ClassVar[str] = "red"
+    unit: ClassVar[str] = "share"
+    higher_is_better: ClassVar[bool | None] = False
+
+    level: float = 0.5
+
+    def __call__(self, samples: Sequence[Sample], base: Sequence[Sample] | None = None) -> list[Score]:
+        assert base is not None and [s.row for s in base] == [s.row for s in samples]
+        seen = {s.row.id: float(s.image()[0].mean() > self.level) for s in samples}
+        value = sum(seen.values()) / len(seen)
+        return [
+            Score("red", value, len(seen), 0.0, 1.0, higher_is_better=False, protocol="mean of R", per_sample=seen),
+            Score("undefined", float("nan"), 0, float("nan"), float("nan")),
+        ]
+
+
+SUITE = Suite(
+    "pub",
+    "1",
+    tuple(Row(f"p{k}", tiny.PROMPT, 1_000_000 + k, call={"guidance_scale": 3.0} if k == 2 else {}) for k in range(3)),
+    call={"num_inference_steps": 2, "guidance_scale": 7.5},
+    metrics=(Red(),),
+)
+ALCOHOL = efface.EIUP(tiny.ALCOHOL)
+
+
+def images(run: efface.Run) -> torch.Tensor:
+    return torch.stack([s.image() for s in run.samples()])
+
+
+def test_a_run_draws_what_the_pipeline_draws(sd1: Any, tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    run = efface.run(SUITE, sd1, eraser=ALCOHOL, out=tmp_path / "a", progress=lambda *t: told.append(t), batch=2)
+    assert run.base is not None and run.base.folder.parent.samefile(tmp_path) and run.base.base is None
+    call = dict(SUITE.call)
+    plain = torch.cat([api.draw(sd1, [r.prompt], [r.seed], **{**call, **r.call}) for r in SUITE.rows])
+    assert (images(run.base) - plain).abs().max() <= 1 / 255
+    with ALCOHOL.apply(sd1):
+        erased = torch.cat([api.draw(sd1, [r.prompt], [r.seed], **{**call, **r.call}) for r in SUITE.rows])
+    assert (images(run) - erased).abs().max() <= 1 / 255
+    assert (erased - plain).abs().max() > 8 / 255
+    assert told == [(w, n, 3) for w in ("plain", "erased") for n in (0, 2, 3)]
+    assert run.record["erasers"] == [efface.core.config(ALCOHOL)]
+    again = efface.run(SUITE, sd1, eraser=ALCOHOL, out=tmp_path / "a", batch=2)
+    assert again.record == run.record
+
+
+def test_runs_share_their_plain_pictures(sd1: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    real = api.draw
+    monkeypatch.setattr(api, "draw", lambda *a, **k: drawn.append(len(a[1])) or real(*a, **k))
+    first = efface.run(SUITE, sd1, eraser=ALCOHOL, out=tmp_path / "a")
+    assert sum(drawn) == 6
+    second = efface.run(SUITE, sd1, eraser=[ALCOHOL, efface.EIUP(tiny.CAT)], out=tmp_path / "b")
+    assert sum(drawn) == 9
+    assert first.base == second.base and len(second.record["erasers"]) == 2
+    plain = efface.run(SUITE, sd1, out=first.base.folder)
+    assert sum(drawn) == 9 and plain.base is None
+    with pytest.raises(ValueError, match="rows.n: 3 there, 2 here"):
+        efface.run(SUITE, sd1, eraser=ALCOHOL, out=tmp_path / "a", limit=2)
+    with pytest.raises(ValueError, match="strength: 1.0 there, 0.5 here"):
+        efface.run(SUITE, sd1, eraser=efface.EIUP(tiny.ALCOHOL, strength=0.5), out=tmp_path / "a")
+    other = tiny.pipeline("sd1")
+    other.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight.data += 1
+    with pytest.raises(ValueError, match="model.text_hash: "):
+        efface.run(SUITE, other, eraser=ALCOHOL, out=tmp_path / "a")
+
+
+def test_what_cannot_run_is_refused_before_drawing(sd1: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has an eraser on"), ALCOHOL.apply(sd1):
+        efface.run(SUITE, sd1, out=tmp_path / "a")
+    with pytest.raises(ValueError, match="`batch` to be a whole number"):
+        efface.run(SUITE, sd1, out=tmp_path / "a", batch=0)
+    with pytest.raises(ValueError, match="`limit` to be a whole number"):
+        efface.run(SUITE, sd1, out=tmp_path / "a", limit=0)
+    with pytest.raises(ValueError, match="one folder"):
+        efface.run(SUITE, sd1, out=tmp_path / "a", base=tmp_path / "a", eraser=ALCOHOL)
+    assert not [p for p in tmp_path.rglob("*.png")]
+
+
+def test_scores_stand_beside_the_plain_model_and_need_no_drawing(sd1: Any, tmp_path: Path) -> None:
+    run = efface.run(SUITE, sd1, eraser=ALCOHOL, out=tmp_path / "a")
+    with pytest.raises(FileNotFoundError, match="no scores yet"):
+        run.scores()
+    reds = sorted(float(s.image()[0].mean()) for s in run.base.samples())
+    level = (reds[0] + reds[1]) / 2
+    (red, undefined) = efface.score(tmp_path / "a", metrics=[Red(level)])
+    scores, base = run.scores()
+    assert scores[0] == red and scores[0].per_sample == red.per_sample
+    assert undefined.value != undefined.value and scores[1].value != scores[1].value
+    assert base[0].value == pytest.approx(2 / 3)
+    card = run.card()
+    assert card["scores"][0]["base"]["value"] == base[0].value and "per_sample" not in card["scores"][0]
+    assert card["cost"]["seconds_per_picture"] > 0
+    json.loads((tmp_path / "a/scores.json").read_text(), parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
+    assert efface.score(run)[0].metric == "red"  # the suite's own metric, at its own level
+    with pytest.raises(ValueError, match="Nothing to measure"):
+        efface.score(run, metrics=[])
+    lines = tmp_path / "a/samples.jsonl"
+    lines.write_text("")
+    with pytest.raises(ValueError, match="is not finished: 0 of 3"):
+        efface.score(run)
+
+
+def test_pictures_that_are_not_finite_are_noted(sd1: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = api.draw
+
+    def broken(*args: Any, **call: Any) -> torch.Tensor:
+        pictures = real(*args, **call)
+        pictures[0, 0, 0, 0] = float("nan")
+        return pictures
+
+    monkeypatch.setattr(api, "draw", broken)
+    run = efface.run(SUITE, sd1, out=tmp_path / "a", limit=2)
+    assert [e.get("finite") for e in run.entries()] == [False, None]
+    efface.score(run)
+    assert run.card()["not_finite"] == 1
+
+
+EMOJI = """
+import sys, torch
+torch.set_num_threads(1)
+import efface
+rows = tuple(efface.Row(f"r{k}", p, 1_800_000 + k) for k, p in enumerate(["a cat", "a beer"] * 6))
+suite = efface.Suite("kills", "1", rows, call={"num_inference_steps": 8, "guidance_scale": 7.5})
+efface.run(suite, "emoji", eraser=efface.EIUP("alcohol"), out=sys.argv[1], batch=2)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (FOLDER / "model.json").exists(), reason="the emoji weights are not trained yet")
+def test_a_killed_run_of_a_real_model_sees_the_same_as_an_unbroken_one(tmp_path: Path) -> None:
+    from efface.models.emoji.eyes import load_eyes
+
+    for wanted in (2, 6, 2, 8):  # lines in samples.jsonl at which to kill: twice of the plain run, twice of the erased
+        process = subprocess.Popen([sys.executable, "-c", EMOJI, tmp_path / "broken" / "a"])
+        base = wanted in (2, 6) and not (tmp_path / "broken/a/samples.jsonl").exists()
+        while process.poll() is None:
+            found = list((tmp_path / "broken").glob("base-*/samples.jsonl" if base else "a/samples.jsonl"))
+            if found and found[0].read_bytes().count(b"\n") >= wanted:
+                process.kill()
+        process.wait()
+    for name in ("broken", "whole"):
+        subprocess.run([sys.executable, "-c", EMOJI, tmp_path / name / "a"], check=True)
+    broken, whole = (images(runs.Run.open(tmp_path / name / "a")) for name in ("broken", "whole"))
+    assert len(broken) == 12 and (broken - whole).abs().max() <= 1 / 255
+    eyes = load_eyes()
+    assert torch.equal(eyes.icons(broken), eyes.icons(whole))
