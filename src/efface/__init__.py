@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from efface.calibration import calibrate
     from efface.core import Concept, Detector, Editor, Eraser, Handle, Metric, Row, Sample, Score, Suite
     from efface.delta import Delta
+    from efface.editors.ccrt import CCRT
+    from efface.editors.esd import ESD
     from efface.editors.rece import RECE
+    from efface.editors.sdd import SDD
     from efface.editors.uce import UCE
     from efface.erasers.eiup import EIUP
     from efface.erasers.gie import GIE
@@ -29,9 +32,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "CCRT",
     "EIUP",
+    "ESD",
     "GIE",
     "RECE",
+    "SDD",
     "UCE",
     "Concept",
     "Delta",
@@ -62,6 +68,9 @@ __all__ = [
 ]
 
 _HOME = {
+    "CCRT": "efface.editors.ccrt",
+    "ESD": "efface.editors.esd",
+    "SDD": "efface.editors.sdd",
     "EIUP": "efface.erasers.eiup",
     "RECE": "efface.editors.rece",
     "UCE": "efface.editors.uce",

@@ -115,8 +115,8 @@ def encode(pipe: DiffusionPipeline, texts: Sequence[str], **settings: Any) -> En
     return Encoded(out[0], out[2] if len(out) > 2 else None, tuple(places[0]))
 
 
-def pack(pipe: DiffusionPipeline, phrases: Sequence[str]) -> list[str]:
-    """Phrases joined with spaces, greedily and in order, into as few texts as fit the encoder."""
+def pack(pipe: DiffusionPipeline, phrases: Sequence[str], separator: str = " ") -> list[str]:
+    """Phrases joined, greedily and in order, into as few texts as fit the encoder."""
     tokenizers = [getattr(pipe, name) for name in family(pipe).tokenizers]
 
     def fits(text: str) -> bool:
@@ -124,7 +124,7 @@ def pack(pipe: DiffusionPipeline, phrases: Sequence[str]) -> list[str]:
 
     texts = [phrases[0]]
     for phrase in phrases[1:]:
-        joined = f"{texts[-1]} {phrase}"
+        joined = f"{texts[-1]}{separator}{phrase}"
         if fits(joined):
             texts[-1] = joined
         else:
@@ -968,3 +968,53 @@ def layer_names(pipe: DiffusionPipeline) -> tuple[str, ...]:
     """Names of the denoiser's cross-attention layers, as they are registered."""
     named = _denoiser(pipe).named_modules()
     return tuple(name for name, module in named if isinstance(module, Attention) and module.is_cross_attention)
+
+
+# ---------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the pipeline hands its denoiser beside latents and time, one row per text; row 0 is the unconditional one."""
+
+    text: Tensor
+    added: dict[str, Tensor]
+
+    def at(self, rows: Tensor) -> dict[str, Any]:
+        """Keyword arguments of a denoiser call for these rows."""
+        rows = rows.to(self.text.device)
+        return {
+            "encoder_hidden_states": self.text[rows],
+            "added_cond_kwargs": {name: value[rows] for name, value in self.added.items()},
+        }
+
+
+def condition(pipe: DiffusionPipeline, texts: Sequence[str]) -> Condition:
+    """Texts as the denoiser gets them in a call of the pipeline, behind the unconditional row of such a call.
+
+    Raises:
+        ValueError: run-time erasers are on; a text without tokens, or over the encoder's limit.
+    """
+    present = _SITES.get(_denoiser(pipe))
+    if present is not None and present.entries:
+        names = ", ".join(type(entry.eraser).__name__ for entry in present.entries)
+        raise ValueError(f"{names} is on, and would take part in the training: call `handle.remove()` before `fit`.")
+    for text in texts:
+        for name in family(pipe).tokenizers:
+            _own_columns(getattr(pipe, name), text)
+    with torch.no_grad():
+        out = pipe.encode_prompt(
+            prompt=list(texts),
+            device=pipe._execution_device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=True,
+        )
+    text = torch.cat([out[1][:1], out[0]])
+    if not family(pipe).pooled:
+        return Condition(text, {})
+    pooled = torch.cat([out[3][:1], out[2]])
+    side = pipe.default_sample_size * pipe.vae_scale_factor
+    size = {"original_size": (side, side), "crops_coords_top_left": (0, 0), "target_size": (side, side)}
+    width = pipe.text_encoder_2.config.projection_dim
+    ids = pipe._get_add_time_ids(*size.values(), dtype=text.dtype, text_encoder_projection_dim=width)
+    return Condition(text, {"text_embeds": pooled, "time_ids": ids.to(text.device).repeat(len(text), 1)})

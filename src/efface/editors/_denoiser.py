@@ -1,0 +1,213 @@
+"""A pipeline's denoiser with interchangeable weights, and what it sees while it draws.
+
+The pipeline's own parameters are never written to: other weights are put in their place for the length of one call. So
+a frozen teacher is the pipeline itself, there is one network in memory, and an exception leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.func import functional_call
+
+from .._hooks import condition, part
+from ..families import family
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+Train = Literal["x", "x-strict", "u", "self", "full"]
+Precision = Literal["auto", "float32", "bfloat16"]
+Weights = Mapping[str, Tensor]  # canonical name -> tensor
+HEADS = ("time_embedding.", "add_embedding.", "conv_norm_out.", "conv_out.")  # left alone by "u"
+
+
+# ---------------------------------------------------------------- which tensors
+
+
+def trained(denoiser: nn.Module, train: str) -> list[str]:
+    """Names of the denoiser's parameters that a mode trains.
+
+    Raises:
+        ValueError: an unknown mode, one that finds nothing here, or a LoRA in the way.
+    """
+    if train not in get_args(Train):
+        raise ValueError(f"Expected `train` to be one of {', '.join(get_args(Train))}, but got {train!r}.")
+    names = [name for name, _ in denoiser.named_parameters()]
+    if any(".base_layer." in name or ".lora_" in name for name in names):
+        raise ValueError("A LoRA is loaded: unload it (`pipe.unload_lora_weights()`) or fuse it before `fit`.")
+    attention = [
+        (f"{n}.", m.is_cross_attention) for n, m in denoiser.named_modules() if hasattr(m, "is_cross_attention")
+    ]
+    cross, own = (tuple(n for n, is_cross in attention if is_cross == kind) for kind in (True, False))
+    rules: dict[str, Callable[[str], bool]] = {
+        "x": lambda name: name.startswith(cross),
+        "x-strict": lambda name: name.startswith(cross) and name.endswith((".to_k.weight", ".to_v.weight")),
+        "u": lambda name: not name.startswith((*cross, *HEADS)),
+        "self": lambda name: name.startswith(own),
+        "full": lambda name: True,
+    }
+    found = [name for name in names if rules[train](name)]
+    if not found:
+        raise ValueError(f"`train={train!r}` finds no parameters in this {type(denoiser).__name__}: use another mode.")
+    return found
+
+
+# ---------------------------------------------------------------- the denoiser
+
+
+@dataclass(frozen=True)
+class Points:
+    """What the denoiser saw on trajectories, N rows: `x` [N, C, h, w], `t` [N], `prompt` [N], rows of the condition.
+
+    `own` [N, C, h, w]: the conditional prediction there of the weights that drew the trajectory, if it was kept.
+    """
+
+    x: Tensor
+    t: Tensor
+    prompt: Tensor
+    own: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, rows: Tensor | slice) -> Points:
+        return Points(self.x[rows], self.t[rows], self.prompt[rows], None if self.own is None else self.own[rows])
+
+    def parts(self, n: int) -> list[Points]:
+        """Cut into at most n parts of nearly equal length."""
+        return [self[rows] for rows in torch.arange(len(self), device=self.x.device).chunk(n)]
+
+    @classmethod
+    def cat(cls, points: Sequence[Points]) -> Points:
+        own = [p.own for p in points if p.own is not None]
+        x, t, prompt = (torch.cat([getattr(p, name) for p in points]) for name in ("x", "t", "prompt"))
+        return cls(x, t, prompt, torch.cat(own) if own else None)
+
+
+class Denoiser:
+    """A pipeline's denoiser with texts at hand, callable with other weights than its own.
+
+    Args:
+        pipe: the pipeline; nothing of it is changed.
+        texts: row k of the condition is texts[k - 1]; row 0 is the unconditional one.
+        train: which parameters may differ.
+        sampler_steps: steps of a full trajectory of the pipeline's own scheduler.
+        precision: "auto" follows the weights: float32 weights are trained in float32, half precision by bfloat16
+            autocast with float32 copies of the trained tensors.
+
+    Attributes:
+        base: the pipeline's own trained tensors, by canonical name.
+        rows: denoiser rows computed so far, the measure of cost.
+    """
+
+    def __init__(
+        self, pipe: DiffusionPipeline, texts: Sequence[str], train: str, sampler_steps: int, precision: str = "auto"
+    ) -> None:
+        name = family(pipe).denoiser
+        self.module, self.prefix = part(pipe, name), f"{name}."
+        self.names = trained(self.module, train)
+        parameters = dict(self.module.named_parameters())
+        if any(p.is_meta or not p.is_floating_point() or p.element_size() < 2 for p in parameters.values()):
+            raise ValueError(
+                "The denoiser is quantised or offloaded: load it in memory in float32, float16 or bfloat16."
+            )
+        config = self.module.config
+        if config.in_channels != config.out_channels or config.get("time_cond_proj_dim") is not None:
+            raise ValueError(
+                "Expected a text-to-image denoiser with guidance, but this one is for inpainting or distilled to few "
+                "steps: it has no unconditional prediction to train against."
+            )
+        self.base = {self.prefix + n: parameters[n].detach() for n in self.names}
+        self.frozen = {n: p.detach() for n, p in parameters.items() if self.prefix + n not in self.base}
+        self.device, own = pipe._execution_device, next(iter(parameters.values())).dtype
+        self.amp = precision == "bfloat16" or (precision == "auto" and own in (torch.float16, torch.bfloat16))
+        if self.amp and self.device.type == "cuda" and not torch.cuda.is_bf16_supported():
+            raise ValueError("This device has no bfloat16: load the pipeline in float32 and use precision='float32'.")
+        if not self.amp and own in (torch.float16, torch.bfloat16):
+            raise ValueError(f"The pipeline is in {own}: use precision='bfloat16', or load it in float32.")
+        self.dtype = torch.float32 if self.amp else own
+        self.pipe, self.condition = pipe, condition(pipe, texts)
+        self.scheduler = copy.deepcopy(pipe.scheduler)
+        self.scheduler.set_timesteps(sampler_steps, device=self.device)
+        size = config.sample_size
+        self.shape = (config.in_channels, *((size, size) if isinstance(size, int) else size))
+        self.rows = 0
+
+    def add(self, texts: Sequence[str]) -> Tensor:
+        """Further texts; the rows of the condition that they get."""
+        more, first = condition(self.pipe, texts), len(self.condition.text)
+        added = {n: torch.cat([v, more.added[n][1:]]) for n, v in self.condition.added.items()}
+        self.condition = replace(self.condition, text=torch.cat([self.condition.text, more.text[1:]]), added=added)
+        return torch.arange(first, len(self.condition.text))
+
+    def student(self) -> dict[str, Tensor]:
+        """Copies of the trained tensors, in float32 under autocast, that ask for gradients."""
+        return {n: w.to(self.dtype, copy=True).requires_grad_() for n, w in self.base.items()}
+
+    def __call__(self, x: Tensor, t: Tensor, prompt: Tensor, weights: Weights | None = None) -> Tensor:
+        """The prediction [N, C, h, w] of the pipeline, or with other trained weights; gradients reach only those."""
+        self.rows += len(x)
+        inner = {} if weights is None else {n.removeprefix(self.prefix): w for n, w in weights.items()}
+        if torch.is_grad_enabled():
+            inner = self.frozen | {n.removeprefix(self.prefix): w for n, w in self.base.items()} | inner
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            kwargs = {**self.condition.at(prompt), "return_dict": False}
+            out = functional_call(self.module, inner, (x, t), kwargs, tie_weights=False)[0]
+        return out.to(self.dtype)
+
+    @torch.no_grad()
+    def trajectory(
+        self,
+        prompt: Tensor,
+        stops: Tensor,
+        weights: Weights | None,
+        guidance: float,
+        rng: Generator,
+        *,
+        keep: bool = False,
+        noise: Tensor | None = None,
+    ) -> Points:
+        """Draws [B] prompts from noise and returns what the denoiser sees after `stops` [M, B] steps: M * B points.
+
+        With `keep` the conditional predictions there come along. `noise` [1 or B, C, h, w] is drawn if not given.
+        Guidance 1 computes no unconditional rows.
+        """
+        scheduler, last = copy.deepcopy(self.scheduler), int(stops.max())
+        extra = {"generator": rng} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        if noise is None:
+            noise = torch.randn(len(prompt), *self.shape, generator=rng)
+        x = noise.to(self.device, self.dtype).expand(len(prompt), *self.shape) * scheduler.init_noise_sigma
+        prompt, both = prompt.to(self.device), torch.cat([torch.zeros_like(prompt), prompt])
+        found, own = x.new_empty(*stops.shape, *self.shape), x.new_empty(*stops.shape, *self.shape)
+        for k, t in enumerate(scheduler.timesteps[: last + 1]):
+            seen, here = scheduler.scale_model_input(x, t), (stops == k).to(self.device)
+            found[here] = seen.expand_as(found)[here]
+            if k == last and not keep:
+                break
+            if guidance == 1:
+                guided = conditional = self(seen, t, prompt, weights)
+            else:
+                null, conditional = self(torch.cat([seen, seen]), t, both.to(self.device), weights).chunk(2)
+                guided = null + guidance * (conditional - null)
+            own[here] = conditional.expand_as(own)[here]
+            x = scheduler.step(guided, t, x, return_dict=False, **extra)[0]
+        times = scheduler.timesteps[stops.to(self.device)]
+        points = Points(found, times, prompt.expand_as(times), own if keep else None)
+        return Points(
+            *(None if v is None else v.flatten(0, 1) for v in (points.x, points.t, points.prompt, points.own))
+        )
+
+    def change(self, weights: Weights) -> dict[str, Tensor]:
+        """The difference from the pipeline's own weights."""
+        return {name: w.detach() - self.base[name].to(w.dtype) for name, w in weights.items()}
+
+
+def mse(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).square().mean()

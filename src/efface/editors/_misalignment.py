@@ -1,0 +1,64 @@
+"""How far edited weights stray from the base model on a prompt, and points at which to hold them in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Generator, Tensor
+
+from ._denoiser import Denoiser, Points, Weights
+
+TIMES = 4  # of a trajectory, evenly spread, to measure at
+POINTS = 8  # of a trajectory, random, to distil at
+CHUNK = 32  # prompts in a trajectory
+
+
+class Misalignment:
+    """MD(p) = mean over times of || e_edited(x_t, p, t) - e_base(x_t, p, t) ||^2 / elements.
+
+    x_t lies on the base model's trajectory of p, without guidance, from a noise that all prompts share. So the base
+    model's predictions come with the trajectory, which is drawn once per prompt, whatever it is compared with.
+
+    Args:
+        net: the denoiser; prompts are added to its condition.
+        base: the base model's trained tensors.
+        seed: of the noise.
+    """
+
+    def __init__(self, net: Denoiser, base: Weights, seed: int) -> None:
+        self.net, self.base = net, base
+        self.noise = torch.randn(1, *net.shape, generator=Generator().manual_seed(seed))
+        steps = len(net.scheduler.timesteps)
+        self.stops = torch.tensor(sorted({int((k + 0.5) * steps / TIMES) for k in range(TIMES)}))
+        self.known: dict[str, Points] = {}
+
+    def __call__(self, prompts: Sequence[str], edited: Weights | None) -> Tensor:
+        """MD [N] of each prompt; None: the weights that the pipeline has now."""
+        new = [p for p in dict.fromkeys(prompts) if p not in self.known]
+        for k in range(0, len(new), CHUNK):
+            self._draw(new[k : k + CHUNK])
+        found = []
+        for k in range(0, len(prompts), CHUNK):
+            points = Points.cat([self.known[p] for p in prompts[k : k + CHUNK]])
+            with torch.no_grad():
+                error = self.net(points.x, points.t, points.prompt, edited) - points.own
+            found.append(error.square().flatten(1).mean(1).unflatten(0, (-1, len(self.stops))).mean(1))
+        return torch.cat(found)
+
+    def _draw(self, prompts: Sequence[str]) -> None:
+        stops = self.stops[:, None].expand(-1, len(prompts))
+        rng = Generator().manual_seed(0)  # for schedulers that add noise on the way
+        drawn = self.net.trajectory(self.net.add(prompts), stops, self.base, 1.0, rng, keep=True, noise=self.noise)
+        for k, prompt in enumerate(prompts):
+            self.known[prompt] = drawn[slice(k, None, len(prompts))]
+
+
+def calibration(net: Denoiser, prompts: Sequence[str], teacher: Weights | None, guidance: float, seed: int) -> Points:
+    """Points on a guided trajectory of the teacher for each prompt, with the teacher's predictions."""
+    rng, rows = Generator().manual_seed(seed), net.add(prompts)
+    chunks = []
+    for part in rows.split(CHUNK):
+        stops = torch.randint(len(net.scheduler.timesteps), (POINTS, len(part)), generator=rng)
+        chunks.append(net.trajectory(part, stops, teacher, guidance, rng, keep=True))
+    return Points.cat(chunks)

@@ -1,0 +1,346 @@
+"""How ESD, SDD and CCRT are fitted: their shared fields, the loop, and the checkpoints that it goes on from.
+
+Most of the time goes into trajectories, which show the network what it sees while it draws: a guided one is drawn up to
+a random step. One trajectory serves `reuse` updates, at steps of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Generator, Tensor, nn
+
+from ..core import Concept, Concepts, Detector, as_concepts
+from ..delta import Delta
+from ..families import family
+from ._denoiser import Denoiser, Points, Precision, Train, Weights
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+EVERY = 20  # updates between checkpoints, at least
+LOOK, LOOK_IMAGES = 50, 16  # updates between looks of the detector, pictures in a look
+
+
+# ---------------------------------------------------------------- how a fit is run
+
+
+@dataclass(frozen=True)
+class Training:
+    """The fields that ESD, SDD and CCRT share; None takes the value that suits the pipeline's family.
+
+    Args:
+        train: which weights: "x" all of cross-attention, "x-strict" its keys and values only, "u" all but
+            cross-attention, time embedding and output layers, "self" self-attention, "full" everything.
+        steps: updates; 0 learns nothing.
+        lr: of AdamW, constant.
+        batch: points in an update.
+        reuse: updates that one trajectory serves.
+        accumulate: parts in which an update's batch is computed; the same update with less memory.
+        sampler_steps: steps of a full trajectory.
+        guidance: of the trajectories; 1 is none.
+        weight_decay: of AdamW, towards zero.
+        clip: largest norm of a gradient; 0 does not clip.
+        precision: "float32", "bfloat16" (autocast, trained tensors in float32), or "auto" by the pipeline's own.
+    """
+
+    off: ClassVar[Mapping[str, Any] | None] = {"steps": 0}
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Family -> the values that None stands for; "" for families not named."""
+
+    train: Train = "x"
+    steps: int | None = None
+    lr: float | None = None
+    batch: int | None = None
+    reuse: int | None = None
+    accumulate: int = 1
+    sampler_steps: int | None = None
+    guidance: float = 3.0
+    weight_decay: float = 0.0
+    clip: float = 0.0
+    precision: Precision = "auto"
+
+    def __post_init__(self) -> None:
+        for name, choices in (("train", get_args(Train)), ("precision", get_args(Precision))):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"Expected `{name}` to be one of {', '.join(choices)}, but got {getattr(self, name)!r}."
+                )
+        for name, least in (("steps", 0), ("batch", 1), ("reuse", 1), ("accumulate", 1), ("sampler_steps", 1)):
+            if getattr(self, name) is not None or name == "accumulate":
+                check_integer(name, getattr(self, name), least)
+        for name in ("guidance", "weight_decay", "clip"):
+            check_number(name, getattr(self, name))
+        if self.lr is not None and not check_number("lr", self.lr) > 0:
+            raise ValueError(f"Expected `lr` to be above 0, but got {self.lr!r}.")
+        if self.guidance < 1:
+            raise ValueError(f"Expected `guidance` to be at least 1 (no guidance), but got {self.guidance!r}.")
+
+    def resolved(self, pipe: DiffusionPipeline) -> Self:
+        """The same with the family's values where a field is None."""
+        values = self.defaults.get(family(pipe).name, self.defaults.get("", {}))
+        return replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
+
+    def denoiser(self, pipe: DiffusionPipeline, texts: Sequence[str]) -> Denoiser:
+        """The pipeline's denoiser, for a fit with these settings, which have no None left."""
+        return Denoiser(pipe, texts, self.train, self.sampler_steps or 1, self.precision)
+
+
+def check_integer(name: str, value: Any, least: int) -> None:
+    """ValueError unless an integer >= least."""
+    if type(value) is not int or value < least:
+        raise ValueError(f"Expected `{name}` to be an integer >= {least}, but got {value!r}.")
+
+
+def check_number(name: str, value: Any, least: float = 0.0, most: float = math.inf) -> float:
+    """ValueError unless a finite number within the bounds."""
+    if type(value) not in (int, float) or not math.isfinite(value) or not least <= value <= most:
+        bounds = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise ValueError(f"Expected `{name}` to be a number {bounds}, but got {value!r}.")
+    return float(value)
+
+
+def phrases(concepts: Concepts) -> tuple[tuple[Concept, ...], list[str]]:
+    """The concepts, and the texts that evoke them, each once."""
+    found = as_concepts(concepts)
+    if not found:
+        raise ValueError("Expected at least one concept to erase, but got none.")
+    return found, list(dict.fromkeys(phrase for concept in found for phrase in concept.phrases))
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def digest(weights: Weights) -> str:
+    """sha256 over sorted names, shapes, dtypes and bytes."""
+    found = hashlib.sha256()
+    for name in sorted(weights):
+        value = weights[name].detach().cpu().contiguous()
+        found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        found.update(value.flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+class State:
+    """All that a fit goes on from: student, average, AdamW, random numbers, step, losses."""
+
+    def __init__(self, net: Denoiser, run: Training, ema: float | None, seed: int, streams: Sequence[str]) -> None:
+        self.student = net.student()
+        self.average = None if ema is None else {n: w.detach().clone() for n, w in self.student.items()}
+        self.adam = torch.optim.AdamW(self.student.values(), lr=run.lr, weight_decay=run.weight_decay)
+        self.rng = {name: Generator().manual_seed(seed + k) for k, name in enumerate(streams)}
+        self.losses: list[float] = []
+        self.done = False
+
+    @property
+    def step(self) -> int:
+        return len(self.losses)
+
+    @property
+    def shipped(self) -> dict[str, Tensor]:
+        return self.student if self.average is None else self.average
+
+    def info(self) -> dict[str, Any]:
+        """What a delta says of its fit: updates, and the mean loss of the first and the last tenth of them."""
+        tenth = max(1, self.step // 10)
+        first, last = (sum(part) / tenth if part else None for part in (self.losses[:tenth], self.losses[-tenth:]))
+        return {"steps": self.step, "loss": [first, last]}
+
+    def check(self) -> None:
+        if not all(bool(w.isfinite().all()) for w in self.student.values()):
+            raise RuntimeError(f"The weights are not finite after {self.step} updates. Lower `lr`, or clip gradients.")
+
+    def save(self, path: Path, identity: Mapping[str, Any]) -> None:
+        """Writes beside `path` and moves it there, so that a broken write leaves the last checkpoint as it was."""
+        tensors = {f"student/{n}": w.detach() for n, w in self.student.items()}
+        tensors |= {f"average/{n}": w for n, w in (self.average or {}).items()}
+        for name, w in self.student.items():
+            tensors |= {f"adam/{key}/{name}": value for key, value in self.adam.state.get(w, {}).items()}
+        tensors |= {f"rng/{name}": rng.get_state() for name, rng in self.rng.items()}
+        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.partial")
+        header = {"fit": json.dumps(identity, sort_keys=True), "done": json.dumps(self.done)}
+        save_file({n: w.contiguous() for n, w in tensors.items()}, partial, header)
+        partial.replace(path)
+
+    def load(self, path: Path, identity: Mapping[str, Any]) -> None:
+        try:
+            with safe_open(path, "pt") as file:
+                header = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a checkpoint of a fit ({error}): move it away.") from error
+        theirs, ours = json.loads(header.get("fit", "{}")), json.loads(json.dumps(identity))
+        if theirs != ours:
+            other = [key for key in ours if theirs.get(key) != ours[key]]
+            raise ValueError(
+                f"{path} is the checkpoint of another fit (different: {', '.join(other)}): name another file, or run "
+                "the command that began it."
+            )
+        self.done, self.losses = json.loads(header["done"]), tensors.pop("losses").tolist()
+        with torch.no_grad():
+            for name, w in self.student.items():
+                w.copy_(tensors[f"student/{name}"])
+                if self.average is not None:
+                    self.average[name].copy_(tensors[f"average/{name}"])
+                kept = {k: tensors[f"adam/{k}/{name}"] for k in ADAM if f"adam/{k}/{name}" in tensors}
+                if kept:
+                    self.adam.state[w] = {k: v if k == "step" else v.to(w.device) for k, v in kept.items()}
+        for name, rng in self.rng.items():
+            rng.set_state(tensors[f"rng/{name}"])
+
+
+ADAM = ("step", "exp_avg", "exp_avg_sq")
+
+
+# ---------------------------------------------------------------- the detector
+
+
+def look(
+    pipe: DiffusionPipeline, net: Denoiser, detector: Detector, texts: Sequence[str]
+) -> Callable[[Weights], float]:
+    """The share of 16 pictures of `texts` in which the detector's worse judge sees the concept, for given weights."""
+    shown = [texts[k % len(texts)] for k in range(LOOK_IMAGES)]
+
+    def share(weights: Weights) -> float:
+        shadow = copy.copy(pipe)  # so that scheduler and progress bar of the user's pipeline stay as they are
+        own = {
+            "scheduler": copy.deepcopy(pipe.scheduler),
+            "safety_checker": None,
+            "_progress_bar_config": {"disable": True},
+        }
+        vars(shadow).update(own)
+        rng = [Generator().manual_seed(seed) for seed in range(LOOK_IMAGES)]
+        with Delta(net.change(weights), method="training").apply(pipe):
+            images = shadow(shown, generator=rng, num_inference_steps=25, output_type="pt").images
+        return float(detector(images.float().cpu()).float().mean(-1).max())
+
+    return share
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def run(
+    net: Denoiser,
+    settings: Training,
+    draw: Callable[[Weights, int, Generator], Points],
+    loss: Callable[[Weights, Points, Mapping[str, Generator]], Tensor],
+    *,
+    seed: int,
+    name: str,
+    identity: Mapping[str, Any],
+    ema: float | None = None,
+    streams: Sequence[str] = ("points",),
+    checkpoint: str | Path | None = None,
+    look: Callable[[Weights], float] | None = None,
+    below: float = 0.0,
+) -> State:
+    """Fits the student.
+
+    Args:
+        net: the denoiser.
+        settings: with no None left.
+        draw: `reuse * batch` points for the updates from this step on, drawn with the shipped weights.
+        loss: of the student on some points; a mean, so that parts of a batch add up.
+        seed: of the random numbers.
+        name: what the progress bar shows.
+        identity: what a checkpoint must agree in to be gone on from.
+        ema: the share that the average keeps in an update; None keeps no average, and the student is shipped.
+        streams: names of the random streams; the first draws points, the loss may use the others.
+        checkpoint: a safetensors file; if it is there, the fit goes on from it.
+        look: the share of pictures with the concept; asked every 50 updates. The fit ends once it is at most `below`.
+
+    Raises:
+        ValueError: the checkpoint is another fit's.
+        RuntimeError: the loss is not finite; the last checkpoint stays as it is.
+    """
+    state = State(net, settings, ema, seed, streams)
+    path = None if checkpoint is None else Path(checkpoint)
+    identity = {**identity, "seed": seed, "base": digest(net.base)} if path else {}
+    if path and path.exists():
+        state.load(path, identity)
+    saved = looked = state.step
+    with _evaluating(net.module), _progress(name, settings.steps or 0, state) as show:
+        while state.step < (settings.steps or 0) and not state.done:
+            points = draw(state.shipped, state.step, state.rng[streams[0]])
+            for batch in points.parts(len(points) // (settings.batch or 1)):
+                if state.step < (settings.steps or 0):
+                    _update(state, settings, batch, loss, ema, path)
+                    show(len(batch))
+            if look and state.step // LOOK > looked // LOOK:
+                state.done, looked = look(state.shipped) <= below, state.step
+            if path and (state.step - saved >= EVERY or state.step >= (settings.steps or 0) or state.done):
+                state.check()
+                state.save(path, identity)
+                saved = state.step
+    state.check()
+    return state
+
+
+def _update(state: State, settings: Training, batch: Points, loss: Any, ema: float | None, path: Path | None) -> None:
+    state.adam.zero_grad()
+    total = 0.0
+    for points in batch.parts(settings.accumulate):
+        value = loss(state.student, points, state.rng) * (len(points) / len(batch))
+        if value.requires_grad:
+            value.backward()
+        total += float(value.detach())
+    if not math.isfinite(total):
+        kept = f"the last checkpoint is kept in {path}" if path and path.exists() else "there is no checkpoint yet"
+        raise RuntimeError(
+            f"The loss is {total} in update {state.step + 1} at lr {settings.lr:g}; {kept}. Lower `lr` or set `clip`."
+        )
+    if settings.clip:
+        nn.utils.clip_grad_norm_(state.student.values(), settings.clip)
+    state.adam.step()
+    with torch.no_grad():
+        for name, average in (state.average or {}).items():
+            average.lerp_(state.student[name], 1 - (ema or 0.0))
+    state.losses.append(total)
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Without dropout; the mode of every submodule comes back."""
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+
+
+@contextlib.contextmanager
+def _progress(name: str, total: int, state: State) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr with loss and images per second, if stderr is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    began, images = time.perf_counter(), 0
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(name, total=total, completed=state.step)
+
+        def show(n: int) -> None:
+            nonlocal images
+            images += n
+            rate, loss = images / (time.perf_counter() - began), sum(state.losses[-20:]) / len(state.losses[-20:])
+            bar.update(task, completed=state.step, description=f"{name}  loss {loss:.4g}  {rate:.1f} images/s")
+
+        yield show

@@ -1,0 +1,154 @@
+"""ESD: the concept's prediction is trained to be what negative guidance would have made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+from ..core import Concepts, Detector, config
+from ..delta import Delta
+from ._denoiser import Denoiser, Points, Weights, mse
+from ._training import Training, check_number, look, phrases, run
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+__all__ = ["ESD"]
+
+
+@dataclass(frozen=True)
+class ESD(Training):
+    """Fine-tunes the denoiser so that its prediction for a concept points away from it; needs only the concept's name.
+
+        L = || e(x_t, c, t) - target ||^2 / elements
+        target = e*(x_t, t) - eta (e*(x_t, c, t) - e*(x_t, t))                        e*: frozen, e: trained, c: concept
+        target = e*(x_t, f, t) - eta (e*(x_t, c, t) - e*(x_t, t)),  L on e(x_t, f, t)   to erase c from f only
+
+    x_t is drawn by the student, guided with the prompt c (or f), up to a random step. The coefficients of the target
+    sum to one, so the same formula serves networks that predict v.
+
+    Paper: R. Gandikota, J. Materzynska, J. Fiotto-Kaufman, D. Bau, 2023, "Erasing Concepts from Diffusion Models", ICCV
+    2023, arXiv 2303.07345, equation 6. `ESD.paper()` has its settings; erasing from a text is the authors' later code.
+
+    Differs: `eta` is the paper's. The current public code calls eta + 1 its `negative_guidance`, so its 2 is eta 1, and
+    its 1 merely maps the concept onto the empty prompt. The time step fits the noise in x_t exactly, and latents are
+    scaled as the scheduler wants them. The empty prompt is what inference uses: zeros on SDXL. One trajectory serves
+    `reuse` updates at steps of their own. "u" leaves the time embedding and the output layers alone, as the paper's
+    code did.
+
+    Args:
+        train: "x" (ESD-x: cross-attention; for names and styles), "u" (ESD-u: all but cross-attention; for what prompts
+            only hint at), "x-strict" (keys and values of cross-attention), "self" or "full".
+        steps: updates, >= 0; paper: 1000. None: what suits the family, as for `lr`, `batch`, `reuse`, `sampler_steps`.
+        lr: of AdamW; paper: 1e-5.
+        batch: points in an update; paper: 1.
+        reuse: updates that one trajectory serves; paper: 1.
+        accumulate: parts in which a batch is computed, to save memory.
+        sampler_steps: K, steps of a full trajectory; paper: 50.
+        guidance: of the trajectories, >= 1; paper: 3.
+        weight_decay, clip: of AdamW and the gradient's norm; paper: 0, none.
+        precision: "auto", "float32" or "bfloat16" (autocast; trained tensors stay float32).
+        eta: erase strength, >= -1; -1 is no change; paper: 1, also 3 and 10.
+        erase_from: the text f, for an attribute that is to go from one thing only ("cowboy hat" from "cowboy").
+
+    Shapes: latents x_t and predictions [B, C, h, w]; text [B, L, D].
+
+    Raises:
+        ValueError: a field out of range; run-time erasers or a LoRA on the pipeline; a text over the encoder's limit; a
+            checkpoint of another fit.
+        TypeError: a family without an unconditional branch that is known (SD3, FLUX).
+        RuntimeError: the loss is not finite.
+
+    Example:
+        >>> import efface
+        >>> pipe = efface.load("emoji")
+        >>> delta = efface.ESD(steps=2, batch=1, sampler_steps=3).fit(pipe, "alcohol")
+        >>> with delta.apply(pipe):
+        ...     image = pipe("a night at the pub", num_inference_steps=2).images[0]
+        >>> image.size
+        (64, 64)
+    """
+
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "emoji": {"steps": 200, "lr": 2e-5, "batch": 4, "reuse": 4, "sampler_steps": 20},
+        "": {"steps": 200, "lr": 2e-5, "batch": 1, "reuse": 2, "sampler_steps": 25},
+    }
+
+    eta: float = 1.0
+    erase_from: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("eta", self.eta, least=-1)
+
+    @classmethod
+    def paper(cls, train: Any = "x", eta: float = 1.0) -> ESD:
+        """The paper's settings, for Stable Diffusion 1.4."""
+        return cls(train=train, eta=eta, steps=1000, lr=1e-5, batch=1, reuse=1, sampler_steps=50)
+
+    def fit(
+        self,
+        pipe: DiffusionPipeline,
+        concepts: Concepts,
+        *,
+        seed: int = 0,
+        checkpoint: str | Path | None = None,
+        stop: Detector | None = None,
+        below: float = 0.05,
+    ) -> Delta:
+        """The delta that erases `concepts`; `pipe` is left as found.
+
+        Args:
+            pipe: the pipeline; deltas that are on belong to the model that is trained.
+            concepts: each phrase of each concept is a prompt c, drawn at random.
+            seed: of everything random.
+            checkpoint: a safetensors file from which the same call goes on after an interruption.
+            stop: a detector; every 50 updates it looks at 16 pictures, and the fit ends once at most the share `below`
+                of them shows the concept.
+            below: see `stop`.
+        """
+        found, texts = phrases(concepts)
+        method = self.resolved(pipe)
+        net = method.denoiser(pipe, [*texts, *filter(None, [self.erase_from])])
+        state = run(
+            net,
+            method,
+            lambda weights, _, rng: method.points(net, torch.arange(1, len(texts) + 1), weights, rng),
+            lambda weights, points, _: method.loss(net, weights, points),
+            seed=seed,
+            name="ESD",
+            identity={**config(method), "phrases": texts},
+            checkpoint=checkpoint,
+            look=look(pipe, net, stop, texts) if stop else None,
+            below=below,
+        )
+        return Delta.fitted(method, pipe, net.change(state.shipped), found, seed=seed, info=state.info())
+
+    def points(self, net: Denoiser, prompts: Tensor, weights: Weights, rng: Generator) -> Points:
+        """`reuse * batch` points of one trajectory, with random ones of the prompts (rows of the condition)."""
+        reuse, batch = self.reuse or 1, self.batch or 1
+        prompt = prompts[torch.randint(len(prompts), (batch,), generator=rng)]
+        stops = torch.randint(len(net.scheduler.timesteps), (reuse, batch), generator=rng)
+        drawn = torch.full_like(prompt, len(net.condition.text) - 1) if self.erase_from else prompt
+        found = net.trajectory(drawn, stops, weights, self.guidance, rng)
+        return Points(found.x, found.t, prompt.to(net.device).repeat(reuse))
+
+    def loss(self, net: Denoiser, weights: Weights, points: Points) -> Tensor:
+        """The loss of the student on some points."""
+        rows, target = self.target(net, points)
+        return mse(net(points.x, points.t, rows, weights), target)
+
+    @torch.no_grad()
+    def target(self, net: Denoiser, points: Points, teacher: Weights | None = None) -> tuple[Tensor, Tensor]:
+        """The student's prompts and what it should predict, by the pipeline's own weights or a teacher's."""
+        rows = [torch.zeros_like(points.prompt), points.prompt]
+        if self.erase_from:
+            rows.append(torch.full_like(points.prompt, len(net.condition.text) - 1))
+        x, t = (torch.cat([v] * len(rows)) for v in (points.x, points.t))
+        null, concept, *rest = net(x, t, torch.cat(rows), teacher).chunk(len(rows))
+        return rows[-1], (rest[0] if rest else null) - self.eta * (concept - null)

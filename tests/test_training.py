@@ -1,0 +1,343 @@
+"""What every fine-tuned editor relies on: trajectories like the pipeline's, checkpoints, a pipeline left as found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from diffusers import EulerDiscreteScheduler, PNDMScheduler
+from peft import LoraConfig
+from safetensors import safe_open
+from tiny import ALCOHOL, CAT, PROMPT, change
+from torch import Generator, Tensor
+
+from efface import EIUP, ESD, SDD, Concept
+from efface.delta import dense
+from efface.editors import _training
+from efface.editors._denoiser import Denoiser, trained
+
+QUICK: dict[str, Any] = {"batch": 2, "reuse": 2, "sampler_steps": 4}
+EDITORS = [ESD(steps=4, lr=1e-3, **QUICK), SDD(steps=4, lr=1e-3, ema=0.5, **QUICK), SDD(train="u", steps=2, **QUICK)]
+
+
+def everything(pipe: Any) -> dict[str, Any]:
+    """All of a pipeline that training could change."""
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    found: dict[str, Any] = {}
+    for part, module in parts.items():
+        found |= {f"{part}.{name}": value.clone() for name, value in module.state_dict().items()}
+        found |= {f"{part}.{name} asks": p.requires_grad for name, p in module.named_parameters()}
+        found |= {f"{part}.{name} grad": p.grad is None for name, p in module.named_parameters()}
+        found |= {f"{part}.{name} mode": m.training for name, m in module.named_modules()}
+    found["scheduler"] = (id(pipe.scheduler), pipe.scheduler.timesteps.clone())
+    return found
+
+
+def assert_as_found(pipe: Any, before: dict[str, Any]) -> None:
+    after = everything(pipe)
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        same = torch.equal(after[name], value) if isinstance(value, Tensor) else str(after[name]) == str(value)
+        assert same, name
+
+
+def same(a: Any, b: Any) -> bool:
+    return a.weights.keys() == b.weights.keys() and all(torch.equal(a.weights[n], b.weights[n]) for n in a.weights)
+
+
+# ---------------------------------------------------------------- which weights
+
+
+def test_modes_name_the_weights_of_the_paper(pipe: Any) -> None:
+    unet = pipe.unet
+    names = {name for name, _ in unet.named_parameters()}
+    x, u = set(trained(unet, "x")), set(trained(unet, "u"))
+    assert x == {name for name in names if ".attn2." in name} != set()
+    assert set(trained(unet, "x-strict")) == {n for n in x if n.endswith(("to_k.weight", "to_v.weight"))} != set()
+    assert set(trained(unet, "self")) == {name for name in names if ".attn1." in name} != set()
+    assert set(trained(unet, "full")) == names
+    assert names - x - u == {n for n in names if n.startswith(("time_emb", "add_emb", "conv_norm_out", "conv_out"))}
+    assert not x & u and any("norm" in name for name in u) and any("resnets" in name for name in u)
+
+
+def test_what_cannot_be_trained_is_refused(sd1: Any) -> None:
+    with pytest.raises(ValueError, match="one of x, x-strict, u, self, full, but got 'xattn'"):
+        ESD(train="xattn")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="finds no parameters"):
+        trained(torch.nn.Linear(2, 2), "x")
+    with EIUP(ALCOHOL).apply(sd1), pytest.raises(ValueError, match=r"EIUP is on.*handle.remove"):
+        ESD().fit(sd1, CAT)
+    with pytest.raises(ValueError, match="at least one concept"):
+        ESD().fit(sd1, [])
+    with pytest.raises(ValueError, match="tokens long"):
+        ESD().fit(sd1, Concept("long", ("cat " * 20,)))
+    with pytest.raises(TypeError, match="tested family"):
+        ESD().fit(object(), CAT)  # type: ignore[arg-type]
+    half = tiny.pipeline().to(dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="precision='bfloat16'"):
+        ESD(precision="float32").fit(half, CAT)
+    lora = tiny.pipeline()
+    lora.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match="unload it"):
+        ESD().fit(lora, CAT)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("steps", -1), ("steps", 1.5), ("batch", 0), ("accumulate", None), ("lr", 0.0), ("lr", float("nan")), ("eta", -2)]
+    + [("guidance", 0.5), ("clip", -1.0), ("precision", "float16"), ("reuse", True), ("sampler_steps", 0)],
+)
+def test_fields_out_of_range_are_refused(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=field):
+        ESD(**{field: value})
+
+
+# ---------------------------------------------------------------- trajectories
+
+
+@pytest.mark.parametrize("scheduler", [None, EulerDiscreteScheduler, PNDMScheduler])
+def test_points_are_what_the_denoiser_sees_in_a_call_of_the_pipeline(family: str, scheduler: Any) -> None:
+    """Latents as scaled by the scheduler, times, texts, pooled texts, and the unconditional rows of inference."""
+    pipe, steps, guidance = tiny.pipeline(family), 4, 3.0
+    if scheduler:
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    seen: list[dict[str, Any]] = []
+
+    def watch(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append({"sample": args[0], "timestep": args[1], **kwargs})
+
+    with pipe.unet.register_forward_pre_hook(watch, with_kwargs=True):
+        tiny.latents(pipe, num_inference_steps=steps, guidance_scale=guidance, seed=5)
+    net = Denoiser(pipe, ["a cat", PROMPT], "x", steps)
+    stops = torch.arange(len(seen))[:, None]
+    rng = Generator().manual_seed(5)
+    points = net.trajectory(torch.tensor([2]), stops, None, guidance, rng, keep=True)
+    assert len(seen) == len(points) == len(net.scheduler.timesteps)
+    condition = net.condition.at(torch.tensor([0, 2]))
+    for k, call in enumerate(seen):
+        assert change(points.x[k], call["sample"][1]) < 1e-5
+        assert points.t[k] == call["timestep"]
+        assert torch.allclose(call["encoder_hidden_states"], condition["encoder_hidden_states"], atol=1e-6)
+        for name, value in condition["added_cond_kwargs"].items():
+            assert torch.allclose(call["added_cond_kwargs"][name], value, atol=1e-6)
+        with torch.no_grad():
+            own = pipe.unet(call["sample"], call["timestep"], call["encoder_hidden_states"], None,
+                            added_cond_kwargs=call.get("added_cond_kwargs")).sample[1]  # fmt: skip
+        assert change(points.own[k], own) < 1e-4
+    if family == "sdxl":
+        assert not condition["encoder_hidden_states"][0].any()  # SDXL's own null, not the text ""
+    noise = torch.randn(1, 4, 8, 8, generator=Generator().manual_seed(5)) * pipe.scheduler.init_noise_sigma
+    assert change(points.x[-1:], noise) > 0.1  # something was drawn
+
+
+def test_no_step_is_drawn_before_step_0(sd1: Any) -> None:
+    """The published code of SDD runs all steps here and labels the picture as noise."""
+    net = Denoiser(sd1, ["a cat"], "x", 4)
+    points = net.trajectory(torch.tensor([1]), torch.tensor([[0]]), None, 3.0, Generator().manual_seed(1))
+    assert net.rows == 0
+    assert torch.equal(points.x, torch.randn(1, 4, 8, 8, generator=Generator().manual_seed(1)))
+    assert points.t.tolist() == [net.scheduler.timesteps[0]]
+
+
+def test_stops_differ_by_row_and_by_use(sd1: Any) -> None:
+    net = Denoiser(sd1, ["a cat", "a dog"], "x", 4)
+    stops, prompts = torch.tensor([[3, 0], [1, 2]]), torch.tensor([1, 2])
+    points = net.trajectory(prompts, stops, None, 3.0, Generator().manual_seed(1))
+    every = net.trajectory(prompts, torch.arange(4)[:, None].expand(4, 2), None, 3.0, Generator().manual_seed(1))
+    for k, (stop, row) in enumerate([(3, 0), (0, 1), (1, 0), (2, 1)]):
+        assert torch.equal(points.x[k], every.x[2 * stop + row])
+        assert points.t[k] == net.scheduler.timesteps[stop] and points.prompt[k] == prompts[row]
+
+
+# ---------------------------------------------------------------- the pipeline
+
+
+@pytest.mark.parametrize("editor", EDITORS, ids=["esd", "sdd", "sdd-u"])
+def test_fit_moves_what_it_trains_and_leaves_the_pipeline_as_found(editor: Any, pipe: Any) -> None:
+    pipe.unet.train()
+    before = everything(pipe)
+    try:
+        delta = editor.fit(pipe, [ALCOHOL, CAT], seed=3)
+        assert_as_found(pipe, before)
+        assert set(delta.weights) == {f"unet.{name}" for name in trained(pipe.unet, editor.train)}
+        moved = [name for name, w in delta.weights.items() if dense(w).any()]
+        assert len(moved) > 0.8 * len(delta.weights)
+        assert same(delta, editor.fit(pipe, [ALCOHOL, CAT], seed=3))
+        assert not same(delta, editor.fit(pipe, [ALCOHOL, CAT], seed=4))
+    finally:
+        pipe.unet.eval()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_so_does_an_exception_in_the_middle(error: Any, sd1: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, calls, forward = everything(sd1), [], sd1.unet.conv_out.forward
+
+    def fail(x: Tensor) -> Tensor:
+        calls.append(x)
+        if len(calls) == 12:
+            raise error
+        return forward(x)
+
+    sd1.unet.conv_out.forward = fail
+    try:
+        with pytest.raises(error):
+            EDITORS[0].fit(sd1, CAT)
+    finally:
+        del sd1.unet.conv_out.forward
+    assert len(calls) == 12
+    assert_as_found(sd1, before)
+
+
+def test_no_updates_learn_nothing(sd1: Any) -> None:
+    for editor in (ESD(**ESD.off), SDD(**SDD.off)):
+        delta = editor.fit(sd1, CAT)
+        assert not any(dense(w).any() for w in delta.weights.values())
+        assert delta.info["steps"] == 0
+
+
+def test_half_precision_learns_in_float32(sd1: Any) -> None:
+    """At 1e-5 an update of a bfloat16 weight rounds to nothing; and the change is about that of float32."""
+    half, editor = tiny.pipeline().to(dtype=torch.bfloat16), ESD(steps=4, lr=1e-5, **QUICK)
+    before = everything(half)
+    low, full = editor.fit(half, CAT), editor.fit(sd1, CAT)
+    assert_as_found(half, before)
+    for name, w in low.weights.items():
+        assert w.dtype == torch.float32
+        assert 0 < float(w.abs().max()) <= 4.1e-5  # Adam moves at most lr an update
+    flat = [torch.cat([dense(w).flatten() for w in d.weights.values()]) for d in (low, full)]
+    assert torch.nn.functional.cosine_similarity(*flat, dim=0) > 0.5
+
+
+def test_a_delta_that_is_on_belongs_to_the_model_that_is_trained(sd1: Any) -> None:
+    first = EDITORS[0].fit(sd1, CAT)
+    with first.apply(sd1):
+        second = EDITORS[0].fit(sd1, ALCOHOL)
+    assert list(second.after) == [first.hash]
+    assert not same(second, EDITORS[0].fit(sd1, ALCOHOL))
+
+
+# ---------------------------------------------------------------- updates
+
+
+def test_parts_of_a_batch_add_up(sd1: Any) -> None:
+    whole, parts = (
+        ESD(steps=2, lr=1e-3, batch=3, reuse=2, sampler_steps=4, accumulate=n, clip=1.0).fit(sd1, CAT) for n in (1, 2)
+    )
+    for name, w in whole.weights.items():
+        assert torch.allclose(parts.weights[name], w, atol=1e-4)  # of moves of 2e-3
+    assert whole.info["loss"] == pytest.approx(parts.info["loss"], rel=1e-4)
+
+
+def test_weight_decay_and_clipping_reach_the_optimiser(sd1: Any) -> None:
+    plain = ESD(steps=1, lr=1e-2, eta=-1, **QUICK).fit(sd1, CAT)  # a loss of 0
+    decayed = ESD(steps=1, lr=1e-2, eta=-1, weight_decay=0.5, **QUICK).fit(sd1, CAT)
+    name = next(n for n in plain.weights if n.endswith("attn2.to_k.weight"))
+    own = sd1.unet.get_parameter(name.removeprefix("unet.")).detach()
+    assert float(dense(plain.weights[name]).abs().max()) < 1e-2 * float(own.abs().max())
+    assert change(dense(decayed.weights[name]), dense(plain.weights[name]) - 0.005 * own) < 0.3
+    clipped = ESD(steps=2, lr=1e-3, clip=1e-9, **QUICK).fit(sd1, CAT)
+    free = ESD(steps=2, lr=1e-3, **QUICK).fit(sd1, CAT)
+    assert float(dense(clipped.weights[name]).norm()) < 0.5 * float(dense(free.weights[name]).norm())  # Adam's epsilon
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("editor", [ESD(steps=7, lr=1e-3, **QUICK), SDD(steps=7, lr=1e-3, ema=0.5, **QUICK)])
+def test_interrupted_and_gone_on_is_unbroken(
+    editor: Any, sd1: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_training, "EVERY", 2)
+    file, update, done = tmp_path / "fit.safetensors", _training._update, []
+    unbroken = editor.fit(sd1, [ALCOHOL, CAT], seed=3)
+
+    def interrupt(*args: Any) -> None:
+        if len(done) == 5:
+            raise KeyboardInterrupt
+        done.append(update(*args))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_training, "_update", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            editor.fit(sd1, [ALCOHOL, CAT], seed=3, checkpoint=file)
+    with safe_open(file, "pt") as kept:
+        assert len(kept.get_tensor("losses")) == 4
+        assert {name.split("/")[0] for name in kept.keys()} >= {"student", "adam", "rng"}  # noqa: SIM118
+    done.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(_training, "_update", lambda *args: done.append(update(*args)))
+        resumed = editor.fit(sd1, [ALCOHOL, CAT], seed=3, checkpoint=file)
+        assert len(done) == 3
+        again = editor.fit(sd1, [ALCOHOL, CAT], seed=3, checkpoint=file)  # finished: nothing is left to do
+        assert len(done) == 3
+    assert same(resumed, unbroken) and same(again, unbroken)
+    assert resumed.info == unbroken.info
+
+
+def test_a_checkpoint_of_another_fit_is_refused_and_kept(sd1: Any, tmp_path: Path) -> None:
+    file, editor = tmp_path / "fit.safetensors", ESD(steps=2, lr=1e-3, **QUICK)
+    editor.fit(sd1, CAT, checkpoint=file)
+    written = file.read_bytes()
+    for other, concept, seed, what in (
+        (ESD(steps=3, lr=1e-3, **QUICK), CAT, 0, "steps"),
+        (editor, ALCOHOL, 0, "phrases"),
+        (editor, CAT, 1, "seed"),
+    ):
+        with pytest.raises(ValueError, match=f"another fit .different: {what}"):
+            other.fit(sd1, concept, seed=seed, checkpoint=file)
+    with editor.fit(sd1, CAT).apply(sd1), pytest.raises(ValueError, match="different: base"):
+        editor.fit(sd1, CAT, checkpoint=file)
+    assert file.read_bytes() == written
+    file.write_bytes(written[:100])
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        editor.fit(sd1, CAT, checkpoint=file)
+
+
+def test_a_loss_that_is_not_finite_ends_the_fit_and_keeps_the_checkpoint(
+    sd1: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_training, "EVERY", 2)
+    file, loss, calls, before = tmp_path / "fit.safetensors", ESD.loss, [], everything(sd1)
+
+    def poisoned(*args: Any) -> Tensor:
+        calls.append(None)
+        return loss(*args) * (float("nan") if len(calls) == 4 else 1.0)
+
+    monkeypatch.setattr(ESD, "loss", poisoned)
+    with pytest.raises(RuntimeError, match=r"loss is nan in update 4 at lr 0\.001; the last checkpoint is kept in"):
+        ESD(steps=6, lr=1e-3, **QUICK).fit(sd1, CAT, checkpoint=file)
+    with safe_open(file, "pt") as kept:
+        assert len(kept.get_tensor("losses")) == 2
+        assert all(kept.get_tensor(name).isfinite().all() for name in kept.keys() if "/" in name)  # noqa: SIM118
+        assert json.loads(kept.metadata()["done"]) is False
+    assert_as_found(sd1, before)
+    calls.clear()
+    with pytest.raises(RuntimeError, match="there is no checkpoint yet"):
+        ESD(steps=6, lr=1e-3, **QUICK).fit(sd1, CAT)
+
+
+# ---------------------------------------------------------------- the detector
+
+
+def test_a_fit_ends_when_the_detector_no_longer_sees_the_concept(sd1: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two judges, of which the worse counts; pictures are those of the edited model."""
+    monkeypatch.setattr(_training, "LOOK", 2)
+    monkeypatch.setattr(_training, "LOOK_IMAGES", 4)
+    shown: list[Tensor] = []
+
+    def judges(images: Tensor) -> Tensor:
+        shown.append(images)
+        sees = torch.zeros(2, len(images), dtype=torch.bool)
+        sees[1, : 3 - len(shown)] = True  # 2 of 4 pictures, then 1, then none
+        return sees
+
+    before = everything(sd1)
+    editor = ESD(steps=40, lr=1e-2, **QUICK)
+    assert editor.fit(sd1, CAT, stop=judges, below=0.25).info["steps"] == 4
+    assert_as_found(sd1, before)
+    assert [tuple(images.shape) for images in shown] == [(4, 3, 16, 16)] * 2
+    assert change(shown[0], shown[1]) > 1e-3
