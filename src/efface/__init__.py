@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from efface.core import Concept, Detector, Eraser, Handle
     from efface.erasers.eiup import EIUP
     from efface.erasers.negative_prompt import NegativePrompt
+    from efface.erasers.sld import SLD
 
 __version__ = "0.1.0"
 
 __all__ = [
     "EIUP",
+    "SLD",
     "Concept",
     "Detector",
     "Eraser",
@@ -37,6 +39,7 @@ __all__ = [
 
 _HOME = {
     "EIUP": "efface.erasers.eiup",
+    "SLD": "efface.erasers.sld",
     "Concept": "efface.core",
     "Detector": "efface.core",
     "Eraser": "efface.core",

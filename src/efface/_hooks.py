@@ -6,9 +6,12 @@ hook is gone.
 
 - `encode_prompt` is wrapped on the pipeline: it tells which rows will be conditional and encodes erasure prompts anew
   for each call (so a LoRA loaded or a device changed in between is seen; there is nothing to invalidate).
-- The denoiser hook reads the time and checks the batch against what `encode_prompt` returned.
+- The denoiser hook reads the time and checks the batch against what `encode_prompt` returned. There a method may change
+  the text that conditional rows read, and the noise predicted for them: texts it asks for are predicted as further rows
+  of the same call, and the pipeline's own guidance then works on the changed prediction, whatever the scheduler.
 - In every cross-attention layer the query is seen behind `to_q`, and the attention output is edited in front of
-  `to_out[0]`, on conditional rows only. Processors stay as they are (slicing, LoRA, IP-Adapter).
+  `to_out[0]`, on conditional rows only. Processors stay as they are (slicing, LoRA, IP-Adapter). Further rows are not
+  edited: they have to show the concept.
 """
 
 from __future__ import annotations
@@ -16,10 +19,13 @@ from __future__ import annotations
 import hashlib
 import inspect
 import itertools
+import sys
+import threading
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from types import MethodType
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from types import FrameType, MethodType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -94,8 +100,13 @@ def encode(pipe: DiffusionPipeline, texts: Sequence[str], **settings: Any) -> En
     return Encoded(out[0], out[2] if len(out) > 2 else None, tuple(places[0]))
 
 
-def pack(pipe: DiffusionPipeline, phrases: Sequence[str]) -> list[str]:
-    """Phrases joined with spaces, greedily and in order, into as few texts as fit the encoder."""
+def encoding_settings(call: inspect.BoundArguments) -> dict[str, Any]:
+    """The arguments of an `encode_prompt` call that change how any text is encoded."""
+    return {k: call.arguments[k] for k in ("clip_skip", "lora_scale") if call.arguments.get(k) is not None}
+
+
+def pack(pipe: DiffusionPipeline, phrases: Sequence[str], between: str = " ") -> list[str]:
+    """Phrases joined, greedily and in order, into as few texts as fit the encoder."""
     tokenizers = [getattr(pipe, name) for name in family(pipe).tokenizers]
 
     def fits(text: str) -> bool:
@@ -103,7 +114,7 @@ def pack(pipe: DiffusionPipeline, phrases: Sequence[str]) -> list[str]:
 
     texts = [phrases[0]]
     for phrase in phrases[1:]:
-        joined = f"{texts[-1]} {phrase}"
+        joined = f"{texts[-1]}{between}{phrase}"
         if fits(joined):
             texts[-1] = joined
         else:
@@ -121,6 +132,7 @@ class Term:
     text: Tensor
     own: slice
     rows: Tensor | None = None
+    pooled: Tensor | None = None
 
 
 class CrossAttention:
@@ -171,18 +183,45 @@ class CrossAttention:
         return self._neutral_out
 
 
+# ---------------------------------------------------------------- what a method sees of one denoiser call
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the denoiser predicts in one step, conditional rows only, float32 or wider.
+
+    Args:
+        prompt: [B, C, h, w] for the user's prompt, before any eraser changed it.
+        negative: the same rows' unconditional prediction.
+        concept: for the concept's text, all else (noise, pooled size, ControlNet, IP-Adapter) as in the prompt's row;
+            the mean, if the phrases fill several texts.
+        guidance_scale: of the pipeline's call.
+        time: 0 is pure noise, 1 the picture; it broadcasts over [B, C, h, w].
+        memory: kept from step to step for this eraser, and empty when a call of the pipeline begins.
+    """
+
+    prompt: Tensor
+    negative: Tensor
+    concept: Tensor
+    guidance_scale: float | None
+    time: Tensor
+    memory: dict[str, Tensor]
+
+
 # ---------------------------------------------------------------- erasers
 
 
 class Hooked:
     """Base of run-time erasers: `apply` puts them on the pipeline's list.
 
-    A subclass is a frozen dataclass with `concepts` and overrides `edit` (attention) or `rewrite` (text).
+    A subclass is a frozen dataclass with `concepts` and overrides `edit` (attention), `guide` (predicted noise),
+    `rewrite` (text, once) or `rewrite` and `reread` (text, at each step).
     """
 
     off: ClassVar[dict[str, Any] | None] = None
     touches_uncond: ClassVar[bool] = False
     edits_attention: ClassVar[bool] = False
+    guides: ClassVar[bool] = False  # changes the prediction, which takes guidance
     packs = True  # phrases share erasure prompts; a method may need one prompt per phrase
 
     concepts: tuple[Concept, ...]
@@ -196,11 +235,31 @@ class Hooked:
         """The attention output [B, Q, C] of conditional rows, without the concept of `term`."""
         return out
 
+    def guide(self, seen: Prediction) -> Tensor:
+        """What to add to `seen.prompt` [B, C, h, w]. Every method sees the plain one: what they add is summed."""
+        return torch.zeros_like(seen.prompt)
+
     def rewrite(
-        self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], call: inspect.BoundArguments
+        self,
+        pipe: DiffusionPipeline,
+        encoded: tuple[Any, ...],
+        call: inspect.BoundArguments,
+        memory: dict[str, Tensor],
     ) -> tuple[Any, ...]:
-        """What `encode_prompt` returned, changed."""
+        """What `encode_prompt` returned, changed; `memory` is empty and lasts for this call of the pipeline."""
         return encoded
+
+    def reread(
+        self, text: Tensor, pooled: Tensor | None, time: Tensor, memory: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The text [B, L, D] and pooled text that the conditional rows read at this time."""
+        return text, pooled
+
+    def groups(self, concepts: tuple[Concept, ...]) -> list[tuple[Concept, ...]]:
+        """Which concepts share erasure prompts: those of a guided prediction do."""
+        if self.guides:
+            return [concepts] if concepts else []
+        return [(concept,) for concept in dict.fromkeys(concepts)]
 
     def apply(self, pipe: DiffusionPipeline) -> Handle:
         """Takes effect at once; returns the handle that takes it off again (also a context manager)."""
@@ -235,11 +294,11 @@ class _WatchDenoiser(ModelHook):
         super().__init__()
         self.site = site
 
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        text = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
-        self.site.begin(timestep, text)
-        return args, kwargs
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.site.denoise(self.fn_ref.original_forward, args, kwargs)
+        with self.site.alone():
+            return self.site.denoise(self.fn_ref.original_forward, args, kwargs)
 
 
 class _Layer:
@@ -283,8 +342,9 @@ class _Entry:
     """An eraser that is on, its erasure prompts, and the handle that controls it."""
 
     eraser: Hooked
-    terms: tuple[tuple[Concept, Term], ...] = ()
+    terms: tuple[tuple[tuple[Concept, ...], Term], ...] = ()
     acting: tuple[Term, ...] = ()  # with the rows of the present batch
+    memory: dict[str, Tensor] = field(default_factory=dict)  # of the present call
 
 
 @dataclass(frozen=True)
@@ -295,6 +355,9 @@ class _Call:
     negative: Tensor | None
     images_per_prompt: int
     settings: dict[str, Any]  # of the encoding
+    pipe: weakref.ref[DiffusionPipeline]
+    guidance_scale: float | None
+    thread: int = field(default_factory=threading.get_ident)
 
 
 class Site:
@@ -305,15 +368,17 @@ class Site:
         self._denoiser = weakref.ref(denoiser)
         attns = [m for m in denoiser.modules() if isinstance(m, Attention) and m.is_cross_attention]
         self.layers = [_Layer(self, m) for m in attns]
+        self.parameters = tuple(inspect.signature(type(denoiser).forward).parameters)[1:]
         self.entries: list[_Entry] = []
         self.pipes: list[tuple[weakref.ref[DiffusionPipeline], dict[str, Any]]] = []  # with what WRAPPED hid
         self.neutral: Tensor | None = None
         self.call: _Call | None = None
-        self.first = 0
+        self.first = self.last = 0  # the conditional rows; further ones come behind
         self.prompt: Tensor | None = None
         self.time: Tensor | float = 0.0
         self.train_timesteps = 1000
         self._checked: Tensor | None = None
+        self._busy: int | None = None  # the thread that is inside
 
     # ---- the list
 
@@ -342,6 +407,11 @@ class Site:
             present = owner()
             if present is None:
                 raise ValueError("The pipeline of this eraser is gone.")
+            if self.call is not None and changed.guides != entry.eraser.guides:
+                raise ValueError(
+                    f"This change moves {type(changed).__name__} to other rows of the batch, which cannot be done "
+                    "while the pipeline is drawing: set it between two calls."
+                )
             trial = _Entry(changed)
             self._prepare(present, trial, **(self.call.settings if self.call else {}))
             entry.eraser, entry.terms, entry.acting = trial.eraser, trial.terms, trial.acting
@@ -384,18 +454,19 @@ class Site:
         """Encodes the eraser's erasure prompts, and the neutral text beside them."""
         eraser = entry.eraser
         self.train_timesteps = pipe.scheduler.config.num_train_timesteps
-        if not eraser.edits_attention:
+        if not (eraser.edits_attention or eraser.guides):
             return
-        concepts = eraser.concepts if eraser.rows is None else itertools.chain(*eraser.rows)
-        texts = [
-            (concept, text)
-            for concept in dict.fromkeys(concepts)
-            for text in (pack(pipe, concept.phrases) if eraser.packs else concept.phrases)
-        ]
+        rows = [eraser.concepts] if eraser.rows is None else eraser.rows
+        between = ", " if eraser.guides else " "
+        texts = []
+        for group in dict.fromkeys(group for row in rows for group in eraser.groups(row)):
+            phrases = [phrase for concept in group for phrase in concept.phrases]
+            texts += [(group, text) for text in (pack(pipe, phrases, between) if eraser.packs else phrases)]
         encoded = encode(pipe, ["", *(text for _, text in texts)], **settings)
         self.neutral = encoded.text[:1]
         entry.terms = tuple(
-            (concept, Term(encoded.text[k : k + 1], encoded.own[k])) for k, (concept, _) in enumerate(texts, start=1)
+            (group, Term(encoded.text[k : k + 1], encoded.own[k], pooled=_row(encoded.pooled, k)))
+            for k, (group, _) in enumerate(texts, start=1)
         )
         entry.acting = tuple(term for _, term in entry.terms)
         self._place(entry, self.call.images_per_prompt if self.call else 1)
@@ -407,45 +478,48 @@ class Site:
         encode_prompt, end_of_call = pipe.encode_prompt, pipe.maybe_free_model_hooks
         signature = inspect.signature(MethodType(type(pipe).encode_prompt, pipe))
 
+        owner = weakref.ref(pipe)
+
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            bound = signature.bind(*args, **kwargs)
-            bound.apply_defaults()
-            settings = {
-                k: bound.arguments[k] for k in ("clip_skip", "lora_scale") if bound.arguments.get(k) is not None
-            }
-            encoded = encode_prompt(*args, **kwargs)
-            for entry in self.entries:
-                encoded = entry.eraser.rewrite(pipe, encoded, bound)
-                self._prepare(pipe, entry, **settings)
-            negative = encoded[1] if bound.arguments["do_classifier_free_guidance"] else None
-            self.call = _Call(encoded[0], negative, bound.arguments["num_images_per_prompt"], settings)
-            self._checked = None
-            self._fit()  # once more in `begin`, but not when compiled
-            for entry in self.entries:
-                self._place(entry, self.call.images_per_prompt, len(encoded[0]))
-            return encoded
+            with self.alone():
+                bound = signature.bind(*args, **kwargs)
+                bound.apply_defaults()
+                settings, images = encoding_settings(bound), bound.arguments["num_images_per_prompt"]
+                guided = bound.arguments["do_classifier_free_guidance"]
+                if not guided:
+                    self._refuse_without_guidance()
+                encoded = encode_prompt(*args, **kwargs)
+                for entry in self.entries:
+                    self._check_rows(entry, images, len(encoded[0]))
+                    entry.memory = {}
+                    encoded = entry.eraser.rewrite(owner(), encoded, bound, entry.memory)
+                    self._prepare(owner(), entry, **settings)
+                negative, scale = encoded[1] if guided else None, getattr(owner(), "guidance_scale", None)
+                self.call = _Call(encoded[0], negative, images, settings, owner, scale)
+                self._checked = None
+                self._fit()  # once more in `begin`, but not when compiled
+                for entry in self.entries:
+                    self._place(entry, images, len(encoded[0]))
+                return encoded
 
         def ended() -> Any:
-            self.call = self._checked = None
+            if self.call is not None and self.call.thread == threading.get_ident():
+                self.call = self._checked = None
             return end_of_call()
 
-        self.pipes.append((weakref.ref(pipe), {name: vars(pipe)[name] for name in WRAPPED if name in vars(pipe)}))
+        self.pipes.append((owner, {name: vars(pipe)[name] for name in WRAPPED if name in vars(pipe)}))
         pipe.encode_prompt, pipe.maybe_free_model_hooks = wrapped, ended
 
     # ---- batches
 
     def _place(self, entry: _Entry, images_per_prompt: int, batch: int | None = None) -> None:
         """Gives each term of an eraser with `rows` its rows of the batch, which has `batch` conditional rows."""
-        rows = entry.eraser.rows
-        if rows is None or not entry.eraser.edits_attention:
+        rows, groups = entry.eraser.rows, entry.eraser.groups
+        self._check_rows(entry, images_per_prompt, batch)
+        if rows is None or not entry.terms:
             return
-        if batch is not None and len(rows) * images_per_prompt != batch:
-            raise ValueError(
-                f"`rows` has {len(rows)} entries, but the call has {batch // images_per_prompt} prompts: give one list "
-                "of concepts per prompt."
-            )
         # the n-th terms of all rows, then the next: a row's terms act in its own order, as they would alone
-        orders = [[t for c in dict.fromkeys(row) for t, (of, _) in enumerate(entry.terms) if of == c] for row in rows]
+        orders = [[t for g in groups(row) for t, (of, _) in enumerate(entry.terms) if of == g] for row in rows]
         acting = []
         for step in itertools.zip_longest(*orders):
             for t in sorted({t for t in step if t is not None}):
@@ -454,10 +528,36 @@ class Site:
                 acting.append(replace(term, rows=torch.tensor(chosen, device=term.text.device)))
         entry.acting = tuple(acting)
 
+    @staticmethod
+    def _check_rows(entry: _Entry, images_per_prompt: int, batch: int | None) -> None:
+        rows = entry.eraser.rows
+        if rows is not None and batch is not None and len(rows) * images_per_prompt != batch:
+            raise ValueError(
+                f"`rows` has {len(rows)} entries, but the call has {batch // images_per_prompt} prompts: give one list "
+                "of concepts per prompt."
+            )
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """One thread at a time: what this denoiser's erasers know of the present call cannot be shared."""
+        here = threading.get_ident()
+        with _GUARD:
+            if self._busy not in (None, here):
+                raise RuntimeError(_TWO_THREADS)
+            outside, self._busy = self._busy, here
+        try:
+            yield
+        finally:
+            self._busy = outside
+
     def begin(self, timestep: Tensor | float, text: Tensor) -> None:
         """Called in front of each denoiser call: which rows are conditional, what time it is."""
         if not torch.compiler.is_compiling():
             self._fit()
+            if self.call is None:
+                self._refuse_strangers()
+            elif self.call.thread != threading.get_ident():
+                raise RuntimeError(_TWO_THREADS)
             if text is not self._checked:
                 self.first = self._first_row(text)
                 if self.first < len(text):
@@ -468,6 +568,7 @@ class Site:
             self.first = len(text) - len(self.call.positive)
         else:
             self.first = 0
+        self.last = len(text)
         self.prompt = text[self.first :]
         self.time = timestep
 
@@ -501,10 +602,11 @@ class Site:
 
     def edit(self, attn: Attention, query: Tensor | None, hidden: Tensor) -> Tensor:
         """The attention output [B, Q, C] in front of `to_out`, edited by every active eraser in turn."""
-        if query is None or self.first == len(hidden):
+        first, last = self.first, self.last
+        if query is None or first == last:
             return hidden
-        out = hidden[self.first :]
-        cross = CrossAttention(attn, query[self.first :], self.prompt, self.neutral)
+        out = hidden[first:last]
+        cross = CrossAttention(attn, query[first:last], self.prompt, self.neutral)
         changed = False
         for entry in self.entries:
             eraser = entry.eraser
@@ -521,8 +623,139 @@ class Site:
                 out, changed = (torch.lerp(out, edited, weight.to(out)) if isinstance(weight, Tensor) else edited), True
         if not changed:
             return hidden
-        return out if self.first == 0 else torch.cat([hidden[: self.first], out])
+        return out if len(out) == len(hidden) else torch.cat([hidden[:first], out, hidden[last:]])
 
+    # ---- predictions
+
+    def denoise(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of the denoiser: the text read anew, the concepts predicted beside it, the prediction changed."""
+        names = self.parameters[: len(args)]
+        arguments = dict(zip(names, args, strict=True)) | kwargs
+        text: Tensor = arguments["encoder_hidden_states"]
+        self.begin(arguments["timestep"], text)
+        time = 1 - torch.as_tensor(self.time, dtype=torch.float32, device=text.device) / self.train_timesteps
+        time = time[self.first : self.last, None, None, None] if time.ndim else time  # one for each row
+        guiding = []
+        for entry in self.entries:
+            weight = self._weight(entry.eraser.window) if entry.eraser.guides and not entry.eraser.is_off() else 0
+            if entry.acting and (isinstance(weight, Tensor) or weight):
+                guiding.append((entry, weight))
+        arguments = self._reread(arguments, time)
+        terms = [term for entry, _ in guiding for term in entry.acting]
+        every = torch.arange(self.last - self.first, device=text.device)
+        rows = [every if term.rows is None else term.rows for term in terms]
+        if guiding:
+            if not 0 < self.first < self.last:
+                raise ValueError(_needs_guidance(guiding[0][0].eraser))
+            arguments = self._beside(arguments, terms, rows)
+        positional = [arguments.pop(name) for name in names]
+        out = forward(*positional, **arguments)
+        if not guiding:
+            return out
+        guided = self._guide(out[0], guiding, time, rows)
+        return (guided, *out[1:]) if isinstance(out, tuple) else type(out)(sample=guided)
+
+    def _reread(self, arguments: dict[str, Any], time: Tensor) -> dict[str, Any]:
+        """The arguments with the text that conditional rows read at this time."""
+        text, more = arguments["encoder_hidden_states"], arguments.get("added_cond_kwargs") or {}
+        all_pooled = more.get("text_embeds")
+        prompt, pooled = text[self.first :], None if all_pooled is None else all_pooled[self.first :]
+        for entry in self.entries if self.first < self.last else ():
+            if not entry.eraser.is_off():
+                prompt, pooled = entry.eraser.reread(prompt, pooled, time, entry.memory)
+        self.prompt = prompt
+        changed: dict[str, Any] = {"encoder_hidden_states": torch.cat([text[: self.first], prompt])}
+        if all_pooled is not None and pooled is not None:
+            changed["added_cond_kwargs"] = {**more, "text_embeds": torch.cat([all_pooled[: self.first], pooled])}
+        return arguments | changed
+
+    def _beside(self, arguments: dict[str, Any], terms: list[Term], rows: list[Tensor]) -> dict[str, Any]:
+        """The arguments with further rows: the conditional rows once more, with a concept as their text."""
+        text = arguments["encoder_hidden_states"]
+        for term in terms:
+            if term.text.shape[1:] != text.shape[1:]:
+                raise ValueError(
+                    f"The call's text has {text.shape[1]} columns, but a concept's {term.text.shape[1]}, so they do "
+                    "not fit into one batch: give a prompt of the ordinary length, or use method 'eiup'."
+                )
+        again = self.first + torch.cat(rows)
+        longer = {name: _with_rows(value, len(text), again) for name, value in arguments.items()}
+        asked = [term.text.expand(len(r), -1, -1) for term, r in zip(terms, rows, strict=True)]
+        longer["encoder_hidden_states"] = torch.cat([text, *asked])
+        if "text_embeds" in (more := arguments.get("added_cond_kwargs") or {}):
+            asked = [t.pooled.expand(len(r), -1) for t, r in zip(terms, rows, strict=True) if t.pooled is not None]
+            longer["added_cond_kwargs"]["text_embeds"] = torch.cat([more["text_embeds"], *asked])
+        return longer
+
+    def _guide(
+        self, out: Tensor, guiding: list[tuple[_Entry, Tensor | float]], time: Tensor, asked: list[Tensor]
+    ) -> Tensor:
+        """The prediction of the user's rows, the conditional ones changed by what each method adds."""
+        first, last = self.first, self.last
+        wide = out.to(torch.promote_types(out.dtype, torch.float32))
+        negative, prompt, further = wide[:first], wide[first:last], iter(wide[last:].split([len(r) for r in asked]))
+        scale = self.call.guidance_scale if self.call else None
+        if self.call and not torch.compiler.is_compiling():  # a callback may have changed it
+            scale = getattr(self.call.pipe(), "guidance_scale", None)
+        places, changed = iter(asked), prompt
+        for entry, weight in guiding:
+            concept, count = torch.zeros_like(prompt), torch.zeros_like(prompt[:, :1, :1, :1])
+            for _ in entry.acting:
+                rows = next(places)
+                concept = concept.index_add(0, rows, next(further))
+                count = count.index_add(0, rows, torch.ones_like(count[: len(rows)]))
+            seen = Prediction(prompt, negative, concept / count.clamp(min=1), scale, time, entry.memory)
+            changed = changed + torch.where(count > 0, weight * entry.eraser.guide(seen), 0)
+        return torch.cat([out[:first], changed.to(out.dtype)])
+
+    def _refuse_without_guidance(self) -> None:
+        for entry in self.entries:
+            if entry.eraser.guides and not entry.eraser.is_off():
+                raise ValueError(_needs_guidance(entry.eraser))
+
+    def _refuse_strangers(self) -> None:
+        """A pipeline on this denoiser that no eraser was applied to: its unconditional rows cannot be told."""
+        from diffusers import DiffusionPipeline
+
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            caller = frame.f_locals.get("self")
+            if isinstance(caller, DiffusionPipeline) and not any(ref() is caller for ref, _ in self.pipes):
+                raise ValueError(
+                    f"This {type(caller).__name__} shares its denoiser with a pipeline that has erasers on, but none "
+                    "was applied to it, so it is not known which rows are conditional. Remove them there and apply "
+                    "them to the pipeline that you call (erasers on one denoiser add up)."
+                )
+            frame = frame.f_back
+
+
+def _row(x: Tensor | None, k: int) -> Tensor | None:
+    return None if x is None else x[k : k + 1]
+
+
+def _with_rows(value: Any, rows: int, again: Tensor) -> Any:
+    """An argument of the denoiser with some of its `rows` once more behind; what is not per row stays."""
+    if isinstance(value, Tensor):
+        return torch.cat([value, value[again]]) if value.ndim and len(value) == rows else value
+    if isinstance(value, dict):
+        return {name: _with_rows(each, rows, again) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_with_rows(each, rows, again) for each in value)
+    return value
+
+
+def _needs_guidance(eraser: Hooked) -> str:
+    return (
+        f"{type(eraser).__name__} needs guidance, with conditional and unconditional rows in one batch of a pipeline's "
+        "call: set `guidance_scale` above 1 (a denoiser called by itself does not do), or use method 'eiup'."
+    )
+
+
+_TWO_THREADS = (
+    "Two threads use one pipeline with erasers on, which would mix up their pictures: let them take turns, or give "
+    "each a pipeline of its own."
+)
+_GUARD = threading.Lock()
 
 # ---------------------------------------------------------------- sites
 
