@@ -87,6 +87,10 @@ def encode(pipe: DiffusionPipeline, texts: Sequence[str], **settings: Any) -> En
     places = [[_own_columns(getattr(pipe, t), text) for text in texts] for t in family(pipe).tokenizers]
     if any(p != places[0] for p in places):
         raise ValueError(f"The pipeline's tokenizers place the tokens of {list(texts)} differently: use other words.")
+    return Encoded(*_encode(pipe, texts, settings), tuple(places[0]))
+
+
+def _encode(pipe: DiffusionPipeline, texts: Sequence[str], settings: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     site = _SITES.get(_denoiser(pipe))
     method = site.original_encode(pipe) if site else pipe.encode_prompt
     with torch.no_grad():
@@ -97,7 +101,42 @@ def encode(pipe: DiffusionPipeline, texts: Sequence[str], **settings: Any) -> En
             do_classifier_free_guidance=False,
             **settings,
         )
-    return Encoded(out[0], out[2] if len(out) > 2 else None, tuple(places[0]))
+    return out[0], out[2] if len(out) > 2 else None
+
+
+def length(pipe: DiffusionPipeline, text: str) -> int:
+    """How many tokens of a text are encoded: start, own and end tokens. What is over the limit is cut."""
+    tokenizer = getattr(pipe, family(pipe).tokenizers[0])
+    convert = getattr(pipe, "maybe_convert_prompt", None)  # textual inversion: one word, several tokens
+    text = convert(text, tokenizer) if convert else text
+    return len(tokenizer(text, truncation=True, max_length=tokenizer.model_max_length).input_ids)
+
+
+def encode_masked(
+    pipe: DiffusionPipeline, text: str, columns: Sequence[Sequence[int]], **settings: Any
+) -> tuple[Tensor, Tensor | None]:
+    """A prompt encoded once for each set of columns [N, L, D], with the tokens in these columns masked; and pooled.
+
+    The mask is the tokenizer's own, or "!", the first word of CLIP's vocabulary, which has none.
+    """
+    placed = []
+    for name in family(pipe).tokenizers:
+        tokenizer, encoder = getattr(pipe, name), getattr(pipe, name.replace("tokenizer", "text_encoder"))
+        mask = tokenizer.mask_token_id
+        mask = tokenizer.convert_tokens_to_ids("!") if mask is None else mask
+
+        def put(module: nn.Module, args: tuple[Any, ...], mask: int = mask) -> tuple[Any, ...]:
+            ids = args[0].clone()
+            for row, masked in enumerate(columns):
+                ids[row, list(masked)] = mask
+            return (ids, *args[1:])
+
+        placed.append(encoder.register_forward_pre_hook(put))
+    try:
+        return _encode(pipe, [text] * len(columns), settings)
+    finally:
+        for handle in placed:
+            handle.remove()
 
 
 def encoding_settings(call: inspect.BoundArguments) -> dict[str, Any]:
@@ -505,6 +544,8 @@ class Site:
         def ended() -> Any:
             if self.call is not None and self.call.thread == threading.get_ident():
                 self.call = self._checked = None
+                for entry in self.entries:
+                    entry.memory = {}
             return end_of_call()
 
         self.pipes.append((owner, {name: vars(pipe)[name] for name in WRAPPED if name in vars(pipe)}))
