@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from efface.core import Concept, Detector, Eraser, Handle
     from efface.erasers.eiup import EIUP
     from efface.erasers.negative_prompt import NegativePrompt
+    from efface.erasers.safree import SAFREE
     from efface.erasers.sld import SLD
 
 __version__ = "0.1.0"
 
 __all__ = [
     "EIUP",
+    "SAFREE",
     "SLD",
     "Concept",
     "Detector",
@@ -39,6 +41,7 @@ __all__ = [
 
 _HOME = {
     "EIUP": "efface.erasers.eiup",
+    "SAFREE": "efface.erasers.safree",
     "SLD": "efface.erasers.sld",
     "Concept": "efface.core",
     "Detector": "efface.core",
