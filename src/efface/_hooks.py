@@ -755,7 +755,7 @@ class Site:
                 raise ValueError(_needs_guidance(entry.eraser))
 
     def _refuse_strangers(self) -> None:
-        """A pipeline on this denoiser that no eraser was applied to: its unconditional rows cannot be told."""
+        """A pipeline's call that began without the erasers, or lost them: its unconditional rows cannot be told."""
         from diffusers import DiffusionPipeline
 
         frame: FrameType | None = sys._getframe(1)
@@ -766,6 +766,11 @@ class Site:
                     f"This {type(caller).__name__} shares its denoiser with a pipeline that has erasers on, but none "
                     "was applied to it, so it is not known which rows are conditional. Remove them there and apply "
                     "them to the pipeline that you call (erasers on one denoiser add up)."
+                )
+            if isinstance(caller, DiffusionPipeline) and frame.f_code.co_name == "__call__":
+                raise RuntimeError(
+                    "It is not known which rows of this call are conditional: another thread used the pipeline in "
+                    f"between, or the eraser was applied in the middle of the call. {_TWO_THREADS}"
                 )
             frame = frame.f_back
 
