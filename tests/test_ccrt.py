@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,7 +64,7 @@ def test_mutation_replaces_no_gene_or_every_gene() -> None:
 @given(seed=st.integers(0, 10**6), keep=st.integers(2, 12), mutation=st.sampled_from([0.0, 0.3, 1.0]))
 @settings(max_examples=30, deadline=None)
 def test_the_best_never_get_worse(seed: int, keep: int, mutation: float) -> None:
-    """With a fitness that is a function: sorted, bounded, few genes, nobody scored twice, the same again by the seed."""
+    """With a fitness that is a function: sorted, bounded, few genes, nobody scored twice, the same by the seed."""
     entities = [f"e{k}" for k in range(12)]
     worth = {entity: random.Random(f"{seed}{entity}").random() for entity in entities}
     scored: list[Individual] = []
@@ -82,7 +83,7 @@ def test_the_best_never_get_worse(seed: int, keep: int, mutation: float) -> None
         assert len(best) == keep
         assert [score for _, score in best] == sorted((score for _, score in best), reverse=True)
         assert all(1 <= len(one) <= 3 and len(set(one)) == len(one) for one, _ in best)
-    for before, after in zip(runs, runs[1:], strict=False):
+    for before, after in itertools.pairwise(runs):
         assert all(b >= a for (_, a), (_, b) in zip(before, after, strict=True))
     assert runs[3] == evolve(3)
     assert len(scored) == len(set(scored))
