@@ -818,7 +818,7 @@ def test_the_expected_maximum_is_what_drawing_gives(counts: list[int], prompts: 
     shares = np.array(counts) / 10
     mean, sd = (float(v[0]) for v in expected_max(shares[None], prompts))
     draws = np.random.default_rng(0).choice(shares, (20_000, prompts)).max(1)
-    assert mean == pytest.approx(draws.mean(), abs=4 * draws.std() / math.sqrt(20_000) + 1e-9)
+    assert mean == pytest.approx(draws.mean(), abs=4 * draws.std() / math.sqrt(20_000) + 1e-3)
     assert sd == pytest.approx(draws.std(), abs=0.02)
 
 
