@@ -88,8 +88,10 @@ def test_what_cannot_be_trained_is_refused(sd1: Any) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("steps", -1), ("steps", 1.5), ("batch", 0), ("accumulate", None), ("lr", 0.0), ("lr", float("nan")), ("eta", -2)]
-    + [("guidance", 0.5), ("clip", -1.0), ("precision", "float16"), ("reuse", True), ("sampler_steps", 0)],
+    [
+        *(("steps", -1), ("steps", 1.5), ("batch", 0), ("accumulate", None), ("reuse", True), ("sampler_steps", 0)),
+        *(("lr", 0.0), ("lr", float("nan")), ("eta", -2), ("guidance", 0.5), ("clip", -1.0), ("precision", "float16")),
+    ],
 )
 def test_fields_out_of_range_are_refused(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=field):
@@ -205,7 +207,7 @@ def test_half_precision_learns_in_float32(sd1: Any) -> None:
     before = everything(half)
     low, full = editor.fit(half, CAT), editor.fit(sd1, CAT)
     assert_as_found(half, before)
-    for name, w in low.weights.items():
+    for w in low.weights.values():
         assert w.dtype == torch.float32
         assert 0 < float(w.abs().max()) <= 4.1e-5  # Adam moves at most lr an update
     flat = [torch.cat([dense(w).flatten() for w in d.weights.values()]) for d in (low, full)]

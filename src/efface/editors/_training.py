@@ -187,7 +187,7 @@ class State:
         if theirs != ours:
             other = [key for key in ours if theirs.get(key) != ours[key]]
             raise ValueError(
-                f"{path} is the checkpoint of another fit (different: {', '.join(other)}): name another file, or run "
+                f"{path} is the checkpoint of another fit (different: {', '.join(other)}): move it away, or run "
                 "the command that began it."
             )
         self.done, self.losses = json.loads(header["done"]), tensors.pop("losses").tolist()

@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Generator, Tensor
 
+from .._hooks import fits
 from ..core import Concepts, as_concepts, config
 from ..delta import Delta, active, unedited
 from ._denoiser import Denoiser, Points, Weights, mse
@@ -109,9 +111,11 @@ class CCRT(Training):
         given: dict[str, Any] = {"steps": 1000, "lr": 1e-5, "batch": 1, "reuse": 1, "sampler_steps": 50}
         return cls(keep=100, generations=6, mutation=0.05, **given)
 
-    def fit(self, pipe: DiffusionPipeline, concepts: Concepts, *, seed: int = 0, **options: Any) -> Delta:
+    def fit(
+        self, pipe: DiffusionPipeline, concepts: Concepts, *, seed: int = 0, checkpoint: Any = None, **options: Any
+    ) -> Delta:
         """The delta of all rounds together; arguments as for `sequence`."""
-        first, *later = self.sequence(pipe, concepts, seed=seed, **options)
+        first, *later = self.sequence(pipe, concepts, seed=seed, checkpoint=checkpoint, **options)
         return sum(later, start=first)
 
     def sequence(
@@ -143,7 +147,7 @@ class CCRT(Training):
         method = self.resolved(pipe)
         earlier = [concept for delta in active(pipe) for concept in as_concepts(delta.concepts)]
         removed = [phrase for concept in (*earlier, *found) for phrase in concept.phrases]
-        source = Calibration(entities, removed, method.template or "{}", composer, broader)
+        source = Calibration(entities, removed, method.template or "{}", composer, broader, partial(fits, pipe))
         net = method.denoiser(pipe, phrases(found[0])[1])
         own = {name: weight for name, weight in unedited(pipe).items() if name.startswith(net.prefix)}
         base = {name: weight.clone() for name, weight in (net.base | own).items()}

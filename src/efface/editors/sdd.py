@@ -41,8 +41,8 @@ class SDD(Training):
     code, which `SDD.paper()` has.
 
     Differs: with several concepts the published pseudo-code ("readme": c_p one concept, cycling, c_s all joined) and
-    the published training script ("code": the other way round) disagree; both are here. Joined concepts that do not fit the
-    text encoder become several prompts that take turns, where the script cuts them off. A trajectory of 0 steps is pure
+    the published training script ("code": the other way round) disagree; both are here. Joined concepts that do not fit
+    the text encoder become several prompts that take turns; the script cuts them off. A trajectory of 0 steps is pure
     noise; in the script it is a finished picture with the time of pure noise. The time step is exactly the one of the
     noise in z_t, not a random one near it. The average covers the trained tensors (the others do not move). The empty
     prompt is what inference uses: zeros on SDXL. One trajectory serves `reuse` updates. `weight_decay` is 0, the
