@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +25,7 @@ from rich.table import Table
 import efface
 from efface.api import draw, model_hash
 from efface.core import config
+from efface.intervals import wilson
 from efface.models import emoji
 from efface.models.emoji.eyes import load_eyes
 from efface.pictures import grid, to_pil
@@ -35,15 +35,6 @@ CONCEPTS = ("alcohol", "weapon", "cat", "neon sign")
 CELLS = [(c, cell) for c in CONCEPTS for cell in emoji.CELLS if emoji.prompts(c, cell)]
 TUNING, TEST = 1_000, 1_000_000
 COUNTS = 0.30
-
-
-def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a rate."""
-    if not n:
-        return (0.0, 1.0)
-    p, d = k / n, 1 + z * z / n
-    middle, half = (p + z * z / (2 * n)) / d, z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
-    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def erasers(strength: float) -> dict[str, Any]:

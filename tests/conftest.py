@@ -17,8 +17,8 @@ def traces(pipe: Any) -> set[str]:
     """What an eraser could leave on a pipeline."""
     found = {name for name in ("encode_prompt", "maybe_free_model_hooks") if name in vars(pipe)}
     found |= {f"delta of {delta.method}" for delta in active(pipe)}
-    for part in ("unet", "vae", "text_encoder"):
-        for name, module in getattr(pipe, part).named_modules():
+    for part in ("unet", "transformer", "vae", "text_encoder"):
+        for name, module in getattr(pipe, part).named_modules() if hasattr(pipe, part) else ():
             kept = [trace for trace in ("_diffusers_hook", "forward") if trace in vars(module)]
             if part != "text_encoder":  # where transformers has hooks of its own
                 kept += [trace for trace in ("_forward_hooks", "_forward_pre_hooks") if getattr(module, trace)]

@@ -108,6 +108,42 @@ def test_erase_writes_pictures_grid_and_record(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "out/after-7.png").tobytes() == after.tobytes()
 
 
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--concept", "nudity"], "unknown concept 'nudity'"),
+        (["--concept", "cat", "--model", "some/model"], "There is no detector"),
+        (["--concept", "cat", "--set", "strength=1"], "The strength is what is looked for"),
+    ],
+)
+def test_bad_calibrations_are_explained(args: list[str], expected: str, tmp_path: Path) -> None:
+    done = run("calibrate", *args, "--out", str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert expected in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "out").glob("*"))
+
+
+@needs_weights
+def test_calibrate_names_a_strength_and_goes_on_without_drawing(tmp_path: Path) -> None:
+    args = ["calibrate", "--concept", "cat", "--prompt", "a cat", "--keep-prompt", "a rocket", "--n", "4"]
+    args += ["--strength", "1", "--refine", "0", "--target", "0.5", "--keep", "0.5", "--steps", "12"]
+    done = run(*args, "--out", str(tmp_path / "out"), "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["plain"]["rate"] >= 0.3
+    assert [p["strength"] for p in found["points"]] == [1.0] and found["points"][0]["left"]["n"] == 4
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "setting.json",
+        "plain.json",
+        "strength-1.json",
+        "calibration.json",
+    }
+    (tmp_path / "out/strength-1.json").write_text('{"left": [[1, 1, 1, 1]], "kept": [[1, 1, 1, 1]]}')
+    again = run(*args, "--out", str(tmp_path / "out"))
+    assert again.returncode == 0 and "No strength from 1 to 1 reaches" in " ".join(again.stdout.split())
+
+
 @needs_weights
 def test_without_out_folders_are_numbered(tmp_path: Path) -> None:
     args = ["erase", "a cat", "--phrase", "a feline", "--images", "1", "--steps", "1"]

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from efface.models.emoji.concepts import truth, vocabulary
-from efface.models.emoji.eyes import FEMALE, ICONS, INDEX, MALE, STYLES, Eye, Eyes, Seen, load_eyes
+from efface.models.emoji.eyes import FEMALE, ICONS, INDEX, MALE, STYLES, ConceptEyes, Eye, Eyes, Seen, load_eyes
 from efface.models.emoji.weights import FOLDER, check, sha256
 
 trained = pytest.mark.skipif(
@@ -114,6 +115,34 @@ def test_gender_is_that_of_the_surest_person(eyes: Eyes) -> None:
     assert eyes.gender(seen(man_cook=0.9)).tolist() == [[0], [0]]
     assert eyes.gender(seen(man_cook=0.6, woman_cook=0.8)).tolist() == [[1], [1]]
     assert eyes.gender(seen(man_cook=0.4, rose=0.9)).tolist() == [[-1], [-1]]
+
+
+def test_what_is_kept_is_all_but_the_concept() -> None:
+    class Told:
+        """Each picture's number says, by eye, which icons are there."""
+
+        there = (
+            (("cat-face", "rocket", "pizza"), ("cat-face", "rocket")),
+            (("rocket",), ("rocket",)),
+            (("cat-face", "pizza"), ("pizza",)),
+            (("cat-face",), ("rocket",)),
+            ((), ()),
+        )
+
+        def icons(self, images: Tensor) -> Tensor:
+            seen = torch.zeros(2, len(images), len(ICONS), dtype=torch.bool)
+            for k, number in enumerate(images.flatten().tolist()):
+                for eye, icons in enumerate(self.there[int(number)]):
+                    seen[eye, k, [INDEX[icon] for icon in icons]] = True
+            return seen
+
+    cat = ConceptEyes("cat", Told())  # type: ignore[arg-type]
+    plain, erased = torch.tensor([0, 0, 0, 3, 0]), torch.tensor([1, 2, 4, 1, 3])
+    assert cat.kept(erased, plain).tolist() == [[1, 1, 0, -1, 0], [1, 0, 0, 1, 1]]
+    assert cat.faithful(erased, plain).tolist() == [0.5, 0.0, 0.0, 1.0, 0.0]
+    assert ConceptEyes("neon sign", Told()).kept(erased[4:], plain[4:]).tolist() == [[1], [1]]  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="unknown concept 'nudity'"):
+        ConceptEyes("nudity", Told())  # type: ignore[arg-type]
 
 
 def test_bad_input_is_refused(eyes: Eyes) -> None:

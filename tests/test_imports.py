@@ -22,18 +22,22 @@ MAY_IMPORT: dict[str, set[str]] = {
     "families": {"registry", "core"},
     "_hooks": FACTS,
     "delta": FACTS | {"_hooks"},
-    "erasers": HOOKS,
+    "erasers": HOOKS | {"pictures"},
     "editors": HOOKS,
     "attacks": HOOKS,
     "models": FACTS,
     "metrics": FACTS | {"models"},
     "suites": FACTS | {"models"},
     "pictures": set(),
+    "intervals": set(),
     "api": HOOKS | {"models"},
+    "calibration": FACTS | {"api", "intervals", "pictures"},
     "runs": HOOKS | {"models", "api", "pictures"},
     "report": FACTS | {"runs"},
-    "cli": FACTS | {"models", "api", "pictures", "runs", "report"},
-    "efface": {"core", "api", "erasers", "editors", "attacks", "metrics", "suites", "delta", "runs", "report"},
+    "cli": FACTS | {"models", "api", "calibration", "pictures", "runs", "report"},
+    "efface": {
+        *("core", "api", "calibration", "erasers", "editors", "attacks", "metrics", "suites", "delta", "runs", "report")
+    },
 }
 
 

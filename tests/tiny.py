@@ -16,12 +16,24 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 from efface import Concept
 
@@ -167,8 +179,43 @@ def small() -> StableDiffusionPipeline:
     return stable_diffusion(tokenizer(), 32, denoiser(32, block_out_channels=(16,), **blocks))
 
 
+def pixart(kind: type = PixArtAlphaPipeline) -> Any:
+    """T5, whose text is projected and whose padding is masked, and a transformer that predicts variances as well."""
+    vocabulary = {word: k for k, word in enumerate(("<pad>", "</s>", "<unk>", *WORDS))}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    marks = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "model_max_length": 512}
+    config = T5Config(
+        vocab_size=len(vocabulary), d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0
+    )
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=24,
+        num_layers=2,
+        sample_size=8,
+    ).eval()
+    for name, weight in transformer.named_parameters():
+        if ".attn2.to_" in name and name.endswith("weight"):
+            weight.data *= 2.5
+    return kind(
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, **marks),
+        text_encoder=T5EncoderModel(config).eval(),
+        vae=picture_model(),
+        transformer=transformer,
+        scheduler=scheduler(),
+    )
+
+
+def pixart_sigma() -> Any:
+    return pixart(PixArtSigmaPipeline)
+
+
 BUILDERS: dict[str, Callable[[], Any]] = {"sd1": sd1, "sd2": sd2, "sdxl": sdxl, "small": small}
-FAMILIES = ("sd1", "sd2", "sdxl")
+BUILDERS |= {"pixart": pixart, "pixart_sigma": pixart_sigma}
+FAMILIES = ("sd1", "sd2", "sdxl")  # with a UNet
 
 
 def pipeline(family: str = "sd1") -> Any:
@@ -187,6 +234,8 @@ def latents(pipe: DiffusionPipeline, prompt: str | Sequence[str] | None = PROMPT
     prompts = len(given) if given is not None else 1 if isinstance(prompt, str) else len(prompt)
     seed, images = options.pop("seed", 0), prompts * options.get("num_images_per_prompt", 1)
     generator = [torch.Generator().manual_seed(seed + i) for i in range(images)]
+    if hasattr(pipe, "transformer"):
+        options = {"use_resolution_binning": False, "clean_caption": False, **options}
     options = {"num_inference_steps": STEPS, "generator": generator, "output_type": "latent", **options}
     return pipe(prompt, **options).images
 
@@ -202,6 +251,10 @@ def drawn(family: str = "sd1", *erasers: Any, prompt: str | tuple[str, ...] = PR
         for eraser in erasers:
             on.enter_context(eraser.apply(pipe))
         return latents(pipe, prompt, **options)
+
+
+def denoiser_of(pipe: Any) -> Any:
+    return pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
 
 
 def change(a: Tensor, b: Tensor) -> float:

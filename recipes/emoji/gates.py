@@ -15,7 +15,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from train_eyes import HELD, load_vae, reconstruct, unit
 
+from efface.intervals import wilson
 from efface.models.emoji.eyes import INDEX, STYLES, Eyes, Seen, load_eyes
 from efface.models.emoji.weights import FOLDER, sha256
 
@@ -40,19 +40,17 @@ WITHIN = 0.05
 console = Console(width=150)
 
 
-def wilson(hits: int, n: int) -> dict[str, Any]:
+def counted(hits: int, n: int) -> dict[str, Any]:
     """A rate with its 95 % Wilson interval; None where there is nothing to count."""
     if n == 0:
         return {"n": 0, "rate": None, "low": None, "high": None}
-    z, p = 1.959964, hits / n
-    centre, spread = p + z * z / (2 * n), z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = ((centre + sign * spread) / (1 + z * z / n) for sign in (-1, 1))
-    return {"n": n, "rate": round(p, 4), "low": round(max(low, 0.0), 4), "high": round(min(high, 1.0), 4)}
+    low, high = wilson(hits, n)
+    return {"n": n, "rate": round(hits / n, 4), "low": round(low, 4), "high": round(high, 4)}
 
 
 def per_eye(hits: Tensor) -> list[dict[str, Any]]:
     """Rates of bool [2, N]: one per eye."""
-    return [wilson(int(row.sum()), len(row)) for row in hits]
+    return [counted(int(row.sum()), len(row)) for row in hits]
 
 
 def worse(eyes: list[dict[str, Any]]) -> dict[str, Any]:
@@ -313,7 +311,7 @@ def judge_gender(eyes: Eyes, seen: Seen, wanted: Sequence[Prompt]) -> dict[str, 
     jobs = {}
     for job, entry in scenes.VOCABULARY["professions"].items():
         rows = gender[:, [k for k, p in enumerate(wanted) if p.label == job]]
-        rates = [wilson(int((row == 0).sum()), int((row >= 0).sum())) for row in rows]
+        rates = [counted(int((row == 0).sum()), int((row >= 0).sum())) for row in rows]
         far = [1.0 if r["rate"] is None else abs(r["rate"] - entry["male_share"]) for r in rates]
         jobs[job] = {
             "trained": entry["male_share"],

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from efface.api import concept, concepts, effectiveness, erase, load, stack
+    from efface.calibration import calibrate
     from efface.core import Concept, Detector, Editor, Eraser, Handle, Metric, Row, Sample, Score, Suite
     from efface.delta import Delta
     from efface.editors.ccrt import CCRT
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from efface.editors.sdd import SDD
     from efface.editors.uce import UCE
     from efface.erasers.eiup import EIUP
+    from efface.erasers.gie import GIE
     from efface.erasers.negative_prompt import NegativePrompt
     from efface.metrics._detectors import detector
     from efface.report import write_report
@@ -33,6 +35,7 @@ __all__ = [
     "CCRT",
     "EIUP",
     "ESD",
+    "GIE",
     "RECE",
     "SDD",
     "UCE",
@@ -50,6 +53,7 @@ __all__ = [
     "Score",
     "Suite",
     "__version__",
+    "calibrate",
     "concept",
     "concepts",
     "detector",
@@ -70,6 +74,7 @@ _HOME = {
     "EIUP": "efface.erasers.eiup",
     "RECE": "efface.editors.rece",
     "UCE": "efface.editors.uce",
+    "GIE": "efface.erasers.gie",
     "Concept": "efface.core",
     "Delta": "efface.delta",
     "Detector": "efface.core",
@@ -83,6 +88,7 @@ _HOME = {
     "Sample": "efface.core",
     "Score": "efface.core",
     "Suite": "efface.core",
+    "calibrate": "efface.calibration",
     "concept": "efface.api",
     "concepts": "efface.api",
     "detector": "efface.metrics._detectors",

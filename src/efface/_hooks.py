@@ -9,16 +9,19 @@ hook is gone.
 - The denoiser hook reads the time and checks the batch against what `encode_prompt` returned.
 - In every cross-attention layer the query is seen behind `to_q`, and the attention output is edited in front of
   `to_out[0]`, on conditional rows only. Processors stay as they are (slicing, LoRA, IP-Adapter).
+- An eraser may ask for denoiser calls of its own: a plain one in front of the first, which measures the attention that
+  its erasure prompts get (`measures`), or one in each step, which draws the plain picture beside (`twins`).
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -35,6 +38,10 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 HOOK = "efface"
+UNCOMPILED = (
+    "This eraser makes a denoiser call of its own, which a compiled denoiser does not allow: give it a pipeline that "
+    "is not compiled, or a fixed strength and one trajectory."
+)
 WRAPPED = ("encode_prompt", "maybe_free_model_hooks")  # of the pipeline object
 
 
@@ -43,20 +50,28 @@ WRAPPED = ("encode_prompt", "maybe_free_model_hooks")  # of the pipeline object
 
 @dataclass(frozen=True)
 class Encoded:
-    """Texts as the pipeline encodes its prompts: `text` [N, L, D], `pooled` [N, P] or None, and `own`.
+    """Texts as the pipeline encodes its prompts: `text` [N, L, D], `pooled` [N, P] or None, `own`, and `mask`.
 
-    `own` holds for each text the columns of its own tokens: not the start, end or padding tokens.
+    `mask` [N, L] is False where the denoiser sees no text (None: it sees all columns). `own` holds for each text the
+    columns of its own tokens: not the start, end or padding tokens.
     """
 
     text: Tensor
     pooled: Tensor | None
     own: tuple[slice, ...]
+    mask: Tensor | None = None
 
 
-def _own_columns(tokenizer: Any, text: str) -> slice:
+def _limit(pipe: DiffusionPipeline, tokenizer: Any, **settings: Any) -> int:
+    """How many tokens of a text the pipeline encodes, start and end included."""
+    longest = inspect.signature(type(pipe).encode_prompt).parameters.get("max_sequence_length")
+    limit = settings.get("max_sequence_length") or (longest.default if longest else tokenizer.model_max_length)
+    return min(limit, tokenizer.model_max_length)
+
+
+def _own_columns(tokenizer: Any, text: str, limit: int) -> slice:
     """Where a text's own tokens stand; ValueError if it has none or does not fit."""
     ids, whole = tokenizer(text, add_special_tokens=False).input_ids, tokenizer(text).input_ids
-    limit = tokenizer.model_max_length
     if text and not ids:
         raise ValueError(f"The phrase {text!r} has no tokens for this pipeline: write the concept in other words.")
     if len(whole) > limit:
@@ -78,7 +93,11 @@ def encode(pipe: DiffusionPipeline, texts: Sequence[str], **settings: Any) -> En
     Raises:
         ValueError: a text without tokens, or over the limit.
     """
-    places = [[_own_columns(getattr(pipe, t), text) for text in texts] for t in family(pipe).tokenizers]
+    facts, cleaned = family(pipe), list(texts)
+    if facts.masked:
+        cleaned = pipe._text_preprocessing(cleaned, clean_caption=settings.get("clean_caption", False))
+    tokenizers = [getattr(pipe, name) for name in facts.tokenizers]
+    places = [[_own_columns(t, text, _limit(pipe, t, **settings)) for text in cleaned] for t in tokenizers]
     if any(p != places[0] for p in places):
         raise ValueError(f"The pipeline's tokenizers place the tokens of {list(texts)} differently: use other words.")
     site = _SITES.get(_denoiser(pipe))
@@ -91,13 +110,15 @@ def encode(pipe: DiffusionPipeline, texts: Sequence[str], **settings: Any) -> En
             do_classifier_free_guidance=False,
             **settings,
         )
+    if facts.masked:
+        return Encoded(out[0], None, tuple(places[0]), out[1].bool())
     return Encoded(out[0], out[2] if len(out) > 2 else None, tuple(places[0]))
 
 
 def fits(pipe: DiffusionPipeline, text: str) -> bool:
     """Whether a text is within the encoder's limit."""
     tokenizers = [getattr(pipe, name) for name in family(pipe).tokenizers]
-    return all(len(t(text).input_ids) <= t.model_max_length for t in tokenizers)
+    return all(len(t(text).input_ids) <= _limit(pipe, t) for t in tokenizers)
 
 
 def pack(pipe: DiffusionPipeline, phrases: Sequence[str], separator: str = " ") -> list[str]:
@@ -119,25 +140,73 @@ def pack(pipe: DiffusionPipeline, phrases: Sequence[str], separator: str = " ") 
 class Term:
     """Erasure prompts that act together: `text` [N, L, D], the columns of the own tokens of each, and their batch rows.
 
-    They act one after the other, in order; `rows` None means all rows.
+    They act one after the other, in order; `rows` None means all rows. For erasers that ask for them: `joined`, each
+    prompt of those rows with the erasure prompt behind it, [N, B, L, D], and `lengths` [B], the number of tokens of
+    those prompts alone; `weights` of the own tokens, measured at the start of the picture, N times [B, tokens].
     """
 
     text: Tensor
     own: tuple[slice, ...]
     rows: Tensor | None = None
+    joined: Tensor | None = None
+    lengths: Tensor | None = None
+    weights: tuple[Tensor, ...] | None = None
+    mask: Tensor | None = None  # [N, L]
+
+    def part(self, chosen: Sequence[int], rows: Tensor) -> Term:
+        """Some of the erasure prompts, on some rows."""
+        return Term(
+            self.text[list(chosen)],
+            tuple(self.own[k] for k in chosen),
+            rows,
+            None if self.joined is None else self.joined[list(chosen)][:, rows],
+            None if self.lengths is None else self.lengths[rows],
+            None if self.weights is None else tuple(self.weights[k][rows] for k in chosen),
+            None if self.mask is None else self.mask[list(chosen)],
+        )
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A layer in the plain picture that is drawn beside the erased one, from the same noise; conditional rows only.
+
+    `query` [B, Q, C]; `shift` [B, Q, C], what the layer puts out there less what it puts out here before any eraser;
+    `step`, the number of this denoiser call from 0 on, and `steps`, the number of steps asked for.
+    """
+
+    query: Tensor
+    shift: Tensor
+    step: int
+    steps: int
+
+    def at(self, rows: Tensor) -> Beside:
+        return replace(self, query=self.query[rows], shift=self.shift[rows])
 
 
 class CrossAttention:
     """One cross-attention call, conditional rows only: `query` [B, Q, C] and `prompt` [B, L, D], the layer's own
-    projections, and a text that stands for "some picture", `neutral` [1, L, D]."""
+    projections, and a text that stands for "some picture", `neutral` [1, L, D]; `beside` for erasers with a twin. Where
+    the denoiser masks text, `prompt_mask` [B, L] and `neutral_mask` [1, L] say what it sees."""
 
-    def __init__(self, attn: Attention, query: Tensor, prompt: Tensor | None, neutral: Tensor) -> None:
-        self.attn, self.query, self.prompt, self.neutral = attn, query, prompt, neutral
+    def __init__(
+        self,
+        attn: Attention,
+        query: Tensor,
+        prompt: Tensor | None,
+        neutral: Tensor | None = None,
+        beside: Beside | None = None,
+        prompt_mask: Tensor | None = None,
+        neutral_mask: Tensor | None = None,
+    ) -> None:
+        self.prompt_mask, self.neutral_mask = prompt_mask, neutral_mask
+        self.attn, self.query, self.prompt, self.neutral, self.beside = attn, query, prompt, neutral, beside
 
     def at(self, rows: Tensor) -> CrossAttention:
         """The same call, on some rows."""
         prompt = None if self.prompt is None else self.prompt[rows]
-        return CrossAttention(self.attn, self.query[rows], prompt, self.neutral)
+        beside = None if self.beside is None else self.beside.at(rows)
+        mask = None if self.prompt_mask is None else self.prompt_mask[rows]
+        return CrossAttention(self.attn, self.query[rows], prompt, self.neutral, beside, mask, self.neutral_mask)
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, L, C] to [B, heads, L, C / heads], without a copy."""
@@ -150,26 +219,57 @@ class CrossAttention:
         key, value = self._heads(self.attn.to_k(text)), self._heads(self.attn.to_v(text))
         return (key if self.attn.norm_k is None else self.attn.norm_k(key)), value
 
-    def attend(self, key: Tensor, value: Tensor) -> Tensor:
-        """Softmax attention of the query to `key`, `value` [B, heads, L, d]: [B, Q, C]."""
-        return self._attend(self.query, key, value)
+    def attend(self, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Softmax attention of the query to `key`, `value` [B, heads, L, d] where `mask` [B, L] allows: [B, Q, C]."""
+        return self._attend(self.query, key, value, mask)
 
-    def attend_texts(self, key: Tensor, value: Tensor) -> Tensor:
-        """Softmax attention of every row to each of N key sets [N, heads, L, d]: [N, B, Q, C].
+    def attend_texts(self, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Softmax attention of every row to each of N key sets [N, heads, L, d], masked by [N, L]: [N, B, Q, C].
 
         The batch is folded into the queries: one fused call for all texts and rows, no copy of the keys.
         """
         query = self.query.flatten(0, 1).expand(len(key), -1, -1)
-        return self._attend(query, key, value).unflatten(1, self.query.shape[:2])
+        return self._attend(query, key, value, mask).unflatten(1, self.query.shape[:2])
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    @staticmethod
+    def copied(attn: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Self-attention from projections [B, Q, C] of different pictures: [B, Q, C]."""
+        layer = CrossAttention(attn, query, None, query)
+        key = layer._heads(key)
+        return layer.attend(key if attn.norm_k is None else attn.norm_k(key), layer._heads(value))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         query = self._heads(query)
         query = query if self.attn.norm_q is None else self.attn.norm_q(query)
-        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        mask = None if mask is None else mask[:, None, None, :]
+        return F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2)
 
-    def would_be(self, text: Tensor) -> Tensor:
-        """What the layer would put out for other texts [N, L, D] in place of the prompt: [N, B, Q, C]."""
-        return self.attend_texts(*self.keys_values(text))
+    def mass(self, term: Term) -> tuple[Tensor, ...]:
+        """The softmax over each text at its own tokens, mean over heads and queries: N times [B, tokens].
+
+        One-hot values make attention return its own map, a few columns at a time; no map is written out.
+        """
+        key, value = self.keys_values(term.text)
+        cross = CrossAttention(self.attn, self.query.float(), None, self.neutral)
+        width, most = value.shape[-1], max(own.stop - own.start for own in term.own)
+        found = []
+        for k in range(0, most, width):
+            one_hot = torch.zeros_like(value, dtype=torch.float32)
+            for n, own in enumerate(term.own):
+                for column in range(own.start + k, min(own.start + k + width, own.stop)):
+                    one_hot[n, :, column, column - own.start - k] = 1.0
+            out = cross.attend_texts(key.float(), one_hot, term.mask)
+            found.append(out.unflatten(-1, (self.attn.heads, -1)).mean((2, 3)))
+        masses = torch.cat(found, -1)
+        return tuple(mass[:, : own.stop - own.start] for mass, own in zip(masses, term.own, strict=True))
+
+    def would_be(self, text: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the layer would put out for other texts [N, L, D], masked by [N, L]: [N, B, Q, C]."""
+        return self.attend_texts(*self.keys_values(text), mask)
+
+    def mask_with(self, mask: Tensor | None) -> Tensor | None:
+        """The masks [1 + N, L] of the neutral text and of others."""
+        return None if mask is None or self.neutral_mask is None else torch.cat([self.neutral_mask, mask])
 
 
 # ---------------------------------------------------------------- erasers
@@ -186,6 +286,9 @@ class Hooked:
     edits_attention: ClassVar[bool] = False
     packs = True  # phrases share erasure prompts; a method may need one prompt per phrase
     neutral: tuple[str, ...] = ("",)  # the mean of these texts stands for "some picture"
+    joins = False  # terms come with each prompt and the erasure prompt in one text
+    twins = False  # the plain picture is drawn beside; the eraser keeps its window by the steps of `cross.beside`
+    measures = False  # `weigh` gets features from a plain denoiser call in front of the first one
 
     concepts: tuple[Concept, ...]
     rows: tuple[tuple[Concept, ...], ...] | None = None
@@ -197,6 +300,17 @@ class Hooked:
     def edit(self, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
         """The attention output [B, Q, C] of conditional rows, without the concept of `term`."""
         return out
+
+    def copies(self, step: int, steps: int, queries: int) -> bool:
+        """With a twin: whether self-attention layers of so many queries take its maps in this step."""
+        return False
+
+    def weigh(self, features: Tensor, layers: tuple[str, ...]) -> Tensor:
+        """Weights [B, tokens] of an erasure prompt's own tokens from the attention they get, [B, tokens, layers].
+
+        `layers` are the names of the cross-attention layers in the order in which they ran.
+        """
+        raise NotImplementedError
 
     def rewrite(
         self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], call: inspect.BoundArguments
@@ -222,6 +336,18 @@ class _SeeQuery(ModelHook):
         return output
 
 
+class _SeeKey(_SeeQuery):
+    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+        self.layer.key = output
+        return output
+
+
+class _SeeValue(_SeeQuery):
+    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+        self.layer.value = output
+        return output
+
+
 class _EditOutput(ModelHook):
     def __init__(self, layer: _Layer) -> None:
         super().__init__()
@@ -232,15 +358,26 @@ class _EditOutput(ModelHook):
         return (self.layer.site.edit(self.layer.attn, query, hidden), *args), kwargs
 
 
+class _EditSelf(_EditOutput):
+    def pre_forward(self, module: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        layer = self.layer
+        parts, layer.query, layer.key, layer.value = (layer.query, layer.key, layer.value), None, None, None
+        return (layer.site.edit_self(layer.attn, *parts, hidden), *args), kwargs
+
+
 class _WatchDenoiser(ModelHook):
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.site = site
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        text = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
-        self.site.begin(timestep, text)
+        given = dict(zip(self.site.parameters, args, strict=False)) | kwargs
+        self.site.begin(given["timestep"], given["encoder_hidden_states"], given.get("encoder_attention_mask"))
+        forward = self.fn_ref.original_forward or self.fn_ref.forward
+        self.site.measure(lambda: forward(*args, **kwargs))
+        sample = self.site.parameters[0]
+        others = {name: value for name, value in given.items() if name != sample}
+        self.site.draw_beside(given[sample], lambda beside: forward(beside, **others)[0])
         return args, kwargs
 
 
@@ -250,21 +387,35 @@ class _Layer:
     def __init__(self, site: Site, attn: Attention) -> None:
         self.site, self.attn = site, attn
         self.query: Tensor | None = None
-        self.hooked: tuple[nn.Module, nn.Module] | None = None
+        self.key: Tensor | None = None  # this and the next of self-attention only
+        self.value: Tensor | None = None
+        self.hooked: tuple[nn.Module, ...] | None = None
+
+    def watches(self) -> dict[nn.Module, ModelHook]:
+        return {self.attn.to_q: _SeeQuery(self), self.attn.to_out[0]: _EditOutput(self)}
 
     def fit(self) -> None:
         """Hooks the present submodules; loading or unloading a LoRA swaps them."""
-        present = (self.attn.to_q, self.attn.to_out[0])
-        if self.hooked != present:
+        watches = self.watches()
+        if self.hooked != tuple(watches):
             self.unhook()
-            _register(present[0], _SeeQuery(self))
-            _register(present[1], _EditOutput(self))
-            self.hooked = present
+            for module, hook in watches.items():
+                _register(module, hook)
+            self.hooked = tuple(watches)
 
     def unhook(self) -> None:
         for module in self.hooked or ():
             _unregister(module)
         self.hooked = None
+
+
+class _SelfLayer(_Layer):
+    """One self-attention module."""
+
+    def watches(self) -> dict[nn.Module, ModelHook]:
+        attn = self.attn
+        see = {attn.to_q: _SeeQuery(self), attn.to_k: _SeeKey(self), attn.to_v: _SeeValue(self)}
+        return {**see, attn.to_out[0]: _EditSelf(self)}
 
 
 def _register(module: nn.Module, hook: ModelHook) -> None:
@@ -288,6 +439,7 @@ class _Entry:
     of: tuple[Concept, ...] = ()  # whose each erasure prompt is
     prompts: Term | None = None
     neutral: Tensor | None = None
+    neutral_mask: Tensor | None = None
     acting: tuple[Term, ...] = ()  # with the rows of the present batch
 
 
@@ -299,6 +451,23 @@ class _Call:
     negative: Tensor | None
     images_per_prompt: int
     settings: dict[str, Any]  # of the encoding
+    prompts: list[str] | None  # None: the user gave embeddings
+    pipe: weakref.ref[DiffusionPipeline]
+
+
+@dataclass
+class _Twin:
+    """The plain picture, drawn beside from the same noise with a scheduler of its own."""
+
+    latents: Tensor
+    scheduler: Any
+    step: int = -1
+    seen: dict[Attention, tuple[Tensor, Tensor]] = field(default_factory=dict)  # query and output, or query and key
+
+    @property
+    def moment(self) -> tuple[int, int]:
+        """The number of this denoiser call, and how many steps were asked for."""
+        return self.step, self.scheduler.num_inference_steps
 
 
 class Site:
@@ -307,16 +476,25 @@ class Site:
     def __init__(self, denoiser: nn.Module, facts: Family) -> None:
         self.facts = facts
         self._denoiser = weakref.ref(denoiser)
-        attns = [m for m in denoiser.modules() if isinstance(m, Attention) and m.is_cross_attention]
-        self.layers = [_Layer(self, m) for m in attns]
+        named = denoiser.named_modules()
+        self.names = {m: name for name, m in named if isinstance(m, Attention) and m.is_cross_attention}
+        self.layers = [_Layer(self, m) for m in self.names]
+        inner = (m for m in denoiser.modules() if isinstance(m, Attention) and not m.is_cross_attention)
+        self.self_layers = [_SelfLayer(self, m) for m in inner]
+        self.parameters = tuple(inspect.signature(type(denoiser).forward).parameters)[1:]
         self.entries: list[_Entry] = []
         self.pipes: list[tuple[weakref.ref[DiffusionPipeline], dict[str, Any]]] = []  # with what WRAPPED hid
         self.call: _Call | None = None
         self.first = 0
         self.prompt: Tensor | None = None
+        self.prompt_mask: Tensor | None = None
         self.time: Tensor | float = 0.0
         self.train_timesteps = 1000
         self._checked: Tensor | None = None
+        self.twin: _Twin | None = None
+        self._twin_runs = False
+        self._measuring: list[_Entry] = []
+        self._seen: dict[str, list[tuple[Tensor, ...]]] | None = None  # while measuring: layer -> masses of each entry
 
     # ---- the list
 
@@ -328,7 +506,14 @@ class Site:
                     "cross-attention layers."
                 )
             for layer in self.layers:
-                _check_unfused(layer.attn)
+                _check_unfused(layer.attn, self.facts.denoiser)
+        if (eraser.measures or eraser.twins) and getattr(pipe, self.facts.denoiser) is not self._denoiser():
+            raise ValueError(UNCOMPILED)
+        if eraser.twins and not hasattr(type(pipe), "guidance_scale"):
+            raise ValueError(
+                f"Two trajectories need the guidance scale of the call, but {self.facts.name} pipelines do not tell "
+                "it: use one trajectory."
+            )
         entry = _Entry(eraser)
         self._prepare(pipe, entry)
         self._wrap(pipe)
@@ -343,8 +528,10 @@ class Site:
             present = owner()
             if present is None:
                 raise ValueError("The pipeline of this eraser is gone.")
-            trial = _Entry(changed)
-            self._prepare(present, trial, **(self.call.settings if self.call else {}))
+            trial, call = _Entry(changed), self.call
+            self._prepare(present, trial, call.prompts if call else None, **(call.settings if call else {}))
+            if entry.prompts and (changed.concepts, changed.rows) == (entry.eraser.concepts, entry.eraser.rows):
+                self._set_prompts(trial, weights=entry.prompts.weights)  # keep what was measured
             vars(entry).update(vars(trial))
             self._checked = None
 
@@ -361,6 +548,9 @@ class Site:
         wanted = any(e.eraser.edits_attention for e in self.entries)
         for layer in self.layers:
             layer.fit() if wanted else layer.unhook()
+        twins = any(e.eraser.twins for e in self.entries)
+        for layer in self.self_layers:
+            layer.fit() if twins else layer.unhook()
 
     def _close(self) -> None:
         if (denoiser := self._denoiser()) is not None:
@@ -372,7 +562,7 @@ class Site:
                     delattr(pipe, name)
                 vars(pipe).update(hidden)
         self.pipes.clear()
-        self.call = self.prompt = self._checked = None
+        self.call = self.prompt = self._checked = self.twin = None
 
     # ---- text
 
@@ -381,8 +571,10 @@ class Site:
         attributes = next((hidden for ref, hidden in self.pipes if ref() is pipe), vars(pipe))
         return attributes.get("encode_prompt") or MethodType(type(pipe).encode_prompt, pipe)
 
-    def _prepare(self, pipe: DiffusionPipeline, entry: _Entry, **settings: Any) -> None:
-        """Encodes the eraser's erasure prompts, and its neutral texts beside them."""
+    def _prepare(
+        self, pipe: DiffusionPipeline, entry: _Entry, prompts: list[str] | None = None, **settings: Any
+    ) -> None:
+        """Encodes the eraser's erasure prompts, and its neutral texts beside them; `prompts`: the call's."""
         eraser = entry.eraser
         self.train_timesteps = pipe.scheduler.config.num_train_timesteps
         if not eraser.edits_attention:
@@ -395,11 +587,53 @@ class Site:
         ]
         n = len(eraser.neutral)
         encoded = encode(pipe, [*eraser.neutral, *(text for _, text in texts)], **settings)
-        entry.neutral = encoded.text[:n].mean(0, keepdim=True)
+        text, mask = self.projected(encoded.text), encoded.mask
+        entry.neutral, entry.neutral_mask = text[:n].mean(0, keepdim=True), None
+        if mask is not None:  # the mean of the texts that have a token there
+            seen = mask[:n, :, None].to(text.dtype)
+            entry.neutral = (text[:n] * seen).sum(0, keepdim=True) / seen.sum(0, keepdim=True).clamp_min(1)
+            entry.neutral_mask = mask[:n].any(0, keepdim=True)
         entry.of = tuple(concept for concept, _ in texts)
-        entry.prompts = Term(encoded.text[n:], encoded.own[n:])
+        entry.prompts = Term(text[n:], encoded.own[n:], mask=None if mask is None else mask[n:])
+        joined: dict[str, Any] = {}
+        if eraser.joins and prompts is not None and texts:
+            joined = self._join(pipe, prompts, [text for _, text in texts], **settings)
+        self._set_prompts(entry, **joined)
+
+    def projected(self, text: Tensor) -> Tensor:
+        """A text as the cross-attention layers get it: some denoisers project it first."""
+        projection = getattr(self._denoiser(), "caption_projection", None)
+        if projection is None:
+            return text
+        with torch.no_grad():
+            return projection(text)
+
+    def _set_prompts(self, entry: _Entry, **parts: Any) -> None:
+        """Changes parts of an entry's erasure prompts, if it has any, and gives them their rows again."""
+        if entry.prompts is None:
+            return
+        entry.prompts = replace(entry.prompts, **parts)
         entry.acting = (entry.prompts,)
         self._place(entry, self.call.images_per_prompt if self.call else 1)
+
+    def _join(
+        self, pipe: DiffusionPipeline, prompts: list[str], texts: list[str], **settings: Any
+    ) -> dict[str, Tensor]:
+        """`joined` and `lengths` of erasure prompts, for each prompt of the call."""
+        pairs, lengths = [], []
+        for text, prompt in itertools.product(texts, prompts):
+            pairs.append(prompt + " " * (not prompt.endswith(" ")) + text)
+            for tokenizer in (getattr(pipe, name) for name in self.facts.tokenizers):
+                n, m, both = (len(tokenizer(x, add_special_tokens=False).input_ids) for x in (prompt, text, pairs[-1]))
+                limit = tokenizer.model_max_length - 2
+                if n + m != both or both > limit:
+                    raise ValueError(
+                        f"Official values join prompt and erasure prompt into one text, but {pairs[-1]!r} has {both} "
+                        f'tokens (expected {n} + {m}, and at most {limit}): shorten one of them, or use values="paper".'
+                    )
+            lengths.append(n)
+        joined = encode(pipe, pairs, **settings).text.unflatten(0, (len(texts), len(prompts)))
+        return {"joined": joined, "lengths": torch.tensor(lengths[: len(prompts)], device=joined.device)}
 
     def _wrap(self, pipe: DiffusionPipeline) -> None:
         """Wraps `encode_prompt` (which rows are conditional) and the end of a call, on this pipeline object."""
@@ -408,18 +642,23 @@ class Site:
         encode_prompt, end_of_call = pipe.encode_prompt, pipe.maybe_free_model_hooks
         signature = inspect.signature(MethodType(type(pipe).encode_prompt, pipe))
 
+        owner = weakref.ref(pipe)
+
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
-            settings = {
-                k: bound.arguments[k] for k in ("clip_skip", "lora_scale") if bound.arguments.get(k) is not None
-            }
+            names = ("clip_skip", "lora_scale", "clean_caption", "max_sequence_length")
+            settings = {k: bound.arguments[k] for k in names if bound.arguments.get(k) is not None}
             encoded = encode_prompt(*args, **kwargs)
+            self.call = self.twin = None
+            prompts = self._prompts(bound.arguments)
             for entry in self.entries:
                 encoded = entry.eraser.rewrite(pipe, encoded, bound)
-                self._prepare(pipe, entry, **settings)
-            negative = encoded[1] if bound.arguments["do_classifier_free_guidance"] else None
-            self.call = _Call(encoded[0], negative, bound.arguments["num_images_per_prompt"], settings)
+                self._prepare(pipe, entry, prompts, **settings)
+            negative = (
+                encoded[2 if self.facts.masked else 1] if bound.arguments["do_classifier_free_guidance"] else None
+            )
+            self.call = _Call(encoded[0], negative, bound.arguments["num_images_per_prompt"], settings, prompts, owner)
             self._checked = None
             self._fit()  # once more in `begin`, but not when compiled
             for entry in self.entries:
@@ -427,11 +666,20 @@ class Site:
             return encoded
 
         def ended() -> Any:
-            self.call = self._checked = None
+            self.call = self._checked = self.twin = None
             return end_of_call()
 
         self.pipes.append((weakref.ref(pipe), {name: vars(pipe)[name] for name in WRAPPED if name in vars(pipe)}))
         pipe.encode_prompt, pipe.maybe_free_model_hooks = wrapped, ended
+
+    @staticmethod
+    def _prompts(arguments: dict[str, Any]) -> list[str] | None:
+        """The texts of a call's prompts, one for each conditional row; None if it gave embeddings."""
+        prompt, second = arguments["prompt"], arguments.get("prompt_2")
+        if prompt is None or arguments.get("prompt_embeds") is not None or second not in (None, prompt):
+            return None
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        return [text for text in prompts for _ in range(arguments["num_images_per_prompt"])]
 
     # ---- batches
 
@@ -449,17 +697,19 @@ class Site:
         for r, row in enumerate(rows):
             chosen = tuple(k for concept in dict.fromkeys(row) for k, of in enumerate(entry.of) if of == concept)
             alike.setdefault(chosen, []).extend(range(r * images_per_prompt, (r + 1) * images_per_prompt))
-        text, own = entry.prompts.text, entry.prompts.own
+        device = entry.prompts.text.device
         entry.acting = tuple(
-            Term(text[list(chosen)], tuple(own[k] for k in chosen), torch.tensor(images, device=text.device))
+            entry.prompts.part(chosen, torch.tensor(images, device=device))
             for chosen, images in alike.items()
             if chosen
         )
 
-    def begin(self, timestep: Tensor | float, text: Tensor) -> None:
-        """Called in front of each denoiser call: which rows are conditional, what time it is."""
+    def begin(self, timestep: Tensor | float, text: Tensor, mask: Tensor | None = None) -> None:
+        """Called in front of each denoiser call: which rows are conditional, what time it is, what text is masked."""
         if not torch.compiler.is_compiling():
             self._fit()
+            for entry in self.entries if self.call is None else ():
+                self._set_prompts(entry, joined=None, lengths=None, weights=None)
             if text is not self._checked:
                 self.first = self._first_row(text)
                 if self.first < len(text):
@@ -470,8 +720,96 @@ class Site:
             self.first = len(text) - len(self.call.positive)
         else:
             self.first = 0
-        self.prompt = text[self.first :]
-        self.time = timestep
+        self.prompt = self.projected(text[self.first :])
+        self.prompt_mask = mask[self.first :].bool() if mask is not None and mask.ndim == 2 else None
+        self.time = timestep.flatten()[0] if isinstance(timestep, Tensor) and timestep.ndim else timestep
+
+    def measure(self, plain: Callable[[], Any]) -> None:
+        """In front of a picture's first denoiser call: one plain call, by which erasers set their weights.
+
+        Outside a pipeline each call is a first one. What was measured is kept until `encode_prompt` runs again.
+        """
+        waiting = [
+            e
+            for e in self.entries
+            if e.eraser.measures and not e.eraser.is_off() and e.acting and e.prompts and not e.prompts.weights
+        ]
+        if not waiting or self.prompt is None or not len(self.prompt):
+            return
+        if torch.compiler.is_compiling():
+            raise ValueError(UNCOMPILED)
+        self._measuring, self._seen = waiting, {}
+        try:
+            with torch.no_grad():
+                plain()
+            seen = self._seen
+        finally:
+            self._measuring, self._seen = [], None
+        for k, entry in enumerate(waiting):
+            of_each = zip(*(masses[k] for masses in seen.values()), strict=True)  # erasure prompt: its mass by layer
+            weights = [entry.eraser.weigh(torch.stack(by_layer, -1), tuple(seen)) for by_layer in of_each]
+            self._set_prompts(entry, weights=tuple(weights))
+
+    def draw_beside(self, sample: Tensor, plain: Callable[[Tensor], Tensor]) -> None:
+        """Takes the plain picture one step further, if an eraser needs it, and keeps what its layers saw.
+
+        Args:
+            sample: what the denoiser gets now; at first, that is where the plain picture starts.
+            plain: the denoiser's prediction for another sample, all else being the same.
+        """
+        if not any(e.eraser.twins and not e.eraser.is_off() for e in self.entries):
+            return
+        pipe = self.call.pipe() if self.call is not None else None
+        if pipe is None or self.prompt is None or self.first not in (0, len(self.prompt)):
+            raise ValueError(
+                "Two trajectories need a call of the pipeline, with guidance in the same denoiser call: use one "
+                "trajectory."
+            )
+        if getattr(pipe, "guidance_rescale", 0.0):
+            raise ValueError("Two trajectories know no `guidance_rescale`: leave it 0, or use one trajectory.")
+        if torch.compiler.is_compiling():
+            raise ValueError(UNCOMPILED)
+        with torch.no_grad():
+            if self.twin is None:
+                scheduler = copy.deepcopy(pipe.scheduler)
+                scale = copy.deepcopy(scheduler).scale_model_input(torch.ones_like(sample[:1]), self.time)
+                latents = sample[self.first :]
+                self.twin = _Twin(latents.clone() if bool((scale == 1).all()) else latents / scale, scheduler)
+            twin = self.twin
+            twin.step += 1
+            twin.seen.clear()
+            scaled = twin.scheduler.scale_model_input(twin.latents, self.time)
+            self._twin_runs = True
+            try:
+                prediction = plain(torch.cat([scaled] * 2) if self.first else scaled)
+            finally:
+                self._twin_runs = False
+            if self.first:
+                uncond, cond = prediction.chunk(2)
+                prediction = uncond + pipe.guidance_scale * (cond - uncond)
+            twin.latents = twin.scheduler.step(prediction, self.time, twin.latents, return_dict=False)[0]
+
+    def edit_self(
+        self, attn: Attention, query: Tensor | None, key: Tensor | None, value: Tensor | None, hidden: Tensor
+    ) -> Tensor:
+        """The self-attention output [B, Q, C] in front of `to_out`, with the twin's maps where an eraser wants them."""
+        if query is None or key is None or value is None or self.first == len(hidden):
+            return hidden
+        twin = self.twin
+        if twin is not None and self._twin_runs:
+            twin.seen[attn] = query[self.first :], key[self.first :]
+        if twin is None or self._twin_runs or self._seen is not None:
+            return hidden
+        wanting = [e for e in self.entries if e.eraser.twins and not e.eraser.is_off()]
+        wanting = [e for e in wanting if e.eraser.copies(*twin.moment, query.shape[1])]
+        if not wanting:
+            return hidden
+        its_query, its_key = twin.seen[attn]
+        copied = CrossAttention.copied(attn, its_query, its_key, value[self.first :])
+        out = hidden[self.first :]
+        for term in itertools.chain(*(entry.acting for entry in wanting)):
+            out = copied if term.rows is None else out.index_copy(0, term.rows, copied[term.rows])
+        return out if self.first == 0 else torch.cat([hidden[: self.first], out])
 
     def _first_row(self, text: Tensor) -> int:
         """Rows before it are unconditional. A call outside a pipeline is conditional throughout."""
@@ -506,15 +844,28 @@ class Site:
         if query is None or self.first == len(hidden):
             return hidden
         out = hidden[self.first :]
+        if self._twin_runs and self.twin is not None:
+            self.twin.seen[attn] = query[self.first :], hidden[self.first :]
+            return hidden
+        if self._seen is not None:
+            cross = CrossAttention(attn, query[self.first :], self.prompt, prompt_mask=self.prompt_mask)
+            prompts = (entry.prompts for entry in self._measuring)
+            self._seen[self.names[attn]] = [cross.mass(term) for term in prompts if term is not None]
+            return hidden
         changed = False
         for entry in self.entries:
             eraser = entry.eraser
             if not eraser.edits_attention or eraser.is_off():
                 continue
-            weight = self._weight(eraser.window)
+            beside = None
+            if eraser.twins and self.twin is not None:
+                its_query, its_out = self.twin.seen[attn]
+                beside = Beside(its_query, its_out - hidden[self.first :], *self.twin.moment)
+            weight = 1.0 if eraser.twins else self._weight(eraser.window)
             if not isinstance(weight, Tensor) and weight == 0:
                 continue
-            cross = CrossAttention(attn, query[self.first :], self.prompt, entry.neutral)
+            masks = {"prompt_mask": self.prompt_mask, "neutral_mask": entry.neutral_mask}
+            cross = CrossAttention(attn, query[self.first :], self.prompt, entry.neutral, beside, **masks)
             for term in entry.acting:
                 if term.rows is None:
                     edited = eraser.edit(out, cross, term)
@@ -592,9 +943,9 @@ def keys_values(pipe: DiffusionPipeline) -> dict[str, Tensor]:
     return {f"{name}.{path}": weight(root, path) for path in paths}
 
 
-def _check_unfused(attn: Attention) -> None:
+def _check_unfused(attn: Attention, denoiser: str = "unet") -> None:
     if isinstance(attn.processor, FusedAttnProcessor2_0):  # `fused_projections` stays set after unfusing
-        raise ValueError("The attention projections are fused: call `pipe.unet.unfuse_qkv_projections()` first.")
+        raise ValueError(f"The attention projections are fused: call `pipe.{denoiser}.unfuse_qkv_projections()` first.")
 
 
 def text_hash(pipe: DiffusionPipeline, unedited: Mapping[str, Tensor]) -> str:
@@ -612,6 +963,12 @@ def text_hash(pipe: DiffusionPipeline, unedited: Mapping[str, Tensor]) -> str:
             digest.update(f"{name}.{projection} {tuple(value.shape)} {value.dtype}".encode())
             digest.update(value.view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def layer_names(pipe: DiffusionPipeline) -> tuple[str, ...]:
+    """Names of the denoiser's cross-attention layers, as they are registered."""
+    named = _denoiser(pipe).named_modules()
+    return tuple(name for name, module in named if isinstance(module, Attention) and module.is_cross_attention)
 
 
 # ---------------------------------------------------------------- training
@@ -645,7 +1002,7 @@ def condition(pipe: DiffusionPipeline, texts: Sequence[str]) -> Condition:
         raise ValueError(f"{names} is on, and would take part in the training: call `handle.remove()` before `fit`.")
     for text in texts:
         for name in family(pipe).tokenizers:
-            _own_columns(getattr(pipe, name), text)
+            _own_columns(getattr(pipe, name), text, _limit(pipe, getattr(pipe, name)))
     with torch.no_grad():
         out = pipe.encode_prompt(
             prompt=list(texts),

@@ -129,6 +129,19 @@ def check_window(window: Sequence[float]) -> tuple[float, float]:
     return float(window[0]), float(window[1])
 
 
+TUNING_SEEDS = 10_000
+
+
+def check_tuning_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
+    """Seeds for choosing settings; ValueError unless all are below 10,000, where no test seed is."""
+    if not len(seeds) or min(seeds) < 0 or max(seeds) >= TUNING_SEEDS:
+        raise ValueError(
+            f"Expected tuning seeds from 0 to {TUNING_SEEDS - 1}, but got {list(seeds[:1])} to {list(seeds[-1:])}: "
+            "what is chosen on test seeds cannot be measured on them."
+        )
+    return tuple(seeds)
+
+
 class Eraser(Protocol):
     """Changes what a pipeline draws, reversibly. The object is its own configuration (a frozen dataclass)."""
 

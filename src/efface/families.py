@@ -19,6 +19,8 @@ class Family:
         tokenizers: the pipeline's tokenizers, all of which see the whole prompt.
         causal: whether a text token sees only earlier ones (CLIP), so that a prefix keeps its embedding.
         sink: whether a start token takes most of the cross-attention (CLIP).
+        masked: whether the denoiser gets a mask of the text's padding; `encode_prompt` then returns the text, its mask,
+            the negative text and its mask.
         pooled: whether a pooled text embedding reaches the denoiser past cross-attention (not edited by EIUP).
     """
 
@@ -28,12 +30,14 @@ class Family:
     causal: bool = True
     sink: bool = True
     pooled: bool = False
+    masked: bool = False
 
 
 SD = Family("SD 1.x/2.x")
 SDXL = Family("SDXL", tokenizers=("tokenizer", "tokenizer_2"), pooled=True)
 EMOJI = Family("emoji", causal=False, sink=False)
-FAMILIES = (SD, SDXL, EMOJI)
+PIXART = Family("PixArt", denoiser="transformer", causal=False, sink=False, masked=True)
+FAMILIES = (SD, SDXL, EMOJI, PIXART)
 
 
 def family(pipe: DiffusionPipeline) -> Family:
@@ -47,8 +51,10 @@ def family(pipe: DiffusionPipeline) -> Family:
         if parts.get("text_encoder_2") is not None:
             return SDXL
         return EMOJI if type(parts["text_encoder"]).__name__.startswith("Bert") else SD
+    if type(parts.get("transformer")).__name__ == "PixArtTransformer2DModel" and parts.get("text_encoder") is not None:
+        return PIXART
     known = ", ".join(f.name for f in FAMILIES)
     raise TypeError(
         f"Expected a diffusers text-to-image pipeline of a tested family ({known}), but got {type(pipe).__name__}. "
-        "It needs a UNet, a text encoder and a tokenizer."
+        "It needs a UNet (or PixArt's transformer), a text encoder and a tokenizer."
     )

@@ -40,9 +40,11 @@ class EIUP(Hooked):
     Differs: `projected`, the default, is our variant and is not in the paper: on text encoders without a start token
     that soaks up attention, E1 pushes every prompt away from the concept, the projection only those that move towards
     it. Its N is the mean of the states of texts that name ordinary things: with the empty prompt as N, d holds what all
-    pictures of things have in common, and taking that out spoils bystanders. `gated` is ours too. All of the prompt's columns are kept (the published code of GIE drops one padding column
-    for each concept token), so zero strength is the plain pipeline to the bit. One trajectory, not two. Outside the
-    window the plain prompt is drawn. SDXL's pooled text embedding does not pass cross-attention and is not edited.
+    pictures of things have in common, and taking that out spoils bystanders. `gated` is ours too. All of the prompt's
+    columns are kept (the published code of GIE drops one padding column for each concept token), so zero strength is
+    the plain pipeline to the bit. One trajectory, not two. Outside the window the plain prompt is drawn. SDXL's pooled
+    text embedding does not pass cross-attention and is not edited.
+    On PixArt, whose T5 has no start token either, text is projected and its padding masked as the pipeline does it.
 
     Args:
         concepts: what to erase: names of shipped concepts, `Concept` objects, or a sequence of them. Projected: each
@@ -109,7 +111,8 @@ class EIUP(Hooked):
 
     def edit(self, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
         if self.normalization == "projected":
-            neutral, *would_be = cross.would_be(torch.cat([cross.neutral, term.text])).to(_at_least_float(out))
+            texts, mask = torch.cat([cross.neutral, term.text]), cross.mask_with(term.mask)
+            neutral, *would_be = cross.would_be(texts, mask).to(_at_least_float(out))
             d = torch.stack(would_be, 2) - neutral[:, :, None]  # [B, Q, N, C]
             # One after the other, in the coordinates <., d_n>: taking a_k d_k out lowers the n-th by a_k <d_k, d_n>.
             gram, toward = d @ d.mT, (d @ (out - neutral)[..., None]).squeeze(-1)
@@ -124,13 +127,16 @@ class EIUP(Hooked):
             weight = torch.zeros(len(value), 1, value.shape[2], 1, dtype=value.dtype, device=value.device)
             for n, own in enumerate(term.own):
                 weight[n, :, own] = -self.strength
-            return out + cross.attend_texts(key, weight * value).sum(0)
+            return out + cross.attend_texts(key, weight * value, term.mask).sum(0)
         prompt_key, _ = cross.keys_values(cross.prompt)
         added = out
         for n, own in enumerate(term.own):
             own_key, own_value = (x[n : n + 1, :, own].expand(len(out), -1, -1, -1) for x in (key, value))
             own_value = torch.cat([torch.zeros_like(prompt_key), -self.strength * own_value], 2)
-            added = added + cross.attend(torch.cat([prompt_key, own_key], 2), own_value)
+            mask = cross.prompt_mask
+            if mask is not None:
+                mask = torch.cat([mask, mask.new_ones(len(out), own.stop - own.start)], 1)
+            added = added + cross.attend(torch.cat([prompt_key, own_key], 2), own_value, mask)
         return added
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from .._hooks import Hooked, site
 from ..core import Concepts, as_concepts
+from ..families import family
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -72,4 +73,6 @@ class NegativePrompt(Hooked):
         if isinstance(arguments["prompt"], str):
             arguments["prompt"] = [arguments["prompt"]]
         negative = site(pipe).original_encode(pipe)(**arguments)
+        if family(pipe).masked:
+            return (encoded[0], encoded[1], negative[2], negative[3])
         return (encoded[0], negative[1], *((encoded[2], negative[3]) if len(encoded) > 2 else ()))

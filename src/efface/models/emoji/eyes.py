@@ -223,6 +223,49 @@ class Eyes:
         return found
 
 
+class ConceptEyes:
+    """Both eyes as the detector of one concept.
+
+    Args:
+        concept: a name that `Eyes.concept` knows.
+        eyes: the eyes; the packaged ones if left out.
+
+    Raises:
+        ValueError: an unknown name.
+
+    Example:
+        >>> import torch
+        >>> ConceptEyes("alcohol")(torch.rand(3, 3, 64, 64)).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(self, concept: str, eyes: Eyes | None = None) -> None:
+        what = concept if concept in (*STYLES, "watermark") else truth(concept)
+        self.name, self.concept = f"emoji eyes: {concept}", concept
+        self.eyes = eyes or load_eyes()
+        others = [INDEX[icon] for icon in ICONS if isinstance(what, str) or icon not in what]
+        self._others = torch.tensor(others)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Whether the concept is there: bool [2, N]."""
+        return self.eyes.concept(images, self.concept)
+
+    def kept(self, erased: Tensor, plain: Tensor) -> Tensor:
+        """What is left of all else: int8 [2, N]; 1 if the erased picture shows an icon of the plain one, 0 if it lost
+        them all, -1 if the plain one had none but the concept's."""
+        before, after = (self.eyes.icons(images)[..., self._others] for images in (plain, erased))
+        found = (before & after).any(-1).to(torch.int8)
+        return torch.where(before.any(-1), found, torch.full_like(found, -1))
+
+    def faithful(self, erased: Tensor, plain: Tensor) -> Tensor:
+        """The share of the plain picture's other icons that the erased one still shows, [N], by the eye that finds
+        less; 1 where there were none."""
+        before, after = (self.eyes.icons(images)[..., self._others] for images in (plain, erased))
+        there = before.sum(-1)
+        share = (before & after).sum(-1) / there.clamp_min(1)
+        return torch.where(there > 0, share, torch.ones_like(share)).amin(0)
+
+
 def load_eyes(folder: Path | None = None) -> Eyes:
     """Both eyes from `eyes.safetensors` (fp16) and `eyes.json` in `folder`, by default the packaged ones.
 

@@ -1,0 +1,335 @@
+"""How much strength a concept takes on a model: the smallest that erases enough and keeps enough."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .core import Concept, ConceptLike, Detector, as_concepts, check_tuning_seeds, config
+from .intervals import Rate
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from torch import Tensor
+
+__all__ = ["Calibration", "Point", "calibrate", "same_picture"]
+
+STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+SHOWN = 0.30  # what the plain model has to show of the concept, or nothing can be told
+LIKE = 0.9
+Kept = Callable[["Tensor", "Tensor"], "Tensor"]
+
+
+def same_picture(erased: Tensor, plain: Tensor) -> Tensor:
+    """Whether pictures [N, 3, H, W] are still the plain ones, bool [1, N]: `pictures.likeness` of at least 0.9.
+
+    It knows nothing of what is drawn: a crude judge, for models without a better one.
+    """
+    from .pictures import likeness
+
+    return (likeness(erased, plain) >= LIKE)[None]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One strength, by the worse judge: how much of the concept is left, and how much of the rest is kept."""
+
+    strength: float
+    left: Rate
+    kept: Rate
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` found.
+
+    Args:
+        strength: the smallest one tried that reaches both goals; None if none does.
+        best: the point of that strength, or the one that comes closest: the smallest sum of what the two goals lack.
+        points: every strength tried, ascending.
+        plain: the concept in the plain model's pictures, by the judge that sees less of it.
+        target, keep: the goals.
+    """
+
+    strength: float | None
+    best: Point
+    points: tuple[Point, ...]
+    plain: Rate
+    target: float
+    keep: float
+
+    def __str__(self) -> str:
+        goals = f"left <= {100 * self.target:g} %, kept >= {100 * self.keep:g} %"
+        found = f"{self.best.strength:g}: left {self.best.left}, kept {self.best.kept}, plain {self.plain}"
+        if self.strength is not None:
+            return f"Strength {found} (goal: {goals})."
+        return f"No strength from {self.points[0].strength:g} to {self.points[-1].strength:g} reaches {goals}. " + (
+            f"The best trade-off is strength {found}."
+        )
+
+    def record(self) -> dict[str, Any]:
+        """As JSON types."""
+
+        def point(p: Point) -> dict[str, Any]:
+            return {"strength": p.strength, "left": p.left.record(), "kept": p.kept.record()}
+
+        return {
+            "strength": self.strength,
+            "best": point(self.best),
+            "points": [point(p) for p in self.points],
+            "plain": self.plain.record(),
+            "target": self.target,
+            "keep": self.keep,
+        }
+
+    def plot(self, path: str | Path) -> None:
+        """Writes left and kept over strength, with intervals and goals, as a picture.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        check_plot()
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(figsize=(5, 4))
+        for name, goal, colour in (("left", self.target, "tab:red"), ("kept", self.keep, "tab:blue")):
+            rates = [getattr(p, name) for p in self.points]
+            y = [100 * r.rate for r in rates]
+            bars = [[v - 100 * r.interval[0] for v, r in zip(y, rates, strict=True)]]
+            bars += [[100 * r.interval[1] - v for v, r in zip(y, rates, strict=True)]]
+            bars = [[max(v, 0.0) for v in bar] for bar in bars]
+            axes.errorbar([p.strength for p in self.points], y, bars, fmt="o-", capsize=3, color=colour, label=name)
+            axes.axhline(100 * goal, linestyle=":", color=colour)
+        axes.axhline(100 * self.plain.rate, color="grey", linestyle="--", label="left, plain model")
+        axes.set(xlabel="strength", ylabel="%", ylim=(-3, 103), title="Tuning seeds, 95 % intervals")
+        axes.legend()
+        figure.tight_layout()
+        figure.savefig(path, dpi=110)
+        pyplot.close(figure)
+
+
+def check_plot() -> None:
+    """ImportError with the cure if matplotlib is not there."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError('Plots need matplotlib: pip install "efface[bench]"')
+
+
+def calibrate(
+    pipe: DiffusionPipeline,
+    eraser: Any,
+    concept: ConceptLike,
+    detector: Detector,
+    target: float = 0.03,
+    keep: float = 0.95,
+    *,
+    prompts: Sequence[str] = (),
+    keep_prompts: Sequence[str] = (),
+    kept: Kept = same_picture,
+    strengths: Sequence[float] = STRENGTHS,
+    refine: int = 2,
+    n: int = 64,
+    first_seed: int = 1_000,
+    batch: int = 16,
+    out: str | Path | None = None,
+    plot: bool = False,
+    progress: Callable[[str, int], None] | None = None,
+    **call: Any,
+) -> Calibration:
+    """The smallest strength of an eraser at which at most `target` of the concept is left and `keep` of the rest kept.
+
+    Strengths are tried upwards until the target is reached; then the gap below is halved `refine` times. More strength
+    leaves less of a concept and of everything else, so nothing above is tried. Rates are those of the worse judge, and
+    on tuning seeds: measure the strength found on test seeds before you believe its figures.
+
+    Args:
+        pipe: a diffusers text-to-image pipeline.
+        eraser: any eraser with a `strength`; its other fields stay.
+        concept: what it erases; says the prompts where none are given.
+        detector: says whether the concept is in a picture; see `efface.Detector`.
+        target: most of the concept that may be left, as a share of pictures.
+        keep: least of the other pictures that must be kept.
+        prompts: prompts that draw the concept; the concept's phrases if left out.
+        keep_prompts: prompts whose pictures must stay; the concept's `keep` if left out.
+        kept: from erased and plain pictures [N, 3, H, W] to whether each is kept, [judges, N]; -1: does not count.
+        strengths: the ladder, each > 0.
+        refine: how often to halve the gap below the first strength that reaches the target.
+        n: pictures for each of the two rates, from prompts in turn.
+        first_seed: of the tuning seeds, which go up to 9,999; 2 n are used.
+        batch: pictures per pipeline call.
+        out: a folder that keeps each strength's judgements as JSON: the same call goes on where it stopped.
+        plot: also write `calibration.png` to `out`; needs matplotlib.
+        progress: called with what is drawn and the number of pictures since the last call.
+        call: further arguments of the pipeline, such as `guidance_scale`.
+
+    Raises:
+        ValueError: an eraser without strength, no prompts, seeds that are not tuning seeds, a plain model that shows
+            the concept in fewer than 30 % of the pictures, or a folder with a calibration of other settings.
+        ImportError: a plot without matplotlib.
+
+    Example:
+        >>> import efface
+        >>> from efface.models.emoji.eyes import ConceptEyes
+        >>> pipe, eyes = efface.load("emoji"), ConceptEyes("cat")
+        >>> found = efface.calibrate(pipe, efface.EIUP("cat"), efface.Concept("cat", ("a cat",), keep=("a rocket",)),
+        ...     eyes, kept=eyes.kept, strengths=[1.0], refine=0, n=2, num_inference_steps=8)
+        >>> [point.strength for point in found.points]
+        [1.0]
+    """
+    from .api import draw, model_hash
+
+    names = {f.name for f in dataclasses.fields(eraser)}
+    if "strength" not in names:
+        raise ValueError(f"{type(eraser).__name__} has no `strength` to calibrate: its fields are {sorted(names)}.")
+    (about,) = as_concepts(concept)
+    prompts, keep_prompts = tuple(prompts) or about.phrases, tuple(keep_prompts) or about.keep
+    _check(about, keep_prompts, strengths, target, keep, n, refine)
+    seeds = check_tuning_seeds(range(first_seed, first_seed + 2 * n))
+    folder = None if out is None else Path(out)
+    if plot:
+        check_plot()
+        if folder is None:
+            raise ValueError("A plot needs a place: give `out`, or call `plot` of what is returned.")
+    asked = [prompts[k % len(prompts)] for k in range(n)], [keep_prompts[k % len(keep_prompts)] for k in range(n)]
+    shown: list[Tensor] = []
+
+    def pictures(strength: float, which: int) -> Tensor:
+        import torch
+
+        made, what = [], f"strength {strength:g}" if strength else "plain"
+        handle = dataclasses.replace(eraser, strength=strength).apply(pipe) if strength else None
+        try:
+            for k in range(0, n, batch):
+                part = seeds[which * n :][:n][k : k + batch]
+                made.append(draw(pipe, asked[which][k : k + batch], part, batch, **call))
+                if progress is not None:
+                    progress(what, len(part))
+        finally:
+            if handle:
+                handle.remove()
+        return torch.cat(made)
+
+    def judged(strength: float) -> dict[str, list[list[int]]]:
+        path = None if folder is None else folder / f"{f'strength-{strength:g}' if strength else 'plain'}.json"
+        if path is not None and path.exists():
+            return dict(json.loads(path.read_text()))
+        found = {"left": _rows(detector(pictures(strength, 0)))}
+        if strength:
+            if not shown:
+                shown.append(pictures(0.0, 1))
+            found["kept"] = _rows(kept(pictures(strength, 1), shown[0]))
+        if path is not None:
+            _write(path, found)
+        return found
+
+    if folder is not None:
+        setting = {
+            "model": model_hash(pipe),
+            "eraser": {k: v for k, v in config(eraser).items() if k != "strength"},
+            "prompts": prompts,
+            "keep_prompts": keep_prompts,
+            "detector": detector.name,
+            "kept": getattr(kept, "__qualname__", repr(kept)),
+            "n": n,
+            "first_seed": first_seed,
+            "call": call,
+        }
+        _same_setting(folder, setting)
+    plain = _rate(judged(0.0)["left"], min)
+    if plain.rate < SHOWN:
+        raise ValueError(
+            f"The plain model shows {about.name!r} in {plain.hits} of {plain.n} pictures, fewer than {SHOWN:.0%}: "
+            "nothing can be told about its erasure. Give `prompts` that draw it, and a detector that knows it."
+        )
+    tried: dict[float, Point] = {}
+
+    def reaches(strength: float) -> bool:
+        found = judged(strength)
+        tried[strength] = Point(strength, _rate(found["left"], max), _rate(found["kept"], min))
+        return tried[strength].left.rate <= target
+
+    low = high = 0.0
+    for strength in sorted(strengths):
+        low, high = high, strength
+        if reaches(strength):
+            for _ in range(refine):
+                middle = float(f"{(low + high) / 2:.4g}")
+                low, high = (low, middle) if reaches(middle) else (middle, high)
+            break
+    points = tuple(tried[s] for s in sorted(tried))
+    good = [p for p in points if p.left.rate <= target and p.kept.rate >= keep]
+    best = min(good or points, key=lambda p: (max(p.left.rate - target, 0) + max(keep - p.kept.rate, 0), p.strength))
+    result = Calibration(best.strength if good else None, best, points, plain, target, keep)
+    if folder is not None:
+        _write(folder / "calibration.json", setting | result.record())
+        if plot:
+            result.plot(folder / "calibration.png")
+    return result
+
+
+def _check(
+    about: Concept,
+    keep_prompts: Sequence[str],
+    strengths: Sequence[float],
+    target: float,
+    keep: float,
+    n: int,
+    refine: int,
+) -> None:
+    if not keep_prompts:
+        raise ValueError(
+            f"Nothing says what must survive the erasure of {about.name!r}: give `keep_prompts`, or a Concept with "
+            "`keep`."
+        )
+    if not strengths or min(strengths) <= 0:
+        raise ValueError(f"Expected `strengths` to be numbers > 0, but got {list(strengths)}.")
+    for name, share in (("target", target), ("keep", keep)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"Expected `{name}` to be a share from 0 to 1, but got {share!r}.")
+    if n < 1 or refine < 0:
+        raise ValueError(f"Expected n >= 1 and refine >= 0, but got {n} and {refine}.")
+
+
+def _rows(found: Tensor) -> list[list[int]]:
+    """One list per judge."""
+    return [[int(x) for x in row] for row in (found[None] if found.ndim == 1 else found)]
+
+
+def _rate(rows: list[list[int]], worse: Callable[..., Rate]) -> Rate:
+    """The rate of the judge that is least (`min`) or most (`max`); entries below 0 do not count."""
+    rates = [Rate(sum(x for x in row if x > 0), sum(x >= 0 for x in row)) for row in rows]
+    if any(r.n == 0 for r in rates):
+        raise ValueError(
+            "A judge counts none of the plain pictures, so nothing can be kept: give other `keep_prompts`."
+        )
+    return worse(rates, key=lambda r: r.rate)
+
+
+def _same_setting(folder: Path, setting: dict[str, Any]) -> None:
+    """Writes the setting into a new folder; ValueError if the folder has another one."""
+    path, wanted = folder / "setting.json", json.loads(json.dumps(setting))
+    if path.exists():
+        found = json.loads(path.read_text())
+        other = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
+        if other:
+            raise ValueError(
+                f"{folder} holds a calibration with another {', '.join(other)}: name a new folder, or delete that one."
+            )
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no calibration: name another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(path, wanted)
+
+
+def _write(path: Path, content: Any) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)

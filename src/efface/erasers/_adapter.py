@@ -1,0 +1,119 @@
+"""The network that predicts the weights of GIE, and its file."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+VERSION = "1"
+
+
+def network(layers: int) -> nn.Sequential:
+    """`layers` -> 64 -> 32 -> 1, with ReLU between."""
+    return nn.Sequential(nn.Linear(layers, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """Attention of a concept's tokens in the first step to the strengths that erase it.
+
+    Args:
+        net: from standardised features [..., layers] to a strength [..., 1].
+        mean, std: of the features in training, [layers].
+        layers: names of the cross-attention layers, in the order in which they run.
+        model: `efface.api.model_hash` of the pipeline that it was trained on.
+        text_encoder: class name of its text encoder, to be told apart in errors.
+        facts: what training measured.
+    """
+
+    net: nn.Sequential
+    mean: Tensor
+    std: Tensor
+    layers: tuple[str, ...]
+    model: str
+    text_encoder: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def __call__(self, features: Tensor) -> Tensor:
+        """Strengths [B, tokens] from features [B, tokens, layers]."""
+        x = (features.detach().float().cpu() - self.mean) / self.std
+        return self.net(x)[..., 0].to(features.device)
+
+    def check(self, model: str, layers: Sequence[str], *, ordered: bool = False) -> None:
+        """ValueError if it was trained on another model or other layers; `ordered`: run in another order."""
+        mine, other = (tuple(names) if ordered else tuple(sorted(names)) for names in (self.layers, layers))
+        if mine != other:
+            pairs = zip_longest(mine, other, fillvalue="none")
+            one, two = next(pair for pair in pairs if pair[0] != pair[1])
+            raise ValueError(
+                f"The adapter was fitted on a model with {len(mine)} cross-attention layers ({self.text_encoder}), "
+                f"this pipeline has {len(other)}; the first that differ are {one!r} and {two!r}. Fit it again: GIE.fit."
+            )
+        if model != self.model:
+            raise ValueError(
+                f"The adapter was fitted on the model {self.model[:12]} ({self.text_encoder}), this pipeline is "
+                f"{model[:12]}. Its attention differs, so the adapter says nothing about it. Fit it again: GIE.fit."
+            )
+
+    def save(self, path: str | Path) -> Path:
+        """Writes one safetensors file with a JSON header."""
+        header: dict[str, Any] = {"layers": self.layers, "model": self.model, "text_encoder": self.text_encoder}
+        header |= {"facts": dict(self.facts)}
+        tensors = {f"net.{name}": weight for name, weight in self.net.state_dict().items()}
+        tensors |= {"mean": self.mean, "std": self.std}
+        path, part = Path(path), Path(f"{path}.partial")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"efface": "gie adapter", "version": VERSION, "adapter": json.dumps(header)}
+        save_file({n: t.detach().contiguous() for n, t in tensors.items()}, part, metadata)
+        part.replace(path)
+        return path
+
+    @staticmethod
+    def load(path: str | Path) -> Adapter:
+        """The adapter in a file.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not an adapter, or a damaged one.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no adapter {path}: make one with GIE.fit.")
+        return _read(str(path), path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _read(path: str, modified: int) -> Adapter:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a safetensors file, or it is damaged ({error}): fit the adapter again."
+        ) from error
+    if (metadata.get("efface"), metadata.get("version")) != ("gie adapter", VERSION):
+        raise ValueError(f"{path} is not a GIE adapter of version {VERSION}: give a file that GIE.fit wrote.")
+    try:
+        header = json.loads(metadata["adapter"])
+        net = network(len(header["layers"]))
+        net.load_state_dict({n.removeprefix("net."): t for n, t in tensors.items() if n.startswith("net.")})
+        mean, std = tensors["mean"], tensors["std"]
+        made = Adapter(
+            net, mean, std, tuple(header["layers"]), header["model"], header["text_encoder"], header["facts"]
+        )
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is a damaged GIE adapter ({error}): fit it again.") from error
+    net.requires_grad_(False)
+    return made

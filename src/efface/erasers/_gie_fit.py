@@ -1,0 +1,279 @@
+"""How GIE's adapter is trained: a ladder of fixed strengths, a detector as judge, and a small regression."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .._hooks import text_hash
+from ..core import Concept, Detector, check_strength, check_tuning_seeds
+from ..delta import unedited
+from ..pictures import likeness
+from ._adapter import Adapter, network
+from .gie import GIE
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)
+LEAST = 5  # prompts
+Progress = Callable[[str, int], None]
+Prompts = Sequence[str] | Mapping[str, Sequence[str]]
+Detectors = Detector | Mapping[str, Detector]
+Faithful = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture of the ladder: a prompt of a concept, and a seed."""
+
+    concept: Concept
+    prompt: str
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return json.dumps([self.concept.name, self.prompt, self.seed])
+
+
+def fit_adapter(
+    pipe: DiffusionPipeline,
+    concepts: Sequence[Concept],
+    prompts: Prompts,
+    detector: Detectors,
+    out: Path,
+    *,
+    strengths: Sequence[float] = STRENGTHS,
+    seeds: Sequence[int] = tuple(range(2_000, 2_004)),
+    faithful: Faithful | Mapping[str, Faithful] = likeness,
+    fidelity: float = 0.5,
+    held_out: float = 0.2,
+    batch: int = 16,
+    patience: int = 200,
+    most_epochs: int = 5_000,
+    seed: int = 0,
+    progress: Progress | None = None,
+    **call: Any,
+) -> Path:
+    """Draws and judges the ladder, trains the adapter and writes it; see `GIE.fit`.
+
+    Args:
+        strengths: the ladder; 0, the plain picture, is always part of it.
+        seeds: of each prompt's pictures, all below 10,000.
+        faithful: from pictures and plain ones [N, 3, H, W] to [N] in [0, 1]; or one by the name of each concept.
+        fidelity: what losing all of the plain picture costs, where showing the concept costs 1.
+        held_out: the share of prompts that stops the training.
+        batch: pictures per pipeline call.
+        patience, most_epochs, seed: of the training.
+        progress: called with what is drawn and the number of pictures since the last call.
+        call: further arguments of the pipeline.
+
+    Raises:
+        ValueError: too few prompts, seeds that are not tuning seeds, judgements of another setting, or a detector that
+            sees the concept in no plain picture.
+    """
+    strengths = sorted({check_strength(s) for s in strengths} - {0.0})
+    rows = _rows(concepts, prompts, check_tuning_seeds(seeds))
+    if len({(r.concept.name, r.prompt) for r in rows}) < LEAST or not strengths or not 0 < held_out < 1:
+        raise ValueError(
+            f"Expected at least {LEAST} prompts, a strength above 0 and 0 < held_out < 1, but got {len(rows)} rows, "
+            f"strengths {strengths} and held_out {held_out}."
+        )
+    judges = {c.name: detector[c.name] if isinstance(detector, Mapping) else detector for c in concepts}
+    like = {c.name: faithful[c.name] if isinstance(faithful, Mapping) else faithful for c in concepts}
+    setting = {
+        "model": text_hash(pipe, unedited(pipe)),
+        "concepts": [asdict(c) for c in concepts],
+        "rows": [r.key for r in rows],
+        "strengths": strengths,
+        "detectors": {name: judge.name for name, judge in judges.items()},
+        "faithful": {name: getattr(each, "__qualname__", repr(each)) for name, each in like.items()},
+        "call": call,
+    }
+    ladder = Ladder(Path(f"{out}.ladder.json"), setting)
+    for concept in concepts:
+        mine = [r for r in rows if r.concept == concept]
+        for k in range(0, len(mine), batch):
+            ladder.judge(pipe, mine[k : k + batch], strengths, judges[concept.name], like[concept.name], progress, call)
+    if not any(ladder.content["judged"][r.key]["0"][0] for r in rows):
+        raise ValueError(
+            f"The detector sees the concept in none of {len(rows)} plain pictures, so there is nothing to learn: give "
+            "prompts that draw it, and a detector that knows it."
+        )
+    features, targets, groups = ladder.samples(rows, strengths, fidelity)
+    layers = tuple(ladder.content["layers"])
+    net, mean, std, facts = train(features, targets, groups, held_out, patience, most_epochs, seed)
+    facts |= {"pictures": len(rows) * (1 + len(strengths)), "fidelity": fidelity, "strengths": strengths}
+    return Adapter(
+        net, mean, std, layers, text_hash(pipe, unedited(pipe)), type(pipe.text_encoder).__name__, facts
+    ).save(out)
+
+
+def _rows(concepts: Sequence[Concept], prompts: Prompts, seeds: Sequence[int]) -> list[Row]:
+    """All pictures of the ladder, a concept's prompts with each seed."""
+    if isinstance(prompts, str):
+        raise TypeError(
+            f"`prompts` should be a sequence of texts, or one for each concept's name, but got {prompts!r}."
+        )
+    if isinstance(prompts, Mapping) and (missing := {c.name for c in concepts} ^ prompts.keys()):
+        raise ValueError(f"`prompts` and `concepts` should have the same names; they differ in {sorted(missing)}.")
+    texts = {c.name: prompts[c.name] if isinstance(prompts, Mapping) else prompts for c in concepts}
+    return [Row(c, text, s) for c in concepts for text in dict.fromkeys(texts[c.name]) for s in seeds]
+
+
+class Ladder:
+    """The judgements in a JSON file, written after every batch.
+
+    `judged` holds for each row its `features` [tokens, layers] and for each strength the detector's score and the
+    faithfulness.
+    """
+
+    def __init__(self, path: Path, setting: dict[str, Any]) -> None:
+        self.path = path
+        setting = json.loads(json.dumps(setting))
+        self.content: dict[str, Any] = {"setting": setting, "layers": [], "judged": {}}
+        if path.exists():
+            self.content = json.loads(path.read_text())
+            found = self.content["setting"]
+            other = sorted(k for k in setting.keys() | found.keys() if setting.get(k) != found.get(k))
+            if other:
+                raise ValueError(
+                    f"{path} was judged with another {', '.join(other)}: delete it, or name another `out`."
+                )
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.write()  # before anything is drawn
+
+    def write(self) -> None:
+        part = Path(f"{self.path}.partial")
+        part.write_text(json.dumps(self.content))
+        part.replace(self.path)
+
+    def judge(
+        self,
+        pipe: DiffusionPipeline,
+        rows: Sequence[Row],
+        strengths: Sequence[float],
+        detector: Detector,
+        faithful: Faithful,
+        progress: Progress | None,
+        call: dict[str, Any],
+    ) -> None:
+        """Draws what is missing of one batch: each strength, and the plain pictures, with their features."""
+        judged, concept = self.content["judged"], rows[0].concept
+        missing = [s for s in strengths if any(f"{s:g}" not in judged.get(r.key, {}) for r in rows)]
+        if not missing:
+            return
+        seen: list[Tensor] = []
+        names = self.content["layers"]
+
+        class Watch(GIE):
+            """Draws the plain picture, and keeps the features."""
+
+            measures = True
+
+            def weigh(self, features: Tensor, layers: tuple[str, ...]) -> Tensor:
+                seen.append(features.detach().float().cpu())
+                names[:] = layers
+                return torch.zeros(features.shape[:2])
+
+        def draw(eraser: GIE, what: str) -> Tensor:
+            generators = [torch.Generator().manual_seed(r.seed) for r in rows]
+            settings = {"num_inference_steps": 25, "guidance_scale": 7.5, **call}
+            with eraser.apply(pipe):
+                out = pipe([r.prompt for r in rows], generator=generators, output_type="pt", **settings)
+            if progress is not None:
+                progress(what, len(rows))
+            return out.images.float().cpu()
+
+        def keep(strength: float, images: Tensor) -> None:
+            found, alike = detector(images), faithful(images, plain)
+            scores = found.float() if found.ndim == 1 else found.float().amax(0)  # the judge that sees most
+            for k, row in enumerate(rows):
+                judged[row.key][f"{strength:g}"] = [float(scores[k]), float(alike[k])]
+            self.write()
+
+        plain = draw(Watch([concept]), f"{concept.name}, plain")
+        features = torch.cat(seen, 1)
+        for k, row in enumerate(rows):
+            judged.setdefault(row.key, {})["features"] = features[k].tolist()
+        keep(0.0, plain)
+        for strength in missing:
+            keep(strength, draw(GIE([concept], strength=strength), f"{concept.name}, strength {strength:g}"))
+
+    def samples(
+        self, rows: Sequence[Row], strengths: Sequence[float], fidelity: float
+    ) -> tuple[Tensor, Tensor, list[int]]:
+        """Features [S, layers], the prompt's best strength [S] and the prompt's number, one for each row and token.
+
+        The best strength has the least mean over seeds of score + fidelity (1 - faithfulness); of equals, the smallest.
+        """
+        by_prompt: dict[tuple[str, str], list[Row]] = {}
+        for row in rows:
+            by_prompt.setdefault((row.concept.name, row.prompt), []).append(row)
+        features: list[list[float]] = []
+        targets: list[float] = []
+        groups: list[int] = []
+        for number, mine in enumerate(by_prompt.values()):
+            found = [self.content["judged"][r.key] for r in mine]
+
+            def loss(strength: float, found: list[dict[str, Any]] = found) -> float:
+                pairs = [entry[f"{strength:g}"] for entry in found]
+                return sum(score + fidelity * (1 - alike) for score, alike in pairs) / len(pairs)
+
+            best = min((0.0, *strengths), key=lambda s: (round(loss(s), 9), s))
+            for entry in found:
+                features += entry["features"]
+                targets += [best] * len(entry["features"])
+                groups += [number] * len(entry["features"])
+        return torch.tensor(features), torch.tensor(targets), groups
+
+
+def train(
+    features: Tensor,
+    targets: Tensor,
+    groups: Sequence[int],
+    held_out: float,
+    patience: int,
+    most_epochs: int,
+    seed: int,
+) -> tuple[nn.Sequential, Tensor, Tensor, dict[str, Any]]:
+    """Huber loss, Adam at 1e-3, all samples at once; stops when the prompts held out get no better.
+
+    Returns:
+        The network at its best, mean and std of its inputs, and what was measured: the loss on the prompts held out,
+        and there the loss of always answering the median of the others.
+    """
+    prompts = torch.tensor(sorted(set(groups)))
+    generator = torch.Generator().manual_seed(seed)
+    held = prompts[torch.randperm(len(prompts), generator=generator)][: max(1, round(held_out * len(prompts)))]
+    out = torch.isin(torch.tensor(groups), held)
+    mean, std = features[~out].mean(0), features[~out].std(0)
+    std = torch.where(std > 1e-9, std, torch.ones_like(std))
+    x, huber = (features - mean) / std, nn.HuberLoss()
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(seed)
+        net = network(features.shape[1])
+        optimiser = torch.optim.Adam(net.parameters(), lr=1e-3)
+        best, best_state, best_epoch = float("inf"), copy.deepcopy(net.state_dict()), 0
+        for epoch in range(most_epochs):
+            with torch.no_grad():
+                loss = float(huber(net(x[out])[:, 0], targets[out]))
+            if loss < best:
+                best, best_state, best_epoch = loss, copy.deepcopy(net.state_dict()), epoch
+            elif epoch - best_epoch >= patience:
+                break
+            optimiser.zero_grad()
+            huber(net(x[~out])[:, 0], targets[~out]).backward()
+            optimiser.step()
+    net.load_state_dict(best_state)
+    constant = float(huber(targets[~out].median().expand(int(out.sum())), targets[out]))
+    facts = {"held_out_loss": best, "held_out_loss_of_a_constant": constant, "epochs": best_epoch}
+    return net.requires_grad_(False), mean, std, facts | {"prompts": len(prompts), "held_out": len(held)}

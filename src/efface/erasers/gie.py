@@ -1,0 +1,204 @@
+"""GIE: EIUP with a weight for each concept token, fixed or predicted by a small adapter from the first step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+from torch import Tensor
+
+from .._hooks import CrossAttention, Hooked, Term, layer_names, text_hash
+from ..core import Concepts, Handle, Rows, as_concepts, as_rows, check_strength, check_window
+from ..delta import unedited
+from ..families import family
+from ._adapter import Adapter
+from ._gie_official import afterwards, swapped
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from ._gie_fit import Detectors, Prompts
+
+__all__ = ["GIE"]
+
+Values = Literal["paper", "official"]
+COPIED, QUERIES = 0.4, 256  # of the code: self-attention maps are copied in the first 40 % of steps, up to 16 x 16
+
+
+@dataclass(frozen=True)
+class GIE(Hooked):
+    """Inserts the concept's re-weighted attention maps as growth inhibitors beside the prompt's.
+
+    In each cross-attention layer, with `A(q, X)` the softmax of the image queries against the keys of text X, P the
+    user's prompt, E the erasure prompt and C its own tokens:
+
+        O = A(q, P) V_P + sum_{k in C} w_k A(q, E)_k V_E,k          w_k <= 0
+
+    The weights are `w_k = -strength`, or, with an adapter, `w_k = -strength max(0, adapter(f_k))`. `f_k` holds one
+    feature per layer: the mean of `A(q, E)_k` over heads and queries in a plain denoiser call in front of the first.
+
+    Paper: D. Chen, Z. Li, M. Fan, C. Chen, W. Zhou et al., 2025, "Growth Inhibitors for Suppressing Inappropriate Image
+    Concepts in Diffusion Models", ICLR 2025, arXiv 2408.01014 v2. Its equations could not be read and have no numbers
+    here; the formula is its algorithm, the window and the sizes of the adapter are those of its public code.
+
+    Differs: `values="paper"` in one trajectory is the algorithm of the paper. The public code differs from it.
+    `values="official"`: it takes the prompt's values from the text of prompt and concept joined, so that the end token
+    becomes the concept's first word in context, and drops one padding column per concept token. `trajectories=2`: it
+    draws the plain picture beside, takes the prompt's maps from there, and copies its self-attention up to 256 queries
+    in the first 40 % of the steps; that is a second denoiser call per step. With both (`GIE.official`) the concept's
+    tokens are a part of the prompt once the window is over, as in the code; else the plain prompt is drawn then. The
+    picture beside takes the scheduler's default step: with `eta`, or a scheduler that draws noise, it is another one.
+    The published adapter's weights and its training are not available: `GIE.fit` trains one with a detector instead of
+    a language model as judge. Its inputs are standardised, its weights never positive, and they are measured without
+    injection, not with weight 1. Several erasure prompts act independently: their terms add up.
+
+    Args:
+        concepts: what to erase: names of shipped concepts, `Concept` objects, or a sequence of them. The phrases of a
+            concept are packed into as few erasure prompts as fit the encoder.
+        strength: >= 0; the weight -w of each concept token, or with an adapter the factor on what it predicts. 0 is the
+            plain pipeline, if the values are the paper's. The paper's fixed weight is not known.
+        window: (start, end), the part of the trajectory in which it acts, as fractions; `GIE.paper` has (0, 0.8).
+            With two trajectories it counts denoiser calls as the code does, of N steps those from `int(start (N + 1))`
+            to below `int(end (N + 1))`.
+        values: "paper" or "official"; official needs a causal text encoder, and prompt and concept in one text.
+        trajectories: 1, or 2 for the code's form, which needs a pipeline's call and is not compiled.
+        adapter: a file written by `GIE.fit`, for this model; None for a fixed weight.
+        rows: one list of concepts per prompt of the batch, instead of `concepts` for all.
+
+    Shapes: queries and outputs [B, Q, C] on conditional rows, text [1, L, D], features [B, tokens, layers], weights
+    [B, tokens]. Unconditional rows are never edited.
+
+    Raises:
+        ValueError: unknown concept or values, negative strength, a window outside [0, 1], no concept; an adapter of
+            another model or layer list; official values on a bidirectional text encoder, or without the prompt's text.
+        FileNotFoundError: no such adapter.
+
+    Example:
+        >>> import efface
+        >>> pipe = efface.load("emoji")
+        >>> with efface.GIE(["alcohol"], strength=0.5).apply(pipe):
+        ...     image = pipe("a night at the pub", num_inference_steps=2).images[0]
+        >>> image.size
+        (64, 64)
+    """
+
+    off: ClassVar[dict[str, Any] | None] = {"strength": 0.0, "values": "paper"}
+    touches_uncond: ClassVar[bool] = False
+    edits_attention: ClassVar[bool] = True
+
+    concepts: Concepts = ()  # type: ignore[assignment]
+    strength: float = 1.0
+    window: tuple[float, float] = (0.0, 1.0)
+    values: Values = "paper"
+    trajectories: int = 1
+    adapter: str | Path | None = None
+    rows: Rows = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        concepts = as_concepts(self.concepts)
+        object.__setattr__(self, "concepts", concepts)
+        object.__setattr__(self, "rows", as_rows(self.rows, concepts))
+        object.__setattr__(self, "strength", check_strength(self.strength))
+        object.__setattr__(self, "window", check_window(self.window))
+        if self.values not in get_args(Values):
+            raise ValueError(f"Expected `values` to be one of {get_args(Values)}, but got {self.values!r}.")
+        if self.trajectories not in (1, 2) or isinstance(self.trajectories, bool):
+            raise ValueError(f"Expected `trajectories` to be 1 or 2, but got {self.trajectories!r}.")
+        if not self.concepts and self.rows is None:
+            raise ValueError("GIE needs at least one concept to erase, but got none: give `concepts` or `rows`.")
+        if self.adapter is not None:
+            object.__setattr__(self, "adapter", str(self.adapter))
+            Adapter.load(self.adapter)
+
+    @classmethod
+    def paper(cls, concepts: Concepts, strength: float = 1.0, **fields: Any) -> GIE:
+        """The paper's form in the published window, the first 80 % of the trajectory."""
+        return cls(concepts, strength, window=(0.0, 0.8), **fields)
+
+    @classmethod
+    def official(cls, concepts: Concepts, strength: float = 1.0, **fields: Any) -> GIE:
+        """What the public code computes: its values, its two trajectories and its window."""
+        return cls(concepts, strength, window=(0.0, 0.8), values="official", trajectories=2, **fields)
+
+    @classmethod
+    def fit(
+        cls,
+        pipe: DiffusionPipeline,
+        concepts: Concepts,
+        prompts: Prompts,
+        *,
+        detector: Detectors,
+        out: str | Path,
+        **how: Any,
+    ) -> GIE:
+        """Trains an adapter on this pipeline, without labels, and returns GIE with it.
+
+        For each prompt and tuning seed a ladder of fixed strengths is drawn. A picture's loss is the detector's score
+        plus `fidelity` times what it has lost of the plain picture; a prompt's best strength is what the adapter learns
+        to say from the features of its tokens. A fifth of the prompts is held out and stops the training.
+
+        Args:
+            pipe: the pipeline; the adapter is for its model only.
+            concepts: what to erase, one at a time.
+            prompts: at least 5 texts, some that draw the concept and some that must not change; or texts by concept.
+            detector: says whether the concept is there (`efface.Detector`); or one by the name of each concept.
+            out: the adapter's file. Judgements are kept beside it in `<out>.ladder.json`, batch by batch: killed, the
+                same call goes on from there.
+            how: the settings of `erasers._gie_fit.fit_adapter`; all else goes to the pipeline.
+        """
+        from ._gie_fit import fit_adapter
+
+        return cls(concepts, adapter=fit_adapter(pipe, as_concepts(concepts), prompts, detector, Path(out), **how))
+
+    @property
+    def joins(self) -> bool:  # type: ignore[override]
+        return self.values == "official"
+
+    @property
+    def twins(self) -> bool:  # type: ignore[override]
+        return self.trajectories == 2
+
+    def copies(self, step: int, steps: int, queries: int) -> bool:
+        return step < int(COPIED * steps) and queries <= QUERIES
+
+    @property
+    def measures(self) -> bool:  # type: ignore[override]
+        return self.adapter is not None
+
+    def apply(self, pipe: DiffusionPipeline) -> Handle:
+        if self.values == "official" and not family(pipe).causal:
+            raise ValueError(
+                f"The official values take the prompt's tokens from a longer text, which needs a causal text encoder; "
+                f'that of {family(pipe).name} is bidirectional: use values="paper".'
+            )
+        if self.adapter is not None:
+            Adapter.load(self.adapter).check(text_hash(pipe, unedited(pipe)), layer_names(pipe))
+        return super().apply(pipe)
+
+    def weigh(self, features: Tensor, layers: tuple[str, ...]) -> Tensor:
+        adapter = Adapter.load(str(self.adapter))
+        adapter.check(adapter.model, layers, ordered=True)
+        return -adapter(features).clamp_min(0)
+
+    def edit(self, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
+        base, beside = cross, cross.beside
+        if beside is not None:
+            start, end = (int(share * (beside.steps + 1)) for share in self.window)
+            if not start <= beside.step < end:
+                return out + afterwards(cross, term) if self.joins else out
+            out, base = out + beside.shift, CrossAttention(cross.attn, beside.query, cross.prompt, cross.neutral)
+        key, value = cross.keys_values(term.text)
+        if term.weights is None:  # the same in all rows
+            weights = value.new_zeros(len(value), 1, value.shape[2], 1)
+            for n, own in enumerate(term.own):
+                weights[n, :, own] = -self.strength
+            out = out + cross.attend_texts(key, weights * value, term.mask).sum(0)
+        else:
+            for n, own in enumerate(term.own):
+                weights = value.new_zeros(len(out), 1, value.shape[2], 1)
+                weights[:, 0, own, 0] = (self.strength * term.weights[n]).to(value)
+                mask = None if term.mask is None else term.mask[n : n + 1]
+                key_n = key[n : n + 1].expand(len(out), -1, -1, -1)
+                out = out + cross.attend(key_n, weights * value[n : n + 1], mask)
+        return out + swapped(base, term) if self.joins else out

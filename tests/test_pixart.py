@@ -1,0 +1,138 @@
+"""EIUP and GIE on PixArt against their formulas, row by row, with text that is projected and masked."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention
+from test_eiup import logits, mix, softmax, written_out
+from tiny import ALCOHOL, CAT, PROMPT, WORDS, change, drawn, latents, pipeline
+from torch import Tensor
+
+from efface import EIUP, GIE, Concept, NegativePrompt
+from efface._hooks import encode, pack
+
+PROMPTS = (PROMPT, "a big red cat")  # 5 and 4 tokens: masked differently
+FORMS = ("projected", "separate", "gated")
+
+
+def embed(pipe: Any, text: str) -> Tensor:
+    """The states of a text's words and its end token, without padding, as the layers get them: [L, D]."""
+    ids = [pipe.tokenizer.get_vocab()[word] for word in text.split()] + [1]
+    states = pipe.text_encoder(torch.tensor([ids])).last_hidden_state
+    return pipe.transformer.caption_projection(states)[0].detach()
+
+
+class Reference:
+    """An attention processor that knows no padding: each text has the columns of its words and the end token alone."""
+
+    def __init__(self, pipe: Any, form: str, erased: Sequence[str], strength: float, guidance: bool = True) -> None:
+        self.form, self.strength, self.guidance = form, strength, guidance
+        self.prompts = [embed(pipe, text) for text in (*([""] * len(PROMPTS) if guidance else []), *PROMPTS)]
+        self.erased = [embed(pipe, text) for text in erased]
+        self.empty = embed(pipe, "")
+
+    def __call__(self, attn: Attention, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        out = []
+        for k, (hidden, text) in enumerate(zip(hidden_states, self.prompts, strict=True)):
+            plain = written_out(attn, hidden, text)
+            conditional = not self.guidance or k >= len(PROMPTS)
+            out.append(self.row(attn, hidden, text, plain) if conditional else plain)
+        return attn.to_out[1](attn.to_out[0](torch.stack(out))) / attn.rescale_output_factor
+
+    def row(self, attn: Attention, hidden: Tensor, text: Tensor, out: Tensor) -> Tensor:
+        for erased in self.erased:
+            own = erased[:-1]
+            if self.form == "projected":
+                neutral = written_out(attn, hidden, self.empty)
+                d = written_out(attn, hidden, erased) - neutral
+                share = ((out - neutral) * d).sum(-1) / (d * d).sum(-1)
+                out = out - self.strength * share.clamp(min=0)[:, None] * d
+            elif self.form == "separate":
+                maps = softmax(logits(attn, hidden, erased))
+                out = out - self.strength * mix(attn, maps[..., :-1], own)
+            else:
+                both = softmax(torch.cat([logits(attn, hidden, text), logits(attn, hidden, own)], -1))
+                out = out - self.strength * mix(attn, both[..., len(text) :], own)
+        return out
+
+
+@contextlib.contextmanager
+def reference(pipe: Any, *args: Any) -> Iterator[None]:
+    made = Reference(pipe, *args)
+    layers = {m: m.processor for name, m in pipe.transformer.named_modules() if name.endswith("attn2")}
+    assert len(layers) == 2
+    for layer in layers:
+        layer.processor = made
+    try:
+        yield
+    finally:
+        for layer, processor in layers.items():
+            layer.processor = processor
+
+
+_double = functools.cache(lambda family: pipeline(family).to(torch.float64))
+
+
+@pytest.mark.parametrize("guidance_scale", [4.5, 1.0])
+@pytest.mark.parametrize("form", FORMS)
+def test_pictures_equal_the_formulas(form: str, guidance_scale: float) -> None:
+    pipe = _double("pixart")
+    erased = ("beer", "wine glass", "cat") if form == "projected" else ("beer wine glass", "cat")
+    options = {"guidance_scale": guidance_scale}
+    with EIUP([ALCOHOL, CAT], normalization=form, strength=1.5).apply(pipe):
+        got = latents(pipe, PROMPTS, **options)
+    with reference(pipe, form, erased, 1.5, guidance_scale > 1):
+        want = latents(pipe, PROMPTS, **options)
+    assert change(got, want) < 1e-9
+    assert change(got, latents(pipe, PROMPTS, **options)) > 1e-2
+
+
+def test_gie_is_separate_with_masks_too() -> None:
+    pipe = _double("pixart")
+    with GIE([ALCOHOL, CAT], strength=1.5).apply(pipe):
+        got = latents(pipe, PROMPTS)
+    with reference(pipe, "separate", ("beer wine glass", "cat"), 1.5):
+        assert change(got, latents(pipe, PROMPTS)) < 1e-9
+
+
+def test_sigma_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert change(drawn("pixart_sigma", EIUP([ALCOHOL])), drawn("pixart", EIUP([ALCOHOL]))) < 1e-5
+    assert change(drawn("pixart_sigma", EIUP([ALCOHOL])), drawn("pixart_sigma")) > 1e-3
+
+
+def test_texts_are_measured_by_what_the_pipeline_encodes() -> None:
+    """T5's tokenizer takes 512 tokens, the pipeline the first 120."""
+    pipe = pipeline("pixart")
+    assert len(encode(pipe, [" ".join(["cat"] * 119)]).text) == 1
+    with pytest.raises(ValueError, match="is 121 tokens long, but the text encoder takes 120"):
+        encode(pipe, [" ".join(["cat"] * 120)])
+    assert [len(text.split()) for text in pack(pipe, ["cat"] * 200)] == [119, 81]
+    made = encode(pipe, ["", "a Big cat"])
+    assert made.mask is not None and made.mask.sum(1).tolist() == [1, 4]
+    assert made.own == (slice(0, 0), slice(0, 3))
+    lower = encode(pipe, ["a big cat"]).text
+    assert torch.equal(lower[0], made.text[1])  # the pipeline writes prompts in small letters
+
+
+def test_a_negative_prompt_is_diffusers_own() -> None:
+    words = Concept("drinks", ("beer", "wine"))
+    pipe = pipeline("pixart")
+    with NegativePrompt([words]).apply(pipe):
+        got = latents(pipe, PROMPTS, negative_prompt="a dog")
+    assert torch.equal(got, latents(pipe, PROMPTS, negative_prompt=["a dog, beer, wine"] * 2))
+    assert change(got, latents(pipe, PROMPTS, negative_prompt="a dog")) > 1e-3
+
+
+def test_what_cannot_be_done_is_refused() -> None:
+    pipe = pipeline("pixart")
+    with pytest.raises(ValueError, match="PixArt is bidirectional"):
+        GIE([CAT], values="official").apply(pipe)
+    with pytest.raises(ValueError, match="PixArt pipelines do not tell it"):
+        GIE([CAT], trajectories=2).apply(pipe)
+    assert "encode_prompt" not in vars(pipe) and set(WORDS) <= set(pipe.tokenizer.get_vocab())
