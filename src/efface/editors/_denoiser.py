@@ -113,8 +113,8 @@ class Denoiser:
         name = family(pipe).denoiser
         if name != "unet":
             raise TypeError(
-                f"Expected a pipeline with a UNet, but {type(pipe).__name__} has a transformer, on which fine-tuning is not "
-                "tested: use an editor in closed form, such as UCE, or a run-time eraser."
+                f"Expected a pipeline with a UNet, but {type(pipe).__name__} has a transformer, and fine-tuning that is "
+                "not tested: use an editor in closed form, such as UCE, or a run-time eraser."
             )
         self.module, self.prefix = part(pipe, name), f"{name}."
         self.names = trained(self.module, train)

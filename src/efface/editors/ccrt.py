@@ -5,21 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
-from torch import Generator, Tensor
 
 from .._hooks import fits
-from ..core import Concepts, as_concepts, config
+from ..core import Concepts, as_concepts
 from ..delta import Delta, active, unedited
-from ._denoiser import Denoiser, Points, Weights, mse
-from ._misalignment import Misalignment, calibration
+from ._misalignment import Misalignment
+from ._round import Round
 from ._search import ENTITIES, Broader, Calibration
-from ._training import State, Training, check_integer, check_number, digest, phrases, run
+from ._training import Training, check_integer, check_number, phrases
 from .esd import ESD
 
 if TYPE_CHECKING:
@@ -157,64 +156,9 @@ class CCRT(Training):
             for k, concept in enumerate(found):
                 rows = torch.arange(1, len(net.condition.text)) if k == 0 else net.add(phrases(concept)[1])
                 folder = None if checkpoint is None else Path(checkpoint) / str(k + 1)
-                one = _Round(method, net, base, concept.name, rows, seed + 10 * k, folder)
+                one = Round(method, net, base, concept.name, rows, seed + 10 * k, folder)
                 state, info = one.run(source, fitness, judge) if method.reg else (one.fit("fit"), {})
                 info = state.info() | info
                 deltas.append(Delta.fitted(method, pipe, net.change(state.shipped), concept, seed=one.seed, info=info))
                 on.enter_context(deltas[-1].apply(pipe))
         return deltas
-
-
-@dataclass(frozen=True)
-class _Round:
-    method: CCRT
-    net: Denoiser
-    base: Weights
-    name: str
-    rows: Tensor  # of the concept, in the net's condition
-    seed: int
-    folder: Path | None
-
-    def run(self, source: Calibration, fitness: Misalignment, judge: Misalignment) -> tuple[State, dict[str, Any]]:
-        """Probe, search, fit; with the prompts and the distances before, of the probe and after."""
-        method, probe = self.method, self.fit("probe").shipped
-        prompts = source.prompts(
-            lambda texts: fitness(texts, probe).tolist(),
-            **{name: getattr(method, name) for name in ("keep", "generations", "mutation")},
-            seed=self.seed,
-            path=self.folder and self.folder / "prompts.json",
-            key=digest(probe),
-        )
-        state = self.fit("fit", prompts)
-        stages = {"before": None, "probe": probe, "after": state.shipped}
-        judged = {"prompts": prompts, "entities": [source.put([entity]) for entity in source.entities]}
-        distance = {of: {s: float(judge(texts, w).mean()) for s, w in stages.items()} for of, texts in judged.items()}
-        return state, {"prompts": prompts, "distance": distance}
-
-    def fit(self, what: str, prompts: Sequence[str] = ()) -> State:
-        """ESD on the concept, and the distillation on `prompts`."""
-        method, net = self.method, self.net
-        esd = ESD(eta=method.eta, **{f.name: getattr(method, f.name) for f in fields(Training)})
-        teacher = self.base if method.teacher == "base" else None
-        pool = calibration(net, prompts, teacher, method.guidance, self.seed + 2) if prompts else None
-
-        def loss(weights: Weights, points: Points, rng: Mapping[str, Generator]) -> Tensor:
-            texts, target = esd.target(net, points, teacher)
-            if pool is None:
-                return mse(net(points.x, points.t, texts, weights), target)
-            held = pool[torch.randint(len(pool), (len(points),), generator=rng["calibration"]).to(net.device)]
-            x, t, both = torch.cat([points.x, held.x]), torch.cat([points.t, held.t]), torch.cat([texts, held.prompt])
-            removed, kept = net(x, t, both, weights).chunk(2)
-            return mse(removed, target) + method.reg * mse(kept, held.own)
-
-        return run(
-            net,
-            method,
-            lambda weights, _, rng: esd.points(net, self.rows, weights, rng),
-            loss,
-            seed=self.seed,
-            name=f"CCRT {what}: {self.name}",
-            identity={**config(method), "texts": digest({"": net.condition.text[self.rows]}), "prompts": list(prompts)},
-            streams=("points", "calibration"),
-            checkpoint=self.folder and self.folder / f"{what}.safetensors",
-        )
