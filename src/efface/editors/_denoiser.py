@@ -113,7 +113,7 @@ class Denoiser:
         name = family(pipe).denoiser
         if name != "unet":
             raise TypeError(
-                f"Expected a pipeline with a UNet, but {type(pipe).__name__} has a transformer, and fine-tuning that is "
+                f"Expected a pipeline with a UNet, but {type(pipe).__name__} has a transformer, and training that is "
                 "not tested: use an editor in closed form, such as UCE, or a run-time eraser."
             )
         self.module, self.prefix = part(pipe, name), f"{name}."
