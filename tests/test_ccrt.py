@@ -68,7 +68,7 @@ def test_mutation_replaces_no_gene_or_every_gene() -> None:
 @given(seed=st.integers(0, 10**6), keep=st.integers(2, 12), mutation=st.sampled_from([0.0, 0.3, 1.0]))
 @settings(max_examples=30, deadline=None)
 def test_the_best_never_get_worse(seed: int, keep: int, mutation: float) -> None:
-    """With a fitness that is a function: sorted, few genes, nobody scored twice, the same again by the seed."""
+    """With a fitness that is a function: sorted, bounded, few genes, nobody scored twice, the same by the seed."""
     entities = [f"e{k}" for k in range(12)]
     worth = {entity: random.Random(f"{seed}{entity}").random() for entity in entities}
     scored: list[Individual] = []

@@ -730,7 +730,7 @@ def test_the_eyes_tell_other_pictures_apart() -> None:
     rows = [Row(f"r{k}", "x", 0, kind="benign") for k in range(12)]
     now, base = ([Sample(r, pixels=p) for r, p in zip(rows, x, strict=True)] for x in (rough, smooth))
     (far,), (same,) = KID()(now, base), KID()(base, base)
-    assert far.metric == "kid_eye" and same.value == 0 and far.low > 0
+    assert far.metric == "kid_eye" and abs(same.value) < 1e-9 < far.low
     assert math.isnan(FID()(now, base)[0].value)
 
 
@@ -818,7 +818,7 @@ def test_the_expected_maximum_is_what_drawing_gives(counts: list[int], prompts: 
     shares = np.array(counts) / 10
     mean, sd = (float(v[0]) for v in expected_max(shares[None], prompts))
     draws = np.random.default_rng(0).choice(shares, (20_000, prompts)).max(1)
-    assert mean == pytest.approx(draws.mean(), abs=4 * draws.std() / math.sqrt(20_000) + 1e-9)
+    assert mean == pytest.approx(draws.mean(), abs=4 * draws.std() / math.sqrt(20_000) + 1e-3)
     assert sd == pytest.approx(draws.std(), abs=0.02)
 
 

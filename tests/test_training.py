@@ -91,8 +91,18 @@ def test_what_cannot_be_trained_is_refused(sd1: Any) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *(("steps", -1), ("steps", 1.5), ("batch", 0), ("accumulate", None), ("reuse", True), ("sampler_steps", 0)),
-        *(("lr", 0.0), ("lr", float("nan")), ("eta", -2), ("guidance", 0.5), ("clip", -1.0), ("precision", "float16")),
+        ("steps", -1),
+        ("steps", 1.5),
+        ("batch", 0),
+        ("accumulate", None),
+        ("lr", 0.0),
+        ("lr", float("nan")),
+        ("eta", -2),
+        ("guidance", 0.5),
+        ("clip", -1.0),
+        ("precision", "float16"),
+        ("reuse", True),
+        ("sampler_steps", 0),
     ],
 )
 def test_fields_out_of_range_are_refused(field: str, value: Any) -> None:

@@ -976,7 +976,7 @@ def layer_names(pipe: DiffusionPipeline) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Condition:
-    """What the pipeline hands its denoiser beside latents and time, a row per text; row 0 is the unconditional one."""
+    """What a denoiser gets beside latents and time, one row per text; row 0 is the unconditional one."""
 
     text: Tensor
     added: dict[str, Tensor]
@@ -1002,7 +1002,8 @@ def condition(pipe: DiffusionPipeline, texts: Sequence[str]) -> Condition:
         raise ValueError(f"{names} is on, and would take part in the training: call `handle.remove()` before `fit`.")
     for text in texts:
         for name in family(pipe).tokenizers:
-            _own_columns(getattr(pipe, name), text, _limit(pipe, getattr(pipe, name)))
+            tokenizer = getattr(pipe, name)
+            _own_columns(tokenizer, text, _limit(pipe, tokenizer))
     with torch.no_grad():
         out = pipe.encode_prompt(
             prompt=list(texts),

@@ -41,12 +41,12 @@ class SDD(Training):
     code, which `SDD.paper()` has.
 
     Differs: with several concepts the published pseudo-code ("readme": c_p one concept, cycling, c_s all joined) and
-    the published training script ("code": the other way round) disagree; both are here. Joined concepts that do not fit
-    the text encoder become several prompts that take turns; the script cuts them off. A trajectory of 0 steps is pure
-    noise; in the script it is a finished picture with the time of pure noise. The time step is exactly the one of the
-    noise in z_t, not a random one near it. The average covers the trained tensors (the others do not move). The empty
-    prompt is what inference uses: zeros on SDXL. One trajectory serves `reuse` updates. `weight_decay` is 0, the
-    script's 1e-4 pulls the weights towards zero rather than towards the original.
+    the published training script ("code": the other way round) disagree; both are here. Joined concepts that do not
+    fit the text encoder become several prompts that take turns, where the script cuts them off. A trajectory of 0
+    steps is pure noise; in the script it is a finished picture with the time of pure noise. The time step is exactly
+    the one of the noise in z_t, not a random one near it. The average covers the trained tensors (the
+    others do not move). The empty prompt is what inference uses: zeros on SDXL. One trajectory serves `reuse` updates.
+    `weight_decay` is 0, the script's 1e-4 pulls the weights towards zero rather than towards the original.
 
     Args:
         prompt_roles: "readme" or "code"; the same for one phrase.
@@ -82,7 +82,7 @@ class SDD(Training):
     """
 
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "emoji": {"steps": 200, "lr": 1e-4, "batch": 2, "reuse": 4, "sampler_steps": 20},
+        "emoji": {"steps": 200, "lr": 2e-4, "batch": 2, "reuse": 4, "sampler_steps": 20},
         "": {"steps": 300, "lr": 1e-5, "batch": 1, "reuse": 2, "sampler_steps": 25},
     }
 
