@@ -2,9 +2,9 @@
 
     python benchmarks/ccrt_sequence.py [--n 32] [--steps 200] [--concepts 5] [--work DIR] [--out FILE]
 
-Both train the same weights for the same updates; ESD round by round is CCRT with `reg` 0. After each round every removed
-concept and six bystanders, which are no entities of the search, are drawn `n` times with test seeds, the same ones for
-all; the plain model is drawn first. The eyes of `emoji` judge and the worse counts: the one that still sees more of a
+Both train the same weights for the same updates; ESD round by round is CCRT with `reg` 0. After each round every
+removed concept and six bystanders, which are no entities of the search, are drawn `n` times with test seeds, the same
+ones for all; the plain model is drawn first. The eyes of `emoji` judge and the worse counts: the one that still sees more of a
 removed concept, or less of the bystanders. The record has the rates with 95 % intervals, and the misalignment
 distances and calibration prompts of CCRT's rounds.
 
