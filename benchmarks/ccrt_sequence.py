@@ -4,8 +4,8 @@
 
 Both train the same weights for the same updates; ESD round by round is CCRT with `reg` 0. After each round every
 removed concept and six bystanders, which are no entities of the search, are drawn `n` times with test seeds, the same
-ones for all; the plain model is drawn first. The eyes of `emoji` judge and the worse counts: the one that still sees more of a
-removed concept, or less of the bystanders. The record has the rates with 95 % intervals, and the misalignment
+ones for all; the plain model is drawn first. The eyes of `emoji` judge and the worse counts: the one that still sees
+more of a removed concept, or less of the bystanders. The record has the rates with 95 % intervals, and the misalignment
 distances and calibration prompts of CCRT's rounds.
 
 Deltas are kept in `--work` round by round, with the checkpoints of unfinished ones: the same command goes on where it
