@@ -139,3 +139,56 @@ def test_the_script_writes_its_record(overhead, tmp_path, monkeypatch, capsys) -
         t["met"] == (t["value"] <= t["limit"]) for t in record["targets"]
     )
     assert "efface --help, seconds: 0.250, target 0.3: met" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- finetune_step.py
+
+
+@pytest.fixture
+def step(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("finetune_step")
+
+
+@pytest.mark.parametrize("method", ["esd", "sdd"])
+def test_the_naive_step_is_the_same_mathematics(method: str, step: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same point of the same trajectory, and the same weights after an update there."""
+    monkeypatch.setattr(step, "BATCH", 1)
+    pipe = tiny.pipeline("small")
+    naive = step.Naive(pipe, method)
+    rng = torch.Generator().manual_seed(0)
+    stop = torch.randint(step.K, (1,), generator=rng)
+    assert stop > 2
+    net = step.Denoiser(pipe, step.CONCEPT.phrases, "x", step.K)
+    points = net.trajectory(torch.tensor([1]), stop[:, None], None, step.GUIDANCE, rng)
+    x, t = step.Naive(pipe, method).point({})
+    assert torch.allclose(x, points.x, **CLOSE) and t == points.t[0]
+    naive.update()
+    editor = {"esd": efface.ESD, "sdd": efface.SDD}[method](steps=1, lr=step.LR, batch=1, reuse=1, clip=0.0)
+    state = step_of(net, editor, points)
+    for name, w in state.student.items():
+        apart = (naive.student[name.removeprefix("unet.")] - w).abs() > 1e-7  # of moves of 1e-5
+        assert apart.float().mean() < 0.02  # Adam's first move is the sign of a gradient, which may be rounding
+        assert not torch.equal(w, net.base[name])
+
+
+def step_of(net: Any, editor: Any, points: Any) -> Any:
+    from efface.editors._training import run
+
+    def loss(weights: Any, batch: Any, _: Any) -> Tensor:
+        return editor.loss(net, weights, batch)
+
+    return run(net, editor, lambda *_: points, loss, seed=0, name="test", identity={})
+
+
+def test_the_step_script_writes_its_record(step: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "K", 2)
+    monkeypatch.setattr(step, "load", lambda model: tiny.pipeline("small"))
+    out = tmp_path / "results/step.json"
+    step.main(["--model", "tiny", "--rounds", "1", "--updates", "4", "--ccrt-steps", "1", "--out", str(out)])
+    record = json.loads(out.read_text())["tiny"]
+    assert [(r["method"], r["variant"]) for r in record["results"]] == [
+        (m, v) for m in ("esd", "sdd") for v in ("naive", "efface, reuse 1", "efface, reuse 4")
+    ]
+    assert all(r["speedup"]["median"] == 1 for r in record["results"] if r["variant"] == "naive")
+    assert record["ccrt"]["rows"] > 0 and record["ccrt"]["individuals"] > 2

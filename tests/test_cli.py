@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -239,6 +240,34 @@ def test_fit_describe_export_merge_and_erase(tmp_path: Path) -> None:
     assert made["hash"][:16] in call("delta", "info", later)
     assert "apply that first" in call(*draw, "--delta", later, "--out", tmp_path / "o", code=2)
     call(*draw, "--delta", file, "--delta", later, "--out", tmp_path / "p")
+
+
+@needs_weights
+def test_the_same_fit_command_goes_on_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from efface.editors import _training
+
+    update, done = _training._update, []
+
+    def interrupt(*args: Any) -> None:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(update(*args))
+
+    settings = ("steps=3", "batch=1", "reuse=1", "sampler_steps=2")
+    fit = ["fit", "esd", "--phrase", "cat", *(word for s in settings for word in ("--set", s)), "--json", "--out"]
+    unbroken, file = json.loads(call(*fit, tmp_path / "a.safetensors")), tmp_path / "b.safetensors"
+    monkeypatch.setattr(_training, "EVERY", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(_training, "_update", interrupt)
+        kept = file.with_name("b.safetensors.checkpoint")
+        assert f"The same command goes on from {kept}" in call(*fit, file, code=130)
+    assert not file.exists()
+    assert "another fit (different: phrases)" in call(*(w if w != "cat" else "dog" for w in fit), file, code=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(_training, "_update", lambda *args: done.append(update(*args)))
+        resumed = json.loads(call(*fit, file))
+    assert len(done) == 3 and resumed["hash"] == unbroken["hash"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
 
 
 # ---------------------------------------------------------------- bench, score, report

@@ -21,8 +21,12 @@ import efface
 from efface import EIUP, Delta, registry
 from efface.delta import active
 
-SHORT = {"steps": 4, "lr": 1e-2, "sampler_steps": 3, "batch": 2}
-QUICK: dict[str, dict[str, Any]] = {"esd": SHORT, "sdd": {**SHORT, "ema": 0.5}, "ccrt": SHORT}
+SHORT: dict[str, Any] = {"steps": 4, "lr": 1e-2, "batch": 2, "reuse": 2, "sampler_steps": 3}
+QUICK: dict[str, dict[str, Any]] = {
+    "esd": SHORT,
+    "sdd": {**SHORT, "ema": 0.5},
+    "ccrt": {**SHORT, "steps": 2, "keep": 2, "generations": 1, "template": "{}"},
+}
 SLOW = ("ccrt",)
 EDITORS = {name: registry.resolve(name)(**QUICK.get(name, {})) for name in registry.methods("editors")}
 each = pytest.mark.parametrize(
@@ -36,7 +40,7 @@ def fitted(name: str, family: str = "sd1", concept: Any = ALCOHOL) -> Delta:
 
 
 def test_there_are_editors() -> None:
-    assert {"uce", "rece"} <= EDITORS.keys()
+    assert {"uce", "rece", "esd", "sdd", "ccrt"} <= EDITORS.keys()
 
 
 @each

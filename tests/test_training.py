@@ -75,8 +75,10 @@ def test_what_cannot_be_trained_is_refused(sd1: Any) -> None:
         ESD().fit(sd1, [])
     with pytest.raises(ValueError, match="tokens long"):
         ESD().fit(sd1, Concept("long", ("cat " * 20,)))
-    with pytest.raises(TypeError, match="tested family"):
+    with pytest.raises(TypeError, match="tested family"):  # as for SD3 and FLUX
         ESD().fit(object(), CAT)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="has a transformer"):
+        ESD().fit(tiny.untouched("pixart"), CAT)
     half = tiny.pipeline().to(dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="precision='bfloat16'"):
         ESD(precision="float32").fit(half, CAT)

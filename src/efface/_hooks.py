@@ -115,17 +115,18 @@ def encode(pipe: DiffusionPipeline, texts: Sequence[str], **settings: Any) -> En
     return Encoded(out[0], out[2] if len(out) > 2 else None, tuple(places[0]))
 
 
+def fits(pipe: DiffusionPipeline, text: str) -> bool:
+    """Whether a text is within the encoder's limit."""
+    tokenizers = [getattr(pipe, name) for name in family(pipe).tokenizers]
+    return all(len(t(text).input_ids) <= _limit(pipe, t) for t in tokenizers)
+
+
 def pack(pipe: DiffusionPipeline, phrases: Sequence[str], separator: str = " ") -> list[str]:
     """Phrases joined, greedily and in order, into as few texts as fit the encoder."""
-    tokenizers = [getattr(pipe, name) for name in family(pipe).tokenizers]
-
-    def fits(text: str) -> bool:
-        return all(len(t(text).input_ids) <= _limit(pipe, t) for t in tokenizers)
-
     texts = [phrases[0]]
     for phrase in phrases[1:]:
         joined = f"{texts[-1]}{separator}{phrase}"
-        if fits(joined):
+        if fits(pipe, joined):
             texts[-1] = joined
         else:
             texts.append(phrase)

@@ -424,7 +424,9 @@ def fit(
 ) -> None:
     """Learn a delta that erases concepts from a model, and write it to one file."""
     with _bad_input():
+        import shutil
         from dataclasses import replace
+        from inspect import signature
 
         targets = _targets(concept, phrase)
         if not targets:
@@ -438,16 +440,21 @@ def fit(
         file = _file(out, overwrite)
         pipe = api.load(model)
         pipe.set_progress_bar_config(disable=True)
-        began = time.perf_counter()
+        began, kept = time.perf_counter(), file.with_name(f"{file.name}.checkpoint")
+        resumes = "checkpoint" in signature(editor.fit).parameters
+        options = {"checkpoint": kept} if resumes else {}
         try:
             with api.stack(pipe, *(api.load_delta(path) for path in after or ())):
-                delta = editor.fit(pipe, targets, seed=seed)
+                delta = editor.fit(pipe, targets, seed=seed, **options)
         except KeyboardInterrupt:
-            _fail(f"Interrupted: {file} was not written.", INTERRUPTED)
+            further = f" The same command goes on from {kept}." if kept.exists() else ""
+            _fail(f"Interrupted: {file} was not written.{further}", INTERRUPTED)
         except RuntimeError as error:
             _fail(f"{error}\n{file} was not written.", FAILED)
         seconds = time.perf_counter() - began
         delta.save(file)
+        if resumes:
+            shutil.rmtree(kept) if kept.is_dir() else kept.unlink(missing_ok=True)
     if as_json:
         typer.echo(json.dumps({"out": str(file), "seconds": seconds, **delta.config()}, indent=1))
     else:

@@ -111,6 +111,11 @@ class Denoiser:
         self, pipe: DiffusionPipeline, texts: Sequence[str], train: str, sampler_steps: int, precision: str = "auto"
     ) -> None:
         name = family(pipe).denoiser
+        if name != "unet":
+            raise TypeError(
+                f"Expected a pipeline with a UNet, but {type(pipe).__name__} has a transformer, and training that is "
+                "not tested: use an editor in closed form, such as UCE, or a run-time eraser."
+            )
         self.module, self.prefix = part(pipe, name), f"{name}."
         self.names = trained(self.module, train)
         parameters = dict(self.module.named_parameters())

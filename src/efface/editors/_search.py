@@ -76,12 +76,12 @@ def search(
     mutation: float,
     rng: random.Random,
     broader: Broader | None = None,
-    allowed: Callable[[str], bool] = lambda entity: True,
+    allowed: Callable[[Individual], bool] = lambda individual: True,
 ) -> list[tuple[Individual, float]]:
     """The `keep` fittest individuals with their scores, best first.
 
     In each generation the `keep` fittest survive; four fifths of them pair off at random and have one child each; a
-    quarter of all is copied with mutations. Children of more than three entities, and with one that is not allowed, are
+    quarter of all is copied with mutations. Children of more than three entities, and such as are not allowed, are
     dropped. Nobody is scored twice.
     """
     scores: dict[Individual, float] = {}
@@ -100,7 +100,7 @@ def search(
         present = [*best, *children]
         mutants = [mutate(one, entities, mutation, rng) for one in rng.sample(present, k=len(present) // 4)]
         young = [tuple(dict.fromkeys(one)) for one in (*children, *mutants)]
-        best = ranked([*best, *(one for one in young if len(one) <= LONGEST and all(map(allowed, one)))])[:keep]
+        best = ranked([*best, *(one for one in young if len(one) <= LONGEST and allowed(one))])[:keep]
     return [(individual, scores[individual]) for individual in best]
 
 
@@ -113,6 +113,7 @@ class Calibration:
         template: a text with {} for the entities.
         composer: entities to a prompt; None: the template.
         broader: entity to its direct hypernyms.
+        fits: whether the text encoder takes a prompt; individuals whose prompt it cuts off are left out.
 
     Raises:
         ValueError: fewer than two entities are left.
@@ -125,17 +126,21 @@ class Calibration:
         template: str,
         composer: Callable[[Sequence[str]], str] | None = None,
         broader: Broader | None = None,
+        fits: Callable[[str], bool] = lambda text: True,
     ) -> None:
         self.removed, self.template, self.composer, self.broader = removed, template, composer, broader
-        self.entities = [entity for entity in dict.fromkeys(entities) if self.allowed(entity)]
+        self.fits = fits
+        self.entities = [entity for entity in dict.fromkeys(entities) if self.allowed((entity,))]
         if len(self.entities) < 2:
             raise ValueError(
-                f"Expected two entities or more that have nothing to do with the removed concepts, but of "
+                "Expected two entities or more that have nothing to do with the removed concepts and fit the text "
+                f"encoder, but of "
                 f"{len(entities)} there are {len(self.entities)}: give others."
             )
 
-    def allowed(self, entity: str) -> bool:
-        return not related(entity, self.removed, self.broader)
+    def allowed(self, individual: Individual) -> bool:
+        unrelated = not any(related(entity, self.removed, self.broader) for entity in individual)
+        return unrelated and self.fits(self.put(individual))
 
     def put(self, individual: Sequence[str]) -> str:
         """The entities in the template."""

@@ -89,8 +89,10 @@ class Training:
             raise ValueError(f"Expected `guidance` to be at least 1 (no guidance), but got {self.guidance!r}.")
 
     def resolved(self, pipe: DiffusionPipeline) -> Self:
-        """The same with the family's values where a field is None."""
-        values = self.defaults.get(family(pipe).name, self.defaults.get("", {}))
+        """The same with the family's values where a field is None; `lr` is a third for "u" and "full"."""
+        values = dict(self.defaults.get(family(pipe).name, self.defaults.get("", {})))
+        if self.train in ("u", "full") and "lr" in values:
+            values["lr"] /= 3
         return replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
 
     def denoiser(self, pipe: DiffusionPipeline, texts: Sequence[str]) -> Denoiser:
@@ -187,7 +189,7 @@ class State:
         if theirs != ours:
             other = [key for key in ours if theirs.get(key) != ours[key]]
             raise ValueError(
-                f"{path} is the checkpoint of another fit (different: {', '.join(other)}): name another file, or run "
+                f"{path} is the checkpoint of another fit (different: {', '.join(other)}): move it away, or run "
                 "the command that began it."
             )
         self.done, self.losses = json.loads(header["done"]), tensors.pop("losses").tolist()

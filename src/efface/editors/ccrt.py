@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
-from torch import Generator, Tensor
 
-from ..core import Concepts, as_concepts, config
+from .._hooks import fits
+from ..core import Concepts, as_concepts
 from ..delta import Delta, active, unedited
-from ._denoiser import Denoiser, Points, Weights, mse
-from ._misalignment import Misalignment, calibration
+from ._misalignment import Misalignment
+from ._round import Round
 from ._search import ENTITIES, Broader, Calibration
-from ._training import State, Training, check_integer, check_number, digest, phrases, run
+from ._training import Training, check_integer, check_number, phrases
 from .esd import ESD
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ class CCRT(Training):
         train, steps, lr, batch, reuse, accumulate, sampler_steps, guidance, weight_decay, clip, precision: as for
             `ESD`, of the probe and the fit; code: "x", 1000, 1e-5, 1, 1, 1, 50, 3.
         eta: ESD's erase strength, >= -1; code: 1.
-        reg: weight of the distillation, >= 0; 0 is ESD round by round, without probe and search; code: 0.01.
+        reg: weight of the distillation, >= 0; 0 is ESD round by round, without probe and search; code: 0.01, of which
+            little was to be seen on `emoji`.
         teacher: "base", or "previous" for the round before.
         keep: individuals that survive a generation, and calibration prompts in the end; code: 100.
         generations: of the search; code: 6.
@@ -85,7 +87,7 @@ class CCRT(Training):
     }
 
     eta: float = 1.0
-    reg: float = 0.01
+    reg: float = 1.0
     teacher: Teacher = "base"
     keep: int = 20
     generations: int = 3
@@ -107,11 +109,13 @@ class CCRT(Training):
     def paper(cls) -> CCRT:
         """The settings of the published code, for Stable Diffusion 1.4; its 1,000 entities have to be given."""
         given: dict[str, Any] = {"steps": 1000, "lr": 1e-5, "batch": 1, "reuse": 1, "sampler_steps": 50}
-        return cls(keep=100, generations=6, mutation=0.05, **given)
+        return cls(reg=0.01, keep=100, generations=6, mutation=0.05, **given)
 
-    def fit(self, pipe: DiffusionPipeline, concepts: Concepts, *, seed: int = 0, **options: Any) -> Delta:
+    def fit(
+        self, pipe: DiffusionPipeline, concepts: Concepts, *, seed: int = 0, checkpoint: Any = None, **options: Any
+    ) -> Delta:
         """The delta of all rounds together; arguments as for `sequence`."""
-        first, *later = self.sequence(pipe, concepts, seed=seed, **options)
+        first, *later = self.sequence(pipe, concepts, seed=seed, checkpoint=checkpoint, **options)
         return sum(later, start=first)
 
     def sequence(
@@ -143,7 +147,7 @@ class CCRT(Training):
         method = self.resolved(pipe)
         earlier = [concept for delta in active(pipe) for concept in as_concepts(delta.concepts)]
         removed = [phrase for concept in (*earlier, *found) for phrase in concept.phrases]
-        source = Calibration(entities, removed, method.template or "{}", composer, broader)
+        source = Calibration(entities, removed, method.template or "{}", composer, broader, partial(fits, pipe))
         net = method.denoiser(pipe, phrases(found[0])[1])
         own = {name: weight for name, weight in unedited(pipe).items() if name.startswith(net.prefix)}
         base = {name: weight.clone() for name, weight in (net.base | own).items()}
@@ -153,64 +157,9 @@ class CCRT(Training):
             for k, concept in enumerate(found):
                 rows = torch.arange(1, len(net.condition.text)) if k == 0 else net.add(phrases(concept)[1])
                 folder = None if checkpoint is None else Path(checkpoint) / str(k + 1)
-                one = _Round(method, net, base, concept.name, rows, seed + 10 * k, folder)
+                one = Round(method, net, base, concept.name, rows, seed + 10 * k, folder)
                 state, info = one.run(source, fitness, judge) if method.reg else (one.fit("fit"), {})
                 info = state.info() | info
                 deltas.append(Delta.fitted(method, pipe, net.change(state.shipped), concept, seed=one.seed, info=info))
                 on.enter_context(deltas[-1].apply(pipe))
         return deltas
-
-
-@dataclass(frozen=True)
-class _Round:
-    method: CCRT
-    net: Denoiser
-    base: Weights
-    name: str
-    rows: Tensor  # of the concept, in the net's condition
-    seed: int
-    folder: Path | None
-
-    def run(self, source: Calibration, fitness: Misalignment, judge: Misalignment) -> tuple[State, dict[str, Any]]:
-        """Probe, search, fit; with the prompts and the distances before, of the probe and after."""
-        method, probe = self.method, self.fit("probe").shipped
-        prompts = source.prompts(
-            lambda texts: fitness(texts, probe).tolist(),
-            **{name: getattr(method, name) for name in ("keep", "generations", "mutation")},
-            seed=self.seed,
-            path=self.folder and self.folder / "prompts.json",
-            key=digest(probe),
-        )
-        state = self.fit("fit", prompts)
-        stages = {"before": None, "probe": probe, "after": state.shipped}
-        judged = {"prompts": prompts, "entities": [source.put([entity]) for entity in source.entities]}
-        distance = {of: {s: float(judge(texts, w).mean()) for s, w in stages.items()} for of, texts in judged.items()}
-        return state, {"prompts": prompts, "distance": distance}
-
-    def fit(self, what: str, prompts: Sequence[str] = ()) -> State:
-        """ESD on the concept, and the distillation on `prompts`."""
-        method, net = self.method, self.net
-        esd = ESD(eta=method.eta, **{f.name: getattr(method, f.name) for f in fields(Training)})
-        teacher = self.base if method.teacher == "base" else None
-        pool = calibration(net, prompts, teacher, method.guidance, self.seed + 2) if prompts else None
-
-        def loss(weights: Weights, points: Points, rng: Mapping[str, Generator]) -> Tensor:
-            texts, target = esd.target(net, points, teacher)
-            if pool is None:
-                return mse(net(points.x, points.t, texts, weights), target)
-            held = pool[torch.randint(len(pool), (len(points),), generator=rng["calibration"]).to(net.device)]
-            x, t, both = torch.cat([points.x, held.x]), torch.cat([points.t, held.t]), torch.cat([texts, held.prompt])
-            removed, kept = net(x, t, both, weights).chunk(2)
-            return mse(removed, target) + method.reg * mse(kept, held.own)
-
-        return run(
-            net,
-            method,
-            lambda weights, _, rng: esd.points(net, self.rows, weights, rng),
-            loss,
-            seed=self.seed,
-            name=f"CCRT {what}: {self.name}",
-            identity={**config(method), "texts": digest({"": net.condition.text[self.rows]}), "prompts": list(prompts)},
-            streams=("points", "calibration"),
-            checkpoint=self.folder and self.folder / f"{what}.safetensors",
-        )

@@ -45,7 +45,7 @@ class ESD(Training):
         train: "x" (ESD-x: cross-attention; for names and styles), "u" (ESD-u: all but cross-attention; for what prompts
             only hint at), "x-strict" (keys and values of cross-attention), "self" or "full".
         steps: updates, >= 0; paper: 1000. None: what suits the family, as for `lr`, `batch`, `reuse`, `sampler_steps`.
-        lr: of AdamW; paper: 1e-5.
+        lr: of AdamW; paper: 1e-5. The family's is a third for "u" and "full".
         batch: points in an update; paper: 1.
         reuse: updates that one trajectory serves; paper: 1.
         accumulate: parts in which a batch is computed, to save memory.
@@ -75,7 +75,7 @@ class ESD(Training):
     """
 
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "emoji": {"steps": 200, "lr": 2e-5, "batch": 4, "reuse": 4, "sampler_steps": 20},
+        "emoji": {"steps": 200, "lr": 1e-4, "batch": 2, "reuse": 4, "sampler_steps": 20},
         "": {"steps": 200, "lr": 2e-5, "batch": 1, "reuse": 2, "sampler_steps": 25},
     }
 

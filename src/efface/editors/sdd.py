@@ -82,7 +82,7 @@ class SDD(Training):
     """
 
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "emoji": {"steps": 200, "lr": 2e-5, "batch": 4, "reuse": 4, "sampler_steps": 20},
+        "emoji": {"steps": 200, "lr": 2e-4, "batch": 2, "reuse": 4, "sampler_steps": 20},
         "": {"steps": 300, "lr": 1e-5, "batch": 1, "reuse": 2, "sampler_steps": 25},
     }
 

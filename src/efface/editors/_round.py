@@ -1,0 +1,88 @@
+"""One round of CCRT: a probe, the search for what it disturbs, and the fit that holds that in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Generator, Tensor
+
+from ..core import config
+from ._denoiser import Denoiser, Points, Weights, mse
+from ._misalignment import Misalignment, calibration
+from ._search import Calibration
+from ._training import State, Training, digest, run
+from .esd import ESD
+
+if TYPE_CHECKING:
+    from .ccrt import CCRT
+
+
+@dataclass(frozen=True)
+class Round:
+    """One removal of a sequence: probe, search, fit.
+
+    Args:
+        method: with no None left.
+        net: the denoiser; its own weights are those of the round before.
+        base: the base model's trained tensors.
+        name: of the concept.
+        rows: of the concept's phrases in the net's condition.
+        seed: of everything random.
+        folder: of checkpoints.
+    """
+
+    method: CCRT
+    net: Denoiser
+    base: Weights
+    name: str
+    rows: Tensor
+    seed: int
+    folder: Path | None
+
+    def run(self, source: Calibration, fitness: Misalignment, judge: Misalignment) -> tuple[State, dict[str, Any]]:
+        """Probe, search, fit; with the prompts and the distances before, of the probe and after."""
+        method, probe = self.method, self.fit("probe").shipped
+        prompts = source.prompts(
+            lambda texts: fitness(texts, probe).tolist(),
+            **{name: getattr(method, name) for name in ("keep", "generations", "mutation")},
+            seed=self.seed,
+            path=self.folder and self.folder / "prompts.json",
+            key=digest(probe),
+        )
+        state = self.fit("fit", prompts)
+        stages = {"before": None, "probe": probe, "after": state.shipped}
+        judged = {"prompts": prompts, "entities": [source.put([entity]) for entity in source.entities]}
+        distance = {of: {s: float(judge(texts, w).mean()) for s, w in stages.items()} for of, texts in judged.items()}
+        return state, {"prompts": prompts, "distance": distance}
+
+    def fit(self, what: str, prompts: Sequence[str] = ()) -> State:
+        """ESD on the concept, and the distillation on `prompts`."""
+        method, net = self.method, self.net
+        esd = ESD(eta=method.eta, **{f.name: getattr(method, f.name) for f in fields(Training)})
+        teacher = self.base if method.teacher == "base" else None
+        pool = calibration(net, prompts, teacher, method.guidance, self.seed + 2) if prompts else None
+
+        def loss(weights: Weights, points: Points, rng: Mapping[str, Generator]) -> Tensor:
+            texts, target = esd.target(net, points, teacher)
+            if pool is None:
+                return mse(net(points.x, points.t, texts, weights), target)
+            held = pool[torch.randint(len(pool), (len(points),), generator=rng["calibration"]).to(net.device)]
+            x, t, both = torch.cat([points.x, held.x]), torch.cat([points.t, held.t]), torch.cat([texts, held.prompt])
+            removed, kept = net(x, t, both, weights).chunk(2)
+            return mse(removed, target) + method.reg * mse(kept, held.own)
+
+        return run(
+            net,
+            method,
+            lambda weights, _, rng: esd.points(net, self.rows, weights, rng),
+            loss,
+            seed=self.seed,
+            name=f"CCRT {what}: {self.name}",
+            identity={**config(method), "texts": digest({"": net.condition.text[self.rows]}), "prompts": list(prompts)},
+            streams=("points", "calibration"),
+            checkpoint=self.folder and self.folder / f"{what}.safetensors",
+        )
