@@ -306,7 +306,14 @@ def adapter(pipe: Any, **changes: Any) -> Adapter:
         net = network(len(layers))
         nn.init.constant_(net[4].bias, 1.0)
         mean, std = torch.rand(len(layers)) / 10, 0.02 + torch.rand(len(layers)) / 100
-    given = {"net": net, "mean": mean, "std": std, "layers": layers, "model": text_hash(pipe, {}), "text_encoder": "CLIP"}
+    given = {
+        "net": net,
+        "mean": mean,
+        "std": std,
+        "layers": layers,
+        "model": text_hash(pipe, {}),
+        "text_encoder": "CLIP",
+    }
     return Adapter(**(given | changes))
 
 
@@ -426,7 +433,9 @@ def test_adapters_that_do_not_fit_are_refused(pipe: Any, sd1: Any, family: str, 
     path = tmp_path / "a.safetensors"
     made = adapter(pipe)
     adapter(pipe, model="0123456789abcdef").save(path)
-    with pytest.raises(ValueError, match=rf"fitted on the model 0123456789ab.*this pipeline is {text_hash(pipe, {})[:12]}"):
+    with pytest.raises(
+        ValueError, match=rf"fitted on the model 0123456789ab.*this pipeline is {text_hash(pipe, {})[:12]}"
+    ):
         GIE([ALCOHOL], adapter=path).apply(pipe)
     dataclasses.replace(made, layers=(*made.layers[:-1], "up.other")).save(path)
     with pytest.raises(ValueError, match=r"the first that differ are '.*' and '.*'"):
