@@ -26,7 +26,7 @@ ERASED = {"projected": SINGLE, "separate": PACKED, "gated": PACKED}  # erasure p
 each_form = pytest.mark.parametrize("form", FORMS)
 
 
-NEUTRAL = ("a dog", "the moon", "")
+NEUTRAL = (("a dog", "the moon"), ("",))
 
 
 def eiup(form: str = "projected", *concepts: Concept, **fields: Any) -> EIUP:
@@ -76,7 +76,7 @@ class Reference:
     def __init__(self, pipe: Any, form: str, strength: float, erased: Sequence[str], guidance: bool) -> None:
         self.form, self.strength, self.guidance = form, strength, guidance
         self.erased = [(embed(pipe, text), slice(1, 1 + len(text.split()))) for text in erased]
-        self.neutral = sum(embed(pipe, text) for text in NEUTRAL) / len(NEUTRAL)
+        self.neutral = [sum(embed(pipe, text) for text in group) / len(group) for group in NEUTRAL]
 
     def __call__(
         self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: None = None
@@ -94,10 +94,11 @@ class Reference:
         plain = out = written_out(attn, hidden, text)
         for erased, own in self.erased if conditional else ():
             if self.form == "projected":
-                neutral = written_out(attn, hidden, self.neutral)
-                d = written_out(attn, hidden, erased) - neutral
-                toward = torch.einsum("qc,qc->q", out - neutral, d) / torch.einsum("qc,qc->q", d, d)
-                out = out - self.strength * toward.clamp(min=0)[:, None] * d
+                for text_of_nothing in self.neutral:
+                    neutral = written_out(attn, hidden, text_of_nothing)
+                    d = written_out(attn, hidden, erased) - neutral
+                    toward = torch.einsum("qc,qc->q", out - neutral, d) / torch.einsum("qc,qc->q", d, d)
+                    out = out - self.strength * toward.clamp(min=0)[:, None] * d
             elif self.form == "separate":
                 weights = softmax(logits(attn, hidden, erased))
                 out = out - self.strength * mix(attn, weights[..., own], erased[own])
@@ -224,7 +225,7 @@ Edits = Callable[..., list[Edit]]
 
 def test_strength_1_leaves_nothing_of_the_concept(edits: Edits, pipe: Any) -> None:
     erased = removed = 0
-    for edit in edits(pipe, eiup("projected", CAT)):
+    for edit in edits(pipe, eiup("projected", CAT, neutral=(("a dog", "the moon"),))):
         neutral, d = edit.cross.would_be(torch.cat([edit.cross.neutral, edit.term.text[-1:]]))
         d = d - neutral
         left, before = (((out - neutral) * d).sum(-1) for out in (edit.edited, edit.out))
@@ -237,12 +238,12 @@ def test_strength_1_leaves_nothing_of_the_concept(edits: Edits, pipe: Any) -> No
 
 def test_a_neutral_prompt_is_left_alone(pipe: Any, family: str) -> None:
     for neutral in ("", "the moon"):
-        with eiup(strength=2.0, neutral=(neutral,)).apply(pipe):
+        with eiup(strength=2.0, neutral=((neutral,),)).apply(pipe):
             assert change(latents(pipe, neutral), drawn(family, prompt=neutral)) < 1e-6
 
 
 def test_the_empty_text_as_concept_erases_nothing(edits: Edits, sd1: Any) -> None:
-    for edit in edits(sd1, eiup(strength=2.0), num_inference_steps=1):
+    for edit in edits(sd1, eiup(strength=2.0, neutral=(("",),)), num_inference_steps=1):
         empty = Term(edit.cross.neutral, (slice(1, 1),))
         for form in FORMS:
             unchanged = dataclasses.replace(edit.eraser, normalization=form).edit(edit.out, edit.cross, empty)
@@ -382,7 +383,7 @@ def test_a_lora_takes_part(first: str, form: str) -> None:
     handle.remove()
     assert change(erased, latents(pipe)) > 1e-2
     with reference(pipe, form):
-        assert change(erased, latents(pipe)) < 5e-5
+        assert change(erased, latents(pipe)) < 5e-4  # float32; in float64 it is 1e-13
         assert change(half, latents(pipe, cross_attention_kwargs={"scale": 0.5})) < 1e-5
     handle = eiup(form).apply(pipe)
     assert torch.equal(latents(pipe), erased)

@@ -85,7 +85,7 @@ def test_pictures_equal_the_formulas(form: str, guidance_scale: float) -> None:
     pipe = _double("pixart")
     erased = ("beer", "wine glass", "cat") if form == "projected" else ("beer wine glass", "cat")
     options = {"guidance_scale": guidance_scale}
-    with EIUP([ALCOHOL, CAT], normalization=form, strength=1.5, neutral=("",)).apply(pipe):
+    with EIUP([ALCOHOL, CAT], normalization=form, strength=1.5, neutral=(("",),)).apply(pipe):
         got = latents(pipe, PROMPTS, **options)
     with reference(pipe, form, erased, 1.5, guidance_scale > 1):
         want = latents(pipe, PROMPTS, **options)

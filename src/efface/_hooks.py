@@ -185,8 +185,8 @@ class Beside:
 
 class CrossAttention:
     """One cross-attention call, conditional rows only: `query` [B, Q, C] and `prompt` [B, L, D], the layer's own
-    projections, and a text that stands for "some picture", `neutral` [1, L, D]; `beside` for erasers with a twin. Where
-    the denoiser masks text, `prompt_mask` [B, L] and `neutral_mask` [1, L] say what it sees."""
+    projections, and texts that stand for "some picture", `neutral` [R, L, D]; `beside` for erasers with a twin. Where
+    the denoiser masks text, `prompt_mask` [B, L] and `neutral_mask` [R, L] say what it sees."""
 
     def __init__(
         self,
@@ -268,7 +268,7 @@ class CrossAttention:
         return self.attend_texts(*self.keys_values(text), mask)
 
     def mask_with(self, mask: Tensor | None) -> Tensor | None:
-        """The masks [1 + N, L] of the neutral text and of others."""
+        """The masks [R + N, L] of the neutral texts and of others."""
         return None if mask is None or self.neutral_mask is None else torch.cat([self.neutral_mask, mask])
 
 
@@ -285,7 +285,7 @@ class Hooked:
     touches_uncond: ClassVar[bool] = False
     edits_attention: ClassVar[bool] = False
     packs = True  # phrases share erasure prompts; a method may need one prompt per phrase
-    neutral: tuple[str, ...] = ("",)  # the mean of these texts stands for "some picture"
+    references: tuple[tuple[str, ...], ...] = (("",),)  # the mean of each group of texts stands for "some picture"
     joins = False  # terms come with each prompt and the erasure prompt in one text
     twins = False  # the plain picture is drawn beside; the eraser keeps its window by the steps of `cross.beside`
     measures = False  # `weigh` gets features from a plain denoiser call in front of the first one
@@ -585,14 +585,17 @@ class Site:
             for concept in dict.fromkeys(concepts)
             for text in (pack(pipe, concept.phrases) if eraser.packs else concept.phrases)
         ]
-        n = len(eraser.neutral)
-        encoded = encode(pipe, [*eraser.neutral, *(text for _, text in texts)], **settings)
+        sizes = [len(group) for group in eraser.references]
+        neutral, n = itertools.chain(*eraser.references), sum(sizes)
+        encoded = encode(pipe, [*neutral, *(text for _, text in texts)], **settings)
         text, mask = self.projected(encoded.text), encoded.mask
-        entry.neutral, entry.neutral_mask = text[:n].mean(0, keepdim=True), None
-        if mask is not None:  # the mean of the texts that have a token there
-            seen = mask[:n, :, None].to(text.dtype)
-            entry.neutral = (text[:n] * seen).sum(0, keepdim=True) / seen.sum(0, keepdim=True).clamp_min(1)
-            entry.neutral_mask = mask[:n].any(0, keepdim=True)
+        if mask is None:
+            entry.neutral = torch.stack([group.mean(0) for group in text[:n].split(sizes)])
+        else:  # the mean of the texts that have a token there
+            seen = [group[..., None].to(text.dtype) for group in mask[:n].split(sizes)]
+            groups = zip(text[:n].split(sizes), seen, strict=True)
+            entry.neutral = torch.stack([(group * s).sum(0) / s.sum(0).clamp_min(1) for group, s in groups])
+            entry.neutral_mask = torch.stack([group.any(0) for group in mask[:n].split(sizes)])
         entry.of = tuple(concept for concept, _ in texts)
         entry.prompts = Term(text[n:], encoded.own[n:], mask=None if mask is None else mask[n:])
         joined: dict[str, Any] = {}

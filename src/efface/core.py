@@ -81,7 +81,7 @@ def concept(name: str) -> Concept:
     Example:
         >>> import efface
         >>> efface.concept("alcohol").phrases[:2]
-        ('alcohol', 'alcoholic drink')
+        ('beer mug', 'wine glass')
     """
     known = shipped_concepts()
     if name not in known:

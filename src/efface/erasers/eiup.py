@@ -22,7 +22,7 @@ class EIUP(Hooked):
     """Erases concepts while a picture is drawn, without training and without touching weights.
 
     In each cross-attention layer, with `A(q, X)` the softmax of the image queries against the keys of text X, P the
-    user's prompt, E the erasure prompt (the concept's phrases), N a neutral text and w = -strength:
+    user's prompt, E the erasure prompt (the concept's phrases), N a neutral text, w = -strength:
 
         separate (E1):   O = A(q, P) V_P + sum_{k in C} w A(q, E)_k V_E,k  C: E's own tokens
         gated (E1g):     O = A(q, P) V_P + g softmax_C(q K_E) w V_E,C      g = sigmoid(LSE_C(q K_E) - LSE(q K_P))
@@ -39,8 +39,9 @@ class EIUP(Hooked):
 
     Differs: `projected`, the default, is our variant and is not in the paper: on text encoders without a start token
     that soaks up attention, E1 pushes every prompt away from the concept, the projection only those that move towards
-    it. Its N is the mean of the states of texts that name ordinary things: with the empty prompt as N, d holds what all
-    pictures of things have in common, and taking that out spoils bystanders. `gated` is ours too. All of the prompt's
+    it. Each phrase goes twice: N is first the mean of the states of texts that name ordinary things, then the empty
+    prompt. With the empty prompt alone, d holds what all pictures of things have in common, and taking that out spoils bystanders;
+    with the things alone, prompts that imply the concept keep more of it. `gated` is ours too. All of the prompt's
     columns are kept (the published code of GIE drops one padding column for each concept token), so zero strength is
     the plain pipeline to the bit. One trajectory, not two. Outside the window the plain prompt is drawn. SDXL's pooled
     text embedding does not pass cross-attention and is not edited.
@@ -55,7 +56,8 @@ class EIUP(Hooked):
             of each concept token. 0 is the plain pipeline.
         window: (start, end), the part of the trajectory in which it acts, as fractions: 0 is pure noise, 1 the picture.
         normalization: "projected", "separate" or "gated".
-        neutral: texts whose mean is N, "some picture"; projected only. `("",)` is the pipeline's empty prompt.
+        neutral: groups of texts; the mean of each group is an N, "some picture", and they take turns. Projected only.
+            `(("",),)` is the pipeline's empty prompt alone.
         rows: one list of concepts per prompt of the batch, instead of `concepts` for all.
 
     Shapes: queries and outputs [B, Q, C] on conditional rows, text [1, L, D]. Unconditional rows are never edited.
@@ -81,7 +83,7 @@ class EIUP(Hooked):
     strength: float = 1.0
     window: tuple[float, float] = (0.0, 1.0)
     normalization: Normalization = "projected"
-    neutral: tuple[str, ...] = tuple(f"a {thing}" for thing in THINGS)
+    neutral: tuple[tuple[str, ...], ...] = (tuple(f"a {thing}" for thing in THINGS), ("",))
     rows: Rows = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
@@ -94,9 +96,10 @@ class EIUP(Hooked):
             raise ValueError(
                 f"Expected `normalization` to be one of {get_args(Normalization)}, but got {self.normalization!r}."
             )
-        if isinstance(self.neutral, str) or not self.neutral:
-            raise ValueError(f"Expected `neutral` to be a sequence of texts, but got {self.neutral!r}: write ('',).")
-        object.__setattr__(self, "neutral", tuple(self.neutral))
+        groups = self.neutral if isinstance(self.neutral, (tuple, list)) else ()
+        if not groups or any(not isinstance(group, (tuple, list)) or not group for group in groups):
+            raise ValueError(f"Expected `neutral` to be groups of texts, such as (('',),), but got {self.neutral!r}.")
+        object.__setattr__(self, "neutral", tuple(tuple(group) for group in groups))
         if not self.concepts and self.rows is None:
             raise ValueError("EIUP needs at least one concept to erase, but got none: give `concepts` or `rows`.")
 
@@ -109,16 +112,22 @@ class EIUP(Hooked):
     def packs(self) -> bool:  # type: ignore[override]
         return self.normalization != "projected"
 
+    @property
+    def references(self) -> tuple[tuple[str, ...], ...]:  # type: ignore[override]
+        return self.neutral if self.normalization == "projected" else Hooked.references
+
     def edit(self, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
         if self.normalization == "projected":
             texts, mask = torch.cat([cross.neutral, term.text]), cross.mask_with(term.mask)
-            neutral, *would_be = cross.would_be(texts, mask).to(_at_least_float(out))
-            d = torch.stack(would_be, 2) - neutral[:, :, None]  # [B, Q, N, C]
+            would_be = cross.would_be(texts, mask).to(torch.promote_types(out.dtype, torch.float32))
+            neutral, phrases = would_be.permute(1, 2, 0, 3).tensor_split([-len(term.text)], 2)
+            d = (phrases[:, :, :, None] - neutral[:, :, None]).flatten(2, 3)  # [B, Q, N R, C]: all N for each phrase
+            toward = ((out[:, :, None] - neutral).repeat(1, 1, len(term.text), 1) * d).sum(-1)
             # One after the other, in the coordinates <., d_n>: taking a_k d_k out lowers the n-th by a_k <d_k, d_n>.
-            gram, toward = d @ d.mT, (d @ (out - neutral)[..., None]).squeeze(-1)
+            gram = d @ d.mT
             length = gram.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(d.dtype).tiny)
             shares = []
-            for k in range(len(would_be)):
+            for k in range(d.shape[2]):
                 shares.append(self.strength * (toward[..., k] / length[..., k]).clamp_min(0))
                 toward = toward - shares[k][..., None] * gram[..., k, :]
             return (out - (torch.stack(shares, -1)[..., None, :] @ d).squeeze(-2)).to(out.dtype)
@@ -138,7 +147,3 @@ class EIUP(Hooked):
                 mask = torch.cat([mask, mask.new_ones(len(out), own.stop - own.start)], 1)
             added = added + cross.attend(torch.cat([prompt_key, own_key], 2), own_value, mask)
         return added
-
-
-def _at_least_float(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
