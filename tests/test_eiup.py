@@ -236,6 +236,13 @@ def test_strength_1_leaves_nothing_of_the_concept(edits: Edits, pipe: Any) -> No
     assert erased and removed
 
 
+@pytest.mark.parametrize("neutral", ["", (), ("",), ((),), "a dog"])
+def test_neutral_texts_come_in_groups(neutral: Any) -> None:
+    with pytest.raises(ValueError, match="groups of texts"):
+        EIUP([CAT], neutral=neutral)
+    assert EIUP([CAT], neutral=[["a dog", ""]]).neutral == (("a dog", ""),)
+
+
 def test_a_neutral_prompt_is_left_alone(pipe: Any, family: str) -> None:
     for neutral in ("", "the moon"):
         with eiup(strength=2.0, neutral=((neutral,),)).apply(pipe):

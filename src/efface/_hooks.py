@@ -21,7 +21,7 @@ import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,7 +31,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from torch import Tensor, nn
 
-from .core import Concept, Handle
+from .core import Concept, Handle, as_concepts, as_rows, check_strength, check_window
 from .families import Family, family
 
 if TYPE_CHECKING:
@@ -293,6 +293,21 @@ class Hooked:
     concepts: tuple[Concept, ...]
     rows: tuple[tuple[Concept, ...], ...] | None = None
     window: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        """Checks the fields that methods share: `concepts`, and `strength`, `window` and `rows` where there are any."""
+        concepts, names = as_concepts(self.concepts), {f.name for f in fields(self)}  # type: ignore[arg-type]
+        checked: dict[str, Any] = {"concepts": concepts}
+        if "rows" in names:
+            checked["rows"] = as_rows(self.rows, concepts)
+        for name, check in (("strength", check_strength), ("window", check_window)):
+            if name in names:
+                checked[name] = check(getattr(self, name))
+        if not concepts and checked.get("rows") is None:
+            cure = "give `concepts` or `rows`" if "rows" in names else "give `concepts`"
+            raise ValueError(f"{type(self).__name__} needs at least one concept to erase, but got none: {cure}.")
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     def is_off(self) -> bool:
         return self.off is not None and all(getattr(self, k) == v for k, v in self.off.items())

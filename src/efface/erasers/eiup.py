@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._hooks import CrossAttention, Hooked, Term
-from ..core import Concepts, Rows, as_concepts, as_rows, check_strength, check_window
+from ..core import Concepts, Rows
 
 __all__ = ["EIUP"]
 
@@ -40,11 +40,11 @@ class EIUP(Hooked):
     Differs: `projected`, the default, is our variant and is not in the paper: on text encoders without a start token
     that soaks up attention, E1 pushes every prompt away from the concept, the projection only those that move towards
     it. Each phrase goes twice: N is first the mean of the states of texts that name ordinary things, then the empty
-    prompt. With the empty prompt alone, d holds what all pictures of things have in common, and taking that out spoils bystanders;
-    with the things alone, prompts that imply the concept keep more of it. `gated` is ours too. All of the prompt's
-    columns are kept (the published code of GIE drops one padding column for each concept token), so zero strength is
-    the plain pipeline to the bit. One trajectory, not two. Outside the window the plain prompt is drawn. SDXL's pooled
-    text embedding does not pass cross-attention and is not edited.
+    prompt. With the empty prompt alone, d holds what all pictures of things have in common, and taking that out spoils
+    bystanders; with the things alone, prompts that imply the concept keep more of it. `gated` is ours too. All of the
+    prompt's columns are kept (the published code of GIE drops one padding column for each concept token), so zero
+    strength is the plain pipeline to the bit. One trajectory, not two. Outside the window the plain prompt is drawn.
+    SDXL's pooled text embedding does not pass cross-attention and is not edited.
     On PixArt, whose T5 has no start token either, text is projected and its padding masked as the pipeline does it.
 
     Args:
@@ -87,11 +87,7 @@ class EIUP(Hooked):
     rows: Rows = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        concepts = as_concepts(self.concepts)
-        object.__setattr__(self, "concepts", concepts)
-        object.__setattr__(self, "rows", as_rows(self.rows, concepts))
-        object.__setattr__(self, "strength", check_strength(self.strength))
-        object.__setattr__(self, "window", check_window(self.window))
+        super().__post_init__()
         if self.normalization not in get_args(Normalization):
             raise ValueError(
                 f"Expected `normalization` to be one of {get_args(Normalization)}, but got {self.normalization!r}."
@@ -100,8 +96,6 @@ class EIUP(Hooked):
         if not groups or any(not isinstance(group, (tuple, list)) or not group for group in groups):
             raise ValueError(f"Expected `neutral` to be groups of texts, such as (('',),), but got {self.neutral!r}.")
         object.__setattr__(self, "neutral", tuple(tuple(group) for group in groups))
-        if not self.concepts and self.rows is None:
-            raise ValueError("EIUP needs at least one concept to erase, but got none: give `concepts` or `rows`.")
 
     @classmethod
     def paper(cls, concepts: Concepts, strength: float = 1.0) -> EIUP:

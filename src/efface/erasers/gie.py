@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 from torch import Tensor
 
 from .._hooks import CrossAttention, Hooked, Term, layer_names, text_hash
-from ..core import Concepts, Handle, Rows, as_concepts, as_rows, check_strength, check_window
+from ..core import Concepts, Handle, Rows, as_concepts
 from ..delta import unedited
 from ..families import family
 from ._adapter import Adapter
@@ -96,17 +96,11 @@ class GIE(Hooked):
     rows: Rows = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        concepts = as_concepts(self.concepts)
-        object.__setattr__(self, "concepts", concepts)
-        object.__setattr__(self, "rows", as_rows(self.rows, concepts))
-        object.__setattr__(self, "strength", check_strength(self.strength))
-        object.__setattr__(self, "window", check_window(self.window))
+        super().__post_init__()
         if self.values not in get_args(Values):
             raise ValueError(f"Expected `values` to be one of {get_args(Values)}, but got {self.values!r}.")
         if self.trajectories not in (1, 2) or isinstance(self.trajectories, bool):
             raise ValueError(f"Expected `trajectories` to be 1 or 2, but got {self.trajectories!r}.")
-        if not self.concepts and self.rows is None:
-            raise ValueError("GIE needs at least one concept to erase, but got none: give `concepts` or `rows`.")
         if self.adapter is not None:
             object.__setattr__(self, "adapter", str(self.adapter))
             Adapter.load(self.adapter)

@@ -49,11 +49,6 @@ class NegativePrompt(Hooked):
 
     concepts: Concepts = ()  # type: ignore[assignment]
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "concepts", as_concepts(self.concepts))
-        if not self.concepts:
-            raise ValueError("NegativePrompt needs at least one concept to erase, but got none.")
-
     def rewrite(self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], call: BoundArguments) -> tuple[Any, ...]:
         arguments = call.arguments
         if not arguments["do_classifier_free_guidance"]:

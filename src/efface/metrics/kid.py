@@ -31,13 +31,12 @@ class KID:
     The score is called `kid_eye` with the eyes of `emoji`, `kid_base` with Inception against the plain model's
     pictures, `kid_coco` with Inception against a folder. Against the plain model's pictures of the same rows the two
     sets are not independent; a picture and its own twin are then left out of the third mean too, so that equal sets
-    give exactly 0.
+    give 0 up to rounding.
 
     Paper: Binkowski, Sutherland, Arbel, Gretton 2018, "Demystifying MMD GANs", arXiv 1801.01401.
 
-    Differs: over all pictures at once, not over 100 subsets; the interval is a basic bootstrap over clusters. Inception
-        runs
-    through torchmetrics; that path was not run here, where its weights cannot be had.
+    Differs: over all pictures at once, not over 100 subsets; the interval is a basic bootstrap over clusters.
+    Inception runs through torchmetrics; that path was not run here, where its weights cannot be had.
 
     Args:
         features: "eye", "inception", "clip:FOLDER", or a callable that gives features [J, N, D].
