@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 import weakref
@@ -146,6 +147,20 @@ def test_batches_are_cut_by_row_index_and_the_memory_is_one_batch(tmp_path: Path
     run = runs.Run.open(tmp_path / "b")
     assert run.complete and [s.row for s in run.samples()] == list(ROWS)
     assert finish(tmp_path / "b").calls == []
+
+
+def test_pictures_reach_the_disk_before_the_line_that_counts_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill does not show it, a power cut would: each batch's pictures are synced, then its lines."""
+    synced, sync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.fstat(file).st_ino), sync(file))[1])
+    finish(tmp_path / "a")
+    lines = (tmp_path / "a/samples.jsonl").stat().st_ino
+    counted = [k for k, inode in enumerate(synced) if inode == lines]
+    assert len(counted) == 3
+    for k, sample in enumerate(runs.Run.open(tmp_path / "a").samples()):
+        assert synced.index(sample.path.stat().st_ino) < counted[k // 4]
 
 
 def test_rows_with_equal_arguments_are_drawn_together_within_their_batch(tmp_path: Path) -> None:
