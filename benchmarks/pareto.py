@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import fill_docs
-from eiup_outcome import CELLS, ROOT, TEST, TUNING, Bench, counted, pool, rate
+from eiup_outcome import ROOT, TEST, TUNING, Bench, counted, pool, rate
 from rich.console import Console
 from rich.table import Table
 
