@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from efface.erasers.eiup import EIUP
     from efface.erasers.gie import GIE
     from efface.erasers.negative_prompt import NegativePrompt
+    from efface.erasers.sld import SLD
     from efface.metrics._detectors import detector
     from efface.report import write_report
     from efface.runs import Run, make_suite, run, score
@@ -38,6 +39,7 @@ __all__ = [
     "GIE",
     "RECE",
     "SDD",
+    "SLD",
     "UCE",
     "Concept",
     "Delta",
@@ -72,6 +74,7 @@ _HOME = {
     "ESD": "efface.editors.esd",
     "SDD": "efface.editors.sdd",
     "EIUP": "efface.erasers.eiup",
+    "SLD": "efface.erasers.sld",
     "RECE": "efface.editors.rece",
     "UCE": "efface.editors.uce",
     "GIE": "efface.erasers.gie",
