@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from efface.erasers.eiup import EIUP
     from efface.erasers.gie import GIE
     from efface.erasers.negative_prompt import NegativePrompt
+    from efface.erasers.safree import SAFREE
     from efface.erasers.sld import SLD
     from efface.metrics._detectors import detector
     from efface.report import write_report
@@ -38,6 +39,7 @@ __all__ = [
     "ESD",
     "GIE",
     "RECE",
+    "SAFREE",
     "SDD",
     "SLD",
     "UCE",
@@ -74,6 +76,7 @@ _HOME = {
     "ESD": "efface.editors.esd",
     "SDD": "efface.editors.sdd",
     "EIUP": "efface.erasers.eiup",
+    "SAFREE": "efface.erasers.safree",
     "SLD": "efface.erasers.sld",
     "RECE": "efface.editors.rece",
     "UCE": "efface.editors.uce",

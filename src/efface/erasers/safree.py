@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._hooks import Hooked, encode, encode_masked, encoding_settings, length
-from ..core import Concepts, Rows, as_concepts, as_rows, check_strength
+from .._hooks import Hooked, encode, encode_masked, encoding_settings, own_tokens
+from ..core import Concepts, Rows, as_concepts
 from ..families import family
 
 if TYPE_CHECKING:
@@ -39,26 +39,28 @@ class SAFREE(Hooked):
     Text-to-Image and Video Generation", ICLR 2025, arXiv 2410.12761. Equation numbers cannot be given: written from a
     description of the method and of the order of operations in the authors' code.
 
-    Differs: latent re-attention, the paper's third part, is left out (in the authors' released script it never runs).
-    Their published runs have the phrases as negative prompt besides: stack `NegativePrompt` for that. Steps are
+    Differs: by default the filter is off and triggers are edited from the first step to the last; `SAFREE.paper()` has
+    it. Its k and t0 were found for the text encoder of SD 1.4; on `emoji` they let the concept pass. Latent
+    re-attention, the paper's third part, is left out (in the authors' released script it never runs). Their published
+    runs have the phrases as negative prompt besides: stack `NegativePrompt` for that. Steps are
     fractions of the trajectory: with t' > 0 the filter acts until (t' + 1) / 50, which is their steps 0 to t'; with
     t' = 0 the prompt is untouched, where theirs edits the first step. A prompt of one token has no others to compare
     with: it is a trigger if d_1 >= (1 + alpha) |(I - P_C) pool(prompt)|, where theirs always is. pool is the state at
-    CLIP's end token, as the denoiser sees it; the mean over tokens where the encoder is not causal (`emoji`). SDXL: each
-    encoder has triggers, spans and states of its own, beta is the mean of both, and the pooled text is that of the
-    prompt with the second encoder's triggers masked. Projectors come from an SVD.
+    CLIP's end token, as the denoiser sees it; the mean over tokens where the encoder is not causal (`emoji`). SDXL:
+    each encoder has triggers, spans and states of its own, beta is the mean of both, and the pooled text is that of
+    the prompt with the second encoder's triggers masked. Projectors come from an SVD.
 
-    It reads words: a prompt that only hints at the concept is beyond it. Someone is always above the mean, so harmless
-    prompts have triggers too; the filter is there to pass them. `k` and `t0` were found for the text encoder of SD 1.4.
+    It reads words: a prompt that only hints at the concept is beyond it. Some token is always above the mean, so
+    harmless prompts have triggers too; the filter is there to pass them.
 
     Args:
         concepts: what to erase: names of shipped concepts, `Concept` objects, or a sequence of them. Each phrase is one
             direction of the subspace.
         strength: >= 0, the share of the way to the projected state; 1 is the paper's. 0 is the plain pipeline.
         alpha: > -1, how far above the mean a trigger is; the paper has 0.01.
-        validation: (k, t0) of the filter; the paper has (2.5, 5.333) for nudity and (3.5, 5.5) for artists. None acts
-            from the first step to the last.
-        rows: one list of concepts per prompt of the batch, instead of `concepts` for all.
+        validation: (k, t0) of the filter, or None for no filter; the paper has (2.5, 5.333) for nudity.
+        rows: one list of concepts per prompt of the batch, instead of `concepts` for all. Set on the handle, `rows` act
+            from the next call of the pipeline on, `strength` at once.
 
     Shapes: states [B, L, D]. It costs one pass of the text encoder per token and phrase, and nothing per step.
 
@@ -69,7 +71,7 @@ class SAFREE(Hooked):
     Example:
         >>> import efface
         >>> pipe = efface.load("emoji")
-        >>> with efface.SAFREE("alcohol", validation=None).apply(pipe):
+        >>> with efface.SAFREE("alcohol").apply(pipe):
         ...     image = pipe("a glass of wine", num_inference_steps=2).images[0]
         >>> image.size
         (64, 64)
@@ -81,14 +83,11 @@ class SAFREE(Hooked):
     concepts: Concepts = ()  # type: ignore[assignment]
     strength: float = 1.0
     alpha: float = 0.01
-    validation: tuple[float, float] | None = (2.5, 5.333)
+    validation: tuple[float, float] | None = None
     rows: Rows = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        concepts = as_concepts(self.concepts)
-        object.__setattr__(self, "concepts", concepts)
-        object.__setattr__(self, "rows", as_rows(self.rows, concepts))
-        object.__setattr__(self, "strength", check_strength(self.strength))
+        super().__post_init__()
         if not _finite(self.alpha) or self.alpha <= -1:
             raise ValueError(f"Expected `alpha` to be a number > -1, but got {self.alpha!r}.")
         if self.validation is not None:
@@ -98,12 +97,15 @@ class SAFREE(Hooked):
                     f"Expected `validation` to be two numbers (k > 0, t0), or None, but got {self.validation!r}."
                 )
             object.__setattr__(self, "validation", tuple(map(float, self.validation)))
-        if not self.concepts and self.rows is None:
-            raise ValueError("SAFREE needs at least one concept to erase, but got none: give `concepts` or `rows`.")
+
+    @classmethod
+    def paper(cls, concepts: Concepts, **fields: Any) -> SAFREE:
+        """With the paper's filter for nudity: the first 11 of 50 steps at most."""
+        return cls(concepts, **{"validation": (2.5, 5.333), **fields})
 
     @classmethod
     def artist(cls, concepts: Concepts, **fields: Any) -> SAFREE:
-        """The paper's filter for artists, whose styles are near to any prompt: it acts later and more sharply."""
+        """With the paper's filter for artists, which passes more and is sharper."""
         return cls(concepts, **{"validation": (3.5, 5.5), **fields})
 
     def until(self, beta: float) -> float:
@@ -111,9 +113,10 @@ class SAFREE(Hooked):
         if self.validation is None:
             return math.inf
         k, t0 = self.validation
-        steps = round(LONGEST / (1 + math.exp(-2 * k * (10 * beta - t0))))
+        steps = round(LONGEST / (1 + math.exp(min(2 * k * (t0 - 10 * beta), 700))))
         return (steps + 1) / STEPS if steps else 0.0
 
+    @torch.no_grad()
     def rewrite(
         self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], call: BoundArguments, memory: dict[str, Tensor]
     ) -> tuple[Any, ...]:
@@ -122,39 +125,42 @@ class SAFREE(Hooked):
             raise ValueError("SAFREE reads the prompt's words, but the call gives `prompt_embeds`: give the text.")
         if second is not None and second != prompt:
             raise ValueError("SAFREE reads one prompt, but the call gives another `prompt_2`: leave it out.")
-        prompts, images = [prompt] if isinstance(prompt, str) else prompt, call.arguments["num_images_per_prompt"]
         settings = encoding_settings(call)
-        names = [name.replace("tokenizer", "text_encoder") for name in family(pipe).tokenizers]
-        widths = [getattr(pipe, name).config.hidden_size for name in names]
-        states, pooled = encoded[0], encoded[2] if len(encoded) > 2 else None
-        text, until = torch.zeros_like(states), torch.zeros(len(states), device=states.device)
-        pools = None if pooled is None else torch.zeros_like(pooled)
-        for k, words in enumerate(prompts):
-            concepts, own = self.concepts if self.rows is None else self.rows[k], slice(1, length(pipe, words) - 1)
-            if not concepts or own.start == own.stop:
-                continue
-            at, tokens = slice(k * images, (k + 1) * images), range(own.start, own.stop)
-            masked, _ = encode_masked(pipe, words, [(), *((i,) for i in tokens)], **settings)
-            phrases = [phrase for concept in as_concepts(concepts) for phrase in concept.phrases]
-            toxic = encode(pipe, phrases, **settings)
-            lengths = torch.tensor([own.stop + 1 for own in toxic.own], device=states.device)
-            betas, edits, triggers = [], [], torch.zeros(0)
-            for mine, concept, part in zip(
-                *(x.split(widths, -1) for x in (masked, toxic.text, states[at.start])), strict=True
-            ):
-                rest = _pool(mine, torch.full((len(mine),), own.stop + 1, device=mine.device), family(pipe).causal)
-                edit, beta, triggers = project(
-                    part, rest, _pool(concept, lengths, family(pipe).causal), own, self.alpha
-                )
-                betas.append(beta)
-                edits.append(edit)
-            text[at], until[at] = torch.cat(edits, -1).to(text), self.until(sum(betas) / len(betas))
-            if pools is not None and pooled is not None:
-                columns = [i for i, trigger in zip(tokens, triggers.tolist(), strict=True) if trigger]
-                _, other = encode_masked(pipe, words, [columns], **settings)
-                pools[at] = other - pooled[at]
-        memory |= {"text": text, "until": until} | ({} if pools is None else {"pooled": pools})
+        prompts, images = [prompt] if isinstance(prompt, str) else prompt, call.arguments["num_images_per_prompt"]
+        states, pooled = encoded[0], encoded[2] if family(pipe).pooled else None
+        memory |= {"text": torch.zeros_like(states), "until": states.new_zeros(len(states), dtype=torch.float32)}
+        memory |= {} if pooled is None else {"pooled": torch.zeros_like(pooled)}
+        for k, text in enumerate(prompts):
+            concepts, at = self.concepts if self.rows is None else self.rows[k], slice(k * images, (k + 1) * images)
+            tokens = own_tokens(pipe, text, **settings)
+            if concepts and tokens:
+                edit, other, beta = self._filter(pipe, text, concepts, tokens, settings)
+                memory["text"][at], memory["until"][at] = edit.to(states), self.until(beta)
+                if other is not None and pooled is not None:
+                    memory["pooled"][at] = other - pooled[at]
         return encoded
+
+    def _filter(
+        self, pipe: DiffusionPipeline, text: str, concepts: Concepts, tokens: range, settings: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None, float]:
+        """What to add to the states [L, D] of one prompt, its pooled text without the triggers, and beta."""
+        facts = family(pipe)
+        encoders = [getattr(pipe, name.replace("tokenizer", "text_encoder")) for name in facts.tokenizers]
+        widths = [encoder.config.hidden_size for encoder in encoders]
+        masked, _ = encode_masked(pipe, text, [(), *((i,) for i in tokens)], **settings)
+        phrases = encode(pipe, [p for concept in as_concepts(concepts) for p in concept.phrases], **settings)
+        lengths = torch.tensor([own.stop + 1 for own in phrases.own], device=masked.device)
+        edits, betas = [], []
+        for mine, theirs in zip(masked.split(widths, -1), phrases.text.split(widths, -1), strict=True):
+            vectors = pool(mine, torch.full_like(mine[:, 0, 0], tokens.stop + 1), facts.causal)
+            edit, beta, triggers = project(mine[0], vectors, pool(theirs, lengths, facts.causal), tokens, self.alpha)
+            edits.append(edit)
+            betas.append(beta)
+        other = None
+        if facts.pooled:  # the last encoder's
+            columns = [i for i, trigger in zip(tokens, triggers.tolist(), strict=True) if trigger]
+            _, other = encode_masked(pipe, text, [columns], **settings)
+        return torch.cat(edits, -1), other, sum(betas) / len(betas)
 
     def reread(
         self, text: Tensor, pooled: Tensor | None, time: Tensor, memory: dict[str, Tensor]
@@ -167,26 +173,24 @@ class SAFREE(Hooked):
         return text + share[..., None] * memory["text"], pooled
 
 
-def project(states: Tensor, masked: Tensor, concept: Tensor, own: slice, alpha: float) -> tuple[Tensor, float, Tensor]:
-    """What to add to a prompt's states [L, D], beta, and which of its n tokens are triggers [n].
+def project(
+    states: Tensor, masked: Tensor, concept: Tensor, tokens: range, alpha: float
+) -> tuple[Tensor, float, Tensor]:
+    """What to add to a prompt's `states` [L, D], beta, and which of its n tokens are triggers [n].
 
-    Args:
-        states: the prompt's, [L, D].
-        masked: pooled: the prompt, then with each token masked in turn, [1 + n, D].
-        concept: the concept's phrases, pooled, [K, D].
-        own: the columns of the n tokens; the end token is behind them.
-        alpha: how far above the mean a trigger is.
+    `masked` [1 + n, D]: the prompt, pooled, then with each of its `tokens` (columns; the end token is behind them)
+    masked in turn. `concept` [K, D]: the phrases, pooled.
     """
     wide = torch.promote_types(states.dtype, torch.float32)
     states, masked, concept = states.to(wide), masked.to(wide), concept.to(wide)
     toxic, span = basis(concept), basis(masked[1:])
-    distances = (masked - masked @ toxic @ toxic.T).norm(dim=-1)
-    whole, d = distances[0], distances[1:]
+    whole, *_ = distances = (masked - masked @ toxic @ toxic.T).norm(dim=-1)
+    d = distances[1:]
     others = (d.sum() - d) / (len(d) - 1) if len(d) > 1 else whole
     triggers = d >= (1 + alpha) * others
     near = states @ span @ span.T
     projected = near - near @ toxic @ toxic.T
-    active = slice(0, own.stop + 1)
+    active, own = slice(0, tokens.stop + 1), slice(tokens.start, tokens.stop)
     beta = 1 - float(torch.cosine_similarity(states[active], projected[active], dim=-1).mean())
     edit = torch.zeros_like(states)
     edit[own] = torch.where(triggers[:, None], projected[own] - states[own], 0)
@@ -199,8 +203,8 @@ def basis(vectors: Tensor) -> Tensor:
     return directions[sizes > 1e-6 * sizes[0]].T
 
 
-def _pool(states: Tensor, lengths: Tensor, causal: bool) -> Tensor:
-    """One vector per text: the end token's state of a causal encoder, else the mean over tokens. [N, L, D] to [N, D]."""
+def pool(states: Tensor, lengths: Tensor, causal: bool) -> Tensor:
+    """One vector per text, [N, L, D] to [N, D]: a causal encoder's state at the end token, else the tokens' mean."""
     place = torch.arange(states.shape[1], device=states.device)
     weights = place == lengths[:, None] - 1 if causal else (place < lengths[:, None]) / lengths[:, None]
     return (weights.to(states)[..., None] * states).sum(1)
