@@ -169,7 +169,11 @@ def test_config_survives_json_and_makes_the_same_eraser(eraser: Any, sd1: Any) -
 @having("strength")
 def test_strength_can_be_set_while_on(eraser: Any, pipe: Any, family: str) -> None:
     with eraser.apply(pipe) as handle:
-        handle.strength = 0.5
+        try:
+            handle.strength = 0.5
+        except ValueError as error:
+            assert family == "pixart" and eraser.strength is None and "PixArt" in str(error)
+            pytest.skip(str(error))
         assert handle.strength == handle.config()["strength"] == 0.5
         weaker = latents(pipe)
         with pytest.raises(ValueError, match="strength"):

@@ -11,7 +11,20 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-from tiny import ALCOHOL, CAT, PROMPT, PROMPTS, batch, change, drawn, latents, pipeline
+from tiny import (
+    ALCOHOL,
+    CAT,
+    PROMPT,
+    PROMPTS,
+    batch,
+    change,
+    denoiser,
+    drawn,
+    latents,
+    pipeline,
+    stable_diffusion,
+    tokenizer,
+)
 from torch import Tensor
 
 from efface import EIUP, SLD, Concept, NegativePrompt
@@ -361,7 +374,7 @@ def test_without_unconditional_rows_it_says_so(eraser: Any, sd1: Any) -> None:
             sd1.unet(**batch())
         positive, negative = sd1.encode_prompt(PROMPT, "cpu", 1, True)
         for text in (positive, negative):
-            with pytest.raises(ValueError, match="in one batch of a pipeline's call"):
+            with pytest.raises(ValueError, match="in one batch of a call of the pipeline"):
                 sd1.unet(**{**batch(rows=1), "encoder_hidden_states": text})
         long = {
             name: torch.cat([text, text], 1)
@@ -372,6 +385,17 @@ def test_without_unconditional_rows_it_says_so(eraser: Any, sd1: Any) -> None:
                 latents(sd1, None, **long)
         handle.strength = 0.0
         assert torch.equal(latents(sd1, guidance_scale=1.0), drawn(guidance_scale=1.0))
+
+
+@pytest.mark.parametrize("eraser", [SLD(ALCOHOL), NegativePrompt(ALCOHOL), NegativePrompt(ALCOHOL, strength=5.0)])
+def test_a_distilled_model_is_named_as_such(eraser: Any) -> None:
+    """Its guidance scale is an input of the denoiser: a larger one brings no unconditional rows."""
+    pipe = stable_diffusion(tokenizer(), 32, denoiser(32, time_cond_proj_dim=8))
+    pipe.set_progress_bar_config(disable=True)
+    with eraser.apply(pipe), pytest.raises(ValueError, match="is distilled to do without .*: use 'eiup'"):
+        latents(pipe)
+    with EIUP(ALCOHOL).apply(pipe):
+        latents(pipe)
 
 
 @pytest.mark.parametrize(

@@ -272,7 +272,7 @@ def test_on_a_trained_encoder_the_triggers_are_the_concepts_words(monkeypatch: p
     monkeypatch.setattr(safree, "project", spy)
     words = {
         "two champagne glasses": {"champagne"},
-        "a tropical cocktail": {"cocktail"},
+        "a tropical cocktail": {"tropical", "cocktail"},
         "a beer and a cloud": {"beer"},
     }
     for prompt, wanted in words.items():

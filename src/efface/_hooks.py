@@ -22,6 +22,7 @@ import copy
 import hashlib
 import inspect
 import itertools
+import math
 import sys
 import threading
 import weakref
@@ -349,7 +350,7 @@ class Prediction:
         negative: the same rows' unconditional prediction.
         concept: for the concept's text, all else (noise, pooled size, ControlNet, IP-Adapter) as in the prompt's row;
             the mean, if the phrases fill several texts.
-        guidance_scale: of the pipeline's call.
+        guidance_scale: of the pipeline's call; NaN where pipelines do not tell it.
         time: 0 is pure noise, 1 the picture; it broadcasts over [B, C, h, w].
         memory: kept from step to step for this eraser, and empty when a call of the pipeline begins.
     """
@@ -357,7 +358,7 @@ class Prediction:
     prompt: Tensor
     negative: Tensor
     concept: Tensor
-    guidance_scale: float | None
+    guidance_scale: float
     time: Tensor
     memory: dict[str, Tensor]
 
@@ -404,6 +405,9 @@ class Hooked:
 
     def is_off(self) -> bool:
         return self.off is not None and all(getattr(self, k) == v for k, v in self.off.items())
+
+    def check(self, pipe: DiffusionPipeline) -> None:
+        """ValueError if it cannot work on this pipeline; asked by `apply` and before any change through the handle."""
 
     def edit(self, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
         """The attention output [B, Q, C] of conditional rows, without the concept of `term`."""
@@ -578,7 +582,7 @@ class _Call:
     settings: dict[str, Any]  # of the encoding
     prompts: list[str] | None  # None: the user gave embeddings
     pipe: weakref.ref[DiffusionPipeline]
-    guidance_scale: float | None
+    guidance_scale: float
     thread: int = field(default_factory=threading.get_ident)
 
 
@@ -709,6 +713,7 @@ class Site:
     ) -> None:
         """Encodes the eraser's erasure prompts, and its neutral texts beside them; `prompts`: the call's."""
         eraser = entry.eraser
+        eraser.check(pipe)
         self.train_timesteps = pipe.scheduler.config.num_train_timesteps
         if not (eraser.edits_attention or eraser.guides):
             return
@@ -718,10 +723,11 @@ class Site:
             phrases = [phrase for concept in group for phrase in concept.phrases]
             texts += [(group, text) for text in (pack(pipe, phrases, separator) if eraser.packs else phrases)]
         if eraser.guides:
-            encoded = encode(pipe, [text for _, text in texts], **settings)
-            entry.of = tuple(group for group, _ in texts)
-            entry.prompts = Term(encoded.text, encoded.own, mask=encoded.mask, pooled=encoded.pooled)
-            self._set_prompts(entry)
+            if texts:
+                encoded = encode(pipe, [text for _, text in texts], **settings)
+                entry.of = tuple(group for group, _ in texts)
+                entry.prompts = Term(encoded.text, encoded.own, mask=encoded.mask, pooled=encoded.pooled)
+                self._set_prompts(entry)
             return
         sizes = [len(group) for group in eraser.references]
         neutral, n = itertools.chain(*eraser.references), sum(sizes)
@@ -802,7 +808,7 @@ class Site:
                     encoded = entry.eraser.rewrite(owner(), encoded, bound, entry.memory)
                     self._prepare(owner(), entry, prompts, **settings)
                 negative = encoded[2 if self.facts.masked else 1] if guided else None
-                scale = getattr(owner(), "guidance_scale", None)
+                scale = getattr(owner(), "guidance_scale", math.nan)
                 self.call = _Call(encoded[0], negative, images, settings, prompts, owner, scale)
                 self._checked = None
                 self._fit()  # once more in `begin`, but not when compiled
@@ -1128,9 +1134,9 @@ class Site:
         first, last = self.first, self.last
         wide = out.to(torch.promote_types(out.dtype, torch.float32))
         negative, prompt, further = wide[:first], wide[first:last], wide[last:]
-        scale = self.call.guidance_scale if self.call else None
+        scale = self.call.guidance_scale if self.call else math.nan
         if self.call and not torch.compiler.is_compiling():  # a callback may have changed it
-            scale = getattr(self.call.pipe(), "guidance_scale", None)
+            scale = getattr(self.call.pipe(), "guidance_scale", math.nan)
         places, changed = iter(asked), prompt
         for entry, weight in guiding:
             concept, count = torch.zeros_like(prompt), torch.zeros_like(prompt[:, :1, :1, :1])

@@ -9,18 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from .._hooks import Hooked, Prediction, needs_guidance, part, site
-from ..core import Concepts, Handle, as_concepts
+from ..core import Concepts, as_concepts
 from ..families import family
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 __all__ = ["NegativePrompt"]
-
-UNKNOWN_SCALE = (
-    "NegativePrompt with a strength of its own needs the guidance scale of the call, but {} pipelines do not tell it: "
-    "use strength=None."
-)
 
 
 @dataclass(frozen=True)
@@ -37,7 +32,8 @@ class NegativePrompt(Hooked):
 
     Differs: None is diffusers' `negative_prompt`, costs nothing, and its strength is tied to the guidance scale. A
     number is the form with three predictions; with s_n = s it is e_u + s (e_p - e_n). There, phrases that do not fit
-    into one text make several, whose predictions are averaged.
+    into one text make several, whose predictions are averaged, and `guidance_rescale` takes its target from the
+    changed prediction, e_p - s_n / s (e_n - e_u).
 
     If the prompt is the concept's own text, None draws it with guidance off (e = e_p), and a number with the guidance
     scale s - s_n: only s_n = s and above turns away from it.
@@ -51,8 +47,9 @@ class NegativePrompt(Hooked):
     row, so a step costs 1.5 times as much.
 
     Raises:
-        ValueError: no concept, a strength below 0; during a call: guidance off (`guidance_scale <= 1`), or, for None,
-            `negative_prompt_embeds` given.
+        ValueError: no concept, a strength below 0; with a number, on `apply`: a pipeline that does not tell its
+            guidance scale (PixArt); during a call: guidance off (`guidance_scale <= 1`, or a model that is distilled to
+            do without), or, for None, `negative_prompt_embeds` given.
 
     Example:
         >>> import efface
@@ -76,15 +73,15 @@ class NegativePrompt(Hooked):
     def touches_uncond(self) -> bool:  # type: ignore[override]
         return self.strength is None
 
-    def apply(self, pipe: DiffusionPipeline) -> Handle:
+    def check(self, pipe: DiffusionPipeline) -> None:
         if self.strength and not hasattr(type(pipe), "guidance_scale"):
-            raise ValueError(UNKNOWN_SCALE.format(family(pipe).name))
-        return super().apply(pipe)
+            raise ValueError(
+                "NegativePrompt with a strength of its own needs the guidance scale of the call, but "
+                f"{family(pipe).name} pipelines do not tell it: use strength=None."
+            )
 
     def guide(self, seen: Prediction) -> Tensor:
-        if seen.guidance_scale is None or self.strength is None:  # the strength was set after `apply`
-            raise ValueError(UNKNOWN_SCALE.format("these"))
-        return -self.strength / seen.guidance_scale * (seen.concept - seen.negative)
+        return -(self.strength or 0.0) / seen.guidance_scale * (seen.concept - seen.negative)
 
     def rewrite(
         self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], call: BoundArguments, memory: dict[str, Tensor]

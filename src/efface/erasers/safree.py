@@ -42,13 +42,14 @@ class SAFREE(Hooked):
     Differs: by default the filter is off and triggers are edited from the first step to the last; `SAFREE.paper()` has
     it. Its k and t0 were found for the text encoder of SD 1.4; on `emoji` they let the concept pass. Latent
     re-attention, the paper's third part, is left out (in the authors' released script it never runs). Their published
-    runs have the phrases as negative prompt besides: stack `NegativePrompt` for that. Steps are
-    fractions of the trajectory: with t' > 0 the filter acts until (t' + 1) / 50, which is their steps 0 to t'; with
-    t' = 0 the prompt is untouched, where theirs edits the first step. A prompt of one token has no others to compare
-    with: it is a trigger if d_1 >= (1 + alpha) |(I - P_C) pool(prompt)|, where theirs always is. pool is the state at
-    CLIP's end token, as the denoiser sees it; the mean over tokens where the encoder is not causal (`emoji`). SDXL:
-    each encoder has triggers, spans and states of its own, beta is the mean of both, and the pooled text is that of
-    the prompt with the second encoder's triggers masked. Projectors come from an SVD.
+    runs have the phrases as negative prompt besides: stack `NegativePrompt` for that. Steps are fractions of the
+    trajectory: with t' > 0 the filter acts until (t' + 1) / 50, which is their steps 0 to t'; with t' = 0 the prompt is
+    untouched, where theirs edits the first step. A prompt of one token has no others to compare with: it is a trigger
+    if d_1 >= (1 + alpha) |(I - P_C) pool(prompt)|, where theirs always is. pool is the state at CLIP's end token, as
+    the denoiser sees it; the mean over tokens where the encoder is not causal (`emoji`, PixArt). A token is masked by
+    the tokenizer's mask token, or else by "!", as in their code. SDXL: each encoder has triggers, spans and states of
+    its own, beta is the mean of both, and the pooled text is that of the prompt with the second encoder's triggers
+    masked. ControlNet reads the prompt as it is. Projectors come from an SVD.
 
     It reads words: a prompt that only hints at the concept is beyond it. Some token is always above the mean, so
     harmless prompts have triggers too; the filter is there to pass them.

@@ -56,8 +56,8 @@ class SLD(Hooked):
     Shapes: predictions [B, C, h, w]; one row more per conditional row, so a step costs 1.5 times as much.
 
     Raises:
-        ValueError: unknown concept, a field out of range, no concept at all; during a call: guidance off, or a batch
-            without the unconditional rows.
+        ValueError: unknown concept, a field out of range, no concept at all; during a call: guidance off, a model that
+            is distilled to do without, or a batch without the unconditional rows.
 
     Example:
         >>> import efface
