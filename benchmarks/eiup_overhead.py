@@ -6,7 +6,8 @@ Variants, all with window (0, 1) and strength 1 in every cross-attention layer: 
 negative prompt costs the same, it is the text of the unconditional rows); `eiup projected`, `separate` and `gated`, by
 the public interface; `one trajectory` and `two trajectories`, the literal baselines of literal_gie.py. The concept is
 the shipped "alcohol". `projected` takes out each of its phrases on its own, so its cost grows with their number;
-`projected, 1 phrase` has the first one only. The other forms join them into one text.
+`projected, 1 phrase` has the first one only. The other forms join them into one text; the literal baselines have to fit
+prompt and concept into one, and take as many phrases as do.
 
 Models: `emoji`, the embedded one; `sd15` and `tiny`, the random ones of random_model.py. All in float32 on the CPU.
 
@@ -120,11 +121,15 @@ def eiup(normalization: Any, scene: Scene, phrases: int | None = None) -> Iterat
 @contextmanager
 def literal(kind: type[OneTrajectory], scene: Scene) -> Iterator[Call]:
     """A literal baseline on the pipeline's UNet; the processors are put back afterwards."""
-    pipe, phrases = scene.pipe, " ".join(scene.concept.phrases)
-    n, m = (len(pipe.tokenizer(text, add_special_tokens=False).input_ids) for text in (PROMPT, phrases))
-    if n + m + 2 > pipe.tokenizer.model_max_length:
-        raise ValueError(f"Prompt and concept have {n} and {m} tokens: too many for one text of this model.")
-    cross = kind(pipe.encode_prompt(phrases, pipe._execution_device, 1, False)[0], n, m)
+    pipe, phrases = scene.pipe, list(scene.concept.phrases)
+
+    def tokens(text: str) -> int:
+        return len(pipe.tokenizer(text, add_special_tokens=False).input_ids)
+
+    while tokens(PROMPT) + tokens(" ".join(phrases)) + 2 > pipe.tokenizer.model_max_length:
+        phrases.pop()
+    concept, n, m = " ".join(phrases), tokens(PROMPT), tokens(" ".join(phrases))
+    cross = kind(pipe.encode_prompt(concept, pipe._execution_device, 1, False)[0], n, m)
     uncond, cond = scene.texts()
     two = isinstance(cross, TwoTrajectories)
     call = scene.call(uncond, uncond, cond, cross.insert(cond, dropped=m)) if two else scene.call(uncond, cond)

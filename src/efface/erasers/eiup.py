@@ -114,17 +114,9 @@ class EIUP(Hooked):
         if self.normalization == "projected":
             texts, mask = torch.cat([cross.neutral, term.text]), cross.mask_with(term.mask)
             would_be = cross.would_be(texts, mask).to(torch.promote_types(out.dtype, torch.float32))
-            neutral, phrases = would_be.permute(1, 2, 0, 3).tensor_split([-len(term.text)], 2)
-            d = (phrases[:, :, :, None] - neutral[:, :, None]).flatten(2, 3)  # [B, Q, N R, C]: all N for each phrase
-            toward = ((out[:, :, None] - neutral).repeat(1, 1, len(term.text), 1) * d).sum(-1)
-            # One after the other, in the coordinates <., d_n>: taking a_k d_k out lowers the n-th by a_k <d_k, d_n>.
-            gram = d @ d.mT
-            length = gram.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(d.dtype).tiny)
-            shares = []
-            for k in range(d.shape[2]):
-                shares.append(self.strength * (toward[..., k] / length[..., k]).clamp_min(0))
-                toward = toward - shares[k][..., None] * gram[..., k, :]
-            return (out - (torch.stack(shares, -1)[..., None, :] @ d).squeeze(-2)).to(out.dtype)
+            return (out + self._projected(out - would_be[0], would_be - would_be[0], len(texts) - len(term.text))).to(
+                out.dtype
+            )
         key, value = cross.keys_values(term.text)
         if self.normalization == "separate":
             weight = torch.zeros(len(value), 1, value.shape[2], 1, dtype=value.dtype, device=value.device)
@@ -141,3 +133,25 @@ class EIUP(Hooked):
                 mask = torch.cat([mask, mask.new_ones(len(out), own.stop - own.start)], 1)
             added = added + cross.attend(torch.cat([prompt_key, own_key], 2), own_value, mask)
         return added
+
+    def _projected(self, out: Tensor, would_be: Tensor, references: int) -> Tensor:
+        """What the projected form adds [B, Q, C]; `would_be` [R + N, B, Q, C] and `out` are less the first N.
+
+        Every d is a difference of two texts, so the inner products of the texts are all that is needed.
+        """
+        texts, phrases = len(would_be), len(would_be) - references
+        ones = torch.eye(texts, dtype=would_be.dtype, device=would_be.device)
+        # [phrases * R, texts]: all N for each phrase
+        d = (ones[references:, None] - ones[None, :references]).flatten(0, 1)
+        neutral = ones[:references].repeat(phrases, 1)
+        each = would_be.permute(1, 2, 0, 3)  # [B, Q, texts, C]
+        inner = each @ each.mT
+        toward = (d * ((each @ out[..., None]).mT - neutral @ inner)).sum(-1).permute(2, 0, 1)
+        gram = (d @ inner @ d.mT).permute(2, 3, 0, 1)
+        # One after the other, in the coordinates <., d_n>: taking a_k d_k out lowers the n-th by a_k <d_k, d_n>.
+        shares = torch.zeros_like(toward)
+        for k in range(len(d)):
+            length = gram[k, k].clamp_min(torch.finfo(d.dtype).tiny)
+            shares[k] = self.strength * (toward[k] / length).clamp_min(0)
+            toward = toward - shares[k] * gram[k]
+        return -((shares.permute(1, 2, 0) @ d)[..., None, :] @ each).squeeze(-2)
