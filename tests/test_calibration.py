@@ -57,6 +57,11 @@ class Weaken:
         return SimpleNamespace(remove=lambda: setattr(pipe, "strength", 0.0))
 
 
+@dataclass(frozen=True)
+class Fixed:
+    alpha: float = 1.0
+
+
 class Red:
     name = "red"
 
@@ -157,8 +162,8 @@ def test_what_cannot_be_told_is_said() -> None:
         calibrate(Pipe(), kept=lambda erased, plain: torch.full((1, len(plain)), -1))
     with pytest.raises(ValueError, match="what must survive the erasure of 'dog'"):
         efface.calibrate(Pipe(), Weaken(), efface.Concept("dog"), Red())
-    with pytest.raises(ValueError, match="NegativePrompt has no `strength`"):
-        efface.calibrate(Pipe(), efface.NegativePrompt("cat"), CAT, Red())
+    with pytest.raises(ValueError, match="Fixed has no `strength`"):
+        efface.calibrate(Pipe(), Fixed(), CAT, Red())
 
 
 def test_entries_below_zero_do_not_count() -> None:

@@ -20,7 +20,12 @@ EFFECT = 1e-3  # a smaller relative change means that a hook is dead
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "eiup": ({"normalization": "separate"}, {"normalization": "gated"}),
     "gie": ({"values": "official"}, {"trajectories": 2}),
+    "negative_prompt": ({"strength": 6.0},),
 }
+
+
+# a mask with an edge turns a rounding error into a difference, which says nothing about rows
+SMOOTH: dict[str, dict[str, Any]] = {"SLD": {"sld_guidance_scale": 5.0, "threshold": 10.0}}
 
 
 def every_eraser(concept: Any) -> dict[str, Any]:
@@ -87,6 +92,11 @@ def assert_same(after: Any, before: Any) -> None:
     assert after[1].keys() == before[1].keys()
     assert all(after[1][name] is processor for name, processor in before[1].items())
     assert after[2] == before[2]
+
+
+def assert_unchanged(after: Tensor, before: Tensor, eraser: Any) -> None:
+    """To the bit, or up to float rounding if the eraser puts rows of its own beside them."""
+    assert torch.equal(after, before) or (eraser.guides and change(after, before) < 1e-5)
 
 
 def first_prediction(pipe: Any, **options: Any) -> Tensor:
@@ -159,7 +169,11 @@ def test_config_survives_json_and_makes_the_same_eraser(eraser: Any, sd1: Any) -
 @having("strength")
 def test_strength_can_be_set_while_on(eraser: Any, pipe: Any, family: str) -> None:
     with eraser.apply(pipe) as handle:
-        handle.strength = 0.5
+        try:
+            handle.strength = 0.5
+        except ValueError as error:
+            assert family == "pixart" and eraser.strength is None and "PixArt" in str(error)
+            pytest.skip(str(error))
         assert handle.strength == handle.config()["strength"] == 0.5
         weaker = latents(pipe)
         with pytest.raises(ValueError, match="strength"):
@@ -174,12 +188,14 @@ def test_strength_can_be_set_while_on(eraser: Any, pipe: Any, family: str) -> No
 @each
 def test_unconditional_rows_are_touched_only_if_the_class_says_so(eraser: Any, pipe: Any) -> None:
     plain = first_prediction(pipe)
-    strong = dataclasses.replace(eraser, strength=16.0) if hasattr(eraser, "strength") else eraser
+    strong = dataclasses.replace(eraser, strength=16.0) if getattr(eraser, "strength", None) else eraser
     with strong.apply(pipe):
         erased = first_prediction(pipe)
     assert len(plain) == 2 * len(PROMPTS)
-    assert torch.equal(erased[:2], plain[:2]) != eraser.touches_uncond
-    if not eraser.touches_uncond:
+    if eraser.touches_uncond:
+        assert all(change(e, p) > EFFECT for e, p in zip(erased[:2], plain[:2], strict=True))
+    else:
+        assert_unchanged(erased[:2], plain[:2], eraser)
         assert all(change(e, p) > EFFECT for e, p in zip(erased[2:], plain[2:], strict=True))
 
 
@@ -189,7 +205,7 @@ def test_without_guidance_it_acts_or_says_that_it_cannot(eraser: Any, pipe: Any,
         try:
             erased = latents(pipe, guidance_scale=1.0)
         except ValueError as error:
-            assert eraser.touches_uncond and "guidance_scale" in str(error)
+            assert (eraser.touches_uncond or eraser.guides) and "guidance_scale" in str(error)
             return
     assert change(erased, drawn(family, guidance_scale=1.0)) > EFFECT
 
@@ -206,10 +222,11 @@ def test_images_per_prompt_are_like_prompts_of_their_own(eraser: Any, pipe: Any,
 @having("rows")
 def test_row_i_of_a_batch_is_row_i_alone(eraser: Any, pipe: Any, family: str) -> None:
     prompts, rows = (*PROMPTS, "a dog"), [[ALCOHOL], [CAT, ALCOHOL], []]
+    eraser = dataclasses.replace(eraser, **SMOOTH.get(type(eraser).__name__, {}))
     with dataclasses.replace(eraser, concepts=(), rows=rows).apply(pipe):
         together = latents(pipe, prompts)
     plain = drawn(family, prompt=prompts)
-    assert torch.equal(together[2], plain[2])
+    assert_unchanged(together[2], plain[2], eraser)
     assert change(together[0], plain[0]) > EFFECT and change(together[1], plain[1]) > EFFECT
     for i, prompt in enumerate(prompts):
         alone = [dataclasses.replace(eraser, concepts=rows[i])] if rows[i] else []
@@ -223,7 +240,7 @@ def test_rows_count_prompts_not_images(eraser: Any, sd1: Any) -> None:
         handle.rows = [[], [ALCOHOL]]
         erased = latents(sd1, PROMPTS, num_images_per_prompt=2)
         plain = drawn(prompt=PROMPTS, num_images_per_prompt=2)
-        assert torch.equal(erased[:2], plain[:2])
+        assert_unchanged(erased[:2], plain[:2], eraser)
         assert change(erased[2], plain[2]) > EFFECT and change(erased[3], plain[3]) > EFFECT
         assert latents(sd1, PROMPTS, num_images_per_prompt=1).shape[0] == 2
         with pytest.raises(ValueError, match=r"`rows` has 2 entries, but the call has 3 prompts"):

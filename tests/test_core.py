@@ -178,10 +178,15 @@ def test_a_refused_change_leaves_the_handle_as_it_was() -> None:
 
 def test_what_an_eraser_lacks_cannot_be_set() -> None:
     handle = Handle(NegativePrompt("cat"), lambda e: None, lambda: None)
-    with pytest.raises(AttributeError, match="NegativePrompt has no strength to set"):
-        handle.strength = 1.0
     with pytest.raises(AttributeError, match="NegativePrompt has no rows to set"):
         handle.rows = [[]]
+
+
+def test_a_strength_may_be_none() -> None:
+    handle = Handle(NegativePrompt("cat"), lambda e: None, lambda: None)
+    assert handle.strength is None and handle.config()["strength"] is None
+    handle.strength = 4
+    assert handle.strength == 4.0
 
 
 def test_a_handle_is_removed_once_whatever_happens() -> None:

@@ -1,4 +1,4 @@
-"""EIUP and GIE on PixArt against their formulas, row by row, with text that is projected and masked."""
+"""Run-time erasers on PixArt against their formulas, row by row, with text that is projected and masked."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention
 from test_eiup import logits, mix, softmax, written_out
+from test_safree import written_out as by_formula
 from tiny import ALCOHOL, CAT, PROMPT, WORDS, change, drawn, latents, pipeline
 from torch import Tensor
 
-from efface import EIUP, GIE, Concept, NegativePrompt
+from efface import EIUP, GIE, SAFREE, SLD, Concept, NegativePrompt
 from efface._hooks import encode, pack
 
 PROMPTS = (PROMPT, "a big red cat")  # 5 and 4 tokens: masked differently
@@ -129,8 +130,55 @@ def test_a_negative_prompt_is_diffusers_own() -> None:
     assert change(got, latents(pipe, PROMPTS, negative_prompt="a dog")) > 1e-3
 
 
+def predictions(pipe: Any, prompts: Sequence[str], **options: Any) -> Tensor:
+    """The transformer's first prediction of the conditional rows."""
+    seen: list[Tensor] = []
+    watch = pipe.transformer.register_forward_hook(lambda module, args, out: seen.append(out[0]))
+    latents(pipe, tuple(prompts), num_inference_steps=1, **options)
+    watch.remove()
+    return seen[0][len(prompts) :]
+
+
+def test_sld_predicts_the_concept_with_the_mask_of_its_own_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, seen = _double("pixart"), []
+    original = SLD.guide
+    monkeypatch.setattr(SLD, "guide", lambda self, made: [seen.append(made), original(self, made)][1])
+    with SLD(ALCOHOL).apply(pipe):
+        predictions(pipe, PROMPTS)
+    assert change(seen[0].prompt, predictions(pipe, PROMPTS)) < 1e-9
+    assert change(seen[0].concept, predictions(pipe, ("beer, wine glass",) * 2)) < 1e-9
+    lengths = [len(text.split()) for text in (*PROMPTS, "beer, wine glass")]
+    assert len({*lengths}) == 3  # another row's mask would show
+
+
+def test_safree_filters_the_tokens_of_a_text_without_a_start_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, read = _double("pixart"), []
+    vocabulary = pipe.tokenizer.get_vocab()
+
+    def states(words: Sequence[str]) -> Tensor:
+        ids = [vocabulary.get(word, vocabulary["<unk>"]) for word in words] + [1]
+        return pipe.text_encoder(torch.tensor([ids])).last_hidden_state[0].detach()
+
+    forward = pipe.transformer.forward
+    monkeypatch.setattr(
+        pipe.transformer, "forward", lambda *args, **kwargs: [read.append(kwargs), forward(*args, **kwargs)][1]
+    )
+    with SAFREE(ALCOHOL).apply(pipe):
+        latents(pipe, PROMPTS, num_inference_steps=1)
+    concept = torch.stack([states(phrase.split()).mean(0) for phrase in ALCOHOL.phrases])
+    for got, prompt in zip(read[0]["encoder_hidden_states"][2:], PROMPTS, strict=True):
+        words = prompt.split()
+        without = [[*words[:i], "!", *words[i + 1 :]] for i in range(len(words))]
+        masked = torch.stack([states(text).mean(0) for text in (words, *without)])
+        edited, _, triggers = by_formula(states(words), masked, concept, 0, 0.01)
+        assert 0 < sum(triggers) < len(words)
+        assert change(got[: len(words) + 1], edited) < 1e-9 and change(edited, states(words)) > 1e-2
+
+
 def test_what_cannot_be_done_is_refused() -> None:
     pipe = pipeline("pixart")
+    with pytest.raises(ValueError, match="needs the guidance scale of the call, but PixArt pipelines do not tell it"):
+        NegativePrompt([CAT], strength=3.0).apply(pipe)
     with pytest.raises(ValueError, match="PixArt is bidirectional"):
         GIE([CAT], values="official").apply(pipe)
     with pytest.raises(ValueError, match="PixArt pipelines do not tell it"):

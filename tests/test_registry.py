@@ -43,7 +43,7 @@ def add_plugins(monkeypatch: pytest.MonkeyPatch) -> AddPlugins:
 
 
 def test_the_first_methods_are_there() -> None:
-    assert {"eiup", "negative_prompt"} <= set(registry.methods("erasers"))
+    assert {"eiup", "gie", "negative_prompt", "safree", "sld"} <= set(registry.methods("erasers"))
 
 
 @pytest.mark.parametrize("name", sorted(registry.methods()))

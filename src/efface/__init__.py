@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from efface.erasers.eiup import EIUP
     from efface.erasers.gie import GIE
     from efface.erasers.negative_prompt import NegativePrompt
+    from efface.erasers.safree import SAFREE
+    from efface.erasers.sld import SLD
     from efface.metrics._detectors import detector
     from efface.report import write_report
     from efface.runs import Run, make_suite, run, score
@@ -37,7 +39,9 @@ __all__ = [
     "ESD",
     "GIE",
     "RECE",
+    "SAFREE",
     "SDD",
+    "SLD",
     "UCE",
     "Concept",
     "Delta",
@@ -72,6 +76,8 @@ _HOME = {
     "ESD": "efface.editors.esd",
     "SDD": "efface.editors.sdd",
     "EIUP": "efface.erasers.eiup",
+    "SAFREE": "efface.erasers.safree",
+    "SLD": "efface.erasers.sld",
     "RECE": "efface.editors.rece",
     "UCE": "efface.editors.uce",
     "GIE": "efface.erasers.gie",

@@ -6,9 +6,12 @@ hook is gone.
 
 - `encode_prompt` is wrapped on the pipeline: it tells which rows will be conditional and encodes erasure prompts anew
   for each call (so a LoRA loaded or a device changed in between is seen; there is nothing to invalidate).
-- The denoiser hook reads the time and checks the batch against what `encode_prompt` returned.
+- The denoiser hook reads the time and checks the batch against what `encode_prompt` returned. There a method may change
+  the text that conditional rows read, and the noise predicted for them: texts it asks for are predicted as further rows
+  of the same call, and the pipeline's own guidance then works on the changed prediction, whatever the scheduler.
 - In every cross-attention layer the query is seen behind `to_q`, and the attention output is edited in front of
-  `to_out[0]`, on conditional rows only. Processors stay as they are (slicing, LoRA, IP-Adapter).
+  `to_out[0]`, on conditional rows only. Processors stay as they are (slicing, LoRA, IP-Adapter). Further rows are not
+  edited: they have to show the concept.
 - An eraser may ask for denoiser calls of its own: a plain one in front of the first, which measures the attention that
   its erasure prompts get (`measures`), or one in each step, which draws the plain picture beside (`twins`).
 """
@@ -19,10 +22,14 @@ import copy
 import hashlib
 import inspect
 import itertools
+import math
+import sys
+import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from types import MethodType
+from types import FrameType, MethodType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -93,13 +100,26 @@ def encode(pipe: DiffusionPipeline, texts: Sequence[str], **settings: Any) -> En
     Raises:
         ValueError: a text without tokens, or over the limit.
     """
-    facts, cleaned = family(pipe), list(texts)
-    if facts.masked:
-        cleaned = pipe._text_preprocessing(cleaned, clean_caption=settings.get("clean_caption", False))
-    tokenizers = [getattr(pipe, name) for name in facts.tokenizers]
+    cleaned = _cleaned(pipe, texts, settings)
+    tokenizers = [getattr(pipe, name) for name in family(pipe).tokenizers]
     places = [[_own_columns(t, text, _limit(pipe, t, **settings)) for text in cleaned] for t in tokenizers]
     if any(p != places[0] for p in places):
         raise ValueError(f"The pipeline's tokenizers place the tokens of {list(texts)} differently: use other words.")
+    text, pooled, mask = _encode(pipe, texts, settings)
+    return Encoded(text, pooled, tuple(places[0]), mask)
+
+
+def _cleaned(pipe: DiffusionPipeline, texts: Sequence[str], settings: dict[str, Any]) -> list[str]:
+    """Texts as the tokenizer gets them."""
+    if not family(pipe).masked:
+        return list(texts)
+    return pipe._text_preprocessing(list(texts), clean_caption=settings.get("clean_caption", False))
+
+
+def _encode(
+    pipe: DiffusionPipeline, texts: Sequence[str], settings: dict[str, Any]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Texts [N, L, D], pooled [N, P], and the mask [N, L], where there are any; what is over the limit is cut."""
     site = _SITES.get(_denoiser(pipe))
     method = site.original_encode(pipe) if site else pipe.encode_prompt
     with torch.no_grad():
@@ -110,9 +130,52 @@ def encode(pipe: DiffusionPipeline, texts: Sequence[str], **settings: Any) -> En
             do_classifier_free_guidance=False,
             **settings,
         )
-    if facts.masked:
-        return Encoded(out[0], None, tuple(places[0]), out[1].bool())
-    return Encoded(out[0], out[2] if len(out) > 2 else None, tuple(places[0]))
+    if family(pipe).masked:
+        return out[0], None, out[1].bool()
+    return out[0], out[2] if len(out) > 2 else None, None
+
+
+def own_tokens(pipe: DiffusionPipeline, text: str, **settings: Any) -> range:
+    """The columns of a prompt's own tokens; the end token is behind them. What is over the limit is cut."""
+    tokenizer = getattr(pipe, family(pipe).tokenizers[0])
+    convert = getattr(pipe, "maybe_convert_prompt", None)  # textual inversion: one word, several tokens
+    text = convert(text, tokenizer) if convert else text
+    (text,) = _cleaned(pipe, [text], settings)
+    cut = {"truncation": True, "max_length": _limit(pipe, tokenizer, **settings)}
+    return range(len(tokenizer("").input_ids) - 1, len(tokenizer(text, **cut).input_ids) - 1)
+
+
+def encode_masked(
+    pipe: DiffusionPipeline, text: str, columns: Sequence[Sequence[int]], **settings: Any
+) -> tuple[Tensor, Tensor | None]:
+    """A prompt encoded once for each set of columns [N, L, D], with the tokens in these columns masked; and pooled.
+
+    The mask is the tokenizer's own, or "!", the first word of CLIP's vocabulary, which has none.
+    """
+    placed = []
+    for name in family(pipe).tokenizers:
+        tokenizer, encoder = getattr(pipe, name), getattr(pipe, name.replace("tokenizer", "text_encoder"))
+        mask = tokenizer.mask_token_id
+        mask = tokenizer.convert_tokens_to_ids("!") if mask is None else mask
+
+        def put(module: nn.Module, args: tuple[Any, ...], mask: int = mask) -> tuple[Any, ...]:
+            ids = args[0].clone()
+            for row, masked in enumerate(columns):
+                ids[row, list(masked)] = mask
+            return (ids, *args[1:])
+
+        placed.append(encoder.register_forward_pre_hook(put))
+    try:
+        return _encode(pipe, [text] * len(columns), settings)[:2]
+    finally:
+        for handle in placed:
+            handle.remove()
+
+
+def encoding_settings(call: inspect.BoundArguments) -> dict[str, Any]:
+    """The arguments of an `encode_prompt` call that change how any text is encoded."""
+    names = ("clip_skip", "lora_scale", "clean_caption", "max_sequence_length")
+    return {k: call.arguments[k] for k in names if call.arguments.get(k) is not None}
 
 
 def fits(pipe: DiffusionPipeline, text: str) -> bool:
@@ -142,7 +205,8 @@ class Term:
 
     They act one after the other, in order; `rows` None means all rows. For erasers that ask for them: `joined`, each
     prompt of those rows with the erasure prompt behind it, [N, B, L, D], and `lengths` [B], the number of tokens of
-    those prompts alone; `weights` of the own tokens, measured at the start of the picture, N times [B, tokens].
+    those prompts alone; `weights` of the own tokens, measured at the start of the picture, N times [B, tokens]. For
+    guided predictions: `pooled` [N, P]. Where text is masked: `mask` [N, L].
     """
 
     text: Tensor
@@ -151,7 +215,8 @@ class Term:
     joined: Tensor | None = None
     lengths: Tensor | None = None
     weights: tuple[Tensor, ...] | None = None
-    mask: Tensor | None = None  # [N, L]
+    mask: Tensor | None = None
+    pooled: Tensor | None = None
 
     def part(self, chosen: Sequence[int], rows: Tensor) -> Term:
         """Some of the erasure prompts, on some rows."""
@@ -163,6 +228,7 @@ class Term:
             None if self.lengths is None else self.lengths[rows],
             None if self.weights is None else tuple(self.weights[k][rows] for k in chosen),
             None if self.mask is None else self.mask[list(chosen)],
+            None if self.pooled is None else self.pooled[list(chosen)],
         )
 
 
@@ -272,18 +338,45 @@ class CrossAttention:
         return None if mask is None or self.neutral_mask is None else torch.cat([self.neutral_mask, mask])
 
 
+# ---------------------------------------------------------------- what a method sees of one denoiser call
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the denoiser predicts in one step, conditional rows only, float32 or wider.
+
+    Args:
+        prompt: [B, C, h, w] for the user's prompt, before any eraser changed it.
+        negative: the same rows' unconditional prediction.
+        concept: for the concept's text, all else (noise, pooled size, ControlNet, IP-Adapter) as in the prompt's row;
+            the mean, if the phrases fill several texts.
+        guidance_scale: of the pipeline's call; NaN where pipelines do not tell it.
+        time: 0 is pure noise, 1 the picture; it broadcasts over [B, C, h, w].
+        memory: kept from step to step for this eraser, and empty when a call of the pipeline begins.
+    """
+
+    prompt: Tensor
+    negative: Tensor
+    concept: Tensor
+    guidance_scale: float
+    time: Tensor
+    memory: dict[str, Tensor]
+
+
 # ---------------------------------------------------------------- erasers
 
 
 class Hooked:
     """Base of run-time erasers: `apply` puts them on the pipeline's list.
 
-    A subclass is a frozen dataclass with `concepts` and overrides `edit` (attention) or `rewrite` (text).
+    A subclass is a frozen dataclass with `concepts` and overrides `edit` (attention), `guide` (predicted noise),
+    `rewrite` (text, once) or `rewrite` and `reread` (text, at each step).
     """
 
     off: ClassVar[dict[str, Any] | None] = None
     touches_uncond: ClassVar[bool] = False
     edits_attention: ClassVar[bool] = False
+    guides: ClassVar[bool] = False  # changes the prediction, which takes guidance
     packs = True  # phrases share erasure prompts; a method may need one prompt per phrase
     references: tuple[tuple[str, ...], ...] = (("",),)  # the mean of each group of texts stands for "some picture"
     joins = False  # terms come with each prompt and the erasure prompt in one text
@@ -301,7 +394,8 @@ class Hooked:
         if "rows" in names:
             checked["rows"] = as_rows(self.rows, concepts)
         for name, check in (("strength", check_strength), ("window", check_window)):
-            if name in names:
+            optional = getattr(type(self), name, ()) is None  # None is a value only where it is the default
+            if name in names and not (optional and getattr(self, name) is None):
                 checked[name] = check(getattr(self, name))
         if not concepts and checked.get("rows") is None:
             cure = "give `concepts` or `rows`" if "rows" in names else "give `concepts`"
@@ -311,6 +405,9 @@ class Hooked:
 
     def is_off(self) -> bool:
         return self.off is not None and all(getattr(self, k) == v for k, v in self.off.items())
+
+    def check(self, pipe: DiffusionPipeline) -> None:
+        """ValueError if it cannot work on this pipeline; asked by `apply` and before any change through the handle."""
 
     def edit(self, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
         """The attention output [B, Q, C] of conditional rows, without the concept of `term`."""
@@ -327,11 +424,31 @@ class Hooked:
         """
         raise NotImplementedError
 
+    def guide(self, seen: Prediction) -> Tensor:
+        """What to add to `seen.prompt` [B, C, h, w]. Every method sees the plain one: what they add is summed."""
+        return torch.zeros_like(seen.prompt)
+
     def rewrite(
-        self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], call: inspect.BoundArguments
+        self,
+        pipe: DiffusionPipeline,
+        encoded: tuple[Any, ...],
+        call: inspect.BoundArguments,
+        memory: dict[str, Tensor],
     ) -> tuple[Any, ...]:
-        """What `encode_prompt` returned, changed."""
+        """What `encode_prompt` returned, changed; `memory` is empty and lasts for this call of the pipeline."""
         return encoded
+
+    def reread(
+        self, text: Tensor, pooled: Tensor | None, time: Tensor, memory: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The text [B, L, D] and pooled text that the conditional rows read at this time."""
+        return text, pooled
+
+    def groups(self, concepts: Sequence[Concept]) -> list[tuple[Concept, ...]]:
+        """Which concepts share erasure prompts: those of a guided prediction do."""
+        if self.guides:
+            return [tuple(concepts)] if concepts else []
+        return [(concept,) for concept in dict.fromkeys(concepts)]
 
     def apply(self, pipe: DiffusionPipeline) -> Handle:
         """Takes effect at once; returns the handle that takes it off again (also a context manager)."""
@@ -385,15 +502,11 @@ class _WatchDenoiser(ModelHook):
         super().__init__()
         self.site = site
 
-    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        given = dict(zip(self.site.parameters, args, strict=False)) | kwargs
-        self.site.begin(given["timestep"], given["encoder_hidden_states"], given.get("encoder_attention_mask"))
-        forward = self.fn_ref.original_forward or self.fn_ref.forward
-        self.site.measure(lambda: forward(*args, **kwargs))
-        sample = self.site.parameters[0]
-        others = {name: value for name, value in given.items() if name != sample}
-        self.site.draw_beside(given[sample], lambda beside: forward(beside, **others)[0])
-        return args, kwargs
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.site.denoise(self.fn_ref.original_forward, args, kwargs)
+        with self.site.alone():
+            return self.site.denoise(self.fn_ref.original_forward, args, kwargs)
 
 
 class _Layer:
@@ -451,11 +564,12 @@ class _Entry:
     """An eraser that is on, and its erasure prompts."""
 
     eraser: Hooked
-    of: tuple[Concept, ...] = ()  # whose each erasure prompt is
+    of: tuple[tuple[Concept, ...], ...] = ()  # whose each erasure prompt is
     prompts: Term | None = None
     neutral: Tensor | None = None
     neutral_mask: Tensor | None = None
     acting: tuple[Term, ...] = ()  # with the rows of the present batch
+    memory: dict[str, Tensor] = field(default_factory=dict)  # of the present call
 
 
 @dataclass(frozen=True)
@@ -468,6 +582,8 @@ class _Call:
     settings: dict[str, Any]  # of the encoding
     prompts: list[str] | None  # None: the user gave embeddings
     pipe: weakref.ref[DiffusionPipeline]
+    guidance_scale: float
+    thread: int = field(default_factory=threading.get_ident)
 
 
 @dataclass
@@ -500,12 +616,13 @@ class Site:
         self.entries: list[_Entry] = []
         self.pipes: list[tuple[weakref.ref[DiffusionPipeline], dict[str, Any]]] = []  # with what WRAPPED hid
         self.call: _Call | None = None
-        self.first = 0
+        self.first = self.last = 0  # the conditional rows; further ones come behind
         self.prompt: Tensor | None = None
         self.prompt_mask: Tensor | None = None
         self.time: Tensor | float = 0.0
         self.train_timesteps = 1000
         self._checked: Tensor | None = None
+        self._busy: int | None = None  # the thread that is inside
         self.twin: _Twin | None = None
         self._twin_runs = False
         self._measuring: list[_Entry] = []
@@ -543,7 +660,12 @@ class Site:
             present = owner()
             if present is None:
                 raise ValueError("The pipeline of this eraser is gone.")
-            trial, call = _Entry(changed), self.call
+            if self.call is not None and changed.guides != entry.eraser.guides:
+                raise ValueError(
+                    f"This change moves {type(changed).__name__} to other rows of the batch, which cannot be done "
+                    "while the pipeline is drawing: set it between two calls."
+                )
+            trial, call = _Entry(changed, memory=entry.memory), self.call
             self._prepare(present, trial, call.prompts if call else None, **(call.settings if call else {}))
             if entry.prompts and (changed.concepts, changed.rows) == (entry.eraser.concepts, entry.eraser.rows):
                 self._set_prompts(trial, weights=entry.prompts.weights)  # keep what was measured
@@ -591,15 +713,22 @@ class Site:
     ) -> None:
         """Encodes the eraser's erasure prompts, and its neutral texts beside them; `prompts`: the call's."""
         eraser = entry.eraser
+        eraser.check(pipe)
         self.train_timesteps = pipe.scheduler.config.num_train_timesteps
-        if not eraser.edits_attention:
+        if not (eraser.edits_attention or eraser.guides):
             return
-        concepts = eraser.concepts if eraser.rows is None else itertools.chain(*eraser.rows)
-        texts = [
-            (concept, text)
-            for concept in dict.fromkeys(concepts)
-            for text in (pack(pipe, concept.phrases) if eraser.packs else concept.phrases)
-        ]
+        rows, separator = [eraser.concepts] if eraser.rows is None else eraser.rows, ", " if eraser.guides else " "
+        texts = []
+        for group in dict.fromkeys(group for row in rows for group in eraser.groups(row)):
+            phrases = [phrase for concept in group for phrase in concept.phrases]
+            texts += [(group, text) for text in (pack(pipe, phrases, separator) if eraser.packs else phrases)]
+        if eraser.guides:
+            if texts:
+                encoded = encode(pipe, [text for _, text in texts], **settings)
+                entry.of = tuple(group for group, _ in texts)
+                entry.prompts = Term(encoded.text, encoded.own, mask=encoded.mask, pooled=encoded.pooled)
+                self._set_prompts(entry)
+            return
         sizes = [len(group) for group in eraser.references]
         neutral, n = itertools.chain(*eraser.references), sum(sizes)
         encoded = encode(pipe, [*neutral, *(text for _, text in texts)], **settings)
@@ -611,7 +740,7 @@ class Site:
             groups = zip(text[:n].split(sizes), seen, strict=True)
             entry.neutral = torch.stack([(group * s).sum(0) / s.sum(0).clamp_min(1) for group, s in groups])
             entry.neutral_mask = torch.stack([group.any(0) for group in mask[:n].split(sizes)])
-        entry.of = tuple(concept for concept, _ in texts)
+        entry.of = tuple(group for group, _ in texts)
         entry.prompts = Term(text[n:], encoded.own[n:], mask=None if mask is None else mask[n:])
         joined: dict[str, Any] = {}
         if eraser.joins and prompts is not None and texts:
@@ -663,31 +792,38 @@ class Site:
         owner = weakref.ref(pipe)
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            bound = signature.bind(*args, **kwargs)
-            bound.apply_defaults()
-            names = ("clip_skip", "lora_scale", "clean_caption", "max_sequence_length")
-            settings = {k: bound.arguments[k] for k in names if bound.arguments.get(k) is not None}
-            encoded = encode_prompt(*args, **kwargs)
-            self.call = self.twin = None
-            prompts = self._prompts(bound.arguments)
-            for entry in self.entries:
-                encoded = entry.eraser.rewrite(pipe, encoded, bound)
-                self._prepare(pipe, entry, prompts, **settings)
-            negative = (
-                encoded[2 if self.facts.masked else 1] if bound.arguments["do_classifier_free_guidance"] else None
-            )
-            self.call = _Call(encoded[0], negative, bound.arguments["num_images_per_prompt"], settings, prompts, owner)
-            self._checked = None
-            self._fit()  # once more in `begin`, but not when compiled
-            for entry in self.entries:
-                self._place(entry, self.call.images_per_prompt, len(encoded[0]))
-            return encoded
+            with self.alone():
+                bound = signature.bind(*args, **kwargs)
+                bound.apply_defaults()
+                settings, images = encoding_settings(bound), bound.arguments["num_images_per_prompt"]
+                guided = bound.arguments["do_classifier_free_guidance"]
+                if not guided:
+                    self._refuse_without_guidance()
+                encoded = encode_prompt(*args, **kwargs)
+                self.call = self.twin = None
+                prompts = self._prompts(bound.arguments)
+                for entry in self.entries:
+                    self._check_rows(entry, images, len(encoded[0]))
+                    entry.memory = {}
+                    encoded = entry.eraser.rewrite(owner(), encoded, bound, entry.memory)
+                    self._prepare(owner(), entry, prompts, **settings)
+                negative = encoded[2 if self.facts.masked else 1] if guided else None
+                scale = getattr(owner(), "guidance_scale", math.nan)
+                self.call = _Call(encoded[0], negative, images, settings, prompts, owner, scale)
+                self._checked = None
+                self._fit()  # once more in `begin`, but not when compiled
+                for entry in self.entries:
+                    self._place(entry, images, len(encoded[0]))
+                return encoded
 
         def ended() -> Any:
-            self.call = self._checked = self.twin = None
+            if self.call is not None and self.call.thread == threading.get_ident():
+                self.call = self._checked = self.twin = None
+                for entry in self.entries:
+                    entry.memory = {}
             return end_of_call()
 
-        self.pipes.append((weakref.ref(pipe), {name: vars(pipe)[name] for name in WRAPPED if name in vars(pipe)}))
+        self.pipes.append((owner, {name: vars(pipe)[name] for name in WRAPPED if name in vars(pipe)}))
         pipe.encode_prompt, pipe.maybe_free_model_hooks = wrapped, ended
 
     @staticmethod
@@ -704,16 +840,13 @@ class Site:
     def _place(self, entry: _Entry, images_per_prompt: int, batch: int | None = None) -> None:
         """Gives the erasure prompts of an eraser with `rows` their rows of the batch, `batch` conditional ones."""
         rows = entry.eraser.rows
+        self._check_rows(entry, images_per_prompt, batch)
         if rows is None or entry.prompts is None:
             return
-        if batch is not None and len(rows) * images_per_prompt != batch:
-            raise ValueError(
-                f"`rows` has {len(rows)} entries, but the call has {batch // images_per_prompt} prompts: give one list "
-                "of concepts per prompt."
-            )
         alike: dict[tuple[int, ...], list[int]] = {}  # erasure prompts in the order of a row -> its images
         for r, row in enumerate(rows):
-            chosen = tuple(k for concept in dict.fromkeys(row) for k, of in enumerate(entry.of) if of == concept)
+            groups = entry.eraser.groups(row)
+            chosen = tuple(k for group in groups for k, of in enumerate(entry.of) if of == group)
             alike.setdefault(chosen, []).extend(range(r * images_per_prompt, (r + 1) * images_per_prompt))
         device = entry.prompts.text.device
         entry.acting = tuple(
@@ -722,10 +855,36 @@ class Site:
             if chosen
         )
 
+    @staticmethod
+    def _check_rows(entry: _Entry, images_per_prompt: int, batch: int | None) -> None:
+        rows = entry.eraser.rows
+        if rows is not None and batch is not None and len(rows) * images_per_prompt != batch:
+            raise ValueError(
+                f"`rows` has {len(rows)} entries, but the call has {batch // images_per_prompt} prompts: give one list "
+                "of concepts per prompt."
+            )
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """One thread at a time: what this denoiser's erasers know of the present call cannot be shared."""
+        here = threading.get_ident()
+        with _GUARD:
+            if self._busy not in (None, here):
+                raise RuntimeError(_TWO_THREADS)
+            outside, self._busy = self._busy, here
+        try:
+            yield
+        finally:
+            self._busy = outside
+
     def begin(self, timestep: Tensor | float, text: Tensor, mask: Tensor | None = None) -> None:
         """Called in front of each denoiser call: which rows are conditional, what time it is, what text is masked."""
         if not torch.compiler.is_compiling():
             self._fit()
+            if self.call is None:
+                self._refuse_strangers()
+            elif self.call.thread != threading.get_ident():
+                raise RuntimeError(_TWO_THREADS)
             for entry in self.entries if self.call is None else ():
                 self._set_prompts(entry, joined=None, lengths=None, weights=None)
             if text is not self._checked:
@@ -738,6 +897,7 @@ class Site:
             self.first = len(text) - len(self.call.positive)
         else:
             self.first = 0
+        self.last = len(text)
         self.prompt = self.projected(text[self.first :])
         self.prompt_mask = mask[self.first :].bool() if mask is not None and mask.ndim == 2 else None
         self.time = timestep.flatten()[0] if isinstance(timestep, Tensor) and timestep.ndim else timestep
@@ -811,11 +971,12 @@ class Site:
         self, attn: Attention, query: Tensor | None, key: Tensor | None, value: Tensor | None, hidden: Tensor
     ) -> Tensor:
         """The self-attention output [B, Q, C] in front of `to_out`, with the twin's maps where an eraser wants them."""
-        if query is None or key is None or value is None or self.first == len(hidden):
+        first, last = self.first, self.last
+        if query is None or key is None or value is None or first == last:
             return hidden
         twin = self.twin
         if twin is not None and self._twin_runs:
-            twin.seen[attn] = query[self.first :], key[self.first :]
+            twin.seen[attn] = query[first:last], key[first:last]
         if twin is None or self._twin_runs or self._seen is not None:
             return hidden
         wanting = [e for e in self.entries if e.eraser.twins and not e.eraser.is_off()]
@@ -823,11 +984,11 @@ class Site:
         if not wanting:
             return hidden
         its_query, its_key = twin.seen[attn]
-        copied = CrossAttention.copied(attn, its_query, its_key, value[self.first :])
-        out = hidden[self.first :]
+        copied = CrossAttention.copied(attn, its_query, its_key, value[first:last])
+        out = hidden[first:last]
         for term in itertools.chain(*(entry.acting for entry in wanting)):
             out = copied if term.rows is None else out.index_copy(0, term.rows, copied[term.rows])
-        return out if self.first == 0 else torch.cat([hidden[: self.first], out])
+        return out if len(out) == len(hidden) else torch.cat([hidden[:first], out, hidden[last:]])
 
     def _first_row(self, text: Tensor) -> int:
         """Rows before it are unconditional. A call outside a pipeline is conditional throughout."""
@@ -859,14 +1020,15 @@ class Site:
 
     def edit(self, attn: Attention, query: Tensor | None, hidden: Tensor) -> Tensor:
         """The attention output [B, Q, C] in front of `to_out`, edited by every active eraser in turn."""
-        if query is None or self.first == len(hidden):
+        first, last = self.first, self.last
+        if query is None or first == last:
             return hidden
-        out = hidden[self.first :]
+        out, query = hidden[first:last], query[first:last]
         if self._twin_runs and self.twin is not None:
-            self.twin.seen[attn] = query[self.first :], hidden[self.first :]
+            self.twin.seen[attn] = query, out
             return hidden
         if self._seen is not None:
-            cross = CrossAttention(attn, query[self.first :], self.prompt, prompt_mask=self.prompt_mask)
+            cross = CrossAttention(attn, query, self.prompt, prompt_mask=self.prompt_mask)
             prompts = (entry.prompts for entry in self._measuring)
             self._seen[self.names[attn]] = [cross.mass(term) for term in prompts if term is not None]
             return hidden
@@ -878,12 +1040,12 @@ class Site:
             beside = None
             if eraser.twins and self.twin is not None:
                 its_query, its_out = self.twin.seen[attn]
-                beside = Beside(its_query, its_out - hidden[self.first :], *self.twin.moment)
+                beside = Beside(its_query, its_out - hidden[first:last], *self.twin.moment)
             weight = 1.0 if eraser.twins else self._weight(eraser.window)
             if not isinstance(weight, Tensor) and weight == 0:
                 continue
             masks = {"prompt_mask": self.prompt_mask, "neutral_mask": entry.neutral_mask}
-            cross = CrossAttention(attn, query[self.first :], self.prompt, entry.neutral, beside, **masks)
+            cross = CrossAttention(attn, query, self.prompt, entry.neutral, beside, **masks)
             for term in entry.acting:
                 if term.rows is None:
                     edited = eraser.edit(out, cross, term)
@@ -892,8 +1054,161 @@ class Site:
                 out, changed = (torch.lerp(out, edited, weight.to(out)) if isinstance(weight, Tensor) else edited), True
         if not changed:
             return hidden
-        return out if self.first == 0 else torch.cat([hidden[: self.first], out])
+        return out if len(out) == len(hidden) else torch.cat([hidden[:first], out, hidden[last:]])
 
+    # ---- predictions
+
+    def denoise(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of the denoiser: the text read anew, the concepts predicted beside it, the prediction changed."""
+        names = self.parameters[: len(args)]
+        arguments = dict(zip(names, args, strict=True)) | kwargs
+        text: Tensor = arguments["encoder_hidden_states"]
+        self.begin(arguments["timestep"], text, arguments.get("encoder_attention_mask"))
+        time = 1 - torch.as_tensor(self.time, dtype=torch.float32, device=text.device) / self.train_timesteps
+        arguments = self._reread(arguments, time)
+        sample = self.parameters[0]
+        others = {name: value for name, value in arguments.items() if name != sample}
+        self.measure(lambda: forward(arguments[sample], **others))
+        self.draw_beside(arguments[sample], lambda beside: forward(beside, **others)[0])
+        guiding = []
+        for entry in self.entries:
+            weight = self._weight(entry.eraser.window) if entry.eraser.guides and not entry.eraser.is_off() else 0
+            if entry.acting and (isinstance(weight, Tensor) or weight):
+                guiding.append((entry, weight))
+        if not guiding:
+            return _call(forward, names, arguments)
+        if not 0 < self.first < self.last:
+            raise ValueError(needs_guidance(guiding[0][0].eraser, self._denoiser()))
+        every = torch.arange(self.last - self.first, device=text.device)
+        terms = [term for entry, _ in guiding for term in entry.acting]
+        rows = [every if term.rows is None else term.rows for term in terms]
+        arguments = self._beside(arguments, terms, rows)
+        out = _call(forward, names, arguments)
+        guided = self._guide(out[0], guiding, time, rows)
+        return (guided, *out[1:]) if isinstance(out, tuple) else type(out)(sample=guided)
+
+    def _reread(self, arguments: dict[str, Any], time: Tensor) -> dict[str, Any]:
+        """The arguments with the text that conditional rows read at this time."""
+        text, more = arguments["encoder_hidden_states"], arguments.get("added_cond_kwargs") or {}
+        all_pooled = more.get("text_embeds")
+        given = prompt, pooled = text[self.first :], None if all_pooled is None else all_pooled[self.first :]
+        for entry in self.entries if self.first < self.last else ():
+            if not entry.eraser.is_off():
+                prompt, pooled = entry.eraser.reread(prompt, pooled, time, entry.memory)
+        if prompt is given[0] and pooled is given[1]:
+            return arguments
+        self.prompt = self.projected(prompt)
+        changed: dict[str, Any] = {"encoder_hidden_states": torch.cat([text[: self.first], prompt])}
+        if all_pooled is not None and pooled is not None:
+            changed["added_cond_kwargs"] = {**more, "text_embeds": torch.cat([all_pooled[: self.first], pooled])}
+        return arguments | changed
+
+    def _beside(self, arguments: dict[str, Any], terms: list[Term], rows: list[Tensor]) -> dict[str, Any]:
+        """The arguments with further rows: for each text of each term, its rows once more, with that as their text."""
+        text, more = arguments["encoder_hidden_states"], arguments.get("added_cond_kwargs") or {}
+        for term in terms:
+            if term.text.shape[1:] != text.shape[1:]:
+                raise ValueError(
+                    f"The call's text has {text.shape[1]} columns, but a concept's {term.text.shape[1]}, so they do "
+                    "not fit into one batch: give a prompt of the ordinary length, or use method 'eiup'."
+                )
+        again = self.first + torch.cat([r for term, r in zip(terms, rows, strict=True) for _ in term.text])
+        longer = {name: _with_rows(value, len(text), again) for name, value in arguments.items()}
+
+        def asked(part: str) -> list[Tensor]:
+            found = ((getattr(term, part), len(r)) for term, r in zip(terms, rows, strict=True))
+            return [values.repeat_interleave(n, 0) for values, n in found]
+
+        longer["encoder_hidden_states"] = torch.cat([text, *asked("text")])
+        if "text_embeds" in more:
+            longer["added_cond_kwargs"]["text_embeds"] = torch.cat([more["text_embeds"], *asked("pooled")])
+        if self.prompt_mask is not None:
+            mask = arguments["encoder_attention_mask"]
+            longer["encoder_attention_mask"] = torch.cat([mask, *(each.to(mask) for each in asked("mask"))])
+        return longer
+
+    def _guide(
+        self, out: Tensor, guiding: list[tuple[_Entry, Tensor | float]], time: Tensor, asked: list[Tensor]
+    ) -> Tensor:
+        """The prediction of the user's rows, the conditional ones changed by what each method adds."""
+        first, last = self.first, self.last
+        wide = out.to(torch.promote_types(out.dtype, torch.float32))
+        negative, prompt, further = wide[:first], wide[first:last], wide[last:]
+        scale = self.call.guidance_scale if self.call else math.nan
+        if self.call and not torch.compiler.is_compiling():  # a callback may have changed it
+            scale = getattr(self.call.pipe(), "guidance_scale", math.nan)
+        places, changed = iter(asked), prompt
+        for entry, weight in guiding:
+            concept, count = torch.zeros_like(prompt), torch.zeros_like(prompt[:, :1, :1, :1])
+            for term in entry.acting:
+                rows = next(places)
+                for _ in term.text:
+                    concept = concept.index_add(0, rows, further[: len(rows)])
+                    count = count.index_add(0, rows, torch.ones_like(count[: len(rows)]))
+                    further = further[len(rows) :]
+            seen = Prediction(prompt, negative, concept / count.clamp(min=1), scale, time, entry.memory)
+            changed = changed + torch.where(count > 0, weight * entry.eraser.guide(seen), 0)
+        return torch.cat([out[:first], changed.to(out.dtype)])
+
+    def _refuse_without_guidance(self) -> None:
+        for entry in self.entries:
+            if entry.eraser.guides and not entry.eraser.is_off():
+                raise ValueError(needs_guidance(entry.eraser, self._denoiser()))
+
+    def _refuse_strangers(self) -> None:
+        """A pipeline's call that began without the erasers, or lost them: its unconditional rows cannot be told."""
+        from diffusers import DiffusionPipeline
+
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            caller = frame.f_locals.get("self")
+            if isinstance(caller, DiffusionPipeline) and not any(ref() is caller for ref, _ in self.pipes):
+                raise ValueError(
+                    f"This {type(caller).__name__} shares its denoiser with a pipeline that has erasers on, but none "
+                    "was applied to it, so it is not known which rows are conditional. Remove them there and apply "
+                    "them to the pipeline that you call (erasers on one denoiser add up)."
+                )
+            if isinstance(caller, DiffusionPipeline) and frame.f_code.co_name == "__call__":
+                raise RuntimeError(
+                    "It is not known which rows of this call are conditional: another thread used the pipeline in "
+                    f"between, or the eraser was applied in the middle of the call. {_TWO_THREADS}"
+                )
+            frame = frame.f_back
+
+
+def _call(function: Callable[..., Any], positional: Sequence[str], arguments: dict[str, Any]) -> Any:
+    """The function with its arguments by position and by keyword, as they were given."""
+    named = {name: value for name, value in arguments.items() if name not in positional}
+    return function(*(arguments[name] for name in positional), **named)
+
+
+def _with_rows(value: Any, rows: int, again: Tensor) -> Any:
+    """An argument of the denoiser with some of its `rows` once more behind; what is not per row stays."""
+    if isinstance(value, Tensor):
+        return torch.cat([value, value[again]]) if value.ndim and len(value) == rows else value
+    if isinstance(value, dict):
+        return {name: _with_rows(each, rows, again) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_with_rows(each, rows, again) for each in value)
+    return value
+
+
+def needs_guidance(eraser: Hooked, denoiser: nn.Module | None) -> str:
+    """What is wrong with a call without unconditional rows, and what to do."""
+    needs = f"{type(eraser).__name__} needs guidance, with conditional and unconditional rows in one batch of a call"
+    if getattr(getattr(denoiser, "config", None), "time_cond_proj_dim", None) is not None:
+        return f"{needs}, but this denoiser is distilled to do without (`guidance_scale` is its input): use 'eiup'."
+    return (
+        f"{needs} of the pipeline: set `guidance_scale` above 1 (a denoiser called by itself does not do), or use "
+        "method 'eiup'."
+    )
+
+
+_TWO_THREADS = (
+    "Two threads use one pipeline with erasers on, which would mix up their pictures: let them take turns, or give "
+    "each a pipeline of its own."
+)
+_GUARD = threading.Lock()
 
 # ---------------------------------------------------------------- sites
 

@@ -203,11 +203,11 @@ class Handle(AbstractContextManager["Handle"]):
         self.eraser = eraser
 
     @property
-    def strength(self) -> float:
-        return float(self.eraser.strength)
+    def strength(self) -> float | None:
+        return None if self.eraser.strength is None else float(self.eraser.strength)
 
     @strength.setter
-    def strength(self, value: float) -> None:
+    def strength(self, value: float | None) -> None:
         self._set(strength=value)
 
     @property

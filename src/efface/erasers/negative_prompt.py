@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from inspect import BoundArguments
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .._hooks import Hooked, site
+from torch import Tensor
+
+from .._hooks import Hooked, Prediction, needs_guidance, part, site
 from ..core import Concepts, as_concepts
 from ..families import family
 
@@ -18,22 +20,36 @@ __all__ = ["NegativePrompt"]
 
 @dataclass(frozen=True)
 class NegativePrompt(Hooked):
-    """Puts the concept's phrases into the negative prompt, behind the user's own.
+    """Guides away from the concept's phrases: in the user's negative prompt, or with a strength of their own.
 
-        e = e_n + s (e_p - e_n)        e_n: prediction for the negative prompt, s: guidance scale
+        strength None:  e = e_n + s (e_p - e_n)                     e_n: the negative prompt, the phrases behind it
+        a number s_n:   e = e_u + s (e_p - e_u) - s_n (e_n - e_u)   e_n: the phrases, e_u: the negative prompt
+
+    e_p, e_u, e_n are noise predictions for texts, s is the guidance scale.
 
     Paper: none of its own; the use of the unconditional branch of classifier-free guidance (J. Ho, T. Salimans, 2022,
     arXiv 2207.12598, equation 6) that Stable Diffusion tools made common.
 
-    Differs: nothing; this is diffusers' `negative_prompt`. Its strength is tied to the guidance scale.
+    Differs: None is diffusers' `negative_prompt`, costs nothing, and its strength is tied to the guidance scale. A
+    number is the form with three predictions; with s_n = s it is e_u + s (e_p - e_n). There, phrases that do not fit
+    into one text make several, whose predictions are averaged, and `guidance_rescale` takes its target from the
+    changed prediction, e_p - s_n / s (e_n - e_u).
+
+    If the prompt is the concept's own text, None draws it with guidance off (e = e_p), and a number with the guidance
+    scale s - s_n: only s_n = s and above turns away from it.
 
     Args:
         concepts: what to erase: names of shipped concepts, `Concept` objects, or a sequence of them.
+        strength: None, or s_n >= 0 in units of the guidance scale (7.5 is diffusers' default); 0 is the plain pipeline,
+            without rows of its own. Between None and a number it is changed between two calls of the pipeline.
 
-    Shapes: negative text embeddings [B, L, D].
+    Shapes: negative text embeddings [B, L, D]; with a number, predictions [B, C, h, w], one row more per conditional
+    row, so a step costs 1.5 times as much.
 
     Raises:
-        ValueError: no concept; during a call: guidance off (`guidance_scale <= 1`), or `negative_prompt_embeds` given.
+        ValueError: no concept, a strength below 0; with a number, on `apply`: a pipeline that does not tell its
+            guidance scale (PixArt); during a call: guidance off (`guidance_scale <= 1`, or a model that is distilled to
+            do without), or, for None, `negative_prompt_embeds` given.
 
     Example:
         >>> import efface
@@ -44,15 +60,37 @@ class NegativePrompt(Hooked):
         (64, 64)
     """
 
-    off: ClassVar[dict[str, Any] | None] = None
-    touches_uncond: ClassVar[bool] = True
+    off: ClassVar[dict[str, Any] | None] = {"strength": 0.0}
 
     concepts: Concepts = ()  # type: ignore[assignment]
+    strength: float | None = None
 
-    def rewrite(self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], call: BoundArguments) -> tuple[Any, ...]:
+    @property
+    def guides(self) -> bool:  # type: ignore[override]
+        return self.strength is not None
+
+    @property
+    def touches_uncond(self) -> bool:  # type: ignore[override]
+        return self.strength is None
+
+    def check(self, pipe: DiffusionPipeline) -> None:
+        if self.strength and not hasattr(type(pipe), "guidance_scale"):
+            raise ValueError(
+                "NegativePrompt with a strength of its own needs the guidance scale of the call, but "
+                f"{family(pipe).name} pipelines do not tell it: use strength=None."
+            )
+
+    def guide(self, seen: Prediction) -> Tensor:
+        return -(self.strength or 0.0) / seen.guidance_scale * (seen.concept - seen.negative)
+
+    def rewrite(
+        self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], call: BoundArguments, memory: dict[str, Tensor]
+    ) -> tuple[Any, ...]:
+        if self.strength is not None:
+            return encoded
         arguments = call.arguments
         if not arguments["do_classifier_free_guidance"]:
-            raise ValueError("NegativePrompt needs guidance: set `guidance_scale` above 1, or use method 'eiup'.")
+            raise ValueError(needs_guidance(self, part(pipe, family(pipe).denoiser)))
         if arguments.get("negative_prompt_embeds") is not None:
             raise ValueError(
                 "NegativePrompt adds to `negative_prompt`, but the call gives `negative_prompt_embeds`: give the text."

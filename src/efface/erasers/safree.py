@@ -1,0 +1,215 @@
+"""SAFREE: the prompt's tokens that lead to the concept are projected out of the concept's subspace."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from inspect import BoundArguments
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .._hooks import Hooked, encode, encode_masked, encoding_settings, own_tokens
+from ..core import Concepts, Rows, as_concepts
+from ..families import family
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+__all__ = ["SAFREE"]
+
+STEPS, LONGEST = 50, 10  # of the paper's runs: of 50 steps, the filter acts in up to 10 and the one after
+
+
+@dataclass(frozen=True)
+class SAFREE(Hooked):
+    """Finds the tokens of the prompt that bring it near the concept and takes the concept's part out of them.
+
+    Let pool(X) be one vector for a text, P_C the projector on the span of pool(phrase) over the concept's phrases, p_i
+    the prompt's state at token i, q_i = pool(prompt with token i masked) for its n tokens, P_I the projector on their
+    span:
+
+        d_i = |(I - P_C) q_i|;  i is a trigger where d_i >= (1 + alpha) mean_{j != i} d_j
+        p_i = p_i + strength ((I - P_C) P_I p_i - p_i)                  for triggers; no other state is changed
+        beta = 1 - mean_j cos(p_j, (I - P_C) P_I p_j)                   over the prompt's, start and end tokens
+        t' = round(10 sigmoid(2 k (10 beta - t0)))                      the self-validating filter: t' of 50 steps
+
+    Paper: J. Yoon, S. Yu, V. Patil, H. Yao, M. Bansal, 2024, "SAFREE: Training-Free and Adaptive Guard for Safe
+    Text-to-Image and Video Generation", ICLR 2025, arXiv 2410.12761. Equation numbers cannot be given: written from a
+    description of the method and of the order of operations in the authors' code.
+
+    Differs: by default the filter is off and triggers are edited from the first step to the last; `SAFREE.paper()` has
+    it. Its k and t0 were found for the text encoder of SD 1.4; on `emoji` they let the concept pass. Latent
+    re-attention, the paper's third part, is left out (in the authors' released script it never runs). Their published
+    runs have the phrases as negative prompt besides: stack `NegativePrompt` for that. Steps are fractions of the
+    trajectory: with t' > 0 the filter acts until (t' + 1) / 50, which is their steps 0 to t'; with t' = 0 the prompt is
+    untouched, where theirs edits the first step. A prompt of one token has no others to compare with: it is a trigger
+    if d_1 >= (1 + alpha) |(I - P_C) pool(prompt)|, where theirs always is. pool is the state at CLIP's end token, as
+    the denoiser sees it; the mean over tokens where the encoder is not causal (`emoji`, PixArt). A token is masked by
+    the tokenizer's mask token, or else by "!", as in their code. SDXL: each encoder has triggers, spans and states of
+    its own, beta is the mean of both, and the pooled text is that of the prompt with the second encoder's triggers
+    masked. ControlNet reads the prompt as it is. Projectors come from an SVD.
+
+    It reads words: a prompt that only hints at the concept is beyond it. Some token is always above the mean, so
+    harmless prompts have triggers too; the filter is there to pass them.
+
+    Args:
+        concepts: what to erase: names of shipped concepts, `Concept` objects, or a sequence of them. Each phrase is one
+            direction of the subspace.
+        strength: >= 0, the share of the way to the projected state; 1 is the paper's. 0 is the plain pipeline.
+        alpha: > -1, how far above the mean a trigger is; the paper has 0.01.
+        validation: (k, t0) of the filter, or None for no filter; the paper has (2.5, 5.333) for nudity.
+        rows: one list of concepts per prompt of the batch, instead of `concepts` for all. Set on the handle, `rows` act
+            from the next call of the pipeline on, `strength` at once.
+
+    Shapes: states [B, L, D]. It costs one pass of the text encoder per token and phrase, and nothing per step.
+
+    Raises:
+        ValueError: unknown concept, a field out of range, no concept at all; during a call: `prompt_embeds` or another
+            `prompt_2`, which have no words to look at.
+
+    Example:
+        >>> import efface
+        >>> pipe = efface.load("emoji")
+        >>> with efface.SAFREE("alcohol").apply(pipe):
+        ...     image = pipe("a glass of wine", num_inference_steps=2).images[0]
+        >>> image.size
+        (64, 64)
+    """
+
+    off: ClassVar[dict[str, Any] | None] = {"strength": 0.0}
+    touches_uncond: ClassVar[bool] = False
+
+    concepts: Concepts = ()  # type: ignore[assignment]
+    strength: float = 1.0
+    alpha: float = 0.01
+    validation: tuple[float, float] | None = None
+    rows: Rows = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not _finite(self.alpha) or self.alpha <= -1:
+            raise ValueError(f"Expected `alpha` to be a number > -1, but got {self.alpha!r}.")
+        if self.validation is not None:
+            pair = isinstance(self.validation, (tuple, list)) and len(self.validation) == 2
+            if not pair or not all(map(_finite, self.validation)) or self.validation[0] <= 0:
+                raise ValueError(
+                    f"Expected `validation` to be two numbers (k > 0, t0), or None, but got {self.validation!r}."
+                )
+            object.__setattr__(self, "validation", tuple(map(float, self.validation)))
+
+    @classmethod
+    def paper(cls, concepts: Concepts, **fields: Any) -> SAFREE:
+        """With the paper's filter for nudity: the first 11 of 50 steps at most."""
+        return cls(concepts, **{"validation": (2.5, 5.333), **fields})
+
+    @classmethod
+    def artist(cls, concepts: Concepts, **fields: Any) -> SAFREE:
+        """With the paper's filter for artists, which passes more and is sharper."""
+        return cls(concepts, **{"validation": (3.5, 5.5), **fields})
+
+    def until(self, beta: float) -> float:
+        """The fraction of the trajectory in which the prompt is edited."""
+        if self.validation is None:
+            return math.inf
+        k, t0 = self.validation
+        steps = round(LONGEST / (1 + math.exp(min(2 * k * (t0 - 10 * beta), 700))))
+        return (steps + 1) / STEPS if steps else 0.0
+
+    @torch.no_grad()
+    def rewrite(
+        self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], call: BoundArguments, memory: dict[str, Tensor]
+    ) -> tuple[Any, ...]:
+        prompt, second = call.arguments["prompt"], call.arguments.get("prompt_2")
+        if prompt is None or call.arguments.get("prompt_embeds") is not None:
+            raise ValueError("SAFREE reads the prompt's words, but the call gives `prompt_embeds`: give the text.")
+        if second is not None and second != prompt:
+            raise ValueError("SAFREE reads one prompt, but the call gives another `prompt_2`: leave it out.")
+        settings = encoding_settings(call)
+        prompts, images = [prompt] if isinstance(prompt, str) else prompt, call.arguments["num_images_per_prompt"]
+        states, pooled = encoded[0], encoded[2] if family(pipe).pooled else None
+        memory |= {"text": torch.zeros_like(states), "until": states.new_zeros(len(states), dtype=torch.float32)}
+        memory |= {} if pooled is None else {"pooled": torch.zeros_like(pooled)}
+        for k, text in enumerate(prompts):
+            concepts, at = self.concepts if self.rows is None else self.rows[k], slice(k * images, (k + 1) * images)
+            tokens = own_tokens(pipe, text, **settings)
+            if concepts and tokens:
+                edit, other, beta = self._filter(pipe, text, concepts, tokens, settings)
+                memory["text"][at], memory["until"][at] = edit.to(states), self.until(beta)
+                if other is not None and pooled is not None:
+                    memory["pooled"][at] = other - pooled[at]
+        return encoded
+
+    def _filter(
+        self, pipe: DiffusionPipeline, text: str, concepts: Concepts, tokens: range, settings: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None, float]:
+        """What to add to the states [L, D] of one prompt, its pooled text without the triggers, and beta."""
+        facts = family(pipe)
+        encoders = [getattr(pipe, name.replace("tokenizer", "text_encoder")) for name in facts.tokenizers]
+        widths = [encoder.config.hidden_size for encoder in encoders]
+        masked, _ = encode_masked(pipe, text, [(), *((i,) for i in tokens)], **settings)
+        phrases = encode(pipe, [p for concept in as_concepts(concepts) for p in concept.phrases], **settings)
+        lengths = torch.tensor([own.stop + 1 for own in phrases.own], device=masked.device)
+        edits, betas = [], []
+        for mine, theirs in zip(masked.split(widths, -1), phrases.text.split(widths, -1), strict=True):
+            vectors = pool(mine, torch.full_like(mine[:, 0, 0], tokens.stop + 1), facts.causal)
+            edit, beta, triggers = project(mine[0], vectors, pool(theirs, lengths, facts.causal), tokens, self.alpha)
+            edits.append(edit)
+            betas.append(beta)
+        other = None
+        if facts.pooled:  # the last encoder's
+            columns = [i for i, trigger in zip(tokens, triggers.tolist(), strict=True) if trigger]
+            _, other = encode_masked(pipe, text, [columns], **settings)
+        return torch.cat(edits, -1), other, sum(betas) / len(betas)
+
+    def reread(
+        self, text: Tensor, pooled: Tensor | None, time: Tensor, memory: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        if not memory:  # the denoiser was called by itself
+            return text, pooled
+        share = self.strength * (time.flatten() < memory["until"])[:, None].to(text)
+        if pooled is not None:
+            pooled = pooled + share * memory["pooled"]
+        return text + share[..., None] * memory["text"], pooled
+
+
+def project(
+    states: Tensor, masked: Tensor, concept: Tensor, tokens: range, alpha: float
+) -> tuple[Tensor, float, Tensor]:
+    """What to add to a prompt's `states` [L, D], beta, and which of its n tokens are triggers [n].
+
+    `masked` [1 + n, D]: the prompt, pooled, then with each of its `tokens` (columns; the end token is behind them)
+    masked in turn. `concept` [K, D]: the phrases, pooled.
+    """
+    wide = torch.promote_types(states.dtype, torch.float32)
+    states, masked, concept = states.to(wide), masked.to(wide), concept.to(wide)
+    toxic, span = basis(concept), basis(masked[1:])
+    whole, *_ = distances = (masked - masked @ toxic @ toxic.T).norm(dim=-1)
+    d = distances[1:]
+    others = (d.sum() - d) / (len(d) - 1) if len(d) > 1 else whole
+    triggers = d >= (1 + alpha) * others
+    near = states @ span @ span.T
+    projected = near - near @ toxic @ toxic.T
+    active, own = slice(0, tokens.stop + 1), slice(tokens.start, tokens.stop)
+    beta = 1 - float(torch.cosine_similarity(states[active], projected[active], dim=-1).mean())
+    edit = torch.zeros_like(states)
+    edit[own] = torch.where(triggers[:, None], projected[own] - states[own], 0)
+    return edit, beta, triggers
+
+
+def basis(vectors: Tensor) -> Tensor:
+    """An orthonormal basis [D, r] of the span of vectors [K, D]."""
+    _, sizes, directions = torch.linalg.svd(vectors, full_matrices=False)
+    return directions[sizes > 1e-6 * sizes[0]].T
+
+
+def pool(states: Tensor, lengths: Tensor, causal: bool) -> Tensor:
+    """One vector per text, [N, L, D] to [N, D]: a causal encoder's state at the end token, else the tokens' mean."""
+    place = torch.arange(states.shape[1], device=states.device)
+    weights = place == lengths[:, None] - 1 if causal else (place < lengths[:, None]) / lengths[:, None]
+    return (weights.to(states)[..., None] * states).sum(1)
+
+
+def _finite(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)

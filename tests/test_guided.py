@@ -1,0 +1,445 @@
+"""Methods that change the noise prediction, against their formulas: a loop of three separate denoiser calls."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from tiny import (
+    ALCOHOL,
+    CAT,
+    PROMPT,
+    PROMPTS,
+    batch,
+    change,
+    denoiser,
+    drawn,
+    latents,
+    pipeline,
+    stable_diffusion,
+    tokenizer,
+)
+from torch import Tensor
+
+from efface import EIUP, SLD, Concept, NegativePrompt
+from efface._hooks import Hooked, Prediction
+
+SAFETY = "beer, wine glass"  # the text of ALCOHOL
+BEER = Concept("beer")
+Rule = Callable[[float, Tensor, Tensor, Tensor], Tensor]  # time, e_u, e_p, e_S to the guided prediction
+
+
+@functools.cache
+def double(family: str) -> Any:
+    return pipeline(family).to(torch.float64)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Prediction]:
+    """What SLD is shown, call by call."""
+    found: list[Prediction] = []
+    original = SLD.guide
+
+    def spy(self: SLD, prediction: Prediction) -> Tensor:
+        found.append(dataclasses.replace(prediction, memory=dict(prediction.memory)))
+        return original(self, prediction)
+
+    monkeypatch.setattr(SLD, "guide", spy)
+    return found
+
+
+def calls(pipe: Any, prompt: Any, **options: Any) -> list[dict[str, Any]]:
+    """The denoiser's arguments and its prediction, call by call."""
+    found: list[dict[str, Any]] = []
+
+    def see(unet: Any, args: Any, kwargs: Any, out: Any) -> None:
+        found.append({"sample": args[0], "timestep": args[1], **kwargs, "out": out[0]})
+
+    watch = pipe.unet.register_forward_hook(see, with_kwargs=True)
+    latents(pipe, prompt, **options)
+    watch.remove()
+    return found
+
+
+def written_out(pipe: Any, prompts: tuple[str, ...], safety: str, rule: Rule, images: int = 1) -> Tensor:
+    """The pipeline's trajectory by hand: no hook, one call of the denoiser for each text."""
+    start = calls(pipe, prompts, num_images_per_prompt=images, num_inference_steps=1)[0]
+    x, ids = start["sample"][: len(prompts) * images], (start["added_cond_kwargs"] or {}).get("time_ids")
+
+    def encoded(texts: list[str]) -> Any:
+        out = pipe.encode_prompt(texts, device="cpu", num_images_per_prompt=images, do_classifier_free_guidance=True)
+        return out[0], (out[2] if len(out) > 2 else None), out[1], (out[3] if len(out) > 3 else None)
+
+    text, pooled, no_text, no_pooled = encoded(list(prompts))
+    safe_text, safe_pooled, *_ = encoded([safety] * len(prompts))
+    pipe.scheduler.set_timesteps(5)
+    for t in pipe.scheduler.timesteps:
+        e = []
+        for states, pool in ((no_text, no_pooled), (text, pooled), (safe_text, safe_pooled)):
+            more = None if pool is None else {"text_embeds": pool, "time_ids": ids[: len(x)]}
+            with torch.no_grad():
+                e.append(pipe.unet(x, t, encoder_hidden_states=states, added_cond_kwargs=more).sample)
+        x = pipe.scheduler.step(rule(1 - float(t) / 1000, *e), t, x, return_dict=False)[0]
+    return x
+
+
+def sld_rule(scale: float, threshold: float, s_m: float, beta: float, warmup: float, rescale: float = 0.0) -> Rule:
+    """Equations 3 to 8, and diffusers' `guidance_rescale` behind them."""
+    nu: Any = 0.0
+
+    def rule(time: float, e_u: Tensor, e_p: Tensor, e_s: Tensor) -> Tensor:
+        nonlocal nu
+        phi = scale * (e_p - e_s)
+        mu = torch.minimum(phi.abs(), torch.ones_like(phi)) * ((e_p - e_s) < threshold)
+        gamma = mu * (e_s - e_u) + s_m * nu
+        nu = beta * nu + (1 - beta) * gamma
+        away = gamma if time >= warmup else torch.zeros_like(gamma)
+        e = e_u + 7.5 * ((e_p - e_u) - away)
+        spread = (e_p - away).std((1, 2, 3), keepdim=True) / e.std((1, 2, 3), keepdim=True)
+        return e * (rescale * spread + 1 - rescale)
+
+    return rule
+
+
+# ---------------------------------------------------------------- SLD: the formulas
+
+
+def test_sld_element_by_element_over_three_steps() -> None:
+    """Every branch: below and above lambda, saturated or not, before and after the warm-up, with momentum."""
+    values = (-0.3, -0.004, 0.0, 0.015, 0.2)
+    triples = list(itertools.product(values, repeat=3))
+    e_u, e_p, e_s = (torch.tensor(x, dtype=torch.float64).view(1, 1, 1, -1) for x in zip(*triples, strict=True))
+    eraser = SLD(BEER, sld_guidance_scale=50, threshold=0.01, momentum_scale=0.3, momentum_beta=0.4, warmup=0.5)
+    memory: dict[str, Tensor] = {}
+    nu, branches = [0.0] * len(triples), set()
+    for time, drift in ((0.25, 1.0), (0.5, -0.7), (0.75, 0.4)):
+        made = eraser.guide(Prediction(drift * e_p, e_u, e_s, 7.5, torch.tensor(time), memory))
+        for k, (u, p, s) in enumerate(triples):
+            below, phi = drift * p - s < 0.01, 50 * (drift * p - s)
+            gamma = (min(1.0, abs(phi)) if below else 0.0) * (s - u) + 0.3 * nu[k]
+            nu[k] = 0.4 * nu[k] + 0.6 * gamma
+            branches.add((below, abs(phi) > 1, time >= 0.5))
+            assert float(made[0, 0, 0, k]) == pytest.approx(-gamma if time >= 0.5 else 0.0, abs=1e-12)
+            assert float(memory["nu"][0, 0, 0, k]) == pytest.approx(nu[k], abs=1e-12)
+    assert len(branches) == 8
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_sld_is_the_loop_written_out(family: str, rescale: float) -> None:
+    pipe, options = double(family), {"num_inference_steps": 5, "guidance_scale": 7.5, "guidance_rescale": rescale}
+    solver = DPMSolverMultistepScheduler if rescale else DDIMScheduler
+    pipe.scheduler = solver.from_config(pipe.scheduler.config)
+    eraser = SLD(ALCOHOL, sld_guidance_scale=50, threshold=0.05, momentum_scale=0.5, momentum_beta=0.7, warmup=0.3)
+    rule = sld_rule(50, 0.05, 0.5, 0.7, 0.3, rescale)
+    with eraser.apply(pipe):
+        made = latents(pipe, PROMPTS, num_images_per_prompt=2, **options)
+        again = latents(pipe, PROMPTS, num_images_per_prompt=2, **options)
+    assert torch.equal(made, again)  # the momentum starts anew
+    assert change(made, latents(pipe, PROMPTS, num_images_per_prompt=2, **options)) > 1e-2
+    assert change(made, written_out(pipe, PROMPTS, SAFETY, rule, images=2)) < 1e-8
+    still = sld_rule(50, 0.05, 0.0, 0.7, 0.3, rescale)
+    assert change(made, written_out(pipe, PROMPTS, SAFETY, still, images=2)) > 1e-3  # and there is one
+
+
+def test_sld_is_diffusers_own() -> None:
+    safe = pytest.importorskip("diffusers").StableDiffusionPipelineSafe
+    pipe = double("sd1")
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    parts = {name: part for name, part in pipe.components.items() if name != "image_encoder"}
+    theirs = safe(**parts, requires_safety_checker=False)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.safety_concept = SAFETY
+    for preset, options in (("weak", (20, 0.0, 0.0, 0.0)), ("strong", (2000, 0.025, 0.5, 0.7))):
+        names = ("sld_guidance_scale", "sld_threshold", "sld_momentum_scale", "sld_mom_beta")
+        how = {"num_inference_steps": 5, "output_type": "np"}
+        want = latents(theirs, PROMPTS, sld_warmup_steps=2, **dict(zip(names, options, strict=True)), **how)
+        with getattr(SLD, preset)(ALCOHOL, warmup=2 / 5).apply(pipe):
+            made = latents(pipe, PROMPTS, **how)
+        assert abs(made - want).max() < 1e-6 < 1e-2 < abs(made - latents(pipe, PROMPTS, **how)).max()
+
+
+def test_presets_are_the_papers_table() -> None:
+    table = {
+        "weak": (20, 0.0, 0.0, 0.0, 15),
+        "weak_paper": (200, 0.0, 0.0, 0.0, 15),
+        "medium": (1000, 0.01, 0.3, 0.4, 10),
+        "strong": (2000, 0.025, 0.5, 0.7, 7),
+        "max": (5000, 1.0, 0.5, 0.7, 0),
+    }
+    for name, (scale, threshold, momentum, beta, steps) in table.items():
+        made = getattr(SLD, name)(ALCOHOL, strength=0.5)
+        assert made == SLD(ALCOHOL, 0.5, scale, threshold, momentum, beta, steps / 50)
+    assert SLD.medium(ALCOHOL) == SLD(ALCOHOL)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_the_warmup_of_fifty_steps_is_the_papers_count(spacing: str) -> None:
+    scheduler = type(pipeline().scheduler).from_config(pipeline().scheduler.config, timestep_spacing=spacing)
+    scheduler.set_timesteps(50)
+    times = [1 - float(t) / 1000 for t in scheduler.timesteps]
+    for preset, steps in ((SLD.weak, 15), (SLD.medium, 10), (SLD.strong, 7), (SLD.max, 0)):
+        assert [time >= preset(BEER).warmup for time in times] == [i >= steps for i in range(50)]
+
+
+# ---------------------------------------------------------------- SLD: what follows from them
+
+
+def test_sld_saturates(seen: list[Prediction]) -> None:
+    with SLD(ALCOHOL).apply(pipe := pipeline()):
+        latents(pipe, PROMPTS)
+    sizes = []
+    for scale in (0.1, 1.0, 10.0, 1e5, 1e6):
+        eraser = SLD(ALCOHOL, sld_guidance_scale=scale, threshold=10.0)
+        sizes.append(float(eraser.guide(dataclasses.replace(seen[0], memory={})).abs().mean()))
+    assert 0 < sizes[0] < sizes[1] < sizes[2] < sizes[3] and sizes[4] == pytest.approx(sizes[3], rel=1e-3)
+
+
+def test_a_prompt_that_is_the_concept_is_beyond_sld(sd1: Any) -> None:
+    with SLD(BEER).apply(sd1):
+        same, other = latents(sd1, "beer"), latents(sd1, "a beer")
+    assert change(same, drawn(prompt="beer")) < 1e-2 < 0.1 < change(other, drawn(prompt="a beer"))
+    with SLD(Concept("x", ("dog",))).apply(sd1):  # e_S = e_u
+        assert change(latents(sd1, negative_prompt="dog"), latents(sd1)) > 1e-2
+        none = latents(sd1, negative_prompt="dog")
+    assert change(none, latents(sd1, negative_prompt="dog")) < 1e-4
+
+
+def test_sld_asks_for_the_concept_only_when_it_needs_it(sd1: Any) -> None:
+    def rows(eraser: Hooked) -> list[int]:
+        found: list[int] = []
+        watch = sd1.unet.conv_in.register_forward_hook(lambda module, args, out: found.append(len(out)))
+        with eraser.apply(sd1):
+            latents(sd1, num_inference_steps=5)
+        watch.remove()
+        return found
+
+    assert rows(SLD(ALCOHOL)) == [3] * 5
+    assert rows(SLD.weak(ALCOHOL, warmup=0.5)) == [2, 2, 3, 3, 3]
+    assert rows(SLD(ALCOHOL, strength=0.0)) == rows(NegativePrompt(ALCOHOL, strength=0.0)) == [2] * 5
+    assert rows(SLD(rows=[[]])) == rows(NegativePrompt(ALCOHOL)) == [2] * 5
+
+
+# ---------------------------------------------------------------- further rows
+
+
+def test_the_concepts_row_is_the_pipelines_own_prediction(pipe: Any, family: str, seen: list[Prediction]) -> None:
+    with SLD(ALCOHOL).apply(pipe):
+        latents(pipe, PROMPTS, num_inference_steps=1, negative_prompt=["a dog", "the moon"])
+    (made,) = seen
+    for name, prompts in (("prompt", PROMPTS), ("concept", (SAFETY, SAFETY)), ("negative", ("a dog", "the moon"))):
+        want = calls(pipe, prompts, num_inference_steps=1, negative_prompt=["a dog", "the moon"])[0]["out"]
+        assert change(getattr(made, name), want[:2] if name == "negative" else want[2:]) < 1e-5, name
+    assert made.guidance_scale == (5.0 if family == "sdxl" else 7.5) and float(made.time) == pytest.approx(0.999)
+
+
+def test_attention_methods_edit_the_prompts_rows_and_not_the_concepts(pipe: Any, seen: list[Prediction]) -> None:
+    with SLD(ALCOHOL).apply(pipe):
+        latents(pipe, PROMPTS, num_inference_steps=1)
+        with EIUP(ALCOHOL, strength=2.0).apply(pipe):
+            latents(pipe, PROMPTS, num_inference_steps=1)
+    alone, beside = seen
+    assert change(beside.concept, alone.concept) < 1e-5 and change(beside.negative, alone.negative) < 1e-5
+    assert change(beside.prompt, alone.prompt) > 1e-2
+
+
+def test_what_methods_add_is_summed_in_any_order(sd1: Any, seen: list[Prediction]) -> None:
+    a, b = SLD(ALCOHOL, sld_guidance_scale=5.0, threshold=10.0), NegativePrompt([CAT], strength=3.0)
+    one = calls_with(sd1, a, b)
+    other = calls_with(sd1, b, a)
+    assert change(one, other) < 1e-6
+    plain = calls_with(sd1)
+    assert change(one - plain, calls_with(sd1, a) - plain + calls_with(sd1, b) - plain) < 1e-4
+    assert change(seen[0].prompt, plain[1:]) < 1e-5  # each sees the plain prediction
+
+
+def calls_with(pipe: Any, *erasers: Hooked) -> Tensor:
+    """The first prediction with these erasers on."""
+    handles = [eraser.apply(pipe) for eraser in erasers]
+    out = calls(pipe, PROMPT, num_inference_steps=1)[0]["out"]
+    for handle in handles:
+        handle.remove()
+    return out
+
+
+def test_phrases_that_fill_several_texts_are_averaged(pipe: Any, seen: list[Prediction]) -> None:
+    long = ("a big red glass of wine and a big red glass of beer", "the moon")
+    for phrases in (long, long[:1], long[1:]):
+        with SLD(Concept("x", phrases)).apply(pipe):
+            latents(pipe, num_inference_steps=1)
+    both, first, second = (made.concept for made in seen)
+    assert change(both, (first + second) / 2) < 1e-5 and change(first, second) > 1e-2
+
+
+def test_strength_and_rows_change_in_the_middle_of_a_call(sd1: Any) -> None:
+    def then(change_it: Callable[[Any], None]) -> Tensor:
+        with SLD(ALCOHOL).apply(sd1) as handle:
+            return latents(
+                sd1, PROMPTS, callback_on_step_end=lambda pipe, step, time, tensors: change_it(handle) or tensors
+            )
+
+    whole = drawn("sd1", SLD(ALCOHOL), prompt=PROMPTS)
+    assert change(then(lambda handle: setattr(handle, "strength", 0.0)), whole) > 1e-3
+    part = then(lambda handle: setattr(handle, "rows", [[ALCOHOL], []]))
+    assert change(part[0], whole[0]) < 1e-4 and change(part[1], whole[1]) > 1e-3
+
+
+# ---------------------------------------------------------------- the negative prompt with a strength
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_the_negative_prompt_with_a_strength_is_the_loop_written_out(family: str) -> None:
+    pipe = double(family)
+    with NegativePrompt(ALCOHOL, strength=4.0).apply(pipe):
+        made = latents(pipe, PROMPTS, num_inference_steps=5, guidance_scale=7.5)
+
+    def rule(time: float, e_u: Tensor, e_p: Tensor, e_n: Tensor) -> Tensor:
+        return e_u + 7.5 * (e_p - e_u) - 4.0 * (e_n - e_u)
+
+    assert change(made, written_out(pipe, PROMPTS, SAFETY, rule)) < 1e-8
+    assert change(made, latents(pipe, PROMPTS, num_inference_steps=5, guidance_scale=7.5)) > 1e-2
+
+
+@pytest.fixture
+def guided(sd1: Any) -> Iterator[list[Tensor]]:
+    """What the scheduler is given, step by step."""
+    found: list[Tensor] = []
+    original = sd1.scheduler.step
+
+    def step(out: Tensor, *args: Any, **kwargs: Any) -> Any:
+        found.append(out)
+        return original(out, *args, **kwargs)
+
+    sd1.scheduler.step = step
+    yield found
+    del sd1.scheduler.step
+
+
+def test_a_prompt_that_is_the_concept(sd1: Any, guided: list[Tensor]) -> None:
+    e_u, e_p = calls(sd1, "beer", num_inference_steps=1)[0]["out"].split(1)
+    assert change(e_u, e_p) > 1e-2
+    want = {None: e_p, 3.0: e_u + (7.5 - 3.0) * (e_p - e_u), 7.5: e_u, 9.0: e_u - 1.5 * (e_p - e_u)}
+    for strength, prediction in want.items():
+        with NegativePrompt([BEER], strength=strength).apply(sd1):
+            latents(sd1, "beer", num_inference_steps=1)
+        assert change(guided[-1], prediction) < 1e-5, strength
+
+
+def test_the_guidance_scale_is_the_present_one(sd1: Any, guided: list[Tensor]) -> None:
+    def lower(pipe: Any, step: int, time: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        pipe._guidance_scale = 2.0
+        return {}
+
+    with NegativePrompt([BEER], strength=3.0).apply(sd1):
+        shown = calls(sd1, PROMPT, callback_on_step_end=lower)
+    e_u, e_p = shown[1]["out"].split(1)  # changed by 3 / 2
+    text = sd1.encode_prompt("beer", "cpu", 1, False)[0]
+    step = {name: shown[1][name] for name in ("timestep", "added_cond_kwargs")}
+    with torch.no_grad():
+        e_n = sd1.unet(shown[1]["sample"][:1], encoder_hidden_states=text, **step).sample
+        plain = sd1.unet(shown[1]["sample"][1:], encoder_hidden_states=shown[1]["encoder_hidden_states"][1:], **step)
+    assert change(e_p, plain.sample - 1.5 * (e_n - e_u)) < 1e-5
+
+
+def test_the_two_forms_are_exchanged_between_calls_only(sd1: Any) -> None:
+    tied, own = NegativePrompt([CAT]), NegativePrompt([CAT], strength=4.0)
+    with tied.apply(sd1) as handle:
+        assert handle.strength is None and torch.equal(latents(sd1), drawn("sd1", tied))
+        handle.strength = 4.0
+        assert torch.equal(latents(sd1), drawn("sd1", own))
+
+        def back(*_: Any) -> Any:
+            handle.strength = None
+
+        with pytest.raises(ValueError, match="set it between two calls"):
+            latents(sd1, callback_on_step_end=back)
+        assert handle.strength == 4.0 and handle.config()["strength"] == 4.0
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("eraser", [SLD(ALCOHOL), NegativePrompt(ALCOHOL, strength=5.0)], ids=["sld", "negative"])
+def test_without_unconditional_rows_it_says_so(eraser: Any, sd1: Any) -> None:
+    with eraser.apply(sd1) as handle:
+        with pytest.raises(ValueError, match="needs guidance.*`guidance_scale` above 1.*'eiup'"):
+            latents(sd1, guidance_scale=1.0)
+        with pytest.raises(ValueError, match="a denoiser called by itself does not do"):
+            sd1.unet(**batch())
+        positive, negative = sd1.encode_prompt(PROMPT, "cpu", 1, True)
+        for text in (positive, negative):
+            with pytest.raises(ValueError, match="in one batch of a call of the pipeline"):
+                sd1.unet(**{**batch(rows=1), "encoder_hidden_states": text})
+        long = {
+            name: torch.cat([text, text], 1)
+            for name, text in (("prompt_embeds", positive), ("negative_prompt_embeds", negative))
+        }
+        if not eraser.touches_uncond:
+            with pytest.raises(ValueError, match="The call's text has 32 columns, but a concept's 16"):
+                latents(sd1, None, **long)
+        handle.strength = 0.0
+        assert torch.equal(latents(sd1, guidance_scale=1.0), drawn(guidance_scale=1.0))
+
+
+@pytest.mark.parametrize("eraser", [SLD(ALCOHOL), NegativePrompt(ALCOHOL), NegativePrompt(ALCOHOL, strength=5.0)])
+def test_a_distilled_model_is_named_as_such(eraser: Any) -> None:
+    """Its guidance scale is an input of the denoiser: a larger one brings no unconditional rows."""
+    pipe = stable_diffusion(tokenizer(), 32, denoiser(32, time_cond_proj_dim=8))
+    pipe.set_progress_bar_config(disable=True)
+    with eraser.apply(pipe), pytest.raises(ValueError, match="is distilled to do without .*: use 'eiup'"):
+        latents(pipe)
+    with EIUP(ALCOHOL).apply(pipe):
+        latents(pipe)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("strength", -1.0),
+        ("sld_guidance_scale", float("inf")),
+        ("threshold", "0.1"),
+        ("momentum_beta", 1.5),
+        ("warmup", 10),
+        ("momentum_scale", float("nan")),
+    ],
+)
+def test_fields_out_of_range(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"Expected `{field}` to be a"):
+        SLD(ALCOHOL, **{field: value})
+    with pytest.raises(ValueError, match="SLD needs at least one concept"):
+        SLD([])
+    with pytest.raises(ValueError, match="strength"):
+        NegativePrompt(ALCOHOL, strength=-1.0)
+
+
+# ---------------------------------------------------------------- numbers and compilers
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_half_precision(dtype: torch.dtype) -> None:
+    pipe, eraser = pipeline().to(dtype), SLD(ALCOHOL, sld_guidance_scale=5.0, threshold=10.0)
+    with eraser.apply(pipe):
+        erased = latents(pipe)
+    assert erased.dtype == dtype
+    assert change(erased.float(), drawn("sd1", eraser)) < change(drawn(), drawn("sd1", eraser)) / 2
+
+
+def test_compiled_without_a_graph_break() -> None:
+    torch._dynamo.reset()
+    pipe = pipeline("small")
+    eraser = SLD(ALCOHOL, sld_guidance_scale=5.0, threshold=10.0, warmup=0.5)
+    erasers = (eraser, NegativePrompt([CAT], strength=3.0))
+    want = drawn("small", *erasers, prompt=PROMPTS)
+    pipe.unet.compile(backend="eager", fullgraph=True)
+    handles = [each.apply(pipe) for each in erasers]
+    assert change(latents(pipe, PROMPTS), want) < 1e-4
+    assert change(want, drawn("small", eraser, prompt=PROMPTS)) > 1e-2
+    for handle in handles:
+        handle.remove()
+    torch._dynamo.reset()
