@@ -152,13 +152,15 @@ def encode_masked(
 
     The mask is the tokenizer's own, or "!", the first word of CLIP's vocabulary, which has none.
     """
-    placed = []
+    placed, here = [], threading.get_ident()
     for name in family(pipe).tokenizers:
         tokenizer, encoder = getattr(pipe, name), getattr(pipe, name.replace("tokenizer", "text_encoder"))
         mask = tokenizer.mask_token_id
         mask = tokenizer.convert_tokens_to_ids("!") if mask is None else mask
 
         def put(module: nn.Module, args: tuple[Any, ...], mask: int = mask) -> tuple[Any, ...]:
+            if threading.get_ident() != here:  # another pipeline may share the text encoder
+                return args
             ids = args[0].clone()
             for row, masked in enumerate(columns):
                 ids[row, list(masked)] = mask
