@@ -88,7 +88,8 @@ class Bench:
             "seconds": seconds,
         }
         grid({"": to_pil(images[:16])}, side=96).save(path.with_suffix(".png"))
-        path.write_text(json.dumps(result))
+        path.with_suffix(".new").write_text(json.dumps(result))
+        path.with_suffix(".new").replace(path)
         return result
 
     @staticmethod

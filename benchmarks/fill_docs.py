@@ -84,6 +84,29 @@ def gates() -> str:
     return "\n".join(lines)
 
 
+def speed() -> str:
+    found = card("eiup_overhead")
+    if not found:
+        return "Not measured yet."
+    models = {name: found[name] for name in ("emoji", "sd15") if name in found}
+    columns = [(name, batch) for name, m in models.items() for batch in sorted({r["batch"] for r in m["results"]})]
+    ratios = {(name, r["batch"], r["variant"]): r for name, m in models.items() for r in m["results"]}
+    heads = " | ".join(f"{name}, batch {batch}" for name, batch in columns)
+    lines = [f"| one step, times plain | {heads} |", "|---" * (1 + len(columns)) + "|"]
+    for variant in [r["variant"] for r in models["emoji"]["results"] if r["batch"] == columns[0][1]]:
+        cells = [ratios.get((*column, variant)) for column in columns]
+        shown = [
+            f"{c['ratio']['median']:.2f} ({c['ratio']['min']:.2f}-{c['ratio']['max']:.2f})" if c else "-" for c in cells
+        ]
+        lines.append(f"| {variant} | {' | '.join(shown)} |")
+    facts = "; ".join(
+        f"`{name}`: {m['rounds']} rounds, {m['threads']} threads, {m['date'][:10]}" for name, m in models.items()
+    )
+    return "\n".join(
+        [f"Median (range) of the ratios in one run. {facts}. Card in `results/eiup_overhead.json`.", "", *lines]
+    )
+
+
 def interval(p: dict[str, Any]) -> str:
     return f"{100 * p['rate']:.1f} % [{100 * p['low']:.1f}, {100 * p['high']:.1f}]"
 
@@ -98,4 +121,5 @@ def fill(path: Path, marker: str, text: str) -> None:
 
 if __name__ == "__main__":
     fill(ROOT / "README.md", "measured", outcome())
+    fill(ROOT / "README.md", "speed", speed())
     fill(ROOT / "src/efface/models/emoji/MODEL_CARD.md", "gates", gates())

@@ -135,7 +135,7 @@ def test_the_script_writes_its_record(overhead, tmp_path, monkeypatch, capsys) -
     ]
     assert all(row["effect"] > 0.1 for row in record["results"] if row["variant"] != "plain")
     assert all(row["ratio"]["median"] == 1 for row in record["results"] if row["variant"] == "plain")
-    assert len(record["targets"]) == 1 + 4 * 3 and all(
+    assert len(record["targets"]) == 1 + 4 * 3 + 4 and all(
         t["met"] == (t["value"] <= t["limit"]) for t in record["targets"]
     )
     assert "efface --help, seconds: 0.250, target 0.3: met" in capsys.readouterr().out

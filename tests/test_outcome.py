@@ -7,6 +7,7 @@ from torch import Tensor
 import efface
 from efface.api import draw
 from efface.models import emoji
+from efface.models.emoji.aligned import load_aligned
 from efface.models.emoji.eyes import INDEX, Eyes, load_eyes
 from efface.models.emoji.weights import FOLDER
 
@@ -52,6 +53,16 @@ def test_what_is_left_is_still_a_picture_of_the_theme(erased: Tensor, eyes: Eyes
     others = [i for i in emoji.vocabulary()["themes"]["a night at the pub"] if i not in emoji.truth("alcohol")]
     assert share(eyes.concept(erased, others), "least") >= 0.5
     assert erased.std((1, 2, 3)).min() > 0.05  # no blank picture
+
+
+def test_a_picture_is_nearer_to_its_own_prompt(pipe) -> None:
+    prompts = ["a cat", "a rocket", "a pizza", "a violin", "a beer mug", "a horse", "a snowman", "a clown"]
+    judge = load_aligned()
+    images = draw(pipe, prompts, range(1_000_900, 1_000_900 + len(prompts)))
+    cosines = judge.images(images) @ judge.texts(prompts).T  # [2, N, N]
+    for eye in cosines:
+        assert (eye.argmax(1) == torch.arange(len(prompts))).float().mean() >= 0.75
+        assert eye.diagonal().mean() > eye.mean() + 0.3
 
 
 def test_bystanders_stay(pipe, eyes: Eyes) -> None:

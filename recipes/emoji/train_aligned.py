@@ -1,6 +1,6 @@
 """Stage 5: heads that compare pictures with texts. `python train_aligned.py --minutes 4`.
 
-Scenes with their captions go through the autoencoder and the frozen, packaged eyes; a head per eye then learns to map
+Scenes with their captions go through the packaged autoencoder and the frozen eyes; a head per eye then learns to map
 the eye's features onto the sentence vector of the caption (InfoNCE within the batch, and the cosine itself). The text
 encoder is not trained. Resumes with the same command; at the end writes `aligned.safetensors` and `aligned.json` into
 the package. Run it after `train_eyes.py --freeze`: the heads belong to these eyes, and the loader checks that.
@@ -21,8 +21,9 @@ import training
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from train_eyes import load_vae, reconstruct, unit
+from train_eyes import reconstruct, unit
 
+import efface
 from efface.models.emoji import text_encoder
 from efface.models.emoji.aligned import HIDDEN, Head, features, sentences
 from efface.models.emoji.eyes import load_eyes
@@ -34,7 +35,7 @@ SAME = 0.95  # captions nearer than that are no wrong pair
 
 def pool(seed: int, n: int) -> dict[str, Tensor]:
     """Features of both eyes for `n` scenes, "0" and "1", and the sentence vectors of their captions, "text"."""
-    rng, eyes, vae, sheets = np.random.default_rng(seed), load_eyes(), load_vae(), scenes.icons()
+    rng, eyes, vae, sheets = np.random.default_rng(seed), load_eyes(), efface.load("emoji").vae, scenes.icons()
     generator = torch.Generator().manual_seed(seed)
     seen: dict[str, list[Tensor]] = {"0": [], "1": []}
     captions: list[str] = []

@@ -84,11 +84,14 @@ def concept(name: str) -> Concept:
         ('beer mug', 'wine glass')
     """
     known = shipped_concepts()
+    if not name.strip():
+        raise ValueError("The concept is empty: name what to erase. `efface list concepts` shows the shipped ones.")
     if name not in known:
         hint = near(name, known)
         raise ValueError(
             f"{name!r} is not a shipped concept. {hint}{' ' if hint else ''}"
-            f"`efface list concepts` shows all; for a text of your own write Concept({name!r})."
+            f"`efface list concepts` shows all; for a text of your own write Concept({name!r}), "
+            f"on the command line --phrase."
         )
     return known[name]
 
