@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,64 +15,257 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
 )
-from tiny import ALCOHOL, CAT, PROMPT, change, drawn, latents, pipeline
-from torch import Tensor
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
+from peft import LoraConfig
+from test_conformance import EFFECT, ERASERS, assert_unchanged, each
+from tiny import ALCOHOL, CAT, PROMPT, STEPS, change, denoiser, drawn, latents, pipeline
+from torch import Tensor, nn
 
-from efface import EIUP, SAFREE, SLD, NegativePrompt
+import efface
+from efface import EIUP, GIE, SAFREE, SLD, Delta
 from efface._hooks import Prediction
 
-ERASERS = (EIUP(ALCOHOL), SLD(ALCOHOL), NegativePrompt(ALCOHOL, strength=5.0), SAFREE(ALCOHOL))
-each = pytest.mark.parametrize("eraser", ERASERS, ids=["eiup", "sld", "negative_prompt", "safree"])
 PICTURE = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
 def other(kind: Any, pipe: Any, **parts: Any) -> Any:
-    made = kind(**pipe.components, **parts, requires_safety_checker=False)
+    if hasattr(pipe, "safety_checker"):
+        parts["requires_safety_checker"] = False
+    made = kind(**pipe.components, **parts)
     made.set_progress_bar_config(disable=True)
     return made
 
 
-@each
-def test_image_to_image_and_inpainting(eraser: Any) -> None:
-    for kind, call in (
-        (StableDiffusionImg2ImgPipeline, {"image": PICTURE, "strength": 0.9}),
-        (
-            StableDiffusionInpaintPipeline,
-            {"image": PICTURE, "mask_image": torch.ones(1, 1, 16, 16), "strength": 0.9, "height": 16, "width": 16},
-        ),
-    ):
-        pipe = other(kind, pipeline())
-        plain = latents(pipe, PROMPT, num_inference_steps=6, **call)
-        with eraser.apply(pipe):
-            assert change(latents(pipe, PROMPT, num_inference_steps=6, **call), plain) > 1e-3
-        assert torch.equal(latents(pipe, PROMPT, num_inference_steps=6, **call), plain)
+@contextlib.contextmanager
+def predictions(pipe: Any) -> Iterator[list[Tensor]]:
+    """What the pipeline gets from its denoiser, step by step: unconditional rows, then conditional ones."""
+    found: list[Tensor] = []
+    watch = pipe.unet.register_forward_hook(lambda module, args, out: found.append(out[0]))
+    try:
+        yield found
+    finally:
+        watch.remove()
+
+
+def assert_erases(eraser: Any, pipe: Any, **call: Any) -> tuple[Tensor, Tensor]:
+    """Changes the picture, in the first step on the rows that its class says, and leaves the pipeline as it was."""
+    call = {"num_inference_steps": 4, **call}
+    with predictions(pipe) as before:
+        plain = latents(pipe, PROMPT, **call)
+    with eraser.apply(pipe), predictions(pipe) as after:
+        erased = latents(pipe, PROMPT, **call)
+    assert change(erased, plain) > EFFECT and len(before) == len(after)
+    if eraser.touches_uncond:
+        assert change(after[0][:1], before[0][:1]) > EFFECT
+    else:
+        assert_unchanged(after[0][:1], before[0][:1], eraser)
+        assert change(after[-1][1:], before[-1][1:]) > EFFECT
+    assert torch.equal(latents(pipe, PROMPT, **call), plain)
+    return plain, erased
+
+
+# ---------------------------------------------------------------- other pipelines
 
 
 @each
-def test_control_net(eraser: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = pipeline()
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_image_to_image(eraser: Any, family: str) -> None:
+    kind = {"sd1": StableDiffusionImg2ImgPipeline, "sdxl": StableDiffusionXLImg2ImgPipeline}[family]
+    pipe = other(kind, pipeline(family))
+    plain, _ = assert_erases(eraser, pipe, image=PICTURE, strength=0.9)
+    call = {"image": 1 - PICTURE, "strength": 0.9, "num_inference_steps": 4}
+    assert change(latents(pipe, PROMPT, **call), plain) > EFFECT  # the picture does take part
+
+
+@each
+def test_inpainting_changes_what_is_masked(eraser: Any) -> None:
+    mask = torch.ones(1, 1, 16, 16)
+    mask[..., :8] = 0
+    call = {"image": PICTURE, "mask_image": mask, "strength": 0.9, "height": 16, "width": 16}
+    plain, erased = assert_erases(eraser, other(StableDiffusionInpaintPipeline, pipeline()), **call)
+    assert torch.equal(erased[..., :4], plain[..., :4]) and change(erased[..., 4:], plain[..., 4:]) > EFFECT
+
+
+def with_control(base: Any) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(3)
         control = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(8, 16))
         for name, weight in control.named_parameters():
             if "controlnet" in name:
-                torch.nn.init.normal_(weight, std=0.3)
-    pipe, call = other(StableDiffusionControlNetPipeline, base, controlnet=control), {"image": PICTURE}
-    plain = latents(pipe, PROMPT, **call)
-    assert change(plain, drawn()) > 1e-3
-    seen: list[Prediction] = []
+                nn.init.normal_(weight, std=0.3)
+    return other(StableDiffusionControlNetPipeline, base, controlnet=control)
+
+
+@each
+def test_control_net(eraser: Any) -> None:
+    pipe = with_control(pipeline())
+    plain, erased = assert_erases(eraser, pipe, image=PICTURE)
+    assert change(plain, drawn(num_inference_steps=4)) > EFFECT
+    assert change(erased, drawn("sd1", eraser, num_inference_steps=4)) > EFFECT
+
+
+def test_the_concepts_row_has_the_residuals_of_the_prompts_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, seen, given = with_control(pipeline()), [], []
+    spy_on_sld(monkeypatch, seen)
+    with SLD(ALCOHOL).apply(pipe):
+        latents(pipe, PROMPT, image=PICTURE)
+    watch = pipe.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: given.append({"sample": args[0], "timestep": args[1], **kwargs}), with_kwargs=True
+    )
+    latents(pipe, PROMPT, image=PICTURE)
+    watch.remove()
+    call, residual = given[0], given[0]["mid_block_additional_residual"]
+    nothing = {"mid_block_additional_residual": torch.zeros_like(residual)}
+    for text, row in ((PROMPT, seen[0].prompt), ("beer, wine glass", seen[0].concept)):
+        call["encoder_hidden_states"] = pipe.encode_prompt(text, "cpu", 1, False)[0].repeat(2, 1, 1)
+        with torch.no_grad():
+            want, without = (pipe.unet(**call | changed)[0][1:] for changed in ({}, nothing))
+        assert change(row, want) < 1e-5 and change(row, without) > 1e-3
+
+
+def spy_on_sld(monkeypatch: pytest.MonkeyPatch, seen: list[Prediction]) -> None:
     original = SLD.guide
     monkeypatch.setattr(SLD, "guide", lambda self, made: [seen.append(made), original(self, made)][1])
+
+
+# ---------------------------------------------------------------- adapters
+
+LORA = LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
+
+
+def add_lora(pipe: Any) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        pipe.unet.add_adapter(LORA)
+
+
+@each
+@pytest.mark.parametrize("first", ["lora", "eraser"])
+def test_a_lora_takes_part(first: str, eraser: Any) -> None:
+    """As if it were in the weights."""
+    merged, pipe = pipeline(), pipeline()
+    add_lora(merged)
+    merged.unet.fuse_lora()
+    merged.unet.unload_lora()
+    with eraser.apply(merged):
+        want = latents(merged)
+    if first == "lora":
+        add_lora(pipe)
+    handle = eraser.apply(pipe)
+    if first == "eraser":
+        assert torch.equal(latents(pipe), drawn("sd1", eraser))
+        add_lora(pipe)
+    erased = latents(pipe)
+    handle.remove()
+    plain = latents(pipe)
+    assert change(erased, want) < 2e-2 * change(want, latents(merged))  # SLD's mask has an edge
+    assert change(want, drawn("sd1", eraser)) > 1e-2 and change(erased, plain) > EFFECT
+    handle = eraser.apply(pipe)
+    pipe.unet.unload_lora()
+    assert torch.equal(latents(pipe), drawn("sd1", eraser))
+    handle.remove()
+    assert torch.equal(latents(pipe), drawn())
+
+
+def add_ip_adapter(pipe: Any) -> None:
+    """A picture's embedding [rows, 1, 12] as two more tokens beside the text, with a softmax of their own."""
+    unet, made = pipe.unet, {}
+    with torch.random.fork_rng():
+        torch.manual_seed(6)
+        for name, old in unet.attn_processors.items():
+            made[name] = old
+            if "attn2" in name:
+                width = unet.get_submodule(name.removesuffix(".processor")).to_q.out_features
+                made[name] = IPAdapterAttnProcessor2_0(width, 32, num_tokens=(2,), scale=1.0)
+        unet.set_attn_processor(made)
+        layer = ImageProjection(image_embed_dim=12, cross_attention_dim=32, num_image_text_embeds=2)
+        unet.encoder_hid_proj = MultiIPAdapterImageProjection([layer])
+    unet.config.encoder_hid_dim_type = "ip_image_proj"
+
+
+SHOWN = torch.randn(2, 1, 12, generator=torch.Generator().manual_seed(2))  # unconditional row, conditional row
+
+
+@each
+def test_an_ip_adapter_takes_part(eraser: Any) -> None:
+    pipe = pipeline()
+    add_ip_adapter(pipe)
+    processors = pipe.unet.attn_processors
+    call = {"ip_adapter_image_embeds": [SHOWN]}
+    plain, erased = assert_erases(eraser, pipe, **call)
     with eraser.apply(pipe):
-        assert change(latents(pipe, PROMPT, **call), plain) > 1e-3
-    assert torch.equal(latents(pipe, PROMPT, **call), plain)
-    if isinstance(eraser, SLD):  # the concept's row has the picture's residuals as the prompt's row has
-        rows: list[Tensor] = []
-        watch = base.unet.register_forward_hook(lambda module, args, out: rows.append(out[0]))
-        latents(pipe, PROMPT, **call)
-        watch.remove()
-        assert change(seen[0].prompt, rows[0][1:]) < 1e-5 and change(seen[0].concept, rows[0][1:]) > 1e-3
+        assert all(pipe.unet.attn_processors[name] is it for name, it in processors.items())
+        another = latents(pipe, PROMPT, num_inference_steps=4, ip_adapter_image_embeds=[SHOWN.flip(0)])
+        assert change(another, erased) > EFFECT
+        pipe.set_ip_adapter_scale(0.0)
+        assert change(latents(pipe, PROMPT, **call), drawn("sd1", eraser)) < 1e-5
+    assert change(plain, drawn(num_inference_steps=4)) > EFFECT
+
+
+def test_the_concepts_row_sees_the_picture_that_the_prompts_row_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, seen = pipeline(), []
+    add_ip_adapter(pipe)
+    spy_on_sld(monkeypatch, seen)
+    with SLD(ALCOHOL).apply(pipe):
+        latents(pipe, PROMPT, ip_adapter_image_embeds=[SHOWN])
+    for text, row in ((PROMPT, seen[0].prompt), ("beer, wine glass", seen[0].concept)):
+        with predictions(pipe) as found:
+            latents(pipe, text, ip_adapter_image_embeds=[SHOWN])
+            latents(pipe, text, ip_adapter_image_embeds=[SHOWN.flip(0)])
+        assert change(row, found[0][1:]) < 1e-5 and change(row, found[STEPS][1:]) > 1e-3
+
+
+# ---------------------------------------------------------------- erasers beside each other and beside deltas
+
+
+@pytest.fixture(scope="module")
+def delta() -> Delta:
+    return efface.UCE().fit(pipeline(), [CAT])
+
+
+@each
+@pytest.mark.parametrize(("delta_first", "delta_leaves_first"), itertools.product([True, False], repeat=2))
+def test_with_a_delta_in_any_order(
+    delta_first: bool, delta_leaves_first: bool, eraser: Any, delta: Delta, sd1: Any
+) -> None:
+    prompt = "a red cat"  # what the delta erases; the eraser takes something else
+    on = {}
+    for which in (True, False) if delta_first else (False, True):
+        on[which] = (delta if which else eraser).apply(sd1)
+    both = latents(sd1, prompt)
+    on[delta_leaves_first].remove()
+    left = eraser if delta_leaves_first else delta
+    assert torch.equal(latents(sd1, prompt), alone := drawn("sd1", left, prompt=prompt))
+    on[not delta_leaves_first].remove()
+    assert torch.equal(latents(sd1, prompt), drawn(prompt=prompt))
+    assert change(both, alone) > EFFECT and change(alone, drawn(prompt=prompt)) > EFFECT
+
+
+def test_the_plain_picture_beside_reads_the_filtered_prompt() -> None:
+    """Else a second trajectory would bring back what the filter took out."""
+    pipe, read = pipeline(), []
+    forward = pipe.unet.forward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        read.append(kwargs["encoder_hidden_states"])
+        return forward(*args, **kwargs)
+
+    pipe.unet.forward = watched
+    latents(pipe)
+    with SAFREE(ALCOHOL).apply(pipe):
+        latents(pipe)
+        with GIE(ALCOHOL, trajectories=2).apply(pipe):
+            latents(pipe)
+    plain, filtered, beside = read[:STEPS], read[STEPS : 2 * STEPS], read[2 * STEPS :]
+    assert len(beside) == 2 * STEPS and change(filtered[0], plain[0]) > 1e-2
+    assert all(torch.equal(text, filtered[0]) for text in beside)
+
+
+# ---------------------------------------------------------------- shared parts, other threads
 
 
 def test_a_second_pipeline_on_the_denoiser_has_to_be_given_the_eraser(sd1: Any) -> None:
@@ -122,16 +318,69 @@ def in_another_thread_hook(draw: Any) -> Any:
     return hook
 
 
+def together(*jobs: Any) -> dict[int, Any]:
+    """What each job made, or its RuntimeError; they start at the same moment in threads of their own."""
+    made: dict[int, Any] = {}
+    start = threading.Barrier(len(jobs))
+
+    def work(k: int, job: Any) -> None:
+        start.wait()
+        try:
+            made[k] = job()
+        except RuntimeError as error:
+            made[k] = error
+
+    threads = [threading.Thread(target=work, args=(k, job)) for k, job in enumerate(jobs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return made
+
+
+@each
+def test_threads_that_race_get_the_right_picture_or_an_error(eraser: Any, sd1: Any) -> None:
+    want = [drawn("sd1", eraser, num_inference_steps=8, seed=k) for k in range(2)]
+    with eraser.apply(sd1):
+        errors: list[str] = []
+        for _ in range(5):  # a busy machine may draw one after the other
+            made = together(*(lambda k=k: latents(sd1, num_inference_steps=8, seed=k) for k in range(2)))
+            errors += [str(result) for result in made.values() if isinstance(result, RuntimeError)]
+            assert all(torch.equal(got, want[k]) for k, got in made.items() if isinstance(got, Tensor))
+            if errors:
+                break
+        assert errors and all("Two threads use one pipeline" in error for error in errors)
+        assert torch.equal(latents(sd1), drawn("sd1", eraser))  # and it is not stuck
+
+
 def test_two_pipelines_at_once(sd1: Any) -> None:
-    second, made = pipeline(), {}
-    with EIUP(ALCOHOL).apply(sd1), SLD([CAT]).apply(second):
-        threads = [
-            threading.Thread(target=lambda name=name, pipe=pipe: made.update({name: latents(pipe)}))
-            for name, pipe in (("first", sd1), ("second", second))
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert torch.equal(made["first"], drawn("sd1", EIUP(ALCOHOL)))
-    assert torch.equal(made["second"], drawn("sd1", SLD([CAT])))
+    second, how = pipeline(), {"num_inference_steps": 8}
+    for a, b in zip(ERASERS.values(), itertools.cycle((SLD(CAT), SAFREE(CAT), GIE(CAT, trajectories=2)))):
+        with a.apply(sd1), b.apply(second):
+            made = together(lambda: latents(sd1, **how), lambda: latents(second, "a red cat", **how))
+        assert torch.equal(made[0], drawn("sd1", a, **how))
+        assert torch.equal(made[1], drawn("sd1", b, prompt="a red cat", **how))
+
+
+def test_a_text_encoder_may_be_shared_with_a_pipeline_in_another_thread() -> None:
+    """Even while its tokens are masked for one of them."""
+    first = pipeline()
+    with torch.random.fork_rng():
+        torch.manual_seed(9)
+        parts = first.components | {"unet": denoiser(32)}
+    second = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    want, found = second.encode_prompt("a red cat", "cpu", 1, False)[0], []
+
+    def in_between(module: nn.Module, args: Any, out: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            encode = threading.Thread(
+                target=lambda: found.append(second.encode_prompt("a red cat", "cpu", 1, False)[0])
+            )
+            encode.start()
+            encode.join()
+
+    with SAFREE(ALCOHOL).apply(first):
+        watch = first.text_encoder.register_forward_hook(in_between)
+        first.encode_prompt(PROMPT, "cpu", 1, True)
+        watch.remove()
+    assert len(found) > 3 and all(torch.equal(text, want) for text in found)

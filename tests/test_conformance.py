@@ -259,7 +259,14 @@ def test_erasers_come_off_in_any_order(first: str, second: tuple[str, Any], sd1:
     both = latents(sd1)
     on_a.remove()
     assert torch.equal(latents(sd1), drawn("sd1", b))
+    on_a = a.apply(sd1)  # now b, a
     on_b.remove()
+    assert torch.equal(latents(sd1), drawn("sd1", a))
+    on_b = b.apply(sd1)
+    assert torch.equal(latents(sd1), both)
+    on_b.remove()  # last in, first out
+    assert torch.equal(latents(sd1), drawn("sd1", a))
+    on_a.remove()
     assert torch.equal(latents(sd1), drawn())
     assert change(both, drawn("sd1", a)) > EFFECT and change(both, drawn("sd1", b)) > EFFECT
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import efface
 from efface import EIUP, Delta
-from efface._hooks import keys_values, weight
+from efface._weights import keys_values, weight
 from efface.api import model_hash
 from efface.delta import Factors, active, dense, truncate, unedited
 

@@ -17,7 +17,9 @@ from tiny import ALCOHOL, CAT, LIMIT, PROMPTS, batch, change, drawn, latents, pi
 from torch import Tensor
 
 from efface import EIUP, Concept
-from efface._hooks import CrossAttention, Site, Term, encode
+from efface._attention import CrossAttention, Term
+from efface._hooks import Site
+from efface._text import encode
 from efface.families import SD
 
 FORMS = ("projected", "separate", "gated")

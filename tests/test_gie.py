@@ -21,7 +21,8 @@ from tiny import ALCOHOL, CAT, LIMIT, PROMPT, PROMPTS, STEPS, batch, change, dra
 from torch import Tensor, nn
 
 from efface import EIUP, GIE, Concept, load
-from efface._hooks import layer_names, site, text_hash
+from efface._hooks import site
+from efface._weights import layer_names, text_hash
 from efface.erasers._adapter import Adapter, network
 from efface.erasers._gie_fit import Ladder, Row, train
 from efface.models.emoji.weights import FOLDER

@@ -18,8 +18,9 @@ from tiny import ALCOHOL, CAT, LIMIT, PROMPT, PROMPTS, WORDS, batch, change, dra
 from tokenizers import normalizers
 from torch import Tensor
 
-from efface import EIUP, Concept, NegativePrompt, _hooks
-from efface._hooks import CrossAttention, Term, encode, pack
+from efface import EIUP, Concept, NegativePrompt
+from efface._attention import CrossAttention, Term
+from efface._text import SITES, encode, pack
 
 ERASER = EIUP([ALCOHOL])
 
@@ -374,4 +375,4 @@ def test_pipelines_that_share_a_denoiser_share_its_erasers() -> None:
     on_second.remove()
     for pipe in (first, second):
         assert "encode_prompt" not in vars(pipe) and torch.equal(latents(pipe), drawn())
-    assert first.unet not in _hooks._SITES
+    assert first.unet not in SITES

@@ -15,13 +15,17 @@ ROOT = Path(efface.__file__).parent
 
 # What each part may import, besides itself. `efface` is the package's own `__init__`.
 FACTS = {"registry", "core", "families"}
-HOOKS = FACTS | {"_hooks", "delta"}
+INSIDE = {"_weights", "_text", "_attention", "_hooks"}  # of diffusers
+HOOKS = FACTS | INSIDE | {"delta"}
 MAY_IMPORT: dict[str, set[str]] = {
     "registry": set(),
     "core": {"registry"},
     "families": {"registry", "core"},
-    "_hooks": FACTS,
-    "delta": FACTS | {"_hooks"},
+    "_weights": FACTS,
+    "_text": FACTS | {"_weights"},
+    "_attention": set(),
+    "_hooks": FACTS | {"_weights", "_text", "_attention"},
+    "delta": FACTS | INSIDE,
     "erasers": HOOKS | {"pictures"},
     "editors": HOOKS,
     "attacks": HOOKS,
@@ -103,6 +107,9 @@ def test_imports_run_one_way(module: str, path: Path) -> None:
         ("efface.registry", "from efface.core import Concept\n"),
         ("efface.families", "from efface._hooks import encode\n"),
         ("efface._hooks", "from efface.delta import Delta\n"),
+        ("efface._weights", "from efface._text import encode\n"),
+        ("efface._text", "from ._hooks import site\n"),
+        ("efface._attention", "from ._hooks import Site\n"),
         ("efface._hooks", "from efface.erasers import eiup\n"),
         ("efface.delta", "from efface.erasers.eiup import EIUP\n"),
         ("efface.erasers.eiup", "from efface.api import load\n"),

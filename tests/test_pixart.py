@@ -16,7 +16,7 @@ from tiny import ALCOHOL, CAT, PROMPT, WORDS, change, drawn, latents, pipeline
 from torch import Tensor
 
 from efface import EIUP, GIE, SAFREE, SLD, Concept, NegativePrompt
-from efface._hooks import encode, pack
+from efface._text import encode, pack
 
 PROMPTS = (PROMPT, "a big red cat")  # 5 and 4 tokens: masked differently
 FORMS = ("projected", "separate", "gated")

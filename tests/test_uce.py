@@ -15,7 +15,8 @@ from tiny import CAT, WORDS, batch, change, latents
 from torch import Tensor
 
 from efface import RECE, UCE, Concept
-from efface._hooks import encode, keys_values
+from efface._text import encode
+from efface._weights import keys_values
 from efface.delta import Delta, Factors, dense
 from efface.editors._closed_form import Texts, anchors_of, residual, step
 from efface.editors.rece import derive, sum_of_squares

@@ -1,4 +1,7 @@
-"""The only file that touches diffusers internals: where erasers meet a pipeline.
+"""Where erasers meet a pipeline: the hooks, and the list of what is on.
+
+`_weights`, `_text`, `_attention` and `_hooks`, in the order in which they import one another, are the only files that
+touch diffusers internals.
 
 Each denoiser has one `Site`: the ordered list of erasers that are on, and one hook named `efface` on every module
 that has to be watched. The list is walked on each call, so erasers come off in any order; when it is empty, every
@@ -19,25 +22,26 @@ hook is gone.
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
 import itertools
 import math
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from types import FrameType, MethodType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from ._attention import Beside, CrossAttention, Term
+from ._text import SITES, encode, encoding_settings, pack
+from ._weights import check_unfused, denoiser_of
 from .core import Concept, Handle, as_concepts, as_rows, check_strength, check_window
 from .families import Family, family
 
@@ -50,292 +54,6 @@ UNCOMPILED = (
     "is not compiled, or a fixed strength and one trajectory."
 )
 WRAPPED = ("encode_prompt", "maybe_free_model_hooks")  # of the pipeline object
-
-
-# ---------------------------------------------------------------- text
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Texts as the pipeline encodes its prompts: `text` [N, L, D], `pooled` [N, P] or None, `own`, and `mask`.
-
-    `mask` [N, L] is False where the denoiser sees no text (None: it sees all columns). `own` holds for each text the
-    columns of its own tokens: not the start, end or padding tokens.
-    """
-
-    text: Tensor
-    pooled: Tensor | None
-    own: tuple[slice, ...]
-    mask: Tensor | None = None
-
-
-def _limit(pipe: DiffusionPipeline, tokenizer: Any, **settings: Any) -> int:
-    """How many tokens of a text the pipeline encodes, start and end included."""
-    longest = inspect.signature(type(pipe).encode_prompt).parameters.get("max_sequence_length")
-    limit = settings.get("max_sequence_length") or (longest.default if longest else tokenizer.model_max_length)
-    return min(limit, tokenizer.model_max_length)
-
-
-def _own_columns(tokenizer: Any, text: str, limit: int) -> slice:
-    """Where a text's own tokens stand; ValueError if it has none or does not fit."""
-    ids, whole = tokenizer(text, add_special_tokens=False).input_ids, tokenizer(text).input_ids
-    if text and not ids:
-        raise ValueError(f"The phrase {text!r} has no tokens for this pipeline: write the concept in other words.")
-    if len(whole) > limit:
-        raise ValueError(
-            f"The phrase {text!r} is {len(whole)} tokens long, but the text encoder takes {limit}: write a shorter one."
-        )
-    start = next(k for k in range(len(whole) + 1) if whole[k : k + len(ids)] == ids)
-    return slice(start, start + len(ids))
-
-
-def encode(pipe: DiffusionPipeline, texts: Sequence[str], **settings: Any) -> Encoded:
-    """The one place that encodes texts, by the pipeline's own `encode_prompt`.
-
-    Args:
-        pipe: the pipeline.
-        texts: texts, each within the encoder's limit; "" is the pipeline's empty prompt.
-        settings: further arguments of `encode_prompt`, such as `clip_skip`.
-
-    Raises:
-        ValueError: a text without tokens, or over the limit.
-    """
-    cleaned = _cleaned(pipe, texts, settings)
-    tokenizers = [getattr(pipe, name) for name in family(pipe).tokenizers]
-    places = [[_own_columns(t, text, _limit(pipe, t, **settings)) for text in cleaned] for t in tokenizers]
-    if any(p != places[0] for p in places):
-        raise ValueError(f"The pipeline's tokenizers place the tokens of {list(texts)} differently: use other words.")
-    text, pooled, mask = _encode(pipe, texts, settings)
-    return Encoded(text, pooled, tuple(places[0]), mask)
-
-
-def _cleaned(pipe: DiffusionPipeline, texts: Sequence[str], settings: dict[str, Any]) -> list[str]:
-    """Texts as the tokenizer gets them."""
-    if not family(pipe).masked:
-        return list(texts)
-    return pipe._text_preprocessing(list(texts), clean_caption=settings.get("clean_caption", False))
-
-
-def _encode(
-    pipe: DiffusionPipeline, texts: Sequence[str], settings: dict[str, Any]
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Texts [N, L, D], pooled [N, P], and the mask [N, L], where there are any; what is over the limit is cut."""
-    site = _SITES.get(_denoiser(pipe))
-    method = site.original_encode(pipe) if site else pipe.encode_prompt
-    with torch.no_grad():
-        out = method(
-            prompt=list(texts),
-            device=pipe._execution_device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-            **settings,
-        )
-    if family(pipe).masked:
-        return out[0], None, out[1].bool()
-    return out[0], out[2] if len(out) > 2 else None, None
-
-
-def own_tokens(pipe: DiffusionPipeline, text: str, **settings: Any) -> range:
-    """The columns of a prompt's own tokens; the end token is behind them. What is over the limit is cut."""
-    tokenizer = getattr(pipe, family(pipe).tokenizers[0])
-    convert = getattr(pipe, "maybe_convert_prompt", None)  # textual inversion: one word, several tokens
-    text = convert(text, tokenizer) if convert else text
-    (text,) = _cleaned(pipe, [text], settings)
-    cut = {"truncation": True, "max_length": _limit(pipe, tokenizer, **settings)}
-    return range(len(tokenizer("").input_ids) - 1, len(tokenizer(text, **cut).input_ids) - 1)
-
-
-def encode_masked(
-    pipe: DiffusionPipeline, text: str, columns: Sequence[Sequence[int]], **settings: Any
-) -> tuple[Tensor, Tensor | None]:
-    """A prompt encoded once for each set of columns [N, L, D], with the tokens in these columns masked; and pooled.
-
-    The mask is the tokenizer's own, or "!", the first word of CLIP's vocabulary, which has none.
-    """
-    placed = []
-    for name in family(pipe).tokenizers:
-        tokenizer, encoder = getattr(pipe, name), getattr(pipe, name.replace("tokenizer", "text_encoder"))
-        mask = tokenizer.mask_token_id
-        mask = tokenizer.convert_tokens_to_ids("!") if mask is None else mask
-
-        def put(module: nn.Module, args: tuple[Any, ...], mask: int = mask) -> tuple[Any, ...]:
-            ids = args[0].clone()
-            for row, masked in enumerate(columns):
-                ids[row, list(masked)] = mask
-            return (ids, *args[1:])
-
-        placed.append(encoder.register_forward_pre_hook(put))
-    try:
-        return _encode(pipe, [text] * len(columns), settings)[:2]
-    finally:
-        for handle in placed:
-            handle.remove()
-
-
-def encoding_settings(call: inspect.BoundArguments) -> dict[str, Any]:
-    """The arguments of an `encode_prompt` call that change how any text is encoded."""
-    names = ("clip_skip", "lora_scale", "clean_caption", "max_sequence_length")
-    return {k: call.arguments[k] for k in names if call.arguments.get(k) is not None}
-
-
-def fits(pipe: DiffusionPipeline, text: str) -> bool:
-    """Whether a text is within the encoder's limit."""
-    tokenizers = [getattr(pipe, name) for name in family(pipe).tokenizers]
-    return all(len(t(text).input_ids) <= _limit(pipe, t) for t in tokenizers)
-
-
-def pack(pipe: DiffusionPipeline, phrases: Sequence[str], separator: str = " ") -> list[str]:
-    """Phrases joined, greedily and in order, into as few texts as fit the encoder."""
-    texts = [phrases[0]]
-    for phrase in phrases[1:]:
-        joined = f"{texts[-1]}{separator}{phrase}"
-        if fits(pipe, joined):
-            texts[-1] = joined
-        else:
-            texts.append(phrase)
-    return texts
-
-
-# ---------------------------------------------------------------- what a method sees of one cross-attention layer
-
-
-@dataclass(frozen=True)
-class Term:
-    """Erasure prompts that act together: `text` [N, L, D], the columns of the own tokens of each, and their batch rows.
-
-    They act one after the other, in order; `rows` None means all rows. For erasers that ask for them: `joined`, each
-    prompt of those rows with the erasure prompt behind it, [N, B, L, D], and `lengths` [B], the number of tokens of
-    those prompts alone; `weights` of the own tokens, measured at the start of the picture, N times [B, tokens]. For
-    guided predictions: `pooled` [N, P]. Where text is masked: `mask` [N, L].
-    """
-
-    text: Tensor
-    own: tuple[slice, ...]
-    rows: Tensor | None = None
-    joined: Tensor | None = None
-    lengths: Tensor | None = None
-    weights: tuple[Tensor, ...] | None = None
-    mask: Tensor | None = None
-    pooled: Tensor | None = None
-
-    def part(self, chosen: Sequence[int], rows: Tensor) -> Term:
-        """Some of the erasure prompts, on some rows."""
-        return Term(
-            self.text[list(chosen)],
-            tuple(self.own[k] for k in chosen),
-            rows,
-            None if self.joined is None else self.joined[list(chosen)][:, rows],
-            None if self.lengths is None else self.lengths[rows],
-            None if self.weights is None else tuple(self.weights[k][rows] for k in chosen),
-            None if self.mask is None else self.mask[list(chosen)],
-            None if self.pooled is None else self.pooled[list(chosen)],
-        )
-
-
-@dataclass(frozen=True)
-class Beside:
-    """A layer in the plain picture that is drawn beside the erased one, from the same noise; conditional rows only.
-
-    `query` [B, Q, C]; `shift` [B, Q, C], what the layer puts out there less what it puts out here before any eraser;
-    `step`, the number of this denoiser call from 0 on, and `steps`, the number of steps asked for.
-    """
-
-    query: Tensor
-    shift: Tensor
-    step: int
-    steps: int
-
-    def at(self, rows: Tensor) -> Beside:
-        return replace(self, query=self.query[rows], shift=self.shift[rows])
-
-
-class CrossAttention:
-    """One cross-attention call, conditional rows only: `query` [B, Q, C] and `prompt` [B, L, D], the layer's own
-    projections, and texts that stand for "some picture", `neutral` [R, L, D]; `beside` for erasers with a twin. Where
-    the denoiser masks text, `prompt_mask` [B, L] and `neutral_mask` [R, L] say what it sees."""
-
-    def __init__(
-        self,
-        attn: Attention,
-        query: Tensor,
-        prompt: Tensor | None,
-        neutral: Tensor | None = None,
-        beside: Beside | None = None,
-        prompt_mask: Tensor | None = None,
-        neutral_mask: Tensor | None = None,
-    ) -> None:
-        self.prompt_mask, self.neutral_mask = prompt_mask, neutral_mask
-        self.attn, self.query, self.prompt, self.neutral, self.beside = attn, query, prompt, neutral, beside
-
-    def at(self, rows: Tensor) -> CrossAttention:
-        """The same call, on some rows."""
-        prompt = None if self.prompt is None else self.prompt[rows]
-        beside = None if self.beside is None else self.beside.at(rows)
-        mask = None if self.prompt_mask is None else self.prompt_mask[rows]
-        return CrossAttention(self.attn, self.query[rows], prompt, self.neutral, beside, mask, self.neutral_mask)
-
-    def _heads(self, x: Tensor) -> Tensor:
-        """[B, L, C] to [B, heads, L, C / heads], without a copy."""
-        return x.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2)
-
-    def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """`to_k` and `to_v` of a text [B, L, D], in heads [B, heads, L, d]."""
-        if self.attn.norm_cross:
-            text = self.attn.norm_encoder_hidden_states(text)
-        key, value = self._heads(self.attn.to_k(text)), self._heads(self.attn.to_v(text))
-        return (key if self.attn.norm_k is None else self.attn.norm_k(key)), value
-
-    def attend(self, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Softmax attention of the query to `key`, `value` [B, heads, L, d] where `mask` [B, L] allows: [B, Q, C]."""
-        return self._attend(self.query, key, value, mask)
-
-    def attend_texts(self, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Softmax attention of every row to each of N key sets [N, heads, L, d], masked by [N, L]: [N, B, Q, C].
-
-        The batch is folded into the queries: one fused call for all texts and rows, no copy of the keys.
-        """
-        query = self.query.flatten(0, 1).expand(len(key), -1, -1)
-        return self._attend(query, key, value, mask).unflatten(1, self.query.shape[:2])
-
-    @staticmethod
-    def copied(attn: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Self-attention from projections [B, Q, C] of different pictures: [B, Q, C]."""
-        layer = CrossAttention(attn, query, None, query)
-        key = layer._heads(key)
-        return layer.attend(key if attn.norm_k is None else attn.norm_k(key), layer._heads(value))
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        query = self._heads(query)
-        query = query if self.attn.norm_q is None else self.attn.norm_q(query)
-        mask = None if mask is None else mask[:, None, None, :]
-        return F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2)
-
-    def mass(self, term: Term) -> tuple[Tensor, ...]:
-        """The softmax over each text at its own tokens, mean over heads and queries: N times [B, tokens].
-
-        One-hot values make attention return its own map, a few columns at a time; no map is written out.
-        """
-        key, value = self.keys_values(term.text)
-        cross = CrossAttention(self.attn, self.query.float(), None, self.neutral)
-        width, most = value.shape[-1], max(own.stop - own.start for own in term.own)
-        found = []
-        for k in range(0, most, width):
-            one_hot = torch.zeros_like(value, dtype=torch.float32)
-            for n, own in enumerate(term.own):
-                for column in range(own.start + k, min(own.start + k + width, own.stop)):
-                    one_hot[n, :, column, column - own.start - k] = 1.0
-            out = cross.attend_texts(key.float(), one_hot, term.mask)
-            found.append(out.unflatten(-1, (self.attn.heads, -1)).mean((2, 3)))
-        masses = torch.cat(found, -1)
-        return tuple(mass[:, : own.stop - own.start] for mass, own in zip(masses, term.own, strict=True))
-
-    def would_be(self, text: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What the layer would put out for other texts [N, L, D], masked by [N, L]: [N, B, Q, C]."""
-        return self.attend_texts(*self.keys_values(text), mask)
-
-    def mask_with(self, mask: Tensor | None) -> Tensor | None:
-        """The masks [R + N, L] of the neutral texts and of others."""
-        return None if mask is None or self.neutral_mask is None else torch.cat([self.neutral_mask, mask])
 
 
 # ---------------------------------------------------------------- what a method sees of one denoiser call
@@ -638,7 +356,7 @@ class Site:
                     "cross-attention layers."
                 )
             for layer in self.layers:
-                _check_unfused(layer.attn, self.facts.denoiser)
+                check_unfused(layer.attn, self.facts.denoiser)
         if (eraser.measures or eraser.twins) and getattr(pipe, self.facts.denoiser) is not self._denoiser():
             raise ValueError(UNCOMPILED)
         if eraser.twins and not hasattr(type(pipe), "guidance_scale"):
@@ -692,7 +410,7 @@ class Site:
     def _close(self) -> None:
         if (denoiser := self._denoiser()) is not None:
             _unregister(denoiser)
-            _SITES.pop(denoiser, None)
+            SITES.pop(denoiser, None)
         for ref, hidden in self.pipes:
             if (pipe := ref()) is not None:
                 for name in WRAPPED:
@@ -700,8 +418,6 @@ class Site:
                 vars(pipe).update(hidden)
         self.pipes.clear()
         self.call = self.prompt = self._checked = self.twin = None
-
-    # ---- text
 
     def original_encode(self, pipe: DiffusionPipeline) -> Callable[..., Any]:
         """The pipeline's own `encode_prompt`. Nothing here holds the pipeline, which can be freed with erasers on."""
@@ -1212,144 +928,10 @@ _GUARD = threading.Lock()
 
 # ---------------------------------------------------------------- sites
 
-_SITES: weakref.WeakKeyDictionary[nn.Module, Site] = weakref.WeakKeyDictionary()
-
-
-def _denoiser(pipe: DiffusionPipeline) -> nn.Module:
-    module = getattr(pipe, family(pipe).denoiser)
-    return getattr(module, "_orig_mod", module)  # torch.compile(unet) wraps it
-
 
 def site(pipe: DiffusionPipeline) -> Site:
     """The site of a pipeline's denoiser; TypeError for a pipeline Efface does not know."""
-    denoiser = _denoiser(pipe)
-    if denoiser not in _SITES:
-        _SITES[denoiser] = Site(denoiser, family(pipe))
-    return _SITES[denoiser]
-
-
-# ---------------------------------------------------------------- weights
-
-
-def part(pipe: DiffusionPipeline, name: str) -> nn.Module:
-    """A component of the pipeline, such as "unet", without what `torch.compile` wraps around it."""
-    module = getattr(pipe, name, None)
-    if not isinstance(module, nn.Module):
-        raise ValueError(f"Expected a pipeline with a {name!r}, but this {type(pipe).__name__} has none.")
-    return getattr(module, "_orig_mod", module)
-
-
-def weight(root: nn.Module, path: str) -> Tensor:
-    """The tensor at a dotted path; behind a LoRA (PEFT) it is the base layer's.
-
-    Raises:
-        ValueError: no such tensor, or one that cannot be edited in place: quantised, offloaded to disk, or fused away.
-    """
-    found: Any = root
-    for name in path.split("."):
-        if isinstance(found, Attention) and name in ("to_q", "to_k", "to_v"):
-            _check_unfused(found)
-        while name != "base_layer" and isinstance(getattr(found, "base_layer", None), nn.Module):
-            found = found.base_layer
-        found = getattr(found, name, None)
-    if not isinstance(found, Tensor):
-        raise ValueError(f"{type(root).__name__} has no weight {path!r}: this is another architecture.")
-    if type(found) not in (Tensor, nn.Parameter) or not found.is_floating_point() or found.element_size() < 2:
-        raise ValueError(
-            f"{path!r} is quantised ({type(found).__name__}, {found.dtype}), and a quantised weight cannot be edited: "
-            "load the model in float32, float16 or bfloat16."
-        )
-    if found.is_meta:
-        raise ValueError(f"{path!r} is not in memory: load the model without sequential or disk offload.")
-    return found
-
-
-def keys_values(pipe: DiffusionPipeline) -> dict[str, Tensor]:
-    """What reads the text: `to_k` and `to_v` [C, D] of every cross-attention layer, by canonical name."""
-    root, name = _denoiser(pipe), family(pipe).denoiser
-    layers = [n for n, m in root.named_modules() if isinstance(m, Attention) and m.is_cross_attention]
-    if not layers:
-        raise ValueError(
-            f"This {type(pipe).__name__} has no cross-attention layers, so no keys and values of the text."
-        )
-    paths = [f"{layer}.{projection}.weight" for layer in layers for projection in ("to_k", "to_v")]
-    return {f"{name}.{path}": weight(root, path) for path in paths}
-
-
-def _check_unfused(attn: Attention, denoiser: str = "unet") -> None:
-    if isinstance(attn.processor, FusedAttnProcessor2_0):  # `fused_projections` stays set after unfusing
-        raise ValueError(f"The attention projections are fused: call `pipe.{denoiser}.unfuse_qkv_projections()` first.")
-
-
-def text_hash(pipe: DiffusionPipeline, unedited: Mapping[str, Tensor]) -> str:
-    """sha256 over sorted (name, shape, dtype, bytes) of the denoiser's cross-attention keys and values.
-
-    `unedited`: the values, by canonical name, of what a delta has changed just now.
-    """
-    digest = hashlib.sha256()
-    denoiser, prefix = _denoiser(pipe), family(pipe).denoiser
-    layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, Attention) and m.is_cross_attention}
-    for name in sorted(layers):
-        for projection in ("to_k", "to_v"):
-            present = getattr(layers[name], projection).weight
-            value = unedited.get(f"{prefix}.{name}.{projection}.weight", present).detach().cpu().contiguous()
-            digest.update(f"{name}.{projection} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(value.view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def layer_names(pipe: DiffusionPipeline) -> tuple[str, ...]:
-    """Names of the denoiser's cross-attention layers, as they are registered."""
-    named = _denoiser(pipe).named_modules()
-    return tuple(name for name, module in named if isinstance(module, Attention) and module.is_cross_attention)
-
-
-# ---------------------------------------------------------------- training
-
-
-@dataclass(frozen=True)
-class Condition:
-    """What a denoiser gets beside latents and time, one row per text; row 0 is the unconditional one."""
-
-    text: Tensor
-    added: dict[str, Tensor]
-
-    def at(self, rows: Tensor) -> dict[str, Any]:
-        """Keyword arguments of a denoiser call for these rows."""
-        rows = rows.to(self.text.device)
-        return {
-            "encoder_hidden_states": self.text[rows],
-            "added_cond_kwargs": {name: value[rows] for name, value in self.added.items()},
-        }
-
-
-def condition(pipe: DiffusionPipeline, texts: Sequence[str]) -> Condition:
-    """Texts as the denoiser gets them in a call of the pipeline, behind the unconditional row of such a call.
-
-    Raises:
-        ValueError: run-time erasers are on; a text without tokens, or over the encoder's limit.
-    """
-    present = _SITES.get(_denoiser(pipe))
-    if present is not None and present.entries:
-        names = ", ".join(type(entry.eraser).__name__ for entry in present.entries)
-        raise ValueError(f"{names} is on, and would take part in the training: call `handle.remove()` before `fit`.")
-    for text in texts:
-        for name in family(pipe).tokenizers:
-            tokenizer = getattr(pipe, name)
-            _own_columns(tokenizer, text, _limit(pipe, tokenizer))
-    with torch.no_grad():
-        out = pipe.encode_prompt(
-            prompt=list(texts),
-            device=pipe._execution_device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=True,
-        )
-    text = torch.cat([out[1][:1], out[0]])
-    if not family(pipe).pooled:
-        return Condition(text, {})
-    pooled = torch.cat([out[3][:1], out[2]])
-    side = pipe.default_sample_size * pipe.vae_scale_factor
-    size = {"original_size": (side, side), "crops_coords_top_left": (0, 0), "target_size": (side, side)}
-    width = pipe.text_encoder_2.config.projection_dim
-    ids = pipe._get_add_time_ids(*size.values(), dtype=text.dtype, text_encoder_projection_dim=width)
-    return Condition(text, {"text_embeds": pooled, "time_ids": ids.to(text.device).repeat(len(text), 1)})
+    denoiser = denoiser_of(pipe)
+    if denoiser not in SITES:
+        SITES[denoiser] = Site(denoiser, family(pipe))
+    return SITES[denoiser]

@@ -240,7 +240,7 @@ def model_hash(pipe: DiffusionPipeline) -> str:
 
     Two models with the same hash read text alike; records name the base model by it. Deltas that are on do not count.
     """
-    from . import _hooks
+    from ._weights import text_hash
     from .delta import unedited
 
-    return _hooks.text_hash(pipe, unedited(pipe))
+    return text_hash(pipe, unedited(pipe))

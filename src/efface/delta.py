@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import __version__
-from ._hooks import part, weight
+from ._weights import part, weight
 from .core import Concept, Concepts, Handle, as_concepts, check_strength, config
 from .families import family
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .._hooks import encode
+from .._text import encode
 from ..core import Concept
 from ..delta import Change, Factors
 

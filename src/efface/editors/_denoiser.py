@@ -16,7 +16,8 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
-from .._hooks import condition, part
+from .._text import condition
+from .._weights import part
 from ..families import family
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 
-from .._hooks import fits
+from .._text import fits
 from ..core import Concepts, as_concepts
 from ..delta import Delta, active, unedited
 from ._misalignment import Misalignment

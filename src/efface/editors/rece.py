@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._hooks import keys_values
+from .._weights import keys_values
 from ..core import Concept, Concepts, as_concepts
 from ..delta import Delta
 from ._closed_form import Texts, anchors_of, changes, check_positive, condition, kept_texts, residual, step

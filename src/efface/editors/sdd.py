@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 import torch
 from torch import Generator, Tensor
 
-from .._hooks import pack
+from .._text import pack
 from ..core import Concepts, Detector, config
 from ..delta import Delta
 from ._denoiser import Denoiser, Points, Weights, mse

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .._hooks import keys_values
+from .._weights import keys_values
 from ..core import Concept, Concepts, as_concepts
 from ..delta import Delta
 from ..families import family

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .._hooks import text_hash
+from .._weights import text_hash
 from ..core import Concept, Detector, check_strength, check_tuning_seeds
 from ..delta import unedited
 from ..pictures import likeness

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._hooks import CrossAttention, Term
+from .._attention import CrossAttention, Term
 
 
 def swapped(cross: CrossAttention, term: Term) -> Tensor:

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from .._hooks import CrossAttention, Hooked, Term
+from .._attention import CrossAttention, Term
+from .._hooks import Hooked
 from ..core import Concepts, Rows
 
 __all__ = ["EIUP"]

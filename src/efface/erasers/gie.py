@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from .._hooks import CrossAttention, Hooked, Term, layer_names, text_hash
+from .._attention import CrossAttention, Term
+from .._hooks import Hooked
+from .._weights import layer_names, text_hash
 from ..core import Concepts, Handle, Rows, as_concepts
 from ..delta import unedited
 from ..families import family

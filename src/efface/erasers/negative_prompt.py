@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from .._hooks import Hooked, Prediction, needs_guidance, part, site
+from .._hooks import Hooked, Prediction, needs_guidance, site
+from .._weights import part
 from ..core import Concepts, as_concepts
 from ..families import family
 

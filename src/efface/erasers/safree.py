@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._hooks import Hooked, encode, encode_masked, encoding_settings, own_tokens
+from .._hooks import Hooked
+from .._text import encode, encode_masked, encoding_settings, own_tokens
 from ..core import Concepts, Rows, as_concepts
 from ..families import family
 

@@ -1,0 +1,213 @@
+"""Texts as the pipeline encodes them: erasure prompts, prompts with masked tokens, and what a denoiser trains on."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ._weights import denoiser_of
+from .families import family
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+# The `Site` of each denoiser that has erasers on, which knows the pipeline's own `encode_prompt`.
+SITES: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Texts as the pipeline encodes its prompts: `text` [N, L, D], `pooled` [N, P] or None, `own`, and `mask`.
+
+    `mask` [N, L] is False where the denoiser sees no text (None: it sees all columns). `own` holds for each text the
+    columns of its own tokens: not the start, end or padding tokens.
+    """
+
+    text: Tensor
+    pooled: Tensor | None
+    own: tuple[slice, ...]
+    mask: Tensor | None = None
+
+
+def _limit(pipe: DiffusionPipeline, tokenizer: Any, **settings: Any) -> int:
+    """How many tokens of a text the pipeline encodes, start and end included."""
+    longest = inspect.signature(type(pipe).encode_prompt).parameters.get("max_sequence_length")
+    limit = settings.get("max_sequence_length") or (longest.default if longest else tokenizer.model_max_length)
+    return min(limit, tokenizer.model_max_length)
+
+
+def _own_columns(tokenizer: Any, text: str, limit: int) -> slice:
+    """Where a text's own tokens stand; ValueError if it has none or does not fit."""
+    ids, whole = tokenizer(text, add_special_tokens=False).input_ids, tokenizer(text).input_ids
+    if text and not ids:
+        raise ValueError(f"The phrase {text!r} has no tokens for this pipeline: write the concept in other words.")
+    if len(whole) > limit:
+        raise ValueError(
+            f"The phrase {text!r} is {len(whole)} tokens long, but the text encoder takes {limit}: write a shorter one."
+        )
+    start = next(k for k in range(len(whole) + 1) if whole[k : k + len(ids)] == ids)
+    return slice(start, start + len(ids))
+
+
+def encode(pipe: DiffusionPipeline, texts: Sequence[str], **settings: Any) -> Encoded:
+    """The one place that encodes texts, by the pipeline's own `encode_prompt`.
+
+    Args:
+        pipe: the pipeline.
+        texts: texts, each within the encoder's limit; "" is the pipeline's empty prompt.
+        settings: further arguments of `encode_prompt`, such as `clip_skip`.
+
+    Raises:
+        ValueError: a text without tokens, or over the limit.
+    """
+    cleaned = _cleaned(pipe, texts, settings)
+    tokenizers = [getattr(pipe, name) for name in family(pipe).tokenizers]
+    places = [[_own_columns(t, text, _limit(pipe, t, **settings)) for text in cleaned] for t in tokenizers]
+    if any(p != places[0] for p in places):
+        raise ValueError(f"The pipeline's tokenizers place the tokens of {list(texts)} differently: use other words.")
+    text, pooled, mask = _encode(pipe, texts, settings)
+    return Encoded(text, pooled, tuple(places[0]), mask)
+
+
+def _cleaned(pipe: DiffusionPipeline, texts: Sequence[str], settings: dict[str, Any]) -> list[str]:
+    """Texts as the tokenizer gets them."""
+    if not family(pipe).masked:
+        return list(texts)
+    return pipe._text_preprocessing(list(texts), clean_caption=settings.get("clean_caption", False))
+
+
+def _encode(
+    pipe: DiffusionPipeline, texts: Sequence[str], settings: dict[str, Any]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Texts [N, L, D], pooled [N, P], and the mask [N, L], where there are any; what is over the limit is cut."""
+    site = SITES.get(denoiser_of(pipe))
+    method = site.original_encode(pipe) if site else pipe.encode_prompt
+    with torch.no_grad():
+        out = method(
+            prompt=list(texts),
+            device=pipe._execution_device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+            **settings,
+        )
+    if family(pipe).masked:
+        return out[0], None, out[1].bool()
+    return out[0], out[2] if len(out) > 2 else None, None
+
+
+def own_tokens(pipe: DiffusionPipeline, text: str, **settings: Any) -> range:
+    """The columns of a prompt's own tokens; the end token is behind them. What is over the limit is cut."""
+    tokenizer = getattr(pipe, family(pipe).tokenizers[0])
+    convert = getattr(pipe, "maybe_convert_prompt", None)  # textual inversion: one word, several tokens
+    text = convert(text, tokenizer) if convert else text
+    (text,) = _cleaned(pipe, [text], settings)
+    cut = {"truncation": True, "max_length": _limit(pipe, tokenizer, **settings)}
+    return range(len(tokenizer("").input_ids) - 1, len(tokenizer(text, **cut).input_ids) - 1)
+
+
+def encode_masked(
+    pipe: DiffusionPipeline, text: str, columns: Sequence[Sequence[int]], **settings: Any
+) -> tuple[Tensor, Tensor | None]:
+    """A prompt encoded once for each set of columns [N, L, D], with the tokens in these columns masked; and pooled.
+
+    The mask is the tokenizer's own, or "!", the first word of CLIP's vocabulary, which has none.
+    """
+    placed, here = [], threading.get_ident()
+    for name in family(pipe).tokenizers:
+        tokenizer, encoder = getattr(pipe, name), getattr(pipe, name.replace("tokenizer", "text_encoder"))
+        mask = tokenizer.mask_token_id
+        mask = tokenizer.convert_tokens_to_ids("!") if mask is None else mask
+
+        def put(module: nn.Module, args: tuple[Any, ...], mask: int = mask) -> tuple[Any, ...]:
+            if threading.get_ident() != here:  # another pipeline may share the text encoder
+                return args
+            ids = args[0].clone()
+            for row, masked in enumerate(columns):
+                ids[row, list(masked)] = mask
+            return (ids, *args[1:])
+
+        placed.append(encoder.register_forward_pre_hook(put))
+    try:
+        return _encode(pipe, [text] * len(columns), settings)[:2]
+    finally:
+        for handle in placed:
+            handle.remove()
+
+
+def encoding_settings(call: inspect.BoundArguments) -> dict[str, Any]:
+    """The arguments of an `encode_prompt` call that change how any text is encoded."""
+    names = ("clip_skip", "lora_scale", "clean_caption", "max_sequence_length")
+    return {k: call.arguments[k] for k in names if call.arguments.get(k) is not None}
+
+
+def fits(pipe: DiffusionPipeline, text: str) -> bool:
+    """Whether a text is within the encoder's limit."""
+    tokenizers = [getattr(pipe, name) for name in family(pipe).tokenizers]
+    return all(len(t(text).input_ids) <= _limit(pipe, t) for t in tokenizers)
+
+
+def pack(pipe: DiffusionPipeline, phrases: Sequence[str], separator: str = " ") -> list[str]:
+    """Phrases joined, greedily and in order, into as few texts as fit the encoder."""
+    texts = [phrases[0]]
+    for phrase in phrases[1:]:
+        joined = f"{texts[-1]}{separator}{phrase}"
+        if fits(pipe, joined):
+            texts[-1] = joined
+        else:
+            texts.append(phrase)
+    return texts
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a denoiser gets beside latents and time, one row per text; row 0 is the unconditional one."""
+
+    text: Tensor
+    added: dict[str, Tensor]
+
+    def at(self, rows: Tensor) -> dict[str, Any]:
+        """Keyword arguments of a denoiser call for these rows."""
+        rows = rows.to(self.text.device)
+        return {
+            "encoder_hidden_states": self.text[rows],
+            "added_cond_kwargs": {name: value[rows] for name, value in self.added.items()},
+        }
+
+
+def condition(pipe: DiffusionPipeline, texts: Sequence[str]) -> Condition:
+    """Texts as the denoiser gets them in a call of the pipeline, behind the unconditional row of such a call.
+
+    Raises:
+        ValueError: run-time erasers are on; a text without tokens, or over the encoder's limit.
+    """
+    present = SITES.get(denoiser_of(pipe))
+    if present is not None and present.entries:
+        names = ", ".join(type(entry.eraser).__name__ for entry in present.entries)
+        raise ValueError(f"{names} is on, and would take part in the training: call `handle.remove()` before `fit`.")
+    for text in texts:
+        for name in family(pipe).tokenizers:
+            tokenizer = getattr(pipe, name)
+            _own_columns(tokenizer, text, _limit(pipe, tokenizer))
+    with torch.no_grad():
+        out = pipe.encode_prompt(
+            prompt=list(texts),
+            device=pipe._execution_device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=True,
+        )
+    text = torch.cat([out[1][:1], out[0]])
+    if not family(pipe).pooled:
+        return Condition(text, {})
+    pooled = torch.cat([out[3][:1], out[2]])
+    side = pipe.default_sample_size * pipe.vae_scale_factor
+    size = {"original_size": (side, side), "crops_coords_top_left": (0, 0), "target_size": (side, side)}
+    width = pipe.text_encoder_2.config.projection_dim
+    ids = pipe._get_add_time_ids(*size.values(), dtype=text.dtype, text_encoder_projection_dim=width)
+    return Condition(text, {"text_embeds": pooled, "time_ids": ids.to(text.device).repeat(len(text), 1)})

@@ -1,0 +1,95 @@
+"""The denoiser's parts and weights, by name: what is read, edited in place and hashed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
+from torch import Tensor, nn
+
+from .families import family
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+def part(pipe: DiffusionPipeline, name: str) -> nn.Module:
+    """A component of the pipeline, such as "unet", without what `torch.compile` wraps around it."""
+    module = getattr(pipe, name, None)
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"Expected a pipeline with a {name!r}, but this {type(pipe).__name__} has none.")
+    return getattr(module, "_orig_mod", module)
+
+
+def denoiser_of(pipe: DiffusionPipeline) -> nn.Module:
+    """What predicts the noise, without what `torch.compile` wraps around it."""
+    module = getattr(pipe, family(pipe).denoiser)
+    return getattr(module, "_orig_mod", module)
+
+
+def weight(root: nn.Module, path: str) -> Tensor:
+    """The tensor at a dotted path; behind a LoRA (PEFT) it is the base layer's.
+
+    Raises:
+        ValueError: no such tensor, or one that cannot be edited in place: quantised, offloaded to disk, or fused away.
+    """
+    found: Any = root
+    for name in path.split("."):
+        if isinstance(found, Attention) and name in ("to_q", "to_k", "to_v"):
+            check_unfused(found)
+        while name != "base_layer" and isinstance(getattr(found, "base_layer", None), nn.Module):
+            found = found.base_layer
+        found = getattr(found, name, None)
+    if not isinstance(found, Tensor):
+        raise ValueError(f"{type(root).__name__} has no weight {path!r}: this is another architecture.")
+    if type(found) not in (Tensor, nn.Parameter) or not found.is_floating_point() or found.element_size() < 2:
+        raise ValueError(
+            f"{path!r} is quantised ({type(found).__name__}, {found.dtype}), and a quantised weight cannot be edited: "
+            "load the model in float32, float16 or bfloat16."
+        )
+    if found.is_meta:
+        raise ValueError(f"{path!r} is not in memory: load the model without sequential or disk offload.")
+    return found
+
+
+def keys_values(pipe: DiffusionPipeline) -> dict[str, Tensor]:
+    """What reads the text: `to_k` and `to_v` [C, D] of every cross-attention layer, by canonical name."""
+    root, name = denoiser_of(pipe), family(pipe).denoiser
+    layers = [n for n, m in root.named_modules() if isinstance(m, Attention) and m.is_cross_attention]
+    if not layers:
+        raise ValueError(
+            f"This {type(pipe).__name__} has no cross-attention layers, so no keys and values of the text."
+        )
+    paths = [f"{layer}.{projection}.weight" for layer in layers for projection in ("to_k", "to_v")]
+    return {f"{name}.{path}": weight(root, path) for path in paths}
+
+
+def check_unfused(attn: Attention, denoiser: str = "unet") -> None:
+    if isinstance(attn.processor, FusedAttnProcessor2_0):  # `fused_projections` stays set after unfusing
+        raise ValueError(f"The attention projections are fused: call `pipe.{denoiser}.unfuse_qkv_projections()` first.")
+
+
+def text_hash(pipe: DiffusionPipeline, unedited: Mapping[str, Tensor]) -> str:
+    """sha256 over sorted (name, shape, dtype, bytes) of the denoiser's cross-attention keys and values.
+
+    `unedited`: the values, by canonical name, of what a delta has changed just now.
+    """
+    digest = hashlib.sha256()
+    denoiser, prefix = denoiser_of(pipe), family(pipe).denoiser
+    layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, Attention) and m.is_cross_attention}
+    for name in sorted(layers):
+        for projection in ("to_k", "to_v"):
+            present = getattr(layers[name], projection).weight
+            value = unedited.get(f"{prefix}.{name}.{projection}.weight", present).detach().cpu().contiguous()
+            digest.update(f"{name}.{projection} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def layer_names(pipe: DiffusionPipeline) -> tuple[str, ...]:
+    """Names of the denoiser's cross-attention layers, as they are registered."""
+    named = denoiser_of(pipe).named_modules()
+    return tuple(name for name, module in named if isinstance(module, Attention) and module.is_cross_attention)
