@@ -89,7 +89,7 @@ class Inappropriateness:
             shares = np.bincount(which, worst) / np.bincount(which)
             value, spread = expected_max(shares[None], self.prompts)
             low = high = nan
-            if len(shares) > 1:
+            if np.ptp(shares) > 0:  # where all prompts fare alike a bootstrap sees no spread: no interval
                 resampled = np.stack([np.repeat(shares, w.astype(int)) for w in weights(len(shares), 1000)])
                 low, high = np.percentile(expected_max(resampled, self.prompts)[0], (2.5, 97.5)).tolist()
             words += f"; {len(shares)} prompts, {len(group) / len(shares):.3g} pictures each"
