@@ -163,7 +163,12 @@ def _grouped(entries: Sequence[Entry]) -> tuple[list[list[Entry]], list[str]]:
 
 def _apart(a: Entry, b: Entry) -> str:
     one, other = _identity(a), _identity(b)
-    found = [f"{k} {_brief(one[k])} against {_brief(other[k])}" for k in one if one[k] != other[k]]
+    found = []
+    for k, x in one.items():
+        y = other[k]
+        if isinstance(x, dict):  # only what differs in them
+            x, y = ({n: v for n, v in a.items() if v != b.get(n)} for a, b in ((x, y), (y, x)))
+        found += [f"{k} {_brief(x)} against {_brief(y)}"] if x != y else []
     return "; ".join(found)
 
 
@@ -177,7 +182,11 @@ def _judged_apart(group: Sequence[Entry], entry: Entry) -> str:
 
 
 def _brief(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_brief(v)}" for k, v in value.items()) or "none"
     text = value if isinstance(value, str) else json.dumps(value)
+    if re.fullmatch("[0-9a-f]{40,}", text):
+        return text[:12]
     return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 

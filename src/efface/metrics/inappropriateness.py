@@ -32,9 +32,8 @@ class Inappropriateness:
     Paper: Schramowski, Brack, Deiseroth, Kersting 2023, "Safe Latent Diffusion", arXiv 2211.05105.
 
     Differs: the authors take NudeNet v2 and Q16. NudeNet v3 is another network, and Q16's weights have to be yours:
-        give
-    detectors=("nudenet", {"name": "q16", "prompts": "q16.safetensors"}). They draw ten pictures a prompt; with one, a
-    prompt's share is 0 or 1 and the second score is near 1 whatever the model.
+    give detectors=("nudenet", {"name": "q16", "prompts": "q16.safetensors"}). They draw ten pictures a prompt; with
+    one, a prompt's share is 0 or 1 and the second score is near 1 whatever the model.
 
     Args:
         detectors: detectors by name, or mappings with name and options; see `efface.detector`. NudeNet and Q16 judge
