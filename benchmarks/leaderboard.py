@@ -2,6 +2,7 @@
 
 python benchmarks/leaderboard.py                # all, then README.md, docs/leaderboard.* and results/leaderboard.json
 python benchmarks/leaderboard.py --limit 12     # a trial: the same, but written into --out only
+python benchmarks/leaderboard.py --methods uce,esd  # a share of the work, for one of several processes; into --out only
 
 Each method erases one concept at a time, as it comes, without tuning: erasers by their defaults, editors by what they
 fit with seed 0. The scores are those of the suite, over the rows of all concepts together. Stop it whenever you like:
@@ -73,8 +74,8 @@ def row(label: str, found: Sequence[efface.Score], each: float) -> dict[str, Any
     return {"method": label, "scores": shown, "seconds_per_picture": each}
 
 
-def measure(concepts: Sequence[str], limit: int | None, out: Path) -> dict[str, Any]:
-    """Draws what is not drawn yet, and returns the card."""
+def measure(concepts: Sequence[str], limit: int | None, out: Path, only: Sequence[str] = ()) -> dict[str, Any]:
+    """Draws what is not drawn yet, and returns the card; of the methods `only`, or of all."""
     pipe = efface.load("emoji")
     suites = {name: efface.make_suite("emoji", name, limit=limit) for name in concepts}
     metrics = next(iter(suites.values())).metrics
@@ -84,18 +85,22 @@ def measure(concepts: Sequence[str], limit: int | None, out: Path) -> dict[str, 
         print(f"\r{label}: {concept}, {what} {done}/{total}    ", end="", file=sys.stderr, flush=True)
 
     methods = registry.methods("erasers") | registry.methods("editors")
+    if strangers := set(only) - set(methods):
+        raise SystemExit(f"Unknown methods {', '.join(sorted(strangers))}: there is {', '.join(methods)}.")
+    methods = {name: room for name, room in methods.items() if name in only or not only}
     for label, room in methods.items():
-        runs = []
         try:
-            for concept, suite in suites.items():
-                eraser = erasers(label, room, pipe, efface.concept(concept), out / "deltas")
-                folder, base = out / f"{label}-{concept}", out / f"plain-{concept}"
-                runs.append(run(suite, "emoji", eraser=eraser, out=folder, base=base, progress=told))
+            made = {c: erasers(label, room, pipe, efface.concept(c), out / "deltas") for c in suites}
+            for eraser in made.values():
+                api.stack(pipe, eraser).remove()
         except (ValueError, TypeError) as error:
             refused[label] = str(error)
             continue
-        finally:
-            print(file=sys.stderr)
+        runs = []
+        for concept, suite in suites.items():
+            folder, base = out / f"{label}-{concept}", out / f"plain-{concept}"
+            runs.append(run(suite, "emoji", eraser=made[concept], out=folder, base=base, progress=told))
+        print(file=sys.stderr)
         if plain is None:
             plain = row("plain model", scores(runs, metrics, plain=True), seconds([r.base for r in runs if r.base]))
         rows.append(row(label, scores(runs, metrics), seconds(runs)))
@@ -163,11 +168,12 @@ def figure(card: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concepts", default=",".join(CONCEPTS), help="names, separated by commas")
+    parser.add_argument("--methods", default="", help="draw only these; README and docs stay as they are")
     parser.add_argument("--limit", type=int, help="rows a concept; README and docs stay as they are")
     parser.add_argument("--out", type=Path, default=Path("runs/leaderboard"), help="where the runs go")
     given = parser.parse_args()
-    card = measure(given.concepts.split(","), given.limit, given.out)
-    trial = given.limit is not None
+    card = measure(given.concepts.split(","), given.limit, given.out, [m for m in given.methods.split(",") if m])
+    trial = given.limit is not None or bool(given.methods)
     cards, docs = (given.out, given.out) if trial else (ROOT / "results", ROOT / "docs")
     (cards / "leaderboard.json").write_text(json.dumps(card, indent=1) + "\n")
     (docs / "leaderboard.svg").write_text(figure(card))

@@ -282,6 +282,12 @@ def test_the_same_fit_command_goes_on_after_an_interruption(tmp_path: Path, monk
         (["bench", "emoji", "--concept", "cat", "--option", "picture=9", "--out", "x"], "Did you mean 'pictures'?"),
         (["bench", "emoji", "--concept", "cat", "--limit", "0", "--out", "x"], "--limit"),
         (["bench", "i2p", "--concept", "nudity", "--out", "x"], "--data FOLDER"),
+        (["bench", "i2p", "--concept", "nudity", "--data", ".", "--out", "x"], "Give --model FOLDER"),
+        (["bench", "emoji", "--concept", "cat", "--judge", "asr.detector=q16", "--out", "x"], "removal, retention"),
+        (
+            ["bench", "emoji", "--concept", "cat", "--judge", "removal.detector=nudenet", "--out", "x"],
+            "Nothing is drawn yet, for it could not be scored: NudeNet cannot judge cat",
+        ),
         (["bench", "emoji", "--concept", "cat", "--delta", "no.safetensors", "--out", "x"], "no.safetensors"),
         (["score", "nowhere"], "is not a run folder"),
         (["report", "nowhere"], "is not a run folder"),
@@ -319,8 +325,10 @@ def test_a_bench_that_is_interrupted_continues_and_is_reported(tmp_path: Path) -
     assert (base / "samples.jsonl").read_bytes().startswith(kept)
     other = run(*args, "--set", "strength=0.5", cwd=tmp_path)
     assert (other.returncode, "strength: 1.0 there, 0.5 here" in " ".join(other.stderr.split())) == (2, True)
-    scored = run("score", "runs/a", "--metric", "detection", "--json", cwd=tmp_path)
-    assert {s["metric"].split("/")[0] for s in json.loads(scored.stdout)["scores"]} >= {"detection"}
+    scored = run("score", "runs/a", "--set", 'removal.by=["kind"]', "--json", cwd=tmp_path)
+    names = {s["metric"] for s in json.loads(scored.stdout)["scores"]}
+    assert {"detection", "retention", "removal.absolute/explicit"} <= names
+    assert "scored " in scored.stderr and "\r" not in scored.stderr  # no terminal: lines, no bar
     done = run("report", "runs/a", "--out", "page.html", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "page.html\n")
     assert (tmp_path / "page.html").stat().st_size > 20_000 and (tmp_path / "page.json").exists()

@@ -843,6 +843,8 @@ def test_inappropriateness_takes_either_detector() -> None:
     assert "brightness or darkness" in both["inappropriateness"].protocol
     two = by_name(Inappropriateness(detectors=(stub(0.7, 0.4),), prompts=2)(rows))
     assert two["inappropriateness"].value == pytest.approx(5 / 6)  # the worse judge
+    none = by_name(Inappropriateness(detectors=(stub(1.0),), prompts=2)(rows))["inappropriateness.max"]
+    assert none.value == 0 and math.isnan(none.low) and math.isnan(none.high)  # none of three is not a sure none
     with pytest.raises(ValueError, match="at least one detector"):
         Inappropriateness(detectors=())
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -434,3 +434,14 @@ def test_a_killed_run_of_a_real_model_sees_the_same_as_an_unbroken_one(tmp_path:
     assert len(broken) == 12 and (broken - whole).abs().max() <= 1 / 255
     eyes = load_eyes()
     assert torch.equal(eyes.icons(broken), eyes.icons(whole))
+
+
+@pytest.mark.skipif(not (FOLDER / "model.json").exists(), reason="the emoji weights are not trained yet")
+def test_a_rehearsal_finds_what_a_metric_lacks_before_anything_is_drawn() -> None:
+    suite = efface.make_suite("emoji", "alcohol", limit=40)
+    runs.rehearse(suite)
+    lacking = replace(suite, metrics=(runs.make_metric("removal", detector="nudenet"),))
+    with pytest.raises(ValueError, match="NudeNet cannot judge alcohol"):
+        runs.rehearse(lacking)
+    with pytest.raises(ValueError, match="names no metric"):
+        runs.rehearse(replace(suite, metrics=()))

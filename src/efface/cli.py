@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+import shlex
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -18,7 +23,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from torch import Tensor
 
-    from .core import Concept
+    from .core import Concept, Metric
     from .runs import Run
 
 app = typer.Typer(
@@ -31,6 +36,7 @@ app = typer.Typer(
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 SHOWN = 8  # pictures in the grid
 BATCH = 8
+EVERY = 30  # seconds between lines of progress where there is no terminal
 
 ConceptNames = Annotated[list[str] | None, typer.Option("--concept", help="A shipped concept; may be repeated.")]
 Phrases = Annotated[list[str] | None, typer.Option("--phrase", help="A text of your own to erase; may be repeated.")]
@@ -302,7 +308,11 @@ def _progress() -> Progress:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    # Speed over the last hour: batches may take minutes. Without a terminal there is no bar.
+    return Progress(
+        *columns, console=console, transient=True, speed_estimate_period=3600, disable=not console.is_terminal
+    )
 
 
 def _draw(
@@ -425,7 +435,6 @@ def fit(
     """Learn a delta that erases concepts from a model, and write it to one file."""
     with _bad_input():
         import shutil
-        from dataclasses import replace
         from inspect import signature
 
         targets = _targets(concept, phrase)
@@ -552,18 +561,26 @@ def _describe(file: Path, delta: Any) -> None:
 
 @contextmanager
 def _job(folder: Path | None = None) -> Iterator[Callable[[str, int, int], None]]:
-    """Gives what tells how far a job is; exit code 2 for what was given, 1 for what failed, 130 for Ctrl-C."""
+    """Gives what tells how far a job is; exit code 2 for what was given, 1 for what failed, 130 for Ctrl-C.
+
+    Without a terminal, as under nohup or in a batch job, a line now and then takes the place of the bar.
+    """
     kept = f" What was finished is in {folder}; run the same command, it continues." if folder else ""
     with _progress() as bar:
         task = bar.add_task("loading", total=None)
-        last = ""
+        last, said = "", -math.inf
 
         def tell(what: str, done: int, total: int) -> None:
-            nonlocal last
+            nonlocal last, said
             if what != last:
                 bar.reset(task, total=total, completed=done, description=what)
-                last = what
-            bar.update(task, completed=done)
+                last, said = what, -math.inf
+            bar.advance(task, done - bar.tasks[0].completed)
+            now = time.monotonic()
+            if not bar.console.is_terminal and (now - said >= EVERY or done == total):
+                said, left = now, bar.tasks[0].time_remaining
+                hint = f", {timedelta(seconds=round(left))} left" if left else ""
+                bar.console.print(f"{what} {done}/{total}{hint}", soft_wrap=True, highlight=False)
 
         try:
             yield tell
@@ -587,7 +604,9 @@ def bench(
     out: Annotated[Path, typer.Option(help="The run folder. An earlier run of the same command continues in it.")],
     concept: ConceptNames = None,
     phrase: Phrases = None,
-    model: ModelName = "emoji",
+    model: Annotated[
+        str | None, typer.Option(help='"emoji", which is meant if there is no --data; a folder, or a hub id.')
+    ] = None,
     method: MethodName = None,
     delta: DeltaFiles = None,
     set_: Settings = None,
@@ -598,6 +617,11 @@ def bench(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at a time; it bounds the memory.")] = BATCH,
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(help="A field of one of the suite's metrics, METRIC.NAME=VALUE; may be repeated."),
+    ] = None,
+    no_score: Annotated[bool, typer.Option("--no-score", help="Only draw; `efface score` judges it later.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Draw a suite with and without an eraser into a run folder, and score it.
@@ -606,16 +630,60 @@ def bench(
     """
     with _bad_input():
         registry.resolve(suite, "suites")
+        if model is None and data is not None:
+            raise ValueError(f"Which model is to draw {suite}? Give --model FOLDER, or a hub id.")
         targets, erasers = _erasers(concept, phrase, method, delta, set_)
         from . import runs
 
         chosen = runs.make_suite(suite, targets, data, limit, **_fields(option or []))
+        if judge:
+            chosen = replace(chosen, metrics=_judges([runs.metric_config(m) for m in chosen.metrics], judge))
+    _quiet()
     with _job(out) as tell:
+        if not no_score:
+            try:
+                runs.rehearse(chosen)
+            except (ImportError, OSError, ValueError) as error:
+                raise ValueError(
+                    f"Nothing is drawn yet, for it could not be scored: {error}\nMend that, change the metric with "
+                    "--judge METRIC.NAME=VALUE, or draw with --no-score and run `efface score` later."
+                ) from error
+        command = shlex.join(["efface", *sys.argv[1:]])
         made = runs.run(
-            chosen, model, eraser=erasers, out=out, base=base, batch=batch, progress=tell, command=runs.this_command()
+            chosen, model or "emoji", eraser=erasers, out=out, base=base, batch=batch, progress=tell, command=command
         )
-        runs.score(made, progress=tell)
-    _scored(made, as_json)
+        if not no_score:
+            runs.score(made, progress=tell)
+    if no_score:
+        typer.echo(
+            json.dumps({"out": str(out), "n": made.n}) if as_json else f"{out}: drawn; `efface score {out}` is next"
+        )
+    else:
+        _scored(made, as_json)
+
+
+def _quiet() -> None:
+    """Keeps other libraries from printing the prompts of a suite where they are longer than the text encoder takes."""
+    from diffusers.utils import logging as diffusers_log
+    from transformers.utils import logging as transformers_log
+
+    diffusers_log.set_verbosity_error()
+    transformers_log.set_verbosity_error()
+
+
+def _judges(configs: Sequence[Mapping[str, Any]], settings: list[str]) -> tuple[Metric, ...]:
+    """Metrics with some of their fields set; METRIC may be left out if there is only one."""
+    from . import runs
+
+    changed = [dict(config) for config in configs]
+    for key, value in _fields(settings).items():
+        name, _, field = key.rpartition(".")
+        meant = [config for config in changed if name in ("", config["method"])]
+        if len(meant) != 1:
+            known = ", ".join(config["method"] for config in changed)
+            raise ValueError(f"Expected METRIC.NAME=VALUE with one of the metrics {known}, but got {key!r}.")
+        meant[0][field] = value
+    return runs.make_metrics(changed)
 
 
 @app.command()
@@ -624,18 +692,18 @@ def score(
     metric: Annotated[
         list[str] | None, typer.Option(help="What to measure instead of what the suite says; may be repeated.")
     ] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="A field of the --metric, NAME=VALUE.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A field of a metric, METRIC.NAME=VALUE; may be repeated.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a finished run again, from its pictures."""
     with _bad_input():
-        fields = _fields(set_ or [])
-        if fields and len(metric or []) != 1:
-            raise ValueError("--set is for the fields of one --metric: name exactly one.")
         from . import runs
 
         found = runs.Run.open(run)
-        metrics = [runs.make_metric(name, **fields) for name in metric or []] or None
+        configs = [{"method": name} for name in metric or []] or found.record["metrics"]
+        metrics = _judges(configs, set_ or [])
     with _job() as tell:
         runs.score(found, metrics, progress=tell)
     _scored(found, as_json)
@@ -670,16 +738,16 @@ def _scored(run: Run, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    scores, base = run.scores()
-    plain, table = {s.metric: s for s in base}, Table()
-    for heading in ("", "plain", "95 %", "erased", "95 %", "n"):
-        table.add_column(heading, justify="right" if heading else "left")
     from .report import number, span
 
+    scores, base = run.scores()
+    plain, table = {s.metric: s for s in base}, Table(box=None, caption="95 % intervals", caption_justify="left")
+    for heading in ("", "plain", "erased", "n"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
     for s in scores:
         if "/" not in s.metric:
-            was = plain.get(s.metric)
-            table.add_row(_plain(s.metric), number(was), _plain(span(was)), number(s), _plain(span(s)), str(s.n))
+            cells = [f"{number(each)} {span(each)}" for each in (plain.get(s.metric), s)]
+            table.add_row(*map(_plain, (s.metric, *cells)), str(s.n))
     console = Console()
     console.print(table)
     console.print(f"{run.folder}; `efface report {run.folder}` shows more", soft_wrap=True, highlight=False)

@@ -376,7 +376,8 @@ class Sample:
                 pixels = numpy.array(picture.convert("RGB"))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(
-                f"{self.path}, the picture of row {self.row.id!r}, cannot be decoded ({error}): draw it again."
+                f"{self.path}, the picture of row {self.row.id!r}, cannot be decoded ({error}): "
+                "delete it, and the command that made the run draws it again."
             ) from error
         return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 

@@ -7,6 +7,7 @@ import html
 import io
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -33,6 +34,8 @@ ROLES: tuple[tuple[str, tuple[str, ...]], ...] = (
 """What a summary must show, and the scores that can show it, best first."""
 FLAGS = ("detection", "removal.absolute", "inappropriateness", "asr")
 """Scores whose values per picture say that the concept is in it."""
+COLORS = ("#d95f02", "#1f78b4", "#1b9e77", "#c2478f", "#b8860b", "#7570b3", "#66a61e")
+MARKERS = "oDs^vPX*"
 PICTURES, SIDE = 200, 160  # thumbnails in a group, and pixels of their longer side: together about 2 MB
 
 
@@ -94,7 +97,12 @@ def write_report(
             "with `mixed=True` (--mixed)."
         )
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"number": number, "span": span, "json": partial(json.dumps, indent=1)}
+    environment.filters |= {
+        "number": number,
+        "span": span,
+        "breakable": _breakable,
+        "json": partial(json.dumps, indent=1),
+    }
     template = environment.from_string((resources.files("efface") / "report.html.j2").read_text("utf-8"))
     made = datetime.now(UTC).isoformat(timespec="seconds")
     views = [_view(k, group, pairs) for k, group in enumerate(groups)]
@@ -155,7 +163,12 @@ def _grouped(entries: Sequence[Entry]) -> tuple[list[list[Entry]], list[str]]:
 
 def _apart(a: Entry, b: Entry) -> str:
     one, other = _identity(a), _identity(b)
-    found = [f"{k} {_brief(one[k])} against {_brief(other[k])}" for k in one if one[k] != other[k]]
+    found = []
+    for k, x in one.items():
+        y = other[k]
+        if isinstance(x, dict):  # only what differs in them
+            x, y = ({n: v for n, v in a.items() if v != b.get(n)} for a, b in ((x, y), (y, x)))
+        found += [f"{k} {_brief(x)} against {_brief(y)}"] if x != y else []
     return "; ".join(found)
 
 
@@ -169,7 +182,11 @@ def _judged_apart(group: Sequence[Entry], entry: Entry) -> str:
 
 
 def _brief(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_brief(v)}" for k, v in value.items()) or "none"
     text = value if isinstance(value, str) else json.dumps(value)
+    if re.fullmatch("[0-9a-f]{40,}", text):
+        return text[:12]
     return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
@@ -187,6 +204,7 @@ def _view(k: int, group: Sequence[Entry], pairs: int) -> dict[str, Any]:
         "first": first.card,
         "erased": _erased(group),
         "columns": [(title, name, plain.get(name or "")) for title, name in heads.items()],
+        "protocols": _protocols([plain[name] for name in heads.values() if name]),
         "plain": plain,
         "seconds": _mean([e.card["cost"]["plain_seconds_per_picture"] for e in group]),
         "plot": _pareto(k, group, heads["Removal"], heads["Retention"], plain),
@@ -196,6 +214,21 @@ def _view(k: int, group: Sequence[Entry], pairs: int) -> dict[str, Any]:
         "total": first.run.n,
         "warnings": _warnings(group),
     }
+
+
+def _protocols(scores: Sequence[Score]) -> list[str]:
+    """Which scores were judged how; those judged alike together."""
+    found: dict[str, list[str]] = {}
+    for s in scores:
+        found.setdefault(s.protocol, []).append(s.metric)
+    return [f"{', '.join(names)}: {protocol}" for protocol, names in found.items()]
+
+
+def _breakable(text: str) -> Any:
+    """A name that may be broken after its underscores, slashes and dots."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"([_/.])(?=\w)", r"\1<wbr>", str(escape(text))))
 
 
 def _erased(group: Sequence[Entry]) -> str:
@@ -320,7 +353,9 @@ def _thumbnail(sample: Sample) -> tuple[str, bool]:
         with Image.open(sample.path) as picture:
             image = picture.convert("RGB")
     except OSError as error:
-        raise ValueError(f"{sample.path} cannot be read ({error}): run the command that made it again.") from error
+        raise ValueError(
+            f"{sample.path} cannot be read ({error}): delete it, and the command that made the run draws it again."
+        ) from error
     small, file = max(image.size) < SIDE, io.BytesIO()
     if small:
         image.save(file, format="PNG", optimize=True)
@@ -375,36 +410,34 @@ def pareto(points: Sequence[tuple[str, Score, Score]], removal: str, retention: 
         "ytick.color": ink,
     }
     with mpl.rc_context(settings):
-        figure = Figure(figsize=(5.2, 4.2), layout="constrained")
+        columns = 3 if max(len(p[0]) for p in points) < 20 else 2
+        lines = -(-len(points) // columns)
+        figure = Figure(figsize=(5.2, 4.0 + 0.22 * lines), layout="constrained")
         axes = figure.subplots()
         axes.grid(color=ink, alpha=0.12, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         best = sorted((p for p in points if not any(_beats(q, p) for q in points)), key=lambda p: p[1].value)
         axes.plot([100 * p[1].value for p in best], [100 * p[2].value for p in best], ":", color=ink, linewidth=1)
+        keys: list[Any] = []
         for n, (_, x, y) in enumerate(points):
-            color = "#8a94a3" if n == 0 else "#1f78b4"
-            axes.errorbar(
+            color, marker = ("#8a94a3", "o") if n == 0 else (COLORS[n % len(COLORS)], MARKERS[n % len(MARKERS)])
+            drawn = axes.errorbar(
                 100 * x.value,
                 100 * y.value,
                 xerr=_arms(x),
                 yerr=_arms(y),
                 color=color,
-                fmt="o",
-                markersize=6,
+                fmt=marker,
+                markersize=7,
                 linewidth=1,
                 capsize=2,
                 markerfacecolor="none" if n == 0 else color,
             )
-        taken: list[tuple[float, float]] = []
-        for label, x, y in sorted(points, key=lambda p: -p[2].value):
-            left = x.value > 0.6
-            height = 100 * y.value + 1.5
-            while any(abs(height - h) < 5 and abs(100 * x.value - w) < 45 for w, h in taken):
-                height -= 5
-            taken.append((100 * x.value, height))
-            text = label if len(label) <= 28 else f"{label[:27]}…"
-            side = "right" if left else "left"
-            axes.text(100 * x.value + (-2 if left else 2), height, text, ha=side, va="bottom", fontsize=9)
+            keys.append(drawn.lines[0])
+            for line in (*drawn.lines[1], *drawn.lines[2]):
+                line.set_alpha(0.55)
+        place: Any = {"loc": "outside lower center", "ncols": columns, "frameon": False, "fontsize": 9}
+        figure.legend(keys, [p[0] if len(p[0]) <= 28 else f"{p[0][:27]}…" for p in points], **place)
         axes.set(xlim=(-4, 104), ylim=(-4, 108), xlabel=f"removed, % ({removal})", ylabel=f"kept, % ({retention})")
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

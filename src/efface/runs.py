@@ -228,7 +228,7 @@ def run(
         "batch": batch,
         "model": _model(pipe, name),
         "erasers": [],
-        "metrics": [_metric_config(m) for m in suite.metrics],
+        "metrics": [metric_config(m) for m in suite.metrics],
         "base": None,
     }
     session = {"started": _now(), "command": command or this_command(), "versions": _versions(), "machine": _machine()}
@@ -278,9 +278,9 @@ def score(
         FileNotFoundError: ... is not a run folder: it has no run.json. `efface bench` makes one.
     """
     run = run if isinstance(run, Run) else Run.open(run)
-    chosen = tuple(metrics) if metrics is not None else run.metrics or _metrics(run.record["metrics"])
+    chosen = tuple(metrics) if metrics is not None else run.metrics or make_metrics(run.record["metrics"])
     if not chosen:
-        raise ValueError(f"Nothing to measure: the suite of {run.folder} names no metrics. Give `metrics=`.")
+        raise ValueError(f"Nothing to measure: the suite of {run.folder} names no metrics. Give `metrics=` (--metric).")
     plain, samples = run.base, run.samples()
     base = plain.samples() if plain else samples
     for name, drawn, n in ((run.folder, samples, run.n), (plain.folder if plain else run.folder, base, run.n)):
@@ -296,7 +296,7 @@ def score(
         measured[1] += metric(base, base) if plain else measured[0][len(measured[1]) :]
     (progress or _silent)("scored", len(chosen), len(chosen))
     scores, base_scores = measured
-    configs = [_metric_config(m) for m in chosen]
+    configs = [metric_config(m) for m in chosen]
     _write(
         run.folder / SCORES,
         {
@@ -309,6 +309,23 @@ def score(
     )
     _write(run.folder / CARD, _card(run, plain, scores, base_scores, time.perf_counter() - began))
     return scores
+
+
+def rehearse(suite: Suite) -> None:
+    """Scores grey pictures of a few rows of each kind, and throws the scores away.
+
+    What a metric lacks (a package, weights, a detector that knows the concept) is found before anything is drawn.
+    """
+    import torch
+
+    if not suite.metrics:
+        raise ValueError(f"the suite {suite.name!r} names no metric for these rows")
+    few = list({(row.kind, row.category): row for row in reversed(suite.rows)}.values())
+    halves = {f"{row.id}-clean" for row in few}
+    few += [row for row in suite.rows if row.id in halves and row not in few]
+    grey = [Sample(row, pixels=torch.full((3, 64, 64), 0.5)) for row in few]
+    for metric in suite.metrics:
+        metric(grey, grey)
 
 
 def _card(run: Run, plain: Run | None, scores: list[Score], base: list[Score], seconds: float) -> dict[str, Any]:
@@ -458,14 +475,14 @@ def _score(fields: dict[str, Any]) -> Score:
     return Score(**fields)
 
 
-def _metric_config(metric: Metric) -> dict[str, Any]:
+def metric_config(metric: Metric) -> dict[str, Any]:
     """A metric's name and fields; what is no JSON, such as a detector of the user's own, by its representation."""
     fields: dict[str, Any] = dataclasses.asdict(metric) if dataclasses.is_dataclass(metric) else {}
     name = type(metric).__module__.rsplit(".", 1)[-1]
     return {"method": name, **json.loads(json.dumps(fields, default=repr))}
 
 
-def _metrics(configs: Sequence[Mapping[str, Any]]) -> tuple[Metric, ...]:
+def make_metrics(configs: Sequence[Mapping[str, Any]]) -> tuple[Metric, ...]:
     """The metrics that a record names."""
     return tuple(make_metric(entry["method"], **{k: v for k, v in entry.items() if k != "method"}) for entry in configs)
 

@@ -23,4 +23,4 @@ def floor(name: str, images: Tensor, texts: Tensor, prompts: Sequence[str], prot
         return Score(name, nan, len(prompts), nan, nan, "cosine", None, f"{protocol}; there is one prompt only")
     values = torch.stack([(each @ texts.T)[wrong].double().mean() for each in images])
     value = float(values.max())
-    return Score(name, value, len(prompts), value, value, "cosine", None, f"{protocol}; all wrong pairs, no sampling")
+    return Score(name, value, len(prompts), nan, nan, "cosine", None, f"{protocol}; all wrong pairs, no sampling")

@@ -33,7 +33,7 @@ class ASR:
     Paper: Zhang et al. 2023, "To Generate or Not?" (UnlearnDiffAtk), arXiv 2310.11868.
 
     Differs: success is told by whichever detector is named, on pictures drawn for the purpose, never by the attack
-        itself.
+    itself.
 
     Args:
         detector: a detector's name, or a mapping with name and options; see `efface.detector`.

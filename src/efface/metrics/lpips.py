@@ -26,11 +26,10 @@ class LPIPS:
     For rows that name the concept, far is what one wants; for others, near.
 
     Paper: Zhang, Isola, Efros, Shechtman, Wang 2018, "The Unreasonable Effectiveness of Deep Features", arXiv
-        1801.03924.
+    1801.03924.
 
     Differs: through torchmetrics. It was not run here, where the backbone's weights cannot be had: tested with a stub.
-        ESD
-    and RECE shrink pictures to 64 pixels first; `size` says which was done.
+    ESD and RECE shrink pictures to 64 pixels first; `size` says which was done.
 
     Args:
         net: "alex", "vgg" or "squeeze".

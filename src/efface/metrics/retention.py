@@ -25,8 +25,7 @@ class Retention:
         retention.relative = kept(G') / kept(G)
 
     The plain model misses some of these things too: the relative rate says what the erasure did, and may exceed 1. It
-        needs
-    `base` and is left out without it; NaN where the plain model shows nothing to keep.
+    needs `base` and is left out without it; NaN where the plain model shows nothing to keep.
 
     Args:
         detector: a detector's name, or a mapping with name and options; see `efface.detector`.

@@ -31,8 +31,7 @@ class Coco:
     """COCO captions with their seeds, in two subsets that share few rows; the data hash says which was used.
 
     Differs: the screened copies hold 9,991 of 10,000 and 2,990 of 3,000 rows. The "10k" of other repositories is
-        another
-    choice of captions.
+    another choice of captions.
 
     Args:
         subset: "10k" (AdvUnlearn) or "3k" (RECE).

@@ -39,8 +39,8 @@ class P4D:
     Paper: Chin, Jiang, Huang, Chen, Chiu 2023, "Prompting4Debugging", arXiv 2309.06135.
 
     Differs: ids alone are in the data, the text comes from I2P, so both folders are needed; the screened copy holds
-        3,473 of
-    3,742 ids. The optimised prompts are not here: found against one model, they are a transfer attack on any other.
+    3,473 of 3,742 ids. The optimised prompts are not here: found against one model, they are a transfer attack on any
+    other.
 
     Args:
         set: "nudity" or "all" (unsafe prompts of I2P), "car" or "french horn".

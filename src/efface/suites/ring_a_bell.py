@@ -35,9 +35,8 @@ class RingABell:
     Paper: Tsai, Hsu, Xie, Lin, Chen, Li, Chen, Yu, Huang 2023, "Ring-A-Bell!", arXiv 2310.10012.
 
     Differs: the screened copies hold 242 to 248 of 250 prompts. The nudity sets are not in any copy; the author gives
-        them
-    out on request, and a file of yours (same columns) is screened when it is read. These are not the "79 Ring-A-Bell
-    prompts" of other papers, which are plain sentences.
+    them out on request, and a file of yours (same columns) is screened when it is read. These are not the "79
+    Ring-A-Bell prompts" of other papers, which are plain sentences.
 
     Args:
         set: which file, named by concept, strength eta and length k.

@@ -65,10 +65,10 @@ class SixCD:
     Paper: Ren, Chen, Cui, Zeng, Liu, Xing, Tang, Lyu 2024, "Six-CD", arXiv 2406.14855; data of January 2026.
 
     Differs: the screened copy holds 398 of 1,539 nudity prompts, 966 of 991 harm prompts and 85 of 100 nudity pairs: do
-        not
-    compare with published figures. Pictures per prompt, steps and sampler of the paper are not known to us. The names
-    of specific concepts come without seeds; here they start at 1,000,000. The prompts are said to be those that Stable
-    Diffusion 1.4 draws the concept from in at least 4 of 5 pictures; on another model see `efface.effectiveness`.
+    not compare with published figures. Pictures per prompt, steps and sampler of the paper are not known to us. The
+    names of specific concepts come without seeds; here they start at 1,000,000. The prompts are said to be those that
+    Stable Diffusion 1.4 draws the concept from in at least 4 of 5 pictures; on another model see
+    `efface.effectiveness`.
 
     Args:
         categories: of harm, nudity, celebrity, character, object, artstyle; () = those that the erased concepts name,

@@ -48,8 +48,7 @@ class UnlearnDiffAtk:
     Paper: Zhang, Jia, Chen, Chen, Zhang, Liu, Ding, Liu 2023, "To Generate or Not?", arXiv 2310.11868.
 
     Differs: the screened copy holds 118 of 142, 737 of 756 and 717 of 727 unsafe prompts. The authors' generator looks
-        for
-    a column of another name and so uses guidance 7.5 for every row; here the row's guidance is used unless told
+    for a column of another name and so uses guidance 7.5 for every row; here the row's guidance is used unless told
     otherwise.
 
     Args:
