@@ -1,7 +1,6 @@
 """The `efface` command, run as a user runs it."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -153,16 +152,32 @@ def test_without_out_folders_are_numbered(tmp_path: Path) -> None:
         assert (tmp_path / f"efface-out/{k:03d}/record.json").exists()
 
 
+def interrupted(*args: object, once: str, cwd: Path) -> str:
+    """What a command says that gets Ctrl-C as soon as there is a file `once` (a pattern) in its folder."""
+    # A shell's background jobs ignore the signal, and so would the command.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            [EFFACE, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
+        deadline = time.time() + 120
+        while time.time() < deadline and not list(cwd.glob(once)):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    return errors
+
+
 @needs_weights
 def test_ctrl_c_keeps_what_was_finished(tmp_path: Path) -> None:
-    args = [EFFACE, "erase", "a cat", "--concept", "cat", "--images", "800", "--steps", "2", "--out", tmp_path / "out"]
-    process = subprocess.Popen([*map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 120
-    while time.time() < deadline and not list((tmp_path / "out").glob("record.json")):
-        time.sleep(0.1)
-    os.kill(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130
+    args = ["erase", "a cat", "--concept", "cat", "--images", "800", "--steps", "2", "--out", tmp_path / "out"]
+    errors = interrupted(*args, once="out/record.json", cwd=tmp_path)
     assert "Interrupted after" in " ".join(errors.split())
     assert "Traceback" not in errors
     record = json.loads((tmp_path / "out/record.json").read_text())
@@ -305,13 +320,8 @@ def test_bad_input_to_a_bench_is_explained(args: list[str], expected: str, tmp_p
 @needs_weights
 def test_a_bench_that_is_interrupted_continues_and_is_reported(tmp_path: Path) -> None:
     args = ["bench", "emoji", "--concept", "alcohol", "--limit", "12", "--batch", "2", "--out", "runs/a"]
-    process = subprocess.Popen([EFFACE, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-    deadline = time.time() + 120
-    while time.time() < deadline and not list((tmp_path / "runs").glob("base-*/samples.jsonl")):
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130 and "Traceback" not in errors
+    errors = interrupted(*args, once="runs/base-*/samples.jsonl", cwd=tmp_path)
+    assert "Traceback" not in errors
     assert "run the same command, it continues" in " ".join(errors.split())
     (base,) = (tmp_path / "runs").glob("base-*")
     kept = (base / "samples.jsonl").read_bytes()
