@@ -2,6 +2,7 @@
 
     python benchmarks/eiup_outcome.py sweep      # tuning seeds: left versus kept over strengths, picks the default
     python benchmarks/eiup_outcome.py measure    # test seeds: plain, EIUP, negative prompt; writes results/
+    python benchmarks/eiup_outcome.py bystanders # test seeds: every other icon on its own; writes results/
 
 Cells: explicit, theme (implicit, trained), paraphrase (implicit, never seen), pair. `left`: the concept is still seen;
 `kept`: the named other icon (pair), any icon of the theme outside the concept (implicit), the drawn icon (style) is
@@ -33,7 +34,7 @@ from efface.pictures import grid, to_pil
 ROOT = Path(__file__).parents[1]
 CONCEPTS = ("alcohol", "weapon", "cat", "neon sign")
 CELLS = [(c, cell) for c in CONCEPTS for cell in emoji.CELLS if emoji.prompts(c, cell)]
-TUNING, TEST = 1_000, 1_000_000
+TUNING, TEST, BYSTANDERS = 1_000, 1_000_000, 1_900_000
 COUNTS = 0.30
 
 
@@ -209,9 +210,36 @@ def measure(bench: Bench, variants: dict[str, Any], out: Path, about: dict[str, 
     out.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
 
 
+def bystanders(bench: Bench, strengths: list[float], out: Path) -> None:
+    """Icons outside a concept, each drawn once by its caption: is it still recognisable when the concept is erased?"""
+    captions, icons = emoji.vocabulary()["captions"], bench.icon_names()
+    table, rows = Table("concept", "strength", "kept", "most often lost"), []
+    for concept in CONCEPTS:
+        others = [icon for icon in captions if icon not in emoji.truth(concept)]
+        for strength in [0.0, *strengths]:
+            path = bench.work / f"{concept.replace(' ', '-')}-{strength:g}.json"
+            eraser = efface.EIUP(concept, strength=strength)
+            setting = {"model": bench.hash, "eraser": config(eraser)}
+            if not path.exists() or json.loads(path.read_text())["setting"] != setting:
+                with eraser.apply(bench.pipe):
+                    seeds = range(BYSTANDERS, BYSTANDERS + len(others))
+                    seen = bench.eyes.icons(bench.eyes.see(draw(bench.pipe, [captions[i] for i in others], seeds)))
+                right = [[bool(eye[k, icons.index(icon)]) for k, icon in enumerate(others)] for eye in seen]
+                path.write_text(json.dumps({"setting": setting, "right": right}))
+            right = json.loads(path.read_text())["right"]
+            value, k, n = rate(right, "least")
+            lost = [icon for icon, *seen_by in zip(others, *right, strict=True) if not any(seen_by)]
+            rows.append({"concept": concept, "strength": strength, "kept": value, "n": n, "interval": wilson(k, n)})
+            rows[-1]["lost"] = lost
+            table.add_row(concept, f"{strength:g}", f"{value:.1%} of {n}", ", ".join(lost[:6]))
+    Console(width=140).print(table)
+    card = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "model": bench.hash, "rows": rows}
+    out.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["sweep", "measure"])
+    parser.add_argument("what", choices=["sweep", "measure", "bystanders"])
     parser.add_argument("--n", type=int, help="pictures per cell (sweep 32, measure 128)")
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0, 3.0])
     parser.add_argument("--strength", type=float, default=efface.EIUP("cat").strength)
@@ -220,6 +248,8 @@ def main() -> None:
     if args.what == "sweep":
         bench = Bench(args.work / "sweep", TUNING, args.n or 32)
         sweep(bench, args.strengths, ROOT / "results/eiup_sweep")
+    elif args.what == "bystanders":
+        bystanders(Bench(args.work / "bystanders", BYSTANDERS, 1), [1.0, 1.5], ROOT / "results/eiup_bystanders")
     else:
         bench = Bench(args.work / "measure", TEST, args.n or 128)
         about = {"command": f"python benchmarks/eiup_outcome.py measure --n {bench.n}", "strength": args.strength}

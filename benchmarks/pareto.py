@@ -55,7 +55,6 @@ class Point:
     implicit: tuple[float, int, int]
     kept: tuple[float, int, int]
     any: tuple[float, int, int]
-    seconds: float  # per picture
 
     def record(self) -> dict[str, Any]:
         rates = {
@@ -63,7 +62,7 @@ class Point:
             for name in ("left", "implicit", "kept", "any")
             for value, k, n in [getattr(self, name)]
         }
-        return {"method": self.method, "setting": self.setting, **rates, "seconds_per_picture": self.seconds}
+        return {"method": self.method, "setting": self.setting, **rates}
 
 
 def point(bench: Bench, cells: list[tuple[str, str]], method: str, setting: str) -> Point:
@@ -82,7 +81,6 @@ def point(bench: Bench, cells: list[tuple[str, str]], method: str, setting: str)
         rate(pool(implicit, "left"), most),
         rate(pool([m for m in every if m["kept"]], "kept"), "least"),
         rate(pool(every, "any"), "least"),
-        sum(m["seconds"] for m in every) / (bench.n * len(every)),
     )
 
 
@@ -129,7 +127,7 @@ def plot(curves: dict[str, list[Point]], plain: Point, chosen: list[Point], path
         axes.set(xlabel="concept left, %", ylabel="others kept, %")
     near.set(xlim=(-1, 25), ylim=(60, 100), title="the same, near the corner")
     all_axes.set(title="lines: tuning seeds; stars: chosen, test seeds", xlim=(-3, 103))
-    all_axes.legend(fontsize=8, loc="lower left")
+    near.legend(fontsize=8, loc="upper right")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -143,17 +141,19 @@ def markdown(card: dict[str, Any], rows: list[Point]) -> str:
     lines = [
         f"Test seeds, n = {card['n']} pictures a cell, {len(card['test_cells'])} cells, each method at the point that "
         f"{card['n_tuning']} tuning seeds a cell chose for it.",
-        f"Measured {card['date'][:10]} by `{card['command']}`, card in `results/pareto.json`, curves in "
-        "`results/pareto.png`.",
+        f"Measured {card['date'][:10]} by `{card['command']}` ({card['seconds']['drawing'] / 60:.0f} core-minutes of "
+        "drawing, beside other work), card in `results/pareto.json`.",
         "",
-        "| method | setting | left | left, implicit prompts | kept | any icon recognisable | time of a picture |",
-        "|---|---|---|---|---|---|---|",
+        "![Left against kept, over strengths](results/pareto.png)",
+        "",
+        "| method | setting | left | left, implicit prompts | kept | any icon recognisable |",
+        "|---|---|---|---|---|---|",
     ]
     plain = rows[0]
     for p in rows:
         rates = " | ".join(map(percent, (p.left, p.implicit, p.kept, p.any)))
         name, setting = ("plain model", "") if p is plain else (f"`{p.method}`", p.setting)
-        lines.append(f"| {name} | {setting} | {rates} | {p.seconds / plain.seconds:.2f} x |")
+        lines.append(f"| {name} | {setting} | {rates} |")
     return "\n".join(lines)
 
 
