@@ -103,7 +103,15 @@ def speed() -> str:
         f"`{name}`: {m['rounds']} rounds, {m['threads']} threads, {m['date'][:10]}" for name, m in models.items()
     )
     return "\n".join(
-        [f"Median (range) of the ratios in one run. {facts}. Card in `results/eiup_overhead.json`.", "", *lines]
+        [
+            f"Median (range) of the ratios in one run of `python benchmarks/eiup_overhead.py --model NAME`. {facts}.",
+            "Card in `results/eiup_overhead.json`. `sd15` has the sizes of Stable Diffusion 1.5 and random weights.",
+            'The concept is "alcohol" with seven phrases, each taken out on its own by `projected`; `sld` and',
+            "`negative, own strength` predict them in one text on `emoji` (a row more), in two on `sd15`, whose random",
+            "tokenizer splits words into letters (two rows more).",
+            "",
+            *lines,
+        ]
     )
 
 
