@@ -55,6 +55,18 @@ def test_what_is_left_is_still_a_picture_of_the_theme(erased: Tensor, eyes: Eyes
     assert erased.std((1, 2, 3)).min() > 0.05  # no blank picture
 
 
+def test_the_shipped_adapter_erases(pipe, eyes: Eyes) -> None:
+    """What it was fitted on (cat), and what not (dog)."""
+    prompts, rows = ["a cat", "a dog"] * 6, [["cat"], ["dog"]] * 6
+    seeds = range(1_000_800, 1_000_812)
+    plain = eyes.see(draw(pipe, prompts, seeds))
+    with efface.GIE(rows=rows, adapter="emoji").apply(pipe):
+        seen = eyes.see(draw(pipe, prompts, seeds))
+    for row, concept in enumerate(("cat", "dog")):
+        assert share(eyes.concept(plain, concept)[:, row::2], "least") >= 0.8
+        assert share(eyes.concept(seen, concept)[:, row::2], "most") <= 0.35
+
+
 def test_a_picture_is_nearer_to_its_own_prompt(pipe) -> None:
     prompts = ["a cat", "a rocket", "a pizza", "a violin", "a beer mug", "a horse", "a snowman", "a clown"]
     judge = load_aligned()

@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 VERSION = "1"
+SHIPPED = {"emoji": Path(__file__).parents[1] / "models/emoji/weights/gie.safetensors"}
+"""Adapters that come with Efface, by the name of their model."""
 
 
 def network(layers: int) -> nn.Sequential:
@@ -81,15 +83,17 @@ class Adapter:
 
     @staticmethod
     def load(path: str | Path) -> Adapter:
-        """The adapter in a file.
+        """The adapter in a file, or the shipped one of that name.
 
         Raises:
             FileNotFoundError: no such file.
             ValueError: not an adapter, or a damaged one.
         """
-        path = Path(path)
+        path = SHIPPED.get(str(path), Path(path))
         if not path.is_file():
-            raise FileNotFoundError(f"There is no adapter {path}: make one with GIE.fit.")
+            raise FileNotFoundError(
+                f"There is no adapter {path}: make one with GIE.fit, or name a shipped one (emoji)."
+            )
         return _read(str(path), path.stat().st_mtime_ns)
 
 
