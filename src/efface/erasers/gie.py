@@ -65,8 +65,8 @@ class GIE(Hooked):
             to below `int(end (N + 1))`.
         values: "paper" or "official"; official needs a causal text encoder, and prompt and concept in one text.
         trajectories: 1, or 2 for the code's form, which needs a pipeline's call and is not compiled.
-        adapter: a file written by `GIE.fit`, for this model; "emoji" is the one that comes with the embedded model; None
-            for a fixed weight.
+        adapter: a file written by `GIE.fit`, for this model; "emoji" is the one that comes with that model; None for a
+            fixed weight.
         rows: one list of concepts per prompt of the batch, instead of `concepts` for all.
 
     Shapes: queries and outputs [B, Q, C] on conditional rows, text [1, L, D], features [B, tokens, layers], weights
