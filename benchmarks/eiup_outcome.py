@@ -213,7 +213,7 @@ def measure(bench: Bench, variants: dict[str, Any], out: Path, about: dict[str, 
 def bystanders(bench: Bench, strengths: list[float], out: Path) -> None:
     """Icons outside a concept, each drawn once by its caption: is it still recognisable when the concept is erased?"""
     captions, icons = emoji.vocabulary()["captions"], bench.icon_names()
-    table, rows = Table("concept", "strength", "kept", "most often lost"), []
+    table, rows = Table("concept", "strength", "kept", "lost, both eyes agree"), []
     for concept in CONCEPTS:
         others = [icon for icon in captions if icon not in emoji.truth(concept)]
         for strength in [0.0, *strengths]:

@@ -106,7 +106,7 @@ def dominated(a: Point, points: list[Point]) -> list[str]:
     )
 
 
-def plot(curves: dict[str, list[Point]], plain: Point, chosen: list[Point], path: Path) -> None:
+def plot(curves: dict[str, list[Point]], plain: tuple[Point, Point], chosen: list[Point], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -123,7 +123,9 @@ def plot(curves: dict[str, list[Point]], plain: Point, chosen: list[Point], path
                 axes.plot(100 * p.left[0], 100 * p.kept[0], "*", markersize=13, color=line.get_color())
             for p in (p for p in curves[name] if p.setting == "plain"):
                 axes.plot(100 * p.left[0], 100 * p.kept[0], "x", color=line.get_color())
-        axes.axhline(100 * plain.kept[0], color="grey", linestyle=":", label="kept by the plain model")
+        for each, style, seeds in zip(plain, (":", "--"), ("tuning", "test"), strict=True):
+            label = f"kept by the plain model, {seeds} seeds"
+            axes.axhline(100 * each.kept[0], color="grey", linestyle=style, linewidth=1, label=label)
         axes.set(xlabel="concept left, %", ylabel="others kept, %")
     near.set(xlim=(-1, 25), ylim=(60, 100), title="the same, near the corner")
     all_axes.set(title="lines: tuning seeds; stars: chosen, test seeds", xlim=(-3, 103))
@@ -196,7 +198,7 @@ def main() -> None:
         "seconds": {"this run": time.time() - start, "drawing": sum(d["seconds"] for d in drawn)},
     }
     (ROOT / "results/pareto.json").write_text(json.dumps(card, indent=1) + "\n")
-    plot(curves, plain, finals, ROOT / "results/pareto.png")
+    plot(curves, (plain, rows[0]), finals, ROOT / "results/pareto.png")
     fill_docs.fill(ROOT / "README.md", "pareto", markdown(card, rows))
     console.print(markdown(card, rows))
 
