@@ -1,9 +1,12 @@
-"""Do closed-form editors erase on the `emoji` model, and what else survives? Cells and judges of eiup_outcome.py.
+"""Do the weight editors erase on the `emoji` model, and what else survives? Cells and judges of eiup_outcome.py.
 
-    python benchmarks/editors_outcome.py tokens     # tuning seeds: left versus kept over `tokens` and `lam`
-    python benchmarks/editors_outcome.py measure    # test seeds: plain, UCE, RECE, EIUP; writes results/
+    python benchmarks/editors_outcome.py tune       # tuning seeds: left versus kept of UCE and RECE over their settings
+    python benchmarks/editors_outcome.py measure    # test seeds: plain, UCE, RECE, ESD, SDD, CCRT; writes results/
 
-A delta is fitted once for each concept and variant, on the shipped concept or the word itself, with the empty anchor.
+A delta is fitted once for each concept and variant, on the shipped concept or the word itself, with the empty anchor,
+and kept in `--work`, with the checkpoints of unfinished fits: the same command goes on where it was interrupted.
+`measure --methods esd,sdd` draws these only and writes no card, so that several processes can share the work; the
+command without it then makes the card.
 """
 
 from __future__ import annotations
@@ -11,66 +14,125 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-from collections.abc import Callable
+import time
 from datetime import UTC, datetime
-from itertools import product
 from pathlib import Path
 from typing import Any
 
-from eiup_outcome import ROOT, TEST, TUNING, Bench, counted, measure, pool, rate
+import torch
+from eiup_outcome import CONCEPTS, ROOT, TEST, TUNING, Bench, counted, measure, pool, rate
 from rich.console import Console
 from rich.table import Table
 
 import efface
 from efface.core import config
 
-VARIANTS: dict[str, Any] = {"uce": efface.UCE(), "rece": efface.RECE(rounds=1)}
+VARIANTS: dict[str, Any] = {
+    "uce": efface.UCE(),
+    "rece": efface.RECE(),
+    "esd": efface.ESD(),
+    "sdd": efface.SDD(),
+    "ccrt": efface.CCRT(),
+}
+GRID: list[Any] = [
+    *(efface.UCE(tokens=tokens, lam=lam) for tokens, lam in (("last", 0.5), ("tail", 0.5), ("all", 0.5))),
+    *(efface.UCE(lam=lam) for lam in (5.0, 50.0)),
+    *(efface.RECE(rounds=1, mu=mu, lam=lam) for mu, lam in ((1.0, 0.1), (1.0, 100.0), (10.0, 0.1), (10.0, 10.0))),
+    *(efface.RECE(rounds=1, mu=mu, lam=lam) for mu, lam in ((10.0, 100.0), (100.0, 1.0), (100.0, 10.0))),
+    efface.RECE(rounds=1, mu=10.0, lam=10.0, preserve_scale=10.0),
+]
 
 
-def fitting(bench: Bench, editor: Any) -> Callable[[str], efface.Delta]:
-    """From a concept's name to the editor's delta, fitted once."""
-    return functools.cache(lambda name: editor.fit(bench.pipe, efface.concepts().get(name, efface.Concept(name))))
+def named(concept: str) -> efface.Concept:
+    """The shipped concept of that name, or the word itself."""
+    return efface.concepts().get(concept, efface.Concept(concept))
 
 
-def tokens(bench: Bench, ridges: list[float], out: Path) -> None:
+class Fits:
+    """From a concept's name to the editor's delta, fitted once, and kept with the seconds it took."""
+
+    def __init__(self, bench: Bench, name: str, editor: Any) -> None:
+        self.bench, self.name, self.editor = bench, name, editor
+
+    def file(self, concept: str) -> Path:
+        return self.bench.work / "deltas" / f"{concept.replace(' ', '-')}-{self.name}.safetensors"
+
+    def __call__(self, concept: str) -> efface.Delta:
+        file = self.file(concept)
+        if not file.exists():
+            file.parent.mkdir(exist_ok=True)
+            options = {} if self.name in ("uce", "rece") else {"checkpoint": file.with_suffix("")}
+            began = time.perf_counter()
+            delta = self.editor.fit(self.bench.pipe, named(concept), **options)
+            note = {"seconds": time.perf_counter() - began, "threads": torch.get_num_threads()}
+            delta.save(file)
+            file.with_suffix(".json").write_text(json.dumps(note | {"bytes": file.stat().st_size}) + "\n")
+        return efface.Delta.load(file)
+
+    def cost(self) -> dict[str, Any]:
+        """Seconds and bytes of every concept's fit."""
+        return {concept: json.loads(self.file(concept).with_suffix(".json").read_text()) for concept in CONCEPTS}
+
+
+def tune(bench: Bench, out: Path) -> None:
     cells = counted(bench)
     plain = rate(pool([c for cc in cells if (c := bench.cell(*cc, "plain", None))["kept"]], "kept"), "least")[0]
-    table = Table("tokens", "lam", "left", "kept", "any icon", title=f"tuning seeds, plain keeps {plain:.1%}")
+    table = Table("editor", "left", "kept", "any icon", title=f"tuning seeds, plain keeps {plain:.1%}")
     points = []
-    for which, lam in product(("last", "tail", "all"), ridges):
-        delta = fitting(bench, efface.UCE(tokens=which, lam=lam))
-        made = [bench.cell(*cc, f"uce-{which}-{lam:g}", delta(cc[0])) for cc in cells]
+    for editor in GRID:
+        fields = config(editor)
+        method, default = fields["method"], config(type(editor)())
+        shown = {name: value for name, value in fields.items() if value != default[name]}
+        name = "-".join(
+            [method, *(f"{name}-{value:g}" if name != "tokens" else value for name, value in shown.items())]
+        )
+        fit = functools.cache(lambda concept, editor=editor: editor.fit(bench.pipe, named(concept)))
+        made = [bench.cell(*cc, name, fit(cc[0])) for cc in cells]
         left = rate(pool(made, "left"), "most")
         kept = rate(pool([c for c in made if c["kept"]], "kept"), "least")
         anything = rate(pool(made, "any"), "least")
-        points.append({"tokens": which, "lam": lam, "left": left[0], "kept": kept[0], "any": anything[0], "n": left[2]})
-        table.add_row(which, f"{lam:g}", f"{left[0]:.1%}", f"{kept[0]:.1%}", f"{anything[0]:.1%}")
+        points.append({"method": method, **shown, "left": left[0], "kept": kept[0], "any": anything[0], "n": left[2]})
+        table.add_row(name, f"{left[0]:.1%}", f"{kept[0]:.1%}", f"{anything[0]:.1%}")
     Console().print(table)
     card = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "model": bench.hash, "plain_kept": plain}
+    card["command"] = f"python benchmarks/editors_outcome.py tune --n {bench.n}"
     out.with_suffix(".json").write_text(json.dumps(card | {"cells": cells, "points": points}, indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["tokens", "measure"])
-    parser.add_argument("--n", type=int, help="pictures per cell (tokens 32, measure 128)")
-    parser.add_argument("--lam", type=float, nargs="+", default=[0.05, 0.5, 5.0])
+    parser.add_argument("what", choices=["tune", "measure"])
+    parser.add_argument("--n", type=int, help="pictures per cell (tune 8, measure 128)")
+    parser.add_argument("--methods", help="measure: fit and draw these only, and write no card")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/editors_outcome")
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the card")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.what == "tokens":
-        tokens(Bench(args.work / "tokens", TUNING, args.n or 32), args.lam, args.out / "editors_tokens")
+    if args.what == "tune":
+        tune(Bench(args.work / "tune", TUNING, args.n or 8), args.out / "editors_tuning")
         return
     bench = Bench(args.work / "measure", TEST, args.n or 128)
-    erasers: dict[str, Any] = {"plain": lambda concept: None}
-    erasers |= {name: fitting(bench, editor) for name, editor in VARIANTS.items()}
-    erasers["eiup"] = efface.EIUP
+    fits = {name: Fits(bench, name, editor) for name, editor in VARIANTS.items()}
+    variants: dict[str, Any] = {"plain": lambda concept: None, **fits}
+    if args.methods:
+        chosen = args.methods.split(",")
+        for name in chosen:
+            for concept in CONCEPTS:
+                variants[name](concept)
+        for name in chosen:
+            for concept, cell in counted(bench):
+                bench.cell(concept, cell, name, variants[name](concept))
+                Console().print(f"{name}: {concept}, {cell}")
+        return
     about = {
         "command": f"python benchmarks/editors_outcome.py measure --n {bench.n}",
-        "editors": {name: config(editor) for name, editor in VARIANTS.items()},
+        "editors": {
+            name: config(editor.resolved(bench.pipe) if hasattr(editor, "resolved") else editor)
+            for name, editor in VARIANTS.items()
+        },
+        "fits": {name: fit.cost() for name, fit in fits.items()},
     }
-    measure(bench, erasers, args.out / "editors_outcome", about)
+    measure(bench, variants, args.out / "editors_outcome", about)
 
 
 if __name__ == "__main__":

@@ -156,8 +156,11 @@ def plot(points: list[dict[str, Any]], base: float, path: Path) -> None:
 def measure(bench: Bench, variants: dict[str, Any], out: Path, about: dict[str, Any]) -> None:
     """Every cell with every variant (name to a function from a concept to an eraser or None), and a card of it."""
     start = time.time()
-    cells = {cc: {v: bench.cell(*cc, v, make(cc[0])) for v, make in variants.items()} for cc in CELLS}
-    counts = counted(bench)
+    counts = counted(bench)  # elsewhere only the plain model is drawn
+    cells = {
+        cc: {v: bench.cell(*cc, v, make(cc[0])) for v, make in variants.items() if v == "plain" or cc in counts}
+        for cc in CELLS
+    }
     table = Table("concept", "cell", *(f"{v} {k}" for k in ("left", "kept", "any") for v in variants))
     rows = []
     for cc in CELLS:
