@@ -36,7 +36,8 @@ VARIANTS: dict[str, Any] = {
 }
 GRID: list[Any] = [
     *(efface.UCE(tokens=tokens, lam=lam) for tokens, lam in (("last", 0.5), ("tail", 0.5), ("all", 0.5))),
-    *(efface.UCE(lam=lam) for lam in (5.0, 50.0)),
+    *(efface.UCE(lam=lam) for lam in (5.0, 50.0, 100.0)),
+    efface.RECE(rounds=1, mu=0.1, lam=0.1),
     *(efface.RECE(rounds=1, mu=mu, lam=lam) for mu, lam in ((1.0, 0.1), (1.0, 100.0), (10.0, 0.1), (10.0, 10.0))),
     *(efface.RECE(rounds=1, mu=mu, lam=lam) for mu, lam in ((10.0, 100.0), (100.0, 1.0), (100.0, 10.0))),
     efface.RECE(rounds=1, mu=10.0, lam=10.0, preserve_scale=10.0),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tiny import CAT, WORDS, batch, change, latents
 from torch import Tensor
 
+import efface
 from efface import RECE, UCE, Concept
 from efface._text import encode
 from efface._weights import keys_values
@@ -277,10 +278,10 @@ def literal_rece(editor: RECE) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_the_shared_form_is_the_literal_one(rounds: int, sd1: Any) -> None:
-    editor = RECE(rounds=rounds)
+    editor = RECE(rounds=rounds).resolved(sd1)
     delta, want = editor.fit(sd1, DOG), literal_rece(editor)
     assert all(change(w, want[n]) < 1e-5 for n, w in edited(delta).items())
-    uce = edited(editor.uce().fit(sd1, DOG))
+    uce = edited(editor.uce(sd1).fit(sd1, DOG))
     assert all(change(w, uce[n]) > 1e-3 for n, w in edited(delta).items())
     assert len(delta.info["rounds"]) == rounds and all(r["norm"] > 0.1 for r in delta.info["rounds"])
 
@@ -297,7 +298,7 @@ def test_a_round_takes_the_derived_embedding_to_the_anchor() -> None:
 
 def test_no_rounds_are_uce_to_the_bit(sd1: Any) -> None:
     editor = RECE(rounds=0)
-    one, other = editor.fit(sd1, DOG), editor.uce().fit(sd1, DOG)
+    one, other = editor.fit(sd1, DOG), editor.uce(sd1).fit(sd1, DOG)
     assert all(torch.equal(dense(w), dense(other.weights[n])) for n, w in one.weights.items())
 
 
@@ -333,4 +334,13 @@ def test_presets_have_the_papers_numbers() -> None:
         "easy_object": (0.1, 1),
     }
     assert {(r.preserve_scale, r.lam) for r in made.values()} == {(0.1, 0.1)}
+
+
+def test_what_is_not_given_suits_the_family(sd1: Any) -> None:
+    paper, own = RECE().resolved(sd1), RECE().resolved(efface.load("emoji"))
+    assert (paper.mu, paper.rounds, paper.lam) == (0.1, 3, 0.1) and (own.mu, own.rounds, own.lam) == (1.0, 1, 100.0)
+    assert RECE(mu=0.5, rounds=0, lam=2.0).resolved(sd1) == RECE(mu=0.5, rounds=0, lam=2.0)
+
+
+def test_anchors_come_from_the_concept() -> None:
     assert anchors_of([DOG]) == {"cat": "dog"}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -58,3 +59,9 @@ def family(pipe: DiffusionPipeline) -> Family:
         f"Expected a diffusers text-to-image pipeline of a tested family ({known}), but got {type(pipe).__name__}. "
         "It needs a UNet (or PixArt's transformer), a text encoder and a tokenizer."
     )
+
+
+def filled(method: Any, defaults: Mapping[str, Mapping[str, Any]], pipe: DiffusionPipeline) -> Any:
+    """The method with its family's values, or those of "", where a field is None."""
+    values = defaults.get(family(pipe).name, defaults.get("", {}))
+    return replace(method, **{name: value for name, value in values.items() if getattr(method, name) is None})

@@ -24,7 +24,7 @@ from torch import Generator, Tensor, nn
 
 from ..core import Concept, Concepts, Detector, as_concepts
 from ..delta import Delta
-from ..families import family
+from ..families import filled
 from ._denoiser import Denoiser, Points, Precision, Train, Weights
 
 if TYPE_CHECKING:
@@ -90,10 +90,10 @@ class Training:
 
     def resolved(self, pipe: DiffusionPipeline) -> Self:
         """The same with the family's values where a field is None; `lr` is a third for "u" and "full"."""
-        values = dict(self.defaults.get(family(pipe).name, self.defaults.get("", {})))
-        if self.train in ("u", "full") and "lr" in values:
-            values["lr"] /= 3
-        return replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
+        method: Self = filled(self, self.defaults, pipe)
+        if self.train in ("u", "full") and self.lr is None and method.lr is not None:
+            return replace(method, lr=method.lr / 3)
+        return method
 
     def denoiser(self, pipe: DiffusionPipeline, texts: Sequence[str]) -> Denoiser:
         """The pipeline's denoiser, for a fit with these settings, which have no None left."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from .._weights import keys_values
 from ..core import Concept, Concepts, as_concepts
 from ..delta import Delta
+from ..families import filled
 from ._closed_form import Texts, anchors_of, changes, check_positive, condition, kept_texts, residual, step
 from .uce import UCE, Tokens
 
@@ -43,18 +44,19 @@ class RECE:
     1 and 0.5. The last round is returned; the authors choose a round by a detector, which `on_epoch_end` allows. Their
     1,734 artists are not preserved unless you give them. Of their penalties only that on ||c'|| is here.
 
-    Look at the pictures: the rounds edit every position of every phrase, and in a first trial on `emoji` (text width
-    384, the eight phrases of "alcohol") one round ruined unrelated pictures too, where UCE left them alone.
+    On `emoji`, whose text encoder reads both ways, every position of every phrase holds something of every prompt: the
+    paper's `mu` and `lam` there ruin unrelated pictures too. Its own values come from `benchmarks/editors_outcome.py
+    tune`, on tuning seeds.
 
     Args:
         mu: > 0, holds c' small; far above the "mean eigenvalue" of S in `info`, the rounds do nothing. 0.1 or 0.001 in
-            the paper, for SD 1.4.
-        rounds: >= 0 pairs of derive and erase; 0 is UCE.
+            the paper, for SD 1.4; None: 0.1, and 1 on `emoji`.
+        rounds: >= 0 pairs of derive and erase; 0 is UCE. None: 3, and 1 on `emoji`.
         tokens: which tokens UCE edits in front, see `UCE`; the rounds edit every position.
         preserve: texts that must read as before, beside each concept's `keep`. The empty text holds the start token,
             which all prompts share: do not leave it out.
         preserve_scale: b > 0, once for each erased phrase, as in the code; 0.1 in the paper.
-        lam: > 0; 0.1 in the paper.
+        lam: > 0; 0.1 in the paper. None: 0.1, and 100 on `emoji`.
 
     Shapes: S, T [D, D]; c, c', g [N, D], one row for each position of each phrase.
 
@@ -69,48 +71,61 @@ class RECE:
         1
     """
 
-    mu: float = 0.1
-    rounds: int = 3
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "emoji": {"mu": 1.0, "rounds": 1, "lam": 100.0},
+        "": {"mu": 0.1, "rounds": 3, "lam": 0.1},
+    }
+    """Family -> the values that None stands for; "" for families not named."""
+
+    mu: float | None = None
+    rounds: int | None = None
     tokens: Tokens | None = None
     preserve: tuple[str, ...] = ("",)
     preserve_scale: float = 0.1
-    lam: float = 0.1
+    lam: float | None = None
 
     def __post_init__(self) -> None:
-        check_positive("mu", self.mu)
+        for name in ("mu", "lam"):
+            if getattr(self, name) is not None:
+                check_positive(name, getattr(self, name))
         check_positive("preserve_scale", self.preserve_scale)
-        if isinstance(self.rounds, bool) or not isinstance(self.rounds, int) or self.rounds < 0:
+        if self.rounds is not None and (type(self.rounds) is not int or self.rounds < 0):
             raise ValueError(f"Expected `rounds` to be a whole number >= 0, but got {self.rounds!r}.")
-        object.__setattr__(self, "preserve", self.uce().preserve)  # checks the rest too
+        object.__setattr__(self, "preserve", UCE(tokens=self.tokens, preserve=self.preserve).preserve)  # checks both
 
     @classmethod
     def nudity(cls) -> RECE:
         """The paper's settings for nudity."""
-        return cls(mu=0.1, rounds=3)
+        return cls(mu=0.1, rounds=3, lam=0.1)
 
     @classmethod
     def unsafe(cls) -> RECE:
         """The paper's settings for a list of unsafe words."""
-        return cls(mu=0.1, rounds=2)
+        return cls(mu=0.1, rounds=2, lam=0.1)
 
     @classmethod
     def style(cls) -> RECE:
         """The paper's settings for an artist's style; give the concept the anchor "art"."""
-        return cls(mu=1e-3, rounds=1)
+        return cls(mu=1e-3, rounds=1, lam=0.1)
 
     @classmethod
     def hard_object(cls) -> RECE:
         """The paper's settings for objects that UCE leaves in many pictures (church, garbage truck)."""
-        return cls(mu=1e-3, rounds=1)
+        return cls(mu=1e-3, rounds=1, lam=0.1)
 
     @classmethod
     def easy_object(cls) -> RECE:
         """The paper's settings for other objects."""
-        return cls(mu=0.1, rounds=1)
+        return cls(mu=0.1, rounds=1, lam=0.1)
 
-    def uce(self) -> UCE:
+    def resolved(self, pipe: DiffusionPipeline) -> RECE:
+        """The same with the family's values where a field is None."""
+        return filled(self, self.defaults, pipe)
+
+    def uce(self, pipe: DiffusionPipeline) -> UCE:
         """The edit in front of the rounds."""
-        return UCE(tokens=self.tokens, preserve=self.preserve, preserve_scale=self.preserve_scale, lam=self.lam)
+        lam = self.resolved(pipe).lam
+        return UCE(tokens=self.tokens, preserve=self.preserve, preserve_scale=self.preserve_scale, lam=lam or 0.0)
 
     def fit(
         self,
@@ -128,26 +143,28 @@ class RECE:
             seed: for the record.
             on_epoch_end: called with the round (UCE is 0) and the delta so far; True ends the rounds there.
         """
+        method = self.resolved(pipe)
+        mu, count, lam = method.mu or 0.0, method.rounds or 0, method.lam or 0.0
         wanted, weights = as_concepts(concepts), keys_values(pipe)
-        left, right, info = self.uce().transform(pipe, wanted)
+        left, right, info = method.uce(pipe).transform(pipe, wanted)
         info["rounds"] = []
 
         def delta() -> Delta:
-            return Delta.fitted(self, pipe, changes(weights, left, right), wanted, seed=seed, info=info)
+            return Delta.fitted(method, pipe, changes(weights, left, right), wanted, seed=seed, info=info)
 
-        if self.rounds == 0 or (on_epoch_end and on_epoch_end(0, delta())):
+        if count == 0 or (on_epoch_end and on_epoch_end(0, delta())):
             return delta()
-        concept, anchor, gram = self._rows(pipe, wanted)
+        concept, anchor, gram = method._rows(pipe, wanted)
         s = sum_of_squares(list(weights.values()))
         info["mean eigenvalue"] = float(s.trace()) / len(s)
-        if self.mu > info["mean eigenvalue"]:
+        if mu > info["mean eigenvalue"]:
             warnings.warn(
-                f"`mu` is {self.mu:g}, but the mean eigenvalue of this model's keys and values is "
+                f"`mu` is {mu:g}, but the mean eigenvalue of this model's keys and values is "
                 f"{info['mean eigenvalue']:g}, so the rounds do next to nothing: give a smaller one.",
                 stacklevel=2,
             )
-        steps = rounds(s, left, right, concept, anchor, gram, self.mu, self.lam)
-        for k, (left, right, note) in zip(range(1, self.rounds + 1), steps, strict=False):  # noqa: B007
+        steps = rounds(s, left, right, concept, anchor, gram, mu, lam)
+        for k, (left, right, note) in zip(range(1, count + 1), steps, strict=False):  # noqa: B007
             info["rounds"] = [*info["rounds"], note]
             if on_epoch_end and on_epoch_end(k, delta()):
                 break
