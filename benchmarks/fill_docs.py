@@ -57,6 +57,73 @@ def outcome() -> str:
     )
 
 
+def editors() -> str:
+    found, eiup = card("editors_outcome"), card("eiup_outcome")
+    if not found:
+        return "Not measured yet."
+    pooled, fits = found["pooled"], found["fits"]
+    lines = [
+        "| method | explicit, left | implicit, left | kept | any icon recognisable | fit | file |",
+        "|---" * 7 + "|",
+    ]
+    for name in ("plain", *fits):
+        shown = [percent(pooled[f"{name} {key}"]) for key in ("explicit left", "implicit left", "kept", "any")]
+        costs = fits.get(name, {}).values()
+        if costs:
+            shown += [f"{span([c['seconds'] for c in costs])} s", f"{span([c['bytes'] / 1e6 for c in costs])} MB"]
+        lines.append(f"| {f'`{name}`' if costs else 'plain model'} | {' | '.join(shown)} |{'' if costs else ' | |'}")
+    if eiup and eiup["model"] == found["model"]:
+        keys = ("explicit left", "implicit left", "kept", "any")
+        shown = [percent(eiup["pooled"][f"eiup {key}"]) for key in keys]
+        lines.append(f"| `eiup`, from above | {' | '.join(shown)} | none | none |")
+    return "\n".join(
+        [
+            f"The cells, seeds and judges of the first table, n = {found['n_per_cell']} pictures a cell; a fit for",
+            "each concept, with the package's settings for `emoji`; seconds and size are the least and the most of the four",
+            f"concepts, on one thread each. Measured {found['date'][:10]} by `{found['command']}`",
+            f"({found['seconds']['drawing'] / 60:.0f} min of drawing on one core), card in "
+            "`results/editors_outcome.json`.",
+            "",
+            *lines,
+        ]
+    )
+
+
+def span(values: list[float]) -> str:
+    low, high = (f"{v:.0f}" if v >= 10 else f"{v:.1f}" for v in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def sequence() -> str:
+    found = card("ccrt_sequence")
+    if not found:
+        return "Not measured yet."
+    heads = [f"{name}: {what}" for name in found["results"] for what in ("left", "kept")]
+    lines = [f"| after removing | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+
+    def mean(rates: dict[str, Any]) -> str:
+        return f"{100 * sum(r['rate'] for r in rates.values()) / len(rates):.0f} %"
+
+    def row(name: str, cells: list[dict[str, Any]]) -> str:
+        return f"| {name} | {' | '.join(mean(c[of]) for c in cells for of in ('removed', 'kept'))} |"
+
+    rounds = list(found["results"].values())
+    lines.append(row("nothing", [found["plain"]] * len(rounds)))
+    lines += [row(of[0]["concept"], list(of)) for of in zip(*rounds, strict=True)]
+    seconds = {name: span([r["seconds"] for r in of]) for name, of in found["results"].items()}
+    n = next(iter(found["plain"]["kept"].values()))["n"]
+    return "\n".join(
+        [
+            f"Five concepts in a row, {n} pictures of each thing on test seeds, the worse of two eyes; `kept` is",
+            f"the mean over {', '.join(found['plain']['kept'])}, which the search does not know. A round took",
+            " and ".join(f"{took} s ({name})" for name, took in seconds.items()) + " on one core, beside other work.",
+            f"Measured {found['date'][:10]} by `{found['command']}`, card in `results/ccrt_sequence.json`.",
+            "",
+            *lines,
+        ]
+    )
+
+
 def gates() -> str:
     found = card("emoji_gates")
     if not found:
@@ -130,4 +197,6 @@ def fill(path: Path, marker: str, text: str) -> None:
 if __name__ == "__main__":
     fill(ROOT / "README.md", "measured", outcome())
     fill(ROOT / "README.md", "speed", speed())
+    fill(ROOT / "README.md", "editors", editors())
+    fill(ROOT / "README.md", "sequence", sequence())
     fill(ROOT / "src/efface/models/emoji/MODEL_CARD.md", "gates", gates())
