@@ -390,6 +390,18 @@ def test_scores_stand_beside_the_plain_model_and_need_no_drawing(sd1: Any, tmp_p
         efface.score(run)
 
 
+def test_other_judges_of_a_finished_run_are_remembered(sd1: Any, tmp_path: Path) -> None:
+    first = efface.run(SUITE, sd1, eraser=ALCOHOL, out=tmp_path / "a")
+    harsher = replace(SUITE, metrics=(Red(0.75),))
+    drawn = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.png")}
+    again = efface.run(harsher, sd1, eraser=ALCOHOL, out=tmp_path / "a")
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.png")} == drawn
+    opened = efface.Run.open(tmp_path / "a")
+    assert first.record["metrics"][0]["level"] == 0.5
+    assert again.record["metrics"] == opened.record["metrics"] == [runs.metric_config(Red(0.75))]
+    assert {**opened.record, "metrics": []} == {**first.record, "metrics": []}
+
+
 def test_pictures_that_are_not_finite_are_noted(sd1: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = api.draw
 

@@ -97,6 +97,8 @@ def test_options_of_the_emoji_suite() -> None:
     with pytest.raises(ValueError, match="at least 10 pictures"):
         Emoji(pictures=9)
     assert len(Emoji().load(cat, limit=7).rows) == 7
+    assert Emoji().load(cat, limit=7).version.endswith(", the first 7")
+    assert Emoji().load(cat, limit=320) == Emoji().load(cat)
     with pytest.raises(ValueError, match="at least 1 row"):
         Emoji().load(cat, limit=0)
     with pytest.raises(ValueError, match="unknown concept 'cst'.*'cat'"):

@@ -387,6 +387,9 @@ def _fill(
         kept = _mend(folder, total, size)
         if earlier is not None and len(kept) == total:
             progress(what, total, total)
+            if earlier["metrics"] != record["metrics"]:  # how the finished pictures are to be judged from now on
+                earlier["metrics"] = record["metrics"]
+                _write(folder / RUN, earlier)
             return earlier
         record = record | {"sessions": [*(earlier or {}).get("sessions", []), *record["sessions"]]}
         _write(folder / RUN, record)

@@ -97,9 +97,10 @@ class Emoji:
         metrics = [registry.resolve(name, "metrics")() for name in names]
         if emoji.aligned_is_there():
             metrics += [registry.resolve(name, "metrics")() for name in ("clip_score", "in_prompt_clip")]
+        cut = f", the first {limit}" if limit is not None and limit < len(rows) else ""
         return Suite(
             "emoji",
-            f"1, {self.pictures} rows a concept from seed {self.first_seed}, {self.fairness} a profession",
+            f"1, {self.pictures} rows a concept from seed {self.first_seed}, {self.fairness} a profession{cut}",
             tuple(rows[:limit]),
             "efface.models.emoji.concepts",
             "Apache-2.0",
