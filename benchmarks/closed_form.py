@@ -218,7 +218,9 @@ def report(cells: dict[tuple[str, int], dict[str, Any]], args: argparse.Namespac
             console.print(f"missed: {target}", style="yellow")
     card = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": f"python benchmarks/closed_form.py {' '.join(setting['options'])}",
+        "command": " ".join(
+            ["python benchmarks/closed_form.py --concepts", *map(str, args.concepts), *setting["options"]]
+        ),
         "size": args.size,
         **{k: setting[k] for k in ("torch", "threads")},
         "cells": [{k: v for k, v in c.items() if k != "setting"} for c in cells.values()],

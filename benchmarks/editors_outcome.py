@@ -117,6 +117,8 @@ def main() -> None:
     variants: dict[str, Any] = {"plain": lambda concept: None, **fits}
     if args.methods:
         chosen = args.methods.split(",")
+        if unknown := set(chosen) - variants.keys():
+            parser.error(f"unknown methods {', '.join(sorted(unknown))}: give some of {', '.join(variants)}")
         for name in chosen:
             for concept in CONCEPTS:
                 variants[name](concept)
@@ -133,7 +135,7 @@ def main() -> None:
         },
         "fits": {name: fit.cost() for name, fit in fits.items()},
     }
-    measure(bench, variants, args.out / "editors_outcome", about)
+    measure(bench, variants, args.out / "editors_outcome", about, counted_only=True)
 
 
 if __name__ == "__main__":

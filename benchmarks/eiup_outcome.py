@@ -153,14 +153,17 @@ def plot(points: list[dict[str, Any]], base: float, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def measure(bench: Bench, variants: dict[str, Any], out: Path, about: dict[str, Any]) -> None:
-    """Every cell with every variant (name to a function from a concept to an eraser or None), and a card of it."""
+def measure(
+    bench: Bench, variants: dict[str, Any], out: Path, about: dict[str, Any], counted_only: bool = False
+) -> None:
+    """Every cell with every variant (name to a function from a concept to an eraser or None), and a card of it.
+
+    With `counted_only` the cells that do not count are drawn by the plain model only.
+    """
     start = time.time()
-    counts = counted(bench)  # elsewhere only the plain model is drawn
-    cells = {
-        cc: {v: bench.cell(*cc, v, make(cc[0])) for v, make in variants.items() if v == "plain" or cc in counts}
-        for cc in CELLS
-    }
+    counts = counted(bench)
+    drawn = {cc: dict(variants) if not counted_only or cc in counts else {"plain": variants["plain"]} for cc in CELLS}
+    cells = {cc: {v: bench.cell(*cc, v, make(cc[0])) for v, make in makers.items()} for cc, makers in drawn.items()}
     table = Table("concept", "cell", *(f"{v} {k}" for k in ("left", "kept", "any") for v in variants))
     rows = []
     for cc in CELLS:

@@ -80,7 +80,7 @@ def editors() -> str:
         [
             f"The cells, seeds and judges of the first table, n = {found['n_per_cell']} pictures a cell; a fit for",
             "each concept, with the package's settings for `emoji`; seconds and size are least and most of the four",
-            f"concepts, on one thread each. Measured {found['date'][:10]} by `{found['command']}`",
+            f"concepts, on one thread each, beside other work. Measured {found['date'][:10]} by `{found['command']}`",
             f"({found['seconds']['drawing'] / 60:.0f} min of drawing on one core), card in "
             "`results/editors_outcome.json`.",
             "",
