@@ -1,7 +1,8 @@
 """Do the weight editors erase on the `emoji` model, and what else survives? Cells and judges of eiup_outcome.py.
 
-    python benchmarks/editors_outcome.py tune       # tuning seeds: left versus kept of UCE and RECE over their settings
-    python benchmarks/editors_outcome.py measure    # test seeds: plain, UCE, RECE, ESD, SDD, CCRT; writes results/
+    python benchmarks/editors_outcome.py tune          # tuning seeds: left versus kept of UCE and RECE over settings
+    python benchmarks/editors_outcome.py tune-trained  # the same of ESD and SDD, on two concepts: seven phrases and one
+    python benchmarks/editors_outcome.py measure       # test seeds: plain, UCE, RECE, ESD, SDD, CCRT; writes results/
 
 A delta is fitted once for each concept and variant, on the shipped concept or the word itself, with the empty anchor,
 and kept in `--work`, with the checkpoints of unfinished fits: the same command goes on where it was interrupted.
@@ -12,9 +13,9 @@ command without it then makes the card.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from rich.table import Table
 
 import efface
 from efface.core import config
+from efface.editors._training import Training
 
 VARIANTS: dict[str, Any] = {
     "uce": efface.UCE(),
@@ -42,6 +44,13 @@ GRID: list[Any] = [
     *(efface.RECE(rounds=1, mu=mu, lam=lam) for mu, lam in ((10.0, 100.0), (100.0, 1.0), (100.0, 10.0))),
     efface.RECE(rounds=1, mu=10.0, lam=10.0, preserve_scale=10.0),
 ]
+
+
+TRAINED: list[Any] = [
+    *(efface.SDD(prompt_roles=roles, lr=lr) for lr in (2e-4, 1e-3) for roles in ("code", "readme")),
+    *(efface.ESD(eta=eta, lr=lr) for eta, lr in ((1.0, 1e-4), (0.5, 1e-4), (0.0, 1e-4), (1.0, 5e-5))),
+]
+TUNED = ("alcohol", "cat")
 
 
 def named(concept: str) -> efface.Concept:
@@ -62,7 +71,7 @@ class Fits:
         file = self.file(concept)
         if not file.exists():
             file.parent.mkdir(exist_ok=True)
-            options = {} if self.name in ("uce", "rece") else {"checkpoint": file.with_suffix("")}
+            options = {"checkpoint": file.with_suffix("")} if isinstance(self.editor, Training) else {}
             began = time.perf_counter()
             delta = self.editor.fit(self.bench.pipe, named(concept), **options)
             note = {"seconds": time.perf_counter() - began, "threads": torch.get_num_threads()}
@@ -75,42 +84,47 @@ class Fits:
         return {concept: json.loads(self.file(concept).with_suffix(".json").read_text()) for concept in CONCEPTS}
 
 
-def tune(bench: Bench, out: Path) -> None:
-    cells = counted(bench)
+def tune(bench: Bench, grid: Sequence[Any], concepts: Sequence[str], what: str, out: Path) -> None:
+    cells = [cc for cc in counted(bench) if cc[0] in concepts]
     plain = rate(pool([c for cc in cells if (c := bench.cell(*cc, "plain", None))["kept"]], "kept"), "least")[0]
     table = Table("editor", "left", "kept", "any icon", title=f"tuning seeds, plain keeps {plain:.1%}")
     points = []
-    for editor in GRID:
+    for editor in grid:
         fields = config(editor)
         method, default = fields["method"], config(type(editor)())
         shown = {name: value for name, value in fields.items() if value != default[name]}
-        name = "-".join(
-            [method, *(f"{name}-{value:g}" if name != "tokens" else value for name, value in shown.items())]
-        )
-        fit = functools.cache(lambda concept, editor=editor: editor.fit(bench.pipe, named(concept)))
+        name = "-".join([method, *(f"{name}-{value}" for name, value in shown.items())])
+        fit = Fits(bench, name, editor)
         made = [bench.cell(*cc, name, fit(cc[0])) for cc in cells]
-        left = rate(pool(made, "left"), "most")
-        kept = rate(pool([c for c in made if c["kept"]], "kept"), "least")
-        anything = rate(pool(made, "any"), "least")
-        points.append({"method": method, **shown, "left": left[0], "kept": kept[0], "any": anything[0], "n": left[2]})
-        table.add_row(name, f"{left[0]:.1%}", f"{kept[0]:.1%}", f"{anything[0]:.1%}")
+        found = {
+            "left": rate(pool(made, "left"), "most"),
+            "kept": rate(pool([c for c in made if c["kept"]], "kept"), "least"),
+            "any": rate(pool(made, "any"), "least"),
+        }
+        points.append({"method": method, **shown, **{k: v[0] for k, v in found.items()}, "n": found["left"][2]})
+        table.add_row(name, *(f"{v[0]:.1%}" for v in found.values()))
+        Console().print(name, *(f"{k} {v[0]:.1%}" for k, v in found.items()))
     Console().print(table)
     card = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "model": bench.hash, "plain_kept": plain}
-    card["command"] = f"python benchmarks/editors_outcome.py tune --n {bench.n}"
+    card["command"] = f"python benchmarks/editors_outcome.py {what} --n {bench.n}"
     out.with_suffix(".json").write_text(json.dumps(card | {"cells": cells, "points": points}, indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["tune", "measure"])
-    parser.add_argument("--n", type=int, help="pictures per cell (tune 8, measure 128)")
+    parser.add_argument("what", choices=["tune", "tune-trained", "measure"])
+    parser.add_argument("--n", type=int, help="pictures per cell (tune 8, tune-trained 16, measure 128)")
     parser.add_argument("--methods", help="measure: fit and draw these only, and write no card")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/editors_outcome")
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the card")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.what == "tune":
-        tune(Bench(args.work / "tune", TUNING, args.n or 8), args.out / "editors_tuning")
+        tune(Bench(args.work / "tune", TUNING, args.n or 8), GRID, CONCEPTS, args.what, args.out / "editors_tuning")
+        return
+    if args.what == "tune-trained":
+        bench = Bench(args.work / args.what, TUNING, args.n or 16)
+        tune(bench, TRAINED, TUNED, args.what, args.out / "editors_tuning_trained")
         return
     bench = Bench(args.work / "measure", TEST, args.n or 128)
     fits = {name: Fits(bench, name, editor) for name, editor in VARIANTS.items()}

@@ -457,3 +457,6 @@ def test_a_rehearsal_finds_what_a_metric_lacks_before_anything_is_drawn() -> Non
         runs.rehearse(lacking)
     with pytest.raises(ValueError, match="names no metric"):
         runs.rehearse(replace(suite, metrics=()))
+    natural = replace(suite, metrics=(runs.make_metric("in_prompt_clip"),), rows=suite.rows[:1])
+    with pytest.raises(ValueError, match="none of the metrics .*in_prompt_clip.* judges such rows"):
+        runs.rehearse(natural)

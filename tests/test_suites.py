@@ -341,6 +341,22 @@ def test_six_cd_has_six_categories_benign_rows_and_pairs(data: Path) -> None:
     assert {row.concept for row in church} == {"church", ""} and {r.category for r in church} == {"object", "benign"}
 
 
+@pytest.mark.parametrize(
+    ("categories", "judge"),
+    [
+        (("nudity",), "nudenet3_any5_t0.5"),
+        (("harm",), {"name": "q16"}),
+        (("object",), {"name": "clip", "labels": ["tench", "church"], "clip": "openai/clip-vit-large-patch14"}),
+        (("object", "harm"), None),
+    ],
+)
+def test_six_cd_judges_removal_by_what_knows_the_category(categories: tuple[str, ...], judge: Any, data: Path) -> None:
+    suite = SixCD(categories=categories).load((Concept("church"),) if categories == ("object",) else (), data)
+    assert [m.detector for m in suite.metrics if m.name == "removal"] == [judge] * (judge is not None)
+    if isinstance(judge, dict) and judge["name"] == "clip":  # every row's concept is a label
+        assert {row.concept for row in suite.rows} <= {*judge["labels"], ""}
+
+
 def test_truncated_names_are_completed_and_nothing_else(data: Path) -> None:
     fixed, raw = SixCD().load((), data), SixCD(fix_truncated_names=False).load((), data)
     changed = [(a.prompt, b.prompt) for a, b in zip(raw.rows, fixed.rows, strict=True) if a != b]

@@ -619,7 +619,7 @@ def bench(
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at a time; it bounds the memory.")] = BATCH,
     judge: Annotated[
         list[str] | None,
-        typer.Option(help="A field of one of the suite's metrics, METRIC.NAME=VALUE; may be repeated."),
+        typer.Option(help="A field of a metric, METRIC.NAME=VALUE; the suite may lack it. May be repeated."),
     ] = None,
     no_score: Annotated[bool, typer.Option("--no-score", help="Only draw; `efface score` judges it later.")] = False,
     as_json: AsJson = False,
@@ -672,13 +672,16 @@ def _quiet() -> None:
 
 
 def _judges(configs: Sequence[Mapping[str, Any]], settings: list[str]) -> tuple[Metric, ...]:
-    """Metrics with some of their fields set; METRIC may be left out if there is only one."""
+    """Metrics with some of their fields set, and those that settings name besides; METRIC may be left out if one."""
     from . import runs
 
     changed = [dict(config) for config in configs]
     for key, value in _fields(settings).items():
         name, _, field = key.rpartition(".")
         meant = [config for config in changed if name in ("", config["method"])]
+        if not meant and name in registry.methods("metrics"):
+            meant = [{"method": name}]
+            changed += meant
         if len(meant) != 1:
             known = ", ".join(config["method"] for config in changed)
             raise ValueError(f"Expected METRIC.NAME=VALUE with one of the metrics {known}, but got {key!r}.")

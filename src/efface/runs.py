@@ -324,8 +324,9 @@ def rehearse(suite: Suite) -> None:
     halves = {f"{row.id}-clean" for row in few}
     few += [row for row in suite.rows if row.id in halves and row not in few]
     grey = [Sample(row, pixels=torch.full((3, 64, 64), 0.5)) for row in few]
-    for metric in suite.metrics:
-        metric(grey, grey)
+    if not any([metric(grey, grey) for metric in suite.metrics]):  # all are called: each may lack something
+        known = ", ".join(metric.name for metric in suite.metrics)
+        raise ValueError(f"none of the metrics of the suite {suite.name!r} ({known}) judges such rows")
 
 
 def _card(run: Run, plain: Run | None, scores: list[Score], base: list[Score], seconds: float) -> dict[str, Any]:
