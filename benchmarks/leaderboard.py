@@ -133,20 +133,20 @@ def table(card: dict[str, Any]) -> str:
     first = card["rows"][0]
     counts = ", ".join(f"{text} {first['scores'][n]['n']}" for n, text in COLUMNS.items() if n in first["scores"])
     protocols = "; ".join(dict.fromkeys(s["protocol"] for s in first["scores"].values()))
-    lines = [f"| method | {' | '.join(COLUMNS.values())} | time, × plain |", "|---" * (2 + len(COLUMNS)) + "|"]
+    lines = [f"| method | {' | '.join(COLUMNS.values())} |", "|---" * (1 + len(COLUMNS)) + "|"]
     for entry in card["rows"]:
         found = [score(entry, name) for name in COLUMNS]
         cells = [f"{number(s)} {span(s)}" if s else "-" for s in found]
-        times = f"{entry['seconds_per_picture'] / first['seconds_per_picture']:.2f}"
         name = entry["method"] if entry is first else f"`{entry['method']}`"
-        lines.append(f"| {name} | {' | '.join(cells)} | {times} |")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    minutes = card["n"] * sum(entry["seconds_per_picture"] for entry in card["rows"]) / 60
     hashes = ", ".join(f"{name} `{digest[:12]}`" for name, digest in card["data_hash"].items())
     return "\n".join(
         [
             f"Suite `emoji` {card['suite']}, {card['n']} pictures a method, each concept erased on its own: "
             f"{', '.join(card['concepts'])}. Methods as they come, not tuned; 95 % intervals.",
             f"Counted: {counts}. Judged by: {protocols}.",
-            f"Measured {card['date'][:10]} by `{card['command']}`; model `{card['model']['text_hash'][:12]}`; "
+            f"Measured {card['date'][:10]} by `{card['command']}` ({minutes:.0f} min of drawing); model `{card['model']['text_hash'][:12]}`; "
             f"data {hashes}.",
             "",
             *lines,

@@ -228,7 +228,7 @@ def delta() -> Delta:
 
 
 @each
-@pytest.mark.parametrize(("delta_first", "delta_leaves_first"), itertools.product([True, False], repeat=2))
+@pytest.mark.parametrize(("delta_first", "delta_leaves_first"), [*itertools.product([True, False], repeat=2)])
 def test_with_a_delta_in_any_order(
     delta_first: bool, delta_leaves_first: bool, eraser: Any, delta: Delta, sd1: Any
 ) -> None:
