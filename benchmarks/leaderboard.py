@@ -146,8 +146,8 @@ def table(card: dict[str, Any]) -> str:
             f"Suite `emoji` {card['suite']}, {card['n']} pictures a method, each concept erased on its own: "
             f"{', '.join(card['concepts'])}. Methods as they come, not tuned; 95 % intervals.",
             f"Counted: {counts}. Judged by: {protocols}.",
-            f"Measured {card['date'][:10]} by `{card['command']}` ({minutes:.0f} min of drawing); model `{card['model']['text_hash'][:12]}`; "
-            f"data {hashes}.",
+            f"Measured {card['date'][:10]} by `{card['command']}` ({minutes:.0f} min of drawing); "
+            f"model `{card['model']['text_hash'][:12]}`; data {hashes}.",
             "",
             *lines,
             *[f"\n`{name}` does not run on `emoji`: {' '.join(why.split())}" for name, why in card["refused"].items()],
