@@ -48,7 +48,8 @@ GRID: list[Any] = [
 
 TRAINED: list[Any] = [
     *(efface.SDD(prompt_roles=roles, lr=lr) for lr in (2e-4, 1e-3) for roles in ("code", "readme")),
-    *(efface.ESD(eta=eta, lr=lr) for eta, lr in ((1.0, 1e-4), (0.5, 1e-4), (0.0, 1e-4), (1.0, 5e-5))),
+    efface.SDD(prompt_roles="code", lr=3e-3),
+    *(efface.ESD(eta=eta, lr=lr) for eta, lr in ((0.5, 2e-4), (1.0, 1e-4), (0.5, 1e-4), (0.0, 1e-4), (1.0, 5e-5))),
 ]
 TUNED = ("alcohol", "cat")
 

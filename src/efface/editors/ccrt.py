@@ -82,7 +82,7 @@ class CCRT(Training):
     """
 
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "emoji": {**ESD.defaults["emoji"], "template": "{}"},
+        "emoji": {**ESD.defaults["emoji"], "lr": 1e-4, "template": "{}"},
         "": {**ESD.defaults[""], "template": "a photo of {}"},
     }
 
