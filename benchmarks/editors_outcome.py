@@ -13,6 +13,7 @@ command without it then makes the card.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -59,6 +60,17 @@ def named(concept: str) -> efface.Concept:
     return efface.concepts().get(concept, efface.Concept(concept))
 
 
+def resolved(editor: Any, pipe: Any) -> Any:
+    """The editor with the values of the pipeline's family."""
+    return editor.resolved(pipe) if hasattr(editor, "resolved") else editor
+
+
+def stem(name: str, editor: Any, pipe: Any, concept: efface.Concept) -> str:
+    """A file's name for what the editor fits: another one for other settings or phrases."""
+    settled = json.dumps([config(resolved(editor, pipe)), config(concept)], sort_keys=True)
+    return f"{concept.name.replace(' ', '-')}-{name}-{hashlib.sha256(settled.encode()).hexdigest()[:8]}"
+
+
 class Fits:
     """From a concept's name to the editor's delta, fitted once, and kept with the seconds it took."""
 
@@ -66,7 +78,8 @@ class Fits:
         self.bench, self.name, self.editor = bench, name, editor
 
     def file(self, concept: str) -> Path:
-        return self.bench.work / "deltas" / f"{concept.replace(' ', '-')}-{self.name}.safetensors"
+        found = stem(self.name, self.editor, self.bench.pipe, named(concept))
+        return self.bench.work / "deltas" / f"{found}.safetensors"
 
     def __call__(self, concept: str) -> efface.Delta:
         file = self.file(concept)
@@ -144,10 +157,7 @@ def main() -> None:
         return
     about = {
         "command": f"python benchmarks/editors_outcome.py measure --n {bench.n}",
-        "editors": {
-            name: config(editor.resolved(bench.pipe) if hasattr(editor, "resolved") else editor)
-            for name, editor in VARIANTS.items()
-        },
+        "editors": {name: config(resolved(editor, bench.pipe)) for name, editor in VARIANTS.items()},
         "fits": {name: fit.cost() for name, fit in fits.items()},
     }
     measure(bench, variants, args.out / "editors_outcome", about, counted_only=True)

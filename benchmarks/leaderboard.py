@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import fill_docs
+from editors_outcome import stem
 
 import efface
 from efface import api, registry
@@ -43,10 +44,11 @@ def erasers(name: str, room: str, pipe: Any, concept: efface.Concept, folder: Pa
     """What erases `concept` by a method; an editor's delta is fitted once."""
     if room == "erasers":
         return api.build(name, concept)
-    file = folder / f"{name}-{concept.name}.safetensors"
+    editor = api.editor(name)
+    file = folder / f"{stem(name, editor, pipe, concept)}.safetensors"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        api.editor(name).fit(pipe, [concept], seed=0).save(file)
+        editor.fit(pipe, [concept], seed=0).save(file)
     return api.load_delta(file)
 
 
