@@ -124,6 +124,55 @@ def sequence() -> str:
     )
 
 
+def fits() -> str:
+    closed, step = card("closed_form"), (card("finetune_step") or {}).get("emoji")
+    lines = []
+    if closed:
+        lines += [
+            f"UCE and RECE (3 rounds) on random weights of Stable Diffusion 1.5's size, {closed['threads']} threads, "
+            f"{closed['date'][:10]}, by",
+            f"`{closed['command']}`, beside literal implementations with explicit float32 inverses. Error: of the",
+            "change, relative to a float64 solution of each layer, in the worst layer. A time with a star is in part",
+            "the average of the outputs that were measured. Card in `results/closed_form.json`.",
+            "",
+            "| concepts | literal | seconds | MiB | error | Efface | seconds | MiB | error | times faster |",
+            "|---" * 10 + "|",
+        ]
+        cells = {(c["method"], c["concepts"]): c for c in closed["cells"]}
+        for literal, ours in (("uce 2023", "uce"), ("uce 2025", "uce last"), ("rece literal", "rece")):
+            for n in sorted({n for _, n in cells}):
+                shown = [
+                    f"{name} | {c['seconds']:.3g}{'*' if c['layers left out'] else ''} | {c['memory MiB']:.0f} | "
+                    f"{c['error']:.0e}"
+                    for name in (literal, ours)
+                    for c in [cells[name, n]]
+                ]
+                lines.append(f"| {n} | {' | '.join(shown)} | {cells[literal, n]['times slower']:.1f} |")
+    if step:
+        lines += [
+            "",
+            f"An update of ESD and SDD on `emoji`, {step['rounds']} rounds, {step['threads']} threads, "
+            f"{step['date'][:10]}, by",
+            "`python benchmarks/finetune_step.py`: median (range) of the times that a naive three-chain step takes "
+            "longer.",
+            "Card in `results/finetune_step.json`.",
+            "",
+            "| method | variant | seconds an update | denoiser rows an update | naive / this |",
+            "|---|---|---|---|---|",
+        ]
+        for r in step["results"]:
+            ratio = "{median:.2f} ({min:.2f}-{max:.2f})".format(**r["speedup"])
+            seconds, rows = r["seconds_per_update"]["median"], r["rows_per_update"]
+            lines.append(f"| {r['method']} | {r['variant']} | {seconds:.2f} | {rows:.0f} | {ratio} |")
+        ccrt = step["ccrt"]
+        lines += [
+            "",
+            f"A round of CCRT of {ccrt['method']['steps']} updates ran the denoiser on {ccrt['rows']:,} rows; with no "
+            f"trajectory shared it would have been {sum(ccrt['rows_unshared'].values()):,} ({ccrt['saved']:.0%} saved).",
+        ]
+    return "\n".join(lines) or "Not measured yet."
+
+
 def gates() -> str:
     found = card("emoji_gates")
     if not found:
@@ -199,4 +248,5 @@ if __name__ == "__main__":
     fill(ROOT / "README.md", "speed", speed())
     fill(ROOT / "README.md", "editors", editors())
     fill(ROOT / "README.md", "sequence", sequence())
+    fill(ROOT / "README.md", "fits", fits())
     fill(ROOT / "src/efface/models/emoji/MODEL_CARD.md", "gates", gates())
