@@ -165,10 +165,11 @@ def fits() -> str:
             seconds, rows = r["seconds_per_update"]["median"], r["rows_per_update"]
             lines.append(f"| {r['method']} | {r['variant']} | {seconds:.2f} | {rows:.0f} | {ratio} |")
         ccrt = step["ccrt"]
+        unshared = sum(ccrt["rows_unshared"].values())
         lines += [
             "",
             f"A round of CCRT of {ccrt['method']['steps']} updates ran the denoiser on {ccrt['rows']:,} rows; with no "
-            f"trajectory shared it would have been {sum(ccrt['rows_unshared'].values()):,} ({ccrt['saved']:.0%} saved).",
+            f"trajectory shared it would have been {unshared:,} ({ccrt['saved']:.0%} saved).",
         ]
     return "\n".join(lines) or "Not measured yet."
 

@@ -87,14 +87,22 @@ class Texts:
 
 
 def step(concept: Tensor, anchor: Tensor, gram: Tensor, erase_scale: float, lam: float) -> tuple[Tensor, Tensor]:
-    """T - I = a (G - C)^T C K^-1 as factors [D, N], [N, D], with K = a C^T C + `gram` + lam I."""
+    """T - I = a (G - C)^T C K^-1 as factors [D, R], [R, D], R <= N and R <= D, with K = a C^T C + `gram` + lam I."""
     k = torch.addmm(gram, concept.T, concept, alpha=erase_scale)
     k.diagonal().add_(lam)
     moved = (anchor != concept).any(1)
     moved[:1] |= not moved.any()  # an edit that moves nothing is still an edit
-    rows = concept[moved]
-    right = torch.cholesky_solve(rows.T, torch.linalg.cholesky(k)).T
-    return erase_scale * (anchor[moved] - rows).T, right
+    rows, root = concept[moved], torch.linalg.cholesky(k)
+    left = erase_scale * (anchor[moved] - rows).T
+    if len(rows) > len(k):  # D rows say it all
+        return torch.cholesky_solve(rows.T @ left.T, root).T, torch.eye(len(k), dtype=k.dtype)
+    return left, torch.cholesky_solve(rows.T, root).T
+
+
+def compact(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product [D, R] [R, D] with R <= D."""
+    n, width = right.shape
+    return (left @ right, torch.eye(width, dtype=right.dtype)) if n > width else (left, right)
 
 
 def residual(left: Tensor, right: Tensor, concept: Tensor, anchor: Tensor) -> float:

@@ -14,7 +14,7 @@ from .._weights import keys_values
 from ..core import Concept, Concepts, as_concepts
 from ..delta import Delta
 from ..families import filled
-from ._closed_form import Texts, anchors_of, changes, check_positive, condition, kept_texts, residual, step
+from ._closed_form import Texts, anchors_of, changes, check_positive, compact, condition, kept_texts, residual, step
 from .uce import UCE, Tokens
 
 if TYPE_CHECKING:
@@ -209,6 +209,6 @@ def rounds(
             "residual": residual(more_left, more_right, derived, anchor),
             "condition": condition(derived, gram, 1.0, lam),
         }
-        left = torch.cat([left, more_left + left @ (right @ more_left)], 1)  # T (I + u v) = T + (T u) v
-        right = torch.cat([right, more_right])
+        more_left = more_left + left @ (right @ more_left)  # T (I + u v) = T + (T u) v
+        left, right = compact(torch.cat([left, more_left], 1), torch.cat([right, more_right]))
         yield left, right, note
