@@ -1,7 +1,7 @@
 """Do the weight editors erase on the `emoji` model, and what else survives? Cells and judges of eiup_outcome.py.
 
     python benchmarks/editors_outcome.py tune          # tuning seeds: left versus kept of UCE and RECE over settings
-    python benchmarks/editors_outcome.py tune-trained  # the same of ESD and SDD, on two concepts: seven phrases and one
+    python benchmarks/editors_outcome.py tune-trained  # the same of SDD, ESD and CCRT, on two concepts
     python benchmarks/editors_outcome.py measure       # test seeds: plain, UCE, RECE, ESD, SDD, CCRT; writes results/
 
 A delta is fitted once for each concept and variant, on the shipped concept or the word itself, with the empty anchor,
@@ -51,6 +51,7 @@ TRAINED: list[Any] = [
     *(efface.SDD(prompt_roles=roles, lr=lr) for lr in (2e-4, 1e-3) for roles in ("code", "readme")),
     efface.SDD(prompt_roles="code", lr=3e-3),
     *(efface.ESD(eta=eta, lr=lr) for eta, lr in ((0.5, 2e-4), (1.0, 1e-4), (0.5, 1e-4), (0.0, 1e-4), (1.0, 5e-5))),
+    *(efface.CCRT(eta=eta, lr=lr) for eta, lr in ((1.0, 1e-4), (0.5, 2e-4))),
 ]
 TUNED = ("alcohol", "cat")
 

@@ -94,16 +94,20 @@ def _main(
 
 @app.command("list")
 def show(
-    what: Annotated[str, typer.Argument(help="methods, concepts, models or families; all if left out.")] = "all",
+    what: Annotated[
+        str, typer.Argument(help="methods, concepts, suites, metrics, models or families; all if left out.")
+    ] = "all",
     as_json: AsJson = False,
 ) -> None:
-    """Show what there is: methods, concepts, models, families."""
+    """Show what there is: methods, concepts, suites, metrics, models, families."""
     from .core import shipped_concepts
     from .families import FAMILIES
 
     tables: dict[str, dict[str, str]] = {
         "methods": registry.methods(),
         "concepts": {name: ", ".join(c.phrases) for name, c in shipped_concepts().items()},
+        "suites": registry.about("suites"),
+        "metrics": registry.about("metrics"),
         "models": {"emoji": "embedded, 64 x 64", "FOLDER or HUB/ID": "any diffusers pipeline of a known family"},
         "families": {f.name: "causal text encoder" if f.causal else "bidirectional text encoder" for f in FAMILIES},
     }
@@ -600,7 +604,7 @@ def _job(folder: Path | None = None) -> Iterator[Callable[[str, int, int], None]
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Argument(help="What to draw and how to score it; see `efface list methods`.")],
+    suite: Annotated[str, typer.Argument(help="What to draw and how to score it; see `efface list suites`.")],
     out: Annotated[Path, typer.Option(help="The run folder. An earlier run of the same command continues in it.")],
     concept: ConceptNames = None,
     phrase: Phrases = None,

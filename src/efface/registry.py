@@ -11,11 +11,13 @@ point named `<room>.<name>`:
 Listing imports no method, so it is fast and needs no torch.
 """
 
+import ast
 from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
+from pathlib import Path
 from pkgutil import iter_modules
 
 METHODS = ("erasers", "editors", "attacks")
@@ -102,6 +104,22 @@ def resolve(name: str, room: str | None = None) -> type:
     path = f"efface.{known[name]}.{name}"
     module = import_module(path)
     return _only_class(path, [getattr(module, each) for each in getattr(module, "__all__", ())])
+
+
+def about(room: str) -> dict[str, str]:
+    """Name -> the first line of its file, without importing it; of plugins, where they come from.
+
+    Example:
+        >>> from efface import registry
+        >>> registry.about("suites")["coco"]
+        'COCO captions: what must survive any erasure.'
+    """
+    found = {name: f"a plugin, {entry.value}" for (where, name), entry in _plugins() if where == room}
+    for name in _files(room):
+        spec = find_spec(f"efface.{room}.{name}")
+        text = ast.get_docstring(ast.parse(Path(spec.origin).read_text("utf-8"))) if spec and spec.origin else None
+        found[name] = (text or "").partition("\n")[0]
+    return {name: found[name] for name in methods(room)}
 
 
 def _files(room: str) -> list[str]:

@@ -138,7 +138,7 @@ def make_suite(
     """A suite by name, with its rows.
 
     Args:
-        name: as in `efface list methods`.
+        name: as in `efface list suites`.
         concepts: what is to be erased; the suite chooses its rows by them.
         data: the suite's data, for suites that read a file or folder of the user's.
         limit: at most so many rows.
