@@ -99,3 +99,29 @@ def test_free_text_erases_a_style(pipe, eyes: Eyes) -> None:
     assert share(eyes.concept(draw(pipe, prompts, seeds), "neon sign"), "least") >= 0.75
     with efface.erase(pipe, efface.Concept("neon sign")):
         assert share(eyes.concept(draw(pipe, prompts, seeds), "neon sign"), "most") <= 0.25
+
+
+@pytest.mark.parametrize(
+    "editor",
+    [
+        efface.UCE(),
+        efface.RECE(),
+        *(pytest.param(slow, marks=pytest.mark.slow) for slow in (efface.ESD(), efface.SDD())),
+    ],
+    ids=lambda editor: type(editor).__name__,
+)
+def test_an_editor_takes_one_of_two_things_out(editor, pipe, eyes: Eyes) -> None:
+    pairs = emoji.prompts("cat", "pair")
+    rows = [pairs[k % len(pairs)] for k in range(8)]
+
+    def seen(images: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether there is a cat, and whether there is the other thing, [2, 8] each."""
+        other = [INDEX[keep] for _, (keep,) in rows]
+        return eyes.concept(images, emoji.truth("cat")), eyes.icons(images)[:, range(8), other]
+
+    prompts, seeds = [prompt for prompt, _ in rows], range(1_800_000, 1_800_008)
+    cat, other = seen(draw(pipe, prompts, seeds))
+    assert share(cat, "least") >= 0.75 and share(other, "least") >= 0.75
+    with efface.stack(pipe, editor.fit(pipe, "cat")):
+        cat, other = seen(draw(pipe, prompts, seeds))
+    assert share(cat, "most") <= 0.25 and share(other, "least") >= 0.75
