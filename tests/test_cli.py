@@ -221,6 +221,7 @@ def test_fit_describe_export_merge_and_erase(tmp_path: Path) -> None:
     assert "cat" in call(*fit, "--overwrite")
     assert json.loads(call("delta", "info", file, "--json"))["hash"] == made["hash"]
     assert "14 of rank 1 to 1" in call("delta", "info", file)
+    assert "14 whole" in call("fit", "rece", "--concept", "weapon", "--out", tmp_path / "whole.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(file.read_bytes()[:-8])
     assert "damaged" in call("delta", "info", tmp_path / "bad.safetensors", code=2)
 

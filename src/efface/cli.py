@@ -543,7 +543,8 @@ def _describe(file: Path, delta: Any) -> None:
     config = delta.config()
     ranks = [change.rank for change in delta.weights.values() if hasattr(change, "rank")]
     whole = len(delta.weights) - len(ranks)
-    kinds = [f"{len(ranks)} of rank {min(ranks)} to {max(ranks)}"] * bool(ranks) + [f"{whole} whole"] * bool(whole)
+    kinds = [f"{len(ranks)} of rank {min(ranks)} to {max(ranks)}"] if ranks else []
+    kinds += [f"{whole} whole"] if whole else []
     rows = {
         "erases": ", ".join(c["name"] for c in config["concepts"]),
         "method": " ".join([config["method"], *(f"{k}={v}" for k, v in config["fields"].items())]),
