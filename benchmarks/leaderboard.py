@@ -146,7 +146,8 @@ def table(card: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"Suite `emoji` {card['suite']}, {card['n']} pictures a method, each concept erased on its own: "
-            f"{', '.join(card['concepts'])}. Methods with their defaults, which other seeds chose; 95 % intervals.",
+            f"{', '.join(card['concepts'])}. Methods with their defaults, "
+            "for which no test seed was looked at; 95 % intervals.",
             f"Counted: {counts}. Judged by: {protocols}.",
             f"Measured {card['date'][:10]} by `{card['command']}` ({minutes:.0f} min of drawing); "
             f"model `{card['model']['text_hash'][:12]}`; data {hashes}.",
