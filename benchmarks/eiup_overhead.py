@@ -1,6 +1,7 @@
 """What EIUP and the other run-time methods cost: one denoiser call with guidance, beside the plain model.
 
-    python benchmarks/eiup_overhead.py [--model emoji|sd15|tiny] [--rounds 11] [--batch 1 8] [--no-memory] [--out FILE]
+    python benchmarks/eiup_overhead.py                              # the embedded model, batch 1 and 8, all variants
+    python benchmarks/eiup_overhead.py --model sd15 --batch 8 --variants "eiup projected" "eiup separate"
 
 Variants, all with window (0, 1) and strength 1 in every cross-attention layer: `plain`, the pipeline's own call (a
 negative prompt costs the same, it is the text of the unconditional rows); `eiup projected`, `separate` and `gated`, by
@@ -13,10 +14,12 @@ have to fit prompt and concept into one, and take as many phrases as do.
 Models: `emoji`, the embedded one; `sd15` and `tiny`, the random ones of random_model.py. All in float32 on the CPU.
 
 Variants take turns, in a new order each round; a ratio is the median over rounds of variant / plain in the same round.
-Texts are encoded outside the measured time, as a pipeline does it once per picture. Each variant must change the
-conditional prediction by more than 10 %, or the script fails: a dead hook is cheap. Memory is that of a fresh process
-that builds the model and makes two calls: `peak`, its largest resident size, and on Linux `calls`, the largest during
-the calls alone, because loading a small model takes more than calling it. The JSON file has one entry per model.
+Texts are encoded outside the measured time, as a pipeline does it once per picture. The first round also shows what a
+variant does: each must change the conditional prediction by more than 10 %, or the script fails, because a dead hook is
+cheap. On small models that round is not timed; on `sd15`, where a call takes a minute, it is. Memory is that of a fresh
+process that builds the model and makes two calls (`sd15`: one): `peak`, its largest resident size, and on Linux
+`calls`, the largest during the calls alone, because loading a small model takes more than calling it. The JSON file has
+one record per model and batch, written as soon as it is made.
 
 The effect is no measure of erasure, and the scene was picked for it: on `emoji` an explicit prompt and a late moment.
 Of five prompts tried, each at several moments, it is the only one at which all variants pass with 8 pictures. At "a
@@ -34,7 +37,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -61,6 +64,8 @@ MEMORY, HELP = 1.02, 0.3  # targets: times plain, and seconds
 TIME = {"eiup": 1.05, "projected": 1.05, "gie": 1.05, "safree": 1.02, "sld": 1.5, "negative": 1.5}  # times plain
 
 ROUNDS = {"emoji": 11, "sd15": 3, "tiny": 11}
+UNTIMED = {"emoji": 1, "sd15": 0, "tiny": 1}  # rounds in front of those
+CALLS = {"emoji": 2, "sd15": 1, "tiny": 2}  # of which the memory is taken
 CONCEPT = efface.concept("alcohol")
 WARM = {"emoji": 22, "sd15": 0, "tiny": 0}  # plain steps made before the measured call
 
@@ -174,36 +179,35 @@ VARIANTS: dict[str, Callable[[Scene], AbstractContextManager[Call]]] = {
 
 
 @torch.no_grad()
-def effects(scene: Scene) -> dict[str, float]:
-    """Relative change of the conditional prediction by each variant; RuntimeError if one hardly changes it."""
-    predicted = {}
-    for name, variant in VARIANTS.items():
-        with variant(scene) as call:
-            predicted[name] = call()[-len(scene.latents) :]  # the last rows are the erased ones in every variant
-    base = predicted["plain"]
-    found = {name: float((out - base).norm() / base.norm()) for name, out in predicted.items()}
-    for name in found.keys() - {"plain"}:
-        if not found[name] > EFFECT:
-            raise RuntimeError(f"{name!r} changes the prediction by {found[name]:.4f}, expected more than {EFFECT}.")
-    return found
+def calls(
+    scene: Scene, variants: Sequence[str], rounds: int, untimed: int
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Relative change of the conditional prediction, and the seconds of a call in each timed round, of each variant.
 
-
-@torch.no_grad()
-def seconds(scene: Scene, rounds: int) -> dict[str, list[float]]:
-    """Seconds of a call of each variant, one for each round."""
-    order, found = random.Random(SEED), {name: [] for name in VARIANTS}
-    for _ in range(rounds):
-        for name in order.sample(list(VARIANTS), len(VARIANTS)):
+    RuntimeError if a variant hardly changes the prediction.
+    """
+    order, taken, predicted = random.Random(SEED), {name: [] for name in variants}, {}
+    for number in range(untimed + rounds):
+        for name in order.sample(list(variants), len(variants)):
             with VARIANTS[name](scene) as call:
                 start = time.perf_counter()
-                call()
-                found[name].append(time.perf_counter() - start)
-    return found
+                out = call()
+                taken[name].append(time.perf_counter() - start)
+            if number == 0:
+                predicted[name] = out[-len(scene.latents) :]  # the last rows are the erased ones in every variant
+        if number == 0:
+            base = predicted["plain"]
+            found = {name: float((out - base).norm() / base.norm()) for name, out in predicted.items()}
+            for name in found.keys() - {"plain"}:
+                if not found[name] > EFFECT:
+                    changes = f"{name!r} changes the prediction by {found[name]:.4f}"
+                    raise RuntimeError(f"{changes}, expected more than {EFFECT}.")
+    return found, {name: values[untimed:] for name, values in taken.items()}
 
 
 @torch.no_grad()
 def resident(model: str, variant: str, batch: int) -> dict[str, int]:
-    """This process's largest resident size in bytes: in all, and (Linux) in two calls once the model is built."""
+    """This process's largest resident size in bytes: in all, and (Linux) in the calls once the model is built."""
     now, linux = scene(load(model), model, batch), sys.platform == "linux"
 
     def largest() -> int:
@@ -213,18 +217,18 @@ def resident(model: str, variant: str, batch: int) -> dict[str, int]:
         built = largest()
         if linux:
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        call()
-        call()
+        for _ in range(CALLS[model]):
+            call()
     if not linux:
         return {"peak": largest()}
     calls = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
     return {"peak": max(built, calls), "calls": calls}
 
 
-def memory(model: str, batch: int) -> dict[str, dict[str, int]]:
+def memory(model: str, batch: int, variants: Sequence[str]) -> dict[str, dict[str, int]]:
     """`resident` of each variant in a fresh process. Call it first: a process's peak starts at that of its parent."""
     command = [sys.executable, __file__, "--model", model, "--batch", str(batch), "--one"]
-    return {v: json.loads(subprocess.check_output([*command, v], text=True).splitlines()[-1]) for v in VARIANTS}
+    return {v: json.loads(subprocess.check_output([*command, v], text=True).splitlines()[-1]) for v in variants}
 
 
 def help_seconds(runs: int = 11) -> list[float]:
@@ -241,28 +245,23 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def measure(model: str, batches: list[int], rounds: int, with_memory: bool) -> dict[str, Any]:
-    """The record of one model: see the head of this file."""
-    peaks = {batch: memory(model, batch) for batch in batches} if with_memory else {}
-    helped, pipe, results = spread(help_seconds()), load(model), []
+def measure(model: str, batch: int, variants: Sequence[str], rounds: int, with_memory: bool) -> dict[str, Any]:
+    """The record of one model and batch: see the head of this file."""
+    peak = memory(model, batch, variants) if with_memory else {}
+    helped, results = spread(help_seconds()), []
+    effect, taken = calls(scene(load(model), model, batch), variants, rounds, UNTIMED[model])
     targets = [("efface --help, seconds", helped["median"], HELP)]
-    for batch in batches:
-        now = scene(pipe, model, batch)
-        effect, taken, peak = effects(now), seconds(now, rounds), peaks.get(batch)
-        for name in VARIANTS:
-            ratio = spread([a / b for a, b in zip(taken[name], taken["plain"], strict=True)])
-            row = {"variant": name, "batch": batch, "effect": effect[name], "ratio": ratio}
-            row["seconds"] = spread(taken[name])
-            limit = TIME.get(name.replace(",", "").split()[0]) if batch == 8 else None
-            if limit:
-                targets.append((f"{name}, batch 8, time / plain", ratio["median"], limit))
-            judged = limit and name.startswith(("eiup", "projected"))
-            row["memory"] = (
-                {k: {"bytes": v, "ratio": v / peak["plain"][k]} for k, v in peak[name].items()} if peak else {}
-            )
-            for kind, used in row["memory"].items() if judged else ():
-                targets.append((f"{name}, batch 8, memory ({kind}) / plain", used["ratio"], MEMORY))
-            results.append(row)
+    for name in variants:
+        ratio = spread([a / b for a, b in zip(taken[name], taken["plain"], strict=True)])
+        row = {"variant": name, "effect": effect[name], "ratio": ratio, "seconds": spread(taken[name])}
+        row["memory"] = {k: {"bytes": v, "ratio": v / peak["plain"][k]} for k, v in peak[name].items()} if peak else {}
+        limit = TIME.get(name.replace(",", "").split()[0]) if batch == 8 else None
+        if limit:
+            targets.append((f"{name}, batch 8, time / plain", ratio["median"], limit))
+        judged = limit and name.startswith(("eiup", "projected"))
+        for kind, used in row["memory"].items() if judged else ():
+            targets.append((f"{name}, batch 8, memory ({kind}) / plain", used["ratio"], MEMORY))
+        results.append(row)
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {m.__name__: m.__version__ for m in (efface, torch, diffusers)},
@@ -276,16 +275,15 @@ def measure(model: str, batches: list[int], rounds: int, with_memory: bool) -> d
     }
 
 
-def show(model: str, record: dict[str, Any]) -> None:
+def show(model: str, batch: int, record: dict[str, Any]) -> None:
     """The table, within 80 columns (memory as ratio to plain), and what became of the targets."""
-    title = f"{model}, {record['rounds']} rounds, {record['threads']} threads: medians (range)"
-    columns = ("variant", "batch", "seconds", "x plain", "effect", "peak", "calls")
+    title = f"{model}, batch {batch}, {record['rounds']} rounds, {record['threads']} threads: medians (range)"
+    columns = ("variant", "seconds", "x plain", "effect", "peak", "calls")
     table = Table(*columns, title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     for row in record["results"]:
         ratio, used = row["ratio"], row["memory"]
         table.add_row(
             row["variant"],
-            str(row["batch"]),
             f"{row['seconds']['median']:.3f}",
             f"{ratio['median']:.3f} ({ratio['min']:.3f}-{ratio['max']:.3f})",
             f"{row['effect']:.2f}",
@@ -302,6 +300,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", choices=ROUNDS, default="emoji")
     parser.add_argument("--rounds", type=int, help="default: 11; on sd15: 3")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="pictures; a call has twice as many rows")
+    parser.add_argument("--variants", choices=list(VARIANTS), nargs="+", default=list(VARIANTS), help="beside `plain`")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, default=Path("results/eiup_overhead.json"))
     parser.add_argument("--one", choices=VARIANTS, help=argparse.SUPPRESS)  # what `memory` runs
@@ -309,11 +308,14 @@ def main(arguments: list[str] | None = None) -> None:
     if args.one:
         print(json.dumps(resident(args.model, args.one, args.batch[0])))
         return
-    record = measure(args.model, args.batch, args.rounds or ROUNDS[args.model], args.memory)
+    variants = [name for name in VARIANTS if name == "plain" or name in args.variants]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    kept = json.loads(args.out.read_text("utf-8")) if args.out.is_file() else {}
-    args.out.write_text(json.dumps({**kept, args.model: record}, indent=2) + "\n", "utf-8")
-    show(args.model, record)
+    for batch in args.batch:
+        record = measure(args.model, batch, variants, args.rounds or ROUNDS[args.model], args.memory)
+        kept = json.loads(args.out.read_text("utf-8")) if args.out.is_file() else {}
+        kept.setdefault(args.model, {})[str(batch)] = record
+        args.out.write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
+        show(args.model, batch, record)
 
 
 if __name__ == "__main__":

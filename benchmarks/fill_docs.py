@@ -205,23 +205,23 @@ def speed() -> str:
     found = card("eiup_overhead")
     if not found:
         return "Not measured yet."
-    models = {name: found[name] for name in ("emoji", "sd15") if name in found}
-    columns = [(name, batch) for name, m in models.items() for batch in sorted({r["batch"] for r in m["results"]})]
-    ratios = {(name, r["batch"], r["variant"]): r for name, m in models.items() for r in m["results"]}
+    columns = [(name, batch) for name in ("emoji", "sd15") for batch in found.get(name, {})]
+    ratios = {(n, b): {r["variant"]: r["ratio"] for r in found[n][b]["results"]} for n, b in columns}
     heads = " | ".join(f"{name}, batch {batch}" for name, batch in columns)
     lines = [f"| one step, times plain | {heads} |", "|---" * (1 + len(columns)) + "|"]
-    for variant in [r["variant"] for r in models["emoji"]["results"] if r["batch"] == columns[0][1]]:
-        cells = [ratios.get((*column, variant)) for column in columns]
-        shown = [
-            f"{c['ratio']['median']:.2f} ({c['ratio']['min']:.2f}-{c['ratio']['max']:.2f})" if c else "-" for c in cells
-        ]
+    for variant in ratios[columns[0]]:
+        cells = [ratios[column].get(variant) for column in columns]
+        shown = [f"{c['median']:.2f} ({c['min']:.2f}-{c['max']:.2f})" if c else "-" for c in cells]
         lines.append(f"| {variant} | {' | '.join(shown)} |")
     facts = "; ".join(
-        f"`{name}`: {m['rounds']} rounds, {m['threads']} threads, {m['date'][:10]}" for name, m in models.items()
+        f"`{n}`, batch {b}: {r['rounds']} rounds, {r['threads']} threads, {r['date'][:10]}"
+        for n, b in columns
+        for r in [found[n][b]]
     )
     return "\n".join(
         [
-            f"Median (range) of the ratios in one run of `python benchmarks/eiup_overhead.py --model NAME`. {facts}.",
+            "Median (range) of the ratios in one run of `python benchmarks/eiup_overhead.py --model NAME --batch N`.",
+            f"{facts}.",
             "Card in `results/eiup_overhead.json`. `sd15` has the sizes of Stable Diffusion 1.5 and random weights.",
             'The concept is "alcohol" with seven phrases, each taken out on its own by `projected`; `sld` and',
             "`negative, own strength` predict them in one text on `emoji` (a row more), in two on `sd15`, whose random",

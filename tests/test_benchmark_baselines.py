@@ -116,7 +116,7 @@ def test_baselines_put_everything_back(overhead, scene) -> None:
 def test_a_variant_without_effect_fails(overhead, scene, monkeypatch) -> None:
     monkeypatch.setitem(overhead.VARIANTS, "eiup gated", overhead.plain)
     with pytest.raises(RuntimeError, match=r"'eiup gated' changes the prediction by 0\.0000"):
-        overhead.effects(scene)
+        overhead.calls(scene, ["plain", "eiup gated"], 1, 0)
 
 
 def test_the_script_writes_its_record(overhead, tmp_path, monkeypatch, capsys) -> None:
@@ -127,14 +127,18 @@ def test_the_script_writes_its_record(overhead, tmp_path, monkeypatch, capsys) -
     out.parent.mkdir()
     out.write_text('{"emoji": 1}')
     overhead.main(["--model", "tiny", "--rounds", "2", "--batch", "1", "8", "--out", str(out)])
+    few = ["--variants", "gie", "--no-memory"]
+    overhead.main(["--model", "tiny", "--rounds", "2", "--batch", "1", *few, "--out", str(out)])
     found = json.loads(out.read_text())
-    record = found["tiny"]
     assert found["emoji"] == 1
-    assert [(row["variant"], row["batch"]) for row in record["results"]] == [
-        (name, batch) for batch in (1, 8) for name in overhead.VARIANTS
-    ]
+    assert {batch: [row["variant"] for row in record["results"]] for batch, record in found["tiny"].items()} == {
+        "1": ["plain", "gie"],
+        "8": list(overhead.VARIANTS),
+    }
+    record = found["tiny"]["8"]
     assert all(row["effect"] > 0.1 for row in record["results"] if row["variant"] != "plain")
     assert all(row["ratio"]["median"] == 1 for row in record["results"] if row["variant"] == "plain")
+    assert all(row["seconds"]["min"] > 0 and row["memory"]["peak"]["ratio"] == 1 for row in record["results"])
     assert len(record["targets"]) == 1 + 4 * 3 + 4 and all(
         t["met"] == (t["value"] <= t["limit"]) for t in record["targets"]
     )
