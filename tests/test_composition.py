@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import efface
 from efface import EIUP, GIE, SAFREE, SLD, Delta
-from efface._hooks import Prediction
+from efface._method import Prediction
 
 PICTURE = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 

@@ -28,7 +28,8 @@ from tiny import (
 from torch import Tensor
 
 from efface import EIUP, SLD, Concept, NegativePrompt
-from efface._hooks import Hooked, Prediction
+from efface._hooks import Hooked
+from efface._method import Prediction
 
 SAFETY = "beer, wine glass"  # the text of ALCOHOL
 BEER = Concept("beer")

@@ -15,7 +15,7 @@ ROOT = Path(efface.__file__).parent
 
 # What each part may import, besides itself. `efface` is the package's own `__init__`.
 FACTS = {"registry", "core", "families"}
-INSIDE = {"_weights", "_text", "_attention", "_hooks"}  # of diffusers
+INSIDE = {"_weights", "_text", "_attention", "_method", "_prompts", "_guidance", "_layers", "_hooks"}  # of diffusers
 HOOKS = FACTS | INSIDE | {"delta"}
 MAY_IMPORT: dict[str, set[str]] = {
     "registry": set(),
@@ -24,7 +24,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_weights": FACTS,
     "_text": FACTS | {"_weights"},
     "_attention": set(),
-    "_hooks": FACTS | {"_weights", "_text", "_attention"},
+    "_method": FACTS | {"_attention"},
+    "_prompts": FACTS | {"_weights", "_text", "_attention", "_method"},
+    "_guidance": FACTS | {"_attention", "_method", "_prompts"},
+    "_layers": set(),
+    "_hooks": FACTS | INSIDE,
     "delta": FACTS | INSIDE,
     "erasers": HOOKS | {"pictures"},
     "editors": HOOKS,
@@ -110,6 +114,9 @@ def test_imports_run_one_way(module: str, path: Path) -> None:
         ("efface._weights", "from efface._text import encode\n"),
         ("efface._text", "from ._hooks import site\n"),
         ("efface._attention", "from ._hooks import Site\n"),
+        ("efface._layers", "from ._hooks import Site\n"),
+        ("efface._prompts", "from ._guidance import guided\n"),
+        ("efface._method", "from ._prompts import Entry\n"),
         ("efface._hooks", "from efface.erasers import eiup\n"),
         ("efface.delta", "from efface.erasers.eiup import EIUP\n"),
         ("efface.erasers.eiup", "from efface.api import load\n"),

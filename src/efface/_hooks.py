@@ -1,7 +1,7 @@
 """Where erasers meet a pipeline: the hooks, and the list of what is on.
 
-`_weights`, `_text`, `_attention` and `_hooks`, in the order in which they import one another, are the only files that
-touch diffusers internals.
+Only this file and those that it imports (`_weights`, `_text`, `_attention`, `_method`, `_prompts`, `_guidance` and
+`_layers`) touch diffusers internals.
 
 Each denoiser has one `Site`: the ordered list of erasers that are on, and one hook named `efface` on every module
 that has to be watched. The list is walked on each call, so erasers come off in any order; when it is empty, every
@@ -30,264 +30,45 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from types import FrameType, MethodType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from ._attention import Beside, CrossAttention, Term
-from ._text import SITES, encode, encoding_settings, pack
+from ._attention import Beside, CrossAttention
+from ._guidance import guided, needs_guidance, with_concepts
+from ._layers import Layer, SelfLayer, WatchDenoiser, register, unregister
+from ._method import Method
+from ._prompts import Entry, projected
+from ._text import SITES, encoding_settings
 from ._weights import check_unfused, denoiser_of
-from .core import Concept, Handle, as_concepts, as_rows, check_strength, check_window
+from .core import Handle
 from .families import Family, family
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-HOOK = "efface"
 UNCOMPILED = (
     "This eraser makes a denoiser call of its own, which a compiled denoiser does not allow: give it a pipeline that "
     "is not compiled, or a fixed strength and one trajectory."
 )
+_TWO_THREADS = (
+    "Two threads use one pipeline with erasers on, which would mix up their pictures: let them take turns, or give "
+    "each a pipeline of its own."
+)
+_GUARD = threading.Lock()
 WRAPPED = ("encode_prompt", "maybe_free_model_hooks")  # of the pipeline object
 
 
-# ---------------------------------------------------------------- what a method sees of one denoiser call
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the denoiser predicts in one step, conditional rows only, float32 or wider.
-
-    Args:
-        prompt: [B, C, h, w] for the user's prompt, before any eraser changed it.
-        negative: the same rows' unconditional prediction.
-        concept: for the concept's text, all else (noise, pooled size, ControlNet, IP-Adapter) as in the prompt's row;
-            the mean, if the phrases fill several texts.
-        guidance_scale: of the pipeline's call; NaN where pipelines do not tell it.
-        time: 0 is pure noise, 1 the picture; it broadcasts over [B, C, h, w].
-        memory: kept from step to step for this eraser, and empty when a call of the pipeline begins.
-    """
-
-    prompt: Tensor
-    negative: Tensor
-    concept: Tensor
-    guidance_scale: float
-    time: Tensor
-    memory: dict[str, Tensor]
-
-
-# ---------------------------------------------------------------- erasers
-
-
-class Hooked:
-    """Base of run-time erasers: `apply` puts them on the pipeline's list.
-
-    A subclass is a frozen dataclass with `concepts` and overrides `edit` (attention), `guide` (predicted noise),
-    `rewrite` (text, once) or `rewrite` and `reread` (text, at each step).
-    """
-
-    off: ClassVar[dict[str, Any] | None] = None
-    touches_uncond: ClassVar[bool] = False
-    edits_attention: ClassVar[bool] = False
-    guides: ClassVar[bool] = False  # changes the prediction, which takes guidance
-    packs = True  # phrases share erasure prompts; a method may need one prompt per phrase
-    references: tuple[tuple[str, ...], ...] = (("",),)  # the mean of each group of texts stands for "some picture"
-    joins = False  # terms come with each prompt and the erasure prompt in one text
-    twins = False  # the plain picture is drawn beside; the eraser keeps its window by the steps of `cross.beside`
-    measures = False  # `weigh` gets features from a plain denoiser call in front of the first one
-
-    concepts: tuple[Concept, ...]
-    rows: tuple[tuple[Concept, ...], ...] | None = None
-    window: tuple[float, float] = (0.0, 1.0)
-
-    def __post_init__(self) -> None:
-        """Checks the fields that methods share: `concepts`, and `strength`, `window` and `rows` where there are any."""
-        concepts, names = as_concepts(self.concepts), {f.name for f in fields(self)}  # type: ignore[arg-type]
-        checked: dict[str, Any] = {"concepts": concepts}
-        if "rows" in names:
-            checked["rows"] = as_rows(self.rows, concepts)
-        for name, check in (("strength", check_strength), ("window", check_window)):
-            optional = getattr(type(self), name, ()) is None  # None is a value only where it is the default
-            if name in names and not (optional and getattr(self, name) is None):
-                checked[name] = check(getattr(self, name))
-        if not concepts and checked.get("rows") is None:
-            cure = "give `concepts` or `rows`" if "rows" in names else "give `concepts`"
-            raise ValueError(f"{type(self).__name__} needs at least one concept to erase, but got none: {cure}.")
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
-
-    def is_off(self) -> bool:
-        return self.off is not None and all(getattr(self, k) == v for k, v in self.off.items())
-
-    def check(self, pipe: DiffusionPipeline) -> None:
-        """ValueError if it cannot work on this pipeline; asked by `apply` and before any change through the handle."""
-
-    def edit(self, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
-        """The attention output [B, Q, C] of conditional rows, without the concept of `term`."""
-        return out
-
-    def copies(self, step: int, steps: int, queries: int) -> bool:
-        """With a twin: whether self-attention layers of so many queries take its maps in this step."""
-        return False
-
-    def weigh(self, features: Tensor, layers: tuple[str, ...]) -> Tensor:
-        """Weights [B, tokens] of an erasure prompt's own tokens from the attention they get, [B, tokens, layers].
-
-        `layers` are the names of the cross-attention layers in the order in which they ran.
-        """
-        raise NotImplementedError
-
-    def guide(self, seen: Prediction) -> Tensor:
-        """What to add to `seen.prompt` [B, C, h, w]. Every method sees the plain one: what they add is summed."""
-        return torch.zeros_like(seen.prompt)
-
-    def rewrite(
-        self,
-        pipe: DiffusionPipeline,
-        encoded: tuple[Any, ...],
-        call: inspect.BoundArguments,
-        memory: dict[str, Tensor],
-    ) -> tuple[Any, ...]:
-        """What `encode_prompt` returned, changed; `memory` is empty and lasts for this call of the pipeline."""
-        return encoded
-
-    def reread(
-        self, text: Tensor, pooled: Tensor | None, time: Tensor, memory: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
-        """The text [B, L, D] and pooled text that the conditional rows read at this time."""
-        return text, pooled
-
-    def groups(self, concepts: Sequence[Concept]) -> list[tuple[Concept, ...]]:
-        """Which concepts share erasure prompts: those of a guided prediction do."""
-        if self.guides:
-            return [tuple(concepts)] if concepts else []
-        return [(concept,) for concept in dict.fromkeys(concepts)]
+class Hooked(Method):
+    """Base of run-time erasers: `apply` puts them on the pipeline's list."""
 
     def apply(self, pipe: DiffusionPipeline) -> Handle:
         """Takes effect at once; returns the handle that takes it off again (also a context manager)."""
         return site(pipe).add(pipe, self)
-
-
-# ---------------------------------------------------------------- hooks
-
-
-class _SeeQuery(ModelHook):
-    def __init__(self, layer: _Layer) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
-        self.layer.query = output
-        return output
-
-
-class _SeeKey(_SeeQuery):
-    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
-        self.layer.key = output
-        return output
-
-
-class _SeeValue(_SeeQuery):
-    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
-        self.layer.value = output
-        return output
-
-
-class _EditOutput(ModelHook):
-    def __init__(self, layer: _Layer) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def pre_forward(self, module: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        query, self.layer.query = self.layer.query, None
-        return (self.layer.site.edit(self.layer.attn, query, hidden), *args), kwargs
-
-
-class _EditSelf(_EditOutput):
-    def pre_forward(self, module: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        layer = self.layer
-        parts, layer.query, layer.key, layer.value = (layer.query, layer.key, layer.value), None, None, None
-        return (layer.site.edit_self(layer.attn, *parts, hidden), *args), kwargs
-
-
-class _WatchDenoiser(ModelHook):
-    def __init__(self, site: Site) -> None:
-        super().__init__()
-        self.site = site
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self.site.denoise(self.fn_ref.original_forward, args, kwargs)
-        with self.site.alone():
-            return self.site.denoise(self.fn_ref.original_forward, args, kwargs)
-
-
-class _Layer:
-    """One cross-attention module and the two submodules that carry its hooks now."""
-
-    def __init__(self, site: Site, attn: Attention) -> None:
-        self.site, self.attn = site, attn
-        self.query: Tensor | None = None
-        self.key: Tensor | None = None  # this and the next of self-attention only
-        self.value: Tensor | None = None
-        self.hooked: tuple[nn.Module, ...] | None = None
-
-    def watches(self) -> dict[nn.Module, ModelHook]:
-        return {self.attn.to_q: _SeeQuery(self), self.attn.to_out[0]: _EditOutput(self)}
-
-    def fit(self) -> None:
-        """Hooks the present submodules; loading or unloading a LoRA swaps them."""
-        watches = self.watches()
-        if self.hooked != tuple(watches):
-            self.unhook()
-            for module, hook in watches.items():
-                _register(module, hook)
-            self.hooked = tuple(watches)
-
-    def unhook(self) -> None:
-        for module in self.hooked or ():
-            _unregister(module)
-        self.hooked = None
-
-
-class _SelfLayer(_Layer):
-    """One self-attention module."""
-
-    def watches(self) -> dict[nn.Module, ModelHook]:
-        attn = self.attn
-        see = {attn.to_q: _SeeQuery(self), attn.to_k: _SeeKey(self), attn.to_v: _SeeValue(self)}
-        return {**see, attn.to_out[0]: _EditSelf(self)}
-
-
-def _register(module: nn.Module, hook: ModelHook) -> None:
-    HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
-
-
-def _unregister(module: nn.Module) -> None:
-    registry = module._diffusers_hook
-    registry.remove_hook(HOOK, recurse=False)
-    if not registry.hooks:  # leave the module as it was found; someone else's `forward` stays
-        if getattr(module.forward, "__func__", None) is type(module).forward:
-            vars(module).pop("forward", None)
-        del module._diffusers_hook
-
-
-@dataclass
-class _Entry:
-    """An eraser that is on, and its erasure prompts."""
-
-    eraser: Hooked
-    of: tuple[tuple[Concept, ...], ...] = ()  # whose each erasure prompt is
-    prompts: Term | None = None
-    neutral: Tensor | None = None
-    neutral_mask: Tensor | None = None
-    acting: tuple[Term, ...] = ()  # with the rows of the present batch
-    memory: dict[str, Tensor] = field(default_factory=dict)  # of the present call
 
 
 @dataclass(frozen=True)
@@ -327,11 +108,11 @@ class Site:
         self._denoiser = weakref.ref(denoiser)
         named = denoiser.named_modules()
         self.names = {m: name for name, m in named if isinstance(m, Attention) and m.is_cross_attention}
-        self.layers = [_Layer(self, m) for m in self.names]
+        self.layers = [Layer(self, m) for m in self.names]
         inner = (m for m in denoiser.modules() if isinstance(m, Attention) and not m.is_cross_attention)
-        self.self_layers = [_SelfLayer(self, m) for m in inner]
+        self.self_layers = [SelfLayer(self, m) for m in inner]
         self.parameters = tuple(inspect.signature(type(denoiser).forward).parameters)[1:]
-        self.entries: list[_Entry] = []
+        self.entries: list[Entry] = []
         self.pipes: list[tuple[weakref.ref[DiffusionPipeline], dict[str, Any]]] = []  # with what WRAPPED hid
         self.call: _Call | None = None
         self.first = self.last = 0  # the conditional rows; further ones come behind
@@ -343,7 +124,7 @@ class Site:
         self._busy: int | None = None  # the thread that is inside
         self.twin: _Twin | None = None
         self._twin_runs = False
-        self._measuring: list[_Entry] = []
+        self._measuring: list[Entry] = []
         self._seen: dict[str, list[tuple[Tensor, ...]]] | None = None  # while measuring: layer -> masses of each entry
 
     # ---- the list
@@ -364,11 +145,11 @@ class Site:
                 f"Two trajectories need the guidance scale of the call, but {self.facts.name} pipelines do not tell "
                 "it: use one trajectory."
             )
-        entry = _Entry(eraser)
+        entry = Entry(eraser)
         self._prepare(pipe, entry)
         self._wrap(pipe)
         if not self.entries:
-            _register(self._denoiser(), _WatchDenoiser(self))
+            register(self._denoiser(), WatchDenoiser(self))
         self.entries.append(entry)
         self._checked = None
         self._fit()
@@ -383,10 +164,10 @@ class Site:
                     f"This change moves {type(changed).__name__} to other rows of the batch, which cannot be done "
                     "while the pipeline is drawing: set it between two calls."
                 )
-            trial, call = _Entry(changed, memory=entry.memory), self.call
+            trial, call = Entry(changed, memory=entry.memory), self.call
             self._prepare(present, trial, call.prompts if call else None, **(call.settings if call else {}))
             if entry.prompts and (changed.concepts, changed.rows) == (entry.eraser.concepts, entry.eraser.rows):
-                self._set_prompts(trial, weights=entry.prompts.weights)  # keep what was measured
+                trial.change(self.images_per_prompt, weights=entry.prompts.weights)  # keep what was measured
             vars(entry).update(vars(trial))
             self._checked = None
 
@@ -409,7 +190,7 @@ class Site:
 
     def _close(self) -> None:
         if (denoiser := self._denoiser()) is not None:
-            _unregister(denoiser)
+            unregister(denoiser)
             SITES.pop(denoiser, None)
         for ref, hidden in self.pipes:
             if (pipe := ref()) is not None:
@@ -424,79 +205,16 @@ class Site:
         attributes = next((hidden for ref, hidden in self.pipes if ref() is pipe), vars(pipe))
         return attributes.get("encode_prompt") or MethodType(type(pipe).encode_prompt, pipe)
 
+    @property
+    def images_per_prompt(self) -> int:
+        return self.call.images_per_prompt if self.call else 1
+
     def _prepare(
-        self, pipe: DiffusionPipeline, entry: _Entry, prompts: list[str] | None = None, **settings: Any
+        self, pipe: DiffusionPipeline, entry: Entry, prompts: list[str] | None = None, **settings: Any
     ) -> None:
-        """Encodes the eraser's erasure prompts, and its neutral texts beside them; `prompts`: the call's."""
-        eraser = entry.eraser
-        eraser.check(pipe)
+        entry.eraser.check(pipe)
         self.train_timesteps = pipe.scheduler.config.num_train_timesteps
-        if not (eraser.edits_attention or eraser.guides):
-            return
-        rows, separator = [eraser.concepts] if eraser.rows is None else eraser.rows, ", " if eraser.guides else " "
-        texts = []
-        for group in dict.fromkeys(group for row in rows for group in eraser.groups(row)):
-            phrases = [phrase for concept in group for phrase in concept.phrases]
-            texts += [(group, text) for text in (pack(pipe, phrases, separator) if eraser.packs else phrases)]
-        if eraser.guides:
-            if texts:
-                encoded = encode(pipe, [text for _, text in texts], **settings)
-                entry.of = tuple(group for group, _ in texts)
-                entry.prompts = Term(encoded.text, encoded.own, mask=encoded.mask, pooled=encoded.pooled)
-                self._set_prompts(entry)
-            return
-        sizes = [len(group) for group in eraser.references]
-        neutral, n = itertools.chain(*eraser.references), sum(sizes)
-        encoded = encode(pipe, [*neutral, *(text for _, text in texts)], **settings)
-        text, mask = self.projected(encoded.text), encoded.mask
-        if mask is None:
-            entry.neutral = torch.stack([group.mean(0) for group in text[:n].split(sizes)])
-        else:  # the mean of the texts that have a token there
-            seen = [group[..., None].to(text.dtype) for group in mask[:n].split(sizes)]
-            groups = zip(text[:n].split(sizes), seen, strict=True)
-            entry.neutral = torch.stack([(group * s).sum(0) / s.sum(0).clamp_min(1) for group, s in groups])
-            entry.neutral_mask = torch.stack([group.any(0) for group in mask[:n].split(sizes)])
-        entry.of = tuple(group for group, _ in texts)
-        entry.prompts = Term(text[n:], encoded.own[n:], mask=None if mask is None else mask[n:])
-        joined: dict[str, Any] = {}
-        if eraser.joins and prompts is not None and texts:
-            joined = self._join(pipe, prompts, [text for _, text in texts], **settings)
-        self._set_prompts(entry, **joined)
-
-    def projected(self, text: Tensor) -> Tensor:
-        """A text as the cross-attention layers get it: some denoisers project it first."""
-        projection = getattr(self._denoiser(), "caption_projection", None)
-        if projection is None:
-            return text
-        with torch.no_grad():
-            return projection(text)
-
-    def _set_prompts(self, entry: _Entry, **parts: Any) -> None:
-        """Changes parts of an entry's erasure prompts, if it has any, and gives them their rows again."""
-        if entry.prompts is None:
-            return
-        entry.prompts = replace(entry.prompts, **parts)
-        entry.acting = (entry.prompts,)
-        self._place(entry, self.call.images_per_prompt if self.call else 1)
-
-    def _join(
-        self, pipe: DiffusionPipeline, prompts: list[str], texts: list[str], **settings: Any
-    ) -> dict[str, Tensor]:
-        """`joined` and `lengths` of erasure prompts, for each prompt of the call."""
-        pairs, lengths = [], []
-        for text, prompt in itertools.product(texts, prompts):
-            pairs.append(prompt + " " * (not prompt.endswith(" ")) + text)
-            for tokenizer in (getattr(pipe, name) for name in self.facts.tokenizers):
-                n, m, both = (len(tokenizer(x, add_special_tokens=False).input_ids) for x in (prompt, text, pairs[-1]))
-                limit = tokenizer.model_max_length - 2
-                if n + m != both or both > limit:
-                    raise ValueError(
-                        f"Official values join prompt and erasure prompt into one text, but {pairs[-1]!r} has {both} "
-                        f'tokens (expected {n} + {m}, and at most {limit}): shorten one of them, or use values="paper".'
-                    )
-            lengths.append(n)
-        joined = encode(pipe, pairs, **settings).text.unflatten(0, (len(texts), len(prompts)))
-        return {"joined": joined, "lengths": torch.tensor(lengths[: len(prompts)], device=joined.device)}
+        entry.prepare(pipe, self.images_per_prompt, prompts, **settings)
 
     def _wrap(self, pipe: DiffusionPipeline) -> None:
         """Wraps `encode_prompt` (which rows are conditional) and the end of a call, on this pipeline object."""
@@ -519,7 +237,7 @@ class Site:
                 self.call = self.twin = None
                 prompts = self._prompts(bound.arguments)
                 for entry in self.entries:
-                    self._check_rows(entry, images, len(encoded[0]))
+                    entry.check_rows(images, len(encoded[0]))
                     entry.memory = {}
                     encoded = entry.eraser.rewrite(owner(), encoded, bound, entry.memory)
                     self._prepare(owner(), entry, prompts, **settings)
@@ -529,7 +247,7 @@ class Site:
                 self._checked = None
                 self._fit()  # once more in `begin`, but not when compiled
                 for entry in self.entries:
-                    self._place(entry, images, len(encoded[0]))
+                    entry.place(images, len(encoded[0]))
                 return encoded
 
         def ended() -> Any:
@@ -553,33 +271,6 @@ class Site:
 
     # ---- batches
 
-    def _place(self, entry: _Entry, images_per_prompt: int, batch: int | None = None) -> None:
-        """Gives the erasure prompts of an eraser with `rows` their rows of the batch, `batch` conditional ones."""
-        rows = entry.eraser.rows
-        self._check_rows(entry, images_per_prompt, batch)
-        if rows is None or entry.prompts is None:
-            return
-        alike: dict[tuple[int, ...], list[int]] = {}  # erasure prompts in the order of a row -> its images
-        for r, row in enumerate(rows):
-            groups = entry.eraser.groups(row)
-            chosen = tuple(k for group in groups for k, of in enumerate(entry.of) if of == group)
-            alike.setdefault(chosen, []).extend(range(r * images_per_prompt, (r + 1) * images_per_prompt))
-        device = entry.prompts.text.device
-        entry.acting = tuple(
-            entry.prompts.part(chosen, torch.tensor(images, device=device))
-            for chosen, images in alike.items()
-            if chosen
-        )
-
-    @staticmethod
-    def _check_rows(entry: _Entry, images_per_prompt: int, batch: int | None) -> None:
-        rows = entry.eraser.rows
-        if rows is not None and batch is not None and len(rows) * images_per_prompt != batch:
-            raise ValueError(
-                f"`rows` has {len(rows)} entries, but the call has {batch // images_per_prompt} prompts: give one list "
-                "of concepts per prompt."
-            )
-
     @contextmanager
     def alone(self) -> Iterator[None]:
         """One thread at a time: what this denoiser's erasers know of the present call cannot be shared."""
@@ -602,19 +293,19 @@ class Site:
             elif self.call.thread != threading.get_ident():
                 raise RuntimeError(_TWO_THREADS)
             for entry in self.entries if self.call is None else ():
-                self._set_prompts(entry, joined=None, lengths=None, weights=None)
+                entry.change(self.images_per_prompt, joined=None, lengths=None, weights=None)
             if text is not self._checked:
                 self.first = self._first_row(text)
                 if self.first < len(text):
                     for entry in self.entries:
-                        self._place(entry, self.call.images_per_prompt if self.call else 1, len(text) - self.first)
+                        entry.place(self.images_per_prompt, len(text) - self.first)
                 self._checked = text
         elif self.call is not None and self.call.negative is not None:
             self.first = len(text) - len(self.call.positive)
         else:
             self.first = 0
         self.last = len(text)
-        self.prompt = self.projected(text[self.first :])
+        self.prompt = projected(self._denoiser(), text[self.first :])
         self.prompt_mask = mask[self.first :].bool() if mask is not None and mask.ndim == 2 else None
         self.time = timestep.flatten()[0] if isinstance(timestep, Tensor) and timestep.ndim else timestep
 
@@ -642,7 +333,7 @@ class Site:
         for k, entry in enumerate(waiting):
             of_each = zip(*(masses[k] for masses in seen.values()), strict=True)  # erasure prompt: its mass by layer
             weights = [entry.eraser.weigh(torch.stack(by_layer, -1), tuple(seen)) for by_layer in of_each]
-            self._set_prompts(entry, weights=tuple(weights))
+            entry.change(self.images_per_prompt, weights=tuple(weights))
 
     def draw_beside(self, sample: Tensor, plain: Callable[[Tensor], Tensor]) -> None:
         """Takes the plain picture one step further, if an eraser needs it, and keeps what its layers saw.
@@ -782,10 +473,10 @@ class Site:
         self.begin(arguments["timestep"], text, arguments.get("encoder_attention_mask"))
         time = 1 - torch.as_tensor(self.time, dtype=torch.float32, device=text.device) / self.train_timesteps
         arguments = self._reread(arguments, time)
-        sample = self.parameters[0]
-        others = {name: value for name, value in arguments.items() if name != sample}
-        self.measure(lambda: forward(arguments[sample], **others))
-        self.draw_beside(arguments[sample], lambda beside: forward(beside, **others)[0])
+        noisy = self.parameters[0]
+        others = {name: value for name, value in arguments.items() if name != noisy}
+        self.measure(lambda: forward(arguments[noisy], **others))
+        self.draw_beside(arguments[noisy], lambda beside: forward(beside, **others)[0])
         guiding = []
         for entry in self.entries:
             weight = self._weight(entry.eraser.window) if entry.eraser.guides and not entry.eraser.is_off() else 0
@@ -798,10 +489,14 @@ class Site:
         every = torch.arange(self.last - self.first, device=text.device)
         terms = [term for entry, _ in guiding for term in entry.acting]
         rows = [every if term.rows is None else term.rows for term in terms]
-        arguments = self._beside(arguments, terms, rows)
-        out = _call(forward, names, arguments)
-        guided = self._guide(out[0], guiding, time, rows)
-        return (guided, *out[1:]) if isinstance(out, tuple) else type(out)(sample=guided)
+        out = _call(
+            forward, names, with_concepts(arguments, terms, rows, self.first, masked=self.prompt_mask is not None)
+        )
+        scale = self.call.guidance_scale if self.call else math.nan
+        if self.call and not torch.compiler.is_compiling():  # a callback may have changed it
+            scale = getattr(self.call.pipe(), "guidance_scale", math.nan)
+        sample = guided(out[0], guiding, rows, self.first, self.last, scale, time)
+        return (sample, *out[1:]) if isinstance(out, tuple) else type(out)(sample=sample)
 
     def _reread(self, arguments: dict[str, Any], time: Tensor) -> dict[str, Any]:
         """The arguments with the text that conditional rows read at this time."""
@@ -813,58 +508,11 @@ class Site:
                 prompt, pooled = entry.eraser.reread(prompt, pooled, time, entry.memory)
         if prompt is given[0] and pooled is given[1]:
             return arguments
-        self.prompt = self.projected(prompt)
+        self.prompt = projected(self._denoiser(), prompt)
         changed: dict[str, Any] = {"encoder_hidden_states": torch.cat([text[: self.first], prompt])}
         if all_pooled is not None and pooled is not None:
             changed["added_cond_kwargs"] = {**more, "text_embeds": torch.cat([all_pooled[: self.first], pooled])}
         return arguments | changed
-
-    def _beside(self, arguments: dict[str, Any], terms: list[Term], rows: list[Tensor]) -> dict[str, Any]:
-        """The arguments with further rows: for each text of each term, its rows once more, with that as their text."""
-        text, more = arguments["encoder_hidden_states"], arguments.get("added_cond_kwargs") or {}
-        for term in terms:
-            if term.text.shape[1:] != text.shape[1:]:
-                raise ValueError(
-                    f"The call's text has {text.shape[1]} columns, but a concept's {term.text.shape[1]}, so they do "
-                    "not fit into one batch: give a prompt of the ordinary length, or use method 'eiup'."
-                )
-        again = self.first + torch.cat([r for term, r in zip(terms, rows, strict=True) for _ in term.text])
-        longer = {name: _with_rows(value, len(text), again) for name, value in arguments.items()}
-
-        def asked(part: str) -> list[Tensor]:
-            found = ((getattr(term, part), len(r)) for term, r in zip(terms, rows, strict=True))
-            return [values.repeat_interleave(n, 0) for values, n in found]
-
-        longer["encoder_hidden_states"] = torch.cat([text, *asked("text")])
-        if "text_embeds" in more:
-            longer["added_cond_kwargs"]["text_embeds"] = torch.cat([more["text_embeds"], *asked("pooled")])
-        if self.prompt_mask is not None:
-            mask = arguments["encoder_attention_mask"]
-            longer["encoder_attention_mask"] = torch.cat([mask, *(each.to(mask) for each in asked("mask"))])
-        return longer
-
-    def _guide(
-        self, out: Tensor, guiding: list[tuple[_Entry, Tensor | float]], time: Tensor, asked: list[Tensor]
-    ) -> Tensor:
-        """The prediction of the user's rows, the conditional ones changed by what each method adds."""
-        first, last = self.first, self.last
-        wide = out.to(torch.promote_types(out.dtype, torch.float32))
-        negative, prompt, further = wide[:first], wide[first:last], wide[last:]
-        scale = self.call.guidance_scale if self.call else math.nan
-        if self.call and not torch.compiler.is_compiling():  # a callback may have changed it
-            scale = getattr(self.call.pipe(), "guidance_scale", math.nan)
-        places, changed = iter(asked), prompt
-        for entry, weight in guiding:
-            concept, count = torch.zeros_like(prompt), torch.zeros_like(prompt[:, :1, :1, :1])
-            for term in entry.acting:
-                rows = next(places)
-                for _ in term.text:
-                    concept = concept.index_add(0, rows, further[: len(rows)])
-                    count = count.index_add(0, rows, torch.ones_like(count[: len(rows)]))
-                    further = further[len(rows) :]
-            seen = Prediction(prompt, negative, concept / count.clamp(min=1), scale, time, entry.memory)
-            changed = changed + torch.where(count > 0, weight * entry.eraser.guide(seen), 0)
-        return torch.cat([out[:first], changed.to(out.dtype)])
 
     def _refuse_without_guidance(self) -> None:
         for entry in self.entries:
@@ -896,37 +544,6 @@ def _call(function: Callable[..., Any], positional: Sequence[str], arguments: di
     """The function with its arguments by position and by keyword, as they were given."""
     named = {name: value for name, value in arguments.items() if name not in positional}
     return function(*(arguments[name] for name in positional), **named)
-
-
-def _with_rows(value: Any, rows: int, again: Tensor) -> Any:
-    """An argument of the denoiser with some of its `rows` once more behind; what is not per row stays."""
-    if isinstance(value, Tensor):
-        return torch.cat([value, value[again]]) if value.ndim and len(value) == rows else value
-    if isinstance(value, dict):
-        return {name: _with_rows(each, rows, again) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_with_rows(each, rows, again) for each in value)
-    return value
-
-
-def needs_guidance(eraser: Hooked, denoiser: nn.Module | None) -> str:
-    """What is wrong with a call without unconditional rows, and what to do."""
-    needs = f"{type(eraser).__name__} needs guidance, with conditional and unconditional rows in one batch of a call"
-    if getattr(getattr(denoiser, "config", None), "time_cond_proj_dim", None) is not None:
-        return f"{needs}, but this denoiser is distilled to do without (`guidance_scale` is its input): use 'eiup'."
-    return (
-        f"{needs} of the pipeline: set `guidance_scale` above 1 (a denoiser called by itself does not do), or use "
-        "method 'eiup'."
-    )
-
-
-_TWO_THREADS = (
-    "Two threads use one pipeline with erasers on, which would mix up their pictures: let them take turns, or give "
-    "each a pipeline of its own."
-)
-_GUARD = threading.Lock()
-
-# ---------------------------------------------------------------- sites
 
 
 def site(pipe: DiffusionPipeline) -> Site:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from .._hooks import Hooked, Prediction, needs_guidance, site
+from .._guidance import needs_guidance
+from .._hooks import Hooked, site
+from .._method import Prediction
 from .._weights import part
 from ..core import Concepts, as_concepts
 from ..families import family

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._hooks import Hooked, Prediction
+from .._hooks import Hooked
+from .._method import Prediction
 from ..core import Concepts, Rows
 
 __all__ = ["SLD"]

@@ -1,0 +1,124 @@
+"""What a run-time method sees of a pipeline's call, and what it may override."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ._attention import CrossAttention, Term
+from .core import Concept, as_concepts, as_rows, check_strength, check_window
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the denoiser predicts in one step, conditional rows only, float32 or wider.
+
+    Args:
+        prompt: [B, C, h, w] for the user's prompt, before any eraser changed it.
+        negative: the same rows' unconditional prediction.
+        concept: for the concept's text, all else (noise, pooled size, ControlNet, IP-Adapter) as in the prompt's row;
+            the mean, if the phrases fill several texts.
+        guidance_scale: of the pipeline's call; NaN where pipelines do not tell it.
+        time: 0 is pure noise, 1 the picture; it broadcasts over [B, C, h, w].
+        memory: kept from step to step for this eraser, and empty when a call of the pipeline begins.
+    """
+
+    prompt: Tensor
+    negative: Tensor
+    concept: Tensor
+    guidance_scale: float
+    time: Tensor
+    memory: dict[str, Tensor]
+
+
+class Method:
+    """What a run-time method may say of itself and do; here, nothing.
+
+    A subclass is a frozen dataclass with `concepts` and overrides `edit` (attention), `guide` (predicted noise),
+    `rewrite` (text, once) or `rewrite` and `reread` (text, at each step).
+    """
+
+    off: ClassVar[dict[str, Any] | None] = None
+    touches_uncond: ClassVar[bool] = False
+    edits_attention: ClassVar[bool] = False
+    guides: ClassVar[bool] = False  # changes the prediction, which takes guidance
+    packs = True  # phrases share erasure prompts; a method may need one prompt per phrase
+    references: tuple[tuple[str, ...], ...] = (("",),)  # the mean of each group of texts stands for "some picture"
+    joins = False  # terms come with each prompt and the erasure prompt in one text
+    twins = False  # the plain picture is drawn beside; the eraser keeps its window by the steps of `cross.beside`
+    measures = False  # `weigh` gets features from a plain denoiser call in front of the first one
+
+    concepts: tuple[Concept, ...]
+    rows: tuple[tuple[Concept, ...], ...] | None = None
+    window: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        """Checks the fields that methods share: `concepts`, and `strength`, `window` and `rows` where there are any."""
+        concepts, names = as_concepts(self.concepts), {f.name for f in fields(self)}  # type: ignore[arg-type]
+        checked: dict[str, Any] = {"concepts": concepts}
+        if "rows" in names:
+            checked["rows"] = as_rows(self.rows, concepts)
+        for name, check in (("strength", check_strength), ("window", check_window)):
+            optional = getattr(type(self), name, ()) is None  # None is a value only where it is the default
+            if name in names and not (optional and getattr(self, name) is None):
+                checked[name] = check(getattr(self, name))
+        if not concepts and checked.get("rows") is None:
+            cure = "give `concepts` or `rows`" if "rows" in names else "give `concepts`"
+            raise ValueError(f"{type(self).__name__} needs at least one concept to erase, but got none: {cure}.")
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def is_off(self) -> bool:
+        return self.off is not None and all(getattr(self, k) == v for k, v in self.off.items())
+
+    def check(self, pipe: DiffusionPipeline) -> None:
+        """ValueError if it cannot work on this pipeline; asked by `apply` and before any change through the handle."""
+
+    def edit(self, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
+        """The attention output [B, Q, C] of conditional rows, without the concept of `term`."""
+        return out
+
+    def copies(self, step: int, steps: int, queries: int) -> bool:
+        """With a twin: whether self-attention layers of so many queries take its maps in this step."""
+        return False
+
+    def weigh(self, features: Tensor, layers: tuple[str, ...]) -> Tensor:
+        """Weights [B, tokens] of an erasure prompt's own tokens from the attention they get, [B, tokens, layers].
+
+        `layers` are the names of the cross-attention layers in the order in which they ran.
+        """
+        raise NotImplementedError
+
+    def guide(self, seen: Prediction) -> Tensor:
+        """What to add to `seen.prompt` [B, C, h, w]. Every method sees the plain one: what they add is summed."""
+        return torch.zeros_like(seen.prompt)
+
+    def rewrite(
+        self,
+        pipe: DiffusionPipeline,
+        encoded: tuple[Any, ...],
+        call: inspect.BoundArguments,
+        memory: dict[str, Tensor],
+    ) -> tuple[Any, ...]:
+        """What `encode_prompt` returned, changed; `memory` is empty and lasts for this call of the pipeline."""
+        return encoded
+
+    def reread(
+        self, text: Tensor, pooled: Tensor | None, time: Tensor, memory: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The text [B, L, D] and pooled text that the conditional rows read at this time."""
+        return text, pooled
+
+    def groups(self, concepts: Sequence[Concept]) -> list[tuple[Concept, ...]]:
+        """Which concepts share erasure prompts: those of a guided prediction do."""
+        if self.guides:
+            return [tuple(concepts)] if concepts else []
+        return [(concept,) for concept in dict.fromkeys(concepts)]
