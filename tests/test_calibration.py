@@ -78,6 +78,7 @@ def green(erased: Tensor, plain: Tensor) -> Tensor:
 @pytest.fixture(autouse=True)
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("efface.api.model_hash", lambda pipe: "0" * 64)
+    monkeypatch.setattr("efface.delta.present", lambda pipe: {"scheduler": {"class": "None"}, "rest": pipe.rest})
 
 
 def calibrate(pipe: Pipe, **settings: Any) -> calibration.Calibration:
@@ -127,6 +128,8 @@ def test_it_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "c/calibration.json").read_text())
     assert record["strength"] == whole.strength and record["model"] == "0" * 64
     assert len(record["best"]["left"]["interval"]) == 2
+    with pytest.raises(ValueError, match=r"another call.num_inference_steps, present.rest: name a new folder"):
+        calibrate(Pipe(rest=2.0), **settings, out=tmp_path / "c", num_inference_steps=3)
     with pytest.raises(ValueError, match="holds a calibration with another n, prompts"):
         calibrate(Pipe(), **settings, out=tmp_path / "c", n=50, prompts=["a lion"])
     (tmp_path / "mine").mkdir()

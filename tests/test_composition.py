@@ -86,7 +86,12 @@ def test_inpainting_changes_what_is_masked(eraser: Any) -> None:
     mask = torch.ones(1, 1, 16, 16)
     mask[..., :8] = 0
     call = {"image": PICTURE, "mask_image": mask, "strength": 0.9, "height": 16, "width": 16}
-    plain, erased = assert_erases(eraser, other(StableDiffusionInpaintPipeline, pipeline()), **call)
+    pipe = other(StableDiffusionInpaintPipeline, pipeline())
+    if eraser.twins:  # the picture beside would have to be blended too
+        with pytest.raises(ValueError, match="StableDiffusionInpaintPipeline puts the given picture back"):
+            eraser.apply(pipe)
+        return
+    plain, erased = assert_erases(eraser, pipe, **call)
     assert torch.equal(erased[..., :4], plain[..., :4]) and change(erased[..., 4:], plain[..., 4:]) > EFFECT
 
 

@@ -233,6 +233,16 @@ def test_what_cannot_be_edited_is_an_error(sd1: Any) -> None:
     fused.unet.fuse_qkv_projections()
     with pytest.raises(ValueError, match="unfuse_qkv_projections"):
         delta.apply(fused)
+    fused.unet.unfuse_qkv_projections()
+    handle = delta.apply(fused)
+    on = latents(fused)
+    fused.unet.fuse_qkv_projections()
+    with pytest.raises(ValueError, match="unfuse_qkv_projections"):
+        handle.remove()
+    fused.unet.unfuse_qkv_projections()
+    assert handle.active and torch.equal(latents(fused), on)
+    handle.remove()
+    assert torch.equal(latents(fused), drawn()) and change(on, drawn()) > 1e-3
     for make, words in (
         (lambda w: w.data.to(torch.float8_e4m3fn), "quantised"),
         (lambda w: w.data.to("meta"), "not in memory"),

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, PNDMScheduler
+from diffusers import EulerDiscreteScheduler, PNDMScheduler, StableDiffusionImg2ImgPipeline
 from diffusers.models.attention_processor import Attention
 from safetensors import safe_open
 from safetensors.torch import save_file
+from test_delta import low
 from test_eiup import embed, logits, mix, softmax, written_out
 from tiny import ALCOHOL, CAT, LIMIT, PROMPT, PROMPTS, STEPS, batch, change, drawn, latents, pipeline
 from torch import Tensor, nn
@@ -291,9 +292,26 @@ def test_two_trajectories_say_what_they_cannot_do(sd1: Any) -> None:
             latents(sd1, guidance_rescale=0.5)
         latents(sd1)
     pipe = pipeline("small")
+    with GIE([ALCOHOL], trajectories=2).apply(pipe):
+        pipe.unet.fuse_qkv_projections()
+        with pytest.raises(ValueError, match=r"`pipe.unet.unfuse_qkv_projections\(\)`"):
+            latents(pipe)  # or the maps of the layers would not be borrowed
+        pipe.unet.unfuse_qkv_projections()
+        latents(pipe)
     pipe.unet = torch.compile(pipe.unet, backend="eager")
     with pytest.raises(ValueError, match="compiled denoiser"):
         GIE([CAT], trajectories=2).apply(pipe)
+
+
+def test_two_trajectories_that_take_nothing_out_are_plain_from_a_picture_on() -> None:
+    base = pipeline()
+    pipe = StableDiffusionImg2ImgPipeline(**base.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"image": torch.linspace(0, 1, 3 * 16 * 16).reshape(1, 3, 16, 16), "strength": 0.9}
+    plain = latents(pipe, **call)
+    for strength, least, most in ((1e-9, 0.0, 1e-4), (1.0, 1e-2, 9.0)):
+        with GIE([ALCOHOL], strength=strength, trajectories=2).apply(pipe):
+            assert least <= change(latents(pipe, **call), plain) < most
 
 
 # ---------------------------------------------------------------- the adapter
@@ -535,6 +553,10 @@ def test_a_killed_fit_loses_one_batch(sd1: Any, tmp_path: Path) -> None:
     again = Bright()
     assert GIE.fit(sd1, CAT, TEXTS, detector=again, out=out, **QUICK) == gie
     assert again.calls == 0
+    with EIUP([ALCOHOL]).apply(sd1), pytest.raises(ValueError, match="eiup is on, and would take part in the ladder"):
+        GIE.fit(sd1, CAT, TEXTS, detector=Bright(), out=out, **QUICK)
+    with low(sd1).apply(sd1), pytest.raises(ValueError, match="judged with another present"):
+        GIE.fit(sd1, CAT, TEXTS, detector=Bright(), out=out, **QUICK)
     with pytest.raises(ValueError, match="judged with another call, rows"):
         GIE.fit(sd1, CAT, TEXTS[:5], detector=Bright(), out=out, **{**QUICK, "num_inference_steps": 3})
 

@@ -223,6 +223,7 @@ def test_sld_asks_for_the_concept_only_when_it_needs_it(sd1: Any) -> None:
 
     assert rows(SLD(ALCOHOL)) == [3] * 5
     assert rows(SLD.weak(ALCOHOL, warmup=0.5)) == [2, 2, 3, 3, 3]
+    assert rows(SLD(ALCOHOL, sld_guidance_scale=0.0)) == [2] * 5
     assert rows(SLD(ALCOHOL, strength=0.0)) == rows(NegativePrompt(ALCOHOL, strength=0.0)) == [2] * 5
     assert rows(SLD(rows=[[]])) == rows(NegativePrompt(ALCOHOL)) == [2] * 5
 
@@ -348,6 +349,14 @@ def test_the_guidance_scale_is_the_present_one(sd1: Any, guided: list[Tensor]) -
     assert change(e_p, plain.sample - 1.5 * (e_n - e_u)) < 1e-5
 
 
+def test_a_denoiser_called_by_itself_has_no_guidance_scale() -> None:
+    pipe = pipeline()  # no call has set one
+    with NegativePrompt(ALCOHOL, strength=5.0).apply(pipe), torch.no_grad():
+        positive, negative = pipe.encode_prompt(PROMPT, "cpu", 1, True)
+        with pytest.raises(ValueError, match="needs the guidance scale of a pipeline's call"):
+            pipe.unet(**{**batch(), "encoder_hidden_states": torch.cat([negative, positive])})
+
+
 def test_the_two_forms_are_exchanged_between_calls_only(sd1: Any) -> None:
     tied, own = NegativePrompt([CAT]), NegativePrompt([CAT], strength=4.0)
     with tied.apply(sd1) as handle:
@@ -382,7 +391,7 @@ def test_without_unconditional_rows_it_says_so(eraser: Any, sd1: Any) -> None:
             for name, text in (("prompt_embeds", positive), ("negative_prompt_embeds", negative))
         }
         if not eraser.touches_uncond:
-            with pytest.raises(ValueError, match="The call's text has 32 columns, but a concept's 16"):
+            with pytest.raises(ValueError, match="The call's text has 32 tokens, but a concept's 16"):
                 latents(sd1, None, **long)
         handle.strength = 0.0
         assert torch.equal(latents(sd1, guidance_scale=1.0), drawn(guidance_scale=1.0))

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from tiny import ALCOHOL, CAT, LIMIT, PROMPT, PROMPTS, WORDS, batch, change, drawn, latents, pipeline, untouched
 from tokenizers import normalizers
 from torch import Tensor
+from transformers import T5EncoderModel
 
-from efface import EIUP, Concept, NegativePrompt
+from efface import EIUP, GIE, SAFREE, SLD, Concept, NegativePrompt
 from efface._attention import CrossAttention, Term
 from efface._text import SITES, encode, pack
 
@@ -250,7 +251,7 @@ def test_the_negative_prompt_is_diffusers_own(user: Any, pipe: Any, family: str)
     words = "beer, wine glass"
     with NegativePrompt([ALCOHOL]).apply(pipe):
         erased = latents(pipe, PROMPTS, negative_prompt=[user] * 2 if isinstance(user, str) else user)
-    texts = [words] * 2 if user is None else [f"{text}, {words}" for text in ([user] * 2 if user == "a dog" else user)]
+    texts = [words] * 2 if user is None else [f"{words}, {text}" for text in ([user] * 2 if user == "a dog" else user)]
     assert torch.equal(erased, latents(pipe, PROMPTS, negative_prompt=texts))
     assert change(erased, drawn(family, prompt=PROMPTS)) > 1e-3
 
@@ -259,21 +260,42 @@ def test_the_negative_prompt_is_diffusers_own(user: Any, pipe: Any, family: str)
 def test_one_prompt_one_negative_prompt(user: Any, pipe: Any) -> None:
     with NegativePrompt([CAT]).apply(pipe):
         erased = latents(pipe, PROMPT, negative_prompt=user, num_images_per_prompt=2)
-    want = latents(pipe, PROMPT, negative_prompt=f"{user}, cat" if user else "cat", num_images_per_prompt=2)
+    want = latents(pipe, PROMPT, negative_prompt=f"cat, {user}" if user else "cat", num_images_per_prompt=2)
     assert torch.equal(erased, want)
 
 
 def test_negative_prompts_add_up(sd1: Any) -> None:
     with NegativePrompt([ALCOHOL]).apply(sd1), NegativePrompt([CAT]).apply(sd1):
         both = latents(sd1)
-    assert torch.equal(both, latents(sd1, negative_prompt="beer, wine glass, cat"))
+    assert torch.equal(both, latents(sd1, negative_prompt="cat, beer, wine glass"))
 
 
 def test_both_negative_prompts_of_sdxl() -> None:
     pipe = pipeline("sdxl")
     with NegativePrompt([CAT]).apply(pipe):
         erased = latents(pipe, negative_prompt="a dog", negative_prompt_2="the moon")
-    assert torch.equal(erased, latents(pipe, negative_prompt="a dog, cat", negative_prompt_2="the moon, cat"))
+    assert torch.equal(erased, latents(pipe, negative_prompt="cat, a dog", negative_prompt_2="cat, the moon"))
+
+
+def test_a_long_negative_prompt_is_cut_behind_the_phrases(sd1: Any) -> None:
+    """What is over the limit is cut, and that must not be the concept."""
+    long = "a big red dog at the pub and the moon of the night"
+    with NegativePrompt([ALCOHOL]).apply(sd1):
+        erased = latents(sd1, negative_prompt=long)
+    assert torch.equal(erased, latents(sd1, negative_prompt=f"beer, wine glass, {long}"))
+    assert change(erased, latents(sd1, negative_prompt=long)) > 1e-3
+    many = Concept("many", ("cat",) * 8)
+    with pytest.raises(ValueError, match="do not fit into one negative prompt"):
+        NegativePrompt([many]).apply(sd1)
+    with pytest.raises(ValueError, match="do not fit into one negative prompt"):
+        NegativePrompt(rows=[[CAT], [many]]).apply(sd1)
+    NegativePrompt([many], strength=5.0).apply(sd1).remove()
+
+
+def test_negative_prompts_by_row(pipe: Any) -> None:
+    with NegativePrompt(rows=[[ALCOHOL, CAT], []]).apply(pipe):
+        erased = latents(pipe, PROMPTS, negative_prompt=["a dog", "the moon"])
+    assert torch.equal(erased, latents(pipe, PROMPTS, negative_prompt=["beer, wine glass, cat, a dog", "the moon"]))
 
 
 def test_negative_embeddings_cannot_be_added_to(sd1: Any) -> None:
@@ -312,6 +334,53 @@ def test_fused_projections_are_refused_with_the_cure() -> None:
     pipe.unet.unfuse_qkv_projections()
     with ERASER.apply(pipe):
         assert change(latents(pipe), drawn("sd1", ERASER)) < 1e-5
+
+
+@pytest.mark.parametrize("eraser", [EIUP([ALCOHOL]), GIE([ALCOHOL]), SLD([ALCOHOL])], ids=["eiup", "gie", "sld"])
+def test_texts_of_another_width_are_refused_with_both_widths(eraser: Any, sd1: Any) -> None:
+    positive, negative = (torch.cat([x, x[..., :8]], -1) for x in sd1.encode_prompt(PROMPT, "cpu", 1, True))
+    with eraser.apply(sd1), pytest.raises(ValueError, match="has width 40, but .* makes width 32"):
+        latents(sd1, None, prompt_embeds=positive, negative_prompt_embeds=negative)
+    if eraser.edits_attention:
+        mixed = tiny.stable_diffusion(tiny.tokenizer(), 48, tiny.denoiser(32))
+        with pytest.raises(ValueError, match="of width 48, but its denoiser reads width 32"):
+            eraser.apply(mixed)
+        assert "encode_prompt" not in vars(mixed)
+
+
+@pytest.mark.parametrize("eraser", [EIUP([ALCOHOL]), GIE([ALCOHOL])], ids=["eiup", "gie"])
+def test_a_model_that_was_moved_encodes_anew_or_says_so(eraser: Any) -> None:
+    """In a call of the pipeline the erasure prompts follow; a denoiser called by itself cannot."""
+    pipe = pipeline()
+    with eraser.apply(pipe):
+        pipe.to(torch.float64)
+        wide = {k: v.double() if v.is_floating_point() else v for k, v in batch().items()}
+        with pytest.raises(ValueError, match=r"are torch.float32 on cpu, .* torch.float64 on cpu: .* apply the eraser"):
+            bare(pipe, **wide)
+        got = latents(pipe)
+        assert change(bare(pipe, **wide), bare(pipeline().to(torch.float64), **wide)) > 1e-3
+    moved = pipeline().to(torch.float64)
+    with eraser.apply(moved):
+        assert torch.equal(got, latents(moved))
+
+
+@pytest.mark.parametrize("encoder", [T5EncoderModel, None])
+def test_other_text_encoders_are_not_taken_for_clip(encoder: Any) -> None:
+    pipe = pipeline()
+    pipe.text_encoder = pipeline("pixart").text_encoder if encoder else None
+    with pytest.raises(TypeError, match="of a tested family .* a UNet with CLIP text encoders"):
+        ERASER.apply(pipe)
+
+
+def test_a_word_of_textual_inversion_is_all_of_its_vectors() -> None:
+    pipe = pipeline()
+    pipe.load_textual_inversion(torch.randn(3, 32, generator=torch.Generator().manual_seed(0)), token="<thing>")
+    assert encode(pipe, ["a <thing>", "cat"]).own == (slice(1, 5), slice(1, 2))
+    with pytest.raises(ValueError, match="is 17 tokens long, but the text encoder takes 16"):
+        encode(pipe, ["<thing> " * 5])
+    plain = latents(pipe, "a <thing>")
+    with SAFREE(Concept("thing", ("<thing>",))).apply(pipe):
+        assert change(latents(pipe, "a <thing>"), plain) > 1e-3
 
 
 # ---------------------------------------------------------------- nothing stays behind

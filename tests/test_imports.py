@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pictures": set(),
     "intervals": set(),
     "api": HOOKS | {"models"},
-    "calibration": FACTS | {"api", "intervals", "pictures"},
+    "calibration": FACTS | {"api", "delta", "intervals", "pictures"},
     "runs": HOOKS | {"models", "api", "pictures"},
     "report": FACTS | {"runs"},
     "cli": FACTS | {"models", "api", "calibration", "pictures", "runs", "report"},

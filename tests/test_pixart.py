@@ -32,11 +32,19 @@ def embed(pipe: Any, text: str) -> Tensor:
 class Reference:
     """An attention processor that knows no padding: each text has the columns of its words and the end token alone."""
 
-    def __init__(self, pipe: Any, form: str, erased: Sequence[str], strength: float, guidance: bool = True) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        form: str,
+        erased: Sequence[str],
+        strength: float,
+        guidance: bool = True,
+        neutral: Sequence[Sequence[str]] = (("",),),
+    ) -> None:
         self.form, self.strength, self.guidance = form, strength, guidance
         self.prompts = [embed(pipe, text) for text in (*([""] * len(PROMPTS) if guidance else []), *PROMPTS)]
         self.erased = [embed(pipe, text) for text in erased]
-        self.empty = embed(pipe, "")
+        self.neutral = [mean([embed(pipe, text) for text in group]) for group in neutral]
 
     def __call__(self, attn: Attention, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         out = []
@@ -50,10 +58,11 @@ class Reference:
         for erased in self.erased:
             own = erased[:-1]
             if self.form == "projected":
-                neutral = written_out(attn, hidden, self.empty)
-                d = written_out(attn, hidden, erased) - neutral
-                share = ((out - neutral) * d).sum(-1) / (d * d).sum(-1)
-                out = out - self.strength * share.clamp(min=0)[:, None] * d
+                for text in self.neutral:
+                    neutral = written_out(attn, hidden, text)
+                    d = written_out(attn, hidden, erased) - neutral
+                    share = ((out - neutral) * d).sum(-1) / (d * d).sum(-1)
+                    out = out - self.strength * share.clamp(min=0)[:, None] * d
             elif self.form == "separate":
                 maps = softmax(logits(attn, hidden, erased))
                 out = out - self.strength * mix(attn, maps[..., :-1], own)
@@ -61,6 +70,12 @@ class Reference:
                 both = softmax(torch.cat([logits(attn, hidden, text), logits(attn, hidden, own)], -1))
                 out = out - self.strength * mix(attn, both[..., len(text) :], own)
         return out
+
+
+def mean(texts: Sequence[Tensor]) -> Tensor:
+    """Column by column, of the texts that reach so far."""
+    longest = max(map(len, texts))
+    return torch.stack([torch.stack([text[k] for text in texts if len(text) > k]).mean(0) for k in range(longest)])
 
 
 @contextlib.contextmanager
@@ -92,6 +107,46 @@ def test_pictures_equal_the_formulas(form: str, guidance_scale: float) -> None:
         want = latents(pipe, PROMPTS, **options)
     assert change(got, want) < 1e-9
     assert change(got, latents(pipe, PROMPTS, **options)) > 1e-2
+
+
+def test_neutral_texts_of_different_lengths_are_averaged_where_they_have_tokens() -> None:
+    pipe, neutral = _double("pixart"), (("a cat", "the big red moon of the night", "a"), ("",))
+    with EIUP([ALCOHOL], neutral=neutral).apply(pipe):
+        got = latents(pipe, PROMPTS)
+    with reference(pipe, "projected", ("beer", "wine glass"), 1.0, True, neutral):
+        assert change(got, latents(pipe, PROMPTS)) < 1e-9
+    with reference(pipe, "projected", ("beer", "wine glass"), 1.0, True, neutral[::-1]):
+        assert change(got, latents(pipe, PROMPTS)) > 1e-6
+
+
+def test_gies_features_are_the_maps_of_the_words_without_padding() -> None:
+    pipe, seen = _double("pixart"), []
+
+    class Watch(GIE):
+        measures = True
+
+        def weigh(self, features: Tensor, layers: tuple[str, ...]) -> Tensor:
+            seen.append(features)
+            return -features.mean(-1)
+
+    with Watch([CAT]).apply(pipe):
+        erased = latents(pipe, PROMPTS)
+    (features,) = seen
+    assert features.shape == (2, 1, 2) and bool((features > 0).all())
+    maps: list[Tensor] = []
+    text = embed(pipe, "cat")
+    layers = [m for name, m in pipe.transformer.named_modules() if name.endswith("attn2")]
+    watches = [
+        m.register_forward_pre_hook(
+            lambda module, args: maps.append(softmax(logits(module, args[0][-1], text))[..., 0].mean())
+        )
+        for m in layers
+    ]
+    plain = latents(pipe, PROMPTS)
+    for watch in watches:
+        watch.remove()
+    torch.testing.assert_close(features[1, 0].double(), torch.stack(maps[:2]), rtol=1e-5, atol=1e-7)
+    assert change(erased, plain) > 1e-3
 
 
 def test_gie_is_separate_with_masks_too() -> None:
@@ -126,7 +181,7 @@ def test_a_negative_prompt_is_diffusers_own() -> None:
     pipe = pipeline("pixart")
     with NegativePrompt([words]).apply(pipe):
         got = latents(pipe, PROMPTS, negative_prompt="a dog")
-    assert torch.equal(got, latents(pipe, PROMPTS, negative_prompt=["a dog, beer, wine"] * 2))
+    assert torch.equal(got, latents(pipe, PROMPTS, negative_prompt=["beer, wine, a dog"] * 2))
     assert change(got, latents(pipe, PROMPTS, negative_prompt="a dog")) > 1e-3
 
 

@@ -24,7 +24,7 @@ def with_concepts(
     for term in terms:
         if term.text.shape[1:] != text.shape[1:]:
             raise ValueError(
-                f"The call's text has {text.shape[1]} columns, but a concept's {term.text.shape[1]}, so they do "
+                f"The call's text has {text.shape[1]} tokens, but a concept's {term.text.shape[1]}, so they do "
                 "not fit into one batch: give a prompt of the ordinary length, or use method 'eiup'."
             )
     again = first + torch.cat([r for term, r in zip(terms, rows, strict=True) for _ in term.text])

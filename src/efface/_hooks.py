@@ -145,8 +145,16 @@ class Site:
                 f"Two trajectories need the guidance scale of the call, but {self.facts.name} pipelines do not tell "
                 "it: use one trajectory."
             )
+        if eraser.twins and "mask_image" in inspect.signature(type(pipe).__call__).parameters:
+            raise ValueError(
+                f"Two trajectories draw the plain picture beside, but {type(pipe).__name__} puts the given picture "
+                "back in after each step, which would not reach it: use one trajectory."
+            )
+        for layer in self.self_layers if eraser.twins else ():
+            check_unfused(layer.attn, self.facts.denoiser)
         entry = Entry(eraser)
         self._prepare(pipe, entry)
+        self._check_width(pipe, entry)
         self._wrap(pipe)
         if not self.entries:
             register(self._denoiser(), WatchDenoiser(self))
@@ -178,6 +186,39 @@ class Site:
                 self._close()
 
         return Handle(eraser, swap, remove)
+
+    def _check_width(self, pipe: DiffusionPipeline, entry: Entry) -> None:
+        """ValueError if the denoiser does not read texts of the width that the pipeline's encoder makes."""
+        if entry.prompts is None or not self.layers:
+            return
+        made, read = entry.prompts.text.shape[-1], self.layers[0].attn.cross_attention_dim
+        if entry.eraser.edits_attention and made != read:
+            raise ValueError(
+                f"The text encoder of this {type(pipe).__name__} makes states of width {made}, but its denoiser reads "
+                f"width {read}: load the two from one model."
+            )
+
+    def _check_text(self, text: Tensor) -> None:
+        """ValueError if erasure prompts and the call's text differ in width, device or dtype."""
+        for entry in self.entries:
+            if entry.prompts is None or entry.eraser.is_off():
+                continue
+            ours, theirs = entry.prompts.text, self.prompt if entry.eraser.edits_attention else text
+            if theirs is None or not len(theirs):
+                continue
+            if ours.shape[-1] != theirs.shape[-1]:
+                raise ValueError(
+                    f"The call's text has width {theirs.shape[-1]}, but the pipeline's own encoder makes width "
+                    f"{ours.shape[-1]}: give embeddings of this encoder, or a prompt."
+                )
+            if ours.device != theirs.device or (
+                ours.dtype != theirs.dtype and not torch.is_autocast_enabled(theirs.device.type)
+            ):
+                raise ValueError(
+                    f"The erasure prompts of {type(entry.eraser).__name__} are {ours.dtype} on {ours.device}, but the "
+                    f"call's text is {theirs.dtype} on {theirs.device}: the model was moved after `apply`. Call the "
+                    "pipeline, which encodes them anew, or apply the eraser again."
+                )
 
     def _fit(self) -> None:
         """Hooks on the cross-attention layers exactly while an eraser needs them."""
@@ -307,6 +348,10 @@ class Site:
         self.last = len(text)
         self.prompt = projected(self._denoiser(), text[self.first :])
         self.prompt_mask = mask[self.first :].bool() if mask is not None and mask.ndim == 2 else None
+        if not torch.compiler.is_compiling():
+            self._check_text(text)
+            for layer in self.self_layers if any(e.eraser.twins for e in self.entries) else ():
+                check_unfused(layer.attn, self.facts.denoiser)
         self.time = timestep.flatten()[0] if isinstance(timestep, Tensor) and timestep.ndim else timestep
 
     def measure(self, plain: Callable[[], Any]) -> None:
@@ -516,7 +561,7 @@ class Site:
 
     def _refuse_without_guidance(self) -> None:
         for entry in self.entries:
-            if entry.eraser.guides and not entry.eraser.is_off():
+            if entry.eraser.guides and not entry.eraser.is_off() and entry.prompts is not None:
                 raise ValueError(needs_guidance(entry.eraser, self._denoiser()))
 
     def _refuse_strangers(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ._attention import Term
 from ._method import Method
-from ._text import encode, pack
+from ._text import cleaned, encode, pack
 from ._weights import denoiser_of
 from .core import Concept
 from .families import family
@@ -117,7 +117,8 @@ def _join(pipe: DiffusionPipeline, prompts: list[str], texts: list[str], **setti
     for text, prompt in itertools.product(texts, prompts):
         pairs.append(prompt + " " * (not prompt.endswith(" ")) + text)
         for tokenizer in (getattr(pipe, name) for name in family(pipe).tokenizers):
-            n, m, both = (len(tokenizer(x, add_special_tokens=False).input_ids) for x in (prompt, text, pairs[-1]))
+            three = cleaned(pipe, tokenizer, (prompt, text, pairs[-1]), **settings)
+            n, m, both = (len(tokenizer(each, add_special_tokens=False).input_ids) for each in three)
             limit = tokenizer.model_max_length - 2
             if n + m != both or both > limit:
                 raise ValueError(

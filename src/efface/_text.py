@@ -67,20 +67,23 @@ def encode(pipe: DiffusionPipeline, texts: Sequence[str], **settings: Any) -> En
     Raises:
         ValueError: a text without tokens, or over the limit.
     """
-    cleaned = _cleaned(pipe, texts, settings)
     tokenizers = [getattr(pipe, name) for name in family(pipe).tokenizers]
-    places = [[_own_columns(t, text, _limit(pipe, t, **settings)) for text in cleaned] for t in tokenizers]
+    places = [
+        [_own_columns(t, text, _limit(pipe, t, **settings)) for text in cleaned(pipe, t, texts, **settings)]
+        for t in tokenizers
+    ]
     if any(p != places[0] for p in places):
         raise ValueError(f"The pipeline's tokenizers place the tokens of {list(texts)} differently: use other words.")
     text, pooled, mask = _encode(pipe, texts, settings)
     return Encoded(text, pooled, tuple(places[0]), mask)
 
 
-def _cleaned(pipe: DiffusionPipeline, texts: Sequence[str], settings: dict[str, Any]) -> list[str]:
-    """Texts as the tokenizer gets them."""
-    if not family(pipe).masked:
-        return list(texts)
-    return pipe._text_preprocessing(list(texts), clean_caption=settings.get("clean_caption", False))
+def cleaned(pipe: DiffusionPipeline, tokenizer: Any, texts: Sequence[str], **settings: Any) -> list[str]:
+    """Texts as the pipeline gives them to a tokenizer."""
+    if family(pipe).masked:
+        return pipe._text_preprocessing(list(texts), clean_caption=settings.get("clean_caption", False))
+    convert = getattr(pipe, "maybe_convert_prompt", None)  # textual inversion: one word, several tokens
+    return [convert(text, tokenizer) for text in texts] if convert else list(texts)
 
 
 def _encode(
@@ -105,9 +108,7 @@ def _encode(
 def own_tokens(pipe: DiffusionPipeline, text: str, **settings: Any) -> range:
     """The columns of a prompt's own tokens; the end token is behind them. What is over the limit is cut."""
     tokenizer = getattr(pipe, family(pipe).tokenizers[0])
-    convert = getattr(pipe, "maybe_convert_prompt", None)  # textual inversion: one word, several tokens
-    text = convert(text, tokenizer) if convert else text
-    (text,) = _cleaned(pipe, [text], settings)
+    (text,) = cleaned(pipe, tokenizer, [text], **settings)
     cut = {"truncation": True, "max_length": _limit(pipe, tokenizer, **settings)}
     return range(len(tokenizer("").input_ids) - 1, len(tokenizer(text, **cut).input_ids) - 1)
 
@@ -150,7 +151,7 @@ def encoding_settings(call: inspect.BoundArguments) -> dict[str, Any]:
 def fits(pipe: DiffusionPipeline, text: str) -> bool:
     """Whether a text is within the encoder's limit."""
     tokenizers = [getattr(pipe, name) for name in family(pipe).tokenizers]
-    return all(len(t(text).input_ids) <= _limit(pipe, t) for t in tokenizers)
+    return all(len(t(each).input_ids) <= _limit(pipe, t) for t in tokenizers for each in cleaned(pipe, t, [text]))
 
 
 def pack(pipe: DiffusionPipeline, phrases: Sequence[str], separator: str = " ") -> list[str]:
@@ -191,9 +192,8 @@ def condition(pipe: DiffusionPipeline, texts: Sequence[str]) -> Condition:
     if present is not None and present.entries:
         names = ", ".join(type(entry.eraser).__name__ for entry in present.entries)
         raise ValueError(f"{names} is on, and would take part in the training: call `handle.remove()` before `fit`.")
-    for text in texts:
-        for name in family(pipe).tokenizers:
-            tokenizer = getattr(pipe, name)
+    for tokenizer in (getattr(pipe, name) for name in family(pipe).tokenizers):
+        for text in cleaned(pipe, tokenizer, texts):
             _own_columns(tokenizer, text, _limit(pipe, tokenizer))
     with torch.no_grad():
         out = pipe.encode_prompt(

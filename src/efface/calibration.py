@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,6 +184,7 @@ def calibrate(
         [1.0]
     """
     from .api import draw, model_hash
+    from .delta import present
 
     names = {f.name for f in dataclasses.fields(eraser)}
     if "strength" not in names:
@@ -240,6 +241,7 @@ def calibrate(
             "n": n,
             "first_seed": first_seed,
             "call": call,
+            "present": present(pipe),
         }
         _same_setting(folder, setting)
     plain = _rate(judged(0.0)["left"], min)
@@ -317,16 +319,28 @@ def _same_setting(folder: Path, setting: dict[str, Any]) -> None:
     path, wanted = folder / "setting.json", json.loads(json.dumps(setting))
     if path.exists():
         found = json.loads(path.read_text())
-        other = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
-        if other:
+        if found != wanted:
             raise ValueError(
-                f"{folder} holds a calibration with another {', '.join(other)}: name a new folder, or delete that one."
+                f"{folder} holds a calibration with another {', '.join(_differing(found, wanted))}: name a new folder, "
+                "or delete that one."
             )
         return
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no calibration: name another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     _write(path, wanted)
+
+
+def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """The keys under which two settings differ, those of mappings inside them too."""
+    names = []
+    for key in sorted(found.keys() | wanted.keys()):
+        one, other = found.get(key), wanted.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            names += [f"{key}.{inside}" for inside in _differing(one, other)]
+        elif one != other:
+            names.append(key)
+    return names
 
 
 def _write(path: Path, content: Any) -> None:

@@ -225,8 +225,8 @@ class Handle(AbstractContextManager["Handle"]):
     def remove(self) -> None:
         """Takes the eraser off; a second call does nothing."""
         if self.active:
-            self.active = False
             self._remove()
+            self.active = False  # not before: what failed can be tried again
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import __version__
-from ._weights import part, weight
+from ._text import SITES
+from ._weights import denoiser_of, part, weight
 from .core import Concept, Concepts, Handle, as_concepts, check_strength, config
 from .families import family
 
@@ -158,6 +159,19 @@ def _on_device(change: Change, device: torch.device) -> Change:
 
 def _parts(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     return {n: part(pipe, n) for n, m in pipe.components.items() if isinstance(m, nn.Module)}
+
+
+def present(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """What shapes a pipeline's pictures beside its weights, as JSON types: scheduler, deltas, erasers and LoRAs on."""
+    site = SITES.get(denoiser_of(pipe))
+    schedule = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    found = {
+        "scheduler": {"class": type(pipe.scheduler).__name__, **schedule},
+        "deltas": [[delta.hash, delta.strength] for delta in active(pipe)],
+        "erasers": [config(entry.eraser) for entry in site.entries] if site else [],
+        "adapters": sorted(getattr(denoiser_of(pipe), "peft_config", {})),
+    }
+    return json.loads(json.dumps(found, default=str))
 
 
 def active(pipe: DiffusionPipeline) -> list[Delta]:
@@ -315,6 +329,9 @@ class Delta:
                 _write(module, name, paths[name])
 
         def remove() -> None:
+            for name, module in alive():
+                for path in paths[name]:
+                    weight(module, path)  # an error comes before anything is changed
             for _, module in alive():
                 edited = _EDITED[module]
                 edited.on = [e for e in edited.on if e is not entry]

@@ -19,7 +19,6 @@ class Family:
         denoiser: the pipeline's attribute that predicts the noise.
         tokenizers: the pipeline's tokenizers, all of which see the whole prompt.
         causal: whether a text token sees only earlier ones (CLIP), so that a prefix keeps its embedding.
-        sink: whether a start token takes most of the cross-attention (CLIP).
         masked: whether the denoiser gets a mask of the text's padding; `encode_prompt` then returns the text, its mask,
             the negative text and its mask.
         pooled: whether a pooled text embedding reaches the denoiser past cross-attention (not edited by EIUP).
@@ -29,15 +28,14 @@ class Family:
     denoiser: str = "unet"
     tokenizers: tuple[str, ...] = ("tokenizer",)
     causal: bool = True
-    sink: bool = True
     pooled: bool = False
     masked: bool = False
 
 
 SD = Family("SD 1.x/2.x")
 SDXL = Family("SDXL", tokenizers=("tokenizer", "tokenizer_2"), pooled=True)
-EMOJI = Family("emoji", causal=False, sink=False)
-PIXART = Family("PixArt", denoiser="transformer", causal=False, sink=False, masked=True)
+EMOJI = Family("emoji", causal=False)
+PIXART = Family("PixArt", denoiser="transformer", causal=False, masked=True)
 FAMILIES = (SD, SDXL, EMOJI, PIXART)
 
 
@@ -48,17 +46,25 @@ def family(pipe: DiffusionPipeline) -> Family:
         TypeError: not a pipeline that Efface knows.
     """
     parts = getattr(pipe, "components", {})
-    if parts.get("unet") is not None and parts.get("text_encoder") is not None and parts.get("tokenizer") is not None:
-        if parts.get("text_encoder_2") is not None:
-            return SDXL
-        return EMOJI if type(parts["text_encoder"]).__name__.startswith("Bert") else SD
+    encoders = tuple(_kind(parts[name]) for name in ("text_encoder", "text_encoder_2") if parts.get(name) is not None)
+    if parts.get("unet") is not None and parts.get("tokenizer") is not None and encoders in _BY_ENCODERS:
+        return _BY_ENCODERS[encoders]
     if type(parts.get("transformer")).__name__ == "PixArtTransformer2DModel" and parts.get("text_encoder") is not None:
         return PIXART
     known = ", ".join(f.name for f in FAMILIES)
     raise TypeError(
         f"Expected a diffusers text-to-image pipeline of a tested family ({known}), but got {type(pipe).__name__}. "
-        "It needs a UNet (or PixArt's transformer), a text encoder and a tokenizer."
+        "It needs a UNet with CLIP text encoders (emoji: BERT), or PixArt's transformer with T5."
     )
+
+
+_BY_ENCODERS = {("CLIPText",): SD, ("CLIPText", "CLIPText"): SDXL, ("Bert",): EMOJI}  # of pipelines with a UNet
+
+
+def _kind(encoder: Any) -> str:
+    """What a text encoder is, by the names of its classes; without what `torch.compile` wraps around it."""
+    names = [kind.__name__ for kind in type(getattr(encoder, "_orig_mod", encoder)).__mro__]
+    return next((kind for kind in ("CLIPText", "Bert") if any(name.startswith(kind) for name in names)), "")
 
 
 def filled(method: Any, defaults: Mapping[str, Mapping[str, Any]], pipe: DiffusionPipeline) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._weights import text_hash
 from ..core import Concept, Detector, check_strength, check_tuning_seeds
-from ..delta import unedited
+from ..delta import present, unedited
 from ..pictures import likeness
 from ._adapter import Adapter, network
 from .gie import GIE
@@ -86,6 +86,10 @@ def fit_adapter(
             f"Expected at least {LEAST} prompts, a strength above 0 and 0 < held_out < 1, but got {len(rows)} rows, "
             f"strengths {strengths} and held_out {held_out}."
         )
+    standing = present(pipe)
+    if standing["erasers"]:
+        names = ", ".join(eraser["method"] for eraser in standing["erasers"])
+        raise ValueError(f"{names} is on, and would take part in the ladder: call `handle.remove()` before `fit`.")
     judges = {c.name: detector[c.name] if isinstance(detector, Mapping) else detector for c in concepts}
     like = {c.name: faithful[c.name] if isinstance(faithful, Mapping) else faithful for c in concepts}
     setting = {
@@ -96,6 +100,7 @@ def fit_adapter(
         "detectors": {name: judge.name for name, judge in judges.items()},
         "faithful": {name: getattr(each, "__qualname__", repr(each)) for name, each in like.items()},
         "call": call,
+        "present": standing,
     }
     ladder = Ladder(Path(f"{out}.ladder.json"), setting)
     for concept in concepts:

@@ -53,7 +53,9 @@ class GIE(Hooked):
     picture beside takes the scheduler's default step: with `eta`, or a scheduler that draws noise, it is another one.
     The published adapter's weights and its training are not available: `GIE.fit` trains one with a detector instead of
     a language model as judge. Its inputs are standardised, its weights never positive, and they are measured without
-    injection, not with weight 1. Several erasure prompts act independently: their terms add up.
+    injection, not with weight 1. Where no start token soaks up attention (emoji, PixArt) the features are the same
+    softmax, which then adds up to 1 over the text's tokens; a gated one was not tried. Several erasure prompts act
+    independently: their terms add up.
 
     Args:
         concepts: what to erase: names of shipped concepts, `Concept` objects, or a sequence of them. The phrases of a

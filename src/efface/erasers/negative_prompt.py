@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from inspect import BoundArguments
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from .._guidance import needs_guidance
 from .._hooks import Hooked, site
 from .._method import Prediction
+from .._text import fits
 from .._weights import part
-from ..core import Concepts, as_concepts
+from ..core import Concepts, Rows, as_concepts
 from ..families import family
 
 if TYPE_CHECKING:
@@ -25,7 +28,7 @@ __all__ = ["NegativePrompt"]
 class NegativePrompt(Hooked):
     """Guides away from the concept's phrases: in the user's negative prompt, or with a strength of their own.
 
-        strength None:  e = e_n + s (e_p - e_n)                     e_n: the negative prompt, the phrases behind it
+        strength None:  e = e_n + s (e_p - e_n)                     e_n: the phrases, the negative prompt behind them
         a number s_n:   e = e_u + s (e_p - e_u) - s_n (e_n - e_u)   e_n: the phrases, e_u: the negative prompt
 
     e_p, e_u, e_n are noise predictions for texts, s is the guidance scale.
@@ -45,14 +48,16 @@ class NegativePrompt(Hooked):
         concepts: what to erase: names of shipped concepts, `Concept` objects, or a sequence of them.
         strength: None, or s_n >= 0 in units of the guidance scale (7.5 is diffusers' default); 0 is the plain pipeline,
             without rows of its own. Between None and a number it is changed between two calls of the pipeline.
+        rows: one list of concepts per prompt of the batch, instead of `concepts` for all.
 
     Shapes: negative text embeddings [B, L, D]; with a number, predictions [B, C, h, w], one row more per conditional
     row, so a step costs 1.5 times as much.
 
     Raises:
-        ValueError: no concept, a strength below 0; with a number, on `apply`: a pipeline that does not tell its
-            guidance scale (PixArt); during a call: guidance off (`guidance_scale <= 1`, or a model that is distilled to
-            do without), or, for None, `negative_prompt_embeds` given.
+        ValueError: no concept, a strength below 0; on `apply`, for None: phrases that do not fit into one text; with a
+            number: a pipeline that does not tell its guidance scale (PixArt); during a call: guidance off
+            (`guidance_scale <= 1`, or a model that is distilled to do without); for None, `negative_prompt_embeds`
+            given; with a number, a denoiser called by itself, when no call has set a guidance scale.
 
     Example:
         >>> import efface
@@ -67,6 +72,7 @@ class NegativePrompt(Hooked):
 
     concepts: Concepts = ()  # type: ignore[assignment]
     strength: float | None = None
+    rows: Rows = None  # type: ignore[assignment]
 
     @property
     def guides(self) -> bool:  # type: ignore[override]
@@ -82,8 +88,19 @@ class NegativePrompt(Hooked):
                 "NegativePrompt with a strength of its own needs the guidance scale of the call, but "
                 f"{family(pipe).name} pipelines do not tell it: use strength=None."
             )
+        for concepts in {self.concepts} if self.rows is None else set(self.rows):
+            if self.strength is None and not fits(pipe, words(concepts)):
+                raise ValueError(
+                    f"The phrases do not fit into one negative prompt, and what is over the limit would be cut: "
+                    f"{words(concepts)!r}. Give fewer, or a `strength`, which takes several texts."
+                )
 
     def guide(self, seen: Prediction) -> Tensor:
+        if not torch.compiler.is_compiling() and not math.isfinite(seen.guidance_scale):
+            raise ValueError(
+                "NegativePrompt with a strength of its own needs the guidance scale of a pipeline's call, but the "
+                "denoiser was called by itself: call the pipeline, or use SLD."
+            )
         return -(self.strength or 0.0) / seen.guidance_scale * (seen.concept - seen.negative)
 
     def rewrite(
@@ -98,17 +115,22 @@ class NegativePrompt(Hooked):
             raise ValueError(
                 "NegativePrompt adds to `negative_prompt`, but the call gives `negative_prompt_embeds`: give the text."
             )
-        words = ", ".join(phrase for concept in as_concepts(self.concepts) for phrase in concept.phrases)
         prompts = len(encoded[0]) // arguments["num_images_per_prompt"]
+        ours = [words(concepts) for concepts in ([self.concepts] * prompts if self.rows is None else self.rows)]
         # The call's own arguments are changed, so that a second negative prompt on the pipeline adds to the first.
         for name in ("negative_prompt", "negative_prompt_2"):  # SDXL's second: None stands for the first
             if name == "negative_prompt" or arguments.get(name) is not None:
                 given = arguments.get(name) or ""
                 texts = [given] * prompts if isinstance(given, str) else given
-                arguments[name] = [f"{text}, {words}" if text else words for text in texts]
+                arguments[name] = [", ".join(filter(None, pair)) for pair in zip(ours, texts, strict=True)]
         if isinstance(arguments["prompt"], str):
             arguments["prompt"] = [arguments["prompt"]]
         negative = site(pipe).original_encode(pipe)(**arguments)
         if family(pipe).masked:
             return (encoded[0], encoded[1], negative[2], negative[3])
         return (encoded[0], negative[1], *((encoded[2], negative[3]) if len(encoded) > 2 else ()))
+
+
+def words(concepts: Concepts) -> str:
+    """The phrases as one text."""
+    return ", ".join(phrase for concept in as_concepts(concepts) for phrase in concept.phrases)

@@ -64,7 +64,8 @@ class SAFREE(Hooked):
         rows: one list of concepts per prompt of the batch, instead of `concepts` for all. Set on the handle, `rows` act
             from the next call of the pipeline on, `strength` at once.
 
-    Shapes: states [B, L, D]. It costs one pass of the text encoder per token and phrase, and nothing per step.
+    Shapes: states [B, L, D]. It costs one pass of the text encoder per token and phrase, and nothing per step. It acts
+    in a pipeline's call (or after its `encode_prompt`), not where the denoiser is called by itself.
 
     Raises:
         ValueError: unknown concept, a field out of range, no concept at all; during a call: `prompt_embeds` or another

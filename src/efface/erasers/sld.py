@@ -122,6 +122,9 @@ class SLD(Hooked):
         """Hyp-Max; pictures change a lot."""
         return cls(concepts, **{**_setting(5000, 1.0, 0.5, 0.7, 0), **fields})
 
+    def is_off(self) -> bool:
+        return super().is_off() or not self.sld_guidance_scale
+
     @property
     def window(self) -> tuple[float, float]:  # type: ignore[override]
         """When the concept has to be predicted: before the warm-up is over only for the momentum."""
