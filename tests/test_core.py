@@ -177,8 +177,12 @@ def test_a_refused_change_leaves_the_handle_as_it_was() -> None:
 
 
 def test_what_an_eraser_lacks_cannot_be_set() -> None:
-    handle = Handle(NegativePrompt("cat"), lambda e: None, lambda: None)
-    with pytest.raises(AttributeError, match="NegativePrompt has no rows to set"):
+    @dataclasses.dataclass(frozen=True)
+    class Plain:
+        strength: float = 1.0
+
+    handle = Handle(Plain(), lambda e: None, lambda: None)
+    with pytest.raises(AttributeError, match="Plain has no rows to set"):
         handle.rows = [[]]
 
 
@@ -210,6 +214,22 @@ def test_several_handles_are_one_and_come_off_last_first() -> None:
         handles[1].remove()
     together.remove()
     assert order == ["dog", "guitar", "cat"]
+
+
+def test_one_that_cannot_come_off_does_not_keep_the_others_on_and_can_be_tried_again() -> None:
+    stuck = [True]
+
+    def remove() -> None:
+        if stuck:
+            raise ValueError("stuck")
+
+    handles = [Handle(EIUP("cat"), lambda e: None, off) for off in (lambda: None, remove, lambda: None)]
+    with pytest.raises(ValueError, match="stuck"):
+        Handles(handles).remove()
+    assert [handle.active for handle in handles] == [False, True, False]
+    stuck.clear()
+    handles[1].remove()
+    assert not handles[1].active
 
 
 # ---------------------------------------------------------------- rows, samples, suites

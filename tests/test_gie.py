@@ -14,11 +14,13 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, PNDMScheduler, StableDiffusionImg2ImgPipeline
 from diffusers.models.attention_processor import Attention
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_delta import low
 from test_eiup import embed, logits, mix, softmax, written_out
-from tiny import ALCOHOL, CAT, LIMIT, PROMPT, PROMPTS, STEPS, batch, change, drawn, latents, pipeline
+from tiny import ALCOHOL, CAT, LIMIT, PROMPT, PROMPTS, STEPS, WORDS, batch, change, drawn, latents, pipeline
 from torch import Tensor, nn
 
 from efface import EIUP, GIE, Concept, load
@@ -108,6 +110,22 @@ def test_pictures_equal_the_formulas_with_a_weight_for_each_token(values: str, f
     assert change(got, latents(pipe, LONG)) > 0.1
     with replaced(pipe, Reference(pipe, LONG, erased, official=values != "official")):
         assert change(got, latents(pipe, LONG)) > 1e-3
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    st.lists(st.sampled_from(WORDS), min_size=1, max_size=9),
+    st.lists(st.sampled_from(WORDS), min_size=1, max_size=4),
+)
+def test_official_columns_whatever_the_lengths_and_repeated_words(prompt: list[str], erased: list[str]) -> None:
+    pipe, text, phrase = _double("sd1"), (" ".join(prompt),), " ".join(erased)
+    one = {"num_inference_steps": 1}
+    with Weighed([Concept("x", (phrase,))], values="official").apply(pipe):
+        got = latents(pipe, text, **one)
+    with replaced(pipe, Reference(pipe, text, [phrase], official=True)):
+        assert change(got, latents(pipe, text, **one)) < 1e-9
+    with replaced(pipe, Reference(pipe, text, [phrase])):
+        assert change(got, latents(pipe, text, **one)) > 1e-6
 
 
 def test_a_fixed_weight_is_eiup_separate(pipe: Any, family: str) -> None:

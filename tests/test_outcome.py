@@ -1,5 +1,7 @@
 """What a user is promised, on the shipped model with held-out seeds: the concept goes, the rest stays."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -53,6 +55,24 @@ def test_what_is_left_is_still_a_picture_of_the_theme(erased: Tensor, eyes: Eyes
     others = [i for i in emoji.vocabulary()["themes"]["a night at the pub"] if i not in emoji.truth("alcohol")]
     assert share(eyes.concept(erased, others), "least") >= 0.5
     assert erased.std((1, 2, 3)).min() > 0.05  # no blank picture
+
+
+@pytest.mark.slow
+def test_more_strength_leaves_less_and_spares_the_rest(pipe, eyes: Eyes) -> None:
+    """An implied and a named concept, 64 seeds each; a step of the ladder may not undo what the one before did."""
+    prompts, seeds = ["a night at the pub", "a beer mug and a cat"] * 64, range(1_800_000, 1_800_128)
+    left, kept, alive = [], [], []
+    for strength in (0.0, 0.25, 0.5, 1.0):
+        with efface.EIUP("alcohol", strength=strength).apply(pipe):
+            seen = eyes.see(draw(pipe, prompts, seeds))
+        concept = eyes.concept(seen, "alcohol")
+        left.append((share(concept[:, ::2], "most"), share(concept[:, 1::2], "most")))
+        kept.append(share(eyes.concept(seen, "cat")[:, 1::2], "least"))
+        alive.append(share(eyes.icons(seen).any(-1), "least"))
+    for rates in zip(*left, strict=True):
+        assert rates[0] >= 0.6 and rates[-1] <= 0.15
+        assert all(after <= before + 0.02 for before, after in itertools.pairwise(rates))
+    assert min(kept) >= kept[0] - 0.1 and min(alive) >= alive[0] - 0.2
 
 
 def test_the_shipped_adapter_erases(pipe, eyes: Eyes) -> None:

@@ -26,6 +26,8 @@ from diffusers import (
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
+    BertConfig,
+    BertModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -209,12 +211,41 @@ def pixart(kind: type = PixArtAlphaPipeline) -> Any:
     )
 
 
+def bert() -> StableDiffusionPipeline:
+    """The `emoji` model's kind: a text encoder that reads both ways, with [CLS], [SEP], [MASK] and masked padding."""
+    vocabulary = {word: k for k, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS))}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = [("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
+    words.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    marks = {f"{mark.lower()}_token": f"[{mark}]" for mark in ("PAD", "UNK", "CLS", "SEP", "MASK")}
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=LIMIT,
+    )
+    config.use_attention_mask = True
+    encoder = BertModel(config).eval()
+    for name, weight in encoder.named_parameters():
+        if "embeddings.weight" in name:
+            torch.nn.init.normal_(weight, std=0.3 if "position" in name else 1.0)
+    pipe = stable_diffusion(tokenizer(), 32, denoiser(32))
+    pipe.register_modules(
+        text_encoder=encoder,
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=LIMIT, **marks),
+    )
+    return pipe
+
+
 def pixart_sigma() -> Any:
     return pixart(PixArtSigmaPipeline)
 
 
 BUILDERS: dict[str, Callable[[], Any]] = {"sd1": sd1, "sd2": sd2, "sdxl": sdxl, "small": small}
-BUILDERS |= {"pixart": pixart, "pixart_sigma": pixart_sigma}
+BUILDERS |= {"bert": bert, "pixart": pixart, "pixart_sigma": pixart_sigma}
 FAMILIES = ("sd1", "sd2", "sdxl")  # with a UNet
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from importlib import resources
 from pathlib import Path
 from types import TracebackType
@@ -256,8 +256,9 @@ class Handles(AbstractContextManager["Handles"]):
         return [h.config() for h in self._handles]
 
     def remove(self) -> None:
-        for handle in reversed(self._handles):
-            handle.remove()
+        with ExitStack() as each:
+            for handle in self._handles:
+                each.callback(handle.remove)  # all of them, last to first, even if one raises
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
