@@ -125,10 +125,12 @@ class NegativePrompt(Hooked):
                 arguments[name] = [", ".join(filter(None, pair)) for pair in zip(ours, texts, strict=True)]
         if isinstance(arguments["prompt"], str):
             arguments["prompt"] = [arguments["prompt"]]
-        negative = site(pipe).original_encode(pipe)(**arguments)
-        if family(pipe).masked:
-            return (encoded[0], encoded[1], negative[2], negative[3])
-        return (encoded[0], negative[1], *((encoded[2], negative[3]) if len(encoded) > 2 else ()))
+        changed, found = site(pipe).original_encode(pipe)(**arguments), list(encoded)
+        ours_at = torch.tensor([bool(text) for text in ours]).repeat_interleave(arguments["num_images_per_prompt"])
+        for k in (2, 3) if family(pipe).masked else range(1, len(encoded), 2):  # the negative ones
+            mine = ours_at.to(encoded[k].device).reshape(-1, *[1] * (encoded[k].ndim - 1))
+            found[k] = torch.where(mine, changed[k], encoded[k])  # SDXL: no negative prompt is not an empty one
+        return tuple(found)
 
 
 def words(concepts: Concepts) -> str:
