@@ -129,7 +129,7 @@ def plot(curves: dict[str, list[Point]], plain: tuple[Point, Point], chosen: lis
         axes.set(xlabel="concept left, %", ylabel="others kept, %")
     near.set(xlim=(-1, 25), ylim=(60, 100), title="the same, near the corner")
     all_axes.set(title="lines: tuning seeds; stars: chosen, test seeds", xlim=(-3, 103))
-    near.legend(fontsize=8, loc="upper right")
+    all_axes.legend(fontsize=8, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

@@ -186,6 +186,18 @@ def test_what_an_eraser_lacks_cannot_be_set() -> None:
         handle.rows = [[]]
 
 
+@pytest.mark.parametrize("rows", [5, [5], "cat", [[5]], [None]])
+def test_rows_are_lists_of_concepts(rows: Any) -> None:
+    with pytest.raises(TypeError, match=r"one list of concepts per prompt|a sequence of these, but got"):
+        EIUP(rows=rows)
+
+
+@pytest.mark.parametrize("concepts", [5, [5], [["cat"]], None])
+def test_concepts_are_names_and_objects(concepts: Any) -> None:
+    with pytest.raises(TypeError, match="Expected a Concept, a shipped name, or a sequence of these, but got"):
+        EIUP(concepts)
+
+
 def test_a_strength_may_be_none() -> None:
     handle = Handle(NegativePrompt("cat"), lambda e: None, lambda: None)
     assert handle.strength is None and handle.config()["strength"] is None

@@ -238,7 +238,7 @@ def test_strength_1_leaves_nothing_of_the_concept(edits: Edits, pipe: Any) -> No
     assert erased and removed
 
 
-@pytest.mark.parametrize("neutral", ["", (), ("",), ((),), "a dog"])
+@pytest.mark.parametrize("neutral", ["", (), ("",), ((),), "a dog", ((3,),), (("",), 3)])
 def test_neutral_texts_come_in_groups(neutral: Any) -> None:
     with pytest.raises(ValueError, match="groups of texts"):
         EIUP([CAT], neutral=neutral)

@@ -251,6 +251,8 @@ def erase(
     with _bad_input():
         if not prompt.strip():
             raise ValueError("The prompt is empty: write what to draw.")
+        if not math.isfinite(guidance):
+            raise ValueError(f"Expected --guidance to be a finite number, but got {guidance}.")
         if seed + images > 2**32:
             raise ValueError(f"Seeds go up to {2**32 - 1}, but {images} pictures from {seed} on go past it.")
         targets, erasers = _erasers(concept, phrase, method, delta, set_)
@@ -269,7 +271,8 @@ def erase(
         _write(folder, record)
         _fail(f"Interrupted after {len(record['images'])} of {images} pictures; they are in {folder}.", INTERRUPTED)
     except (ValueError, TypeError, RuntimeError, OSError) as error:
-        _fail(f"{error}\n{len(record['images'])} of {images} pictures were finished; they are in {folder}.", FAILED)
+        code = BAD_INPUT if isinstance(error, (ValueError, TypeError)) else FAILED
+        _fail(f"{error}\n{len(record['images'])} of {images} pictures were finished; they are in {folder}.", code)
     if as_json:
         typer.echo(json.dumps({"out": str(folder), **record}, indent=1))
     else:

@@ -101,6 +101,8 @@ def as_concepts(concepts: Concepts, known: Sequence[Concept] = ()) -> tuple[Conc
     if isinstance(concepts, (Concept, str)):
         concepts = (concepts,)
     names = {c.name: c for c in known}
+    if not isinstance(concepts, Sequence) or not all(isinstance(c, (Concept, str)) for c in concepts):
+        raise TypeError(f"Expected a Concept, a shipped name, or a sequence of these, but got {concepts!r}.")
     return tuple(c if isinstance(c, Concept) else names[c] if c in names else concept(c) for c in concepts)
 
 
@@ -109,9 +111,11 @@ Rows = Sequence[Concepts] | None
 
 def as_rows(rows: Rows, known: Sequence[Concept]) -> tuple[tuple[Concept, ...], ...] | None:
     """One tuple of concepts per prompt of the batch, or None for "the same everywhere"."""
-    if isinstance(rows, (str, Concept)):
+    if rows is None:
+        return None
+    if isinstance(rows, (str, Concept)) or not isinstance(rows, Sequence):
         raise TypeError(f"`rows` should hold one list of concepts per prompt, but got {rows!r}.")
-    return None if rows is None else tuple(as_concepts(row, known) for row in rows)
+    return tuple(as_concepts(row, known) for row in rows)
 
 
 def check_strength(strength: float) -> float:

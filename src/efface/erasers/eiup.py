@@ -94,7 +94,9 @@ class EIUP(Hooked):
                 f"Expected `normalization` to be one of {get_args(Normalization)}, but got {self.normalization!r}."
             )
         groups = self.neutral if isinstance(self.neutral, (tuple, list)) else ()
-        if not groups or any(not isinstance(group, (tuple, list)) or not group for group in groups):
+        if not groups or not all(
+            isinstance(g, (tuple, list)) and g and all(isinstance(t, str) for t in g) for g in groups
+        ):
             raise ValueError(f"Expected `neutral` to be groups of texts, such as (('',),), but got {self.neutral!r}.")
         object.__setattr__(self, "neutral", tuple(tuple(group) for group in groups))
 
