@@ -150,7 +150,8 @@ def calibrate(
     on tuning seeds: measure the strength found on test seeds before you believe its figures.
 
     Args:
-        pipe: a diffusers text-to-image pipeline.
+        pipe: a diffusers text-to-image pipeline. Its scheduler, and the erasers, deltas and LoRAs (by name) that are on
+            it, are part of the setting.
         eraser: any eraser with a `strength`; its other fields stay.
         concept: what it erases; says the prompts where none are given.
         detector: says whether the concept is in a picture; see `efface.Detector`.
