@@ -186,6 +186,12 @@ def test_what_an_eraser_lacks_cannot_be_set() -> None:
         handle.rows = [[]]
 
 
+@pytest.mark.parametrize("fields", [{"name": 5}, {"phrases": 5}, {"phrases": (5,)}, {"keep": [None]}])
+def test_a_concept_is_made_of_texts(fields: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match="should be a text|should be a sequence of texts|should hold texts"):
+        Concept(**{"name": "cat", **fields})
+
+
 @pytest.mark.parametrize("rows", [5, [5], "cat", [[5]], [None]])
 def test_rows_are_lists_of_concepts(rows: Any) -> None:
     with pytest.raises(TypeError, match=r"one list of concepts per prompt|a sequence of these, but got"):

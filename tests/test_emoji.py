@@ -19,6 +19,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 
+import efface
 from efface.models import emoji
 from efface.models.emoji.vae import EmojiVAE
 from efface.models.emoji.weights import FOLDER
@@ -410,3 +411,11 @@ def test_paraphrases_share_no_content_word() -> None:
 )
 def test_a_planted_shared_word_is_found(planted: str, found: str) -> None:
     assert found in content_words(planted) & taught_words()
+
+
+@pytest.mark.parametrize(("index", "message"), [(None, "has no model_index.json"), ("{}", "names no pipeline class")])
+def test_a_folder_that_is_no_pipeline_says_so(index: str | None, message: str, tmp_path: Path) -> None:
+    if index is not None:
+        (tmp_path / "model_index.json").write_text(index)
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        efface.load(tmp_path)

@@ -70,7 +70,10 @@ def load(model: str | Path, dtype: torch.dtype | None = None, device: str | None
     index = path / "model_index.json"
     if path.exists() and not index.is_file():
         raise FileNotFoundError(f"{path} is not a saved pipeline: it has no model_index.json. Give its top folder.")
-    if index.is_file() and "efface.models.emoji.vae" in index.read_text("utf-8"):
+    written = index.read_text("utf-8") if index.is_file() else ""
+    if written and '"_class_name"' not in written:
+        raise ValueError(f"{index} names no pipeline class: it is not what `save_pretrained` writes. Save it again.")
+    if "efface.models.emoji.vae" in written:
         importlib.import_module("efface.models.emoji.vae")  # diffusers finds our VAE only if it is imported
     from diffusers import DiffusionPipeline
 

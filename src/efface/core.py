@@ -47,8 +47,15 @@ class Concept:
     keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"A concept's name should be a text, but got {self.name!r}.")
         for field in ("phrases", "keep"):
-            if isinstance(getattr(self, field), str):
+            given = getattr(self, field)
+            if not isinstance(given, (tuple, list)) and not isinstance(given, str):
+                raise TypeError(f"Concept `{field}` should be a sequence of texts, but got {given!r}.")
+            if not isinstance(given, str) and not all(isinstance(text, str) for text in given):
+                raise TypeError(f"Concept `{field}` should hold texts, but got {given!r}.")
+            if isinstance(given, str):
                 raise TypeError(
                     f"Concept `{field}` should be a sequence of texts, but got one text, {getattr(self, field)!r}: "
                     f"write ({getattr(self, field)!r},)."
