@@ -175,7 +175,7 @@ def draw(
         prompts: N prompts.
         seeds: N seeds; a picture depends on its own seed only, whatever it is batched with (up to float rounding).
         batch: pictures per pipeline call.
-        call: further arguments of the pipeline, such as `guidance_scale`.
+        call: further arguments of the pipeline, such as `guidance_scale`; one `negative_prompt` is for all prompts.
 
     Raises:
         ValueError: not as many seeds as prompts.
@@ -184,10 +184,13 @@ def draw(
 
     if len(prompts) != len(seeds):
         raise ValueError(f"Expected one seed per prompt, but got {len(prompts)} prompts and {len(seeds)} seeds.")
-    pictures = []
+    pictures, call = [], {"num_inference_steps": 25, "guidance_scale": 7.5, **call}
+    negative = call.pop("negative_prompt", None)
     for k in range(0, len(prompts), batch):
         generators = [torch.Generator().manual_seed(s) for s in seeds[k : k + batch]]
-        call = {"num_inference_steps": 25, "guidance_scale": 7.5, **call}
+        if negative is not None:  # pipelines want as many as prompts
+            every = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+            call["negative_prompt"] = every[k : k + batch]
         out = pipe(list(prompts[k : k + batch]), generator=generators, output_type="pt", **call)
         pictures.append(out.images.float().cpu())
     return torch.cat(pictures)
