@@ -1,6 +1,7 @@
 """The `efface` command, run as a user runs it."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -72,6 +74,94 @@ def test_overwrite_removes_nothing_before_the_model_is_there(tmp_path: Path) -> 
     args = ["erase", "a cat", "--concept", "cat", "--model", tmp_path / "empty", "--out", tmp_path / "out"]
     assert "is not a saved pipeline" in call(*args, "--overwrite", code=2)
     assert (tmp_path / "out/grid.png").read_text() == "earlier"
+
+
+@needs_weights
+def test_overwrite_replaces_results_once_there_are_new_ones_and_nothing_else(tmp_path: Path) -> None:
+    args = ["erase", "a cat", "--concept", "cat", "--images", "1", "--out", tmp_path]
+    call(*args, "--steps", "2")
+    for mine in ("before-me.png", "after-party.png", "before-1.png.txt"):
+        (tmp_path / mine).write_text("precious")
+    earlier = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    wrong = ["--overwrite", "--steps", "2", "--set", 'rows=[["cat"],["dog"]]']
+    assert "`rows` has 2 entries" in (said := call(*args, *wrong, code=2)) and "No picture was finished" in said
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == earlier
+    call(*args, "--overwrite", "--steps", "2", "--seed", "1000001")
+    left = {p.name for p in tmp_path.iterdir()}
+    assert left == {"before-me.png", "after-party.png", "before-1.png.txt", "record.json", "grid.png"} | {
+        "before-1000001.png",
+        "after-1000001.png",
+    }
+
+
+@needs_weights
+def test_the_negative_prompt_of_the_user_takes_part(tmp_path: Path) -> None:
+    args = ["erase", "a cat and a dog", "--concept", "cat", "--images", "2", "--steps", "4"]
+    call(*args, "--out", tmp_path / "a")
+    call(*args, "--negative", "a dog", "--out", tmp_path / "b")
+    for name in ("before-1000000.png", "after-1000001.png"):
+        assert Image.open(tmp_path / "a" / name).tobytes() != Image.open(tmp_path / "b" / name).tobytes()
+
+
+@needs_weights
+def test_a_prompt_that_is_cut_is_told_once(tmp_path: Path) -> None:
+    done = run("erase", "dog " * 30 + "cat", "--concept", "cat", "--images", "9", "--steps", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "longer than the text encoder takes; not read is 'dog dog dog dog dog dog dog dog cat'" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@needs_weights
+def test_ctrl_c_in_the_middle_keeps_the_pictures_before_erasing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from efface import api
+
+    original, calls = api.draw, []
+
+    def draw(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(api, "draw", draw)
+    args = ["erase", "a cat", "--concept", "cat", "--images", "2", "--steps", "1", "--out", tmp_path / "out"]
+    assert "0 of 2 pictures were finished, and 2 more without erasing" in call(*args, code=130)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        *("before-1000000.png", "before-1000001.png", "grid.png", "record.json")
+    }
+    calls.append(1)
+    calls.clear()
+    calls.append(1)  # now in the first picture
+    assert "No picture was finished" in call(*args[:-1], tmp_path / "none", code=130)
+    assert not list((tmp_path / "none").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("text_encoder/model.safetensors", "Damaged files: .*text_encoder/model.safetensors"),
+        ("tokenizer/tokenizer.json", "Damaged files: .*tokenizer/tokenizer.json"),
+        ("unet/diffusion_pytorch_model.safetensors", "Damaged files: .*unet/diffusion_pytorch_model.safetensors"),
+        ("vae/config.json", "Damaged files: .*vae/config.json"),
+        (None, "Only safetensors are read, never pickles"),
+    ],
+)
+def test_a_damaged_pipeline_names_its_file_and_the_cure(file: str | None, words: str, tmp_path: Path) -> None:
+    tiny.pipeline().save_pretrained(tmp_path / "p", safe_serialization=True)
+    weights = tmp_path / "p/unet/diffusion_pytorch_model.safetensors"
+    if file is None:
+        weights.rename(weights.with_suffix(".bin"))
+    else:
+        (tmp_path / "p" / file).write_bytes((tmp_path / "p" / file).read_bytes()[:20])
+    said = call("erase", "a cat", "--concept", "cat", "--model", tmp_path / "p", "--out", tmp_path / "out", code=2)
+    assert re.search(words, said) and "Save the pipeline again" in said
+
+
+def test_a_misspelt_model_has_a_near_match(tmp_path: Path) -> None:
+    said = call("erase", "a cat", "--concept", "cat", "--model", "emojii", "--out", tmp_path / "out", code=2)
+    assert "There is no folder 'emojii'. Did you mean 'emoji'?" in said
 
 
 def test_an_output_file_is_not_a_folder(tmp_path: Path) -> None:
@@ -178,13 +268,16 @@ def interrupted(*args: object, once: str, cwd: Path) -> str:
 @needs_weights
 def test_ctrl_c_keeps_what_was_finished(tmp_path: Path) -> None:
     args = ["erase", "a cat", "--concept", "cat", "--images", "800", "--steps", "2", "--out", tmp_path / "out"]
-    errors = interrupted(*args, once="out/record.json", cwd=tmp_path)
-    assert "Interrupted after" in " ".join(errors.split())
+    errors = interrupted(*args, once="out/before-1000008.png", cwd=tmp_path)  # in the second batch
+    assert "of 800 pictures were finished" in " ".join(errors.split())
     assert "Traceback" not in errors
     record = json.loads((tmp_path / "out/record.json").read_text())
     assert not record["complete"]
-    assert 0 < len(record["images"]) < 800
-    assert all((tmp_path / "out" / e["after"]["file"]).exists() for e in record["images"])
+    assert 8 <= len(record["images"]) < 800
+    both = [e for e in record["images"] if "after" in e]
+    assert len(both) >= 8 and all(
+        (tmp_path / "out" / e[when]["file"]).exists() for e in both for when in ("before", "after")
+    )
     assert (tmp_path / "out/grid.png").exists()
 
 

@@ -188,7 +188,7 @@ def test_what_an_eraser_lacks_cannot_be_set() -> None:
 
 @pytest.mark.parametrize("fields", [{"name": 5}, {"phrases": 5}, {"phrases": (5,)}, {"keep": [None]}])
 def test_a_concept_is_made_of_texts(fields: dict[str, Any]) -> None:
-    with pytest.raises(TypeError, match="should be a text|should be a sequence of texts|should hold texts"):
+    with pytest.raises(TypeError, match="should be a text|should be a sequence of texts"):
         Concept(**{"name": "cat", **fields})
 
 

@@ -251,6 +251,11 @@ def test_a_neutral_prompt_is_left_alone(pipe: Any, family: str) -> None:
             assert change(latents(pipe, neutral), drawn(family, prompt=neutral)) < 1e-6
 
 
+def test_of_two_neutral_texts_the_other_one_changes_the_empty_prompt(sd1: Any) -> None:
+    """As the docstring says: N takes turns, and a prompt that equals one of them is not the other."""
+    assert change(drawn("sd1", eiup(), prompt=""), drawn(prompt="")) > 1e-4
+
+
 def test_the_empty_text_as_concept_erases_nothing(edits: Edits, sd1: Any) -> None:
     for edit in edits(sd1, eiup(strength=2.0, neutral=(("",),)), num_inference_steps=1):
         empty = Term(edit.cross.neutral, (slice(1, 1),))
@@ -429,6 +434,15 @@ def compile_options() -> Iterator[dict[str, Any]]:
     with torch._dynamo.config.patch(recompile_limit=64):
         yield {"backend": "eager", "fullgraph": True}
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "projected"])
+def test_the_other_forms_compile_too(form: str, compile_options: dict[str, Any]) -> None:
+    pipe = pipeline("small")
+    COMPILE["in place"](pipe, **compile_options)
+    with eiup(form).apply(pipe):
+        assert change(latents(pipe), drawn("small", eiup(form))) < 1e-5
+    assert change(drawn("small", eiup(form)), drawn("small")) > 1e-3
 
 
 @pytest.mark.parametrize("way", COMPILE)

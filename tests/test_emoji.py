@@ -162,11 +162,10 @@ def test_saved_pipeline_draws_the_same_in_a_fresh_process(pipe: StableDiffusionP
     code = """
 import sys
 import numpy, torch
-from efface.models.emoji import vae
-from diffusers import StableDiffusionPipeline
+import efface
 folder, prompts, threads = sys.argv[1], sys.argv[2:4], int(sys.argv[4])
 torch.set_num_threads(threads)
-pipe = StableDiffusionPipeline.from_pretrained(folder + "/saved")
+pipe = efface.load(folder + "/saved")
 assert pipe.tokenizer.model_max_length == 24 and pipe.text_encoder.config.use_attention_mask
 generator = torch.Generator().manual_seed(1)
 there = pipe(prompts, num_inference_steps=2, generator=generator, output_type="np").images

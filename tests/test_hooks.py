@@ -326,6 +326,17 @@ def test_a_denoiser_without_cross_attention_is_an_error() -> None:
     NegativePrompt([CAT]).apply(pipe).remove()
 
 
+def test_layers_are_told_by_what_they_are_and_not_by_their_names() -> None:
+    """With `only_cross_attention` the layers called attn1 read the text as well."""
+    pipe = tiny.stable_diffusion(tiny.tokenizer(), 32, tiny.denoiser(32, only_cross_attention=True))
+    named = dict(pipe.unet.named_modules())
+    cross = {name for name, module in named.items() if getattr(module, "is_cross_attention", False)}
+    assert any(name.endswith("attn1") for name in cross)
+    with ERASER.apply(pipe):
+        hooked = {name for name in named if hasattr(getattr(named[name], "to_q", None), "_diffusers_hook")}
+    assert hooked == cross
+
+
 def test_fused_projections_are_refused_with_the_cure() -> None:
     pipe = pipeline()
     pipe.unet.fuse_qkv_projections()
@@ -370,6 +381,15 @@ def test_other_text_encoders_are_not_taken_for_clip(encoder: Any) -> None:
     pipe.text_encoder = pipeline("pixart").text_encoder if encoder else None
     with pytest.raises(TypeError, match="of a tested family .* a UNet with CLIP text encoders"):
         ERASER.apply(pipe)
+
+
+def test_a_prompt_that_is_cut_is_told_and_what_was_cut(sd1: Any) -> None:
+    long = " ".join(["a big red dog"] * 4)
+    with ERASER.apply(sd1):
+        with pytest.warns(UserWarning, match="longer than the text encoder takes; not read is 'red dog'"):
+            latents(sd1, long)
+        latents(sd1)  # no warning, which would be an error
+    latents(sd1, long)
 
 
 def test_a_word_of_textual_inversion_is_all_of_its_vectors() -> None:

@@ -27,6 +27,7 @@ import itertools
 import math
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ from ._guidance import guided, needs_guidance, with_concepts
 from ._layers import Layer, SelfLayer, WatchDenoiser, register, unregister
 from ._method import Method
 from ._prompts import Entry, projected
-from ._text import SITES, encoding_settings
+from ._text import SITES, cut_off, encoding_settings
 from ._weights import check_unfused, denoiser_of
 from .core import Handle
 from .families import Family, family
@@ -154,7 +155,8 @@ class Site:
             check_unfused(layer.attn, self.facts.denoiser)
         entry = Entry(eraser)
         self._prepare(pipe, entry)
-        self._check_width(pipe, entry)
+        if eraser.edits_attention:
+            entry.check_width(pipe, self.layers[0].attn.cross_attention_dim)
         self._wrap(pipe)
         if not self.entries:
             register(self._denoiser(), WatchDenoiser(self))
@@ -186,39 +188,6 @@ class Site:
                 self._close()
 
         return Handle(eraser, swap, remove)
-
-    def _check_width(self, pipe: DiffusionPipeline, entry: Entry) -> None:
-        """ValueError if the denoiser does not read texts of the width that the pipeline's encoder makes."""
-        if entry.prompts is None or not self.layers:
-            return
-        made, read = entry.prompts.text.shape[-1], self.layers[0].attn.cross_attention_dim
-        if entry.eraser.edits_attention and made != read:
-            raise ValueError(
-                f"The text encoder of this {type(pipe).__name__} makes states of width {made}, but its denoiser reads "
-                f"width {read}: load the two from one model."
-            )
-
-    def _check_text(self, text: Tensor) -> None:
-        """ValueError if erasure prompts and the call's text differ in width, device or dtype."""
-        for entry in self.entries:
-            if entry.prompts is None or entry.eraser.is_off():
-                continue
-            ours, theirs = entry.prompts.text, self.prompt if entry.eraser.edits_attention else text
-            if theirs is None or not len(theirs):
-                continue
-            if ours.shape[-1] != theirs.shape[-1]:
-                raise ValueError(
-                    f"The call's text has width {theirs.shape[-1]}, but the pipeline's own encoder makes width "
-                    f"{ours.shape[-1]}: give embeddings of this encoder, or a prompt."
-                )
-            if ours.device != theirs.device or (
-                ours.dtype != theirs.dtype and not torch.is_autocast_enabled(theirs.device.type)
-            ):
-                raise ValueError(
-                    f"The erasure prompts of {type(entry.eraser).__name__} are {ours.dtype} on {ours.device}, but the "
-                    f"call's text is {theirs.dtype} on {theirs.device}: the model was moved after `apply`. Call the "
-                    "pipeline, which encodes them anew, or apply the eraser again."
-                )
 
     def _fit(self) -> None:
         """Hooks on the cross-attention layers exactly while an eraser needs them."""
@@ -277,6 +246,11 @@ class Site:
                 encoded = encode_prompt(*args, **kwargs)
                 self.call = self.twin = None
                 prompts = self._prompts(bound.arguments)
+                for text in dict.fromkeys(prompts or ()):
+                    if lost := cut_off(owner(), text):  # Python says the same thing once
+                        warnings.warn(
+                            f"A prompt is longer than the text encoder takes; not read is {lost!r}.", stacklevel=2
+                        )
                 for entry in self.entries:
                     entry.check_rows(images, len(encoded[0]))
                     entry.memory = {}
@@ -349,7 +323,8 @@ class Site:
         self.prompt = projected(self._denoiser(), text[self.first :])
         self.prompt_mask = mask[self.first :].bool() if mask is not None and mask.ndim == 2 else None
         if not torch.compiler.is_compiling():
-            self._check_text(text)
+            for entry in self.entries:
+                entry.check_text(self.prompt if entry.eraser.edits_attention else text)
             for layer in self.self_layers if any(e.eraser.twins for e in self.entries) else ():
                 check_unfused(layer.attn, self.facts.denoiser)
         self.time = timestep.flatten()[0] if isinstance(timestep, Tensor) and timestep.ndim else timestep

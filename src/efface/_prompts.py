@@ -101,6 +101,32 @@ class Entry:
                 "of concepts per prompt."
             )
 
+    def check_width(self, pipe: DiffusionPipeline, read: int) -> None:
+        """ValueError unless the encoder makes texts of the width that the denoiser reads."""
+        if self.prompts is not None and (made := self.prompts.text.shape[-1]) != read:
+            raise ValueError(
+                f"The text encoder of this {type(pipe).__name__} makes states of width {made}, but its denoiser reads "
+                f"width {read}: load the two from one model."
+            )
+
+    def check_text(self, text: Tensor) -> None:
+        """ValueError if the erasure prompts and the call's text differ in width, device or dtype."""
+        if self.prompts is None or self.eraser.is_off() or not len(text):
+            return
+        ours = self.prompts.text
+        if ours.shape[-1] != text.shape[-1]:
+            raise ValueError(
+                f"The call's text has width {text.shape[-1]}, but the pipeline's own encoder makes width "
+                f"{ours.shape[-1]}: give embeddings of this encoder, or a prompt."
+            )
+        mixed = ours.dtype != text.dtype and not torch.is_autocast_enabled(text.device.type)
+        if ours.device != text.device or mixed:
+            raise ValueError(
+                f"The erasure prompts of {type(self.eraser).__name__} are {ours.dtype} on {ours.device}, but the "
+                f"call's text is {text.dtype} on {text.device}: the model was moved after `apply`. Call the pipeline, "
+                "which encodes them anew, or apply the eraser again."
+            )
+
 
 def projected(denoiser: nn.Module, text: Tensor) -> Tensor:
     """A text as the cross-attention layers get it: some denoisers project it first."""

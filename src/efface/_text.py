@@ -45,7 +45,7 @@ def _limit(pipe: DiffusionPipeline, tokenizer: Any, **settings: Any) -> int:
 
 def _own_columns(tokenizer: Any, text: str, limit: int) -> slice:
     """Where a text's own tokens stand; ValueError if it has none or does not fit."""
-    ids, whole = tokenizer(text, add_special_tokens=False).input_ids, tokenizer(text).input_ids
+    ids, whole = (tokenizer(text, add_special_tokens=own).input_ids for own in (False, True))
     if text and not ids:
         raise ValueError(f"The phrase {text!r} has no tokens for this pipeline: write the concept in other words.")
     if len(whole) > limit:
@@ -150,8 +150,18 @@ def encoding_settings(call: inspect.BoundArguments) -> dict[str, Any]:
 
 def fits(pipe: DiffusionPipeline, text: str) -> bool:
     """Whether a text is within the encoder's limit."""
-    tokenizers = [getattr(pipe, name) for name in family(pipe).tokenizers]
-    return all(len(t(each).input_ids) <= _limit(pipe, t) for t in tokenizers for each in cleaned(pipe, t, [text]))
+    return not cut_off(pipe, text)
+
+
+def cut_off(pipe: DiffusionPipeline, text: str) -> str:
+    """The end of a prompt that not every text encoder of the pipeline reads; "" if all of it is read."""
+    lost = []
+    for tokenizer in (getattr(pipe, name) for name in family(pipe).tokenizers):
+        (whole,) = cleaned(pipe, tokenizer, [text])
+        ids = tokenizer(whole, add_special_tokens=False).input_ids
+        room = _limit(pipe, tokenizer) - len(tokenizer("").input_ids)
+        lost.append(tokenizer.decode(ids[room:]))
+    return max(lost, key=len)
 
 
 def pack(pipe: DiffusionPipeline, phrases: Sequence[str], separator: str = " ") -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,7 @@ def load(model: str | Path, dtype: torch.dtype | None = None, device: str | None
 
     Raises:
         ImportError: the emoji model's text encoder is not installed.
-        FileNotFoundError, ValueError: a weight file is missing, damaged or another version; no such folder.
+        FileNotFoundError, ValueError: a weight file is missing, damaged, a pickle, or another version; no such folder.
         OSError: a hub id that cannot be reached.
 
     Example:
@@ -68,6 +69,12 @@ def load(model: str | Path, dtype: torch.dtype | None = None, device: str | None
         return emoji.load(dtype=dtype, device=device or "cpu")
     path = Path(model)
     index = path / "model_index.json"
+    if "/" not in str(model) and not path.exists():
+        hint = registry.near(str(model), ["emoji"])
+        raise FileNotFoundError(
+            f'There is no folder {str(model)!r}. {hint}{" " if hint else ""}Give "emoji", a folder that '
+            "`save_pretrained` wrote, or a hub id such as owner/name."
+        )
     if path.exists() and not index.is_file():
         raise FileNotFoundError(f"{path} is not a saved pipeline: it has no model_index.json. Give its top folder.")
     written = index.read_text("utf-8") if index.is_file() else ""
@@ -76,9 +83,38 @@ def load(model: str | Path, dtype: torch.dtype | None = None, device: str | None
     if "efface.models.emoji.vae" in written:
         importlib.import_module("efface.models.emoji.vae")  # diffusers finds our VAE only if it is imported
     from diffusers import DiffusionPipeline
+    from safetensors import SafetensorError
 
-    pipe = DiffusionPipeline.from_pretrained(str(model), **({} if dtype is None else {"dtype": dtype}))
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            str(model), use_safetensors=True, **({} if dtype is None else {"dtype": dtype})
+        )
+    except (SafetensorError, ValueError, KeyError, OSError) as error:
+        if not path.exists():
+            raise
+        files = ", ".join(map(str, damaged(path))) or "one that it needs is missing"
+        raise ValueError(
+            f"The pipeline in {path} cannot be loaded ({error}). Damaged files: {files}. Only safetensors are read, "
+            "never pickles. Save the pipeline again, or download it again."
+        ) from error
     return pipe if device is None else pipe.to(device)
+
+
+def damaged(folder: Path) -> list[Path]:
+    """The files of a saved pipeline that are no safetensors or no JSON, though they are named so."""
+    from safetensors import SafetensorError, safe_open
+
+    found = []
+    for file in sorted(folder.rglob("*")):
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt"):
+                    pass
+            elif file.suffix == ".json":
+                json.loads(file.read_text("utf-8"))
+        except (SafetensorError, ValueError):
+            found.append(file)
+    return found
 
 
 def build(method: str, concepts: Concepts, **fields: Any) -> Any:
@@ -101,11 +137,18 @@ def editor(method: str, **fields: Any) -> Any:
 
 def _checked(method: str, room: str, fields: dict[str, Any]) -> type:
     cls = registry.resolve(method, room)
-    known = [f.name for f in dataclasses.fields(cls)]
+    known = [f.name for f in dataclasses.fields(cls) if f.name != "concepts"]
     for name in fields.keys() - set(known):
         hint = registry.near(name, known)
         raise ValueError(f"{method} has no field {name!r}. {hint}{' ' if hint else ''}Its fields: {', '.join(known)}.")
     return cls
+
+
+def cut_off(pipe: DiffusionPipeline, prompt: str) -> str:
+    """The end of a prompt that the pipeline's text encoders do not read; "" if they read all of it."""
+    from ._text import cut_off
+
+    return cut_off(pipe, prompt)
 
 
 def load_delta(path: str | Path) -> Delta:

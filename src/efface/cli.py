@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 import sys
 import time
@@ -57,6 +58,12 @@ def _fail(message: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
+def _warn(message: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold yellow]Warning:[/] {_plain(message)}")
+
+
 def _plain(text: str) -> str:
     from rich.markup import escape
 
@@ -72,6 +79,8 @@ def _bad_input() -> Iterator[None]:
         _fail(str(error), BAD_INPUT)
     except (ImportError, OSError) as error:
         _fail(str(error), FAILED)
+    except KeyboardInterrupt:
+        _fail("Interrupted.", INTERRUPTED)
 
 
 def _version(wanted: bool) -> None:
@@ -167,11 +176,10 @@ def _folder(out: Path | None, overwrite: bool) -> Path:
     return out
 
 
-def _clear(folder: Path) -> None:
-    """Removes earlier results, once nothing stands in the way of new ones."""
-    for pattern in ("before-*.png", "after-*.png", "grid.png", "record.json"):
-        for old in folder.glob(pattern):
-            old.unlink()
+def _results(folder: Path) -> list[Path]:
+    """What `efface erase` wrote there, and nothing else."""
+    ours = re.compile(r"(before|after)-\d+\.png|grid\.png|record\.json")
+    return [file for file in folder.iterdir() if ours.fullmatch(file.name)]
 
 
 class _Judge:
@@ -260,19 +268,20 @@ def erase(
 
         folder = _folder(out, overwrite)
         pipe = api.load(model)
+        _quiet()
         api.stack(pipe, *erasers).remove()  # a phrase too long or a wrong pipeline is found before anything is drawn
+        if lost := api.cut_off(pipe, prompt):
+            _warn(f"The prompt is longer than the text encoder takes; not read is {lost!r}.")
         judge = _Judge(targets) if model == "emoji" else None
-        _clear(folder)
-    record = _record(prompt, negative, model, api.model_hash(pipe), erasers, seed, images, steps, guidance)
+        record = _record(prompt, negative, model, api.model_hash(pipe), erasers, seed, images, steps, guidance)
     call = {"num_inference_steps": steps, "guidance_scale": guidance, "negative_prompt": negative or None}
     try:
         _draw(pipe, erasers, prompt, call, folder, record, judge)
     except KeyboardInterrupt:
-        _write(folder, record)
-        _fail(f"Interrupted after {len(record['images'])} of {images} pictures; they are in {folder}.", INTERRUPTED)
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        _fail(f"Interrupted. {_finished(folder, record)}", INTERRUPTED)
+    except (ValueError, TypeError, RuntimeError, OSError, MemoryError) as error:
         code = BAD_INPUT if isinstance(error, (ValueError, TypeError)) else FAILED
-        _fail(f"{error}\n{len(record['images'])} of {images} pictures were finished; they are in {folder}.", code)
+        _fail(f"{error or 'Out of memory.'}\n{_finished(folder, record)}", code)
     if as_json:
         typer.echo(json.dumps({"out": str(folder), **record}, indent=1))
     else:
@@ -331,36 +340,42 @@ def _draw(
     record: dict[str, Any],
     judge: _Judge | None,
 ) -> None:
-    """Draws batch by batch, before and after with the same seeds; every finished batch is on disk and in the record."""
+    """Draws batch by batch, before and after with the same seeds; what is drawn is on disk at once.
+
+    Earlier results in the folder stay until the first batch can replace them.
+    """
     from .api import draw, stack
     from .pictures import to_pil
 
-    first, last = record["seeds"]
+    (first, last), earlier = record["seeds"], _results(folder)
     pipe.set_progress_bar_config(disable=True)
     with _progress() as progress:
         task = progress.add_task("drawing", total=2 * (last - first + 1))
         for start in range(first, last + 1, BATCH):
-            seeds = list(range(start, min(start + BATCH, last + 1)))
-            drawn: dict[str, Tensor] = {}
+            entries: list[dict[str, Any]] = [{"seed": s} for s in range(start, min(start + BATCH, last + 1))]
+            seeds, unsaved = [entry["seed"] for entry in entries], {}
             for when in ("before", "after"):
                 progress.update(task, description=when)
                 began = time.perf_counter()
                 with stack(pipe, *(erasers if when == "after" else ())):
-                    drawn[when] = draw(pipe, [prompt] * len(seeds), seeds, **call)
+                    pictures = draw(pipe, [prompt] * len(seeds), seeds, **call)
                 record["seconds"][when] += time.perf_counter() - began
                 progress.advance(task, len(seeds))
-            scores = {when: judge.scores(pictures) for when, pictures in drawn.items()} if judge else {}
-            files = {when: to_pil(pictures) for when, pictures in drawn.items()}
-            for k, s in enumerate(seeds):
-                entry: dict[str, Any] = {"seed": s}
-                for when in files:
-                    name = f"{when}-{s}.png"
-                    files[when][k].save(folder / name)
-                    entry[when] = {"file": name}
+                scores = judge.scores(pictures) if judge else {}
+                for k, (entry, picture) in enumerate(zip(entries, to_pil(pictures), strict=True)):
+                    entry[when] = {"file": f"{when}-{entry['seed']}.png"}
+                    unsaved[entry[when]["file"]] = picture
                     if judge:
-                        entry[when]["seen"] = {c: [eye[k] for eye in eyes] for c, eyes in scores[when].items()}
-                record["images"].append(entry)
-            _write(folder, record)
+                        entry[when]["seen"] = {c: [eye[k] for eye in eyes] for c, eyes in scores.items()}
+                if when == "before" and earlier:
+                    continue
+                while earlier:
+                    earlier.pop().unlink()
+                while unsaved:
+                    name, picture = unsaved.popitem()
+                    picture.save(folder / name)
+                record["images"][start - first :] = entries
+                _write(folder, record)
     record["complete"] = True
     _write(folder, record)
 
@@ -371,13 +386,23 @@ def _write(folder: Path, record: dict[str, Any]) -> None:
 
     from .pictures import grid
 
-    shown = record["images"][:SHOWN]
-    if shown:
-        rows = {when: [Image.open(folder / e[when]["file"]) for e in shown] for when in ("before", "after")}
-        grid(rows, [str(e["seed"]) for e in shown]).save(folder / "grid.png")
+    both = [e for e in record["images"] if "after" in e]
+    shown = (both or record["images"])[:SHOWN]
+    rows = {when: [Image.open(folder / e[when]["file"]) for e in shown] for when in shown[0] if when != "seed"}
+    grid(rows, [str(e["seed"]) for e in shown]).save(folder / "grid.png")
     partial = folder / "record.json.partial"
     partial.write_text(json.dumps(record, indent=1))
     partial.replace(folder / "record.json")
+
+
+def _finished(folder: Path, record: dict[str, Any]) -> str:
+    """What there is of a job that ended early."""
+    drawn, (first, last) = record["images"], record["seeds"]
+    if not drawn:
+        return "No picture was finished."
+    both = sum("after" in entry for entry in drawn)
+    more = f", and {len(drawn) - both} more without erasing" if both < len(drawn) else ""
+    return f"{both} of {last - first + 1} pictures were finished{more}; they are in {folder}."
 
 
 def _report(folder: Path, record: dict[str, Any]) -> None:
@@ -671,10 +696,13 @@ def bench(
 
 
 def _quiet() -> None:
-    """Keeps other libraries from printing the prompts of a suite where they are longer than the text encoder takes."""
+    """Keeps libraries from printing, batch by batch, the prompts that are longer than the text encoder takes."""
+    import warnings
+
     from diffusers.utils import logging as diffusers_log
     from transformers.utils import logging as transformers_log
 
+    warnings.filterwarnings("ignore", message="A prompt is longer than the text encoder takes")
     diffusers_log.set_verbosity_error()
     transformers_log.set_verbosity_error()
 

@@ -51,15 +51,12 @@ class Concept:
             raise TypeError(f"A concept's name should be a text, but got {self.name!r}.")
         for field in ("phrases", "keep"):
             given = getattr(self, field)
-            if not isinstance(given, (tuple, list)) and not isinstance(given, str):
-                raise TypeError(f"Concept `{field}` should be a sequence of texts, but got {given!r}.")
-            if not isinstance(given, str) and not all(isinstance(text, str) for text in given):
-                raise TypeError(f"Concept `{field}` should hold texts, but got {given!r}.")
             if isinstance(given, str):
                 raise TypeError(
-                    f"Concept `{field}` should be a sequence of texts, but got one text, {getattr(self, field)!r}: "
-                    f"write ({getattr(self, field)!r},)."
+                    f"Concept `{field}` should be a sequence of texts, but got one text, {given!r}: write ({given!r},)."
                 )
+            if not isinstance(given, Sequence) or not all(isinstance(text, str) for text in given):
+                raise TypeError(f"Concept `{field}` should be a sequence of texts, but got {given!r}.")
         if not self.name.strip():
             raise ValueError("A concept needs a name, but got an empty one: write what to erase, for example 'beer'.")
         object.__setattr__(self, "phrases", tuple(self.phrases) or (self.name,))

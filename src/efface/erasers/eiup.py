@@ -45,7 +45,8 @@ class EIUP(Hooked):
     bystanders; with the things alone, prompts that imply the concept keep more of it. `gated` is ours too. All of the
     prompt's columns are kept (the published code of GIE drops one padding column for each concept token), so zero
     strength is the plain pipeline to the bit. One trajectory, not two. Outside the window the plain prompt is drawn.
-    SDXL's pooled text embedding does not pass cross-attention and is not edited.
+    SDXL's pooled text embedding does not pass cross-attention and is not edited. A prompt that equals N is left alone
+    by that N only: with the default two, the empty prompt is changed where things move towards the concept.
     On PixArt, whose T5 has no start token either, text is projected and its padding masked as the pipeline does it.
 
     Args:
@@ -54,18 +55,21 @@ class EIUP(Hooked):
             dilute one another). Separate and gated: phrases are packed into as few prompts as fit the encoder.
         strength: >= 0. Projected: the share of the concept's component that is taken out, 1 = all of it. Above 1 it
             pushes the other way, and guidance multiplies that: pictures suffer soon. Separate and gated: the weight -w
-            of each concept token. 0 is the plain pipeline.
+            of each concept token; on CLIP values above 1 are usual. Guidance multiplies it too: what suits 7.5 is weak
+            without guidance. 0 is the plain pipeline.
         window: (start, end), the part of the trajectory in which it acts, as fractions: 0 is pure noise, 1 the picture.
         normalization: "projected", "separate" or "gated".
         neutral: groups of texts; the mean of each group is an N, "some picture", and they take turns. Projected only.
             `(("",),)` is the pipeline's empty prompt alone.
         rows: one list of concepts per prompt of the batch, instead of `concepts` for all.
 
-    Shapes: queries and outputs [B, Q, C] on conditional rows, text [1, L, D]. Unconditional rows are never edited.
+    Shapes: queries and outputs [B, Q, C] on conditional rows, text [N, L, D]. Unconditional rows are never edited.
 
     Raises:
         ValueError: unknown concept or normalization, negative strength, a window outside [0, 1], no neutral text, no
-            concept at all; on `apply`: a pipeline without cross-attention, a phrase over the encoder's limit.
+            concept at all; on `apply`: a pipeline without cross-attention, fused projections, a phrase without tokens
+            or over the encoder's limit; in a call: `rows` that are not as many as the prompts.
+        TypeError: a pipeline of another family; `rows` or concepts that are no lists of concepts.
 
     Example:
         >>> import efface

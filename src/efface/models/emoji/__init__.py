@@ -69,8 +69,10 @@ def _model(cls: Any, folder: Path, name: str, files: dict[str, str], dtype: torc
     """`cls` built from `name`.json with the weights of `name`.safetensors."""
     from safetensors.torch import load_file
 
-    config = _read(folder / f"{name}.json")
-    path = check(folder / f"{name}.safetensors", files.get(f"{name}.safetensors", "no entry in model.json"))
+    config, file = _read(folder / f"{name}.json"), f"{name}.safetensors"
+    if file not in files:
+        raise ValueError(f"{folder / 'model.json'} has no sha256 of {file}. {CURE}")
+    path = check(folder / file, files[file])
     model = cls.from_config(config)
     # Cast here and assign: diffusers prints a warning at `model.to(dtype)`.
     weights = {key: tensor.to(dtype, copy=True) for key, tensor in load_file(path).items()}
@@ -163,9 +165,11 @@ def load(
     record = _read(folder / "model.json")
     if record.get("version") != 1:
         raise ValueError(f"{folder / 'model.json'} has version {record.get('version')}, expected 1. {CURE}")
+    if not isinstance(record.get("files"), dict):
+        raise ValueError(f"{folder / 'model.json'} lists no files with their sha256. {CURE}")
     with torch.random.fork_rng(devices=[]):
-        unet = _model(UNet2DConditionModel, folder, "unet", record.get("files", {}), dtype)
-        vae = _model(EmojiVAE, folder, "vae", record.get("files", {}), dtype)
+        unet = _model(UNet2DConditionModel, folder, "unet", record["files"], dtype)
+        vae = _model(EmojiVAE, folder, "vae", record["files"], dtype)
     tokenizer, encoder = text_encoder(dtype)
     pipe = StableDiffusionPipeline(
         vae=vae,
