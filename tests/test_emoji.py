@@ -217,9 +217,11 @@ def test_damaged_json(copy: Path, name: str, text: str) -> None:
 
 def test_wrong_or_missing_hash(copy: Path) -> None:
     record = json.loads((copy / "model.json").read_text())
-    for files in ({}, record["files"] | {"unet.safetensors": "0" * 64}):
+    wrong, missing = record["files"] | {"unet.safetensors": "0" * 64}, dict(record["files"])
+    del missing["unet.safetensors"]
+    for files, message in ((wrong, "unet.safetensors is damaged"), (missing, "has no sha256 of unet.safetensors")):
         (copy / "model.json").write_text(json.dumps(record | {"files": files}))
-        with pytest.raises(ValueError, match=r"unet.safetensors is damaged"):
+        with pytest.raises(ValueError, match=rf"{message}.* Reinstall efface"):
             emoji.load(copy)
 
 
