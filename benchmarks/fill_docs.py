@@ -220,8 +220,8 @@ def speed() -> str:
     )
     return "\n".join(
         [
-            "Median (range) of the ratios in one run of `python benchmarks/eiup_overhead.py --model NAME --batch N`, for a part",
-            "of the variants with `--variants`.",
+            "Median (range) of the ratios in one run of `python benchmarks/eiup_overhead.py --model NAME --batch N`,",
+            "for a part of the variants with `--variants`.",
             f"{facts}.",
             "Card in `results/eiup_overhead.json`. `sd15` has the sizes of Stable Diffusion 1.5 and random weights.",
             'The concept is "alcohol" with seven phrases, each taken out on its own by `projected`; `sld` and',

@@ -445,9 +445,16 @@ def test_the_other_forms_compile_too(form: str, compile_options: dict[str, Any])
     assert change(drawn("small", eiup(form)), drawn("small")) > 1e-3
 
 
-@pytest.mark.parametrize("way", COMPILE)
-@pytest.mark.parametrize("first", ["compiled", "applied"])
-def test_compiled_without_a_graph_break(way: str, first: str, compile_options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("first", "way"),
+    [
+        *(("compiled", way) for way in COMPILE),
+        ("applied", "in place"),
+        pytest.param("applied", "the pipeline's unet", marks=pytest.mark.slow),
+        pytest.param("applied", "block by block", marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_without_a_graph_break(first: str, way: str, compile_options: dict[str, Any]) -> None:
     pipe = pipeline("small")
     eraser = EIUP(rows=[[ALCOHOL], []], window=(0.0, 0.5))
 

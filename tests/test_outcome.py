@@ -77,8 +77,8 @@ def test_more_strength_leaves_less_and_spares_the_rest(pipe, eyes: Eyes) -> None
 
 def test_the_shipped_adapter_erases(pipe, eyes: Eyes) -> None:
     """What it was fitted on (cat), and what not (dog)."""
-    prompts, rows = ["a cat", "a dog"] * 6, [["cat"], ["dog"]] * 6
-    seeds = range(1_000_800, 1_000_812)
+    prompts, rows = ["a cat", "a dog"] * 5, [["cat"], ["dog"]] * 5
+    seeds = range(1_000_800, 1_000_810)
     plain = eyes.see(draw(pipe, prompts, seeds))
     with efface.GIE(rows=rows, adapter="emoji").apply(pipe):
         seen = eyes.see(draw(pipe, prompts, seeds))
@@ -98,8 +98,8 @@ def test_a_picture_is_nearer_to_its_own_prompt(pipe) -> None:
 
 
 def test_bystanders_stay(pipe, eyes: Eyes) -> None:
-    prompts = ["a cat", "a rocket", "a pizza", "a violin"] * 4
-    wanted = ["cat-face", "rocket", "pizza", "violin"] * 4
+    prompts = ["a cat", "a rocket", "a pizza", "a violin"] * 3
+    wanted = ["cat-face", "rocket", "pizza", "violin"] * 3
     rows = range(len(prompts))
 
     def right(images: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def test_bystanders_stay(pipe, eyes: Eyes) -> None:
     with efface.erase(pipe, "alcohol"):
         guarded = draw(pipe, prompts, [1_600_000 + k for k in rows])
     assert share(right(plain), "least") >= 0.8
-    assert share(right(guarded), "least") >= 0.7  # 13 of 16 when this was written, by the worse eye
+    assert share(right(guarded), "least") >= 0.7  # 11 of 12 when this was written, by the worse eye
     assert not torch.equal(plain, guarded)
 
 
