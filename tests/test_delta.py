@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -26,7 +26,7 @@ import efface
 from efface import EIUP, Delta
 from efface._weights import keys_values, weight
 from efface.api import model_hash
-from efface.delta import Factors, active, dense, truncate, unedited
+from efface.delta import Factors, active, dense, present, truncate, unedited
 
 EFFECT = 1e-3
 CONV = "unet.down_blocks.0.resnets.0.conv1.weight"
@@ -168,6 +168,25 @@ def test_half_precision_and_conversion_while_on(sd1: Any) -> None:
     with delta.apply(converted):
         converted.to(torch.float16)
     assert same(state(converted), before)
+
+
+def test_present_names_all_that_shapes_the_pictures(tmp_path: Path) -> None:
+    """A calibration that goes on compares it."""
+    pipe = pipeline()
+    seen = [present(pipe)]
+    with EIUP(ALCOHOL).apply(pipe):
+        seen.append(present(pipe))
+    with low(pipe).apply(pipe):
+        seen.append(present(pipe))
+    assert present(pipe) == seen[0]
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    seen.append(present(pipe))
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    seen.append(present(pipe))
+    low(pipe).export(tmp_path / "lora.safetensors")
+    pipe.load_lora_weights(tmp_path / "lora.safetensors")
+    seen.append(present(pipe))
+    assert all(a != b for a, b in itertools.combinations(seen, 2))
 
 
 def test_behind_a_lora_and_behind_compile(sd1: Any, tmp_path: Path) -> None:
