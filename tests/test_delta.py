@@ -183,9 +183,15 @@ def test_present_names_all_that_shapes_the_pictures(tmp_path: Path) -> None:
     seen.append(present(pipe))
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     seen.append(present(pipe))
-    low(pipe).export(tmp_path / "lora.safetensors")
-    pipe.load_lora_weights(tmp_path / "lora.safetensors")
-    seen.append(present(pipe))
+    for seed in (0, 1):  # two LoRAs of one name
+        low(pipe, seed).export(tmp_path / "lora.safetensors")
+        pipe.load_lora_weights(tmp_path / "lora.safetensors", adapter_name="lora")
+        seen.append(present(pipe))
+        pipe.set_adapters("lora", 0.5)
+        seen.append(present(pipe))
+        pipe.disable_lora()
+        assert present(pipe) == seen[4]
+        pipe.unload_lora_weights()
     assert all(a != b for a, b in itertools.combinations(seen, 2))
 
 

@@ -72,21 +72,40 @@ def check_unfused(attn: Attention, denoiser: str = "unet") -> None:
         raise ValueError(f"The attention projections are fused: call `pipe.{denoiser}.unfuse_qkv_projections()` first.")
 
 
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over sorted names, shapes, dtypes and bytes."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        found.update(value.flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
 def text_hash(pipe: DiffusionPipeline, unedited: Mapping[str, Tensor]) -> str:
     """sha256 over sorted (name, shape, dtype, bytes) of the denoiser's cross-attention keys and values.
 
     `unedited`: the values, by canonical name, of what a delta has changed just now.
     """
-    digest = hashlib.sha256()
     denoiser, prefix = denoiser_of(pipe), family(pipe).denoiser
     layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, Attention) and m.is_cross_attention}
-    for name in sorted(layers):
-        for projection in ("to_k", "to_v"):
-            present = getattr(layers[name], projection).weight
-            value = unedited.get(f"{prefix}.{name}.{projection}.weight", present).detach().cpu().contiguous()
-            digest.update(f"{name}.{projection} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(value.view(torch.uint8).numpy())
-    return digest.hexdigest()
+    paths = {f"{name}.{projection}": layers[name] for name in layers for projection in ("to_k", "to_v")}
+    present = {path: getattr(layer, path.rpartition(".")[2]).weight for path, layer in paths.items()}
+    return digest({path: unedited.get(f"{prefix}.{path}.weight", value) for path, value in present.items()})
+
+
+def adapters(pipe: DiffusionPipeline) -> dict[str, str]:
+    """The LoRAs (PEFT) that are on, by name, each as a sha256 of its weights and scales."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for part_name, root in pipe.components.items():
+        for path, module in root.named_modules() if isinstance(root, nn.Module) else ():
+            on = hasattr(module, "lora_A") and not module.disable_adapters
+            for name in module.active_adapters if on else ():
+                if name in module.lora_A:
+                    at, own = f"{part_name}.{path}", found.setdefault(name, {})
+                    own[f"{at}.scale"] = torch.tensor(float(module.scaling[name]))
+                    own |= {f"{at}.A": module.lora_A[name].weight, f"{at}.B": module.lora_B[name].weight}
+    return {name: digest(found[name]) for name in sorted(found)}
 
 
 def layer_names(pipe: DiffusionPipeline) -> tuple[str, ...]:

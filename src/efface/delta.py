@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from ._text import SITES
-from ._weights import denoiser_of, part, weight
+from ._weights import adapters, denoiser_of, part, weight
 from .core import Concept, Concepts, Handle, as_concepts, check_strength, config
 from .families import family
 
@@ -169,7 +169,7 @@ def present(pipe: DiffusionPipeline) -> dict[str, Any]:
         "scheduler": {"class": type(pipe.scheduler).__name__, **schedule},
         "deltas": [[delta.hash, delta.strength] for delta in active(pipe)],
         "erasers": [config(entry.eraser) for entry in site.entries] if site else [],
-        "adapters": sorted(getattr(denoiser_of(pipe), "peft_config", {})),
+        "adapters": adapters(pipe),
     }
     return json.loads(json.dumps(found, default=str))
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Generator, Tensor
 
+from .._weights import digest
 from ..core import config
 from ._denoiser import Denoiser, Points, Weights, mse
 from ._misalignment import Misalignment, calibration
 from ._search import Calibration
-from ._training import State, Training, digest, run
+from ._training import State, Training, run
 from .esd import ESD
 
 if TYPE_CHECKING:

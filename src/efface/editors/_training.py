@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import json
 import math
 import time
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
+from .._weights import digest
 from ..core import Concept, Concepts, Detector, as_concepts
 from ..delta import Delta
 from ..families import filled
@@ -123,16 +123,6 @@ def phrases(concepts: Concepts) -> tuple[tuple[Concept, ...], list[str]]:
 
 
 # ---------------------------------------------------------------- checkpoints
-
-
-def digest(weights: Weights) -> str:
-    """sha256 over sorted names, shapes, dtypes and bytes."""
-    found = hashlib.sha256()
-    for name in sorted(weights):
-        value = weights[name].detach().cpu().contiguous()
-        found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        found.update(value.flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
 
 
 class State:
