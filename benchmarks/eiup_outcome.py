@@ -259,26 +259,27 @@ def bystanders(bench: Bench, strengths: list[float], out: Path) -> None:
 
 
 def negatives(bench: Bench, out: Path) -> None:
-    """What is left of a guarded concept when the user's negative prompt is its own words, or its benign opposites.
+    """What is left of a concept, plain and guarded, when the user's negative prompt is its words or benign opposites.
 
     A negative prompt pushes away from what it says, so the opposites push towards the concept.
     """
-    table, rows = Table("concept", "cell", *("none", "its own words", "its opposites")), []
+    table = Table("concept", "cell", "eraser", "none", "its own words", "its opposites", title="left (kept)")
+    rows = []
     for concept, opposites in OPPOSITES.items():
-        own = ", ".join(efface.concept(concept).phrases)
+        own = {"negative_prompt": ", ".join(efface.concept(concept).phrases)}
+        calls = {"none": {}, "own": own, "opposites": {"negative_prompt": opposites}}
         for cell in ("explicit", "theme"):
-            made = {
-                name: bench.cell(concept, cell, f"eiup-{name}", efface.EIUP(concept), **call)
-                for name, call in (
-                    ("none", {}),
-                    ("own", {"negative_prompt": own}),
-                    ("opposites", {"negative_prompt": opposites}),
-                )
-            }
-            left = {name: rate(m["left"], "most") for name, m in made.items()}
-            row = {name: {"rate": r, "n": n, "interval": wilson(k, n)} for name, (r, k, n) in left.items()}
-            rows.append({"concept": concept, "cell": cell, **row, "seconds": sum(m["seconds"] for m in made.values())})
-            table.add_row(concept, cell, *(f"{100 * r:.1f} %" for r, _, _ in left.values()))
+            for eraser, applied in (("plain", None), ("eiup", efface.EIUP(concept))):
+                made = {name: bench.cell(concept, cell, f"{eraser}-{name}", applied, **calls[name]) for name in calls}
+                row: dict[str, Any] = {"concept": concept, "cell": cell, "eraser": eraser}
+                shown = []
+                for name, m in made.items():
+                    keys = {"left": "least" if applied is None else "most", "kept": "least", "any": "least"}
+                    found = {key: rate(m[key], worst) for key, worst in keys.items() if m[key] is not None}
+                    row[name] = {key: {"rate": r, "n": n, "interval": wilson(k, n)} for key, (r, k, n) in found.items()}
+                    shown.append(f"{found['left'][0]:.1%}" + (f" ({found['kept'][0]:.0%})" if "kept" in found else ""))
+                rows.append({**row, "seconds": sum(m["seconds"] for m in made.values())})
+                table.add_row(concept, cell, eraser, *shown)
     Console().print(table)
     card = bench.facts(f"negatives --n {bench.n}") | {"opposites": OPPOSITES, "rows": rows}
     out.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")

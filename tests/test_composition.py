@@ -20,9 +20,8 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
-from peft import LoraConfig
 from test_conformance import EFFECT, ERASERS, assert_unchanged, each
-from tiny import ALCOHOL, CAT, PROMPT, STEPS, change, denoiser, drawn, latents, pipeline
+from tiny import ALCOHOL, CAT, PROMPT, STEPS, add_lora, change, denoiser, drawn, latents, pipeline
 from torch import Tensor, nn
 
 import efface
@@ -138,14 +137,6 @@ def spy_on_sld(monkeypatch: pytest.MonkeyPatch, seen: list[Prediction]) -> None:
 
 
 # ---------------------------------------------------------------- adapters
-
-LORA = LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
-
-
-def add_lora(pipe: Any) -> None:
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        pipe.unet.add_adapter(LORA)
 
 
 @each

@@ -12,8 +12,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
-from peft import LoraConfig
-from tiny import ALCOHOL, CAT, LIMIT, PROMPTS, batch, change, drawn, latents, pipeline
+from tiny import ALCOHOL, CAT, LIMIT, PROMPTS, add_lora, batch, change, drawn, latents, pipeline
 from torch import Tensor
 
 from efface import EIUP, Concept
@@ -371,13 +370,6 @@ def test_attention_slicing_before_and_after(form: str) -> None:
         assert change(latents(pipe), want) < 1e-5
     assert {type(p).__name__ for p in pipe.unet.attn_processors.values()} == {"SlicedAttnProcessor"}
     assert change(latents(pipe), drawn()) < 1e-5
-
-
-def add_lora(pipe: Any) -> None:
-    config = LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        pipe.unet.add_adapter(config)
 
 
 @each_form

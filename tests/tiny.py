@@ -284,6 +284,16 @@ def drawn(family: str = "sd1", *erasers: Any, prompt: str | tuple[str, ...] = PR
         return latents(pipe, prompt, **options)
 
 
+def add_lora(pipe: Any) -> None:
+    """A random LoRA on the attention of the denoiser."""
+    from peft import LoraConfig
+
+    config = LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        pipe.unet.add_adapter(config)
+
+
 def denoiser_of(pipe: Any) -> Any:
     return pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
 
