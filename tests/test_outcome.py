@@ -31,13 +31,13 @@ def eyes() -> Eyes:
 
 @pytest.fixture(scope="module")
 def plain(pipe) -> Tensor:
-    return draw(pipe, ["a night at the pub"] * 32, SEEDS)
+    return draw(pipe, ["a night at the pub"] * len(SEEDS), SEEDS)
 
 
 @pytest.fixture(scope="module")
 def erased(pipe) -> Tensor:
     with efface.erase(pipe, "alcohol"):
-        return draw(pipe, ["a night at the pub"] * 32, SEEDS)
+        return draw(pipe, ["a night at the pub"] * len(SEEDS), SEEDS)
 
 
 def share(found: Tensor, worst: str) -> float:
@@ -98,8 +98,8 @@ def test_a_picture_is_nearer_to_its_own_prompt(pipe) -> None:
 
 
 def test_bystanders_stay(pipe, eyes: Eyes) -> None:
-    prompts = ["a cat", "a rocket", "a pizza", "a violin"] * 3
-    wanted = ["cat-face", "rocket", "pizza", "violin"] * 3
+    prompts = ["a cat", "a rocket", "a pizza", "a violin"] * 2
+    wanted = ["cat-face", "rocket", "pizza", "violin"] * 2
     rows = range(len(prompts))
 
     def right(images: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def test_bystanders_stay(pipe, eyes: Eyes) -> None:
     with efface.erase(pipe, "alcohol"):
         guarded = draw(pipe, prompts, [1_600_000 + k for k in rows])
     assert share(right(plain), "least") >= 0.8
-    assert share(right(guarded), "least") >= 0.7  # 11 of 12 when this was written, by the worse eye
+    assert share(right(guarded), "least") >= 0.7
     assert not torch.equal(plain, guarded)
 
 
