@@ -15,10 +15,9 @@ from diffusers.models.attention_processor import Attention
 from tiny import ALCOHOL, CAT, LIMIT, PROMPTS, add_lora, batch, change, drawn, latents, pipeline
 from torch import Tensor
 
-from efface import EIUP, Concept
+from efface import EIUP, Concept, NegativePrompt
 from efface._attention import CrossAttention, Term
 from efface._hooks import Site
-from efface._text import encode
 from efface.families import SD
 
 FORMS = ("projected", "separate", "gated")
@@ -27,7 +26,7 @@ ERASED = {"projected": SINGLE, "separate": PACKED, "gated": PACKED}  # erasure p
 each_form = pytest.mark.parametrize("form", FORMS)
 
 
-NEUTRAL = (("a dog", "the moon"), ("",))
+NEUTRAL = (("a dog", "the moon"), ("a big cat",))
 
 
 def eiup(form: str = "projected", *concepts: Concept, **fields: Any) -> EIUP:
@@ -71,6 +70,16 @@ def written_out(attn: Attention, hidden: Tensor, text: Tensor) -> Tensor:
     return mix(attn, softmax(logits(attn, hidden, text)), text)
 
 
+def projected(strength: float, out: Tensor, nothing: Tensor, erased: Tensor, neutral: Sequence[Tensor]) -> Tensor:
+    """The formula of the form "projected" for one phrase; all are attention outputs [Q, C]."""
+    d = erased - nothing
+    if neutral:
+        shared = torch.stack([text - nothing for text in neutral], -1)
+        d = d - (shared @ torch.linalg.pinv(shared) @ d[..., None])[..., 0]
+    toward = torch.einsum("qc,qc->q", out - nothing, d) / torch.einsum("qc,qc->q", d, d)
+    return out - strength * toward.clamp(min=0)[:, None] * d
+
+
 class Reference:
     """An attention processor: row by row, concept by concept, in the order of the formulas of the brief."""
 
@@ -78,6 +87,7 @@ class Reference:
         self.form, self.strength, self.guidance = form, strength, guidance
         self.erased = [(embed(pipe, text), slice(1, 1 + len(text.split()))) for text in erased]
         self.neutral = [sum(embed(pipe, text) for text in group) / len(group) for group in NEUTRAL]
+        self.nothing = embed(pipe, "")
 
     def __call__(
         self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: None = None
@@ -85,21 +95,21 @@ class Reference:
         rows = len(hidden_states)
         out = torch.stack(
             [
-                self.row(attn, hidden, text, conditional=not self.guidance or row >= rows / 2)
-                for row, (hidden, text) in enumerate(zip(hidden_states, encoder_hidden_states, strict=True))
+                self.row(attn, hidden, text, negative, conditional=not self.guidance or row >= rows / 2)
+                for row, (hidden, text, negative) in enumerate(
+                    zip(hidden_states, encoder_hidden_states, encoder_hidden_states.roll(rows // 2, 0), strict=True)
+                )
             ]
         )
         return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
 
-    def row(self, attn: Attention, hidden: Tensor, text: Tensor, conditional: bool) -> Tensor:
+    def row(self, attn: Attention, hidden: Tensor, text: Tensor, negative: Tensor, conditional: bool) -> Tensor:
         plain = out = written_out(attn, hidden, text)
         for erased, own in self.erased if conditional else ():
             if self.form == "projected":
-                for text_of_nothing in self.neutral:
-                    neutral = written_out(attn, hidden, text_of_nothing)
-                    d = written_out(attn, hidden, erased) - neutral
-                    toward = torch.einsum("qc,qc->q", out - neutral, d) / torch.einsum("qc,qc->q", d, d)
-                    out = out - self.strength * toward.clamp(min=0)[:, None] * d
+                nothing = negative if self.guidance else self.nothing
+                of = [written_out(attn, hidden, text) for text in (nothing, erased, *self.neutral)]
+                out = projected(self.strength, out, *of[:2], of[2:])
             elif self.form == "separate":
                 weights = softmax(logits(attn, hidden, erased))
                 out = out - self.strength * mix(attn, weights[..., own], erased[own])
@@ -140,6 +150,47 @@ def test_pictures_equal_the_formulas(form: str, pipe: Any, family: str) -> None:
     with reference(pipe, form, 1.5, ERASED[form]):
         assert change(erased, latents(pipe, PROMPTS)) < 1e-5
     assert change(erased, drawn(family, prompt=PROMPTS)) > 0.1
+
+
+def test_the_unconditional_text_is_what_the_prompt_is_held_against(pipe: Any, family: str) -> None:
+    """Guidance pushes away from it, so nothing of the concept may be left beside it."""
+    texts = {"negative_prompt": ["a dog", "the moon"]}
+    with eiup("projected", ALCOHOL, CAT, strength=1.5).apply(pipe):
+        erased, alike = latents(pipe, PROMPTS, **texts), latents(pipe, PROMPTS, negative_prompt=["a dog"] * 2)
+    with reference(pipe, "projected", 1.5, SINGLE):
+        assert change(erased, latents(pipe, PROMPTS, **texts)) < 1e-5
+        assert change(alike, latents(pipe, PROMPTS, negative_prompt=["a dog"] * 2)) < 1e-5
+    assert change(erased, latents(pipe, PROMPTS, **texts)) > 0.1
+
+
+@pytest.mark.parametrize("how", ["embeddings", "rows", "images", "eraser", "compiled"])
+def test_however_a_negative_prompt_is_given(how: str, sd1: Any, compile_options: dict[str, Any]) -> None:
+    """Always the formula with the text that the unconditional rows read."""
+    eraser, call, beside = eiup(), {"negative_prompt": ["a dog", "the moon"]}, NegativePrompt(Concept("the moon"))
+    if how == "embeddings":
+        call = {"negative_prompt_embeds": sd1.encode_prompt(["a dog", "the moon"], "cpu", 1, False)[0]}
+    elif how == "rows":
+        eraser = eiup(rows=[[], [ALCOHOL]])
+    elif how == "images":
+        call["num_images_per_prompt"] = 2
+    with contextlib.ExitStack() as on:
+        if how == "eraser":
+            call = {}
+            on.enter_context(beside.apply(sd1))
+        plain = latents(sd1, PROMPTS, **call)
+        with reference(sd1, "projected"):
+            want = latents(sd1, PROMPTS, **call)
+        on.enter_context(eraser.apply(sd1))
+        if how == "compiled":
+            sd1 = pipeline()
+            sd1.unet.compile(**compile_options)
+            on.enter_context(eraser.apply(sd1))
+        erased = latents(sd1, PROMPTS, **call)
+    of = slice(1, None) if how == "rows" else slice(None)
+    assert change(erased[of], want[of]) < 1e-5
+    assert change(erased[of], plain[of]) > 1e-2
+    if how == "rows":
+        assert torch.equal(erased[:1], plain[:1])
 
 
 @each_form
@@ -224,12 +275,22 @@ def edits(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Edit]]:
 Edits = Callable[..., list[Edit]]
 
 
-def test_strength_1_leaves_nothing_of_the_concept(edits: Edits, pipe: Any) -> None:
+def directions(edit: Edit) -> tuple[Tensor, Tensor, Tensor]:
+    """What the layer puts out for the unconditional text [B, Q, C]; the last phrase's d; the neutral texts' part."""
+    cross = edit.cross
+    nothing, *shared, phrase = cross.beside_nothing(edit.term.text[-1:])
+    shared = torch.stack(shared, -1) - nothing[..., None]
+    d = phrase - nothing
+    return nothing, d - (shared @ torch.linalg.pinv(shared) @ d[..., None])[..., 0], shared
+
+
+@pytest.mark.parametrize("negative", [None, ["a dog", "a big beer"]])
+def test_strength_1_leaves_nothing_of_the_concept(negative: Any, edits: Edits, double: Any) -> None:
+    """Beside what the unconditional rows read, whatever it says: guidance multiplies the difference of the two."""
     erased = removed = 0
-    for edit in edits(pipe, eiup("projected", CAT, neutral=(("a dog", "the moon"),))):
-        neutral, d = edit.cross.would_be(torch.cat([edit.cross.neutral, edit.term.text[-1:]]))
-        d = d - neutral
-        left, before = (((out - neutral) * d).sum(-1) for out in (edit.edited, edit.out))
+    for edit in edits(double, eiup("projected", CAT), negative_prompt=negative):
+        nothing, d, _ = directions(edit)
+        left, before = (((out - nothing) * d).sum(-1) for out in (edit.edited, edit.out))
         assert bool((left <= 1e-5 * (d * d).sum(-1)).all())
         assert torch.equal(edit.edited[before < 0], edit.out[before < 0])
         erased += int((before > 0).sum())
@@ -237,32 +298,42 @@ def test_strength_1_leaves_nothing_of_the_concept(edits: Edits, pipe: Any) -> No
     assert erased and removed
 
 
-@pytest.mark.parametrize("neutral", ["", (), ("",), ((),), "a dog", ((3,),), (("",), 3)])
+def test_what_ordinary_things_add_is_not_touched(edits: Edits, double: Any) -> None:
+    """Whatever is taken out, and however strongly, is at right angles to what the neutral texts add."""
+    changed = 0.0
+    for edit in edits(double, eiup("projected", ALCOHOL, CAT, strength=3.0)):
+        _, _, shared = directions(edit)
+        taken = edit.out - edit.edited
+        along = (taken[..., None] * shared).sum(-2).abs().amax(-1)
+        assert bool((along <= 1e-8 * taken.norm(dim=-1) * shared.norm(dim=-2).amax(-1)).all())
+        changed += float(taken.norm())
+    assert changed > 1e-2
+
+
+@pytest.mark.parametrize("neutral", ["", ("",), ((),), "a dog", ((3,),), (("",), 3), 3])
 def test_neutral_texts_come_in_groups(neutral: Any) -> None:
     with pytest.raises(ValueError, match="groups of texts"):
         EIUP([CAT], neutral=neutral)
     assert EIUP([CAT], neutral=[["a dog", ""]]).neutral == (("a dog", ""),)
+    assert EIUP([CAT], neutral=[]).neutral == ()
 
 
-def test_a_neutral_prompt_is_left_alone(pipe: Any, family: str) -> None:
-    for neutral in ("", "the moon"):
-        with eiup(strength=2.0, neutral=((neutral,),)).apply(pipe):
-            assert change(latents(pipe, neutral), drawn(family, prompt=neutral)) < 1e-6
+def test_the_empty_and_the_neutral_prompts_are_left_alone(sd1: Any) -> None:
+    """The first adds nothing, and what the others add is no part of a concept."""
+    for prompt in ("", "the moon"):
+        erased = drawn("sd1", eiup(strength=2.0, neutral=(("the moon",),)), prompt=prompt)
+        assert change(erased, drawn(prompt=prompt)) < 1e-5
+    assert change(drawn("sd1", eiup(strength=2.0, neutral=()), prompt="the moon"), drawn(prompt="the moon")) > 1e-3
 
 
-def test_of_two_neutral_texts_the_other_one_changes_the_empty_prompt(sd1: Any) -> None:
-    """As the docstring says: N takes turns, and a prompt that equals one of them is not the other."""
-    assert change(drawn("sd1", eiup(), prompt=""), drawn(prompt="")) > 1e-4
-
-
-def test_the_empty_text_as_concept_erases_nothing(edits: Edits, sd1: Any) -> None:
-    for edit in edits(sd1, eiup(strength=2.0, neutral=(("",),)), num_inference_steps=1):
-        empty = Term(edit.cross.neutral, (slice(1, 1),))
+def test_a_concept_that_is_nothing_or_neutral_erases_nothing(edits: Edits, sd1: Any) -> None:
+    for edit in edits(sd1, eiup(strength=2.0), num_inference_steps=1):
+        empty, neutral = (Term(text, (slice(1, 1),)) for text in edit.cross.neutral[:2, None])
         for form in FORMS:
             unchanged = dataclasses.replace(edit.eraser, normalization=form).edit(edit.out, edit.cross, empty)
-            assert torch.equal(unchanged, edit.out), form
-        nearly = Term(encode(sd1, ["", "cat"]).text[:1], (slice(1, 1),))
-        assert bool(edit.eraser.edit(edit.out, edit.cross, nearly).isfinite().all())
+            assert change(unchanged, edit.out) < 1e-6, form
+        assert change(edit.eraser.edit(edit.out, edit.cross, neutral), edit.out) < 1e-3
+        assert change(edit.edited, edit.out) > 1e-2
 
 
 @pytest.mark.parametrize("form", ["separate", "gated"])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
-from test_eiup import logits, mix, softmax, written_out
+from test_eiup import logits, mix, projected, softmax, written_out
 from test_safree import written_out as by_formula
 from tiny import ALCOHOL, CAT, PROMPT, WORDS, change, drawn, latents, pipeline
 from torch import Tensor
@@ -39,10 +39,12 @@ class Reference:
         erased: Sequence[str],
         strength: float,
         guidance: bool = True,
-        neutral: Sequence[Sequence[str]] = (("",),),
+        neutral: Sequence[Sequence[str]] = (),
+        negative: Sequence[str] = ("", ""),
     ) -> None:
         self.form, self.strength, self.guidance = form, strength, guidance
-        self.prompts = [embed(pipe, text) for text in (*([""] * len(PROMPTS) if guidance else []), *PROMPTS)]
+        self.prompts = [embed(pipe, text) for text in (*(negative if guidance else ()), *PROMPTS)]
+        self.nothing = [embed(pipe, text) for text in (negative if guidance else ("", ""))]
         self.erased = [embed(pipe, text) for text in erased]
         self.neutral = [mean([embed(pipe, text) for text in group]) for group in neutral]
 
@@ -51,18 +53,16 @@ class Reference:
         for k, (hidden, text) in enumerate(zip(hidden_states, self.prompts, strict=True)):
             plain = written_out(attn, hidden, text)
             conditional = not self.guidance or k >= len(PROMPTS)
-            out.append(self.row(attn, hidden, text, plain) if conditional else plain)
+            nothing = self.nothing[k % len(PROMPTS)]
+            out.append(self.row(attn, hidden, text, plain, nothing) if conditional else plain)
         return attn.to_out[1](attn.to_out[0](torch.stack(out))) / attn.rescale_output_factor
 
-    def row(self, attn: Attention, hidden: Tensor, text: Tensor, out: Tensor) -> Tensor:
+    def row(self, attn: Attention, hidden: Tensor, text: Tensor, out: Tensor, nothing: Tensor) -> Tensor:
         for erased in self.erased:
             own = erased[:-1]
             if self.form == "projected":
-                for text in self.neutral:
-                    neutral = written_out(attn, hidden, text)
-                    d = written_out(attn, hidden, erased) - neutral
-                    share = ((out - neutral) * d).sum(-1) / (d * d).sum(-1)
-                    out = out - self.strength * share.clamp(min=0)[:, None] * d
+                of = [written_out(attn, hidden, text) for text in (nothing, erased, *self.neutral)]
+                out = projected(self.strength, out, *of[:2], of[2:])
             elif self.form == "separate":
                 maps = softmax(logits(attn, hidden, erased))
                 out = out - self.strength * mix(attn, maps[..., :-1], own)
@@ -79,14 +79,14 @@ def mean(texts: Sequence[Tensor]) -> Tensor:
 
 
 @contextlib.contextmanager
-def reference(pipe: Any, *args: Any) -> Iterator[None]:
+def reference(pipe: Any, *args: Any) -> Iterator[Reference]:
     made = Reference(pipe, *args)
     layers = {m: m.processor for name, m in pipe.transformer.named_modules() if name.endswith("attn2")}
     assert len(layers) == 2
     for layer in layers:
         layer.processor = made
     try:
-        yield
+        yield made
     finally:
         for layer, processor in layers.items():
             layer.processor = processor
@@ -101,7 +101,7 @@ def test_pictures_equal_the_formulas(form: str, guidance_scale: float) -> None:
     pipe = _double("pixart")
     erased = ("beer", "wine glass", "cat") if form == "projected" else ("beer wine glass", "cat")
     options = {"guidance_scale": guidance_scale}
-    with EIUP([ALCOHOL, CAT], normalization=form, strength=1.5, neutral=(("",),)).apply(pipe):
+    with EIUP([ALCOHOL, CAT], normalization=form, strength=1.5, neutral=()).apply(pipe):
         got = latents(pipe, PROMPTS, **options)
     with reference(pipe, form, erased, 1.5, guidance_scale > 1):
         want = latents(pipe, PROMPTS, **options)
@@ -110,13 +110,25 @@ def test_pictures_equal_the_formulas(form: str, guidance_scale: float) -> None:
 
 
 def test_neutral_texts_of_different_lengths_are_averaged_where_they_have_tokens() -> None:
-    pipe, neutral = _double("pixart"), (("a cat", "the big red moon of the night", "a"), ("",))
+    pipe, neutral = _double("pixart"), (("a cat", "the big red moon of the night", "a"), ("a dog",))
     with EIUP([ALCOHOL], neutral=neutral).apply(pipe):
         got = latents(pipe, PROMPTS)
-    with reference(pipe, "projected", ("beer", "wine glass"), 1.0, True, neutral):
-        assert change(got, latents(pipe, PROMPTS)) < 1e-9
-    with reference(pipe, "projected", ("beer", "wine glass"), 1.0, True, neutral[::-1]):
-        assert change(got, latents(pipe, PROMPTS)) > 1e-6
+    for groups, equal in ((neutral, True), (neutral[1:], False), ((neutral[0][:2], *neutral[1:]), False)):
+        with reference(pipe, "projected", ("beer", "wine glass"), 1.0, True, groups):
+            difference = change(got, latents(pipe, PROMPTS))
+        assert difference < 1e-9 if equal else difference > 1e-6
+
+
+@pytest.mark.parametrize("negative", [("a dog", "the big red moon"), ("a dog", "a dog")])
+def test_the_unconditional_text_is_masked_too(negative: tuple[str, str]) -> None:
+    pipe = _double("pixart")
+    with EIUP([ALCOHOL], neutral=()).apply(pipe):
+        got = latents(pipe, PROMPTS, negative_prompt=list(negative))
+    for texts, equal in ((negative, True), (("", ""), False)):
+        with reference(pipe, "projected", ("beer", "wine glass"), 1.0, True, (), negative) as made:
+            made.nothing = [embed(pipe, text) for text in texts]
+            difference = change(got, latents(pipe, PROMPTS, negative_prompt=list(negative)))
+        assert difference < 1e-9 if equal else difference > 1e-6
 
 
 def test_gies_features_are_the_maps_of_the_words_without_padding() -> None:

@@ -63,8 +63,9 @@ class Beside:
 
 class CrossAttention:
     """One cross-attention call, conditional rows only: `query` [B, Q, C] and `prompt` [B, L, D], the layer's own
-    projections, and texts that stand for "some picture", `neutral` [R, L, D]; `beside` for erasers with a twin. Where
-    the denoiser masks text, `prompt_mask` [B, L] and `neutral_mask` [R, L] say what it sees."""
+    projections, and texts that stand for "some picture", `neutral` [R, L, D], the empty prompt first; `beside` for
+    erasers with a twin; `negative` [B, L, D], or [1, L, D] if all rows share it, what the unconditional rows read; None
+    without guidance. Where the denoiser masks text, `prompt_mask`, `neutral_mask`, `negative_mask` say what it sees."""
 
     def __init__(
         self,
@@ -75,16 +76,20 @@ class CrossAttention:
         beside: Beside | None = None,
         prompt_mask: Tensor | None = None,
         neutral_mask: Tensor | None = None,
+        negative: Tensor | None = None,
+        negative_mask: Tensor | None = None,
     ) -> None:
-        self.prompt_mask, self.neutral_mask = prompt_mask, neutral_mask
+        self.prompt_mask, self.neutral_mask, self.negative_mask = prompt_mask, neutral_mask, negative_mask
+        self.negative = negative
         self.attn, self.query, self.prompt, self.neutral, self.beside = attn, query, prompt, neutral, beside
 
     def at(self, rows: Tensor) -> CrossAttention:
         """The same call, on some rows."""
-        prompt = None if self.prompt is None else self.prompt[rows]
+        of_rows = (self.prompt, self.prompt_mask, self.negative, self.negative_mask)
+        prompt, mask, negative, negative_mask = (x if x is None or len(x) == 1 else x[rows] for x in of_rows)
         beside = None if self.beside is None else self.beside.at(rows)
-        mask = None if self.prompt_mask is None else self.prompt_mask[rows]
-        return CrossAttention(self.attn, self.query[rows], prompt, self.neutral, beside, mask, self.neutral_mask)
+        masks = {"prompt_mask": mask, "neutral_mask": self.neutral_mask, "negative_mask": negative_mask}
+        return CrossAttention(self.attn, self.query[rows], prompt, self.neutral, beside, negative=negative, **masks)
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, L, C] to [B, heads, L, C / heads], without a copy."""
@@ -145,6 +150,17 @@ class CrossAttention:
         """What the layer would put out for other texts [N, L, D], masked by [N, L]: [N, B, Q, C]."""
         return self.attend_texts(*self.keys_values(text), mask)
 
-    def mask_with(self, mask: Tensor | None) -> Tensor | None:
-        """The masks [R + N, L] of the neutral texts and of others."""
-        return None if mask is None or self.neutral_mask is None else torch.cat([self.neutral_mask, mask])
+    def beside_nothing(self, text: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the layer would put out for the unconditional text, the neutral and other texts: [R + N, B, Q, C].
+
+        Without guidance the unconditional text is the empty prompt, the first of the neutral ones.
+        """
+        texts = torch.cat([self.neutral, text])
+        masks = None if mask is None else torch.cat([self.neutral_mask, mask])
+        if self.negative is None:
+            return self.would_be(texts, masks)
+        if len(self.negative) == 1:
+            masks = None if masks is None else torch.cat([self.negative_mask, masks[1:]])
+            return self.would_be(torch.cat([self.negative, texts[1:]]), masks)
+        nothing = self.attend(*self.keys_values(self.negative), self.negative_mask)
+        return torch.cat([nothing[None], self.would_be(texts[1:], None if masks is None else masks[1:])])

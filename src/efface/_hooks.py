@@ -78,12 +78,18 @@ class _Call:
 
     positive: Tensor
     negative: Tensor | None
+    negative_mask: Tensor | None
     images_per_prompt: int
     settings: dict[str, Any]  # of the encoding
     prompts: list[str] | None  # None: the user gave embeddings
     pipe: weakref.ref[DiffusionPipeline]
     guidance_scale: float
     thread: int = field(default_factory=threading.get_ident)
+    one_negative: bool = field(init=False, default=False)  # for all rows
+
+    def __post_init__(self) -> None:
+        if self.negative is not None:
+            object.__setattr__(self, "one_negative", bool((self.negative == self.negative[:1]).all()))
 
 
 @dataclass
@@ -119,6 +125,8 @@ class Site:
         self.first = self.last = 0  # the conditional rows; further ones come behind
         self.prompt: Tensor | None = None
         self.prompt_mask: Tensor | None = None
+        self.negative: Tensor | None = None  # what the unconditional rows read, one row if all read the same
+        self.negative_mask: Tensor | None = None
         self.time: Tensor | float = 0.0
         self.train_timesteps = 1000
         self._checked: Tensor | None = None
@@ -256,9 +264,13 @@ class Site:
                     entry.memory = {}
                     encoded = entry.eraser.rewrite(owner(), encoded, bound, entry.memory)
                     self._prepare(owner(), entry, prompts, **settings)
-                negative = encoded[2 if self.facts.masked else 1] if guided else None
+                negative, mask = None, None
+                if guided and self.facts.masked:
+                    negative, mask = encoded[2], encoded[3]
+                elif guided:
+                    negative = encoded[1]
                 scale = getattr(owner(), "guidance_scale", math.nan)
-                self.call = _Call(encoded[0], negative, images, settings, prompts, owner, scale)
+                self.call = _Call(encoded[0], negative, mask, images, settings, prompts, owner, scale)
                 self._checked = None
                 self._fit()  # once more in `begin`, but not when compiled
                 for entry in self.entries:
@@ -322,6 +334,11 @@ class Site:
         self.last = len(text)
         self.prompt = projected(self._denoiser(), text[self.first :])
         self.prompt_mask = mask[self.first :].bool() if mask is not None and mask.ndim == 2 else None
+        self.negative = self.negative_mask = None
+        if self.call is not None and self.call.negative is not None and self.first < self.last:
+            rows = slice(1 if self.call.one_negative else None)
+            self.negative = projected(self._denoiser(), self.call.negative[rows])
+            self.negative_mask = None if self.call.negative_mask is None else self.call.negative_mask[rows].bool()
         if not torch.compiler.is_compiling():
             for entry in self.entries:
                 entry.check_text(self.prompt if entry.eraser.edits_attention else text)
@@ -472,7 +489,8 @@ class Site:
             if not isinstance(weight, Tensor) and weight == 0:
                 continue
             masks = {"prompt_mask": self.prompt_mask, "neutral_mask": entry.neutral_mask}
-            cross = CrossAttention(attn, query, self.prompt, entry.neutral, beside, **masks)
+            masks |= {"negative_mask": self.negative_mask}
+            cross = CrossAttention(attn, query, self.prompt, entry.neutral, beside, negative=self.negative, **masks)
             for term in entry.acting:
                 if term.rows is None:
                     edited = eraser.edit(out, cross, term)

@@ -27,9 +27,10 @@ class EIUP(Hooked):
 
         separate (E1):   O = A(q, P) V_P + sum_{k in C} w A(q, E)_k V_E,k  C: E's own tokens
         gated (E1g):     O = A(q, P) V_P + g softmax_C(q K_E) w V_E,C      g = sigmoid(LSE_C(q K_E) - LSE(q K_P))
-        projected:       d = A(q, E) V_E - A(q, N) V_N                     what the concept would add here
-                         a = max(0, <O - A(q, N) V_N, d> / <d, d>)         how much of it the prompt adds
-                         O = O - strength a d                              per query, over heads and channels
+        projected:       d = A(q, E) V_E - A(q, N) V_N, less its share of   what the concept would add here that
+                             every A(q, T) V_T - A(q, N) V_N                ordinary things T would not
+                         a = max(0, <O - A(q, N) V_N, d> / <d, d>)          how much of it the prompt adds
+                         O = O - strength a d                               per query, over heads and channels
 
     Paper: D. Chen, Z. Li, M. Fan, C. Chen, W. Zhou, Y. Li, 2024, "EIUP: A Training-Free Approach to Erase
     Non-Compliant Concepts Conditioned on Implicit Unsafe Prompts", arXiv 2408.01014 v1. Equation numbers cannot be
@@ -40,13 +41,14 @@ class EIUP(Hooked):
 
     Differs: `projected`, the default, is our variant and is not in the paper: on text encoders without a start token
     that soaks up attention, E1 pushes every prompt away from the concept, the projection only those that move towards
-    it. Each phrase goes twice: N is first the mean of the states of texts that name ordinary things, then the empty
-    prompt. With the empty prompt alone, d holds what all pictures of things have in common, and taking that out spoils
-    bystanders; with the things alone, prompts that imply the concept keep more of it. `gated` is ours too. All of the
+    it. N is what the unconditional rows read, the call's negative prompt or the empty one: guidance multiplies what the
+    prompt has more than that, so this is beside what nothing of the concept may be left. T are the means of the
+    states of texts that name ordinary things: what all pictures of things share is no part of a concept, and taking it
+    out would spoil bystanders. `gated` is ours too. All of the
     prompt's columns are kept (the published code of GIE drops one padding column for each concept token), so zero
     strength is the plain pipeline to the bit. One trajectory, not two. Outside the window the plain prompt is drawn.
-    SDXL's pooled text embedding does not pass cross-attention and is not edited. A prompt that equals N is left alone
-    by that N only: with the default two, the empty prompt is changed where things move towards the concept.
+    SDXL's pooled text embedding does not pass cross-attention and is not edited. Projected, a prompt that equals N is
+    left alone.
     On PixArt, whose T5 has no start token either, text is projected and its padding masked as the pipeline does it.
 
     Args:
@@ -54,13 +56,12 @@ class EIUP(Hooked):
             phrase is an erasure prompt with a direction of its own, taken out one after the other (joined phrases
             dilute one another). Separate and gated: phrases are packed into as few prompts as fit the encoder.
         strength: >= 0. Projected: the share of the concept's component that is taken out, 1 = all of it. Above 1 it
-            pushes the other way, and guidance multiplies that: pictures suffer soon. Separate and gated: the weight -w
-            of each concept token; on CLIP values above 1 are usual. Guidance multiplies it too: what suits 7.5 is weak
-            without guidance. 0 is the plain pipeline.
+            pushes the other way, and guidance multiplies that: from some value on pictures suffer. Separate and gated:
+            the weight -w of each concept token; on CLIP values above 1 are usual. Guidance multiplies it too: what
+            suits 7.5 is weak without guidance. 0 is the plain pipeline.
         window: (start, end), the part of the trajectory in which it acts, as fractions: 0 is pure noise, 1 the picture.
         normalization: "projected", "separate" or "gated".
-        neutral: groups of texts; the mean of each group is an N, "some picture", and they take turns. Projected only.
-            `(("",),)` is the pipeline's empty prompt alone.
+        neutral: groups of texts that name ordinary things; the mean of each group is a T. Projected only; () is none.
         rows: one list of concepts per prompt of the batch, instead of `concepts` for all.
 
     Shapes: queries and outputs [B, Q, C] on conditional rows, text [N, L, D]. Unconditional rows are never edited.
@@ -88,7 +89,7 @@ class EIUP(Hooked):
     strength: float = 1.0
     window: tuple[float, float] = (0.0, 1.0)
     normalization: Normalization = "projected"
-    neutral: tuple[tuple[str, ...], ...] = (tuple(f"a {thing}" for thing in THINGS), ("",))
+    neutral: tuple[tuple[str, ...], ...] = (tuple(f"a {thing}" for thing in THINGS),)
     rows: Rows = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
@@ -97,11 +98,11 @@ class EIUP(Hooked):
             raise ValueError(
                 f"Expected `normalization` to be one of {get_args(Normalization)}, but got {self.normalization!r}."
             )
-        groups = self.neutral if isinstance(self.neutral, (tuple, list)) else ()
-        if not groups or not all(
-            isinstance(g, (tuple, list)) and g and all(isinstance(t, str) for t in g) for g in groups
-        ):
-            raise ValueError(f"Expected `neutral` to be groups of texts, such as (('',),), but got {self.neutral!r}.")
+        groups = self.neutral if isinstance(self.neutral, (tuple, list)) else ("",)
+        if not all(isinstance(g, (tuple, list)) and g and all(isinstance(t, str) for t in g) for g in groups):
+            raise ValueError(
+                f"Expected `neutral` to be groups of texts, such as (('a dog', 'a tree'),), but got {self.neutral!r}."
+            )
         object.__setattr__(self, "neutral", tuple(tuple(group) for group in groups))
 
     @classmethod
@@ -115,15 +116,14 @@ class EIUP(Hooked):
 
     @property
     def references(self) -> tuple[tuple[str, ...], ...]:  # type: ignore[override]
-        return self.neutral if self.normalization == "projected" else Hooked.references
+        return (("",), *self.neutral) if self.normalization == "projected" else Hooked.references
 
     def edit(self, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
         if self.normalization == "projected":
-            texts, mask = torch.cat([cross.neutral, term.text]), cross.mask_with(term.mask)
-            would_be = cross.would_be(texts, mask).to(torch.promote_types(out.dtype, torch.float32))
-            return (out + self._projected(out - would_be[0], would_be - would_be[0], len(texts) - len(term.text))).to(
-                out.dtype
-            )
+            would_be = cross.beside_nothing(term.text, term.mask)
+            would_be = would_be.to(torch.promote_types(out.dtype, torch.float32))
+            nothing, others = would_be[0], would_be[1:] - would_be[0]
+            return (out + self._projected(out - nothing, others, len(self.neutral))).to(out.dtype)
         key, value = cross.keys_values(term.text)
         if self.normalization == "separate":
             weight = torch.zeros(len(value), 1, value.shape[2], 1, dtype=value.dtype, device=value.device)
@@ -141,24 +141,25 @@ class EIUP(Hooked):
             added = added + cross.attend(torch.cat([prompt_key, own_key], 2), own_value, mask)
         return added
 
-    def _projected(self, out: Tensor, would_be: Tensor, references: int) -> Tensor:
-        """What the projected form adds [B, Q, C]; `would_be` [R + N, B, Q, C] and `out` are less the first N.
+    def _projected(self, out: Tensor, others: Tensor, neutral: int) -> Tensor:
+        """What the projected form adds [B, Q, C]; `out` and `others` [neutral + phrases, B, Q, C] are less N's.
 
-        Every d is a difference of two texts, so the inner products of the texts are all that is needed.
+        All of it is linear in `others`, so their inner products are all that is needed.
         """
-        texts, phrases = len(would_be), len(would_be) - references
-        ones = torch.eye(texts, dtype=would_be.dtype, device=would_be.device)
-        # [phrases * R, texts]: all N for each phrase
-        d = (ones[references:, None] - ones[None, :references]).flatten(0, 1)
-        neutral = ones[:references].repeat(phrases, 1)
-        each = would_be.permute(1, 2, 0, 3)  # [B, Q, texts, C]
-        inner = each @ each.mT
-        toward = (d * ((each @ out[..., None]).mT - neutral @ inner)).sum(-1).permute(2, 0, 1)
-        gram = (d @ inner @ d.mT).permute(2, 3, 0, 1)
-        # One after the other, in the coordinates <., d_n>: taking a_k d_k out lowers the n-th by a_k <d_k, d_n>.
+        others = others.permute(1, 2, 0, 3)  # [B, Q, texts, C]
+        inner, texts = others @ others.mT, others.shape[2]
+        least = inner.diagonal(dim1=-2, dim2=-1) * 1e-6  # of a squared length: where nothing is left, rounding is
+        least = least.clamp_min(torch.finfo(inner.dtype).tiny)
+        parts = torch.eye(texts, dtype=inner.dtype, device=inner.device).expand_as(inner)
+        # A row for each text: its inner products with all, that with `out`, and what it is made of.
+        table = torch.cat([inner, others @ out[..., None], parts], -1)
+        for k in range(neutral):  # takes the share of T_k out of every text
+            pivot = table[..., k : k + 1, :]
+            table = table - table[..., k : k + 1] / pivot[..., k : k + 1].clamp_min(least[..., k, None, None]) * pivot
+        inner, toward, parts = (x.squeeze(-1) for x in table.split([texts, 1, texts], -1))
         shares = torch.zeros_like(toward)
-        for k in range(len(d)):
-            length = gram[k, k].clamp_min(torch.finfo(d.dtype).tiny)
-            shares[k] = self.strength * (toward[k] / length).clamp_min(0)
-            toward = toward - shares[k] * gram[k]
-        return -((shares.permute(1, 2, 0) @ d)[..., None, :] @ each).squeeze(-2)
+        for k in range(neutral, texts):  # one after the other: what is taken out counts for those behind
+            length = torch.maximum(inner[..., k, k], least[..., k])
+            shares[..., k] = self.strength * (toward[..., k] / length).clamp_min(0)
+            toward = toward - shares[..., k, None] * inner[..., k]
+        return -((shares[..., None, :] @ parts) @ others).squeeze(-2)
