@@ -3,6 +3,7 @@
 python benchmarks/leaderboard.py                # all, then README.md, docs/leaderboard.* and results/leaderboard.json
 python benchmarks/leaderboard.py --limit 12     # a trial: the same, but written into --out only
 python benchmarks/leaderboard.py --methods uce,esd  # a share of the work, for one of several processes; into --out only
+python benchmarks/leaderboard.py --update eiup  # these and the plain model anew, the rest from the card
 
 Each method erases one concept at a time, as it comes, without tuning: erasers by their defaults, editors by what they
 fit with seed 0. The scores are those of the suite, over the rows of all concepts together. Stop it whenever you like:
@@ -121,6 +122,18 @@ def measure(concepts: Sequence[str], limit: int | None, out: Path, only: Sequenc
     }
 
 
+def updated(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The old card with the rows of the new one; SystemExit if the two must not be compared."""
+    for key in ("concepts", "n", "suite", "data_hash", "model"):
+        if old[key] != new[key]:
+            raise SystemExit(f"The card was made with {key} {old[key]}, now it is {new[key]}: measure all anew.")
+    if old["rows"][0]["scores"] != new["rows"][0]["scores"]:
+        raise SystemExit("The plain model's scores are not those of the card: measure all anew.")
+    drawn = {row["method"]: row | {"date": new["date"], "command": new["command"]} for row in new["rows"][1:]}
+    rows = [drawn.pop(row["method"], row) for row in old["rows"]]
+    return old | {"rows": [*rows, *drawn.values()]}
+
+
 def score(entry: dict[str, Any], name: str) -> efface.Score | None:
     """A score of a card's row."""
     found = entry["scores"].get(name)
@@ -142,6 +155,7 @@ def table(card: dict[str, Any]) -> str:
         name = entry["method"] if entry is first else f"`{entry['method']}`"
         lines.append(f"| {name} | {' | '.join(cells)} |")
     minutes = card["n"] * sum(entry["seconds_per_picture"] for entry in card["rows"]) / 60
+    later = [f"`{entry['method']}` {entry['date'][:10]}" for entry in card["rows"] if "date" in entry]
     hashes = ", ".join(f"{name} `{digest[:12]}`" for name, digest in card["data_hash"].items())
     return "\n".join(
         [
@@ -149,7 +163,8 @@ def table(card: dict[str, Any]) -> str:
             f"{', '.join(card['concepts'])}. Methods with their defaults, "
             "for which no test seed was looked at; 95 % intervals.",
             f"Counted: {counts}. Judged by: {protocols}.",
-            f"Measured {card['date'][:10]} by `{card['command']}` ({minutes:.0f} min of drawing); "
+            f"Measured {card['date'][:10]} by `{card['command']}` ({minutes:.0f} min of drawing)"
+            f"{' (with `--update`: ' + ', '.join(later) + ')' if later else ''}; "
             f"model `{card['model']['text_hash'][:12]}`; data {hashes}.",
             "",
             *lines,
@@ -172,10 +187,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concepts", default=",".join(CONCEPTS), help="names, separated by commas")
     parser.add_argument("--methods", default="", help="draw only these; README and docs stay as they are")
+    parser.add_argument("--update", default="", help="draw only these; the others stay as the card has them")
     parser.add_argument("--limit", type=int, help="rows a concept; README and docs stay as they are")
     parser.add_argument("--out", type=Path, default=Path("runs/leaderboard"), help="where the runs go")
     given = parser.parse_args()
-    card = measure(given.concepts.split(","), given.limit, given.out, [m for m in given.methods.split(",") if m])
+    only = [m for m in (given.methods or given.update).split(",") if m]
+    card = measure(given.concepts.split(","), given.limit, given.out, only)
+    if given.update:
+        card = updated(json.loads((ROOT / "results/leaderboard.json").read_text()), card)
     trial = given.limit is not None or bool(given.methods)
     cards, docs = (given.out, given.out) if trial else (ROOT / "results", ROOT / "docs")
     (cards / "leaderboard.json").write_text(json.dumps(card, indent=1) + "\n")

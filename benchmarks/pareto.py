@@ -2,6 +2,7 @@
 
     python benchmarks/pareto.py                     # the curves on tuning seeds, then the chosen points on test seeds
     python benchmarks/pareto.py --methods sld       # only draws; the same command without it goes on from there
+    python benchmarks/pareto.py --update eiup       # draws these anew, and takes the others from results/pareto.json
 
 Every method gets four strengths on tuning seeds (the plain negative prompt has none). The point that goes on to test
 seeds is chosen by one rule for all: of the points that keep within 5 points of what the plain model keeps, the one
@@ -63,6 +64,14 @@ class Point:
             for value, k, n in [getattr(self, name)]
         }
         return {"method": self.method, "setting": self.setting, **rates}
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> Point:
+        """The point of a card's record."""
+        rates = (record[name] for name in ("left", "implicit", "kept", "any"))
+        return cls(
+            record["method"], record["setting"], *((r["rate"], round(r["rate"] * r["n"]), r["n"]) for r in rates)
+        )
 
 
 def point(bench: Bench, cells: list[tuple[str, str]], method: str, setting: str) -> Point:
@@ -145,6 +154,15 @@ def markdown(card: dict[str, Any], rows: list[Point]) -> str:
         f"{card['n_tuning']} tuning seeds a cell chose for it.",
         f"Measured {card['date'][:10]} by `{card['command']}` ({card['seconds']['drawing'] / 60:.0f} core-minutes of "
         "drawing, beside other work), card in `results/pareto.json`.",
+        *(
+            [
+                f"{', '.join(f'`{name}`' for name in card['updated'])} and the plain model were drawn then, with "
+                f"`--update`; the others on {card['others']['date'][:10]} "
+                f"({card['others']['seconds']['drawing'] / 60:.0f} core-minutes)."
+            ]
+            if card["updated"]
+            else []
+        ),
         "",
         "![Left against kept, over strengths](results/pareto.png)",
         "",
@@ -164,13 +182,24 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=128, help="pictures per cell, test seeds")
     parser.add_argument("--n-tuning", type=int, default=48, help="pictures per cell and point, tuning seeds")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="draw these only, and write no card")
+    parser.add_argument("--update", nargs="+", choices=METHODS, default=[], help="the others stay as the card has them")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/pareto")
     args = parser.parse_args()
+    path = ROOT / "results/pareto.json"
+    old = json.loads(path.read_text()) if args.update else {"tuning": [], "test": []}
     start, console = time.time(), Console(width=140)
     tuning, test = Bench(args.work / "tuning", TUNING, args.n_tuning), Bench(args.work / "test", TEST, args.n)
     cells = counted(tuning)
     plain = point(tuning, cells, "plain", "")
-    curves = {name: [point(tuning, cells, name, s) for s in METHODS[name]] for name in args.methods or METHODS}
+    before = {seeds: [Point.of(record) for record in old[seeds]] for seeds in ("tuning", "test")}
+    if args.update and (before["tuning"][0], cells) != (plain, [tuple(cell) for cell in old["tuning_cells"]]):
+        raise SystemExit(f"{path} was measured on another model, other seeds or numbers of pictures: measure all anew.")
+    curves = {
+        name: [p for p in before["tuning"] if p.method == name]
+        if args.update and name not in args.update
+        else [point(tuning, cells, name, s) for s in METHODS[name]]
+        for name in args.methods or METHODS
+    }
     picked = [choose(points, plain) for points in curves.values()]
     table = Table("method", "setting", "left", "implicit", "kept", "any icon", title="tuning seeds")
     for p in [plain, *(p for points in curves.values() for p in points)]:
@@ -178,14 +207,19 @@ def main() -> None:
         table.add_row(p.method, p.setting, *shown, style="bold" if p in picked else "")
     console.print(table)
     test_cells = counted(test)
-    finals = [point(test, test_cells, p.method, p.setting) for p in picked]
+    known = {(p.method, p.setting): p for p in before["test"] if p.method not in args.update}
+    finals = [known.get((p.method, p.setting)) or point(test, test_cells, p.method, p.setting) for p in picked]
     if args.methods:
         return
     rows = [point(test, test_cells, "plain", ""), *finals]
+    if args.update and before["test"][0] != rows[0]:
+        raise SystemExit(f"{path} was measured on other test seeds or numbers of pictures: measure all anew.")
     drawn = [json.loads(path.read_text()) for bench in (tuning, test) for path in bench.work.glob("*.json")]
     card = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": f"python benchmarks/pareto.py --n {args.n} --n-tuning {args.n_tuning}",
+        "updated": args.update,
+        "others": {k: old[k] for k in ("date", "command", "seconds")} if args.update else None,
         "model": {"name": "emoji", "text_hash": test.hash},
         "detector": {"name": "emoji eyes, the worse of two", "sha256": test.eyes.facts.get("sha256")},
         "n": args.n,
@@ -197,7 +231,7 @@ def main() -> None:
         "test": [p.record() | {"dominated_by": dominated(p, finals)} for p in rows],
         "seconds": {"this run": time.time() - start, "drawing": sum(d["seconds"] for d in drawn)},
     }
-    (ROOT / "results/pareto.json").write_text(json.dumps(card, indent=1) + "\n")
+    path.write_text(json.dumps(card, indent=1) + "\n")
     plot(curves, (plain, rows[0]), finals, ROOT / "results/pareto.png")
     fill_docs.fill(ROOT / "README.md", "pareto", markdown(card, rows))
     console.print(markdown(card, rows))

@@ -79,3 +79,26 @@ def test_readme_and_docs_have_a_place_for_it() -> None:
     for name in ("README.md", "docs/leaderboard.md"):
         text = (BENCHMARKS.parent / name).read_text()
         assert text.count("<!-- leaderboard:begin -->") == text.count("<!-- leaderboard:end -->") == 1
+
+
+def test_an_update_changes_its_own_rows_and_nothing_else(board: Any) -> None:
+    old, new = card(board), card(board)
+    new["rows"] = [new["rows"][0], new["rows"][2] | {"seconds_per_picture": 9.0}]
+    new |= {"date": "2026-02-02T00:00:00+00:00", "command": "python benchmarks/leaderboard.py --update x"}
+    made = board.updated(old, new)
+    name = new["rows"][1]["method"]
+    assert [row["method"] for row in made["rows"]] == [row["method"] for row in old["rows"]]
+    assert [row for row in made["rows"] if row["method"] != name] == [r for r in old["rows"] if r["method"] != name]
+    assert made["rows"][2]["seconds_per_picture"] == 9.0 and made["date"] == old["date"]
+    assert f"(with `--update`: `{name}` 2026-02-02)" in board.table(made)
+
+
+@pytest.mark.parametrize("key", ["n", "data_hash", "model", "plain"])
+def test_an_update_of_other_rows_or_another_model_is_refused(board: Any, key: str) -> None:
+    old, new = card(board), card(board)
+    if key == "plain":
+        new["rows"][0] = board.row("plain model", [Score("retention", 0.1, 60, 0.0, 1.0)], 0.5)
+    else:
+        new[key] = 3
+    with pytest.raises(SystemExit, match="measure all anew"):
+        board.updated(old, new)
