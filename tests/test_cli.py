@@ -422,7 +422,7 @@ def test_a_bench_that_is_interrupted_continues_and_is_reported(tmp_path: Path, m
     assert card["rows"]["n"] == 8 and card["out"] == "runs/a"
     assert all(s["base"] for s in card["scores"] if s["metric"].startswith(("removal", "retention")))
     assert (base / "samples.jsonl").read_bytes().startswith(kept)
-    assert "strength: 1.0 there, 0.5 here" in call(*args, "--set", "strength=0.5", code=2)
+    assert "strength: 2.25 there, 0.5 here" in call(*args, "--set", "strength=0.5", code=2)
     scored = CliRunner().invoke(app, ["score", "runs/a", "--set", 'removal.by=["kind"]', "--json"])
     names = {s["metric"] for s in json.loads(scored.stdout)["scores"]}
     assert {"detection", "retention", "removal.absolute/explicit"} <= names

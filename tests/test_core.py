@@ -173,7 +173,7 @@ def test_a_refused_change_leaves_the_handle_as_it_was() -> None:
     for strength, why in ((-1.0, "`strength`"), (3.0, "refused")):
         with pytest.raises(ValueError, match=why):
             log.handle.strength = strength
-    assert log.handle.strength == 1.0 and log.said == []
+    assert log.handle.strength == EIUP("cat").strength and log.said == []
 
 
 def test_what_an_eraser_lacks_cannot_be_set() -> None:

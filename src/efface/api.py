@@ -177,7 +177,7 @@ def erase(pipe: DiffusionPipeline, concepts: Concepts, method: str = "eiup", **f
     Example:
         >>> import efface
         >>> pipe = efface.load("emoji")
-        >>> with efface.erase(pipe, "alcohol", method="eiup", strength=1.0):
+        >>> with efface.erase(pipe, "alcohol", method="eiup"):
         ...     images = pipe("a night at the pub", num_inference_steps=2).images
         >>> len(images)
         1
