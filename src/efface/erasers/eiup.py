@@ -59,8 +59,8 @@ class EIUP(Hooked):
         strength: >= 0. Projected: the share of the concept's component that is taken out, 1 = all of it. Above 1 it
             pushes the other way, and guidance multiplies that: from some value on pictures suffer. Separate and gated:
             the weight -w of each concept token; on CLIP values above 1 are usual. Guidance multiplies it too: what
-            suits 7.5 is weak without guidance. 0 is the plain pipeline. By default 2.25 for the projected form, chosen on
-            `emoji` as the smallest that does what is aimed at there, and 1 for the others.
+            suits 7.5 is weak without guidance. 0 is the plain pipeline. By default 2.25 for the projected form,
+            the smallest that does what is aimed at on `emoji`, and 1 for the others.
         window: (start, end), the part of the trajectory in which it acts, as fractions: 0 is pure noise, 1 the picture.
         normalization: "projected", "separate" or "gated".
         neutral: groups of texts that name ordinary things; the mean of each group is a T. Projected only; () is none.
@@ -70,8 +70,8 @@ class EIUP(Hooked):
 
     Raises:
         ValueError: unknown concept or normalization, negative strength, a window outside [0, 1], an empty group of
-            neutral texts, no concept at all; on `apply`: a pipeline without cross-attention, fused projections, a phrase without tokens
-            or over the encoder's limit; in a call: `rows` that are not as many as the prompts.
+            neutral texts, no concept at all; on `apply`: a pipeline without cross-attention, fused projections, a
+            phrase without tokens or over the encoder's limit; in a call: `rows` that are not as many as the prompts.
         TypeError: a pipeline of another family; `rows` or concepts that are no lists of concepts.
 
     Example:
