@@ -186,6 +186,25 @@ def test_what_an_eraser_lacks_cannot_be_set() -> None:
         handle.rows = [[]]
 
 
+@pytest.mark.parametrize("name", ["strenght", "window", "rwos", "eraser", "active", "normalization"])
+def test_a_typo_on_a_handle_is_an_error_that_lists_what_can_be_set(name: str) -> None:
+    log = Log(EIUP("cat"))
+    with pytest.raises(AttributeError, match=f"`{name}` of EIUP .*Settable: handle.strength and handle.rows") as error:
+        setattr(log.handle, name, 0)
+    assert ("Did you mean 'strength'?" in str(error.value)) == (name == "strenght")
+    with pytest.raises(AttributeError, match=r"Settable: handles\[0\].strength"), Handles([log.handle]) as handles:
+        setattr(handles, name, 0)
+    with pytest.raises(AttributeError, match="several handles at once"):
+        Handles([log.handle]).strength = 0  # type: ignore[attr-defined]
+    assert log.handle.eraser == EIUP("cat") and log.said == ["removed"]
+
+
+@pytest.mark.parametrize("name", [3, None, ["cat"]])
+def test_the_name_of_a_concept_is_a_text(name: Any) -> None:
+    with pytest.raises(TypeError, match="Expected the name of a shipped concept"):
+        concept(name)
+
+
 @pytest.mark.parametrize("fields", [{"name": 5}, {"phrases": 5}, {"phrases": (5,)}, {"keep": [None]}])
 def test_a_concept_is_made_of_texts(fields: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match="should be a text|should be a sequence of texts"):
