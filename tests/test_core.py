@@ -52,6 +52,17 @@ def test_a_text_in_place_of_a_sequence_is_an_error(field: str) -> None:
         Concept("alcohol", **{field: "beer"})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', '{"a": {"b": 1}}', '{"a": {"b": [1]}}', None])
+def test_a_damaged_list_of_concepts_names_file_and_cure(
+    text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if text is not None:
+        (tmp_path / "concepts.json").write_text(text)
+    monkeypatch.setattr("efface.core.resources.files", lambda package: tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=r"concepts.json is .* Reinstall efface"):
+        shipped_concepts.__wrapped__()
+
+
 def test_every_shipped_concept_can_be_had_by_name() -> None:
     assert {"alcohol", "nudity", "violence", "Van Gogh"} <= shipped_concepts().keys()
     for name, shipped in shipped_concepts().items():

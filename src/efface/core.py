@@ -73,8 +73,14 @@ Concepts = ConceptLike | Sequence[ConceptLike]
 @functools.cache
 def shipped_concepts() -> Mapping[str, Concept]:
     """The concepts that come with Efface, by name."""
-    data = json.loads((resources.files("efface") / "concepts.json").read_text("utf-8"))
-    return {name: Concept(name, tuple(phrases)) for group in data.values() for name, phrases in group.items()}
+    file = resources.files("efface") / "concepts.json"
+    try:
+        data = json.loads(file.read_text("utf-8"))
+        return {name: Concept(name, tuple(phrases)) for group in data.values() for name, phrases in group.items()}
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{file} is missing. Reinstall efface.") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged ({error}). Reinstall efface.") from error
 
 
 def concept(name: str) -> Concept:
