@@ -1,6 +1,6 @@
 """Does EIUP erase on the `emoji` model, and what else survives? One command, resumable, judged by two eyes.
 
-    python benchmarks/eiup_outcome.py sweep      # tuning seeds: left versus kept over strengths, picks the default
+    python benchmarks/eiup_outcome.py sweep      # tuning seeds: left versus kept over strengths; names one by a rule
     python benchmarks/eiup_outcome.py measure    # test seeds: plain, EIUP, negative prompt; writes results/
     python benchmarks/eiup_outcome.py bystanders # test seeds: every other icon on its own; writes results/
     python benchmarks/eiup_outcome.py negatives  # test seeds: can the user's negative prompt bring the concept back?
@@ -9,14 +9,26 @@ Cells: explicit, theme (implicit, trained), paraphrase (implicit, never seen), p
 `kept`: the named other icon (pair), any icon of the theme outside the concept (implicit), the drawn icon (style) is
 seen; `any`: any icon is recognisable. Both eyes judge, the worse is reported. A cell counts if the plain model shows
 the concept in at least 30 % of its pictures.
+
+The rule of `sweep` and of pareto.py: of the points that keep within 5 points of what the plain model keeps, the one
+that leaves least of the concept, pooled over the counted cells, and of equal ones the one that keeps most; if there is
+none, the one that keeps most. The card says what it chose; the default of `EIUP` is a decision beside it, which weighs
+the bystanders too.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import functools
+import hashlib
+import inspect
 import json
+import re
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +38,7 @@ from rich.table import Table
 
 import efface
 from efface.api import draw, model_hash
-from efface.core import config
+from efface.core import check_tuning_seeds, config
 from efface.intervals import wilson
 from efface.models import emoji
 from efface.models.emoji.eyes import load_eyes
@@ -36,7 +48,10 @@ ROOT = Path(__file__).parents[1]
 CONCEPTS = ("alcohol", "weapon", "cat", "neon sign")
 CELLS = [(c, cell) for c in CONCEPTS for cell in emoji.CELLS if emoji.prompts(c, cell)]
 TUNING, TEST, BYSTANDERS = 1_000, 1_000_000, 1_900_000
+STRIDES = {TUNING: 400, TEST: 10_000}  # seeds of a cell; those of cells must not overlap
 COUNTS = 0.30
+MARGIN = 0.05  # of what the plain model keeps, a chosen point may lose so much
+RULE = " ".join((__doc__ or "").split("\n\n")[3].split(": ", 1)[1].partition(" The card")[0].split())
 OPPOSITES = {"alcohol": "glass of milk, teacup, fruit juice", "weapon": "flower, dove, teddy bear"}
 
 
@@ -48,29 +63,87 @@ def erasers(strength: float) -> dict[str, Any]:
     }
 
 
+def meaning(path: Path) -> str:
+    """A source file's syntax tree, which comments, docstrings and layout do not change."""
+    tree = ast.parse(path.read_text("utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = [
+                n for n in node.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))
+            ] or [ast.Pass()]
+    return ast.dump(tree)
+
+
+@functools.cache
+def code_hash(eraser: type) -> str:
+    """sha256 over the code that erasers of a class draw with: its own file, what that shares with others, the hooks."""
+    own = Path(inspect.getfile(eraser))
+    shared = re.findall(r"^\s*from \.(_\w+) import", own.read_text("utf-8"), re.MULTILINE)
+    files = {own, *(path for name in shared if (path := own.parent / f"{name}.py").is_file())}
+    if not issubclass(eraser, efface.Delta):
+        inside = ("_attention", "_guidance", "_hooks", "_layers", "_method", "_prompts", "_text")
+        files |= {Path(efface.__file__).parent / f"{name}.py" for name in inside}
+    return hashlib.sha256("\n".join(meaning(path) for path in sorted(files)).encode()).hexdigest()
+
+
+def data_hash() -> str:
+    """sha256 over what the prompts are made of: vocabulary.json, then paraphrases.json."""
+    folder = Path(emoji.__file__).parent
+    return hashlib.sha256(
+        b"".join((folder / f"{n}.json").read_bytes() for n in ("vocabulary", "paraphrases"))
+    ).hexdigest()
+
+
+def best(points: Sequence[tuple[float, float]], plain_kept: float) -> int:
+    """Which of the points (left, kept) the rule at the head chooses."""
+    spared = [k for k, (_, kept) in enumerate(points) if kept >= plain_kept - MARGIN]
+    if spared:
+        return min(spared, key=lambda k: (points[k][0], -points[k][1]))
+    return max(range(len(points)), key=lambda k: points[k][1])
+
+
 class Bench:
     """Draws and judges cells; each (cell, variant) is one JSON file in `work`, made once."""
 
     def __init__(self, work: Path, first_seed: int, n: int) -> None:
         self.work, self.first_seed, self.n = work, first_seed, n
+        self.stride = STRIDES[TEST if first_seed >= TEST else TUNING]
+        if not 1 <= n <= self.stride:
+            raise SystemExit(f"Expected n from 1 to {self.stride}, for cells would share seeds, but got {n}.")
+        if first_seed < TEST:
+            check_tuning_seeds([first_seed, first_seed + self.stride * (len(CELLS) - 1) + n - 1])
         work.mkdir(parents=True, exist_ok=True)
         self.pipe, self.eyes = efface.load("emoji"), load_eyes()
         self.pipe.set_progress_bar_config(disable=True)
         self.hash = model_hash(self.pipe)
 
-    def facts(self, command: str) -> dict[str, Any]:
-        """What every card says."""
+    def facts(self, command: str, erasers: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What every card says; `erasers` are their configurations, by what the card calls them."""
+        thresholds = json.dumps(self.eyes.facts.get("thresholds"), sort_keys=True)
         return {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": f"python benchmarks/eiup_outcome.py {command}",
             "model": {"name": "emoji", "text_hash": self.hash},
-            "detector": {"name": "emoji eyes, the worse of two", "sha256": self.eyes.facts.get("sha256")},
+            "detector": {
+                "name": "emoji eyes, the worse of two",
+                "sha256": self.eyes.facts.get("sha256"),
+                "thresholds_sha256": hashlib.sha256(thresholds.encode()).hexdigest(),
+            },
+            "data_sha256": data_hash(),
+            "erasers": erasers or {},
+            "seeds": {
+                "first": self.first_seed,
+                "rule": f"picture k of cell c has the seed first + {self.stride} c + k; cells in the order of CELLS",
+            },
+            "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")}
+            | {"efface": efface.__version__},
         }
 
     def cell(self, concept: str, cell: str, name: str, eraser: Any, **call: Any) -> dict[str, Any]:
         path = self.work / f"{concept.replace(' ', '-')}-{cell}-{name}.json"
         wanted = {"model": self.hash, "n": self.n, "first_seed": self.first_seed}
         wanted["eraser"] = config(eraser) if eraser else None
+        wanted |= {"code": code_hash(type(eraser))} if eraser else {}
         wanted |= {"call": call} if call else {}
         if path.exists():
             found = json.loads(path.read_text())
@@ -78,10 +151,8 @@ class Bench:
                 return found
         prompts = emoji.prompts(concept, cell)
         rows = [prompts[k % len(prompts)] for k in range(self.n)]
-        offset = (
-            10_000 * CELLS.index((concept, cell)) if self.first_seed >= TEST else 400 * CELLS.index((concept, cell))
-        )
-        seeds = [self.first_seed + offset + k for k in range(self.n)]
+        first = self.first_seed + self.stride * CELLS.index((concept, cell))
+        seeds = list(range(first, first + self.n))
         handle, start = (eraser.apply(self.pipe) if eraser else None), time.perf_counter()
         try:
             images = draw(self.pipe, [p for p, _ in rows], seeds, **call)
@@ -133,36 +204,53 @@ def sweep(bench: Bench, strengths: list[float], out: Path, command: str) -> None
     cells = counted(bench)
     plain = [bench.cell(*cc, "plain", None) for cc in cells]
     base = rate(pool([c for c in plain if c["kept"]], "kept"), "least")[0]
-    table = Table("strength", "left", "kept", "any icon", title=f"tuning seeds, plain keeps {base:.1%}")
-    points = []
+    headings = ("strength", "left", "left, implicit", "kept", "any icon")
+    table = Table(*headings, title=f"tuning seeds, plain keeps {base:.1%}")
+    points, erasers = [], {}
+    implicit = [k for k, (_, cell) in enumerate(cells) if cell in ("theme", "paraphrase")]
     for strength in strengths:
         made = [bench.cell(*cc, f"eiup-{strength:g}", efface.EIUP(cc[0], strength=strength)) for cc in cells]
-        left = rate(pool(made, "left"), "most")
-        kept = rate(pool([c for c in made if c["kept"]], "kept"), "least")
-        anything = rate(pool(made, "any"), "least")
-        rates = {"left": left, "kept": kept, "any": anything}
+        erasers[f"{strength:g}"] = {
+            concept: m["setting"]["eraser"] for (concept, _), m in zip(cells, made, strict=True)
+        }
+        rates = {
+            "left": rate(pool(made, "left"), "most"),
+            "implicit": rate(pool([made[k] for k in implicit], "left"), "most"),
+            "kept": rate(pool([c for c in made if c["kept"]], "kept"), "least"),
+            "any": rate(pool(made, "any"), "least"),
+        }
         about = {k: {"rate": rate, "n": n, "interval": wilson(hits, n)} for k, (rate, hits, n) in rates.items()}
         points.append({"strength": strength, **about, "seconds": sum(m["seconds"] for m in made)})
-        table.add_row(f"{strength:g}", f"{left[0]:.1%}", f"{kept[0]:.1%}", f"{anything[0]:.1%}")
+    chosen = best([(p["left"]["rate"], p["kept"]["rate"]) for p in points], base)
+    for k, p in enumerate(points):
+        shown = (f"{p[name]['rate']:.1%}" for name in ("left", "implicit", "kept", "any"))
+        table.add_row(f"{p['strength']:g}", *shown, style="bold" if k == chosen else "")
     Console().print(table)
-    card = bench.facts(command) | {"n_per_cell": bench.n, "plain_kept": base, "cells": cells, "points": points}
+    Console().print(f"chosen: strength {points[chosen]['strength']:g}. {RULE}")
+    card = bench.facts(command, erasers) | {"n_per_cell": bench.n, "plain_kept": base, "cells": cells}
+    card |= {"rule": RULE, "chosen": points[chosen]["strength"], "points": points}
     out.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
-    plot(points, base, out.with_suffix(".png"))
+    plot(points, base, points[chosen]["strength"], out.with_suffix(".png"))
 
 
-def plot(points: list[dict[str, Any]], base: float, path: Path) -> None:
+def plot(points: list[dict[str, Any]], base: float, chosen: float, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(5, 4))
-    places = [(100 * p["left"]["rate"], 100 * p["kept"]["rate"]) for p in points]
-    axes.plot(*zip(*places, strict=True), "o-")
-    for p, place in zip(points, places, strict=True):
-        axes.annotate(f" {p['strength']:g}", place)
+    for key, label in (("left", "left of all prompts"), ("implicit", "left of implicit prompts")):
+        places = [(100 * p[key]["rate"], 100 * p["kept"]["rate"]) for p in points]
+        (line,) = axes.plot(*zip(*places, strict=True), "o-", label=label)
+        for p, place in zip(points, places, strict=True):
+            axes.annotate(f" {p['strength']:g}", place)
+            if p["strength"] == chosen:
+                axes.plot(*place, "*", markersize=13, color=line.get_color())
     axes.axhline(100 * base, color="grey", linestyle=":", label="kept by the plain model")
-    axes.set(xlabel="concept left, %", ylabel="others kept, %", title="EIUP over strengths (tuning seeds)")
+    axes.set(
+        xlabel="concept left, %", ylabel="others kept, %", title="EIUP over strengths (tuning seeds; star: chosen)"
+    )
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -215,8 +303,9 @@ def measure(
     console.print(table)
     for name, p in pooled.items():
         console.print(f"{name}: {p['rate']:.1%} [{p['interval'][0]:.1%}, {p['interval'][1]:.1%}] n = {p['n']}")
+    used = {v: {cc[0]: m[v]["setting"]["eraser"] for cc, m in cells.items() if v in m} for v in variants}
     card = {
-        **bench.facts(f"measure --n {bench.n}"),
+        **bench.facts(f"measure --n {bench.n}", used),
         **about,
         "n_per_cell": bench.n,
         "pooled": pooled,
@@ -232,13 +321,14 @@ def measure(
 def bystanders(bench: Bench, strengths: list[float], out: Path) -> None:
     """Icons outside a concept, each drawn once by its caption: is it still recognisable when the concept is erased?"""
     captions, icons = emoji.vocabulary()["captions"], bench.icon_names()
-    table, rows = Table("concept", "strength", "kept", "lost, both eyes agree"), []
+    table, rows, used = Table("concept", "strength", "kept", "lost, both eyes agree"), [], {}
     for concept in CONCEPTS:
         others = [icon for icon in captions if icon not in emoji.truth(concept)]
         for strength in [0.0, *strengths]:
             path = bench.work / f"{concept.replace(' ', '-')}-{strength:g}.json"
             eraser = efface.EIUP(concept, strength=strength)
-            setting = {"model": bench.hash, "eraser": config(eraser)}
+            setting = {"model": bench.hash, "eraser": config(eraser), "code": code_hash(efface.EIUP)}
+            used.setdefault(f"{strength:g}", {})[concept] = setting["eraser"]
             if not path.exists() or json.loads(path.read_text())["setting"] != setting:
                 start = time.perf_counter()
                 with eraser.apply(bench.pipe):
@@ -255,7 +345,9 @@ def bystanders(bench: Bench, strengths: list[float], out: Path) -> None:
             rows[-1] |= {"lost": lost, "seconds": kept.get("seconds")}
             table.add_row(concept, f"{strength:g}", f"{value:.1%} of {n}", ", ".join(lost[:6]))
     Console(width=140).print(table)
-    out.with_suffix(".json").write_text(json.dumps(bench.facts("bystanders") | {"rows": rows}, indent=1) + "\n")
+    seeds = {"first": BYSTANDERS, "rule": "icon k of those outside the concept has the seed first + k"}
+    card = bench.facts("bystanders", used) | {"seeds": seeds, "rows": rows}
+    out.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
 
 
 def negatives(bench: Bench, out: Path) -> None:
@@ -281,7 +373,8 @@ def negatives(bench: Bench, out: Path) -> None:
                 rows.append({**row, "seconds": sum(m["seconds"] for m in made.values())})
                 table.add_row(concept, cell, eraser, *shown)
     Console().print(table)
-    card = bench.facts(f"negatives --n {bench.n}") | {"opposites": OPPOSITES, "rows": rows}
+    used = {"eiup": {concept: config(efface.EIUP(concept)) for concept in OPPOSITES}}
+    card = bench.facts(f"negatives --n {bench.n}", used) | {"opposites": OPPOSITES, "rows": rows}
     out.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
 
 

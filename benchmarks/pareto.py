@@ -5,8 +5,7 @@
     python benchmarks/pareto.py --update eiup       # draws these anew, and takes the others from results/pareto.json
 
 Every method gets four strengths on tuning seeds (the plain negative prompt has none). The point that goes on to test
-seeds is chosen by one rule for all: of the points that keep within 5 points of what the plain model keeps, the one
-that leaves least of the concept; if there is none, the one that keeps most. Plain pictures are drawn once for all.
+seeds is chosen by one rule for all, the one at the head of eiup_outcome.py. Plain pictures are drawn once for all.
 """
 
 from __future__ import annotations
@@ -21,14 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import fill_docs
-from eiup_outcome import ROOT, TEST, TUNING, Bench, counted, pool, rate
+from eiup_outcome import ROOT, RULE, TEST, TUNING, Bench, best, counted, pool, rate
 from rich.console import Console
 from rich.table import Table
 
 import efface
 from efface.intervals import wilson
-
-MARGIN = 0.05  # of what the plain model keeps, a chosen point may lose so much
 
 
 def sld(concept: str, preset: str) -> efface.SLD:
@@ -94,11 +91,8 @@ def point(bench: Bench, cells: list[tuple[str, str]], method: str, setting: str)
 
 
 def choose(points: list[Point], plain: Point) -> Point:
-    """The rule at the head of this file."""
-    spared = [p for p in points if p.kept[0] >= plain.kept[0] - MARGIN]
-    if spared:
-        return min(spared, key=lambda p: (p.left[0], -p.kept[0]))
-    return max(points, key=lambda p: p.kept[0])
+    """The rule at the head of eiup_outcome.py."""
+    return points[best([(p.left[0], p.kept[0]) for p in points], plain.kept[0])]
 
 
 def dominated(a: Point, points: list[Point]) -> list[str]:
@@ -226,7 +220,7 @@ def main() -> None:
         "n_tuning": args.n_tuning,
         "tuning_cells": cells,
         "test_cells": test_cells,
-        "rule": (__doc__ or "").split("\n\n")[2].replace("\n", " "),
+        "rule": RULE,
         "tuning": [p.record() for p in [plain, *(p for points in curves.values() for p in points)]],
         "test": [p.record() | {"dominated_by": dominated(p, finals)} for p in rows],
         "seconds": {"this run": time.time() - start, "drawing": sum(d["seconds"] for d in drawn)},

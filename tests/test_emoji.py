@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 
 import efface
 from efface.models import emoji
+from efface.models.emoji import concepts
 from efface.models.emoji.vae import EmojiVAE
-from efface.models.emoji.weights import FOLDER
+from efface.models.emoji.weights import FOLDER, RECORDED, record, recorded
 
 RECIPE = Path(__file__).parents[1] / "recipes/emoji"
 SOURCE = Path(__file__).parents[1] / "src"
@@ -154,28 +155,33 @@ emoji.load(Path(sys.argv[1]))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_saved_pipeline_draws_the_same_in_a_fresh_process(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
-    pipe.save_pretrained(tmp_path / "saved")
-    index = json.loads((tmp_path / "saved/model_index.json").read_text())
-    assert index["vae"] == ["efface.models.emoji.vae", "EmojiVAE"]
-    np.save(tmp_path / "here.npy", draw(pipe, PROMPTS))
+def test_saved_pipelines_draw_the_same_in_a_fresh_process(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    """A tiny random one, and the one that is shipped."""
+    pipes = {"tiny": pipe} | ({"shipped": efface.load("emoji")} if (FOLDER / "model.json").exists() else {})
+    for name, each in pipes.items():
+        each.set_progress_bar_config(disable=True)
+        each.save_pretrained(tmp_path / name)
+        index = json.loads((tmp_path / name / "model_index.json").read_text())
+        assert index["vae"] == ["efface.models.emoji.vae", "EmojiVAE"]
     code = """
 import sys
 import numpy, torch
 import efface
 folder, prompts, threads = sys.argv[1], sys.argv[2:4], int(sys.argv[4])
 torch.set_num_threads(threads)
-pipe = efface.load(folder + "/saved")
-assert pipe.tokenizer.model_max_length == 24 and pipe.text_encoder.config.use_attention_mask
-generator = torch.Generator().manual_seed(1)
-there = pipe(prompts, num_inference_steps=2, generator=generator, output_type="np").images
-numpy.save(folder + "/there.npy", there)
+for name in sys.argv[5:]:
+    pipe = efface.load(folder + "/" + name)
+    assert pipe.tokenizer.model_max_length == 24 and pipe.text_encoder.config.use_attention_mask
+    generator = torch.Generator().manual_seed(1)
+    there = pipe(prompts, num_inference_steps=2, generator=generator, output_type="np").images
+    numpy.save(folder + "/" + name + ".npy", there)
 """
-    done = fresh_process(code, tmp_path, *PROMPTS, torch.get_num_threads())
+    done = fresh_process(code, tmp_path, *PROMPTS, torch.get_num_threads(), *pipes)
     assert done.returncode == 0, done.stderr
     assert "newly initialized" not in done.stderr
     assert "MISSING" not in done.stderr
-    assert np.array_equal(np.load(tmp_path / "here.npy"), np.load(tmp_path / "there.npy"))
+    for name, each in pipes.items():
+        assert np.array_equal(draw(each, PROMPTS), np.load(tmp_path / f"{name}.npy")), name
 
 
 @pytest.mark.skipif(not (FOLDER / "model.json").exists(), reason="the trained weights are not in the package yet")
@@ -183,6 +189,7 @@ def test_packaged_weights_load_and_fit_the_limit() -> None:
     pipe = emoji.load()
     assert pipe.unet.config.sample_size * pipe.vae_scale_factor == 64
     assert sum(path.stat().st_size for path in FOLDER.glob("*.safetensors")) <= 40_000_000
+    assert set(recorded(FOLDER)) == set(RECORDED)
 
 
 # ---------------------------------------------------------------- errors
@@ -208,11 +215,50 @@ def test_truncated_weights(copy: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["unet.json", "model.json"])
-@pytest.mark.parametrize("text", ["{", "", "[1]"])
+@pytest.mark.parametrize("text", ["{", "", "[1]", "[]", "null", '"model"'])
 def test_damaged_json(copy: Path, name: str, text: str) -> None:
     (copy / name).write_text(text)
-    with pytest.raises(ValueError, match=rf"{name} is not a JSON object.* Reinstall efface"):
+    if name != "model.json":
+        record(copy)  # a file that was written so
+    with pytest.raises(ValueError, match=rf"{name} is not a JSON object.* Reinstall efface") as error:
         emoji.load(copy)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"), [("unet.json", "norm_eps", 0.1), ("vae.json", "scaling_factor", 0.8)]
+)
+def test_a_changed_config_is_an_error_not_another_picture(copy: Path, name: str, key: str, value: float) -> None:
+    (copy / name).write_text(json.dumps(json.loads((copy / name).read_text()) | {key: value}))
+    with pytest.raises(ValueError, match=rf"{name} is damaged: its sha256 is .* Reinstall efface"):
+        emoji.load(copy)
+
+
+def test_the_adapter_is_checked_too(copy: Path) -> None:
+    (copy / "gie.safetensors").write_bytes(b"fitted")
+    record(copy)
+    emoji.load(copy)
+    (copy / "gie.safetensors").write_bytes(b"changed")
+    with pytest.raises(ValueError, match=r"gie.safetensors is damaged: its sha256 is .* Reinstall efface"):
+        emoji.load(copy)
+    (copy / "gie.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"gie.safetensors is missing. Reinstall efface"):
+        emoji.load(copy)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"groups": {}}', None])
+@pytest.mark.parametrize("name", ["vocabulary", "paraphrases"])
+def test_a_damaged_vocabulary_names_file_and_cure(
+    name: str, text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if text is not None:
+        (tmp_path / f"{name}.json").write_text(text)
+    vocabulary = emoji.vocabulary()
+    monkeypatch.setattr(concepts, "HERE", tmp_path)
+    if name == "paraphrases":
+        monkeypatch.setattr(concepts, "vocabulary", lambda: vocabulary)
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"{name}.json is .* Reinstall efface"):
+        getattr(concepts, name).__wrapped__()
 
 
 def test_wrong_or_missing_hash(copy: Path) -> None:
@@ -234,6 +280,7 @@ def test_another_version(copy: Path) -> None:
 
 def test_weights_of_another_shape(copy: Path) -> None:
     (copy / "unet.json").write_text(json.dumps(TINY | {"block_out_channels": [32, 64]}))
+    record(copy)
     with pytest.raises(ValueError, match=r"unet.safetensors does not fit unet.json"):
         emoji.load(copy)
 

@@ -1,12 +1,17 @@
-"""Every docstring example runs and prints what it says."""
+"""Every docstring example runs and prints what it says; so does the Python code of README and model card."""
 
 import doctest
+import functools
 import importlib
 import pkgutil
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 import efface
+from efface.models.emoji.eyes import ConceptEyes
 from efface.models.emoji.weights import FOLDER
 
 MODULES = ["efface", *(m.name for m in pkgutil.walk_packages(efface.__path__, "efface."))]
@@ -30,3 +35,32 @@ def test_example(example: doctest.DocTest) -> None:
     out: list[str] = []
     runner.run(example, out=out.append)
     assert runner.failures == 0, "".join(out)
+
+
+PAGES = (Path(__file__).parents[1] / "README.md", Path(efface.__file__).parent / "models/emoji/MODEL_CARD.md")
+BLOCKS = [
+    pytest.param(code, id=f"{page.name}-{k}", marks=[pytest.mark.slow] if "calibrate(" in code else [])
+    for page in PAGES
+    for k, code in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL), 1)
+]
+
+
+@functools.cache
+def emoji() -> Any:
+    pipe = efface.load("emoji")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_pages_have_code() -> None:
+    assert len(BLOCKS) >= 5
+
+
+@pytest.mark.skipif(not (FOLDER / "model.json").exists(), reason="the emoji weights are not trained yet")
+@pytest.mark.parametrize("code", BLOCKS)
+def test_code_of_a_page_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block has what the text around it names: `efface`, a pipeline and a detector."""
+    pipe = emoji()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(efface, "load", {"emoji": pipe}.__getitem__)
+    exec(compile(code, "page", "exec"), {"efface": efface, "pipe": pipe, "ConceptEyes": ConceptEyes})

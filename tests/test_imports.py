@@ -42,7 +42,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calibration": FACTS | {"api", "delta", "intervals", "pictures"},
     "runs": HOOKS | {"models", "api", "pictures"},
     "report": FACTS | {"runs"},
-    "cli": FACTS | {"models", "api", "calibration", "pictures", "runs", "report"},
+    "_interrupt": set(),
+    "cli": FACTS | {"models", "api", "calibration", "pictures", "runs", "report", "_interrupt"},
+    "__main__": {"cli", "_interrupt"},
     "efface": {
         *("core", "api", "calibration", "erasers", "editors", "attacks", "metrics", "suites", "delta", "runs", "report")
     },

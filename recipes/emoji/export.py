@@ -20,7 +20,8 @@ from torch import Tensor
 from train_vae import SEED as VAE_SEED
 
 from efface.models.emoji.vae import EmojiVAE
-from efface.models.emoji.weights import FOLDER, sha256
+from efface.models.emoji.weights import FOLDER
+from efface.models.emoji.weights import record as record_hashes
 
 LIMIT = 40_000_000  # bytes of weights in the package, the eyes included
 
@@ -79,10 +80,11 @@ def export(work: Path = scenes.WORK, folder: Path = FOLDER, limit: int = LIMIT) 
         "unet": progress(work / "unet.safetensors", work / "unet_ema.safetensors"),
         "vae": {"seed": VAE_SEED} | progress(work / "vae.safetensors"),
     }
-    record = {"version": 1, "files": {name: sha256(folder / name) for name in data}, "training": training}
+    record = {"version": 1, "files": {}, "training": training}
     for name, value in (("unet", config), ("vae", dict(vae.config)), ("model", record)):
         clean = {key: entry for key, entry in value.items() if not key.startswith("_")}
         (folder / f"{name}.json").write_text(json.dumps(clean, indent=2) + "\n", encoding="utf-8")
+    record_hashes(folder)
 
 
 if __name__ == "__main__":

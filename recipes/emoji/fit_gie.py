@@ -22,7 +22,7 @@ import efface
 from efface.erasers._adapter import Adapter
 from efface.models import emoji
 from efface.models.emoji.eyes import ConceptEyes, load_eyes
-from efface.models.emoji.weights import FOLDER
+from efface.models.emoji.weights import FOLDER, record
 
 CONCEPTS = ("alcohol", "weapon", "cat", "guitar", "vehicle")  # `benchmarks/gie_adapter.py` has others beside them
 STRENGTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
@@ -78,6 +78,8 @@ def main() -> None:
             progress=tell,
             num_inference_steps=args.steps,
         )
+    if args.out.resolve().parent == FOLDER:
+        record(FOLDER)  # its sha256, into model.json
     for name, value in Adapter.load(args.out).facts.items():
         console.print(f"{name}: {value}")
     console.print(f"wrote {args.out} in {time.time() - start:.0f} s")

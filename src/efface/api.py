@@ -56,6 +56,7 @@ def load(model: str | Path, dtype: torch.dtype | None = None, device: str | None
         ImportError: the emoji model's text encoder is not installed.
         FileNotFoundError, ValueError: a weight file is missing, damaged, a pickle, or another version; no such folder.
         OSError: a hub id that cannot be reached.
+        TypeError: a model that is no name or path, or a dtype that is none.
 
     Example:
         >>> import efface
@@ -63,6 +64,13 @@ def load(model: str | Path, dtype: torch.dtype | None = None, device: str | None
         >>> pipe.unet.config.cross_attention_dim
         384
     """
+    if not isinstance(model, (str, Path)):
+        raise TypeError(f'Expected the model to be "emoji", a folder or a hub id, but got {model!r}.')
+    if dtype is not None:
+        import torch
+
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"Expected `dtype` to be one of torch's, such as torch.float16, but got {dtype!r}.")
     if str(model) == "emoji":
         from .models import emoji
 
@@ -117,7 +125,7 @@ def damaged(folder: Path) -> list[Path]:
     return found
 
 
-def build(method: str, concepts: Concepts, **fields: Any) -> Any:
+def build(method: str, concepts: Concepts, /, **fields: Any) -> Any:
     """The eraser `method` for `concepts`, configured by `fields`.
 
     Raises:
@@ -126,7 +134,7 @@ def build(method: str, concepts: Concepts, **fields: Any) -> Any:
     return _checked(method, "erasers", fields)(concepts, **fields)
 
 
-def editor(method: str, **fields: Any) -> Any:
+def editor(method: str, /, **fields: Any) -> Any:
     """The editor `method`, configured by `fields`; its `fit(pipe, concepts)` gives a delta.
 
     Raises:
@@ -138,6 +146,11 @@ def editor(method: str, **fields: Any) -> Any:
 def _checked(method: str, room: str, fields: dict[str, Any]) -> type:
     cls = registry.resolve(method, room)
     known = [f.name for f in dataclasses.fields(cls) if f.name != "concepts"]
+    if "concepts" in fields:
+        raise ValueError(
+            f"The concepts of {method} are not set like its fields: name them by --concept or --phrase, in Python by "
+            f"the argument for concepts. Its fields: {', '.join(known)}."
+        )
     for name in fields.keys() - set(known):
         hint = registry.near(name, known)
         raise ValueError(f"{method} has no field {name!r}. {hint}{' ' if hint else ''}Its fields: {', '.join(known)}.")
@@ -221,7 +234,7 @@ def draw(
         call: further arguments of the pipeline, such as `guidance_scale`; one `negative_prompt` is for all prompts.
 
     Raises:
-        ValueError: not as many seeds as prompts.
+        ValueError: not as many seeds as prompts, or pictures that became NaN, as by too much strength or guidance.
     """
     import torch
 
@@ -236,6 +249,12 @@ def draw(
             call["negative_prompt"] = every[k : k + batch]
         out = pipe(list(prompts[k : k + batch]), generator=generators, output_type="pt", **call)
         pictures.append(out.images.float().cpu())
+        broken = [s for s, x in zip(seeds[k : k + batch], pictures[-1], strict=False) if not x.isfinite().all()]
+        if broken:
+            raise ValueError(
+                f"{len(broken)} of {len(pictures[-1])} pictures became NaN (seed {broken[0]}): the numbers left the "
+                "range of the model. Lower the strength or the guidance scale, or load the model in float32."
+            )
     return torch.cat(pictures)
 
 

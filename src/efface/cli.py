@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -18,9 +19,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from . import __version__, registry
+from ._interrupt import INTERRUPTED, gently
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from PIL.Image import Image
     from rich.progress import Progress
     from torch import Tensor
 
@@ -34,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+BAD_INPUT, FAILED = 2, 1
 SHOWN = 8  # pictures in the grid
 BATCH = 8
 EVERY = 30  # seconds between lines of progress where there is no terminal
@@ -112,9 +115,11 @@ def show(
     from .core import shipped_concepts
     from .families import FAMILIES
 
+    with _bad_input():
+        concepts = {name: ", ".join(c.phrases) for name, c in shipped_concepts().items()}
     tables: dict[str, dict[str, str]] = {
         "methods": registry.methods(),
-        "concepts": {name: ", ".join(c.phrases) for name, c in shipped_concepts().items()},
+        "concepts": concepts,
         "suites": registry.about("suites"),
         "metrics": registry.about("metrics"),
         "models": {"emoji": "embedded, 64 x 64", "FOLDER or HUB/ID": "any diffusers pipeline of a known family"},
@@ -156,24 +161,58 @@ def _fields(settings: list[str]) -> dict[str, Any]:
     return fields
 
 
-def _folder(out: Path | None, overwrite: bool) -> Path:
-    """The output folder: made, writable, and empty unless its results may be replaced."""
-    if out is None:
-        base = Path("efface-out")
-        taken = [int(p.name) for p in base.glob("[0-9]*") if p.name.isdigit()] if base.is_dir() else []
-        out = base / f"{max(taken, default=0) + 1:03d}"
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"Expected --out to be a folder, but {out} is a file: name another one.")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise ValueError(f"{out} is not empty: give --overwrite to replace its results, or name another folder.")
+def _check_folder(out: Path | None, overwrite: bool) -> None:
+    """ValueError unless the output folder can be made and written, and is empty or may have its results replaced."""
+    out = _numbered() if out is None else out
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.touch()
-        probe.unlink()
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"Expected --out to be a folder, but {out} is a file: name another one.")
+        if out.is_dir() and any(out.iterdir()) and not overwrite:
+            raise ValueError(f"{out} is not empty: give --overwrite to replace its results, or name another folder.")
+        _try_to_write(out / ".writable")
     except OSError as error:
         raise ValueError(f"Cannot write to {out} ({error.strerror}): name another folder with --out.") from error
-    return out
+
+
+def _numbered() -> Path:
+    """The next folder where none was named."""
+    base = Path("efface-out")
+    taken = [int(p.name) for p in base.glob("[0-9]*") if p.name.isdigit()] if base.is_dir() else []
+    return base / f"{max(taken, default=0) + 1:03d}"
+
+
+def _try_to_write(file: Path) -> None:
+    """Makes a file, with the folders above it, and removes all that it made; OSError if that fails."""
+    made = [file, *_absent(file.parent)]
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    finally:
+        _remove(made)
+
+
+def _absent(folder: Path) -> list[Path]:
+    """The folder and those above it that are not there, the innermost first."""
+    return [each for each in (folder, *folder.parents) if not each.exists()]
+
+
+def _remove(made: list[Path]) -> None:
+    """Removes files, and folders that are empty."""
+    for each in made:
+        with suppress(OSError):
+            each.rmdir() if each.is_dir() else each.unlink()
+
+
+@contextmanager
+def _folder(out: Path | None) -> Iterator[Path]:
+    """The output folder, a numbered one if none is named; removed again where nothing was written into it."""
+    out = _numbered() if out is None else out
+    made = _absent(out)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        yield out
+    finally:
+        _remove(made)
 
 
 def _results(folder: Path) -> list[Path]:
@@ -189,13 +228,15 @@ class _Judge:
         from .models import emoji
         from .models.emoji.eyes import load_eyes
 
-        self.truth = {c.name: emoji.truth(c.name) for c in concepts if _known(emoji.truth, c.name)}
         self.eyes = load_eyes()
+        names = dict.fromkeys(c.name for c in concepts)
+        self.judged = [name for name in names if name == "watermark" or _known(emoji.truth, name)]
+        self.not_judged = [name for name in names if name not in self.judged]
 
     def scores(self, images: Tensor) -> dict[str, list[list[bool]]]:
         """Concept to one list per eye, one answer per picture; "any icon" beside them."""
         seen = self.eyes.see(images)
-        found = {name: self.eyes.concept(seen, what).tolist() for name, what in self.truth.items()}
+        found = {name: self.eyes.concept(seen, name).tolist() for name in self.judged}
         return found | {"any icon": self.eyes.icons(seen).any(-1).tolist()}
 
 
@@ -223,18 +264,18 @@ def _erasers(
 ) -> tuple[list[Concept], list[Any]]:
     """What is to be erased, and what erases it: deltas, then the method."""
     targets, fields = _targets(concept, phrase), _fields(settings or [])
-    name = method or (None if delta else "eiup")
-    if not targets and name:
+    name = (None if delta else "eiup") if method is None else method
+    if not targets and name is not None:
         raise ValueError("Nothing to erase: give --concept NAME or --phrase TEXT.")
-    if fields and not name:
+    if fields and name is None:
         raise ValueError("--set is for the fields of a --method, but only deltas were given: name the method too.")
-    if name:
+    if name is not None:
         registry.resolve(name, "erasers")
     from . import api
 
     erasers: list[Any] = [api.load_delta(path) for path in delta or []]
     targets = targets or list(dict.fromkeys(c for each in erasers for c in each.concepts))
-    return targets, erasers + ([api.build(name, targets, **fields)] if name else [])
+    return targets, erasers + ([api.build(name, targets, **fields)] if name is not None else [])
 
 
 @app.command()
@@ -264,24 +305,34 @@ def erase(
         if seed + images > 2**32:
             raise ValueError(f"Seeds go up to {2**32 - 1}, but {images} pictures from {seed} on go past it.")
         targets, erasers = _erasers(concept, phrase, method, delta, set_)
+        for rows in (getattr(eraser, "rows", None) for eraser in erasers):
+            if rows is not None and len(rows) != images:
+                raise ValueError(f"`rows` has {len(rows)} entries, but --images is {images}: give one list a picture.")
         from . import api
 
-        folder = _folder(out, overwrite)
+        _check_folder(out, overwrite)
         pipe = api.load(model)
         _quiet()
         api.stack(pipe, *erasers).remove()  # a phrase too long or a wrong pipeline is found before anything is drawn
-        if lost := api.cut_off(pipe, prompt):
-            _warn(f"The prompt is longer than the text encoder takes; not read is {lost!r}.")
+        for what, text in (("prompt", prompt), ("negative prompt", negative)):
+            if lost := api.cut_off(pipe, text):
+                _warn(f"The {what} is longer than the text encoder takes; not read is {lost!r}.")
         judge = _Judge(targets) if model == "emoji" else None
         record = _record(prompt, negative, model, api.model_hash(pipe), erasers, seed, images, steps, guidance)
+        if judge:
+            record["not_judged"] = judge.not_judged
     call = {"num_inference_steps": steps, "guidance_scale": guidance, "negative_prompt": negative or None}
-    try:
-        _draw(pipe, erasers, prompt, call, folder, record, judge)
-    except KeyboardInterrupt:
-        _fail(f"Interrupted. {_finished(folder, record)}", INTERRUPTED)
-    except (ValueError, TypeError, RuntimeError, OSError, MemoryError) as error:
-        code = BAD_INPUT if isinstance(error, (ValueError, TypeError)) else FAILED
-        _fail(f"{error or 'Out of memory.'}\n{_finished(folder, record)}", code)
+    with ExitStack() as ends:
+        with _bad_input():
+            folder = ends.enter_context(_folder(out))
+        try:
+            gently()
+            _draw(pipe, erasers, prompt, call, folder, record, judge)
+        except KeyboardInterrupt:
+            _fail(f"Interrupted. {_finished(folder, record)}", INTERRUPTED)
+        except (ValueError, TypeError, RuntimeError, OSError, MemoryError) as error:
+            code = BAD_INPUT if isinstance(error, (ValueError, TypeError)) else FAILED
+            _fail(f"{error or 'Out of memory.'}\n{_finished(folder, record)}", code)
     if as_json:
         typer.echo(json.dumps({"out": str(folder), **record}, indent=1))
     else:
@@ -342,7 +393,7 @@ def _draw(
 ) -> None:
     """Draws batch by batch, before and after with the same seeds; what is drawn is on disk at once.
 
-    Earlier results in the folder stay until the first batch can replace them.
+    Earlier results in the folder stay until the first batch can replace them. The record names what is on disk only.
     """
     from .api import draw, stack
     from .pictures import to_pil
@@ -352,54 +403,80 @@ def _draw(
     with _progress() as progress:
         task = progress.add_task("drawing", total=2 * (last - first + 1))
         for start in range(first, last + 1, BATCH):
-            entries: list[dict[str, Any]] = [{"seed": s} for s in range(start, min(start + BATCH, last + 1))]
-            seeds, unsaved = [entry["seed"] for entry in entries], {}
+            seeds = list(range(start, min(start + BATCH, last + 1)))
+            unsaved: list[tuple[int, str, Image, dict[str, Any]]] = []
+            own = [_part(eraser, start - first, len(seeds)) for eraser in erasers]
             for when in ("before", "after"):
                 progress.update(task, description=when)
                 began = time.perf_counter()
-                with stack(pipe, *(erasers if when == "after" else ())):
+                with stack(pipe, *(own if when == "after" else ())):
                     pictures = draw(pipe, [prompt] * len(seeds), seeds, **call)
                 record["seconds"][when] += time.perf_counter() - began
                 progress.advance(task, len(seeds))
                 scores = judge.scores(pictures) if judge else {}
-                for k, (entry, picture) in enumerate(zip(entries, to_pil(pictures), strict=True)):
-                    entry[when] = {"file": f"{when}-{entry['seed']}.png"}
-                    unsaved[entry[when]["file"]] = picture
+                for k, (s, picture) in enumerate(zip(seeds, to_pil(pictures), strict=True)):
+                    facts: dict[str, Any] = {"file": f"{when}-{s}.png"}
                     if judge:
-                        entry[when]["seen"] = {c: [eye[k] for eye in eyes] for c, eyes in scores.items()}
+                        facts["seen"] = {c: [eye[k] for eye in eyes] for c, eyes in scores.items()}
+                    unsaved.append((s, when, picture, facts))
                 if when == "before" and earlier:
                     continue
                 while earlier:
                     earlier.pop().unlink()
                 while unsaved:
-                    name, picture = unsaved.popitem()
-                    picture.save(folder / name)
-                record["images"][start - first :] = entries
+                    s, which, picture, facts = unsaved[0]
+                    _save(folder / facts["file"], picture)
+                    if which == "before":
+                        record["images"].append({"seed": s})
+                    record["images"][s - first][which] = facts
+                    del unsaved[0]
                 _write(folder, record)
     record["complete"] = True
     _write(folder, record)
 
 
+def _part(eraser: Any, start: int, n: int) -> Any:
+    """The eraser for `n` pictures from number `start` on: with their `rows`, if it has any."""
+    rows = getattr(eraser, "rows", None)
+    return eraser if rows is None else replace(eraser, rows=rows[start : start + n])
+
+
+def _save(file: Path, made: Image | str) -> None:
+    """Writes a picture or a text, whole or not at all; an error names the file."""
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        with partial.open("wb") as out:
+            out.write(made.encode()) if isinstance(made, str) else made.save(out, "PNG")
+            out.flush()
+            os.fsync(out.fileno())  # some file systems tell only now that they are full
+        partial.replace(file)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise OSError(f"{file} cannot be written ({why}): free some space, or name another folder by --out.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def _write(folder: Path, record: dict[str, Any]) -> None:
     """The record and the grid of what there is so far."""
-    from PIL import Image
+    from PIL import Image as Pictures
 
     from .pictures import grid
 
+    _save(folder / "record.json", json.dumps(record, indent=1))
     both = [e for e in record["images"] if "after" in e]
     shown = (both or record["images"])[:SHOWN]
-    rows = {when: [Image.open(folder / e[when]["file"]) for e in shown] for when in shown[0] if when != "seed"}
-    grid(rows, [str(e["seed"]) for e in shown]).save(folder / "grid.png")
-    partial = folder / "record.json.partial"
-    partial.write_text(json.dumps(record, indent=1))
-    partial.replace(folder / "record.json")
+    rows = {when: [Pictures.open(folder / e[when]["file"]) for e in shown] for when in shown[0] if when != "seed"}
+    _save(folder / "grid.png", grid(rows, [str(e["seed"]) for e in shown]))
 
 
 def _finished(folder: Path, record: dict[str, Any]) -> str:
-    """What there is of a job that ended early."""
+    """What there is of a job that ended early, recorded as far as the disk allows."""
     drawn, (first, last) = record["images"], record["seeds"]
     if not drawn:
         return "No picture was finished."
+    with suppress(OSError):  # the disk may be full, which was said already
+        _write(folder, record)
     both = sum("after" in entry for entry in drawn)
     more = f", and {len(drawn) - both} more without erasing" if both < len(drawn) else ""
     return f"{both} of {last - first + 1} pictures were finished{more}; they are in {folder}."
@@ -425,6 +502,9 @@ def _report(folder: Path, record: dict[str, Any]) -> None:
                 cells.append(f"{count} ({100 * count / len(entries):.0f} %)")
             table.add_row(_plain(name), *cells)
         console.print(table)
+        if record["not_judged"]:
+            names = ", ".join(record["not_judged"])
+            console.print(f"not judged: {_plain(names)} (the eyes do not know it)", soft_wrap=True, highlight=False)
     else:
         console.print("No detector for this model here: look at the pictures.", style="yellow")
     console.print(f"{folder}/grid.png", soft_wrap=True, highlight=False)
@@ -435,15 +515,14 @@ def _report(folder: Path, record: dict[str, Any]) -> None:
 
 def _file(out: Path, overwrite: bool) -> Path:
     """The output file: in a folder that is there and writable, and not there yet unless it may be replaced."""
-    if out.is_dir():
-        raise ValueError(f"Expected --out to be a file, but {out} is a folder: add a name, such as delta.safetensors.")
-    if out.exists() and not overwrite:
-        raise ValueError(f"{out} exists: give --overwrite to replace it, or name another file.")
-    probe = out.with_name(f".{out.name}.writable")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        if out.is_dir():
+            raise ValueError(
+                f"Expected --out to be a file, but {out} is a folder: add a name, such as delta.safetensors."
+            )
+        if out.exists() and not overwrite:
+            raise ValueError(f"{out} exists: give --overwrite to replace it, or name another file.")
+        _try_to_write(out.with_name(f".{out.name}.writable"))
     except OSError as error:
         raise ValueError(f"Cannot write to {out} ({error.strerror}): name another file with --out.") from error
     return out
@@ -486,6 +565,8 @@ def fit(
         options = {"checkpoint": kept} if resumes else {}
         try:
             with api.stack(pipe, *(api.load_delta(path) for path in after or ())):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                gently()
                 delta = editor.fit(pipe, targets, seed=seed, **options)
         except KeyboardInterrupt:
             further = f" The same command goes on from {kept}." if kept.exists() else ""
@@ -532,14 +613,20 @@ def export(
     ] = "diffusers",
     rank: Annotated[int | None, typer.Option(min=1, help="At most this rank; if left out, nothing is lost.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a delta as a LoRA."""
-    with _bad_input():
+    with _bad_input(), ExitStack() as ends:
         from . import api
 
         delta = api.load_delta(file)
-        error = delta.export(_file(out, overwrite), layout, rank)  # type: ignore[arg-type]
-    typer.echo(f"{out}: relative error {error:.1e}")
+        ends.enter_context(_folder(_file(out, overwrite).parent))
+        error = delta.export(out, layout, rank)  # type: ignore[arg-type]
+    if as_json:
+        facts = {"out": str(out), "layout": layout, "rank": rank, "relative_error": error, "delta": delta.hash}
+        typer.echo(json.dumps(facts, indent=1))
+    else:
+        typer.echo(f"{out}: relative error {error:.1e}")
 
 
 @delta_app.command()
@@ -547,20 +634,25 @@ def merge(
     files: Annotated[list[Path], typer.Argument(help="Files made by `efface fit`; several are added up.")],
     out: Annotated[Path, typer.Option(help="The folder to write the whole model to.")],
     model: ModelName = "emoji",
+    as_json: AsJson = False,
 ) -> None:
     """Write a whole model with deltas added to its weights for good."""
-    with _bad_input():
+    with _bad_input(), ExitStack() as ends:
         from functools import reduce
         from operator import add
 
         from . import api
 
         delta = reduce(add, [api.load_delta(file) for file in files])
-        folder = _folder(out, overwrite=False)
+        _check_folder(out, overwrite=False)
         pipe = api.load(model)
         delta.merge(pipe)
-        pipe.save_pretrained(folder)
-    typer.echo(f"{folder}")
+        pipe.save_pretrained(ends.enter_context(_folder(out)))
+    if as_json:
+        facts = {"out": str(out), "model": model, "text_hash": api.model_hash(pipe), "delta": delta.config()}
+        typer.echo(json.dumps(facts, indent=1))
+    else:
+        typer.echo(f"{out}")
 
 
 def _describe(file: Path, delta: Any) -> None:
@@ -605,6 +697,7 @@ def _job(folder: Path | None = None) -> Iterator[Callable[[str, int, int], None]
 
         def tell(what: str, done: int, total: int) -> None:
             nonlocal last, said
+            gently()
             if what != last:
                 bar.reset(task, total=total, completed=done, description=what)
                 last, said = what, -math.inf
@@ -821,7 +914,7 @@ def calibrate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Find the smallest strength that erases a concept and keeps the rest, on tuning seeds."""
-    with _bad_input():
+    with _bad_input(), ExitStack() as ends:
         if model != "emoji":
             raise ValueError(
                 f"There is no detector for {model!r} on the command line: use efface.calibrate with your own."
@@ -844,9 +937,10 @@ def calibrate(
 
         eraser = api.build(method, about, **fields)
         if out is None or not (out / "setting.json").exists():
-            out = _folder(out, False)
+            _check_folder(out, False)
         pipe = api.load(model)
         eraser.apply(pipe).remove()
+        out = ends.enter_context(_folder(out))
         pipe.set_progress_bar_config(disable=True)
         from rich.console import Console
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -863,6 +957,7 @@ def calibrate(
                 bar.update(task, description=f"{what}, {bar.tasks[0].completed:g} pictures")
 
             try:
+                gently()
                 found = search(
                     pipe,
                     eraser,

@@ -34,6 +34,7 @@ class Concept:
 
     Raises:
         ValueError: an empty name or phrase.
+        TypeError: a name that is no text, or `phrases` or `keep` that are no sequence of texts.
 
     Example:
         >>> from efface import Concept
@@ -72,15 +73,25 @@ Concepts = ConceptLike | Sequence[ConceptLike]
 @functools.cache
 def shipped_concepts() -> Mapping[str, Concept]:
     """The concepts that come with Efface, by name."""
-    data = json.loads((resources.files("efface") / "concepts.json").read_text("utf-8"))
-    return {name: Concept(name, tuple(phrases)) for group in data.values() for name, phrases in group.items()}
+    file = resources.files("efface") / "concepts.json"
+    try:
+        data = json.loads(file.read_text("utf-8"))
+        return {name: Concept(name, tuple(phrases)) for group in data.values() for name, phrases in group.items()}
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{file} is missing. Reinstall efface.") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged ({error}). Reinstall efface.") from error
 
 
 def concept(name: str) -> Concept:
     """The shipped concept of that name.
 
+    Args:
+        name: one of those that `efface list concepts` shows; upper and lower case differ.
+
     Raises:
         ValueError: no such concept; the message lists near matches. A free text is written `Concept("...")`.
+        TypeError: the name is no text.
 
     Example:
         >>> import efface
@@ -88,6 +99,8 @@ def concept(name: str) -> Concept:
         ('beer mug', 'wine glass')
     """
     known = shipped_concepts()
+    if not isinstance(name, str):
+        raise TypeError(f"Expected the name of a shipped concept, such as 'alcohol', but got {name!r}.")
     if not name.strip():
         raise ValueError("The concept is empty: name what to erase. `efface list concepts` shows the shipped ones.")
     if name not in known:
@@ -180,10 +193,33 @@ def config(method: Any) -> dict[str, Any]:
     return {"method": type(method).__module__.rsplit(".", 1)[-1], **fields}
 
 
+SETTABLE = ("strength", "rows")  # on a handle
+
+
+def _unsettable(name: str, owner: str, handle: str) -> str:
+    hint = near(name, SETTABLE)
+    names = " and ".join(f"{handle}.{each}" for each in SETTABLE)
+    return (
+        f"`{name}` of {owner} cannot be set. {hint}{' ' if hint else ''}Settable: {names}; for all else call "
+        "`remove()` and apply another eraser."
+    )
+
+
 class Handle(AbstractContextManager["Handle"]):
     """An applied eraser: change it while it is on, take it off with `remove()` or by leaving the `with` block.
 
-    `strength` and `rows` can be set and take effect at the next denoiser call.
+    `strength` and, where the eraser has them, `rows` can be set and take effect at the next denoiser call. Nothing else
+    can: for another window or form, take it off and apply another eraser.
+
+    Args:
+        eraser: what was applied.
+        replace: puts a changed eraser in its place.
+        remove: takes it off.
+
+    Raises:
+        AttributeError: on setting anything else, such as a misspelt name, or what the eraser lacks.
+        ValueError: on setting a value out of range, or on an eraser that is off already.
+        TypeError: on setting `rows` that are no lists of concepts.
 
     Example:
         >>> import efface
@@ -195,10 +231,20 @@ class Handle(AbstractContextManager["Handle"]):
         >>> handle.remove()
     """
 
+    eraser: Any
+    active: bool
+    _replace: Callable[[Any], None]
+    _remove: Callable[[], None]
+
     def __init__(self, eraser: Any, replace: Callable[[Any], None], remove: Callable[[], None]) -> None:
-        self.eraser = eraser
-        self._replace, self._remove = replace, remove
-        self.active = True
+        vars(self).update(eraser=eraser, active=True, _replace=replace, _remove=remove)
+
+    if not TYPE_CHECKING:  # a type checker would take it to allow any name
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name not in SETTABLE:
+                raise AttributeError(_unsettable(name, type(self.eraser).__name__, "handle"))
+            super().__setattr__(name, value)
 
     def _set(self, **fields: Any) -> None:
         if not self.active:
@@ -208,7 +254,7 @@ class Handle(AbstractContextManager["Handle"]):
             raise AttributeError(f"{type(self.eraser).__name__} has no {', '.join(sorted(unknown))} to set.")
         eraser = dataclasses.replace(self.eraser, **fields)
         self._replace(eraser)
-        self.eraser = eraser
+        vars(self)["eraser"] = eraser
 
     @property
     def strength(self) -> float | None:
@@ -234,7 +280,7 @@ class Handle(AbstractContextManager["Handle"]):
         """Takes the eraser off; a second call does nothing."""
         if self.active:
             self._remove()
-            self.active = False  # not before: what failed can be tried again
+            vars(self)["active"] = False  # not before: what failed can be tried again
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -243,10 +289,24 @@ class Handle(AbstractContextManager["Handle"]):
 
 
 class Handles(AbstractContextManager["Handles"]):
-    """Several handles as one, as `efface.stack` returns them; taken off last to first."""
+    """Several handles as one, as `efface.stack` returns them; taken off last to first.
+
+    Args:
+        handles: in the order in which the erasers were applied; `handles[0].strength = 0.5` changes one of them.
+
+    Raises:
+        AttributeError: on setting anything on all of them at once.
+    """
+
+    _handles: tuple[Handle, ...]
 
     def __init__(self, handles: Sequence[Handle]) -> None:
-        self._handles = tuple(handles)
+        vars(self)["_handles"] = tuple(handles)
+
+    if not TYPE_CHECKING:
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            raise AttributeError(_unsettable(name, "several handles at once", "handles[0]"))
 
     def __iter__(self) -> Iterator[Handle]:
         return iter(self._handles)

@@ -8,12 +8,11 @@ not import torch.
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .concepts import CELLS, names, paraphrases, prompts, themes_of, truth, vocabulary
-from .weights import CURE, FOLDER, check, sha256
+from .weights import CURE, FOLDER, check, read_object, recorded, sha256
 
 if TYPE_CHECKING:
     import torch
@@ -56,30 +55,18 @@ def aligned_is_there() -> bool:
     return (FOLDER / "aligned.json").is_file()
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing. {CURE}")
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a JSON object ({error}). {CURE}") from error
-
-
-def _model(cls: Any, folder: Path, name: str, files: dict[str, str], dtype: torch.dtype) -> Any:
+def _model(cls: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
     """`cls` built from `name`.json with the weights of `name`.safetensors."""
     from safetensors.torch import load_file
 
-    config, file = _read(folder / f"{name}.json"), f"{name}.safetensors"
-    if file not in files:
-        raise ValueError(f"{folder / 'model.json'} has no sha256 of {file}. {CURE}")
-    path = check(folder / file, files[file])
-    model = cls.from_config(config)
+    path = folder / f"{name}.safetensors"
+    model = cls.from_config(read_object(folder / f"{name}.json"))
     # Cast here and assign: diffusers prints a warning at `model.to(dtype)`.
     weights = {key: tensor.to(dtype, copy=True) for key, tensor in load_file(path).items()}
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit {name}.json. {CURE}\n{error}") from error
+        raise ValueError(f"{path} does not fit {name}.json. {CURE}") from error
     return model.eval()
 
 
@@ -133,10 +120,11 @@ def load(
 ) -> StableDiffusionPipeline:
     """The `emoji` model as a `StableDiffusionPipeline` for 64 x 64 pictures, with a DDIM scheduler.
 
-    Every weight file is checked against its recorded sha256. The caller's random numbers are left alone.
+    Every file that model.json records is checked against its sha256. The caller's random numbers are left alone.
 
     Args:
-        folder: of unet.safetensors, unet.json, vae.safetensors, vae.json and model.json; None means the shipped ones.
+        folder: of model.json and the files that it records: unet.safetensors, unet.json, vae.safetensors, vae.json, and
+            GIE's adapter if there is one; None means the shipped ones.
         dtype: of all weights (stored as float16, the text encoder as float32); None means float32.
         device: where the pipeline is put.
 
@@ -162,14 +150,11 @@ def load(
     from .vae import EmojiVAE
 
     folder, dtype = folder or FOLDER, dtype or torch.float32
-    record = _read(folder / "model.json")
-    if record.get("version") != 1:
-        raise ValueError(f"{folder / 'model.json'} has version {record.get('version')}, expected 1. {CURE}")
-    if not isinstance(record.get("files"), dict):
-        raise ValueError(f"{folder / 'model.json'} lists no files with their sha256. {CURE}")
+    for name, expected in recorded(folder).items():
+        check(folder / name, expected)
     with torch.random.fork_rng(devices=[]):
-        unet = _model(UNet2DConditionModel, folder, "unet", record["files"], dtype)
-        vae = _model(EmojiVAE, folder, "vae", record["files"], dtype)
+        unet = _model(UNet2DConditionModel, folder, "unet", dtype)
+        vae = _model(EmojiVAE, folder, "vae", dtype)
     tokenizer, encoder = text_encoder(dtype)
     pipe = StableDiffusionPipeline(
         vae=vae,

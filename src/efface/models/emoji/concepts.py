@@ -14,29 +14,31 @@ A concept is a group of icons ("alcohol"), one icon ("cat"), a profession ("doct
 from __future__ import annotations
 
 import difflib
-import json
 import random
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from .weights import read_object
+
 CELLS = ("explicit", "theme", "paraphrase", "pair")
 PAIRS = 48  # pairs of icons per concept in the cell "pair", at least; each makes two prompts
 
 
+HERE = Path(__file__).parent
+KEYS = ("groups", "professions", "themes", "captions", "style_shares")
+
+
 @cache
-def _json(name: str) -> dict[str, Any]:
-    return json.loads((Path(__file__).parent / name).read_text(encoding="utf-8"))
-
-
 def vocabulary() -> dict[str, Any]:
     """`vocabulary.json`: groups, professions, themes, captions and style shares. Shared: do not change it."""
-    return _json("vocabulary.json")
+    return read_object(HERE / "vocabulary.json", *KEYS)
 
 
+@cache
 def paraphrases() -> dict[str, dict[str, list[str]]]:
     """`paraphrases.json`: theme to {"train": captions, "unseen": held out ones}. Shared: do not change it."""
-    return _json("paraphrases.json")
+    return read_object(HERE / "paraphrases.json", *vocabulary()["themes"])
 
 
 def _with_article(name: str) -> str:

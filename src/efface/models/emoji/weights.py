@@ -1,12 +1,16 @@
-"""Where the weights of the `emoji` model lie, and the check that they are whole."""
+"""Where the files of the `emoji` model lie, and the check that they are whole."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).parent / "weights"
 CURE = "Reinstall efface, or train it again with recipes/emoji."
+MODEL = ("unet.safetensors", "unet.json", "vae.safetensors", "vae.json")
+RECORDED = (*MODEL, "gie.safetensors")  # in model.json; eyes.json and aligned.json have the rest
 
 
 def sha256(path: Path) -> str:
@@ -28,3 +32,48 @@ def check(path: Path, expected: str) -> Path:
     if found != expected:
         raise ValueError(f"{path} is damaged: its sha256 is {found}, expected {expected}. {CURE}")
     return path
+
+
+def read_object(path: Path, *keys: str) -> dict[str, Any]:
+    """The JSON object in a file of the package.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else, or lacks one of `keys`.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing. {CURE}")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON object ({error}). {CURE}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not a JSON object (it starts with {str(found)[:20]!r}). {CURE}")
+    if missing := [key for key in keys if not found.get(key)]:
+        raise ValueError(f"{path} is damaged: it has no {', '.join(missing)}. {CURE}")
+    return found
+
+
+def recorded(folder: Path) -> dict[str, str]:
+    """File name to sha256, as model.json records them.
+
+    Raises:
+        FileNotFoundError, ValueError: model.json is missing, damaged, of another version, or lacks a file of the model.
+    """
+    path = folder / "model.json"
+    record = read_object(path)
+    if record.get("version") != 1:
+        raise ValueError(f"{path} has version {record.get('version')}, expected 1. {CURE}")
+    files = record.get("files")
+    if not isinstance(files, dict):
+        raise ValueError(f"{path} lists no files with their sha256. {CURE}")
+    if missing := [name for name in MODEL if name not in files]:
+        raise ValueError(f"{path} has no sha256 of {', '.join(missing)}. {CURE}")
+    return files
+
+
+def record(folder: Path) -> None:
+    """Writes the sha256 of the files in `folder` into its model.json, which says all else already."""
+    path = folder / "model.json"
+    files = {name: sha256(folder / name) for name in RECORDED if (folder / name).is_file()}
+    path.write_text(json.dumps(read_object(path) | {"files": files}, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,31 @@
+"""What Ctrl-C does to the command: it ends it at once while it loads, and keeps what was finished from then on.
+
+While libraries are imported, a `KeyboardInterrupt` comes out as any error, or as none: imports catch and wrap it.
+"""
+
+import os
+import signal
+from types import FrameType
+
+INTERRUPTED = 130
+SHOW_CURSOR = "\x1b[?25h"  # a progress bar hides it
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    said = "Interrupted.\n"
+    if os.isatty(2):
+        said = f"{SHOW_CURSOR}\n{said}"
+    os.write(2, said.encode())
+    os._exit(INTERRUPTED)
+
+
+def at_once() -> None:
+    """From here on Ctrl-C ends the process, unless it is ignored, as in a shell's background job."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def gently() -> None:
+    """From here on Ctrl-C is a `KeyboardInterrupt` again."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
