@@ -21,11 +21,11 @@ from diffusers import (
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 from test_conformance import EFFECT, ERASERS, assert_unchanged, each
-from tiny import ALCOHOL, CAT, PROMPT, STEPS, add_lora, change, denoiser, drawn, latents, pipeline
+from tiny import ALCOHOL, CAT, PROMPT, PROMPTS, STEPS, add_lora, change, denoiser, drawn, latents, pipeline
 from torch import Tensor, nn
 
 import efface
-from efface import EIUP, GIE, SAFREE, SLD, Delta
+from efface import EIUP, GIE, SAFREE, SLD, Delta, NegativePrompt
 from efface._method import Prediction
 
 PICTURE = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -277,41 +277,47 @@ def test_a_second_pipeline_on_the_denoiser_has_to_be_given_the_eraser(sd1: Any) 
         latents(second, PROMPT, image=PICTURE)
 
 
-def test_two_threads_on_one_pipeline_are_an_error(sd1: Any) -> None:
-    errors: list[BaseException] = []
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_second_thread_is_refused_and_the_first_ones_picture_is_right(compiled: bool) -> None:
+    pipe, errors = pipeline("small"), []
+    if compiled:
+        torch._dynamo.reset()
+        pipe.unet.compile(backend="eager", fullgraph=True)
 
-    def draw() -> None:
+    def draw(**call: Any) -> None:
         try:
-            latents(sd1)
+            latents(pipe, "a red cat", **call)
         except RuntimeError as error:
-            errors.append(error)
+            errors.append(str(error))
 
     def in_another_thread(*_: Any) -> dict[str, Tensor]:
-        if not errors:
-            thread = threading.Thread(target=draw)
-            thread.start()
-            thread.join()
-        return {}
-
-    with EIUP(ALCOHOL).apply(sd1):
-        with pytest.raises(
-            RuntimeError, match="another thread used the pipeline"
-        ):  # the other one took over, and ended
-            latents(sd1, callback_on_step_end=in_another_thread)
-        watch = sd1.unet.conv_in.register_forward_hook(in_another_thread_hook(draw))
-        latents(sd1, num_inference_steps=1)  # while the denoiser is at work, the newcomer is refused
-        watch.remove()
-        assert len(errors) == 1 and "take turns" in str(errors[0])
-        assert torch.equal(latents(sd1), drawn("sd1", EIUP(ALCOHOL)))
-
-
-def in_another_thread_hook(draw: Any) -> Any:
-    def hook(*_: Any) -> None:
         thread = threading.Thread(target=draw)
         thread.start()
         thread.join()
+        return {}
 
-    return hook
+    with EIUP(ALCOHOL).apply(pipe):
+        assert change(latents(pipe, callback_on_step_end=in_another_thread), drawn("small", EIUP(ALCOHOL))) < 1e-5
+        assert len(errors) == STEPS and all("take turns" in error for error in errors)
+        in_another_thread()  # nobody draws now
+        assert len(errors) == STEPS
+        if not compiled:  # while the denoiser is at work, the newcomer is refused too
+            watch = pipe.unet.conv_in.register_forward_hook(lambda *_: [in_another_thread(), None][1])
+            latents(pipe, num_inference_steps=1)
+            watch.remove()
+            assert len(errors) == STEPS + 1
+
+
+def test_a_call_that_an_exception_ended_is_in_nobodys_way(sd1: Any) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with NegativePrompt(ALCOHOL).apply(sd1) as handle:
+        with pytest.raises(KeyboardInterrupt):
+            latents(sd1, PROMPTS, callback_on_step_end=stop)
+        handle.rows, handle.strength = [[ALCOHOL]], 6.0  # one prompt, and other rows of the batch: between two calls
+        made = together(lambda: latents(sd1))
+        assert torch.equal(made[0], drawn("sd1", NegativePrompt([ALCOHOL], strength=6.0)))
 
 
 def together(*jobs: Any) -> dict[int, Any]:
