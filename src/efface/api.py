@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import registry
-from .core import Concept, Concepts, Detector, Eraser, Handle, Handles, concept, shipped_concepts
+from .core import Concept, Concepts, Detector, Eraser, Handle, Handles, check_eraser, concept, shipped_concepts
 
 if TYPE_CHECKING:
     import torch
@@ -172,7 +172,7 @@ def erase(pipe: DiffusionPipeline, concepts: Concepts, method: str = "eiup", **f
 
     Raises:
         ValueError: unknown concept, method or field, or a field out of range.
-        TypeError: a pipeline of an unknown family.
+        TypeError: a pipeline of an unknown family, or a method that is no text.
 
     Example:
         >>> import efface
@@ -188,8 +188,16 @@ def erase(pipe: DiffusionPipeline, concepts: Concepts, method: str = "eiup", **f
 def stack(pipe: DiffusionPipeline, *erasers: Eraser) -> Handles:
     """Applies several erasers, in order; all or none.
 
+    Args:
+        pipe: a diffusers text-to-image pipeline.
+        erasers: such as `efface.EIUP("alcohol")`, and deltas.
+
     Returns:
         Their handles as one: a context manager with `remove()`; each handle can come off on its own.
+
+    Raises:
+        ValueError: one that does not fit the pipeline; those before it are taken off again.
+        TypeError: something that is no eraser, or a pipeline of an unknown family.
 
     Example:
         >>> import efface
@@ -198,6 +206,8 @@ def stack(pipe: DiffusionPipeline, *erasers: Eraser) -> Handles:
         ...     len(handles)
         2
     """
+    for eraser in erasers:
+        check_eraser(eraser)
     handles: list[Handle] = []
     try:
         for eraser in erasers:

@@ -85,13 +85,15 @@ def resolve(name: str, room: str | None = None) -> type:
 
     Raises:
         ValueError: no such method there; the message has near matches and the list.
-        TypeError: the method's file does not export exactly one class.
+        TypeError: a name that is no text, or the method's file does not export exactly one class.
 
     Example:
         >>> from efface import registry
         >>> registry.resolve("eiup").__name__
         'EIUP'
     """
+    if not isinstance(name, str):
+        raise TypeError(f"Expected the name of a method, such as 'eiup', but got {name!r}.")
     known = methods(room)
     if name not in known:
         elsewhere = methods().get(name)
