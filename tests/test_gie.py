@@ -607,14 +607,34 @@ def test_each_concept_has_prompts_and_a_judge_of_its_own(sd1: Any, tmp_path: Pat
         (TEXTS, {"seeds": [1_000_000]}, ValueError, "Expected tuning seeds"),
         (TEXTS, {"strengths": [0]}, ValueError, "a strength above 0"),
         (TEXTS, {"strengths": [-1]}, ValueError, "`strength`"),
+        ({"cat": "a cat"}, {}, TypeError, "`prompts` should be a sequence of texts"),
+        (TEXTS, {"batch": 0}, ValueError, "Expected `batch` to be a whole number >= 1"),
+        (TEXTS, {"patience": 0}, ValueError, "Expected `patience`"),
+        (TEXTS, {"most_epochs": 0}, ValueError, "Expected `most_epochs`"),
+        (TEXTS, {"fidelity": -1}, ValueError, "Expected `fidelity`"),
+        (TEXTS, {"detector": {}}, ValueError, r"`detector` and `concepts` .* they differ in \['cat'\]"),
+        (TEXTS, {"faithful": {}}, ValueError, r"`faithful` and `concepts` .* they differ in \['cat'\]"),
+        (TEXTS, {"detector": torch.mean}, TypeError, "with a text `name`"),
+        (TEXTS, {"out": Path(__file__).parent}, ValueError, "Expected `out` to be a file, but .* is a folder"),
     ],
 )
 def test_bad_fits_are_found_before_anything_is_drawn(
     prompts: Any, how: dict[str, Any], error: type, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=message):
-        GIE.fit(None, CAT, prompts, detector=Bright(), out=tmp_path / "a", **how)
+        GIE.fit(None, CAT, prompts, **{"detector": Bright(), "out": tmp_path / "a", **how})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda found: "{", lambda found: "[]", lambda found: found.replace("features", "f")]
+)
+def test_a_damaged_ladder_is_named_with_its_cure(damage: Any, sd1: Any, tmp_path: Path) -> None:
+    GIE.fit(sd1, CAT, TEXTS, detector=Bright(), out=tmp_path / "a", **QUICK)
+    ladder = tmp_path / "a.ladder.json"
+    ladder.write_text(damage(ladder.read_text()))
+    with pytest.raises(ValueError, match="a.ladder.json is damaged: delete it, and the same call draws the ladder"):
+        GIE.fit(sd1, CAT, TEXTS, detector=Bright(), out=tmp_path / "a", **QUICK)
 
 
 def test_the_best_strength_is_the_least_loss_over_seeds(tmp_path: Path) -> None:
