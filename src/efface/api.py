@@ -118,12 +118,21 @@ def damaged(folder: Path) -> list[Path]:
 
 
 def build(method: str, concepts: Concepts, **fields: Any) -> Any:
-    """The eraser `method` for `concepts`, configured by `fields`.
+    """The eraser `method`, or a preset of it ("sld.strong"), for `concepts`, configured by `fields`.
 
     Raises:
-        ValueError: unknown method or field (the message has near matches), or a field out of range.
+        ValueError: unknown method, preset or field (the message has near matches), or a field out of range.
+        TypeError: a method that is no text.
     """
-    return _checked(method, "erasers", fields)(concepts, **fields)
+    name, preset = registry.split(method)
+    cls = _checked(name, "erasers", fields)
+    if not preset:
+        return cls(concepts, **fields)
+    known = registry.presets(cls)
+    if preset not in known:
+        hint, there = registry.near(preset, known), ", ".join(known) or "none"
+        raise ValueError(f"{name} has no preset {preset!r}. {hint}{' ' if hint else ''}Its presets: {there}.")
+    return known[preset](concepts, **fields)
 
 
 def editor(method: str, **fields: Any) -> Any:
@@ -164,7 +173,7 @@ def erase(pipe: DiffusionPipeline, concepts: Concepts, method: str = "eiup", **f
     Args:
         pipe: a diffusers text-to-image pipeline.
         concepts: names of shipped concepts, `Concept` objects, or a sequence of them.
-        method: an eraser's name; `efface list methods` shows them.
+        method: an eraser's name, as `efface list methods` shows them; a preset goes behind a dot: "sld.strong".
         fields: the method's own fields, such as `strength`.
 
     Returns:

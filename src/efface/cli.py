@@ -44,7 +44,11 @@ Phrases = Annotated[list[str] | None, typer.Option("--phrase", help="A text of y
 ModelName = Annotated[str, typer.Option("--model", help='"emoji", a folder, or a hub id.')]
 MethodName = Annotated[
     str | None,
-    typer.Option("--method", help="How to erase, see `efface list methods`; eiup, or nothing beside --delta."),
+    typer.Option(
+        "--method",
+        help="How to erase, see `efface list methods`; eiup, or nothing beside --delta. A preset goes behind a dot: "
+        "sld.strong.",
+    ),
 ]
 DeltaFiles = Annotated[list[Path] | None, typer.Option("--delta", help="A file made by `efface fit`; may be repeated.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="A field of the method, NAME=VALUE.")]
@@ -156,16 +160,21 @@ def _fields(settings: list[str]) -> dict[str, Any]:
     return fields
 
 
+def _check_folder(out: Path | None, overwrite: bool) -> None:
+    """ValueError if --out is a file, or holds something that may not be replaced; makes nothing."""
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"Expected --out to be a folder, but {out} is a file: name another one.")
+    if out is not None and out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise ValueError(f"{out} is not empty: give --overwrite to replace its results, or name another folder.")
+
+
 def _folder(out: Path | None, overwrite: bool) -> Path:
     """The output folder: made, writable, and empty unless its results may be replaced."""
     if out is None:
         base = Path("efface-out")
         taken = [int(p.name) for p in base.glob("[0-9]*") if p.name.isdigit()] if base.is_dir() else []
         out = base / f"{max(taken, default=0) + 1:03d}"
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"Expected --out to be a folder, but {out} is a file: name another one.")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise ValueError(f"{out} is not empty: give --overwrite to replace its results, or name another folder.")
+    _check_folder(out, overwrite)
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".writable"
@@ -229,12 +238,21 @@ def _erasers(
     if fields and not name:
         raise ValueError("--set is for the fields of a --method, but only deltas were given: name the method too.")
     if name:
-        registry.resolve(name, "erasers")
+        registry.resolve(registry.split(name)[0], "erasers")
     from . import api
 
     erasers: list[Any] = [api.load_delta(path) for path in delta or []]
     targets = targets or list(dict.fromkeys(c for each in erasers for c in each.concepts))
     return targets, erasers + ([api.build(name, targets, **fields)] if name else [])
+
+
+def _check_guidance(erasers: list[Any], guidance: float) -> None:
+    for eraser in erasers:
+        if guidance <= 1 and getattr(eraser, "wants_guidance", False):
+            raise ValueError(
+                f"{type(eraser).__name__} needs guidance, but --guidance is {guidance:g}: give a value above 1, or "
+                "--method eiup."
+            )
 
 
 @app.command()
@@ -266,10 +284,12 @@ def erase(
         targets, erasers = _erasers(concept, phrase, method, delta, set_)
         from . import api
 
-        folder = _folder(out, overwrite)
+        _check_guidance(erasers, guidance)
+        _check_folder(out, overwrite)
         pipe = api.load(model)
         _quiet()
         api.stack(pipe, *erasers).remove()  # a phrase too long or a wrong pipeline is found before anything is drawn
+        folder = _folder(out, overwrite)
         if lost := api.cut_off(pipe, prompt):
             _warn(f"The prompt is longer than the text encoder takes; not read is {lost!r}.")
         judge = _Judge(targets) if model == "emoji" else None
@@ -556,9 +576,10 @@ def merge(
         from . import api
 
         delta = reduce(add, [api.load_delta(file) for file in files])
-        folder = _folder(out, overwrite=False)
+        _check_folder(out, overwrite=False)
         pipe = api.load(model)
         delta.merge(pipe)
+        folder = _folder(out, overwrite=False)
         pipe.save_pretrained(folder)
     typer.echo(f"{folder}")
 
@@ -826,27 +847,36 @@ def calibrate(
             raise ValueError(
                 f"There is no detector for {model!r} on the command line: use efface.calibrate with your own."
             )
-        from .core import concept as shipped
+        from .core import shipped_concepts
         from .models import emoji
 
-        about = shipped(concept)
+        shipped = shipped_concepts()
+        drawn = [name for name in shipped if _known(emoji.truth, name)]
+        if concept not in drawn:
+            why = "is a shipped concept, but emoji cannot draw it" if concept in shipped else "is not a shipped concept"
+            hint = registry.near(concept, drawn)
+            raise ValueError(f"{concept!r} {why}. {hint}{' ' if hint else ''}It can draw {', '.join(drawn)}.")
+        about = shipped[concept]
         fields = _fields(set_ or [])
         if "strength" in fields:
             raise ValueError(
                 "The strength is what is looked for: give --strength for those to try, not --set strength."
             )
-        emoji.truth(about.name)
         cells = {cell: [text for text, _ in emoji.prompts(about.name, cell)] for cell in emoji.CELLS}
-        registry.resolve(method, "erasers")
+        registry.resolve(registry.split(method)[0], "erasers")
         from . import api
         from .calibration import STRENGTHS
         from .calibration import calibrate as search
 
         eraser = api.build(method, about, **fields)
-        if out is None or not (out / "setting.json").exists():
-            out = _folder(out, False)
+        _check_guidance([eraser], guidance)
+        resumes = out is not None and (out / "setting.json").exists()
+        if not resumes:
+            _check_folder(out, False)
         pipe = api.load(model)
         eraser.apply(pipe).remove()
+        if not resumes:
+            out = _folder(out, False)
         pipe.set_progress_bar_config(disable=True)
         from rich.console import Console
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn

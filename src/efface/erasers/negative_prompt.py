@@ -84,6 +84,10 @@ class NegativePrompt(Hooked):
     def touches_uncond(self) -> bool:  # type: ignore[override]
         return self.strength is None
 
+    @property
+    def wants_guidance(self) -> bool:
+        return not self.is_off()
+
     def check(self, pipe: DiffusionPipeline) -> None:
         if self.strength and not hasattr(type(pipe), "guidance_scale"):
             raise ValueError(
