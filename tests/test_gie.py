@@ -20,13 +20,28 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from test_delta import low
 from test_eiup import embed, logits, mix, softmax, written_out
-from tiny import ALCOHOL, CAT, LIMIT, PROMPT, PROMPTS, STEPS, WORDS, batch, change, drawn, latents, pipeline
+from tiny import (
+    ALCOHOL,
+    CAT,
+    LIMIT,
+    PROMPT,
+    PROMPTS,
+    STEPS,
+    WORDS,
+    adapter,
+    batch,
+    change,
+    drawn,
+    execution_order,
+    latents,
+    pipeline,
+)
 from torch import Tensor, nn
 
 from efface import EIUP, GIE, Concept, load
 from efface._hooks import site
 from efface._weights import layer_names, text_hash
-from efface.erasers._adapter import Adapter, network
+from efface.erasers._adapter import Adapter
 from efface.erasers._gie_fit import Ladder, Row, train
 from efface.models.emoji.weights import FOLDER
 
@@ -333,34 +348,6 @@ def test_two_trajectories_that_take_nothing_out_are_plain_from_a_picture_on() ->
 
 
 # ---------------------------------------------------------------- the adapter
-
-
-def adapter(pipe: Any, **changes: Any) -> Adapter:
-    """One whose answers are well apart; the layers as they run: down, middle, up."""
-    layers = execution_order(pipe)
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        net = network(len(layers))
-        nn.init.constant_(net[4].bias, 1.0)
-        mean, std = torch.rand(len(layers)) / 10, 0.02 + torch.rand(len(layers)) / 100
-    given = {
-        "net": net,
-        "mean": mean,
-        "std": std,
-        "layers": layers,
-        "model": text_hash(pipe, {}),
-        "text_encoder": "CLIP",
-    }
-    return Adapter(**(given | changes))
-
-
-def execution_order(pipe: Any) -> tuple[str, ...]:
-    names, order = {m: n for n, m in pipe.unet.named_modules() if n.endswith("attn2")}, []
-    watches = [m.register_forward_pre_hook(lambda module, args: order.append(names[module])) for m in names]
-    latents(pipe, num_inference_steps=1)
-    for watch in watches:
-        watch.remove()
-    return tuple(order)
 
 
 class Maps:
