@@ -22,7 +22,21 @@ from diffusers import (
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 from test_conformance import EFFECT, ERASERS, assert_unchanged, each, refusal
-from tiny import ALCOHOL, CAT, PROMPT, PROMPTS, STEPS, add_lora, change, denoiser, drawn, fitted, latents, pipeline
+from tiny import (
+    ALCOHOL,
+    CAT,
+    PROMPT,
+    PROMPTS,
+    STEPS,
+    add_lora,
+    batch,
+    change,
+    denoiser,
+    drawn,
+    fitted,
+    latents,
+    pipeline,
+)
 from torch import Tensor, nn
 
 import efface
@@ -347,6 +361,8 @@ def test_a_call_that_an_exception_ended_is_in_nobodys_way(sd1: Any) -> None:
     with NegativePrompt(ALCOHOL).apply(sd1) as handle:
         with pytest.raises(KeyboardInterrupt):
             latents(sd1, PROMPTS, callback_on_step_end=stop)
+        with torch.no_grad():
+            sd1.unet(**batch(rows=3))
         handle.rows, handle.strength = [[ALCOHOL]], 6.0  # one prompt, and other rows of the batch: between two calls
         made = together(lambda: latents(sd1))
         assert torch.equal(made[0], drawn("sd1", NegativePrompt([ALCOHOL], strength=6.0)))

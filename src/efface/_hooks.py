@@ -315,7 +315,7 @@ class Site:
         """Called in front of each denoiser call: which rows are conditional, what time it is, what text is masked."""
         if not torch.compiler.is_compiling():
             self._fit()
-            if self.call is None:
+            if self._present() is None:
                 self._refuse_strangers()
             elif self.call.thread != threading.get_ident():
                 raise RuntimeError(_TWO_THREADS)
