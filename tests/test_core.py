@@ -75,6 +75,8 @@ def test_a_typo_is_an_error_with_near_matches(ask: Any) -> None:
         ("eiup", "but got 'eiup': efface.erase takes methods by name"),
         (["beer"], r"but got \['beer'\]: give several one by one"),
         (EIUP, r"got the class: write EIUP\('alcohol'\)"),
+        (efface.UCE(), r"but got UCE\(.*: fit it to a pipeline first"),
+        (None, "but got None: see efface.Eraser"),
     ],
 )
 def test_what_is_no_eraser_is_refused_before_any_is_applied(eraser: Any, message: str) -> None:

@@ -315,11 +315,12 @@ class Site:
         """Called in front of each denoiser call: which rows are conditional, what time it is, what text is masked."""
         if not torch.compiler.is_compiling():
             self._fit()
-            if self._present() is None:
+            call = self._present()
+            if call is None:
                 self._refuse_strangers()
-            elif self.call.thread != threading.get_ident():
+            elif call.thread != threading.get_ident():
                 raise RuntimeError(_TWO_THREADS)
-            for entry in self.entries if self.call is None else ():
+            for entry in self.entries if call is None else ():
                 entry.change(self.images_per_prompt, joined=None, lengths=None, weights=None)
             if text is not self._checked:
                 self.first = self._first_row(text)

@@ -186,7 +186,9 @@ def check_eraser(eraser: Any) -> None:
     if isinstance(eraser, type):
         raise TypeError(f"Expected an eraser, but got the class: write {eraser.__name__}('alcohol'), for example.")
     if not callable(getattr(eraser, "apply", None)):
-        cure = "give several one by one" if isinstance(eraser, (list, tuple)) else "efface.erase takes methods by name"
+        cure = "efface.erase takes methods by name" if isinstance(eraser, str) else "see efface.Eraser"
+        cure = "give several one by one" if isinstance(eraser, (list, tuple)) else cure
+        cure = "fit it to a pipeline first, which gives a delta" if hasattr(eraser, "fit") else cure
         raise TypeError(f"Expected an eraser, such as efface.EIUP('alcohol') or a delta, but got {eraser!r}: {cure}.")
 
 
