@@ -219,9 +219,12 @@ class Site:
 
     def _present(self) -> _Call | None:
         """The call that is going on; one that an exception ended is forgotten."""
-        if self.call is not None and self.call.inside and not _calls(self.call.pipe(), self.call.thread):
+        call = self.call  # its own thread may end it meanwhile
+        if call is None or not call.inside or _calls(call.pipe(), call.thread):
+            return call
+        if self.call is call:
             self.call = None
-        return self.call
+        return None
 
     @property
     def images_per_prompt(self) -> int:
