@@ -59,3 +59,11 @@ def family(request: pytest.FixtureRequest) -> str:
 def pipe(family: str) -> Iterator[Any]:
     """A pipeline of each family in turn."""
     yield from lend(family)
+
+
+@pytest.fixture
+def eraser(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A parameter of the eraser tests; its adapter, if it has one, is for the test's model."""
+    family = request.getfixturevalue("family") if "family" in request.fixturenames else "sd1"
+    tiny.steps_for(monkeypatch, request.param)
+    return tiny.fitted(request.param, tiny.untouched(family))

@@ -60,6 +60,7 @@ class Weaken:
 @dataclass(frozen=True)
 class Fixed:
     alpha: float = 1.0
+    apply = Weaken.apply
 
 
 class Red:
@@ -147,15 +148,40 @@ def test_it_goes_on_where_it_was_killed(tmp_path: Path) -> None:
         ({"strengths": []}, "Expected `strengths`"),
         ({"target": 3}, "Expected `target`"),
         ({"keep": -0.1}, "Expected `keep`"),
-        ({"n": 0}, "Expected n >= 1"),
+        ({"strengths": 1.0}, "Expected `strengths`"),
+        ({"n": 0}, "Expected `n` to be a whole number >= 1, but got 0"),
+        ({"refine": -1}, "Expected `refine`"),
+        ({"batch": 0}, "Expected `batch`"),
         ({"plot": True}, "A plot needs a place"),
+        ({"prompts": "a cat"}, r"`prompts` should be a sequence of texts, .* write \('a cat',\)"),
+        ({"keep_prompts": "a dog"}, "`keep_prompts` should be a sequence of texts"),
+        ({"detector": green}, "with a text `name` by which records know it"),
+        ({"detector": Red}, "Expected a detector"),
+        ({"concept": ["cat", "alcohol"]}, "Expected one concept, but got 2"),
+        ({"concept": "cat", "eraser": efface.EIUP("alcohol")}, "EIUP erases 'alcohol', but 'cat' is what is judged"),
+        ({"eraser": efface.EIUP(rows=[["cat"]])}, "EIUP erases by rows, but"),
+        ({"eraser": efface.EIUP}, r"got the class: write EIUP\('alcohol'\)"),
+        ({"eraser": "eiup"}, "but got 'eiup': efface.erase takes methods by name"),
+        ({"eraser": [Weaken()]}, r"but got \[Weaken.*: give several one by one"),
+        ({"out": __file__}, "Expected `out` to be a folder, but .* is a file"),
     ],
 )
 def test_bad_settings_are_found_before_anything_is_drawn(settings: dict[str, Any], message: str) -> None:
-    pipe = Pipe()
-    with pytest.raises(ValueError, match=message):
-        calibrate(pipe, **settings)
+    pipe, given = Pipe(), {"eraser": Weaken(), "concept": CAT, "detector": Red(), **FAST, "kept": green, **settings}
+    with pytest.raises((ValueError, TypeError), match=message):
+        efface.calibrate(pipe, **given)
     assert pipe.drawn == 0
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"left": [[1, 0]]}', '{"left": [["a"], 3]}', '{"left": []}'])
+@pytest.mark.parametrize("file", ["setting", "plain", "strength-1"])
+def test_a_damaged_file_is_named_with_its_cure(file: str, damage: str, tmp_path: Path) -> None:
+    settings = {"strengths": [1.0], "n": 10, "out": tmp_path / "c"}
+    calibrate(Pipe(), **settings)
+    (tmp_path / f"c/{file}.json").write_text(damage)
+    with pytest.raises(ValueError, match=f"{file}.json is damaged: delete|another call") as error:
+        calibrate(Pipe(), **settings)
+    assert ("is damaged" in str(error.value)) or (file == "setting" and damage.startswith('{"'))
 
 
 def test_what_cannot_be_told_is_said() -> None:

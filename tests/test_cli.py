@@ -54,6 +54,16 @@ def test_the_command_ends_without_a_traceback_too(tmp_path: Path) -> None:
         (["a cat", "--concept", "cat", "--set", "window=[0, 1.5]"], "Expected `window`"),
         (["a cat", "--concept", "cat", "--set", "window=0.5"], "Expected `window`"),
         (["a cat", "--phrase", " "], "needs a name"),
+        (["a cat", "--concept", "cat", "--method", "sld.medum"], "sld has no preset 'medum'. Did you mean 'medium'?"),
+        (["a cat", "--concept", "cat", "--method", "gie.fit"], "Its presets: paper, official."),
+        (
+            ["a cat", "--concept", "cat", "--method", "sld", "--guidance", "1"],
+            "SLD needs guidance, but --guidance is 1",
+        ),
+        (
+            ["a cat", "--concept", "cat", "--method", "negative_prompt", "--guidance", "0.5"],
+            "NegativePrompt needs guidance, but --guidance is 0.5: give a value above 1, or --method eiup",
+        ),
         (["a cat", "--concept", "cat", "--seed", str(2**32 - 1)], "Seeds go up to"),
         (["a cat", "--concept", "cat", "--method", ""], "Unknown method ''"),
         (["a cat", "--concept", "cat", "--set", "concepts=2"], "The concepts of eiup are not set like its fields"),
@@ -326,7 +336,12 @@ def test_erase_writes_pictures_grid_and_record(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        (["--concept", "nudity"], "unknown concept 'nudity'"),
+        (
+            ["--concept", "nudity"],
+            "'nudity' is a shipped concept, but emoji cannot draw it. It can draw alcohol, weapon",
+        ),
+        (["--concept", "kat"], "'kat' is not a shipped concept. Did you mean 'cat'? It can draw"),
+        (["--concept", "cat", "--method", "sld", "--guidance", "1"], "SLD needs guidance, but --guidance is 1: give"),
         (["--concept", "cat", "--model", "some/model"], "There is no detector"),
         (["--concept", "cat", "--set", "strength=1"], "The strength is what is looked for"),
     ],
@@ -351,6 +366,34 @@ def test_calibrate_names_a_strength_and_goes_on_without_drawing(tmp_path: Path) 
     }
     (tmp_path / "out/strength-1.json").write_text('{"left": [[1, 1, 1, 1]], "kept": [[1, 1, 1, 1]]}')
     assert "No strength from 1 to 1 reaches" in call(*args, "--out", tmp_path / "out")
+
+
+@needs_weights
+def test_an_eraser_that_cannot_be_applied_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = ["--concept", "cat", "--method", "gie", "--set", "values=official"]
+    for command in (["erase", "a cat", *args], ["calibrate", *args]):
+        assert "needs a causal text encoder" in call(*command, code=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_weights
+def test_a_preset_goes_behind_a_dot(tmp_path: Path) -> None:
+    args = [
+        "--method",
+        "sld.strong",
+        "--set",
+        "warmup=0.1",
+        "--images",
+        "1",
+        "--steps",
+        "1",
+        "--out",
+        tmp_path,
+        "--json",
+    ]
+    made = json.loads(call("erase", "a cat", "--concept", "cat", *args))["eraser"]
+    assert (made["method"], made["sld_guidance_scale"], made["warmup"]) == ("sld", 2000.0, 0.1)
 
 
 @needs_weights

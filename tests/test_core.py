@@ -14,6 +14,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from PIL import Image
 
+import efface
 from efface import EIUP, Concept, Handle, NegativePrompt, Row, Sample, Score, Suite, concept
 from efface.core import Handles, as_concepts, as_rows, check_strength, check_window, shipped_concepts
 
@@ -77,6 +78,27 @@ def test_a_typo_is_an_error_with_near_matches(ask: Any) -> None:
     assert "Concept('alchol')" in str(error.value)
     with pytest.raises(ValueError, match="'zzz' is not a shipped concept. `efface list"):
         ask("zzz")
+
+
+@pytest.mark.parametrize(
+    ("eraser", "message"),
+    [
+        ("eiup", "but got 'eiup': efface.erase takes methods by name"),
+        (["beer"], r"but got \['beer'\]: give several one by one"),
+        (EIUP, r"got the class: write EIUP\('alcohol'\)"),
+        (efface.UCE(), r"but got UCE\(.*: fit it to a pipeline first"),
+        (None, "but got None: see efface.Eraser"),
+    ],
+)
+def test_what_is_no_eraser_is_refused_before_any_is_applied(eraser: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=f"Expected an eraser, .*{message}"):
+        efface.stack(None, EIUP("alcohol"), eraser)
+
+
+@pytest.mark.parametrize("method", [None, EIUP, 3])
+def test_a_method_that_is_no_text_is_a_type_error(method: Any) -> None:
+    with pytest.raises(TypeError, match="Expected the name of a method, such as 'eiup', but got"):
+        efface.erase(None, "alcohol", method=method)
 
 
 def test_one_wrong_name_among_right_ones_is_an_error() -> None:

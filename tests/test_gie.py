@@ -20,13 +20,28 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from test_delta import low
 from test_eiup import embed, logits, mix, softmax, written_out
-from tiny import ALCOHOL, CAT, LIMIT, PROMPT, PROMPTS, STEPS, WORDS, batch, change, drawn, latents, pipeline
+from tiny import (
+    ALCOHOL,
+    CAT,
+    LIMIT,
+    PROMPT,
+    PROMPTS,
+    STEPS,
+    WORDS,
+    adapter,
+    batch,
+    change,
+    drawn,
+    execution_order,
+    latents,
+    pipeline,
+)
 from torch import Tensor, nn
 
 from efface import EIUP, GIE, Concept, load
 from efface._hooks import site
 from efface._weights import layer_names, text_hash
-from efface.erasers._adapter import Adapter, network
+from efface.erasers._adapter import Adapter
 from efface.erasers._gie_fit import Ladder, Row, train
 from efface.models.emoji.weights import FOLDER
 
@@ -335,34 +350,6 @@ def test_two_trajectories_that_take_nothing_out_are_plain_from_a_picture_on() ->
 # ---------------------------------------------------------------- the adapter
 
 
-def adapter(pipe: Any, **changes: Any) -> Adapter:
-    """One whose answers are well apart; the layers as they run: down, middle, up."""
-    layers = execution_order(pipe)
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        net = network(len(layers))
-        nn.init.constant_(net[4].bias, 1.0)
-        mean, std = torch.rand(len(layers)) / 10, 0.02 + torch.rand(len(layers)) / 100
-    given = {
-        "net": net,
-        "mean": mean,
-        "std": std,
-        "layers": layers,
-        "model": text_hash(pipe, {}),
-        "text_encoder": "CLIP",
-    }
-    return Adapter(**(given | changes))
-
-
-def execution_order(pipe: Any) -> tuple[str, ...]:
-    names, order = {m: n for n, m in pipe.unet.named_modules() if n.endswith("attn2")}, []
-    watches = [m.register_forward_pre_hook(lambda module, args: order.append(names[module])) for m in names]
-    latents(pipe, num_inference_steps=1)
-    for watch in watches:
-        watch.remove()
-    return tuple(order)
-
-
 class Maps:
     """A processor that keeps the explicit maps of a text in the conditional rows, and draws the plain picture."""
 
@@ -607,14 +594,34 @@ def test_each_concept_has_prompts_and_a_judge_of_its_own(sd1: Any, tmp_path: Pat
         (TEXTS, {"seeds": [1_000_000]}, ValueError, "Expected tuning seeds"),
         (TEXTS, {"strengths": [0]}, ValueError, "a strength above 0"),
         (TEXTS, {"strengths": [-1]}, ValueError, "`strength`"),
+        ({"cat": "a cat"}, {}, TypeError, "`prompts` should be a sequence of texts"),
+        (TEXTS, {"batch": 0}, ValueError, "Expected `batch` to be a whole number >= 1"),
+        (TEXTS, {"patience": 0}, ValueError, "Expected `patience`"),
+        (TEXTS, {"most_epochs": 0}, ValueError, "Expected `most_epochs`"),
+        (TEXTS, {"fidelity": -1}, ValueError, "Expected `fidelity`"),
+        (TEXTS, {"detector": {}}, ValueError, r"`detector` and `concepts` .* they differ in \['cat'\]"),
+        (TEXTS, {"faithful": {}}, ValueError, r"`faithful` and `concepts` .* they differ in \['cat'\]"),
+        (TEXTS, {"detector": torch.mean}, TypeError, "with a text `name`"),
+        (TEXTS, {"out": Path(__file__).parent}, ValueError, "Expected `out` to be a file, but .* is a folder"),
     ],
 )
 def test_bad_fits_are_found_before_anything_is_drawn(
     prompts: Any, how: dict[str, Any], error: type, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=message):
-        GIE.fit(None, CAT, prompts, detector=Bright(), out=tmp_path / "a", **how)
+        GIE.fit(None, CAT, prompts, **{"detector": Bright(), "out": tmp_path / "a", **how})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda found: "{", lambda found: "[]", lambda found: found.replace("features", "f")]
+)
+def test_a_damaged_ladder_is_named_with_its_cure(damage: Any, sd1: Any, tmp_path: Path) -> None:
+    GIE.fit(sd1, CAT, TEXTS, detector=Bright(), out=tmp_path / "a", **QUICK)
+    ladder = tmp_path / "a.ladder.json"
+    ladder.write_text(damage(ladder.read_text()))
+    with pytest.raises(ValueError, match="a.ladder.json is damaged: delete it, and the same call draws the ladder"):
+        GIE.fit(sd1, CAT, TEXTS, detector=Bright(), out=tmp_path / "a", **QUICK)
 
 
 def test_the_best_strength_is_the_least_loss_over_seeds(tmp_path: Path) -> None:

@@ -224,6 +224,8 @@ def test_sld_asks_for_the_concept_only_when_it_needs_it(sd1: Any) -> None:
     assert rows(SLD(ALCOHOL)) == [3] * 5
     assert rows(SLD.weak(ALCOHOL, warmup=0.5)) == [2, 2, 3, 3, 3]
     assert rows(SLD(ALCOHOL, sld_guidance_scale=0.0)) == [2] * 5
+    with SLD(ALCOHOL, sld_guidance_scale=0.0).apply(sd1):
+        assert torch.equal(latents(sd1), drawn())
     assert rows(SLD(ALCOHOL, strength=0.0)) == rows(NegativePrompt(ALCOHOL, strength=0.0)) == [2] * 5
     assert rows(SLD(rows=[[]])) == rows(NegativePrompt(ALCOHOL)) == [2] * 5
 

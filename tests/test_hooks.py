@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline, StableDiffusionPipelineSafe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import ALCOHOL, CAT, LIMIT, PROMPT, PROMPTS, WORDS, batch, change, drawn, latents, pipeline, untouched
 from tokenizers import normalizers
 from torch import Tensor
-from transformers import T5EncoderModel
+from transformers import T5Config, T5EncoderModel
 
 from efface import EIUP, GIE, SAFREE, SLD, Concept, NegativePrompt
 from efface._attention import CrossAttention, Term
@@ -150,6 +150,20 @@ def test_changes_act_in_the_middle_of_a_call(family: str, pipe: Any, options: di
         late = latents(pipe, PROMPTS, callback_on_step_end=switch_on, **options)
     assert torch.equal(late, drawn(family, EIUP(rows=rows, window=(0.5, 0.9)), prompt=PROMPTS, **options))
     assert change(late[0], drawn(family, prompt=PROMPTS, **options)[0]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "eraser", [GIE([ALCOHOL], values="official"), ERASER, SLD([ALCOHOL]), NegativePrompt([ALCOHOL])]
+)
+def test_rows_of_the_wrong_length_are_refused_in_the_middle_of_a_call(eraser: Any, sd1: Any) -> None:
+    def change_rows(*_: Any) -> dict[str, Tensor]:
+        with pytest.raises(ValueError, match="`rows` has 3 entries, but the call has 2 prompts"):
+            handle.rows = [[ALCOHOL]] * 3
+        return {}
+
+    with eraser.apply(sd1) as handle:
+        erased = latents(sd1, PROMPTS, callback_on_step_end=change_rows)
+        assert torch.equal(erased, drawn("sd1", eraser, prompt=PROMPTS))
 
 
 def test_a_refused_change_changes_nothing(sd1: Any) -> None:
@@ -335,6 +349,28 @@ def test_layers_are_told_by_what_they_are_and_not_by_their_names() -> None:
     with ERASER.apply(pipe):
         hooked = {name for name in named if hasattr(getattr(named[name], "to_q", None), "_diffusers_hook")}
     assert hooked == cross
+
+
+@pytest.mark.parametrize(
+    "eraser", [ERASER, SLD([CAT]), SAFREE([CAT]), NegativePrompt([CAT]), NegativePrompt([CAT], 3.0)]
+)
+def test_an_encoder_of_another_model_is_refused_with_both_widths(eraser: Any) -> None:
+    unet = tiny.stable_diffusion(tiny.tokenizer(), 32, tiny.denoiser(48))
+    transformer = pipeline("pixart")
+    transformer.register_modules(text_encoder=T5EncoderModel(T5Config(d_model=16, d_kv=8, d_ff=8, num_layers=1)))
+    for pipe, made, read in ((unet, 32, 48), (transformer, 16, 24)):
+        with pytest.raises(ValueError, match=f"makes states of width {made}, but its denoiser reads width {read}"):
+            eraser.apply(pipe)
+        assert "encode_prompt" not in vars(pipe)
+
+
+@pytest.mark.parametrize("kind", [StableDiffusionInstructPix2PixPipeline, StableDiffusionPipelineSafe])
+def test_a_pipeline_that_does_not_tell_its_rows_is_a_type_error(kind: Any, sd1: Any) -> None:
+    parts = {name: part for name, part in sd1.components.items() if name != "image_encoder"}
+    pipe = kind(**parts, requires_safety_checker=False)
+    for eraser in (ERASER, SLD([CAT]), SAFREE([CAT]), NegativePrompt([CAT])):
+        with pytest.raises(TypeError, match=f"{kind.__name__} has no `encode_prompt`, .*: use a pipeline that has it"):
+            eraser.apply(pipe)
 
 
 def test_fused_projections_are_refused_with_the_cure() -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
+from test_conformance import each, refusal
 from test_eiup import logits, mix, projected, softmax, written_out
 from test_safree import written_out as by_formula
-from tiny import ALCOHOL, CAT, PROMPT, WORDS, change, drawn, latents, pipeline
+from tiny import ALCOHOL, CAT, PROMPT, WORDS, change, drawn, fitted, latents, pipeline, untouched
 from torch import Tensor
 
 from efface import EIUP, GIE, SAFREE, SLD, Concept, NegativePrompt
@@ -169,9 +170,15 @@ def test_gie_is_separate_with_masks_too() -> None:
         assert change(got, latents(pipe, PROMPTS)) < 1e-9
 
 
-def test_sigma_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert change(drawn("pixart_sigma", EIUP([ALCOHOL])), drawn("pixart", EIUP([ALCOHOL]))) < 1e-5
-    assert change(drawn("pixart_sigma", EIUP([ALCOHOL])), drawn("pixart_sigma")) > 1e-3
+@each
+def test_sigma_is_the_same(eraser: Any) -> None:
+    eraser = fitted(eraser, untouched("pixart_sigma"))  # the same weights
+    if refusal(eraser, untouched("pixart")):
+        with pytest.raises(ValueError, match="PixArt"):
+            eraser.apply(untouched("pixart_sigma"))
+        return
+    assert change(drawn("pixart_sigma", eraser), drawn("pixart", eraser)) < 1e-5
+    assert change(drawn("pixart_sigma", eraser), drawn("pixart_sigma")) > 1e-3
 
 
 def test_texts_are_measured_by_what_the_pipeline_encodes() -> None:

@@ -363,6 +363,8 @@ def test_what_cannot_run_is_refused_before_drawing(sd1: Any, tmp_path: Path) -> 
         efface.run(SUITE, sd1, out=tmp_path / "a", limit=0)
     with pytest.raises(ValueError, match="one folder"):
         efface.run(SUITE, sd1, out=tmp_path / "a", base=tmp_path / "a", eraser=ALCOHOL)
+    with pytest.raises(TypeError, match="but got 'eiup': efface.erase takes methods by name"):
+        efface.run(SUITE, sd1, out=tmp_path / "b", eraser="eiup")
     assert not [p for p in tmp_path.rglob("*.png")]
 
 

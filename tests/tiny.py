@@ -7,10 +7,15 @@ query, key and value projections are scaled so that what a prompt says changes t
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -38,6 +43,8 @@ from transformers import (
 )
 
 from efface import Concept
+from efface._weights import text_hash
+from efface.erasers._adapter import Adapter, network
 
 WORDS = ("a", "at", "the", "of", "and", "night", "pub", "cat", "dog", "beer", "wine", "glass", "red", "big", "moon")
 LIMIT = 16  # tokens in a prompt, start and end included
@@ -274,9 +281,13 @@ def latents(pipe: DiffusionPipeline, prompt: str | Sequence[str] | None = PROMPT
 untouched = functools.cache(lambda family: pipeline(family))
 
 
-@functools.cache
 def drawn(family: str = "sd1", *erasers: Any, prompt: str | tuple[str, ...] = PROMPT, **options: Any) -> Tensor:
     """What a pipeline draws with these erasers on, and nothing else; the plain picture without one."""
+    return _drawn(family, *erasers, prompt=prompt, **{"num_inference_steps": STEPS, **options})
+
+
+@functools.cache
+def _drawn(family: str, *erasers: Any, prompt: str | tuple[str, ...], **options: Any) -> Tensor:
     pipe = untouched(family)
     with contextlib.ExitStack() as on:
         for eraser in erasers:
@@ -319,3 +330,56 @@ def batch(family: str = "sd1", rows: int = 2) -> dict[str, Any]:
             "time_ids": torch.zeros(rows, 6),
         }
     return made
+
+
+# ---------------------------------------------------------------- GIE's adapter
+
+
+def execution_order(pipe: Any) -> tuple[str, ...]:
+    """Names of the cross-attention layers, as they run."""
+    names, order = {m: n for n, m in denoiser_of(pipe).named_modules() if n.endswith("attn2")}, []
+    watches = [m.register_forward_pre_hook(lambda module, args: order.append(names[module])) for m in names]
+    latents(pipe, num_inference_steps=1)
+    for watch in watches:
+        watch.remove()
+    return tuple(dict.fromkeys(order))
+
+
+def adapter(pipe: Any, **changes: Any) -> Adapter:
+    """One whose answers are well apart; the layers as they run: down, middle, up."""
+    layers = execution_order(pipe)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        net = network(len(layers))
+        torch.nn.init.constant_(net[4].bias, 1.0)
+        mean, std = torch.rand(len(layers)) / 10, 0.02 + torch.rand(len(layers)) / 100
+    given = {
+        "net": net,
+        "mean": mean,
+        "std": std,
+        "layers": layers,
+        "model": text_hash(pipe, {}),
+        "text_encoder": "CLIP",
+    }
+    return Adapter(**(given | changes))
+
+
+_files = tempfile.TemporaryDirectory()
+
+
+def adapter_file(pipe: Any) -> str:
+    """Of the adapter for this pipeline's model."""
+    file = Path(_files.name) / f"{text_hash(pipe, {})}.safetensors"
+    return str(file if file.exists() else adapter(pipe).save(file))
+
+
+def steps_for(monkeypatch: pytest.MonkeyPatch, *erasers: Any) -> None:
+    """More steps where SAFREE's filter is on, which acts in the first fifth of the trajectory only."""
+    if any(getattr(eraser, "validation", None) for eraser in erasers):
+        monkeypatch.setattr(sys.modules[__name__], "STEPS", 5)
+
+
+def fitted(eraser: Any, pipe: Any) -> Any:
+    """The eraser; if it has an adapter, with the one for this pipeline's model."""
+    adapted = getattr(eraser, "adapter", None) is not None
+    return dataclasses.replace(eraser, adapter=adapter_file(pipe)) if adapted else eraser

@@ -44,7 +44,7 @@ from ._guidance import guided, needs_guidance, with_concepts
 from ._layers import Layer, SelfLayer, WatchDenoiser, register, unregister
 from ._method import Method
 from ._prompts import Entry, projected
-from ._text import SITES, cut_off, encoding_settings
+from ._text import SITES, check_width, cut_off, encoding_settings
 from ._weights import check_unfused, denoiser_of
 from .core import Handle
 from .families import Family, family
@@ -84,6 +84,7 @@ class _Call:
     prompts: list[str] | None  # None: the user gave embeddings
     pipe: weakref.ref[DiffusionPipeline]
     guidance_scale: float
+    inside: bool  # of the pipeline's `__call__`, not an `encode_prompt` by itself
     thread: int = field(default_factory=threading.get_ident)
     one_negative: bool = field(init=False, default=False)  # for all rows
 
@@ -162,9 +163,8 @@ class Site:
         for layer in self.self_layers if eraser.twins else ():
             check_unfused(layer.attn, self.facts.denoiser)
         entry = Entry(eraser)
+        check_width(pipe)
         self._prepare(pipe, entry)
-        if eraser.edits_attention:
-            entry.check_width(pipe, self.layers[0].attn.cross_attention_dim)
         self._wrap(pipe)
         if not self.entries:
             register(self._denoiser(), WatchDenoiser(self))
@@ -177,12 +177,14 @@ class Site:
             present = owner()
             if present is None:
                 raise ValueError("The pipeline of this eraser is gone.")
-            if self.call is not None and changed.guides != entry.eraser.guides:
+            call = self._present()
+            if call is not None and changed.guides != entry.eraser.guides:
                 raise ValueError(
                     f"This change moves {type(changed).__name__} to other rows of the batch, which cannot be done "
                     "while the pipeline is drawing: set it between two calls."
                 )
-            trial, call = Entry(changed, memory=entry.memory), self.call
+            trial = Entry(changed, memory=entry.memory)
+            trial.check_rows(self.images_per_prompt, len(call.positive) if call else None)
             self._prepare(present, trial, call.prompts if call else None, **(call.settings if call else {}))
             if entry.prompts and (changed.concepts, changed.rows) == (entry.eraser.concepts, entry.eraser.rows):
                 trial.change(self.images_per_prompt, weights=entry.prompts.weights)  # keep what was measured
@@ -223,6 +225,15 @@ class Site:
         attributes = next((hidden for ref, hidden in self.pipes if ref() is pipe), vars(pipe))
         return attributes.get("encode_prompt") or MethodType(type(pipe).encode_prompt, pipe)
 
+    def _present(self) -> _Call | None:
+        """The call that is going on; one that an exception ended is forgotten."""
+        call = self.call  # its own thread may end it meanwhile
+        if call is None or not call.inside or _calls(call.pipe(), call.thread):
+            return call
+        if self.call is call:
+            self.call = None
+        return None
+
     @property
     def images_per_prompt(self) -> int:
         return self.call.images_per_prompt if self.call else 1
@@ -245,6 +256,9 @@ class Site:
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             with self.alone():
+                present = self._present()
+                if present is not None and present.inside and present.thread != threading.get_ident():
+                    raise RuntimeError(_TWO_THREADS)
                 bound = signature.bind(*args, **kwargs)
                 bound.apply_defaults()
                 settings, images = encoding_settings(bound), bound.arguments["num_images_per_prompt"]
@@ -270,7 +284,8 @@ class Site:
                 elif guided:
                     negative = encoded[1]
                 scale = getattr(owner(), "guidance_scale", math.nan)
-                self.call = _Call(encoded[0], negative, mask, images, settings, prompts, owner, scale)
+                inside = _calls(owner(), threading.get_ident())
+                self.call = _Call(encoded[0], negative, mask, images, settings, prompts, owner, scale, inside)
                 self._checked = None
                 self._fit()  # once more in `begin`, but not when compiled
                 for entry in self.entries:
@@ -315,11 +330,12 @@ class Site:
         """Called in front of each denoiser call: which rows are conditional, what time it is, what text is masked."""
         if not torch.compiler.is_compiling():
             self._fit()
-            if self.call is None:
+            call = self._present()
+            if call is None:
                 self._refuse_strangers()
-            elif self.call.thread != threading.get_ident():
+            elif call.thread != threading.get_ident():
                 raise RuntimeError(_TWO_THREADS)
-            for entry in self.entries if self.call is None else ():
+            for entry in self.entries if call is None else ():
                 entry.change(self.images_per_prompt, joined=None, lengths=None, weights=None)
             if text is not self._checked:
                 self.first = self._first_row(text)
@@ -582,6 +598,16 @@ def _call(function: Callable[..., Any], positional: Sequence[str], arguments: di
     """The function with its arguments by position and by keyword, as they were given."""
     named = {name: value for name, value in arguments.items() if name not in positional}
     return function(*(arguments[name] for name in positional), **named)
+
+
+def _calls(pipe: DiffusionPipeline | None, thread: int) -> bool:
+    """Whether a thread is in a call of this pipeline."""
+    frame = sys._current_frames().get(thread) if pipe is not None else None
+    while frame is not None:
+        if frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is pipe:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def site(pipe: DiffusionPipeline) -> Site:

@@ -79,6 +79,11 @@ class Method:
     def is_off(self) -> bool:
         return self.off is not None and all(getattr(self, k) == v for k, v in self.off.items())
 
+    @property
+    def wants_guidance(self) -> bool:
+        """Whether a call without unconditional rows is an error."""
+        return self.guides and not self.is_off()
+
     def check(self, pipe: DiffusionPipeline) -> None:
         """ValueError if it cannot work on this pipeline; asked by `apply` and before any change through the handle."""
 

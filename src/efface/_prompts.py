@@ -101,14 +101,6 @@ class Entry:
                 "of concepts per prompt."
             )
 
-    def check_width(self, pipe: DiffusionPipeline, read: int) -> None:
-        """ValueError unless the encoder makes texts of the width that the denoiser reads."""
-        if self.prompts is not None and (made := self.prompts.text.shape[-1]) != read:
-            raise ValueError(
-                f"The text encoder of this {type(pipe).__name__} makes states of width {made}, but its denoiser reads "
-                f"width {read}: load the two from one model."
-            )
-
     def check_text(self, text: Tensor) -> None:
         """ValueError if the erasure prompts and the call's text differ in width, device or dtype."""
         if self.prompts is None or self.eraser.is_off() or not len(text):

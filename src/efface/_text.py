@@ -78,6 +78,19 @@ def encode(pipe: DiffusionPipeline, texts: Sequence[str], **settings: Any) -> En
     return Encoded(text, pooled, tuple(places[0]), mask)
 
 
+def check_width(pipe: DiffusionPipeline) -> None:
+    """ValueError unless the encoder makes texts of the width that the denoiser reads."""
+    config = denoiser_of(pipe).config
+    names = ("caption_channels", "joint_attention_dim", "cross_attention_dim")  # the first is projected to the last
+    read = next((config[name] for name in names if config.get(name) is not None), None)
+    made = encode(pipe, [""]).text.shape[-1]
+    if isinstance(read, int) and made != read:
+        raise ValueError(
+            f"The text encoder of this {type(pipe).__name__} makes states of width {made}, but its denoiser reads "
+            f"width {read}: load the two from one model."
+        )
+
+
 def cleaned(pipe: DiffusionPipeline, tokenizer: Any, texts: Sequence[str], **settings: Any) -> list[str]:
     """Texts as the pipeline gives them to a tokenizer."""
     if family(pipe).masked:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import registry
-from .core import Concept, Concepts, Detector, Eraser, Handle, Handles, concept, shipped_concepts
+from .core import Concept, Concepts, Detector, Eraser, Handle, Handles, check_eraser, concept, shipped_concepts
 
 if TYPE_CHECKING:
     import torch
@@ -126,12 +126,21 @@ def damaged(folder: Path) -> list[Path]:
 
 
 def build(method: str, concepts: Concepts, /, **fields: Any) -> Any:
-    """The eraser `method` for `concepts`, configured by `fields`.
+    """The eraser `method`, or a preset of it ("sld.strong"), for `concepts`, configured by `fields`.
 
     Raises:
-        ValueError: unknown method or field (the message has near matches), or a field out of range.
+        ValueError: unknown method, preset or field (the message has near matches), or a field out of range.
+        TypeError: a method that is no text.
     """
-    return _checked(method, "erasers", fields)(concepts, **fields)
+    name, preset = registry.split(method)
+    cls = _checked(name, "erasers", fields)
+    if not preset:
+        return cls(concepts, **fields)
+    known = registry.presets(cls)
+    if preset not in known:
+        hint, there = registry.near(preset, known), ", ".join(known) or "none"
+        raise ValueError(f"{name} has no preset {preset!r}. {hint}{' ' if hint else ''}Its presets: {there}.")
+    return known[preset](concepts, **fields)
 
 
 def editor(method: str, /, **fields: Any) -> Any:
@@ -177,7 +186,7 @@ def erase(pipe: DiffusionPipeline, concepts: Concepts, method: str = "eiup", **f
     Args:
         pipe: a diffusers text-to-image pipeline.
         concepts: names of shipped concepts, `Concept` objects, or a sequence of them.
-        method: an eraser's name; `efface list methods` shows them.
+        method: an eraser's name, as `efface list methods` shows them; a preset goes behind a dot: "sld.strong".
         fields: the method's own fields, such as `strength`.
 
     Returns:
@@ -185,7 +194,7 @@ def erase(pipe: DiffusionPipeline, concepts: Concepts, method: str = "eiup", **f
 
     Raises:
         ValueError: unknown concept, method or field, or a field out of range.
-        TypeError: a pipeline of an unknown family.
+        TypeError: a pipeline of an unknown family, or a method that is no text.
 
     Example:
         >>> import efface
@@ -201,8 +210,16 @@ def erase(pipe: DiffusionPipeline, concepts: Concepts, method: str = "eiup", **f
 def stack(pipe: DiffusionPipeline, *erasers: Eraser) -> Handles:
     """Applies several erasers, in order; all or none.
 
+    Args:
+        pipe: a diffusers text-to-image pipeline.
+        erasers: such as `efface.EIUP("alcohol")`, and deltas.
+
     Returns:
         Their handles as one: a context manager with `remove()`; each handle can come off on its own.
+
+    Raises:
+        ValueError: one that does not fit the pipeline; those before it are taken off again.
+        TypeError: something that is no eraser, or a pipeline of an unknown family.
 
     Example:
         >>> import efface
@@ -211,6 +228,8 @@ def stack(pipe: DiffusionPipeline, *erasers: Eraser) -> Handles:
         ...     len(handles)
         2
     """
+    for eraser in erasers:
+        check_eraser(eraser)
     handles: list[Handle] = []
     try:
         for eraser in erasers:

@@ -7,10 +7,23 @@ import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .core import Concept, ConceptLike, Detector, as_concepts, check_tuning_seeds, config
+from .core import (
+    Concept,
+    ConceptLike,
+    Detector,
+    as_concepts,
+    as_texts,
+    check_count,
+    check_detector,
+    check_eraser,
+    check_tuning_seeds,
+    config,
+    read_json,
+)
 from .intervals import Rate
 
 if TYPE_CHECKING:
@@ -150,10 +163,10 @@ def calibrate(
     on tuning seeds: measure the strength found on test seeds before you believe its figures.
 
     Args:
-        pipe: a diffusers text-to-image pipeline. Its scheduler, and the erasers, deltas and LoRAs (by name) that are on
-            it, are part of the setting.
-        eraser: any eraser with a `strength`; its other fields stay.
-        concept: what it erases; says the prompts where none are given.
+        pipe: a diffusers text-to-image pipeline. Its scheduler, and the erasers, deltas and LoRAs (by weights and
+            scale) that are on it, are part of the setting.
+        eraser: any eraser of this concept with a `strength`; its other fields stay.
+        concept: the one that is judged; says the prompts where none are given.
         detector: says whether the concept is in a picture; see `efface.Detector`.
         target: most of the concept that may be left, as a share of pictures.
         keep: least of the other pictures that must be kept.
@@ -171,8 +184,10 @@ def calibrate(
         call: further arguments of the pipeline, such as `guidance_scale`.
 
     Raises:
-        ValueError: an eraser without strength, no prompts, seeds that are not tuning seeds, a plain model that shows
-            the concept in fewer than 30 % of the pictures, or a folder with a calibration of other settings.
+        ValueError: an eraser without strength or of another concept, several concepts, no prompts, a number out of
+            range, seeds that are not tuning seeds, a plain model that shows the concept in fewer than 30 % of the
+            pictures, or an `out` that is a file, damaged, or a calibration of other settings.
+        TypeError: no eraser, a detector without a name, or prompts that are no sequence of texts.
         ImportError: a plot without matplotlib.
 
     Example:
@@ -187,12 +202,13 @@ def calibrate(
     from .api import draw, model_hash
     from .delta import present
 
-    names = {f.name for f in dataclasses.fields(eraser)}
-    if "strength" not in names:
-        raise ValueError(f"{type(eraser).__name__} has no `strength` to calibrate: its fields are {sorted(names)}.")
-    (about,) = as_concepts(concept)
-    prompts, keep_prompts = tuple(prompts) or about.phrases, tuple(keep_prompts) or about.keep
-    _check(about, keep_prompts, strengths, target, keep, n, refine)
+    about = _about(eraser, concept)
+    check_detector(detector)
+    prompts = as_texts("`prompts`", prompts) or about.phrases
+    keep_prompts = as_texts("`keep_prompts`", keep_prompts) or about.keep
+    _check(about, keep_prompts, strengths, target, keep)
+    for name, value, least in (("n", n, 1), ("refine", refine, 0), ("first_seed", first_seed, 0), ("batch", batch, 1)):
+        check_count(name, value, least)
     seeds = check_tuning_seeds(range(first_seed, first_seed + 2 * n))
     folder = None if out is None else Path(out)
     if plot:
@@ -221,7 +237,7 @@ def calibrate(
     def judged(strength: float) -> dict[str, list[list[int]]]:
         path = None if folder is None else folder / f"{f'strength-{strength:g}' if strength else 'plain'}.json"
         if path is not None and path.exists():
-            return dict(json.loads(path.read_text()))
+            return _judgements(path, n, ("left", "kept") if strength else ("left",))
         found = {"left": _rows(detector(pictures(strength, 0)))}
         if strength:
             if not shown:
@@ -277,27 +293,36 @@ def calibrate(
     return result
 
 
-def _check(
-    about: Concept,
-    keep_prompts: Sequence[str],
-    strengths: Sequence[float],
-    target: float,
-    keep: float,
-    n: int,
-    refine: int,
-) -> None:
+def _about(eraser: Any, concept: ConceptLike) -> Concept:
+    """The concept, if the eraser has a strength and erases it."""
+    check_eraser(eraser)
+    names = {f.name for f in dataclasses.fields(eraser)} if dataclasses.is_dataclass(eraser) else set()
+    if "strength" not in names:
+        raise ValueError(f"{type(eraser).__name__} has no `strength` to calibrate: its fields are {sorted(names)}.")
+    concepts = as_concepts(concept)
+    if len(concepts) != 1:
+        raise ValueError(f"Expected one concept, but got {len(concepts)}: calibrate them one at a time.")
+    erased = [getattr(c, "name", c) for c in getattr(eraser, "concepts", concepts)]
+    if concepts[0].name not in erased:
+        raise ValueError(
+            f"{type(eraser).__name__} erases {', '.join(map(repr, erased)) or 'by rows'}, but {concepts[0].name!r} is "
+            "what is judged: give an eraser of that concept."
+        )
+    return concepts[0]
+
+
+def _check(about: Concept, keep_prompts: Sequence[str], strengths: Sequence[float], target: float, keep: float) -> None:
     if not keep_prompts:
         raise ValueError(
             f"Nothing says what must survive the erasure of {about.name!r}: give `keep_prompts`, or a Concept with "
             "`keep`."
         )
-    if not strengths or min(strengths) <= 0:
-        raise ValueError(f"Expected `strengths` to be numbers > 0, but got {list(strengths)}.")
+    numbers = isinstance(strengths, Sequence) and all(isinstance(s, (int, float)) and 0 < s < inf for s in strengths)
+    if not numbers or not strengths:
+        raise ValueError(f"Expected `strengths` to be numbers > 0, but got {strengths!r}.")
     for name, share in (("target", target), ("keep", keep)):
-        if not 0 <= share <= 1:
+        if not isinstance(share, (int, float)) or not 0 <= share <= 1:
             raise ValueError(f"Expected `{name}` to be a share from 0 to 1, but got {share!r}.")
-    if n < 1 or refine < 0:
-        raise ValueError(f"Expected n >= 1 and refine >= 0, but got {n} and {refine}.")
 
 
 def _rows(found: Tensor) -> list[list[int]]:
@@ -318,8 +343,12 @@ def _rate(rows: list[list[int]], worse: Callable[..., Rate]) -> Rate:
 def _same_setting(folder: Path, setting: dict[str, Any]) -> None:
     """Writes the setting into a new folder; ValueError if the folder has another one."""
     path, wanted = folder / "setting.json", json.loads(json.dumps(setting))
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"Expected `out` to be a folder, but {folder} is a file: name another one.")
     if path.exists():
-        found = json.loads(path.read_text())
+        found = read_json(path)
+        if not isinstance(found, dict):
+            raise ValueError(f"{path} is damaged: delete {folder}, or name a new folder.")
         if found != wanted:
             raise ValueError(
                 f"{folder} holds a calibration with another {', '.join(_differing(found, wanted))}: name a new folder, "
@@ -330,6 +359,21 @@ def _same_setting(folder: Path, setting: dict[str, Any]) -> None:
         raise ValueError(f"{folder} is not empty and holds no calibration: name another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     _write(path, wanted)
+
+
+def _judgements(path: Path, n: int, names: Sequence[str]) -> dict[str, list[list[int]]]:
+    """Judgements of n pictures each that were written earlier."""
+    found = read_json(path)
+    try:
+        rows = [row for name in names for row in found[name]]
+        whole = all(found[name] for name in names) and all(
+            len(row) == n and all(isinstance(x, int) for x in row) for row in rows
+        )
+    except (TypeError, KeyError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} is damaged: delete it, and the same call draws its pictures again.")
+    return dict(found)
 
 
 def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

@@ -47,7 +47,11 @@ Phrases = Annotated[list[str] | None, typer.Option("--phrase", help="A text of y
 ModelName = Annotated[str, typer.Option("--model", help='"emoji", a folder, or a hub id.')]
 MethodName = Annotated[
     str | None,
-    typer.Option("--method", help="How to erase, see `efface list methods`; eiup, or nothing beside --delta."),
+    typer.Option(
+        "--method",
+        help="How to erase, see `efface list methods`; eiup, or nothing beside --delta. A preset goes behind a dot: "
+        "sld.strong.",
+    ),
 ]
 DeltaFiles = Annotated[list[Path] | None, typer.Option("--delta", help="A file made by `efface fit`; may be repeated.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="A field of the method, NAME=VALUE.")]
@@ -270,12 +274,21 @@ def _erasers(
     if fields and name is None:
         raise ValueError("--set is for the fields of a --method, but only deltas were given: name the method too.")
     if name is not None:
-        registry.resolve(name, "erasers")
+        registry.resolve(registry.split(name)[0], "erasers")
     from . import api
 
     erasers: list[Any] = [api.load_delta(path) for path in delta or []]
     targets = targets or list(dict.fromkeys(c for each in erasers for c in each.concepts))
     return targets, erasers + ([api.build(name, targets, **fields)] if name is not None else [])
+
+
+def _check_guidance(erasers: list[Any], guidance: float) -> None:
+    for eraser in erasers:
+        if guidance <= 1 and getattr(eraser, "wants_guidance", False):
+            raise ValueError(
+                f"{type(eraser).__name__} needs guidance, but --guidance is {guidance:g}: give a value above 1, or "
+                "--method eiup."
+            )
 
 
 @app.command()
@@ -310,6 +323,7 @@ def erase(
                 raise ValueError(f"`rows` has {len(rows)} entries, but --images is {images}: give one list a picture.")
         from . import api
 
+        _check_guidance(erasers, guidance)
         _check_folder(out, overwrite)
         pipe = api.load(model)
         _quiet()
@@ -919,23 +933,29 @@ def calibrate(
             raise ValueError(
                 f"There is no detector for {model!r} on the command line: use efface.calibrate with your own."
             )
-        from .core import concept as shipped
+        from .core import shipped_concepts
         from .models import emoji
 
-        about = shipped(concept)
+        shipped = shipped_concepts()
+        drawn = [name for name in shipped if _known(emoji.truth, name)]
+        if concept not in drawn:
+            why = "is a shipped concept, but emoji cannot draw it" if concept in shipped else "is not a shipped concept"
+            hint = registry.near(concept, drawn)
+            raise ValueError(f"{concept!r} {why}. {hint}{' ' if hint else ''}It can draw {', '.join(drawn)}.")
+        about = shipped[concept]
         fields = _fields(set_ or [])
         if "strength" in fields:
             raise ValueError(
                 "The strength is what is looked for: give --strength for those to try, not --set strength."
             )
-        emoji.truth(about.name)
         cells = {cell: [text for text, _ in emoji.prompts(about.name, cell)] for cell in emoji.CELLS}
-        registry.resolve(method, "erasers")
+        registry.resolve(registry.split(method)[0], "erasers")
         from . import api
         from .calibration import STRENGTHS
         from .calibration import calibrate as search
 
         eraser = api.build(method, about, **fields)
+        _check_guidance([eraser], guidance)
         if out is None or not (out / "setting.json").exists():
             _check_folder(out, False)
         pipe = api.load(model)

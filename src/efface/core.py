@@ -22,6 +22,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def as_texts(what: str, texts: Sequence[str]) -> tuple[str, ...]:
+    """Texts as a tuple; TypeError for one text, which would fall apart into letters, and for what is no text."""
+    if isinstance(texts, str):
+        raise TypeError(f"{what} should be a sequence of texts, but got one text, {texts!r}: write ({texts!r},).")
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{what} should be a sequence of texts, but got {texts!r}.")
+    return tuple(texts)
+
+
 @dataclasses.dataclass(frozen=True)
 class Concept:
     """Something that must not be drawn.
@@ -50,18 +59,11 @@ class Concept:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise TypeError(f"A concept's name should be a text, but got {self.name!r}.")
-        for field in ("phrases", "keep"):
-            given = getattr(self, field)
-            if isinstance(given, str):
-                raise TypeError(
-                    f"Concept `{field}` should be a sequence of texts, but got one text, {given!r}: write ({given!r},)."
-                )
-            if not isinstance(given, Sequence) or not all(isinstance(text, str) for text in given):
-                raise TypeError(f"Concept `{field}` should be a sequence of texts, but got {given!r}.")
+        phrases, keep = (as_texts(f"Concept `{field}`", getattr(self, field)) for field in ("phrases", "keep"))
         if not self.name.strip():
             raise ValueError("A concept needs a name, but got an empty one: write what to erase, for example 'beer'.")
-        object.__setattr__(self, "phrases", tuple(self.phrases) or (self.name,))
-        object.__setattr__(self, "keep", tuple(self.keep))
+        object.__setattr__(self, "phrases", phrases or (self.name,))
+        object.__setattr__(self, "keep", keep)
         if not all(p.strip() for p in self.phrases):
             raise ValueError(f"Concept {self.name!r} has an empty phrase: remove it, an empty text erases nothing.")
 
@@ -135,10 +137,10 @@ def as_rows(rows: Rows, known: Sequence[Concept]) -> tuple[tuple[Concept, ...], 
     return tuple(as_concepts(row, known) for row in rows)
 
 
-def check_strength(strength: float) -> float:
+def check_strength(strength: float, name: str = "strength") -> float:
     """A strength as float; ValueError unless it is finite and >= 0."""
     if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength < float("inf"):
-        raise ValueError(f"Expected `strength` to be a finite number >= 0, but got {strength!r}.")
+        raise ValueError(f"Expected `{name}` to be a finite number >= 0, but got {strength!r}.")
     return float(strength)
 
 
@@ -151,6 +153,21 @@ def check_window(window: Sequence[float]) -> tuple[float, float]:
             f"picture), but got {window!r}."
         )
     return float(window[0]), float(window[1])
+
+
+def check_count(name: str, value: int, least: int = 1) -> int:
+    """A whole number; ValueError if it is none, or less than `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"Expected `{name}` to be a whole number >= {least}, but got {value!r}.")
+    return value
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; None if it is damaged."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError:
+        return None
 
 
 TUNING_SEEDS = 10_000
@@ -175,6 +192,17 @@ class Eraser(Protocol):
     """Whether it changes the unconditional (negative) rows."""
 
     def apply(self, pipe: DiffusionPipeline) -> Handle: ...
+
+
+def check_eraser(eraser: Any) -> None:
+    """TypeError unless it is an eraser, with what to write instead."""
+    if isinstance(eraser, type):
+        raise TypeError(f"Expected an eraser, but got the class: write {eraser.__name__}('alcohol'), for example.")
+    if not callable(getattr(eraser, "apply", None)):
+        cure = "efface.erase takes methods by name" if isinstance(eraser, str) else "see efface.Eraser"
+        cure = "give several one by one" if isinstance(eraser, (list, tuple)) else cure
+        cure = "fit it to a pipeline first, which gives a delta" if hasattr(eraser, "fit") else cure
+        raise TypeError(f"Expected an eraser, such as efface.EIUP('alcohol') or a delta, but got {eraser!r}: {cure}.")
 
 
 class Editor(Protocol):
@@ -343,6 +371,15 @@ class Detector(Protocol):
     def __call__(self, images: Tensor) -> Tensor:
         """Pictures [N, 3, H, W] in [0, 1] to bool [J, N]: one row per judge; the worse judge is reported."""
         ...
+
+
+def check_detector(detector: Any) -> None:
+    """TypeError unless it is a detector: what was judged is known again by its name."""
+    if isinstance(detector, type) or not callable(detector) or not isinstance(getattr(detector, "name", None), str):
+        raise TypeError(
+            "Expected a detector, pictures [N, 3, H, W] to bool [J, N], with a text `name` by which records know it, "
+            f"but got {detector!r}: see efface.Detector, or efface.detector for those that come with Efface."
+        )
 
 
 MAX_SEED = 2**32

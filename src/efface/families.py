@@ -46,6 +46,11 @@ def family(pipe: DiffusionPipeline) -> Family:
         TypeError: not a pipeline that Efface knows.
     """
     parts = getattr(pipe, "components", {})
+    if parts and not hasattr(pipe, "encode_prompt"):
+        raise TypeError(
+            f"{type(pipe).__name__} has no `encode_prompt`, which tells Efface which rows are conditional: use a "
+            "pipeline that has it, such as StableDiffusionPipeline."
+        )
     encoders = tuple(_kind(parts[name]) for name in ("text_encoder", "text_encoder_2") if parts.get(name) is not None)
     if parts.get("unet") is not None and parts.get("tokenizer") is not None and encoders in _BY_ENCODERS:
         return _BY_ENCODERS[encoders]

@@ -12,13 +12,15 @@ Listing imports no method, so it is fast and needs no torch.
 """
 
 import ast
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from pkgutil import iter_modules
+from typing import Any
 
 METHODS = ("erasers", "editors", "attacks")
 ROOMS = (*METHODS, "metrics", "suites")
@@ -85,13 +87,14 @@ def resolve(name: str, room: str | None = None) -> type:
 
     Raises:
         ValueError: no such method there; the message has near matches and the list.
-        TypeError: the method's file does not export exactly one class.
+        TypeError: a name that is no text, or the method's file does not export exactly one class.
 
     Example:
         >>> from efface import registry
         >>> registry.resolve("eiup").__name__
         'EIUP'
     """
+    _check_text(name)
     known = methods(room)
     if name not in known:
         elsewhere = methods().get(name)
@@ -104,6 +107,34 @@ def resolve(name: str, room: str | None = None) -> type:
     path = f"efface.{known[name]}.{name}"
     module = import_module(path)
     return _only_class(path, [getattr(module, each) for each in getattr(module, "__all__", ())])
+
+
+def split(method: str) -> tuple[str, str]:
+    """A method's name, and the preset behind the dot or "".
+
+    Raises:
+        TypeError: a method that is no text.
+
+    Example:
+        >>> from efface import registry
+        >>> registry.split("sld.strong"), registry.split("sld")
+        (('sld', 'strong'), ('sld', ''))
+    """
+    _check_text(method)
+    name, _, preset = method.partition(".")
+    return name, preset
+
+
+def presets(cls: type) -> dict[str, Callable[..., Any]]:
+    """What makes a method with published settings, by name: the class methods that take `concepts`.
+
+    Example:
+        >>> from efface import registry
+        >>> list(registry.presets(registry.resolve("safree")))
+        ['paper', 'artist']
+    """
+    named = {name: getattr(cls, name) for name, kind in vars(cls).items() if isinstance(kind, classmethod)}
+    return {name: make for name, make in named.items() if next(iter(signature(make).parameters), "") == "concepts"}
 
 
 def about(room: str) -> dict[str, str]:
@@ -150,6 +181,11 @@ def _only_class(path: str, exported: list[object]) -> type:
         names = ", ".join(each.__name__ for each in classes) or "none"
         raise TypeError(f"Expected `{path}` to export exactly one class in `__all__`, but it has {names}.")
     return classes[0]
+
+
+def _check_text(method: object) -> None:
+    if not isinstance(method, str):
+        raise TypeError(f"Expected the name of a method, such as 'eiup', but got {method!r}.")
 
 
 def _listed(names: Iterable[str]) -> str:

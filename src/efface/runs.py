@@ -217,7 +217,8 @@ def run(
     if _hooks.site(pipe).entries or active(pipe):
         raise ValueError("The pipeline has an eraser on: remove it, and give it as `eraser=` instead.")
     pipe.set_progress_bar_config(disable=True)
-    erasers = () if eraser is None else tuple(eraser) if isinstance(eraser, Sequence) else (eraser,)
+    given = () if eraser is None else eraser
+    erasers = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
     with api.stack(pipe, *erasers) as handles:  # what does not fit the pipeline is found before anything is drawn
         configs = handles.config()
     plain = {

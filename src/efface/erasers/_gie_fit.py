@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from .._weights import text_hash
-from ..core import Concept, Detector, check_strength, check_tuning_seeds
+from ..core import (
+    Concept,
+    Detector,
+    as_texts,
+    check_count,
+    check_detector,
+    check_strength,
+    check_tuning_seeds,
+    read_json,
+)
 from ..delta import present, unedited
 from ..pictures import likeness
 from ._adapter import Adapter, network
@@ -62,23 +71,7 @@ def fit_adapter(
     progress: Progress | None = None,
     **call: Any,
 ) -> Path:
-    """Draws and judges the ladder, trains the adapter and writes it; see `GIE.fit`.
-
-    Args:
-        strengths: the ladder; 0, the plain picture, is always part of it.
-        seeds: of each prompt's pictures, all below 10,000.
-        faithful: from pictures and plain ones [N, 3, H, W] to [N] in [0, 1]; or one by the name of each concept.
-        fidelity: what losing all of the plain picture costs, where showing the concept costs 1.
-        held_out: the share of prompts that stops the training.
-        batch: pictures per pipeline call.
-        patience, most_epochs, seed: of the training.
-        progress: called with what is drawn and the number of pictures since the last call.
-        call: further arguments of the pipeline.
-
-    Raises:
-        ValueError: too few prompts, seeds that are not tuning seeds, judgements of another setting, or a detector that
-            sees the concept in no plain picture.
-    """
+    """Draws and judges the ladder, trains the adapter and writes it; `GIE.fit` says what the settings mean."""
     strengths = sorted({check_strength(s) for s in strengths} - {0.0})
     rows = _rows(concepts, prompts, check_tuning_seeds(seeds))
     if len({(r.concept.name, r.prompt) for r in rows}) < LEAST or not strengths or not 0 < held_out < 1:
@@ -86,12 +79,20 @@ def fit_adapter(
             f"Expected at least {LEAST} prompts, a strength above 0 and 0 < held_out < 1, but got {len(rows)} rows, "
             f"strengths {strengths} and held_out {held_out}."
         )
+    for name, value in (("batch", batch), ("patience", patience), ("most_epochs", most_epochs)):
+        check_count(name, value)
+    check_strength(fidelity, "fidelity")
+    judges, like = _by_name("detector", detector, concepts), _by_name("faithful", faithful, concepts)
+    for judge in judges.values():
+        check_detector(judge)
+    if out.is_dir():
+        raise ValueError(
+            f"Expected `out` to be a file, but {out} is a folder: add a name, such as adapter.safetensors."
+        )
     standing = present(pipe)
     if standing["erasers"]:
         names = ", ".join(eraser["method"] for eraser in standing["erasers"])
         raise ValueError(f"{names} is on, and would take part in the ladder: call `handle.remove()` before `fit`.")
-    judges = {c.name: detector[c.name] if isinstance(detector, Mapping) else detector for c in concepts}
-    like = {c.name: faithful[c.name] if isinstance(faithful, Mapping) else faithful for c in concepts}
     setting = {
         "model": text_hash(pipe, unedited(pipe)),
         "concepts": [asdict(c) for c in concepts],
@@ -127,10 +128,18 @@ def _rows(concepts: Sequence[Concept], prompts: Prompts, seeds: Sequence[int]) -
         raise TypeError(
             f"`prompts` should be a sequence of texts, or one for each concept's name, but got {prompts!r}."
         )
-    if isinstance(prompts, Mapping) and (missing := {c.name for c in concepts} ^ prompts.keys()):
-        raise ValueError(f"`prompts` and `concepts` should have the same names; they differ in {sorted(missing)}.")
-    texts = {c.name: prompts[c.name] if isinstance(prompts, Mapping) else prompts for c in concepts}
+    texts = {name: as_texts("`prompts`", of) for name, of in _by_name("prompts", prompts, concepts).items()}
     return [Row(c, text, s) for c in concepts for text in dict.fromkeys(texts[c.name]) for s in seeds]
+
+
+def _by_name(what: str, given: Any, concepts: Sequence[Concept]) -> dict[str, Any]:
+    """What is for each concept, by its name; one thing is for all."""
+    names = [c.name for c in concepts]
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(names, given)
+    if differing := set(names) ^ given.keys():
+        raise ValueError(f"`{what}` and `concepts` should have the same names; they differ in {sorted(differing)}.")
+    return dict(given)
 
 
 class Ladder:
@@ -145,7 +154,9 @@ class Ladder:
         setting = json.loads(json.dumps(setting))
         self.content: dict[str, Any] = {"setting": setting, "layers": [], "judged": {}}
         if path.exists():
-            self.content = json.loads(path.read_text())
+            self.content = read_json(path)
+            if not self.whole():
+                raise ValueError(f"{path} is damaged: delete it, and the same call draws the ladder again.")
             found = self.content["setting"]
             other = sorted(k for k in setting.keys() | found.keys() if setting.get(k) != found.get(k))
             if other:
@@ -155,6 +166,16 @@ class Ladder:
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.write()  # before anything is drawn
+
+    def whole(self) -> bool:
+        """Whether the file holds what `write` wrote."""
+        try:
+            rows = self.content["judged"].values()
+            settled = isinstance(self.content["setting"], dict) and isinstance(self.content["layers"], list)
+            pairs = [pair for row in rows for name, pair in row.items() if name != "features"]
+            return settled and all(row["features"] and row["0"] for row in rows) and all(len(p) == 2 for p in pairs)
+        except (AttributeError, KeyError, TypeError):
+            return False
 
     def write(self) -> None:
         part = Path(f"{self.path}.partial")

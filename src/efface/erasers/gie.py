@@ -55,7 +55,7 @@ class GIE(Hooked):
     a language model as judge. Its inputs are standardised, its weights never positive, and they are measured without
     injection, not with weight 1. Where no start token soaks up attention (emoji, PixArt) the features are the same
     softmax, which then adds up to 1 over the text's tokens; a gated one was not tried. Several erasure prompts act
-    independently: their terms add up.
+    independently: their terms add up. SDXL's pooled text embedding does not pass cross-attention and is not edited.
 
     Args:
         concepts: what to erase: names of shipped concepts, `Concept` objects, or a sequence of them. The phrases of a
@@ -75,8 +75,14 @@ class GIE(Hooked):
     [B, tokens]. Unconditional rows are never edited.
 
     Raises:
-        ValueError: unknown concept or values, negative strength, a window outside [0, 1], no concept; an adapter of
-            another model or layer list; official values on a bidirectional text encoder, or without the prompt's text.
+        ValueError: unknown concept or values, negative strength, a window outside [0, 1], trajectories other than 1 or
+            2, no concept; on `apply`: a pipeline without cross-attention or with a text encoder of another model, fused
+            projections, a phrase without tokens or over the encoder's limit; an adapter of another model or layer list;
+            official values on a bidirectional text encoder; two trajectories in inpainting or on PixArt, which does not
+            tell its guidance scale; an adapter or two trajectories with a compiled denoiser; in a call: `rows` that are
+            not as many as the prompts; official values without the prompt's text, or where both do not fit into one;
+            two trajectories with `guidance_rescale`, or where the denoiser is called by itself.
+        TypeError: a pipeline of another family; `rows` or concepts that are no lists of concepts.
         FileNotFoundError: no such adapter.
 
     Example:
@@ -140,11 +146,37 @@ class GIE(Hooked):
         Args:
             pipe: the pipeline; the adapter is for its model only.
             concepts: what to erase, one at a time.
-            prompts: at least 5 texts, some that draw the concept and some that must not change; or texts by concept.
+            prompts: at least 5 texts, some that draw the concept and some that must not change; or texts by the name of
+                each concept.
             detector: says whether the concept is there (`efface.Detector`); or one by the name of each concept.
             out: the adapter's file. Judgements are kept beside it in `<out>.ladder.json`, batch by batch: killed, the
                 same call goes on from there.
-            how: the settings of `erasers._gie_fit.fit_adapter`; all else goes to the pipeline.
+            how: settings, and further arguments of the pipeline, such as `num_inference_steps`. The settings are
+                `strengths` (the ladder, 0.5 to 8; 0, the plain picture, is always part of it), `seeds` (of each
+                prompt's pictures, all below 10,000), `faithful` (from pictures and plain ones [N, 3, H, W] to [N] in
+                [0, 1], or one by the name of each concept; `efface.pictures.likeness`), `fidelity` (0.5: what losing
+                all of the plain picture costs, where showing the concept costs 1), `held_out` (0.2: the share of
+                prompts that stops the training), `batch` (16 pictures per pipeline call), `patience` (200 epochs),
+                `most_epochs` (5,000) and `seed` (0) of the training, and `progress` (called with what is drawn and the
+                number of pictures since the last call).
+
+        Returns:
+            GIE with the adapter, for all concepts.
+
+        Raises:
+            ValueError: too few prompts, a setting out of range, seeds that are not tuning seeds, a concept without
+                prompts, detector or `faithful` of its own; an `out` that is a folder; judgements that are damaged or of
+                another setting; run-time erasers that are on; a detector that sees the concept in no plain picture.
+            TypeError: prompts that are no sequence of texts, or a detector without a name.
+
+        Example:
+            >>> import tempfile
+            >>> import efface
+            >>> pipe, prompts = efface.load("emoji"), ["a cat", "a cat and a dog", "a dog", "a rocket", "a house"]
+            >>> gie = efface.GIE.fit(pipe, "cat", prompts, detector=efface.detector("eyes", "cat"), seeds=[7],
+            ...     out=tempfile.mkdtemp() + "/cat.safetensors", strengths=[1], most_epochs=5, num_inference_steps=8)
+            >>> with gie.apply(pipe):
+            ...     image = pipe("a cat", num_inference_steps=2).images[0]
         """
         from ._gie_fit import fit_adapter
 

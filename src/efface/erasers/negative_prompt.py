@@ -54,10 +54,12 @@ class NegativePrompt(Hooked):
     row, so a step costs 1.5 times as much.
 
     Raises:
-        ValueError: no concept, a strength below 0; on `apply`, for None: phrases that do not fit into one text; with a
-            number: a pipeline that does not tell its guidance scale (PixArt); during a call: guidance off
-            (`guidance_scale <= 1`, or a model that is distilled to do without); for None, `negative_prompt_embeds`
-            given; with a number, a denoiser called by itself, when no call has set a guidance scale.
+        ValueError: no concept, a strength below 0; on `apply`: a text encoder of another model; for None: phrases that
+            do not fit into one text; with a number: a pipeline that does not tell its guidance scale (PixArt); during a
+            call: guidance off (`guidance_scale <= 1`, or a model that is distilled to do without), or `rows` that are
+            not as many as the prompts; for None, `negative_prompt_embeds` given; with a number, a denoiser called by
+            itself, when no call has set a guidance scale, or embeddings of another number of tokens than the phrases'.
+        TypeError: a pipeline of another family; `rows` or concepts that are no lists of concepts.
 
     Example:
         >>> import efface
@@ -81,6 +83,10 @@ class NegativePrompt(Hooked):
     @property
     def touches_uncond(self) -> bool:  # type: ignore[override]
         return self.strength is None
+
+    @property
+    def wants_guidance(self) -> bool:
+        return not self.is_off()
 
     def check(self, pipe: DiffusionPipeline) -> None:
         if self.strength and not hasattr(type(pipe), "guidance_scale"):

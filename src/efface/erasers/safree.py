@@ -68,8 +68,10 @@ class SAFREE(Hooked):
     in a pipeline's call (or after its `encode_prompt`), not where the denoiser is called by itself.
 
     Raises:
-        ValueError: unknown concept, a field out of range, no concept at all; during a call: `prompt_embeds` or another
-            `prompt_2`, which have no words to look at.
+        ValueError: unknown concept, a field out of range, no concept at all; on `apply`: a text encoder of another
+            model; during a call: a phrase without tokens or over the encoder's limit, `rows` that are not as many as
+            the prompts, `prompt_embeds` or another `prompt_2`, which have no words to look at.
+        TypeError: a pipeline of another family; `rows` or concepts that are no lists of concepts.
 
     Example:
         >>> import efface

@@ -57,8 +57,11 @@ class SLD(Hooked):
     Shapes: predictions [B, C, h, w]; one row more per conditional row, so a step costs 1.5 times as much.
 
     Raises:
-        ValueError: unknown concept, a field out of range, no concept at all; during a call: guidance off, a model that
-            is distilled to do without, or a batch without the unconditional rows.
+        ValueError: unknown concept, a field out of range, no concept at all; on `apply`: a text encoder of another
+            model, a phrase without tokens or over the encoder's limit; during a call: guidance off, a model that is
+            distilled to do without, a batch without the unconditional rows, `rows` that are not as many as the prompts,
+            or embeddings of another number of tokens than the concept's text.
+        TypeError: a pipeline of another family; `rows` or concepts that are no lists of concepts.
 
     Example:
         >>> import efface
