@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._guidance import needs_guidance
 from .._hooks import Hooked, site
 from .._method import Prediction
 from .._text import fits
-from .._weights import part
 from ..core import Concepts, Rows, as_concepts
 from ..families import family
 
@@ -22,6 +20,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 __all__ = ["NegativePrompt"]
+
+NEGATIVE = ("negative_prompt", "negative_prompt_2", "negative_prompt_3")
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,16 @@ class NegativePrompt(Hooked):
     def touches_uncond(self) -> bool:  # type: ignore[override]
         return self.strength is None
 
+    @property
+    def negates(self) -> bool:  # type: ignore[override]
+        return self.strength is None
+
     def check(self, pipe: DiffusionPipeline) -> None:
-        if self.strength and not hasattr(type(pipe), "guidance_scale"):
+        facts = family(pipe)
+        if self.strength and not hasattr(type(pipe), facts.scale):
             raise ValueError(
                 "NegativePrompt with a strength of its own needs the guidance scale of the call, but "
-                f"{family(pipe).name} pipelines do not tell it: use strength=None."
+                f"{facts.name} pipelines do not tell it (`{facts.scale}`): use strength=None, or SLD."
             )
         for concepts in {self.concepts} if self.rows is None else set(self.rows):
             if self.strength is None and not fits(pipe, words(concepts)):
@@ -106,28 +111,51 @@ class NegativePrompt(Hooked):
     def rewrite(
         self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], call: BoundArguments, memory: dict[str, Tensor]
     ) -> tuple[Any, ...]:
-        if self.strength is not None:
+        facts = family(pipe)
+        if self.strength is not None or facts.apart:
             return encoded
         arguments = call.arguments
-        if not arguments["do_classifier_free_guidance"]:
-            raise ValueError(needs_guidance(self, part(pipe, family(pipe).denoiser)))
-        if arguments.get("negative_prompt_embeds") is not None:
+        # SDXL and SD 3: no second or third one stands for the first
+        names = [n for n in NEGATIVE if n == NEGATIVE[0] or arguments.get(n)]
+        if isinstance(arguments["prompt"], str):
+            arguments["prompt"] = [arguments["prompt"]]
+        prompts = len(encoded[0]) // arguments["num_images_per_prompt"]
+        places = [k for k, part in enumerate(facts.returns) if part.startswith("negative")]
+        return self._added(pipe, encoded, arguments, names, prompts, places)
+
+    def negate(self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], call: BoundArguments) -> tuple[Any, ...]:
+        drawn = site(pipe).call
+        if self.strength is not None or drawn is None:
+            return encoded
+        names = [n for n in ("prompt", "prompt_2") if n == "prompt" or call.arguments.get(n)]
+        prompts = len(drawn.positive) // call.arguments["num_images_per_prompt"]
+        places = [k for k, part in enumerate(family(pipe).returns) if part in ("text", "pooled")]
+        return self._added(pipe, encoded, call.arguments, names, prompts, places)
+
+    def _added(
+        self,
+        pipe: DiffusionPipeline,
+        encoded: tuple[Any, ...],
+        arguments: dict[str, Any],
+        names: list[str],
+        prompts: int,
+        places: list[int],
+    ) -> tuple[Any, ...]:
+        """What was `encoded`, with the phrases added to the `arguments` of these names, which shows in these places."""
+        embeds = "negative_prompt_embeds" if "negative_prompt_embeds" in arguments else "prompt_embeds"
+        if arguments.get(embeds) is not None:
             raise ValueError(
                 "NegativePrompt adds to `negative_prompt`, but the call gives `negative_prompt_embeds`: give the text."
             )
-        prompts = len(encoded[0]) // arguments["num_images_per_prompt"]
         ours = [words(concepts) for concepts in ([self.concepts] * prompts if self.rows is None else self.rows)]
         # The call's own arguments are changed, so that a second negative prompt on the pipeline adds to the first.
-        for name in ("negative_prompt", "negative_prompt_2"):  # SDXL's second: None stands for the first
-            if name == "negative_prompt" or arguments.get(name) is not None:
-                given = arguments.get(name) or ""
-                texts = [given] * prompts if isinstance(given, str) else given
-                arguments[name] = [", ".join(filter(None, pair)) for pair in zip(ours, texts, strict=True)]
-        if isinstance(arguments["prompt"], str):
-            arguments["prompt"] = [arguments["prompt"]]
+        for name in names:
+            given = arguments.get(name) or ""
+            texts = [given] * prompts if isinstance(given, str) else given
+            arguments[name] = [", ".join(filter(None, pair)) for pair in zip(ours, texts, strict=True)]
         changed, found = site(pipe).original_encode(pipe)(**arguments), list(encoded)
         ours_at = torch.tensor([bool(text) for text in ours]).repeat_interleave(arguments["num_images_per_prompt"])
-        for k in (2, 3) if family(pipe).masked else range(1, len(encoded), 2):  # the negative ones
+        for k in places:
             mine = ours_at.to(encoded[k].device).reshape(-1, *[1] * (encoded[k].ndim - 1))
             found[k] = torch.where(mine, changed[k], encoded[k])  # SDXL: no negative prompt is not an empty one
         return tuple(found)
