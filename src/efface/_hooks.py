@@ -283,8 +283,10 @@ class Site:
             encoded = entry.eraser.negate(pipe, encoded, bound)
         parts = dict(zip(self.facts.returns, encoded, strict=True))
         if self.call is not None:
+            if parts["text"] is self.call.positive:  # given by the user; the calls are told apart by the object
+                parts["text"] = parts["text"].clone()
             self.call = replace(self.call, negative=parts["text"], negative_pooled=parts["pooled"])
-        return encoded
+        return tuple(parts.values())
 
     @staticmethod
     def _prompts(arguments: dict[str, Any]) -> list[str] | None:
@@ -523,6 +525,11 @@ class Site:
                 guiding.append((entry, weight))
         if not guiding:
             return _call(forward, names, arguments)
+        if arguments.get("skip_layers") is not None:
+            raise ValueError(
+                f"{type(guiding[0][0].eraser).__name__} changes the conditional prediction, which "
+                "`skip_guidance_layers` compares with one of its own: leave them out, or use method 'safree'."
+            )
         if not 0 < self.first < self.last and not beside:
             raise ValueError(needs_guidance(guiding[0][0].eraser, self._denoiser(), self.facts))
         every = torch.arange(self.last - self.first, device=text.device)
