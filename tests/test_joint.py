@@ -60,6 +60,7 @@ def calls(pipe: Any, prompt: Any, *erasers: Any, **options: Any) -> list[dict[st
     return found
 
 
+@torch.no_grad()
 def encoded(pipe: Any, texts: Any) -> Encoding:
     """Each text by the pipeline itself."""
     texts = list(texts)
@@ -355,12 +356,13 @@ def test_a_broken_call_leaves_no_doubt_about_the_next() -> None:
 
     for eraser in (SLD(ALCOHOL), NegativePrompt(ALCOHOL), SAFREE(ALCOHOL)):
         with eraser.apply(pipe):
-            for options in ({"callback_on_step_end": stop}, {"max_sequence_length": 9999}):
-                with pytest.raises((KeyboardInterrupt, ValueError)):
-                    latents(pipe, **options)
-                pipe.encode_prompt("a dog", device="cpu")  # by hand: no negative prompt of anything
-                pipe.encode_prompt("a cat", device="cpu")
-                assert torch.equal(latents(pipe), drawn("flux", eraser))
+            for options in ({"callback_on_step_end": stop}, {"negative_prompt": [3]}):  # the prompt is encoded by then
+                for others in ((), ("a dog",), ("a dog", "a cat")):  # none is the negative prompt of anything
+                    with pytest.raises((KeyboardInterrupt, ValueError, TypeError)):
+                        latents(pipe, **options)
+                    for text in others:
+                        pipe.encode_prompt(text, device="cpu")
+                    assert torch.equal(latents(pipe), drawn("flux", eraser))
 
 
 def test_positions_are_not_rows() -> None:
@@ -370,6 +372,16 @@ def test_positions_are_not_rows() -> None:
     with eraser.apply(pipe):
         many = latents(pipe, num_images_per_prompt=16, negative_prompt=[""])
     assert many.shape[:2] == (16, 16) and change(many[:1], drawn("flux", eraser)) < 1e-4
+
+
+def test_one_negative_prompt_for_several_prompts() -> None:
+    """diffusers asks for one each; a negative prompt of ours makes them."""
+    pipe, one = pipeline("flux"), {"negative_prompt": "a dog"}
+    with SLD(ALCOHOL).apply(pipe), pytest.raises(ValueError, match="2 rows of prompts, but 1 of negative prompts"):
+        latents(pipe, PROMPTS, **one)
+    with NegativePrompt(ALCOHOL).apply(pipe):
+        made = latents(pipe, PROMPTS, **one)
+    assert torch.equal(made, latents(pipe, PROMPTS, negative_prompt=["beer, wine glass, a dog"] * 2))
 
 
 def test_the_guidance_scale_that_is_distilled_in_is_not_taken_for_the_true_one() -> None:

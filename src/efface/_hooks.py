@@ -11,7 +11,8 @@ hook is gone.
   for each call (so a LoRA loaded or a device changed in between is seen; there is nothing to invalidate).
 - The denoiser hook reads the time and checks the batch against what `encode_prompt` returned. There a method may change
   the text that conditional rows read, and the noise predicted for them: texts it asks for are predicted as further rows
-  of the same call, and the pipeline's own guidance then works on the changed prediction, whatever the scheduler.
+  of the same call, and the pipeline's own guidance then works on the changed prediction, whatever the scheduler. FLUX
+  predicts unconditionally in another call: there the unconditional text is such a row as well.
 - In every cross-attention layer the query is seen behind `to_q`, and the attention output is edited in front of
   `to_out[0]`, on conditional rows only. Processors stay as they are (slicing, LoRA, IP-Adapter). Further rows are not
   edited: they have to show the concept.
@@ -568,6 +569,10 @@ class Site:
         if text is None or pooled is None:
             self._refuse_without_guidance()
             return []
+        if (n := self.last - self.first) != len(text):
+            raise ValueError(
+                f"The call has {n} rows of prompts, but {len(text)} of negative prompts: give a list, one for each."
+            )
         return [Term(text[k : k + 1], (), pooled=pooled[k : k + 1]) for k in range(len(text))]
 
     def _refuse_without_guidance(self) -> None:

@@ -51,6 +51,13 @@ class Family:
         return not self.bidirectional
 
     @property
+    def about(self) -> str:
+        """A line for lists."""
+        if not self.cross_attention:
+            return f"CLIP and T5, read beside the picture; {self.methods}"
+        return "causal text encoder" if self.causal else "bidirectional text encoder"
+
+    @property
     def pooled(self) -> bool:
         return "pooled" in self.returns
 

@@ -31,7 +31,7 @@ class NegativePrompt(Hooked):
         strength None:  e = e_n + s (e_p - e_n)                     e_n: the phrases, the negative prompt behind them
         a number s_n:   e = e_u + s (e_p - e_u) - s_n (e_n - e_u)   e_n: the phrases, e_u: the negative prompt
 
-    e_p, e_u, e_n are noise predictions for texts, s is the guidance scale.
+    e_p, e_u, e_n are predictions for texts, of noise or (SD 3, FLUX) of velocity; s is the guidance scale.
 
     Paper: none of its own; the use of the unconditional branch of classifier-free guidance (J. Ho, T. Salimans, 2022,
     arXiv 2207.12598, equation 6) that Stable Diffusion tools made common.
@@ -39,7 +39,8 @@ class NegativePrompt(Hooked):
     Differs: None is diffusers' `negative_prompt`, costs nothing, and its strength is tied to the guidance scale. A
     number is the form with three predictions; with s_n = s it is e_u + s (e_p - e_n). There, phrases that do not fit
     into one text make several, whose predictions are averaged, and `guidance_rescale` takes its target from the
-    changed prediction, e_p - s_n / s (e_n - e_u).
+    changed prediction, e_p - s_n / s (e_n - e_u). On FLUX, None works with true guidance: `true_cfg_scale` above 1 and
+    a negative prompt in the call, for which "" will do.
 
     If the prompt is the concept's own text, None draws it with guidance off (e = e_p), and a number with the guidance
     scale s - s_n: only s_n = s and above turns away from it.
@@ -55,9 +56,10 @@ class NegativePrompt(Hooked):
 
     Raises:
         ValueError: no concept, a strength below 0; on `apply`, for None: phrases that do not fit into one text; with a
-            number: a pipeline that does not tell its guidance scale (PixArt); during a call: guidance off
-            (`guidance_scale <= 1`, or a model that is distilled to do without); for None, `negative_prompt_embeds`
-            given; with a number, a denoiser called by itself, when no call has set a guidance scale.
+            number: a pipeline that does not tell its guidance scale (PixArt, FLUX); during a call: guidance off
+            (`guidance_scale <= 1`, FLUX without true guidance, or a model that is distilled to do without); for None,
+            `negative_prompt_embeds` given; with a number, SD 3's `skip_guidance_layers`, or a denoiser called by
+            itself, when no call has set a guidance scale.
 
     Example:
         >>> import efface

@@ -47,10 +47,13 @@ class SAFREE(Hooked):
     trajectory: with t' > 0 the filter acts until (t' + 1) / 50, which is their steps 0 to t'; with t' = 0 the prompt is
     untouched, where theirs edits the first step. A prompt of one token has no others to compare with: it is a trigger
     if d_1 >= (1 + alpha) |(I - P_C) pool(prompt)|, where theirs always is. pool is the state at CLIP's end token, as
-    the denoiser sees it; the mean over tokens where the encoder is not causal (`emoji`, PixArt). A token is masked by
-    the tokenizer's mask token, or else by "!", as in their code. SDXL: each encoder has triggers, spans and states of
-    its own, beta is the mean of both, and the pooled text is that of the prompt with the second encoder's triggers
-    masked. ControlNet reads the prompt as it is. Projectors come from an SVD.
+    the denoiser sees it; the mean over tokens where the encoder is not causal (`emoji`; T5 in PixArt, SD 3 and FLUX). A
+    token is masked by the tokenizer's mask token, or else by "!" (CLIP, T5), as in their code. SDXL, SD 3: each encoder
+    has triggers, spans, states and columns of its own, beta is the mean of all, and what an encoder adds to the pooled
+    text is that of the prompt with its triggers masked (SDXL: only the second adds). FLUX: of CLIP only the pooled text
+    is read, so the triggers masked in it come from the pooled texts themselves; beta is T5's. SD 3 and FLUX read the
+    padding behind a text, which has seen all of it, and it stays as it is. Their schedulers shift the times, so that a
+    fraction of the trajectory holds more steps. ControlNet reads the prompt as it is. Projectors come from an SVD.
 
     It reads words: a prompt that only hints at the concept is beyond it. Some token is always above the mean, so
     harmless prompts have triggers too; the filter is there to pass them.
@@ -68,8 +71,8 @@ class SAFREE(Hooked):
     in a pipeline's call (or after its `encode_prompt`), not where the denoiser is called by itself.
 
     Raises:
-        ValueError: unknown concept, a field out of range, no concept at all; during a call: `prompt_embeds` or another
-            `prompt_2`, which have no words to look at.
+        ValueError: unknown concept, a field out of range, no concept at all; during a call: `prompt_embeds`, or another
+            `prompt_2` or `prompt_3`, which have no words to look at.
 
     Example:
         >>> import efface
