@@ -1,4 +1,4 @@
-"""Tiny random pipelines of the CLIP families, whole and real: tokenizer, text models, UNet, VAE and scheduler.
+"""Tiny random pipelines of all families, whole and real: tokenizers, text models, denoiser, VAE and scheduler.
 
 Random weights alone test little: attention would be uniform and all text alike. Here the token embeddings and the
 query, key and value projections are scaled so that what a prompt says changes the picture.
@@ -21,9 +21,14 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -111,8 +116,9 @@ def denoiser(text_width: int, **settings: Any) -> UNet2DConditionModel:
     return unet
 
 
-def picture_model() -> AutoencoderKL:
+def picture_model(**settings: Any) -> AutoencoderKL:
     return AutoencoderKL(
+        **settings,
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -188,16 +194,22 @@ def small() -> StableDiffusionPipeline:
     return stable_diffusion(tokenizer(), 32, denoiser(32, block_out_channels=(16,), **blocks))
 
 
-def pixart(kind: type = PixArtAlphaPipeline) -> Any:
-    """T5, whose text is projected and whose padding is masked, and a transformer that predicts variances as well."""
+def t5(width: int) -> tuple[PreTrainedTokenizerFast, T5EncoderModel]:
+    """Its tokenizer, in which other words than `WORDS` are unknown, and an encoder."""
     vocabulary = {word: k for k, word in enumerate(("<pad>", "</s>", "<unk>", *WORDS))}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     marks = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "model_max_length": 512}
     config = T5Config(
-        vocab_size=len(vocabulary), d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0
+        vocab_size=len(vocabulary), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0
     )
+    return PreTrainedTokenizerFast(tokenizer_object=words, **marks), T5EncoderModel(config).eval()
+
+
+def pixart(kind: type = PixArtAlphaPipeline) -> Any:
+    """T5, whose text is projected and whose padding is masked, and a transformer that predicts variances as well."""
+    words, encoder = t5(24)
     transformer = PixArtTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=8,
@@ -210,12 +222,80 @@ def pixart(kind: type = PixArtAlphaPipeline) -> Any:
         if ".attn2.to_" in name and name.endswith("weight"):
             weight.data *= 2.5
     return kind(
-        tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, **marks),
-        text_encoder=T5EncoderModel(config).eval(),
+        tokenizer=words,
+        text_encoder=encoder,
         vae=picture_model(),
         transformer=transformer,
         scheduler=scheduler(),
     )
+
+
+def sd3(with_t5: bool = True, **settings: Any) -> StableDiffusion3Pipeline:
+    """Two CLIP encoders side by side, T5 behind them, all read beside the picture; a network that predicts velocity."""
+    tokens, tokens_2 = tokenizer(), tokenizer("!")
+    words, encoder = t5(48)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        caption_projection_dim=16,
+        pooled_projection_dim=16 + 24,
+        pos_embed_max_size=8,
+        **settings,
+    ).eval()
+    return StableDiffusion3Pipeline(
+        vae=picture_model(shift_factor=0.0),
+        text_encoder=text_model(tokens, 16, CLIPTextModelWithProjection),
+        tokenizer=tokens,
+        text_encoder_2=text_model(tokens_2, 24, CLIPTextModelWithProjection),
+        tokenizer_2=tokens_2,
+        text_encoder_3=encoder if with_t5 else None,
+        tokenizer_3=words if with_t5 else None,
+        transformer=louder(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+def sd35() -> StableDiffusion3Pipeline:
+    """As 3.5 Medium is built, without T5."""
+    return sd3(with_t5=False, dual_attention_layers=(0,), qk_norm="rms_norm")
+
+
+def flux(guidance_embeds: bool = True) -> FluxPipeline:
+    """T5 beside the picture, CLIP pooled; the unconditional prediction has a call of its own."""
+    tokens, (words, encoder) = tokenizer(), t5(24)
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=16,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(4, 6, 6),
+    ).eval()
+    return FluxPipeline(
+        vae=picture_model(shift_factor=0.0),
+        text_encoder=text_model(tokens, 16),
+        tokenizer=tokens,
+        text_encoder_2=encoder,
+        tokenizer_2=words,
+        transformer=louder(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    )
+
+
+def louder(transformer: Any) -> Any:
+    """With weights that let the text matter."""
+    for name, weight in transformer.named_parameters():
+        if any(part in name for part in (".add_", "context_embedder", "text_embedder")) and name.endswith("weight"):
+            weight.data *= 2.5
+    return transformer
 
 
 def bert() -> StableDiffusionPipeline:
@@ -253,6 +333,7 @@ def pixart_sigma() -> Any:
 
 BUILDERS: dict[str, Callable[[], Any]] = {"sd1": sd1, "sd2": sd2, "sdxl": sdxl, "small": small}
 BUILDERS |= {"bert": bert, "pixart": pixart, "pixart_sigma": pixart_sigma}
+BUILDERS |= {"sd3": sd3, "sd35": sd35, "flux": flux}
 FAMILIES = ("sd1", "sd2", "sdxl")  # with a UNet
 
 
@@ -266,14 +347,23 @@ def pipeline(family: str = "sd1") -> Any:
 
 
 def latents(pipe: DiffusionPipeline, prompt: str | Sequence[str] | None = PROMPT, **options: Any) -> Tensor:
-    """What the pipeline draws, before decoding. Picture i of a call has seed i; `seed` shifts them."""
+    """What the pipeline draws, before decoding. Picture i of a call has seed i; `seed` shifts them.
+
+    FLUX draws with true guidance, of which `guidance_scale` is the scale.
+    """
     given = options.get("prompt_embeds")
     prompt = list(prompt) if isinstance(prompt, tuple) else prompt
     prompts = len(given) if given is not None else 1 if isinstance(prompt, str) else len(prompt)
     seed, images = options.pop("seed", 0), prompts * options.get("num_images_per_prompt", 1)
     generator = [torch.Generator().manual_seed(seed + i) for i in range(images)]
-    if hasattr(pipe, "transformer"):
+    if isinstance(pipe, (PixArtAlphaPipeline, PixArtSigmaPipeline)):
         options = {"use_resolution_binning": False, "clean_caption": False, **options}
+    elif hasattr(pipe, "transformer"):
+        options = {"max_sequence_length": 24, **options}
+    if isinstance(pipe, FluxPipeline):
+        options["true_cfg_scale"] = options.pop("guidance_scale", 4.0)
+        given = options.get("negative_prompt_embeds") is not None
+        options = {"height": 16, "width": 16, **({} if given else {"negative_prompt": [""] * prompts}), **options}
     options = {"num_inference_steps": STEPS, "generator": generator, "output_type": "latent", **options}
     return pipe(prompt, **options).images
 

@@ -11,6 +11,22 @@ from torch import Tensor, nn
 from ._attention import Term
 from ._method import Method, Prediction
 from ._prompts import Entry
+from .families import Family
+
+SHARED = ("img_ids", "txt_ids")  # arguments of a denoiser: positions, the same for all rows
+
+
+def pooled_text(arguments: dict[str, Any]) -> Tensor | None:
+    """The pooled text [B, P] among a denoiser's arguments."""
+    pooled = (arguments.get("added_cond_kwargs") or {}).get("text_embeds")
+    return arguments.get("pooled_projections") if pooled is None else pooled
+
+
+def with_pooled(arguments: dict[str, Any], pooled: Tensor) -> dict[str, Any]:
+    """The arguments with another pooled text."""
+    if "pooled_projections" in arguments:
+        return arguments | {"pooled_projections": pooled}
+    return arguments | {"added_cond_kwargs": {**arguments["added_cond_kwargs"], "text_embeds": pooled}}
 
 
 def with_concepts(
@@ -20,23 +36,24 @@ def with_concepts(
 
     Rows are counted from the `first` conditional one on.
     """
-    text, more = arguments["encoder_hidden_states"], arguments.get("added_cond_kwargs") or {}
+    text, pooled = arguments["encoder_hidden_states"], pooled_text(arguments)
     for term in terms:
         if term.text.shape[1:] != text.shape[1:]:
             raise ValueError(
                 f"The call's text has {text.shape[1]} tokens, but a concept's {term.text.shape[1]}, so they do "
-                "not fit into one batch: give a prompt of the ordinary length, or use method 'eiup'."
+                "not fit into one batch: give a prompt of the ordinary length, or use method 'eiup' where it works."
             )
     again = first + torch.cat([r for term, r in zip(terms, rows, strict=True) for _ in term.text])
-    longer = {name: _with_rows(value, len(text), again) for name, value in arguments.items()}
+    own = {name: value for name, value in arguments.items() if name not in SHARED}
+    longer = arguments | {name: _with_rows(value, len(text), again) for name, value in own.items()}
 
     def asked(part: str) -> list[Tensor]:
         found = ((getattr(term, part), len(r)) for term, r in zip(terms, rows, strict=True))
         return [values.repeat_interleave(n, 0) for values, n in found]
 
     longer["encoder_hidden_states"] = torch.cat([text, *asked("text")])
-    if "text_embeds" in more:
-        longer["added_cond_kwargs"]["text_embeds"] = torch.cat([more["text_embeds"], *asked("pooled")])
+    if pooled is not None:
+        longer = with_pooled(longer, torch.cat([pooled, *asked("pooled")]))
     if masked:
         mask = arguments["encoder_attention_mask"]
         longer["encoder_attention_mask"] = torch.cat([mask, *(each.to(mask) for each in asked("mask"))])
@@ -55,13 +72,15 @@ def guided(
     """The prediction of the user's rows; the conditional ones, `first` to `last`, changed by what each method adds.
 
     `guiding`: the methods with the weight of their window; `rows`: those of each of their terms, as `with_concepts` had
-    them.
+    them. If all of the user's rows are conditional, as many unconditional ones stand right behind them.
     """
     wide = out.to(torch.promote_types(out.dtype, torch.float32))
     negative, prompt, further = wide[:first], wide[first:last], wide[last:]
+    if not first:
+        negative, further = further[:last], further[last:]
     places, changed = iter(rows), prompt
     for entry, weight in guiding:
-        concept, count = torch.zeros_like(prompt), torch.zeros_like(prompt[:, :1, :1, :1])
+        concept, count = torch.zeros_like(prompt), prompt.new_zeros(len(prompt), *[1] * (prompt.ndim - 1))
         for term in entry.acting:
             place = next(places)
             for _ in term.text:
@@ -84,12 +103,20 @@ def _with_rows(value: Any, rows: int, again: Tensor) -> Any:
     return value
 
 
-def needs_guidance(eraser: Method, denoiser: nn.Module | None) -> str:
+def needs_guidance(eraser: Method, denoiser: nn.Module | None, facts: Family) -> str:
     """What is wrong with a call without unconditional rows, and what to do."""
-    needs = f"{type(eraser).__name__} needs guidance, with conditional and unconditional rows in one batch of a call"
+    needs, name = f"{type(eraser).__name__} needs guidance", f"`{facts.scale}`"
+    if facts.apart:
+        return (
+            f"{needs} with an unconditional prediction in each step of a pipeline's call: set {name} above 1 and give "
+            'a `negative_prompt`, for which "" will do (a model that is distilled to do without may draw worse with '
+            "it), or use method 'safree'."
+        )
+    needs = f"{needs}, with conditional and unconditional rows in one batch of a call"
+    other = "eiup" if facts.cross_attention else "safree"
     if getattr(getattr(denoiser, "config", None), "time_cond_proj_dim", None) is not None:
-        return f"{needs}, but this denoiser is distilled to do without (`guidance_scale` is its input): use 'eiup'."
+        return f"{needs}, but this denoiser is distilled to do without ({name} is its input): use {other!r}."
     return (
-        f"{needs} of the pipeline: set `guidance_scale` above 1 (a denoiser called by itself does not do), or use "
-        "method 'eiup'."
+        f"{needs} of the pipeline: set {name} above 1 (a denoiser called by itself does not do), or use method "
+        f"{other!r}."
     )

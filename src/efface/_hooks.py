@@ -11,7 +11,8 @@ hook is gone.
   for each call (so a LoRA loaded or a device changed in between is seen; there is nothing to invalidate).
 - The denoiser hook reads the time and checks the batch against what `encode_prompt` returned. There a method may change
   the text that conditional rows read, and the noise predicted for them: texts it asks for are predicted as further rows
-  of the same call, and the pipeline's own guidance then works on the changed prediction, whatever the scheduler.
+  of the same call, and the pipeline's own guidance then works on the changed prediction, whatever the scheduler. FLUX
+  predicts unconditionally in another call: there the unconditional text is such a row as well.
 - In every cross-attention layer the query is seen behind `to_q`, and the attention output is edited in front of
   `to_out[0]`, on conditional rows only. Processors stay as they are (slicing, LoRA, IP-Adapter). Further rows are not
   edited: they have to show the concept.
@@ -31,7 +32,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType, MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -39,15 +40,15 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from ._attention import Beside, CrossAttention
-from ._guidance import guided, needs_guidance, with_concepts
+from ._attention import Beside, CrossAttention, Term
+from ._guidance import guided, needs_guidance, pooled_text, with_concepts, with_pooled
 from ._layers import Layer, SelfLayer, WatchDenoiser, register, unregister
 from ._method import Method
 from ._prompts import Entry, projected
 from ._text import SITES, check_width, cut_off, encoding_settings
 from ._weights import check_unfused, denoiser_of
 from .core import Handle
-from .families import Family, family
+from .families import Family, family, without_cross_attention
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -86,6 +87,8 @@ class _Call:
     guidance_scale: float
     inside: bool  # of the pipeline's `__call__`, not an `encode_prompt` by itself
     thread: int = field(default_factory=threading.get_ident)
+    line: int = 0  # of the pipeline's `__call__` that asked for it; 0: something else did
+    negative_pooled: Tensor | None = None  # where unconditional predictions come apart
     one_negative: bool = field(init=False, default=False)  # for all rows
 
     def __post_init__(self) -> None:
@@ -142,10 +145,7 @@ class Site:
     def add(self, pipe: DiffusionPipeline, eraser: Hooked) -> Handle:
         if eraser.edits_attention:
             if not self.layers:
-                raise ValueError(
-                    f"{type(eraser).__name__} works in cross-attention, but this {type(pipe).__name__} has no "
-                    "cross-attention layers."
-                )
+                raise ValueError(without_cross_attention(type(eraser).__name__, pipe))
             for layer in self.layers:
                 check_unfused(layer.attn, self.facts.denoiser)
         if (eraser.measures or eraser.twins) and getattr(pipe, self.facts.denoiser) is not self._denoiser():
@@ -242,7 +242,7 @@ class Site:
         self, pipe: DiffusionPipeline, entry: Entry, prompts: list[str] | None = None, **settings: Any
     ) -> None:
         entry.eraser.check(pipe)
-        self.train_timesteps = pipe.scheduler.config.num_train_timesteps
+        self.train_timesteps = 1 if self.facts.unit_time else pipe.scheduler.config.num_train_timesteps
         entry.prepare(pipe, self.images_per_prompt, prompts, **settings)
 
     def _wrap(self, pipe: DiffusionPipeline) -> None:
@@ -262,14 +262,17 @@ class Site:
                 bound = signature.bind(*args, **kwargs)
                 bound.apply_defaults()
                 settings, images = encoding_settings(bound), bound.arguments["num_images_per_prompt"]
-                guided = bound.arguments["do_classifier_free_guidance"]
-                if not guided:
+                guided = bound.arguments.get("do_classifier_free_guidance", False)
+                if not guided and not self.facts.apart:
                     self._refuse_without_guidance()
                 encoded = encode_prompt(*args, **kwargs)
+                line = _line_of_call(owner())
+                if self.facts.apart and self.call and self.call.pipe is owner and 0 < self.call.line < line:
+                    return self._negated(owner(), encoded, bound)
                 self.call = self.twin = None
                 prompts = self._prompts(bound.arguments)
                 for text in dict.fromkeys(prompts or ()):
-                    if lost := cut_off(owner(), text):  # Python says the same thing once
+                    if lost := cut_off(owner(), text, **settings):  # Python says the same thing once
                         warnings.warn(
                             f"A prompt is longer than the text encoder takes; not read is {lost!r}.", stacklevel=2
                         )
@@ -278,14 +281,12 @@ class Site:
                     entry.memory = {}
                     encoded = entry.eraser.rewrite(owner(), encoded, bound, entry.memory)
                     self._prepare(owner(), entry, prompts, **settings)
-                negative, mask = None, None
-                if guided and self.facts.masked:
-                    negative, mask = encoded[2], encoded[3]
-                elif guided:
-                    negative = encoded[1]
-                scale = getattr(owner(), "guidance_scale", math.nan)
+                parts = dict(zip(self.facts.returns, encoded, strict=True))
+                negative, mask = (parts.get(name) if guided else None for name in ("negative", "negative_mask"))
+                scale = getattr(owner(), self.facts.scale, math.nan)
                 inside = _calls(owner(), threading.get_ident())
-                self.call = _Call(encoded[0], negative, mask, images, settings, prompts, owner, scale, inside)
+                said = _Call(parts["text"], negative, mask, images, settings, prompts, owner, scale, inside, line=line)
+                self.call = said
                 self._checked = None
                 self._fit()  # once more in `begin`, but not when compiled
                 for entry in self.entries:
@@ -302,11 +303,22 @@ class Site:
         self.pipes.append((owner, {name: vars(pipe)[name] for name in WRAPPED if name in vars(pipe)}))
         pipe.encode_prompt, pipe.maybe_free_model_hooks = wrapped, ended
 
+    def _negated(self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], bound: inspect.BoundArguments) -> Any:
+        """The negative prompts, which a pipeline of a family with predictions apart encodes after the prompts."""
+        for entry in self.entries:
+            encoded = entry.eraser.negate(pipe, encoded, bound)
+        parts = dict(zip(self.facts.returns, encoded, strict=True))
+        if self.call is not None:
+            if parts["text"] is self.call.positive:  # given by the user; the calls are told apart by the object
+                parts["text"] = parts["text"].clone()
+            self.call = replace(self.call, negative=parts["text"], negative_pooled=parts["pooled"])
+        return tuple(parts.values())
+
     @staticmethod
     def _prompts(arguments: dict[str, Any]) -> list[str] | None:
         """The texts of a call's prompts, one for each conditional row; None if it gave embeddings."""
-        prompt, second = arguments["prompt"], arguments.get("prompt_2")
-        if prompt is None or arguments.get("prompt_embeds") is not None or second not in (None, prompt):
+        prompt, others = arguments["prompt"], [arguments.get("prompt_2"), arguments.get("prompt_3")]
+        if prompt is None or arguments.get("prompt_embeds") is not None or any(o not in (None, prompt) for o in others):
             return None
         prompts = [prompt] if isinstance(prompt, str) else prompt
         return [text for text in prompts for _ in range(arguments["num_images_per_prompt"])]
@@ -344,6 +356,11 @@ class Site:
                         entry.place(self.images_per_prompt, len(text) - self.first)
                 self._checked = text
         elif self.call is not None and self.call.negative is not None:
+            if self.facts.apart:
+                raise ValueError(
+                    f"With `{self.facts.scale}` above 1, which call of a compiled denoiser is the unconditional one "
+                    "cannot be told: give a pipeline that is not compiled."
+                )
             self.first = len(text) - len(self.call.positive)
         else:
             self.first = 0
@@ -456,6 +473,8 @@ class Site:
             return 0
         positive, negative = self.call.positive, self.call.negative
         n, p = len(text), len(positive)
+        if self.facts.apart and text is negative:  # which may equal the prompt
+            return n
         if n == p and torch.equal(text, positive):
             return 0
         if negative is not None:
@@ -531,31 +550,37 @@ class Site:
         others = {name: value for name, value in arguments.items() if name != noisy}
         self.measure(lambda: forward(arguments[noisy], **others))
         self.draw_beside(arguments[noisy], lambda beside: forward(beside, **others)[0])
+        beside = self._negatives_beside() if self.facts.apart else []
         guiding = []
-        for entry in self.entries:
+        for entry in self.entries if self.first < self.last or not self.facts.apart else ():
             weight = self._weight(entry.eraser.window) if entry.eraser.guides and not entry.eraser.is_off() else 0
             if entry.acting and (isinstance(weight, Tensor) or weight):
                 guiding.append((entry, weight))
         if not guiding:
             return _call(forward, names, arguments)
-        if not 0 < self.first < self.last:
-            raise ValueError(needs_guidance(guiding[0][0].eraser, self._denoiser()))
+        if arguments.get("skip_layers") is not None:
+            raise ValueError(
+                f"{type(guiding[0][0].eraser).__name__} changes the conditional prediction, which "
+                "`skip_guidance_layers` compares with one of its own: leave them out, or use method 'safree'."
+            )
+        if not 0 < self.first < self.last and not beside:
+            raise ValueError(needs_guidance(guiding[0][0].eraser, self._denoiser(), self.facts))
         every = torch.arange(self.last - self.first, device=text.device)
         terms = [term for entry, _ in guiding for term in entry.acting]
         rows = [every if term.rows is None else term.rows for term in terms]
+        asked, places = [*beside, *terms], [*(every[k : k + 1] for k in range(len(beside))), *rows]
         out = _call(
-            forward, names, with_concepts(arguments, terms, rows, self.first, masked=self.prompt_mask is not None)
+            forward, names, with_concepts(arguments, asked, places, self.first, masked=self.prompt_mask is not None)
         )
         scale = self.call.guidance_scale if self.call else math.nan
         if self.call and not torch.compiler.is_compiling():  # a callback may have changed it
-            scale = getattr(self.call.pipe(), "guidance_scale", math.nan)
+            scale = getattr(self.call.pipe(), self.facts.scale, math.nan)
         sample = guided(out[0], guiding, rows, self.first, self.last, scale, time)
         return (sample, *out[1:]) if isinstance(out, tuple) else type(out)(sample=sample)
 
     def _reread(self, arguments: dict[str, Any], time: Tensor) -> dict[str, Any]:
         """The arguments with the text that conditional rows read at this time."""
-        text, more = arguments["encoder_hidden_states"], arguments.get("added_cond_kwargs") or {}
-        all_pooled = more.get("text_embeds")
+        text, all_pooled = arguments["encoder_hidden_states"], pooled_text(arguments)
         given = prompt, pooled = text[self.first :], None if all_pooled is None else all_pooled[self.first :]
         for entry in self.entries if self.first < self.last else ():
             if not entry.eraser.is_off():
@@ -563,15 +588,30 @@ class Site:
         if prompt is given[0] and pooled is given[1]:
             return arguments
         self.prompt = projected(self._denoiser(), prompt)
-        changed: dict[str, Any] = {"encoder_hidden_states": torch.cat([text[: self.first], prompt])}
+        arguments = arguments | {"encoder_hidden_states": torch.cat([text[: self.first], prompt])}
         if all_pooled is not None and pooled is not None:
-            changed["added_cond_kwargs"] = {**more, "text_embeds": torch.cat([all_pooled[: self.first], pooled])}
-        return arguments | changed
+            return with_pooled(arguments, torch.cat([all_pooled[: self.first], pooled]))
+        return arguments
+
+    def _negatives_beside(self) -> list[Term]:
+        """The negative prompt of each conditional row, where unconditional predictions have a call of their own."""
+        if self.call is None or self.first == self.last:
+            return []
+        text, pooled = self.call.negative, self.call.negative_pooled
+        if text is None or pooled is None:
+            self._refuse_without_guidance()
+            return []
+        if (n := self.last - self.first) != len(text):
+            raise ValueError(
+                f"The call has {n} rows of prompts, but {len(text)} of negative prompts: give a list, one for each."
+            )
+        return [Term(text[k : k + 1], (), pooled=pooled[k : k + 1]) for k in range(len(text))]
 
     def _refuse_without_guidance(self) -> None:
         for entry in self.entries:
-            if entry.eraser.guides and not entry.eraser.is_off() and entry.prompts is not None:
-                raise ValueError(needs_guidance(entry.eraser, self._denoiser()))
+            acts = entry.prompts is not None if entry.eraser.guides else entry.eraser.negates
+            if acts and not entry.eraser.is_off():
+                raise ValueError(needs_guidance(entry.eraser, self._denoiser(), self.facts))
 
     def _refuse_strangers(self) -> None:
         """A pipeline's call that began without the erasers, or lost them: its unconditional rows cannot be told."""
@@ -592,6 +632,13 @@ class Site:
                     f"between, or the eraser was applied in the middle of the call. {_TWO_THREADS}"
                 )
             frame = frame.f_back
+
+
+def _line_of_call(pipe: DiffusionPipeline | None) -> int:
+    """Where in the pipeline's `__call__` the wrapped `encode_prompt` was called; 0 if something else called it."""
+    frame = sys._getframe(2)
+    inside = frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is pipe
+    return frame.f_lineno if inside else 0
 
 
 def _call(function: Callable[..., Any], positional: Sequence[str], arguments: dict[str, Any]) -> Any:

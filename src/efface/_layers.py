@@ -117,13 +117,17 @@ class SelfLayer(Layer):
 
 
 def register(module: nn.Module, hook: ModelHook) -> None:
+    found = hasattr(module, "_diffusers_hook")  # FLUX's own pipeline puts an empty registry there
     HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
+    hook.found_registry = found
 
 
 def unregister(module: nn.Module) -> None:
     registry = module._diffusers_hook
+    found = registry.get_hook(HOOK).found_registry
     registry.remove_hook(HOOK, recurse=False)
     if not registry.hooks:  # leave the module as it was found; someone else's `forward` stays
         if getattr(module.forward, "__func__", None) is type(module).forward:
             vars(module).pop("forward", None)
-        del module._diffusers_hook
+        if not found:
+            del module._diffusers_hook

@@ -50,6 +50,7 @@ class Method:
     touches_uncond: ClassVar[bool] = False
     edits_attention: ClassVar[bool] = False
     guides: ClassVar[bool] = False  # changes the prediction, which takes guidance
+    negates = False  # changes the negative prompts, which takes guidance
     packs = True  # phrases share erasure prompts; a method may need one prompt per phrase
     references: tuple[tuple[str, ...], ...] = (("",),)  # the mean of each group of texts stands for "some picture"
     joins = False  # terms come with each prompt and the erasure prompt in one text
@@ -114,6 +115,12 @@ class Method:
         memory: dict[str, Tensor],
     ) -> tuple[Any, ...]:
         """What `encode_prompt` returned, changed; `memory` is empty and lasts for this call of the pipeline."""
+        return encoded
+
+    def negate(
+        self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], call: inspect.BoundArguments
+    ) -> tuple[Any, ...]:
+        """What `encode_prompt` returned for negative prompts, changed, if they get a call of their own (FLUX)."""
         return encoded
 
     def reread(

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from ._attention import Term
 from ._method import Method
-from ._text import cleaned, encode, pack
+from ._text import cleaned, encode, pack, readers
 from ._weights import denoiser_of
 from .core import Concept
-from .families import family
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -134,7 +133,7 @@ def _join(pipe: DiffusionPipeline, prompts: list[str], texts: list[str], **setti
     pairs, lengths = [], []
     for text, prompt in itertools.product(texts, prompts):
         pairs.append(prompt + " " * (not prompt.endswith(" ")) + text)
-        for tokenizer in (getattr(pipe, name) for name in family(pipe).tokenizers):
+        for tokenizer in (getattr(pipe, name) for name in readers(pipe)):
             three = cleaned(pipe, tokenizer, (prompt, text, pairs[-1]), **settings)
             n, m, both = (len(tokenizer(each, add_special_tokens=False).input_ids) for each in three)
             limit = tokenizer.model_max_length - 2

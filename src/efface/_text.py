@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ class Encoded:
     """Texts as the pipeline encodes its prompts: `text` [N, L, D], `pooled` [N, P] or None, `own`, and `mask`.
 
     `mask` [N, L] is False where the denoiser sees no text (None: it sees all columns). `own` holds for each text the
-    columns of its own tokens: not the start, end or padding tokens.
+    columns of its own tokens, those of the first encoder's states: not the start, end or padding tokens.
     """
 
     text: Tensor
@@ -36,11 +36,35 @@ class Encoded:
     mask: Tensor | None = None
 
 
-def _limit(pipe: DiffusionPipeline, tokenizer: Any, **settings: Any) -> int:
-    """How many tokens of a text the pipeline encodes, start and end included."""
+def readers(pipe: DiffusionPipeline) -> tuple[str, ...]:
+    """The tokenizers whose text encoders are there: SD 3 does without T5."""
+    return tuple(name for name in family(pipe).tokenizers if encoder_of(pipe, name) is not None)
+
+
+def encoder_of(pipe: DiffusionPipeline, tokenizer: str) -> Any:
+    """The text encoder that goes with a tokenizer, by its name; None if the pipeline does without."""
+    return getattr(pipe, tokenizer.replace("tokenizer", "text_encoder"), None)
+
+
+def _limit(pipe: DiffusionPipeline, name: str, **settings: Any) -> int:
+    """How many tokens of a text the pipeline encodes with this tokenizer, start and end included."""
+    most = getattr(pipe, name).model_max_length
     longest = inspect.signature(type(pipe).encode_prompt).parameters.get("max_sequence_length")
-    limit = settings.get("max_sequence_length") or (longest.default if longest else tokenizer.model_max_length)
-    return min(limit, tokenizer.model_max_length)
+    if longest is None or name not in family(pipe).bidirectional:  # CLIP takes what it takes
+        return most
+    return min(settings.get("max_sequence_length") or longest.default, most)
+
+
+def places(pipe: DiffusionPipeline, **settings: Any) -> dict[str, tuple[slice, slice]]:
+    """Where each encoder's states stand in a text [L, D]: its columns and features, by the tokenizer's name."""
+    found, end = {}, 0
+    for group in family(pipe).texts:
+        column, feature = end, 0
+        for name in group:
+            if (encoder := encoder_of(pipe, name)) is not None:
+                end = column + _limit(pipe, name, **settings)
+                found[name] = slice(column, end), slice(feature, feature := feature + encoder.config.hidden_size)
+    return found
 
 
 def _own_columns(tokenizer: Any, text: str, limit: int) -> slice:
@@ -67,15 +91,17 @@ def encode(pipe: DiffusionPipeline, texts: Sequence[str], **settings: Any) -> En
     Raises:
         ValueError: a text without tokens, or over the limit.
     """
-    tokenizers = [getattr(pipe, name) for name in family(pipe).tokenizers]
-    places = [
-        [_own_columns(t, text, _limit(pipe, t, **settings)) for text in cleaned(pipe, t, texts, **settings)]
-        for t in tokenizers
-    ]
-    if any(p != places[0] for p in places):
-        raise ValueError(f"The pipeline's tokenizers place the tokens of {list(texts)} differently: use other words.")
+    columns = {}
+    for name in readers(pipe):
+        tokenizer, limit = getattr(pipe, name), _limit(pipe, name, **settings)
+        columns[name] = [_own_columns(tokenizer, t, limit) for t in cleaned(pipe, tokenizer, texts, **settings)]
+    for first, *others in family(pipe).texts:
+        if any(columns[name] != columns[first] for name in others):
+            raise ValueError(
+                f"The pipeline's tokenizers place the tokens of {list(texts)} differently: use other words."
+            )
     text, pooled, mask = _encode(pipe, texts, settings)
-    return Encoded(text, pooled, tuple(places[0]), mask)
+    return Encoded(text, pooled, tuple(columns[family(pipe).texts[0][0]]), mask)
 
 
 def check_width(pipe: DiffusionPipeline) -> None:
@@ -105,51 +131,50 @@ def _encode(
     """Texts [N, L, D], pooled [N, P], and the mask [N, L], where there are any; what is over the limit is cut."""
     site = SITES.get(denoiser_of(pipe))
     method = site.original_encode(pipe) if site else pipe.encode_prompt
+    call = {"prompt": list(texts), "prompt_2": None, "prompt_3": None, "num_images_per_prompt": 1, **settings}
+    call |= {"device": pipe._execution_device, "do_classifier_free_guidance": False}
+    taken = inspect.signature(type(pipe).encode_prompt).parameters
     with torch.no_grad():
-        out = method(
-            prompt=list(texts),
-            device=pipe._execution_device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-            **settings,
-        )
-    if family(pipe).masked:
-        return out[0], None, out[1].bool()
-    return out[0], out[2] if len(out) > 2 else None, None
+        out = method(**{name: value for name, value in call.items() if name in taken})
+    parts = dict(zip(family(pipe).returns, out, strict=True))
+    return parts["text"], parts.get("pooled"), parts["mask"].bool() if family(pipe).masked else None
 
 
-def own_tokens(pipe: DiffusionPipeline, text: str, **settings: Any) -> range:
-    """The columns of a prompt's own tokens; the end token is behind them. What is over the limit is cut."""
-    tokenizer = getattr(pipe, family(pipe).tokenizers[0])
+def own_tokens(pipe: DiffusionPipeline, text: str, name: str, **settings: Any) -> range:
+    """The columns of a text's own tokens for one tokenizer; the end token is behind them. What is too long is cut."""
+    tokenizer = getattr(pipe, name)
     (text,) = cleaned(pipe, tokenizer, [text], **settings)
-    cut = {"truncation": True, "max_length": _limit(pipe, tokenizer, **settings)}
+    cut = {"truncation": True, "max_length": _limit(pipe, name, **settings)}
     return range(len(tokenizer("").input_ids) - 1, len(tokenizer(text, **cut).input_ids) - 1)
 
 
 def encode_masked(
-    pipe: DiffusionPipeline, text: str, columns: Sequence[Sequence[int]], **settings: Any
+    pipe: DiffusionPipeline, text: str, columns: Mapping[str, Sequence[Sequence[int]]], **settings: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """A prompt encoded once for each set of columns [N, L, D], with the tokens in these columns masked; and pooled.
+    """A prompt encoded as often as the longest list has sets of columns [N, L, D], and pooled.
 
-    The mask is the tokenizer's own, or "!", the first word of CLIP's vocabulary, which has none.
+    `columns`: by tokenizer, the columns whose tokens are masked for its encoder in the first text, the second, ... The
+    mask is the tokenizer's own, or "!", the first word of CLIP's vocabulary, which has none.
     """
     placed, here = [], threading.get_ident()
-    for name in family(pipe).tokenizers:
-        tokenizer, encoder = getattr(pipe, name), getattr(pipe, name.replace("tokenizer", "text_encoder"))
+    for name, sets in columns.items():
+        tokenizer, encoder = getattr(pipe, name), encoder_of(pipe, name)
         mask = tokenizer.mask_token_id
         mask = tokenizer.convert_tokens_to_ids("!") if mask is None else mask
 
-        def put(module: nn.Module, args: tuple[Any, ...], mask: int = mask) -> tuple[Any, ...]:
+        def put(
+            module: nn.Module, args: tuple[Any, ...], mask: int = mask, sets: Sequence[Sequence[int]] = sets
+        ) -> tuple[Any, ...]:
             if threading.get_ident() != here:  # another pipeline may share the text encoder
                 return args
             ids = args[0].clone()
-            for row, masked in enumerate(columns):
+            for row, masked in enumerate(sets):
                 ids[row, list(masked)] = mask
             return (ids, *args[1:])
 
         placed.append(encoder.register_forward_pre_hook(put))
     try:
-        return _encode(pipe, [text] * len(columns), settings)[:2]
+        return _encode(pipe, [text] * max(map(len, columns.values())), settings)[:2]
     finally:
         for handle in placed:
             handle.remove()
@@ -162,19 +187,24 @@ def encoding_settings(call: inspect.BoundArguments) -> dict[str, Any]:
 
 
 def fits(pipe: DiffusionPipeline, text: str) -> bool:
-    """Whether a text is within the encoder's limit."""
-    return not cut_off(pipe, text)
+    """Whether a text is within the limit of every encoder."""
+    return not any(_cut_off(pipe, text))
 
 
-def cut_off(pipe: DiffusionPipeline, text: str) -> str:
-    """The end of a prompt that not every text encoder of the pipeline reads; "" if all of it is read."""
+def cut_off(pipe: DiffusionPipeline, text: str, **settings: Any) -> str:
+    """The end of a prompt that no text encoder of the pipeline reads; "" if all of it is read by one."""
+    return min(_cut_off(pipe, text, **settings), key=len)
+
+
+def _cut_off(pipe: DiffusionPipeline, text: str, **settings: Any) -> list[str]:
     lost = []
-    for tokenizer in (getattr(pipe, name) for name in family(pipe).tokenizers):
-        (whole,) = cleaned(pipe, tokenizer, [text])
+    for name in readers(pipe):
+        tokenizer = getattr(pipe, name)
+        (whole,) = cleaned(pipe, tokenizer, [text], **settings)
         ids = tokenizer(whole, add_special_tokens=False).input_ids
-        room = _limit(pipe, tokenizer) - len(tokenizer("").input_ids)
+        room = _limit(pipe, name, **settings) - len(tokenizer("").input_ids)
         lost.append(tokenizer.decode(ids[room:]))
-    return max(lost, key=len)
+    return lost
 
 
 def pack(pipe: DiffusionPipeline, phrases: Sequence[str], separator: str = " ") -> list[str]:
@@ -215,9 +245,10 @@ def condition(pipe: DiffusionPipeline, texts: Sequence[str]) -> Condition:
     if present is not None and present.entries:
         names = ", ".join(type(entry.eraser).__name__ for entry in present.entries)
         raise ValueError(f"{names} is on, and would take part in the training: call `handle.remove()` before `fit`.")
-    for tokenizer in (getattr(pipe, name) for name in family(pipe).tokenizers):
+    for name in readers(pipe):
+        tokenizer = getattr(pipe, name)
         for text in cleaned(pipe, tokenizer, texts):
-            _own_columns(tokenizer, text, _limit(pipe, tokenizer))
+            _own_columns(tokenizer, text, _limit(pipe, name))
     with torch.no_grad():
         out = pipe.encode_prompt(
             prompt=list(texts),

@@ -10,7 +10,7 @@ import torch
 from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from torch import Tensor, nn
 
-from .families import family
+from .families import family, without_cross_attention
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -60,9 +60,7 @@ def keys_values(pipe: DiffusionPipeline) -> dict[str, Tensor]:
     root, name = denoiser_of(pipe), family(pipe).denoiser
     layers = [n for n, m in root.named_modules() if isinstance(m, Attention) and m.is_cross_attention]
     if not layers:
-        raise ValueError(
-            f"This {type(pipe).__name__} has no cross-attention layers, so no keys and values of the text."
-        )
+        raise ValueError(without_cross_attention("Editing keys and values in closed form", pipe))
     paths = [f"{layer}.{projection}.weight" for layer in layers for projection in ("to_k", "to_v")]
     return {f"{name}.{path}": weight(root, path) for path in paths}
 
@@ -83,14 +81,18 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def text_hash(pipe: DiffusionPipeline, unedited: Mapping[str, Tensor]) -> str:
-    """sha256 over sorted (name, shape, dtype, bytes) of the denoiser's cross-attention keys and values.
+    """sha256 over sorted (name, shape, dtype, bytes) of the weights of the denoiser that read the text.
 
+    They are the keys and values of cross-attention, or those of the text where text and picture attend at once.
     `unedited`: the values, by canonical name, of what a delta has changed just now.
     """
     denoiser, prefix = denoiser_of(pipe), family(pipe).denoiser
     layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, Attention) and m.is_cross_attention}
     paths = {f"{name}.{projection}": layers[name] for name in layers for projection in ("to_k", "to_v")}
     present = {path: getattr(layer, path.rpartition(".")[2]).weight for path, layer in paths.items()}
+    if not layers:
+        named = denoiser.named_modules()
+        present = {n: m.weight for n, m in named if n.rpartition(".")[2] in ("add_k_proj", "add_v_proj")}
     return digest({path: unedited.get(f"{prefix}.{path}.weight", value) for path, value in present.items()})
 
 

@@ -127,7 +127,7 @@ def show(
         "suites": registry.about("suites"),
         "metrics": registry.about("metrics"),
         "models": {"emoji": "embedded, 64 x 64", "FOLDER or HUB/ID": "any diffusers pipeline of a known family"},
-        "families": {f.name: "causal text encoder" if f.causal else "bidirectional text encoder" for f in FAMILIES},
+        "families": {f.name: f.about for f in FAMILIES},
     }
     if what != "all" and what not in tables:
         hint = registry.near(what, tables)

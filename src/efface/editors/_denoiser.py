@@ -111,11 +111,12 @@ class Denoiser:
     def __init__(
         self, pipe: DiffusionPipeline, texts: Sequence[str], train: str, sampler_steps: int, precision: str = "auto"
     ) -> None:
-        name = family(pipe).denoiser
+        facts = family(pipe)
+        name, others = facts.denoiser, "an editor in closed form, such as UCE, or a run-time eraser"
         if name != "unet":
             raise TypeError(
                 f"Expected a pipeline with a UNet, but {type(pipe).__name__} has a transformer, and training that is "
-                "not tested: use an editor in closed form, such as UCE, or a run-time eraser."
+                f"not tested: use {others if facts.cross_attention else facts.methods}."
             )
         self.module, self.prefix = part(pipe, name), f"{name}."
         self.names = trained(self.module, train)

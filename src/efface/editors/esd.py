@@ -62,7 +62,7 @@ class ESD(Training):
     Raises:
         ValueError: a field out of range; run-time erasers or a LoRA on the pipeline; a text over the encoder's limit; a
             checkpoint of another fit.
-        TypeError: a family without an unconditional branch that is known (SD3, FLUX).
+        TypeError: a pipeline without a UNet (PixArt, SD 3, FLUX).
         RuntimeError: the loss is not finite.
 
     Example:

@@ -13,7 +13,7 @@ from .._hooks import Hooked
 from .._weights import layer_names, text_hash
 from ..core import Concepts, Handle, Rows, as_concepts
 from ..delta import unedited
-from ..families import family
+from ..families import family, without_cross_attention
 from ._adapter import Adapter
 from ._gie_official import afterwards, swapped
 
@@ -198,10 +198,13 @@ class GIE(Hooked):
         return self.adapter is not None
 
     def apply(self, pipe: DiffusionPipeline) -> Handle:
-        if self.values == "official" and not family(pipe).causal:
+        facts = family(pipe)
+        if not facts.cross_attention:
+            raise ValueError(without_cross_attention("GIE", pipe))
+        if self.values == "official" and not facts.causal:
             raise ValueError(
                 f"The official values take the prompt's tokens from a longer text, which needs a causal text encoder; "
-                f'that of {family(pipe).name} is bidirectional: use values="paper".'
+                f'that of {facts.name} is bidirectional: use values="paper".'
             )
         if self.adapter is not None:
             Adapter.load(self.adapter).check(text_hash(pipe, unedited(pipe)), layer_names(pipe))

@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._guidance import needs_guidance
 from .._hooks import Hooked, site
 from .._method import Prediction
 from .._text import fits
-from .._weights import part
 from ..core import Concepts, Rows, as_concepts
 from ..families import family
 
@@ -22,6 +20,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 __all__ = ["NegativePrompt"]
+
+NEGATIVE = ("negative_prompt", "negative_prompt_2", "negative_prompt_3")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class NegativePrompt(Hooked):
         strength None:  e = e_n + s (e_p - e_n)                     e_n: the phrases, the negative prompt behind them
         a number s_n:   e = e_u + s (e_p - e_u) - s_n (e_n - e_u)   e_n: the phrases, e_u: the negative prompt
 
-    e_p, e_u, e_n are noise predictions for texts, s is the guidance scale.
+    e_p, e_u, e_n are predictions for texts, of noise or (SD 3, FLUX) of velocity; s is the guidance scale.
 
     Paper: none of its own; the use of the unconditional branch of classifier-free guidance (J. Ho, T. Salimans, 2022,
     arXiv 2207.12598, equation 6) that Stable Diffusion tools made common.
@@ -39,7 +39,8 @@ class NegativePrompt(Hooked):
     Differs: None is diffusers' `negative_prompt`, costs nothing, and its strength is tied to the guidance scale. A
     number is the form with three predictions; with s_n = s it is e_u + s (e_p - e_n). There, phrases that do not fit
     into one text make several, whose predictions are averaged, and `guidance_rescale` takes its target from the
-    changed prediction, e_p - s_n / s (e_n - e_u).
+    changed prediction, e_p - s_n / s (e_n - e_u). On FLUX, None works with true guidance: `true_cfg_scale` above 1 and
+    a negative prompt in the call, for which "" will do.
 
     If the prompt is the concept's own text, None draws it with guidance off (e = e_p), and a number with the guidance
     scale s - s_n: only s_n = s and above turns away from it.
@@ -55,10 +56,11 @@ class NegativePrompt(Hooked):
 
     Raises:
         ValueError: no concept, a strength below 0; on `apply`: a text encoder of another model; for None: phrases that
-            do not fit into one text; with a number: a pipeline that does not tell its guidance scale (PixArt); during a
-            call: guidance off (`guidance_scale <= 1`, or a model that is distilled to do without), or `rows` that are
-            not as many as the prompts; for None, `negative_prompt_embeds` given; with a number, a denoiser called by
-            itself, when no call has set a guidance scale, or embeddings of another number of tokens than the phrases'.
+            do not fit into one text; with a number: a pipeline that does not tell its guidance scale (PixArt, FLUX);
+            during a call: guidance off (`guidance_scale <= 1`, FLUX without true guidance, or a model that is distilled
+            to do without), or `rows` that are not as many as the prompts; for None, `negative_prompt_embeds` given;
+            with a number, SD 3's `skip_guidance_layers`, a denoiser called by itself, when no call has set a guidance
+            scale, or embeddings of another number of tokens than the phrases'.
         TypeError: a pipeline of another family; `rows` or concepts that are no lists of concepts.
 
     Example:
@@ -88,11 +90,16 @@ class NegativePrompt(Hooked):
     def wants_guidance(self) -> bool:
         return not self.is_off()
 
+    @property
+    def negates(self) -> bool:  # type: ignore[override]
+        return self.strength is None
+
     def check(self, pipe: DiffusionPipeline) -> None:
-        if self.strength and not hasattr(type(pipe), "guidance_scale"):
+        facts = family(pipe)
+        if self.strength and not hasattr(type(pipe), facts.scale):
             raise ValueError(
                 "NegativePrompt with a strength of its own needs the guidance scale of the call, but "
-                f"{family(pipe).name} pipelines do not tell it: use strength=None."
+                f"{facts.name} pipelines do not tell it (`{facts.scale}`): use strength=None, or SLD."
             )
         for concepts in {self.concepts} if self.rows is None else set(self.rows):
             if self.strength is None and not fits(pipe, words(concepts)):
@@ -112,28 +119,51 @@ class NegativePrompt(Hooked):
     def rewrite(
         self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], call: BoundArguments, memory: dict[str, Tensor]
     ) -> tuple[Any, ...]:
-        if self.strength is not None:
+        facts = family(pipe)
+        if self.strength is not None or facts.apart:
             return encoded
         arguments = call.arguments
-        if not arguments["do_classifier_free_guidance"]:
-            raise ValueError(needs_guidance(self, part(pipe, family(pipe).denoiser)))
-        if arguments.get("negative_prompt_embeds") is not None:
+        # SDXL and SD 3: no second or third one stands for the first
+        names = [n for n in NEGATIVE if n == NEGATIVE[0] or arguments.get(n)]
+        if isinstance(arguments["prompt"], str):
+            arguments["prompt"] = [arguments["prompt"]]
+        prompts = len(encoded[0]) // arguments["num_images_per_prompt"]
+        places = [k for k, part in enumerate(facts.returns) if part.startswith("negative")]
+        return self._added(pipe, encoded, arguments, names, prompts, places)
+
+    def negate(self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], call: BoundArguments) -> tuple[Any, ...]:
+        drawn = site(pipe).call
+        if self.strength is not None or drawn is None:
+            return encoded
+        names = [n for n in ("prompt", "prompt_2") if n == "prompt" or call.arguments.get(n)]
+        prompts = len(drawn.positive) // call.arguments["num_images_per_prompt"]
+        places = [k for k, part in enumerate(family(pipe).returns) if part in ("text", "pooled")]
+        return self._added(pipe, encoded, call.arguments, names, prompts, places)
+
+    def _added(
+        self,
+        pipe: DiffusionPipeline,
+        encoded: tuple[Any, ...],
+        arguments: dict[str, Any],
+        names: list[str],
+        prompts: int,
+        places: list[int],
+    ) -> tuple[Any, ...]:
+        """What was `encoded`, with the phrases added to the `arguments` of these names, which shows in these places."""
+        embeds = "negative_prompt_embeds" if "negative_prompt_embeds" in arguments else "prompt_embeds"
+        if arguments.get(embeds) is not None:
             raise ValueError(
                 "NegativePrompt adds to `negative_prompt`, but the call gives `negative_prompt_embeds`: give the text."
             )
-        prompts = len(encoded[0]) // arguments["num_images_per_prompt"]
         ours = [words(concepts) for concepts in ([self.concepts] * prompts if self.rows is None else self.rows)]
         # The call's own arguments are changed, so that a second negative prompt on the pipeline adds to the first.
-        for name in ("negative_prompt", "negative_prompt_2"):  # SDXL's second: None stands for the first
-            if name == "negative_prompt" or arguments.get(name) is not None:
-                given = arguments.get(name) or ""
-                texts = [given] * prompts if isinstance(given, str) else given
-                arguments[name] = [", ".join(filter(None, pair)) for pair in zip(ours, texts, strict=True)]
-        if isinstance(arguments["prompt"], str):
-            arguments["prompt"] = [arguments["prompt"]]
+        for name in names:
+            given = arguments.get(name) or ""
+            texts = [given] * prompts if isinstance(given, str) else given
+            arguments[name] = [", ".join(filter(None, pair)) for pair in zip(ours, texts, strict=True)]
         changed, found = site(pipe).original_encode(pipe)(**arguments), list(encoded)
         ours_at = torch.tensor([bool(text) for text in ours]).repeat_interleave(arguments["num_images_per_prompt"])
-        for k in (2, 3) if family(pipe).masked else range(1, len(encoded), 2):  # the negative ones
+        for k in places:
             mine = ours_at.to(encoded[k].device).reshape(-1, *[1] * (encoded[k].ndim - 1))
             found[k] = torch.where(mine, changed[k], encoded[k])  # SDXL: no negative prompt is not an empty one
         return tuple(found)

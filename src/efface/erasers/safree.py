@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._hooks import Hooked
-from .._text import encode, encode_masked, encoding_settings, own_tokens
+from .._text import encode, encode_masked, encoding_settings, own_tokens, places, readers
 from ..core import Concepts, Rows, as_concepts
 from ..families import family
 
@@ -47,10 +47,13 @@ class SAFREE(Hooked):
     trajectory: with t' > 0 the filter acts until (t' + 1) / 50, which is their steps 0 to t'; with t' = 0 the prompt is
     untouched, where theirs edits the first step. A prompt of one token has no others to compare with: it is a trigger
     if d_1 >= (1 + alpha) |(I - P_C) pool(prompt)|, where theirs always is. pool is the state at CLIP's end token, as
-    the denoiser sees it; the mean over tokens where the encoder is not causal (`emoji`, PixArt). A token is masked by
-    the tokenizer's mask token, or else by "!", as in their code. SDXL: each encoder has triggers, spans and states of
-    its own, beta is the mean of both, and the pooled text is that of the prompt with the second encoder's triggers
-    masked. ControlNet reads the prompt as it is. Projectors come from an SVD.
+    the denoiser sees it; the mean over tokens where the encoder is not causal (`emoji`; T5 in PixArt, SD 3 and FLUX). A
+    token is masked by the tokenizer's mask token, or else by "!" (CLIP, T5), as in their code. SDXL, SD 3: each encoder
+    has triggers, spans, states and columns of its own, beta is the mean of all, and what an encoder adds to the pooled
+    text is that of the prompt with its triggers masked (SDXL: only the second adds). FLUX: of CLIP only the pooled text
+    is read, so the triggers masked in it come from the pooled texts themselves; beta is T5's. SD 3 and FLUX read the
+    padding behind a text, which has seen all of it, and it stays as it is. Their schedulers shift the times, so that a
+    fraction of the trajectory holds more steps. ControlNet reads the prompt as it is. Projectors come from an SVD.
 
     It reads words: a prompt that only hints at the concept is beyond it. Some token is always above the mean, so
     harmless prompts have triggers too; the filter is there to pass them.
@@ -70,7 +73,7 @@ class SAFREE(Hooked):
     Raises:
         ValueError: unknown concept, a field out of range, no concept at all; on `apply`: a text encoder of another
             model; during a call: a phrase without tokens or over the encoder's limit, `rows` that are not as many as
-            the prompts, `prompt_embeds` or another `prompt_2`, which have no words to look at.
+            the prompts, `prompt_embeds` or another `prompt_2` or `prompt_3`, which have no words to look at.
         TypeError: a pipeline of another family; `rows` or concepts that are no lists of concepts.
 
     Example:
@@ -125,20 +128,21 @@ class SAFREE(Hooked):
     def rewrite(
         self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], call: BoundArguments, memory: dict[str, Tensor]
     ) -> tuple[Any, ...]:
-        prompt, second = call.arguments["prompt"], call.arguments.get("prompt_2")
+        prompt, facts = call.arguments["prompt"], family(pipe)
         if prompt is None or call.arguments.get("prompt_embeds") is not None:
             raise ValueError("SAFREE reads the prompt's words, but the call gives `prompt_embeds`: give the text.")
-        if second is not None and second != prompt:
-            raise ValueError("SAFREE reads one prompt, but the call gives another `prompt_2`: leave it out.")
+        for name in ("prompt_2", "prompt_3"):
+            if call.arguments.get(name) not in (None, prompt):
+                raise ValueError(f"SAFREE reads one prompt, but the call gives another `{name}`: leave it out.")
         settings = encoding_settings(call)
         prompts, images = [prompt] if isinstance(prompt, str) else prompt, call.arguments["num_images_per_prompt"]
-        states, pooled = encoded[0], encoded[2] if family(pipe).pooled else None
+        states, pooled = encoded[0], encoded[facts.returns.index("pooled")] if facts.pooled else None
         memory |= {"text": torch.zeros_like(states), "until": states.new_zeros(len(states), dtype=torch.float32)}
         memory |= {} if pooled is None else {"pooled": torch.zeros_like(pooled)}
         for k, text in enumerate(prompts):
             concepts, at = self.concepts if self.rows is None else self.rows[k], slice(k * images, (k + 1) * images)
-            tokens = own_tokens(pipe, text, **settings)
-            if concepts and tokens:
+            tokens = {name: own_tokens(pipe, text, name, **settings) for name in readers(pipe)}
+            if concepts and all(tokens.values()):
                 edit, other, beta = self._filter(pipe, text, concepts, tokens, settings)
                 memory["text"][at], memory["until"][at] = edit.to(states), self.until(beta)
                 if other is not None and pooled is not None:
@@ -146,26 +150,35 @@ class SAFREE(Hooked):
         return encoded
 
     def _filter(
-        self, pipe: DiffusionPipeline, text: str, concepts: Concepts, tokens: range, settings: dict[str, Any]
+        self, pipe: DiffusionPipeline, text: str, concepts: Concepts, tokens: dict[str, range], settings: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None, float]:
-        """What to add to the states [L, D] of one prompt, its pooled text without the triggers, and beta."""
-        facts = family(pipe)
-        encoders = [getattr(pipe, name.replace("tokenizer", "text_encoder")) for name in facts.tokenizers]
-        widths = [encoder.config.hidden_size for encoder in encoders]
-        masked, _ = encode_masked(pipe, text, [(), *((i,) for i in tokens)], **settings)
-        phrases = encode(pipe, [p for concept in as_concepts(concepts) for p in concept.phrases], **settings)
-        lengths = torch.tensor([own.stop + 1 for own in phrases.own], device=masked.device)
-        edits, betas = [], []
-        for mine, theirs in zip(masked.split(widths, -1), phrases.text.split(widths, -1), strict=True):
-            vectors = pool(mine, torch.full_like(mine[:, 0, 0], tokens.stop + 1), facts.causal)
-            edit, beta, triggers = project(mine[0], vectors, pool(theirs, lengths, facts.causal), tokens, self.alpha)
-            edits.append(edit)
-            betas.append(beta)
-        other = None
-        if facts.pooled:  # the last encoder's
-            columns = [i for i, trigger in zip(tokens, triggers.tolist(), strict=True) if trigger]
-            _, other = encode_masked(pipe, text, [columns], **settings)
-        return torch.cat(edits, -1), other, sum(betas) / len(betas)
+        """What to add to the states [L, D] of one prompt, its pooled text without the triggers, and beta.
+
+        `tokens`: for each encoder, by its tokenizer's name, the columns of the prompt's own.
+        """
+        facts, spots = family(pipe), places(pipe, **settings)
+        masked, whole = encode_masked(
+            pipe, text, {n: [(), *((i,) for i in own)] for n, own in tokens.items()}, **settings
+        )
+        texts = [p for concept in as_concepts(concepts) for p in concept.phrases]
+        phrases = encode(pipe, texts, **settings)
+        edit, betas, found = torch.zeros_like(masked[0]), [], {}
+        for name, own in tokens.items():
+            count, causal = 1 + len(own), name not in facts.bidirectional
+            if name in spots:
+                at = (slice(None), *spots[name])
+                ends = [own_tokens(pipe, phrase, name, **settings).stop + 1 for phrase in texts]
+                mine, theirs = masked[:count][at], phrases.text[at]
+                vectors = pool(mine, torch.full_like(mine[:, 0, 0], own.stop + 1), causal)
+                concept = pool(theirs, torch.tensor(ends, device=masked.device), causal)
+                part, beta, triggers = project(mine[0], vectors, concept, own, self.alpha)
+                edit[spots[name]] = part.to(edit)
+                betas.append(beta)
+            elif whole is not None and phrases.pooled is not None:  # FLUX reads nothing of this encoder but its pool
+                triggers = triggered(whole[:count], phrases.pooled, self.alpha)
+            found[name] = [[i for i, trigger in zip(own, triggers.tolist(), strict=True) if trigger]]
+        other = encode_masked(pipe, text, found, **settings)[1] if facts.pooled else None
+        return edit, other, sum(betas) / len(betas)
 
     def reread(
         self, text: Tensor, pooled: Tensor | None, time: Tensor, memory: dict[str, Tensor]
@@ -186,13 +199,8 @@ def project(
     `masked` [1 + n, D]: the prompt, pooled, then with each of its `tokens` (columns; the end token is behind them)
     masked in turn. `concept` [K, D]: the phrases, pooled.
     """
-    wide = torch.promote_types(states.dtype, torch.float32)
-    states, masked, concept = states.to(wide), masked.to(wide), concept.to(wide)
-    toxic, span = basis(concept), basis(masked[1:])
-    whole, *_ = distances = (masked - masked @ toxic @ toxic.T).norm(dim=-1)
-    d = distances[1:]
-    others = (d.sum() - d) / (len(d) - 1) if len(d) > 1 else whole
-    triggers = d >= (1 + alpha) * others
+    triggers, wide = triggered(masked, concept, alpha), torch.promote_types(states.dtype, torch.float32)
+    states, toxic, span = states.to(wide), basis(concept.to(wide)), basis(masked[1:].to(wide))
     near = states @ span @ span.T
     projected = near - near @ toxic @ toxic.T
     active, own = slice(0, tokens.stop + 1), slice(tokens.start, tokens.stop)
@@ -200,6 +208,16 @@ def project(
     edit = torch.zeros_like(states)
     edit[own] = torch.where(triggers[:, None], projected[own] - states[own], 0)
     return edit, beta, triggers
+
+
+def triggered(masked: Tensor, concept: Tensor, alpha: float) -> Tensor:
+    """Which of the n tokens are triggers [n]; arguments as in `project`."""
+    wide = torch.promote_types(masked.dtype, torch.float32)
+    masked, toxic = masked.to(wide), basis(concept.to(wide))
+    whole, *_ = distances = (masked - masked @ toxic @ toxic.T).norm(dim=-1)
+    d = distances[1:]
+    others = (d.sum() - d) / (len(d) - 1) if len(d) > 1 else whole
+    return d >= (1 + alpha) * others
 
 
 def basis(vectors: Tensor) -> Tensor:
