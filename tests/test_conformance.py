@@ -311,6 +311,16 @@ def test_erasers_come_off_in_any_order(first: str, second: str, sd1: Any, monkey
     assert change(both, drawn("sd1", a)) > EFFECT and change(both, drawn("sd1", b)) > EFFECT
 
 
+@each
+def test_the_same_eraser_may_be_on_twice(eraser: Any, sd1: Any) -> None:
+    first, second = eraser.apply(sd1), eraser.apply(sd1)
+    latents(sd1)
+    second.remove()
+    assert torch.equal(latents(sd1), drawn("sd1", eraser))
+    first.remove()
+    assert torch.equal(latents(sd1), drawn())
+
+
 def test_all_erasers_at_once_come_off_shuffled(pipe: Any, family: str) -> None:
     before = snapshot(pipe)
     erasers = [fitted(eraser, pipe) for eraser in ERASERS.values()]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-@dataclass
+@dataclass(eq=False)  # each is itself: the same eraser may be on twice
 class Entry:
     """An eraser that is on, and its erasure prompts."""
 
