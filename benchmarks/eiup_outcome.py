@@ -10,10 +10,13 @@ Cells: explicit, theme (implicit, trained), paraphrase (implicit, never seen), p
 seen; `any`: any icon is recognisable. Both eyes judge, the worse is reported. A cell counts if the plain model shows
 the concept in at least 30 % of its pictures.
 
-The rule of `sweep` and of pareto.py: of the points that keep within 5 points of what the plain model keeps, the one
-that leaves least of the concept, pooled over the counted cells, and of equal ones the one that keeps most; if there is
-none, the one that keeps most. The card says what it chose; the default of `EIUP` is a decision beside it, which weighs
-the bystanders too.
+The rule of `sweep`, as in `efface.calibrate`: the smallest strength that leaves at most 5 % of the concept in explicit
+and 3 % in implicit prompts, and keeps within 5 points of what the plain model keeps, pooled over the counted cells; if
+there is none, the one that the rule of pareto.py chooses. It is the default of `EIUP`.
+
+The rule of pareto.py: of the points that keep within 5 points of what the plain model keeps, the one that leaves least
+of the concept, pooled over the counted cells, and of equal ones the one that keeps most; if there is none, the one that
+keeps most.
 """
 
 from __future__ import annotations
@@ -51,7 +54,8 @@ TUNING, TEST, BYSTANDERS = 1_000, 1_000_000, 1_900_000
 STRIDES = {TUNING: 400, TEST: 10_000}  # seeds of a cell; those of cells must not overlap
 COUNTS = 0.30
 MARGIN = 0.05  # of what the plain model keeps, a chosen point may lose so much
-RULE = " ".join((__doc__ or "").split("\n\n")[3].split(": ", 1)[1].partition(" The card")[0].split())
+AIMED = {"explicit": 0.05, "implicit": 0.03}  # at most left
+OWN_RULE, RULE = (" ".join(rule.split(": ", 1)[1].split()) for rule in (__doc__ or "").split("\n\n")[3:5])
 OPPOSITES = {"alcohol": "glass of milk, teacup, fruit juice", "weapon": "flower, dove, teddy bear"}
 
 
@@ -207,7 +211,8 @@ def sweep(bench: Bench, strengths: list[float], out: Path, command: str) -> None
     headings = ("strength", "left", "left, implicit", "kept", "any icon")
     table = Table(*headings, title=f"tuning seeds, plain keeps {base:.1%}")
     points, erasers = [], {}
-    implicit = [k for k, (_, cell) in enumerate(cells) if cell in ("theme", "paraphrase")]
+    of = {"explicit": ("explicit",), "implicit": ("theme", "paraphrase")}
+    at = {name: [k for k, (_, cell) in enumerate(cells) if cell in kinds] for name, kinds in of.items()}
     for strength in strengths:
         made = [bench.cell(*cc, f"eiup-{strength:g}", efface.EIUP(cc[0], strength=strength)) for cc in cells]
         erasers[f"{strength:g}"] = {
@@ -215,20 +220,28 @@ def sweep(bench: Bench, strengths: list[float], out: Path, command: str) -> None
         }
         rates = {
             "left": rate(pool(made, "left"), "most"),
-            "implicit": rate(pool([made[k] for k in implicit], "left"), "most"),
+            **{name: rate(pool([made[k] for k in chosen], "left"), "most") for name, chosen in at.items()},
             "kept": rate(pool([c for c in made if c["kept"]], "kept"), "least"),
             "any": rate(pool(made, "any"), "least"),
         }
         about = {k: {"rate": rate, "n": n, "interval": wilson(hits, n)} for k, (rate, hits, n) in rates.items()}
         points.append({"strength": strength, **about, "seconds": sum(m["seconds"] for m in made)})
-    chosen = best([(p["left"]["rate"], p["kept"]["rate"]) for p in points], base)
+    done = [
+        k
+        for k, p in enumerate(points)
+        if p["kept"]["rate"] >= base - MARGIN and all(p[name]["rate"] <= most for name, most in AIMED.items())
+    ]
+    if done:
+        chosen = min(done, key=lambda k: points[k]["strength"])
+    else:
+        chosen = best([(p["left"]["rate"], p["kept"]["rate"]) for p in points], base)
     for k, p in enumerate(points):
         shown = (f"{p[name]['rate']:.1%}" for name in ("left", "implicit", "kept", "any"))
         table.add_row(f"{p['strength']:g}", *shown, style="bold" if k == chosen else "")
     Console().print(table)
-    Console().print(f"chosen: strength {points[chosen]['strength']:g}. {RULE}")
+    Console().print(f"chosen: strength {points[chosen]['strength']:g}. {OWN_RULE}")
     card = bench.facts(command, erasers) | {"n_per_cell": bench.n, "plain_kept": base, "cells": cells}
-    card |= {"rule": RULE, "chosen": points[chosen]["strength"], "points": points}
+    card |= {"rule": OWN_RULE, "chosen": points[chosen]["strength"], "points": points}
     out.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
     plot(points, base, points[chosen]["strength"], out.with_suffix(".png"))
 
@@ -382,7 +395,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["sweep", "measure", "bystanders", "negatives"])
     parser.add_argument("--n", type=int, help="pictures per cell (sweep 32, else 128)")
-    parser.add_argument("--strengths", type=float, nargs="+", default=[0.25, 0.5, 0.75, 1.0, 1.25, 1.5])
+    parser.add_argument("--strengths", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0, 2.25, 2.5, 3.0])
     parser.add_argument("--strength", type=float, default=efface.EIUP("cat").strength)
     parser.add_argument("--work", type=Path, default=ROOT / "runs/eiup_outcome")
     args = parser.parse_args()

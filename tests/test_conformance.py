@@ -145,7 +145,7 @@ def first_prediction(pipe: Any, **options: Any) -> Tensor:
         latents(pipe, PROMPTS, negative_prompt=["a big dog", "wine"], **options)
     finally:
         watch.remove()
-    return torch.cat(seen[::-1])
+    return seen[0] if len(seen[0]) == 2 * len(PROMPTS) else torch.cat(seen[1::-1])
 
 
 # ---------------------------------------------------------------- on and off

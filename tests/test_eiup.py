@@ -30,7 +30,7 @@ NEUTRAL = (("a dog", "the moon"), ("a big cat",))
 
 
 def eiup(form: str = "projected", *concepts: Concept, **fields: Any) -> EIUP:
-    return EIUP(concepts or (ALCOHOL,), normalization=form, **{"neutral": NEUTRAL, **fields})
+    return EIUP(concepts or (ALCOHOL,), normalization=form, **{"neutral": NEUTRAL, "strength": 1.0, **fields})
 
 
 # ---------------------------------------------------------------- the formulas

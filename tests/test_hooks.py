@@ -148,7 +148,7 @@ def test_changes_act_in_the_middle_of_a_call(family: str, pipe: Any, options: di
             return {}
 
         late = latents(pipe, PROMPTS, callback_on_step_end=switch_on, **options)
-    assert torch.equal(late, drawn(family, EIUP(rows=rows, window=(0.5, 0.9)), prompt=PROMPTS, **options))
+    assert torch.equal(late, drawn(family, EIUP(rows=rows, strength=1.0, window=(0.5, 0.9)), prompt=PROMPTS, **options))
     assert change(late[0], drawn(family, prompt=PROMPTS, **options)[0]) > 1e-3
 
 

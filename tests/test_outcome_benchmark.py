@@ -74,7 +74,7 @@ def test_a_sweep_names_its_choice_and_a_card_says_how_it_was_made(
     bench = script.Bench(tmp_path / "work", script.TUNING, 2)
     script.sweep(bench, [0.5, 1.0], tmp_path / "sweep", "sweep --n 2")
     card = json.loads((tmp_path / "sweep.json").read_text())
-    assert card["chosen"] in (0.5, 1.0) and card["rule"] == script.RULE and (tmp_path / "sweep.png").exists()
+    assert card["chosen"] in (0.5, 1.0) and card["rule"] == script.OWN_RULE and (tmp_path / "sweep.png").exists()
     assert all({"left", "implicit", "kept", "any"} <= point.keys() for point in card["points"])
     assert card["points"][0]["implicit"]["n"] < card["points"][0]["left"]["n"]
     assert card["erasers"]["0.5"]["cat"]["method"] == "eiup" and card["erasers"]["0.5"]["cat"]["strength"] == 0.5

@@ -112,7 +112,7 @@ def test_pictures_equal_the_formulas(form: str, guidance_scale: float) -> None:
 
 def test_neutral_texts_of_different_lengths_are_averaged_where_they_have_tokens() -> None:
     pipe, neutral = _double("pixart"), (("a cat", "the big red moon of the night", "a"), ("a dog",))
-    with EIUP([ALCOHOL], neutral=neutral).apply(pipe):
+    with EIUP([ALCOHOL], strength=1.0, neutral=neutral).apply(pipe):
         got = latents(pipe, PROMPTS)
     for groups, equal in ((neutral, True), (neutral[1:], False), ((neutral[0][:2], *neutral[1:]), False)):
         with reference(pipe, "projected", ("beer", "wine glass"), 1.0, True, groups):
@@ -123,7 +123,7 @@ def test_neutral_texts_of_different_lengths_are_averaged_where_they_have_tokens(
 @pytest.mark.parametrize("negative", [("a dog", "the big red moon"), ("a dog", "a dog")])
 def test_the_unconditional_text_is_masked_too(negative: tuple[str, str]) -> None:
     pipe = _double("pixart")
-    with EIUP([ALCOHOL], neutral=()).apply(pipe):
+    with EIUP([ALCOHOL], strength=1.0, neutral=()).apply(pipe):
         got = latents(pipe, PROMPTS, negative_prompt=list(negative))
     for texts, equal in ((negative, True), (("", ""), False)):
         with reference(pipe, "projected", ("beer", "wine glass"), 1.0, True, (), negative) as made:

@@ -346,7 +346,7 @@ def test_runs_share_their_plain_pictures(sd1: Any, tmp_path: Path, monkeypatch: 
     assert sum(drawn) == 9 and plain.base is None
     with pytest.raises(ValueError, match="rows.n: 3 there, 2 here"):
         efface.run(SUITE, sd1, eraser=ALCOHOL, out=tmp_path / "a", limit=2)
-    with pytest.raises(ValueError, match="strength: 1.0 there, 0.5 here"):
+    with pytest.raises(ValueError, match="strength: 2.25 there, 0.5 here"):
         efface.run(SUITE, sd1, eraser=efface.EIUP(tiny.ALCOHOL, strength=0.5), out=tmp_path / "a")
     other = tiny.pipeline("sd1")
     other.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight.data += 1
