@@ -275,6 +275,20 @@ def measure(model: str, batch: int, variants: Sequence[str], rounds: int, with_m
     }
 
 
+def beside(new: dict[str, Any], old: dict[str, Any] | None) -> dict[str, Any]:
+    """The new record, and of the old one what it did not measure: variants with their ratios to the plain call then."""
+    if old is None:
+        return new
+    measured = {row["variant"] for row in new["results"]}
+    kept = [{"date": old["date"]} | row for row in old["results"] if row["variant"] not in measured]
+    places = {name: k for k, name in enumerate(VARIANTS)}
+    said = {target["what"] for target in new["targets"]}
+    return new | {
+        "results": sorted(new["results"] + kept, key=lambda row: places[row["variant"]]),
+        "targets": new["targets"] + [t for t in old["targets"] if t["what"] not in said],
+    }
+
+
 def show(model: str, batch: int, record: dict[str, Any]) -> None:
     """The table, within 80 columns (memory as ratio to plain), and what became of the targets."""
     title = f"{model}, batch {batch}, {record['rounds']} rounds, {record['threads']} threads: medians (range)"
@@ -313,7 +327,8 @@ def main(arguments: list[str] | None = None) -> None:
     for batch in args.batch:
         record = measure(args.model, batch, variants, args.rounds or ROUNDS[args.model], args.memory)
         kept = json.loads(args.out.read_text("utf-8")) if args.out.is_file() else {}
-        kept.setdefault(args.model, {})[str(batch)] = record
+        of_model = kept.setdefault(args.model, {})
+        of_model[str(batch)] = record = beside(record, of_model.get(str(batch)))
         args.out.write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
         show(args.model, batch, record)
 

@@ -213,16 +213,19 @@ def speed() -> str:
         cells = [ratios[column].get(variant) for column in columns]
         shown = [f"{c['median']:.2f} ({c['min']:.2f}-{c['max']:.2f})" if c else "-" for c in cells]
         lines.append(f"| {variant} | {' | '.join(shown)} |")
-    facts = "; ".join(
-        f"`{n}`, batch {b}: {r['rounds']} rounds, {r['threads']} threads, {r['date'][:10]}"
-        for n, b in columns
-        for r in [found[n][b]]
-    )
+    facts = []
+    for name, batch in columns:
+        r = found[name][batch]
+        earlier = ", ".join(f"{row['variant']} {row['date'][:10]}" for row in r["results"] if "date" in row)
+        facts.append(
+            f"`{name}`, batch {batch}: {r['rounds']} rounds, {r['threads']} threads, {r['date'][:10]}"
+            + (f" ({earlier})" if earlier else "")
+        )
     return "\n".join(
         [
             "Median (range) of the ratios in one run of `python benchmarks/eiup_overhead.py --model NAME --batch N`,",
             "for a part of the variants with `--variants`.",
-            f"{facts}.",
+            f"{'; '.join(facts)}.",
             "Card in `results/eiup_overhead.json`. `sd15` has the sizes of Stable Diffusion 1.5 and random weights.",
             'The concept is "alcohol" with seven phrases, each taken out on its own by `projected`; `sld` and',
             "`negative, own strength` predict them in one text on `emoji` (a row more), in two on `sd15`, whose random",

@@ -119,6 +119,24 @@ def test_a_variant_without_effect_fails(overhead, scene, monkeypatch) -> None:
         overhead.calls(scene, ["plain", "eiup gated"], 1, 0)
 
 
+def test_a_part_of_the_variants_leaves_the_others_as_they_were(overhead) -> None:
+    def record(date: str, *variants: str) -> dict[str, object]:
+        targets = [{"what": f"{v}, batch 8, time / plain", "value": len(date), "met": True} for v in variants]
+        return {"date": date, "results": [{"variant": v, "ratio": date} for v in variants], "targets": targets}
+
+    old, new = record("old", "plain", "eiup separate", "sld"), record("newer", "plain", "eiup separate", "gie")
+    both = overhead.beside(new, old)
+    assert [(row["variant"], row["ratio"], row.get("date")) for row in both["results"]] == [
+        ("plain", "newer", None),
+        ("eiup separate", "newer", None),
+        ("gie", "newer", None),
+        ("sld", "old", "old"),
+    ]
+    assert both["date"] == "newer" and [t["value"] for t in both["targets"]] == [5, 5, 5, 3]
+    assert overhead.beside(record("third", "sld"), both)["results"][3] == {"variant": "sld", "ratio": "third"}
+    assert overhead.beside(new, None) == new
+
+
 def test_the_script_writes_its_record(overhead, tmp_path, monkeypatch, capsys) -> None:
     """Everything but the subprocesses, on a small model."""
     monkeypatch.setattr(overhead, "help_seconds", lambda: [0.1, 0.25, 0.7])
