@@ -404,7 +404,7 @@ def main() -> None:
         given = " ".join(f"{s:g}" for s in args.strengths)
         sweep(bench, args.strengths, ROOT / "results/eiup_sweep", f"sweep --n {bench.n} --strengths {given}")
     elif args.what == "bystanders":
-        bystanders(Bench(args.work / "bystanders", BYSTANDERS, 1), [1.0, 1.5], ROOT / "results/eiup_bystanders")
+        bystanders(Bench(args.work / "bystanders", BYSTANDERS, 1), [1.5, args.strength], ROOT / "results/eiup_bystanders")
     elif args.what == "negatives":
         negatives(Bench(args.work / "measure", TEST, args.n or 128), ROOT / "results/eiup_negatives")
     else:

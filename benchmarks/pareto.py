@@ -34,7 +34,7 @@ def sld(concept: str, preset: str) -> efface.SLD:
 
 # A method's points: how it is shown, and from a concept to the eraser.
 METHODS: dict[str, dict[str, Callable[[str], Any]]] = {
-    "eiup": {f"{s:g}": lambda c, s=s: efface.EIUP(c, strength=s) for s in (0.25, 0.5, 1.0, 1.5)},
+    "eiup": {f"{s:g}": lambda c, s=s: efface.EIUP(c, strength=s) for s in (0.5, 1.5, 2.25, 3.0)},
     "gie": {f"{s:g}": lambda c, s=s: efface.GIE(c, strength=s) for s in (0.25, 0.5, 1.0, 2.0)},
     "sld": {p: lambda c, p=p: sld(c, p) for p in ("weak_paper", "medium", "strong", "max")},
     "safree": {f"{s:g}": lambda c, s=s: efface.SAFREE(c, strength=s) for s in (0.5, 1.0, 2.0, 4.0)},
