@@ -257,7 +257,8 @@ def plot(points: list[dict[str, Any]], base: float, chosen: float, path: Path) -
         places = [(100 * p[key]["rate"], 100 * p["kept"]["rate"]) for p in points]
         (line,) = axes.plot(*zip(*places, strict=True), "o-", label=label)
         for p, place in zip(points, places, strict=True):
-            axes.annotate(f" {p['strength']:g}", place)
+            if key == "implicit":  # the other curve has its points at the same heights
+                axes.annotate(f"{p['strength']:g}", place, (7, -3), textcoords="offset points", fontsize=8)
             if p["strength"] == chosen:
                 axes.plot(*place, "*", markersize=13, color=line.get_color())
     axes.axhline(100 * base, color="grey", linestyle=":", label="kept by the plain model")

@@ -151,7 +151,7 @@ def test_a_window_is_ordered_and_inside_the_trajectory(window: tuple[float, floa
                 ask(window)
 
 
-@pytest.mark.parametrize("window", [(), (0.5,), (0.0, 0.5, 1.0), (math.nan, 1.0), (0.0, math.nan)])
+@pytest.mark.parametrize("window", [(), (0.5,), (0.0, 0.5, 1.0), (math.nan, 1.0), (0.0, math.nan), (False, True)])
 def test_a_window_is_two_numbers(window: Any) -> None:
     with pytest.raises(ValueError, match="two numbers"):
         check_window(window)

@@ -146,7 +146,9 @@ def check_strength(strength: float, name: str = "strength") -> float:
 
 def check_window(window: Sequence[float]) -> tuple[float, float]:
     """A window (start, end) as fractions of the trajectory; ValueError unless 0 <= start <= end <= 1."""
-    numbers = isinstance(window, (tuple, list)) and all(isinstance(x, (int, float)) for x in window)
+    numbers = isinstance(window, (tuple, list)) and all(
+        isinstance(x, (int, float)) and not isinstance(x, bool) for x in window
+    )
     if not numbers or len(window) != 2 or not 0 <= window[0] <= window[1] <= 1:
         raise ValueError(
             f"Expected `window` to be two numbers with 0 <= start <= end <= 1 (0 is pure noise, 1 the finished "

@@ -89,10 +89,12 @@ class Adapter:
             FileNotFoundError: no such file.
             ValueError: not an adapter, or a damaged one.
         """
-        path = SHIPPED.get(str(path), Path(path))
+        name, path = str(path), SHIPPED.get(str(path), Path(path))
         if not path.is_file():
+            if name in SHIPPED:
+                raise FileNotFoundError(f"{path} is missing: install efface again.")
             raise FileNotFoundError(
-                f"There is no adapter {path}: make one with GIE.fit, or name a shipped one (emoji)."
+                f"There is no adapter {path}: make one with GIE.fit, or name a shipped one ({', '.join(SHIPPED)})."
             )
         return _read(str(path), path.stat().st_mtime_ns)
 
