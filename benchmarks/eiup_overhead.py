@@ -119,17 +119,10 @@ def plain(scene: Scene) -> Iterator[Call]:
 
 
 @contextmanager
-def eiup(normalization: Any, scene: Scene, phrases: int | None = None) -> Iterator[Call]:
-    concept = replace(scene.concept, phrases=scene.concept.phrases[:phrases])
-    with efface.EIUP(concept, strength=1.0, window=(0.0, 1.0), normalization=normalization).apply(scene.pipe):
-        yield scene.call(*scene.texts())
-
-
-@contextmanager
-def applied(method: Callable[..., Any], scene: Scene) -> Iterator[Call]:
-    """The other run-time methods; those that guide ask the pipeline for its guidance scale, set here as a call does."""
+def applied(method: Callable[..., Any], scene: Scene, phrases: int | None = None) -> Iterator[Call]:
+    """A run-time method; those that guide ask the pipeline for its guidance scale, set here as a call does."""
     scene.pipe._guidance_scale = GUIDANCE
-    with method(scene.concept).apply(scene.pipe):
+    with method(replace(scene.concept, phrases=scene.concept.phrases[:phrases])).apply(scene.pipe):
         yield scene.call(*scene.texts())
 
 
@@ -161,16 +154,23 @@ def literal(kind: type[OneTrajectory], scene: Scene) -> Iterator[Call]:
             attn.set_processor(processor)
 
 
+def eiup(normalization: Any) -> Callable[..., Any]:
+    return partial(efface.EIUP, strength=1.0, window=(0.0, 1.0), normalization=normalization)
+
+
+THREE_ROWS = partial(efface.NegativePrompt, strength=GUIDANCE)
 VARIANTS: dict[str, Callable[[Scene], AbstractContextManager[Call]]] = {
     "plain": plain,
-    "eiup projected": partial(eiup, "projected"),
-    "projected, 1 phrase": partial(eiup, "projected", phrases=1),
-    "eiup separate": partial(eiup, "separate"),
-    "eiup gated": partial(eiup, "gated"),
+    "eiup projected": partial(applied, eiup("projected")),
+    "projected, 1 phrase": partial(applied, eiup("projected"), phrases=1),
+    "eiup separate": partial(applied, eiup("separate")),
+    "eiup gated": partial(applied, eiup("gated")),
     "gie": partial(applied, efface.GIE),
     "safree": partial(applied, efface.SAFREE),
     "sld": partial(applied, efface.SLD.max),
-    "negative, own strength": partial(applied, partial(efface.NegativePrompt, strength=GUIDANCE)),
+    "sld, 1 phrase": partial(applied, efface.SLD.max, phrases=1),
+    "negative, own strength": partial(applied, THREE_ROWS),
+    "negative, own strength, 1 phrase": partial(applied, THREE_ROWS, phrases=1),
     "one trajectory": partial(literal, OneTrajectory),
     "two trajectories": partial(literal, TwoTrajectories),
 }
