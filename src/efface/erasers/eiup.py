@@ -24,7 +24,7 @@ class EIUP(Hooked):
     """Erases concepts while a picture is drawn, without training and without touching weights.
 
     In each cross-attention layer, with `A(q, X)` the softmax of the image queries against the keys of text X, P the
-    user's prompt, E the erasure prompt (the concept's phrases), N a neutral text, w = -strength:
+    user's prompt, E the erasure prompt (the concept's phrases), N the unconditional text, w = -strength:
 
         separate (E1):   O = A(q, P) V_P + sum_{k in C} w A(q, E)_k V_E,k  C: E's own tokens
         gated (E1g):     O = A(q, P) V_P + g softmax_C(q K_E) w V_E,C      g = sigmoid(LSE_C(q K_E) - LSE(q K_P))
@@ -42,14 +42,13 @@ class EIUP(Hooked):
 
     Differs: `projected`, the default, is our variant and is not in the paper: on text encoders without a start token
     that soaks up attention, E1 pushes every prompt away from the concept, the projection only those that move towards
-    it. N is what the unconditional rows read, the call's negative prompt or the empty one: guidance multiplies what the
-    prompt has more than that, so this is beside what nothing of the concept may be left. T are the means of the
-    states of texts that name ordinary things: what all pictures of things share is no part of a concept, and taking it
-    out would spoil bystanders. `gated` is ours too. All of the
-    prompt's columns are kept (the published code of GIE drops one padding column for each concept token), so zero
-    strength is the plain pipeline to the bit. One trajectory, not two. Outside the window the plain prompt is drawn.
-    SDXL's pooled text embedding does not pass cross-attention and is not edited. Projected, a prompt that equals N is
-    left alone.
+    it. N is what the unconditional rows read: the call's negative prompt or the empty one (SDXL base: zeros), without
+    guidance the empty one. Guidance multiplies what the prompt has more than that, so beside it nothing of the concept
+    may be left. T are the means of the states of texts that name ordinary things: what all pictures of things share is
+    no part of a concept, and taking it out would spoil bystanders. A prompt that equals N is left alone. `gated` is
+    ours too. All of the prompt's columns are kept (the published code of GIE drops one padding column for each concept
+    token), so zero strength is the plain pipeline to the bit. One trajectory, not two. Outside the window the plain
+    prompt is drawn. SDXL's pooled text embedding does not pass cross-attention and is not edited.
     On PixArt, whose T5 has no start token either, text is projected and its padding masked as the pipeline does it.
 
     Args:
