@@ -282,10 +282,10 @@ def beside(new: dict[str, Any], old: dict[str, Any] | None) -> dict[str, Any]:
     measured = {row["variant"] for row in new["results"]}
     kept = [{"date": old["date"]} | row for row in old["results"] if row["variant"] not in measured]
     places = {name: k for k, name in enumerate(VARIANTS)}
-    said = {target["what"] for target in new["targets"]}
+    others = tuple(f"{row['variant']}, batch" for row in kept)
     return new | {
         "results": sorted(new["results"] + kept, key=lambda row: places[row["variant"]]),
-        "targets": new["targets"] + [t for t in old["targets"] if t["what"] not in said],
+        "targets": new["targets"] + [t for t in old["targets"] if t["what"].startswith(others)],
     }
 
 
