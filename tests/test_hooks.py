@@ -424,7 +424,9 @@ def test_a_prompt_that_is_cut_is_told_and_what_was_cut(sd1: Any) -> None:
     with ERASER.apply(sd1):
         with pytest.warns(UserWarning, match="longer than the text encoder takes; not read is 'red dog'"):
             latents(sd1, long)
-        latents(sd1)  # no warning, which would be an error
+        with pytest.warns(UserWarning, match="not read is 'red dog'"):
+            latents(sd1, negative_prompt=long)
+        latents(sd1, negative_prompt="a big red dog")  # no warning, which would be an error
     latents(sd1, long)
 
 

@@ -270,8 +270,9 @@ class Site:
                 if self.facts.apart and self.call and self.call.pipe is owner and 0 < self.call.line < line:
                     return self._negated(owner(), encoded, bound)
                 self.call = self.twin = None
-                prompts = self._prompts(bound.arguments)
-                for text in dict.fromkeys(prompts or ()):
+                prompts, negatives = self._prompts(bound.arguments), bound.arguments.get("negative_prompt") or ()
+                texts = [*(prompts or ()), *([negatives] if isinstance(negatives, str) else negatives)]
+                for text in dict.fromkeys(texts):
                     if lost := cut_off(owner(), text, **settings):  # Python says the same thing once
                         warnings.warn(
                             f"A prompt is longer than the text encoder takes; not read is {lost!r}.", stacklevel=2
