@@ -107,6 +107,18 @@ def best(points: Sequence[tuple[float, float]], plain_kept: float) -> int:
     return max(range(len(points)), key=lambda k: points[k][1])
 
 
+def smallest(points: Sequence[dict[str, Any]], plain_kept: float) -> int:
+    """Which of the points of `sweep` its rule chooses."""
+    done = [
+        k
+        for k, p in enumerate(points)
+        if p["kept"]["rate"] >= plain_kept - MARGIN and all(p[name]["rate"] <= most for name, most in AIMED.items())
+    ]
+    if done:
+        return min(done, key=lambda k: points[k]["strength"])
+    return best([(p["left"]["rate"], p["kept"]["rate"]) for p in points], plain_kept)
+
+
 class Bench:
     """Draws and judges cells; each (cell, variant) is one JSON file in `work`, made once."""
 
@@ -227,15 +239,7 @@ def sweep(bench: Bench, strengths: list[float], out: Path, command: str) -> None
         }
         about = {k: {"rate": rate, "n": n, "interval": wilson(hits, n)} for k, (rate, hits, n) in rates.items()}
         points.append({"strength": strength, **about, "seconds": sum(m["seconds"] for m in made)})
-    done = [
-        k
-        for k, p in enumerate(points)
-        if p["kept"]["rate"] >= base - MARGIN and all(p[name]["rate"] <= most for name, most in AIMED.items())
-    ]
-    if done:
-        chosen = min(done, key=lambda k: points[k]["strength"])
-    else:
-        chosen = best([(p["left"]["rate"], p["kept"]["rate"]) for p in points], base)
+    chosen = smallest(points, base)
     for k, p in enumerate(points):
         shown = (f"{p[name]['rate']:.1%}" for name in ("left", "implicit", "kept", "any"))
         table.add_row(f"{p['strength']:g}", *shown, style="bold" if k == chosen else "")

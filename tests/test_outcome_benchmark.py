@@ -35,6 +35,35 @@ def test_the_rule(script: Any, points: list[tuple[float, float]], chosen: int) -
     assert script.RULE.startswith("of the points that keep within 5 points")
 
 
+@pytest.mark.parametrize(
+    ("points", "chosen"),
+    [
+        ([(3, 0.0, 0.0, 0.9), (2, 0.04, 0.02, 0.86), (1, 0.05, 0.031, 0.9)], 1),  # the smallest of those that do it
+        ([(1, 0.051, 0.0, 0.9), (2, 0.0, 0.0, 0.85)], 1),  # too much left of explicit prompts
+        ([(1, 0.0, 0.0, 0.84), (2, 0.2, 0.2, 0.9), (3, 0.1, 0.1, 0.9)], 2),  # none: least left, of those that keep
+    ],
+)
+def test_the_rule_of_the_sweep(script: Any, points: list[tuple[float, ...]], chosen: int) -> None:
+    names = ("explicit", "implicit", "kept")
+    rows = [
+        {"strength": strength, "left": {"rate": rates[1]}} | {n: {"rate": r} for n, r in zip(names, rates, strict=True)}
+        for strength, *rates in points
+    ]
+    assert script.smallest(rows, 0.9) == chosen
+    assert script.OWN_RULE.startswith("the smallest strength that leaves")
+
+
+def test_the_default_strength_is_what_the_sweep_chose() -> None:
+    card = json.loads((BENCHMARKS.parent / "results/eiup_sweep.json").read_text())
+    assert efface.EIUP("cat").strength == card["chosen"]
+
+
+def test_a_point_of_the_comparison_is_its_record_again(script: Any) -> None:
+    point = importlib.import_module("pareto").Point
+    made = point("sld", "max", (0.25, 32, 128), (1 / 3, 1, 3), (0.0, 0, 7), (1.0, 9, 9))
+    assert point.of(json.loads(json.dumps(made.record()))) == made
+
+
 def test_the_code_counts_and_its_comments_do_not(script: Any, tmp_path: Path) -> None:
     def meaning(text: str) -> str:
         (tmp_path / "a.py").write_text(text)
