@@ -13,9 +13,12 @@ import torch
 from efface.delta import active
 
 
+METHODS = ("check_inputs", "encode_prompt", "progress_bar", "maybe_free_model_hooks", "save_pretrained")
+
+
 def traces(pipe: Any) -> set[str]:
     """What an eraser could leave on a pipeline."""
-    found = {name for name in ("encode_prompt", "maybe_free_model_hooks") if name in vars(pipe)}
+    found = {name for name in METHODS if name in vars(pipe)}
     found |= {f"delta of {delta.method}" for delta in active(pipe)}
     for part in ("unet", "transformer", "vae", "text_encoder"):
         for name, module in getattr(pipe, part).named_modules() if hasattr(pipe, part) else ():

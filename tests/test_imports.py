@@ -15,19 +15,21 @@ ROOT = Path(efface.__file__).parent
 
 # What each part may import, besides itself. `efface` is the package's own `__init__`.
 FACTS = {"registry", "core", "families"}
-INSIDE = {"_weights", "_text", "_attention", "_method", "_prompts", "_guidance", "_layers", "_hooks"}  # of diffusers
+INSIDE = {"_weights", "_text", "_attention", "_method", "_prompts", "_guidance", "_layers", "_hooks", "_forward", "_records"}  # of diffusers
 HOOKS = FACTS | INSIDE | {"delta"}
 MAY_IMPORT: dict[str, set[str]] = {
     "registry": set(),
     "core": {"registry"},
     "families": {"registry", "core"},
+    "_records": set(),
+    "_forward": set(),
     "_weights": FACTS,
-    "_text": FACTS | {"_weights"},
+    "_text": FACTS | {"_weights", "_forward"},
     "_attention": set(),
     "_method": FACTS | {"_attention"},
-    "_prompts": FACTS | {"_weights", "_text", "_attention", "_method"},
+    "_prompts": FACTS | {"_weights", "_text", "_attention", "_method", "_records"},
     "_guidance": FACTS | {"_attention", "_method", "_prompts"},
-    "_layers": set(),
+    "_layers": {"_forward"},
     "_hooks": FACTS | INSIDE,
     "delta": FACTS | INSIDE,
     "erasers": HOOKS | {"pictures"},

@@ -444,7 +444,7 @@ def test_what_needs_cross_attention_names_where_it_works_and_what_works_here(fam
             editor.fit(pipe, [CAT])
     with pytest.raises(ValueError, match="closed form works in cross-attention"):
         keys_values(pipe)
-    assert "encode_prompt" not in vars(pipe) and "_diffusers_hook" not in vars(pipe.transformer)
+    assert "encode_prompt" not in vars(pipe) and "forward" not in vars(pipe.transformer)
 
 
 def test_compiled_without_a_graph_break() -> None:

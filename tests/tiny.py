@@ -47,6 +47,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+import efface
 from efface import Concept
 from efface._weights import text_hash
 from efface.erasers._adapter import Adapter, network
@@ -420,6 +421,13 @@ def batch(family: str = "sd1", rows: int = 2) -> dict[str, Any]:
             "time_ids": torch.zeros(rows, 6),
         }
     return made
+
+
+def bare(pipe: Any, family: str = "sd1", rows: int = 2, **arguments: Any) -> Tensor:
+    """The denoiser called by itself; all rows are conditional."""
+    call = {**batch(family, rows), **arguments}
+    with torch.no_grad(), efface.conditional_rows(pipe, [True] * len(call["sample"])):
+        return pipe.unet(**call).sample
 
 
 # ---------------------------------------------------------------- GIE's adapter

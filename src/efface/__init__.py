@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from efface.api import concept, concepts, effectiveness, erase, load, stack
+    from efface.api import active, concept, concepts, conditional_rows, effectiveness, erase, load, stack
     from efface.calibration import calibrate
     from efface.core import Concept, Detector, Editor, Eraser, Handle, Metric, Row, Sample, Score, Suite
     from efface.delta import Delta
@@ -57,9 +57,11 @@ __all__ = [
     "Score",
     "Suite",
     "__version__",
+    "active",
     "calibrate",
     "concept",
     "concepts",
+    "conditional_rows",
     "detector",
     "effectiveness",
     "erase",
@@ -94,9 +96,11 @@ _HOME = {
     "Sample": "efface.core",
     "Score": "efface.core",
     "Suite": "efface.core",
+    "active": "efface.api",
     "calibrate": "efface.calibration",
     "concept": "efface.api",
     "concepts": "efface.api",
+    "conditional_rows": "efface.api",
     "detector": "efface.metrics._detectors",
     "effectiveness": "efface.api",
     "erase": "efface.api",

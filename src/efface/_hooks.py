@@ -1,23 +1,26 @@
 """Where erasers meet a pipeline: the hooks, and the list of what is on.
 
-Only this file and those that it imports (`_weights`, `_text`, `_attention`, `_method`, `_prompts`, `_guidance` and
-`_layers`) touch diffusers internals.
+Only this file and those that it imports (`_weights`, `_text`, `_attention`, `_method`, `_prompts`, `_guidance`,
+`_forward` and `_layers`) touch diffusers internals.
 
-Each denoiser has one `Site`: the ordered list of erasers that are on, and one hook named `efface` on every module
-that has to be watched. The list is walked on each call, so erasers come off in any order; when it is empty, every
-hook is gone.
+Each denoiser has one `Site`: the ordered list of erasers that are on. The list is walked on each call, so erasers come
+off in any order; when it is empty, every hook is gone.
 
-- `encode_prompt` is wrapped on the pipeline: it tells which rows will be conditional and encodes erasure prompts anew
-  for each call (so a LoRA loaded or a device changed in between is seen; there is nothing to invalidate).
-- The denoiser hook reads the time and checks the batch against what `encode_prompt` returned. There a method may change
-  the text that conditional rows read, and the noise predicted for them: texts it asks for are predicted as further rows
-  of the same call, and the pipeline's own guidance then works on the changed prediction, whatever the scheduler. FLUX
-  predicts unconditionally in another call: there the unconditional text is such a row as well.
+- A call of the pipeline is followed from `check_inputs` to `maybe_free_model_hooks`, by methods of the pipeline object
+  that are wrapped. `encode_prompt` tells which rows will be conditional; erasure prompts are encoded anew there for each
+  call (so a LoRA loaded or a device changed in between is seen; there is nothing to invalidate).
+- The denoiser's hook reads the time and compares the batch with what `encode_prompt` returned; a denoiser that is
+  called by itself is told the rows by `conditional_rows`. There a method may change the text that conditional rows
+  read, and the noise predicted for them: texts it asks for are predicted as further rows of the same call, and the
+  pipeline's own guidance then works on the changed prediction, whatever the scheduler. FLUX predicts unconditionally in
+  another call: there the unconditional text is such a row as well.
 - In every cross-attention layer the query is seen behind `to_q`, and the attention output is edited in front of
   `to_out[0]`, on conditional rows only. Processors stay as they are (slicing, LoRA, IP-Adapter). Further rows are not
   edited: they have to show the concept.
 - An eraser may ask for denoiser calls of its own: a plain one in front of the first, which measures the attention that
   its erasure prompts get (`measures`), or one in each step, which draws the plain picture beside (`twins`).
+- What ran is compared with what was planned (`_records`): a step that does not come by, a layer that is not seen, or
+  rows that are not known raise. Nothing is drawn without the erasers and without a word.
 """
 
 from __future__ import annotations
@@ -26,26 +29,28 @@ import copy
 import inspect
 import itertools
 import math
-import sys
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from types import FrameType, MethodType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from . import _records as records
 from ._attention import Beside, CrossAttention, Term
+from ._forward import Copies, Entered, Forward, Hidden, hide, show, wake
 from ._guidance import guided, needs_guidance, pooled_text, with_concepts, with_pooled
-from ._layers import Layer, SelfLayer, WatchDenoiser, register, unregister
+from ._layers import Layer, SelfLayer
 from ._method import Method
 from ._prompts import Entry, projected
-from ._text import SITES, check_width, cut_off, encoding_settings
+from ._records import Record
+from ._text import SITES, check_width, cut_off, encoding_settings, readers
 from ._weights import check_unfused, denoiser_of
 from .core import Handle
 from .families import Family, family, without_cross_attention
@@ -53,16 +58,7 @@ from .families import Family, family, without_cross_attention
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-UNCOMPILED = (
-    "This eraser makes a denoiser call of its own, which a compiled denoiser does not allow: give it a pipeline that "
-    "is not compiled, or a fixed strength and one trajectory."
-)
-_TWO_THREADS = (
-    "Two threads use one pipeline with erasers on, which would mix up their pictures: let them take turns, or give "
-    "each a pipeline of its own."
-)
 _GUARD = threading.Lock()
-WRAPPED = ("encode_prompt", "maybe_free_model_hooks")  # of the pipeline object
 
 
 class Hooked(Method):
@@ -71,6 +67,14 @@ class Hooked(Method):
     def apply(self, pipe: DiffusionPipeline) -> Handle:
         """Takes effect at once; returns the handle that takes it off again (also a context manager)."""
         return site(pipe).add(pipe, self)
+
+
+@dataclass
+class _Opening:
+    """A call of the pipeline, from `check_inputs` on."""
+
+    thread: int
+    prompts: bool = False  # whether they were encoded
 
 
 @dataclass(frozen=True)
@@ -85,15 +89,46 @@ class _Call:
     prompts: list[str] | None  # None: the user gave embeddings
     pipe: weakref.ref[DiffusionPipeline]
     guidance_scale: float
-    inside: bool  # of the pipeline's `__call__`, not an `encode_prompt` by itself
+    inside: bool  # of a call of the pipeline, not an `encode_prompt` by itself
     thread: int = field(default_factory=threading.get_ident)
-    line: int = 0  # of the pipeline's `__call__` that asked for it; 0: something else did
     negative_pooled: Tensor | None = None  # where unconditional predictions come apart
     one_negative: bool = field(init=False, default=False)  # for all rows
 
     def __post_init__(self) -> None:
         if self.negative is not None:
             object.__setattr__(self, "one_negative", bool((self.negative == self.negative[:1]).all()))
+
+
+class _Loop:
+    """The pipeline's progress bar; while it is open the pipeline draws, and each step of it has to be guarded."""
+
+    def __init__(self, bar: Any, site: Site) -> None:
+        self.bar, self.site = bar, site
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.bar, name)
+
+    def __enter__(self) -> _Loop:
+        self.site.start()
+        self.bar.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> Any:
+        self.site.drawing = None
+        return self.bar.__exit__(kind, error, trace)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.site.start()
+        try:
+            yield from self.bar
+        finally:
+            self.site.drawing = None
+
+    def update(self, n: float | None = 1) -> Any:
+        self.site.step()
+        return self.bar.update(n)
 
 
 @dataclass
@@ -117,28 +152,59 @@ class Site:
     def __init__(self, denoiser: nn.Module, facts: Family) -> None:
         self.facts = facts
         self._denoiser = weakref.ref(denoiser)
-        named = denoiser.named_modules()
-        self.names = {m: name for name, m in named if isinstance(m, Attention) and m.is_cross_attention}
-        self.layers = [Layer(self, m) for m in self.names]
-        inner = (m for m in denoiser.modules() if isinstance(m, Attention) and not m.is_cross_attention)
-        self.self_layers = [SelfLayer(self, m) for m in inner]
+        self.layers: list[Layer] = []
+        self.self_layers: list[SelfLayer] = []
+        self._find_layers()
         self.parameters = tuple(inspect.signature(type(denoiser).forward).parameters)[1:]
         self.entries: list[Entry] = []
-        self.pipes: list[tuple[weakref.ref[DiffusionPipeline], dict[str, Any]]] = []  # with what WRAPPED hid
+        self.pipes: list[tuple[weakref.ref[DiffusionPipeline], dict[str, Hidden]]] = []  # with what hides their methods
+        self.copies = Copies(lambda: [entry.eraser for entry in self.entries], _apply_all)
+        self._hook: weakref.ref[Forward] | None = None  # on the denoiser, which holds it
+        self.entered: Entered | None = None
+        self.opening: _Opening | None = None
+        self.drawing: int | None = None  # the thread whose call of the pipeline is in its steps
         self.call: _Call | None = None
+        self.given: tuple[int, int] | None = None  # the first conditional row and how many there are, if the caller says it
+        self.guarded = False  # whether this step of the pipeline came by
+        self.stepped = False  # whether one did before
+        self._by_the_way = False  # whether this call of the denoiser did
+        self._inside = False  # a call of the denoiser
         self.first = self.last = 0  # the conditional rows; further ones come behind
+        self.rows = 0  # of the denoiser call, further ones included
         self.prompt: Tensor | None = None
         self.prompt_mask: Tensor | None = None
         self.negative: Tensor | None = None  # what the unconditional rows read, one row if all read the same
         self.negative_mask: Tensor | None = None
         self.time: Tensor | float = 0.0
         self.train_timesteps = 1000
+        self.editing: list[tuple[Entry, Tensor | float]] = []  # attention, in this denoiser call
         self._checked: Tensor | None = None
         self._busy: int | None = None  # the thread that is inside
         self.twin: _Twin | None = None
         self._twin_runs = False
         self._measuring: list[Entry] = []
         self._seen: dict[str, list[tuple[Tensor, ...]]] | None = None  # while measuring: layer -> masses of each entry
+
+    def _find_layers(self) -> None:
+        """The attention layers that the denoiser has now; those that it no longer has lose their hooks."""
+        known: dict[nn.Module, Layer] = {layer.attn: layer for layer in (*self.layers, *self.self_layers)}
+        named = [(n, m) for n, m in self.denoiser.named_modules() if isinstance(m, Attention)]
+        found = [known.pop(m, None) or (Layer if m.is_cross_attention else SelfLayer)(self, n, m) for n, m in named]
+        for gone in known.values():
+            gone.unhook()
+        self.layers = [layer for layer in found if not isinstance(layer, SelfLayer)]
+        self.self_layers = [layer for layer in found if isinstance(layer, SelfLayer)]
+
+    @property
+    def hook(self) -> Forward | None:
+        return None if self._hook is None else self._hook()
+
+    @property
+    def denoiser(self) -> nn.Module:
+        found = self._denoiser()
+        if found is None:
+            raise ValueError("The denoiser of these erasers is gone.")
+        return found
 
     # ---- the list
 
@@ -149,7 +215,7 @@ class Site:
             for layer in self.layers:
                 check_unfused(layer.attn, self.facts.denoiser)
         if (eraser.measures or eraser.twins) and getattr(pipe, self.facts.denoiser) is not self._denoiser():
-            raise ValueError(UNCOMPILED)
+            raise ValueError(records.UNCOMPILED)
         if eraser.twins and not hasattr(type(pipe), "guidance_scale"):
             raise ValueError(
                 f"Two trajectories need the guidance scale of the call, but {self.facts.name} pipelines do not tell "
@@ -166,8 +232,6 @@ class Site:
         check_width(pipe)
         self._prepare(pipe, entry)
         self._wrap(pipe)
-        if not self.entries:
-            register(self._denoiser(), WatchDenoiser(self))
         self.entries.append(entry)
         self._checked = None
         self._fit()
@@ -177,18 +241,18 @@ class Site:
             present = owner()
             if present is None:
                 raise ValueError("The pipeline of this eraser is gone.")
-            call = self._present()
+            call = self.call if self.drawing is not None else None
             if call is not None and changed.guides != entry.eraser.guides:
                 raise ValueError(
                     f"This change moves {type(changed).__name__} to other rows of the batch, which cannot be done "
                     "while the pipeline is drawing: set it between two calls."
                 )
-            trial = Entry(changed, memory=entry.memory)
+            trial = Entry(changed, memory=entry.memory, record=entry.record)
             trial.check_rows(self.images_per_prompt, len(call.positive) if call else None)
             self._prepare(present, trial, call.prompts if call else None, **(call.settings if call else {}))
             if entry.prompts and (changed.concepts, changed.rows) == (entry.eraser.concepts, entry.eraser.rows):
                 trial.change(self.images_per_prompt, weights=entry.prompts.weights)  # keep what was measured
-            vars(entry).update(vars(trial))
+            vars(entry).update(vars(trial) | {"handle": entry.handle})
             self._checked = None
 
         def remove() -> None:
@@ -197,42 +261,38 @@ class Site:
             if not self.entries:
                 self._close()
 
-        return Handle(eraser, swap, remove)
+        entry.handle = Handle(eraser, swap, remove, lambda: entry.record.as_json())
+        return entry.handle
 
     def _fit(self) -> None:
-        """Hooks on the cross-attention layers exactly while an eraser needs them."""
+        """Hooks on the denoiser while an eraser is on, and on the attention layers exactly while one needs them."""
+        denoiser = self._denoiser()
+        if denoiser is not None and self.entries:
+            if self.hook is None or not self.hook.on_top():
+                if self.hook is not None:
+                    self.hook.take_off()
+                self._hook = weakref.ref(Forward(denoiser, self._enter, self.copies))
+            if self.entered is None:
+                self.entered = Entered(denoiser, self._on_entering, self._on_leaving)
         wanted = any(e.eraser.edits_attention for e in self.entries)
         for layer in self.layers:
             layer.fit() if wanted else layer.unhook()
         twins = any(e.eraser.twins for e in self.entries)
-        for layer in self.self_layers:
-            layer.fit() if twins else layer.unhook()
+        for self_layer in self.self_layers:
+            self_layer.fit() if twins else self_layer.unhook()
 
     def _close(self) -> None:
+        if self.hook is not None:
+            self.hook.take_off()
+        if self.entered is not None:
+            self.entered.take_off()
+        self._hook = self.entered = None
         if (denoiser := self._denoiser()) is not None:
-            unregister(denoiser)
             SITES.pop(denoiser, None)
-        for ref, hidden in self.pipes:
-            if (pipe := ref()) is not None:
-                for name in WRAPPED:
-                    delattr(pipe, name)
-                vars(pipe).update(hidden)
+        for _, methods in self.pipes:
+            show(methods)
         self.pipes.clear()
-        self.call = self.prompt = self._checked = self.twin = None
-
-    def original_encode(self, pipe: DiffusionPipeline) -> Callable[..., Any]:
-        """The pipeline's own `encode_prompt`. Nothing here holds the pipeline, which can be freed with erasers on."""
-        attributes = next((hidden for ref, hidden in self.pipes if ref() is pipe), vars(pipe))
-        return attributes.get("encode_prompt") or MethodType(type(pipe).encode_prompt, pipe)
-
-    def _present(self) -> _Call | None:
-        """The call that is going on; one that an exception ended is forgotten."""
-        call = self.call  # its own thread may end it meanwhile
-        if call is None or not call.inside or _calls(call.pipe(), call.thread):
-            return call
-        if self.call is call:
-            self.call = None
-        return None
+        self.call = self.opening = self.drawing = self.prompt = self._checked = self.twin = None
 
     @property
     def images_per_prompt(self) -> int:
@@ -241,68 +301,133 @@ class Site:
     def _prepare(
         self, pipe: DiffusionPipeline, entry: Entry, prompts: list[str] | None = None, **settings: Any
     ) -> None:
+        if entry.prompts is not None and not readers(pipe):  # dropped after `apply`: what was encoded stays
+            entry.place(self.images_per_prompt)
+            return
         entry.eraser.check(pipe)
         self.train_timesteps = 1 if self.facts.unit_time else pipe.scheduler.config.num_train_timesteps
         entry.prepare(pipe, self.images_per_prompt, prompts, **settings)
 
+    # ---- a call of the pipeline
+
     def _wrap(self, pipe: DiffusionPipeline) -> None:
-        """Wraps `encode_prompt` (which rows are conditional) and the end of a call, on this pipeline object."""
+        """Follows this pipeline object's calls: the beginning, the texts, the steps and the end."""
         if any(ref() is pipe for ref, _ in self.pipes):
             return
-        encode_prompt, end_of_call = pipe.encode_prompt, pipe.maybe_free_model_hooks
-        signature = inspect.signature(MethodType(type(pipe).encode_prompt, pipe))
-
         owner = weakref.ref(pipe)
+        signature = inspect.signature(getattr(type(pipe), "encode_prompt").__get__(pipe))
 
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
+        def begun(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            self._check_pipeline(owner())
+            self.opening = _Opening(threading.get_ident())
+            return original(*args, **kwargs)
+
+        def encoded(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             with self.alone():
-                present = self._present()
-                if present is not None and present.inside and present.thread != threading.get_ident():
-                    raise RuntimeError(_TWO_THREADS)
+                self._check_pipeline(owner())
                 bound = signature.bind(*args, **kwargs)
                 bound.apply_defaults()
-                settings, images = encoding_settings(bound), bound.arguments["num_images_per_prompt"]
-                guided = bound.arguments.get("do_classifier_free_guidance", False)
-                if not guided and not self.facts.apart:
-                    self._refuse_without_guidance()
-                encoded = encode_prompt(*args, **kwargs)
-                line = _line_of_call(owner())
-                if self.facts.apart and self.call and self.call.pipe is owner and 0 < self.call.line < line:
-                    return self._negated(owner(), encoded, bound)
-                self.call = self.twin = None
-                prompts, negatives = self._prompts(bound.arguments), bound.arguments.get("negative_prompt") or ()
-                texts = [*(prompts or ()), *([negatives] if isinstance(negatives, str) else negatives)]
-                for text in dict.fromkeys(texts):
-                    if lost := cut_off(owner(), text, **settings):  # Python says the same thing once
-                        warnings.warn(
-                            f"A prompt is longer than the text encoder takes; not read is {lost!r}.", stacklevel=2
-                        )
-                for entry in self.entries:
-                    entry.check_rows(images, len(encoded[0]))
-                    entry.memory = {}
-                    encoded = entry.eraser.rewrite(owner(), encoded, bound, entry.memory)
-                    self._prepare(owner(), entry, prompts, **settings)
-                parts = dict(zip(self.facts.returns, encoded, strict=True))
-                negative, mask = (parts.get(name) if guided else None for name in ("negative", "negative_mask"))
-                scale = getattr(owner(), self.facts.scale, math.nan)
-                inside = _calls(owner(), threading.get_ident())
-                said = _Call(parts["text"], negative, mask, images, settings, prompts, owner, scale, inside, line=line)
-                self.call = said
-                self._checked = None
-                self._fit()  # once more in `begin`, but not when compiled
-                for entry in self.entries:
-                    entry.place(images, len(encoded[0]))
-                return encoded
+                return self._encode(owner(), original, bound, args, kwargs)
 
-        def ended() -> Any:
-            if self.call is not None and self.call.thread == threading.get_ident():
-                self.call = self._checked = self.twin = None
-                for entry in self.entries:
-                    entry.memory = {}
-            return end_of_call()
+        def looped(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            return _Loop(original(*args, **kwargs), self)
 
-        self.pipes.append((owner, {name: vars(pipe)[name] for name in WRAPPED if name in vars(pipe)}))
-        pipe.encode_prompt, pipe.maybe_free_model_hooks = wrapped, ended
+        def ended(original: Callable[..., Any]) -> Any:
+            call, self.drawing = self.call, None
+            if call is None or call.thread != threading.get_ident():
+                return original()
+            inside, self.opening = call.inside, None
+            self.call = self._checked = self.twin = None
+            for entry in self.entries:
+                entry.memory = {}
+            returned = original()
+            self._fit()  # offloading puts its own hooks on anew
+            if inside and not (self.guarded or self.stepped):
+                raise RuntimeError(records.not_entered(self.facts.denoiser))
+            return returned
+
+        def saved(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            names = ", ".join(type(entry.eraser).__name__ for entry in self.entries)
+            warnings.warn(
+                f"Erasers act at run time and are not saved: {names} is on now, but the pipeline that is loaded from this "
+                "folder will be unguarded. Apply the erasers again after loading.",
+                stacklevel=3,
+            )
+            return original(*args, **kwargs)
+
+        acts = {"check_inputs": begun, "encode_prompt": encoded, "progress_bar": looped}
+        acts |= {"maybe_free_model_hooks": ended, "save_pretrained": saved}
+        self.pipes.append((owner, hide(pipe, acts, self.copies)))
+
+    def _check_pipeline(self, pipe: DiffusionPipeline | None) -> None:
+        """In front of a call: the denoiser is still ours, no other thread draws, and all hooks are on top."""
+        present = getattr(pipe, self.facts.denoiser, None)
+        denoiser = self._denoiser()
+        if getattr(present, "_orig_mod", present) is not denoiser or denoiser is None:
+            raise RuntimeError(records.swapped(self.facts.denoiser, type(pipe).__name__))
+        if self.drawing not in (None, threading.get_ident()):
+            raise RuntimeError(records.TWO_THREADS)
+        cache = records.cache_on(denoiser.modules())
+        if cache and any((e.eraser.edits_attention or e.eraser.guides) and not e.eraser.is_off() for e in self.entries):
+            raise RuntimeError(records.cached(self.facts.denoiser, cache))
+        self._find_layers()
+        self._fit()
+
+    def start(self) -> None:
+        """The steps of a call of the pipeline begin."""
+        if self.call is not None and self.call.thread != threading.get_ident():
+            raise RuntimeError(records.TWO_THREADS)
+        self.drawing = threading.get_ident()
+
+    def step(self) -> None:
+        """A step of the pipeline is over."""
+        if self.entries and self.call is not None and not self.guarded:
+            raise RuntimeError(records.not_entered(self.facts.denoiser))
+        self.guarded, self.stepped = False, True
+
+    def _encode(
+        self,
+        pipe: DiffusionPipeline,
+        encode_prompt: Callable[..., Any],
+        bound: inspect.BoundArguments,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """`encode_prompt`, and what it says about the rows to come."""
+        settings, images = encoding_settings(bound), bound.arguments["num_images_per_prompt"]
+        guided = bound.arguments.get("do_classifier_free_guidance", False)
+        if not guided and not self.facts.apart:
+            self._refuse_without_guidance()
+        made = encode_prompt(*args, **kwargs)
+        opening = self.opening if self.opening and self.opening.thread == threading.get_ident() else None
+        if self.facts.apart and opening is not None and opening.prompts:
+            return self._negated(pipe, made, bound)
+        self.call = self.twin = None
+        self.guarded = self.stepped = False
+        prompts, negatives = self._prompts(bound.arguments), bound.arguments.get("negative_prompt") or ()
+        texts = [*(prompts or ()), *([negatives] if isinstance(negatives, str) else negatives)]
+        for text in dict.fromkeys(texts):
+            if lost := cut_off(pipe, text, **settings):  # Python says the same thing once
+                warnings.warn(f"A prompt is longer than the text encoder takes; not read is {lost!r}.", stacklevel=5)
+        for entry in self.entries:
+            entry.check_rows(images, len(made[0]))
+            entry.memory, entry.record = {}, Record(layers=len(self.layers) if entry.eraser.edits_attention else 0)
+            made = entry.eraser.rewrite(pipe, made, bound, entry.memory)
+            self._prepare(pipe, entry, prompts, **settings)
+        parts = dict(zip(self.facts.returns, made, strict=True))
+        negative, mask = (parts.get(name) if guided else None for name in ("negative", "negative_mask"))
+        scale = getattr(pipe, self.facts.scale, math.nan)
+        inside = opening is not None
+        self.call = _Call(
+            parts["text"], negative, mask, images, settings, prompts, weakref.ref(pipe), scale, inside
+        )
+        if opening is not None:
+            opening.prompts = True
+        self._checked = None
+        self._fit()  # once more in `begin`, but not when compiled
+        for entry in self.entries:
+            entry.place(images, len(made[0]))
+        return made
 
     def _negated(self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], bound: inspect.BoundArguments) -> Any:
         """The negative prompts, which a pipeline of a family with predictions apart encodes after the prompts."""
@@ -332,30 +457,63 @@ class Site:
         here = threading.get_ident()
         with _GUARD:
             if self._busy not in (None, here):
-                raise RuntimeError(_TWO_THREADS)
+                raise RuntimeError(records.TWO_THREADS)
             outside, self._busy = self._busy, here
         try:
             yield
         finally:
             self._busy = outside
 
+    @contextmanager
+    def rows_given(self, conditional: Sequence[bool]) -> Iterator[None]:
+        """The rows of denoiser calls inside: unconditional ones first."""
+        before, self.given, self._checked = self.given, (conditional.count(False), len(conditional)), None
+        try:
+            yield
+        finally:
+            self.given, self._checked = before, None
+
+    def _on_entering(self) -> None:
+        if not torch.compiler.is_compiling():
+            self._by_the_way = False
+
+    def _on_leaving(self) -> None:
+        if not torch.compiler.is_compiling() and not self._by_the_way:
+            self._fit()
+            raise RuntimeError(records.bypassed(self.facts.denoiser))
+
+    def _enter(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """In place of the denoiser's `forward`."""
+        if torch.compiler.is_compiling():
+            return self.denoise(forward, args, kwargs)
+        with self.alone():
+            try:
+                return self.denoise(forward, args, kwargs)
+            finally:
+                self._inside = False
+
     def begin(self, timestep: Tensor | float, text: Tensor, mask: Tensor | None = None) -> None:
         """Called in front of each denoiser call: which rows are conditional, what time it is, what text is masked."""
+        self._inside = True
         if not torch.compiler.is_compiling():
+            self._by_the_way = True
             self._fit()
-            call = self._present()
-            if call is None:
-                self._refuse_strangers()
-            elif call.thread != threading.get_ident():
-                raise RuntimeError(_TWO_THREADS)
-            for entry in self.entries if call is None else ():
+            direct = self.given is not None
+            if self.call is not None and not direct and self.call.thread != threading.get_ident():
+                raise RuntimeError(records.TWO_THREADS)
+            for entry in self.entries if direct or self.call is None else ():
                 entry.change(self.images_per_prompt, joined=None, lengths=None, weights=None)
             if text is not self._checked:
                 self.first = self._first_row(text)
                 if self.first < len(text):
                     for entry in self.entries:
-                        entry.place(self.images_per_prompt, len(text) - self.first)
+                        entry.place(1 if direct else self.images_per_prompt, len(text) - self.first)
                 self._checked = text
+            edits = any(e.eraser.edits_attention and not e.eraser.is_off() for e in self.entries)
+            if edits and torch.is_grad_enabled() and getattr(self.denoiser, "is_gradient_checkpointing", False):
+                raise RuntimeError(records.CHECKPOINTED)
+        elif self.given is not None:
+            self.first = self.given[0]
         elif self.call is not None and self.call.negative is not None:
             if self.facts.apart:
                 raise ValueError(
@@ -363,15 +521,17 @@ class Site:
                     "cannot be told: give a pipeline that is not compiled."
                 )
             self.first = len(text) - len(self.call.positive)
-        else:
+        elif self.call is not None:
             self.first = 0
-        self.last = len(text)
-        self.prompt = projected(self._denoiser(), text[self.first :])
+        else:
+            raise RuntimeError(records.unknown_rows(len(text), "no call of the pipeline is going on"))
+        self.last = self.rows = len(text)
+        self.prompt = projected(self.denoiser, text[self.first :])
         self.prompt_mask = mask[self.first :].bool() if mask is not None and mask.ndim == 2 else None
         self.negative = self.negative_mask = None
         if self.call is not None and self.call.negative is not None and self.first < self.last:
             rows = slice(1 if self.call.one_negative else None)
-            self.negative = projected(self._denoiser(), self.call.negative[rows])
+            self.negative = projected(self.denoiser, self.call.negative[rows])
             self.negative_mask = None if self.call.negative_mask is None else self.call.negative_mask[rows].bool()
         if not torch.compiler.is_compiling():
             for entry in self.entries:
@@ -379,6 +539,7 @@ class Site:
             for layer in self.self_layers if any(e.eraser.twins for e in self.entries) else ():
                 check_unfused(layer.attn, self.facts.denoiser)
         self.time = timestep.flatten()[0] if isinstance(timestep, Tensor) and timestep.ndim else timestep
+        self.guarded = True
 
     def measure(self, plain: Callable[[], Any]) -> None:
         """In front of a picture's first denoiser call: one plain call, by which erasers set their weights.
@@ -393,8 +554,8 @@ class Site:
         if not waiting or self.prompt is None or not len(self.prompt):
             return
         if torch.compiler.is_compiling():
-            raise ValueError(UNCOMPILED)
-        self._measuring, self._seen = waiting, {}
+            raise ValueError(records.UNCOMPILED)
+        self._measuring, self._seen, self.rows = waiting, {}, self.last
         try:
             with torch.no_grad():
                 plain()
@@ -424,7 +585,7 @@ class Site:
         if getattr(pipe, "guidance_rescale", 0.0):
             raise ValueError("Two trajectories know no `guidance_rescale`: leave it 0, or use one trajectory.")
         if torch.compiler.is_compiling():
-            raise ValueError(UNCOMPILED)
+            raise ValueError(records.UNCOMPILED)
         with torch.no_grad():
             if self.twin is None:
                 scheduler = copy.deepcopy(pipe.scheduler)
@@ -435,7 +596,7 @@ class Site:
             twin.step += 1
             twin.seen.clear()
             scaled = twin.scheduler.scale_model_input(twin.latents, self.time)
-            self._twin_runs = True
+            self._twin_runs, self.rows = True, self.last
             try:
                 prediction = plain(torch.cat([scaled] * 2) if self.first else scaled)
             finally:
@@ -445,13 +606,14 @@ class Site:
                 prediction = uncond + pipe.guidance_scale * (cond - uncond)
             twin.latents = twin.scheduler.step(prediction, self.time, twin.latents, return_dict=False)[0]
 
-    def edit_self(
-        self, attn: Attention, query: Tensor | None, key: Tensor | None, value: Tensor | None, hidden: Tensor
-    ) -> Tensor:
+    def edit_self(self, layer: Layer, hidden: Tensor) -> Tensor:
         """The self-attention output [B, Q, C] in front of `to_out`, with the twin's maps where an eraser wants them."""
         first, last = self.first, self.last
-        if query is None or key is None or value is None or first == last:
+        attn, query, key, value = layer.attn, layer.to_q, layer.to_k, layer.to_v
+        if first == last:
             return hidden
+        if query is None or key is None or value is None:
+            raise RuntimeError(records.missed([layer.name], len(self.self_layers)))
         twin = self.twin
         if twin is not None and self._twin_runs:
             twin.seen[attn] = query[first:last], key[first:last]
@@ -469,11 +631,20 @@ class Site:
         return out if len(out) == len(hidden) else torch.cat([hidden[:first], out, hidden[last:]])
 
     def _first_row(self, text: Tensor) -> int:
-        """Rows before it are unconditional. A call outside a pipeline is conditional throughout."""
+        """Rows before it are unconditional."""
+        n = len(text)
+        if self.given is not None:
+            first, expected = self.given
+            if n != expected:
+                raise RuntimeError(
+                    f"`conditional_rows` was given {expected} rows, but the denoiser call has {n}: give one truth value for "
+                    "each row of the call."
+                )
+            return first
         if self.call is None:
-            return 0
+            raise RuntimeError(records.unknown_rows(n, "no call of the pipeline is going on"))
         positive, negative = self.call.positive, self.call.negative
-        n, p = len(text), len(positive)
+        p = len(positive)
         if self.facts.apart and text is negative:  # which may equal the prompt
             return n
         if n == p and torch.equal(text, positive):
@@ -483,11 +654,8 @@ class Site:
                 return p
             if n == len(negative) and torch.equal(text, negative):
                 return n
-        raise ValueError(
-            f"The denoiser got {n} rows of text that are not what `encode_prompt` returned ({p} conditional rows, "
-            f"guidance {'on' if negative is not None else 'off'}), so it is not known which rows are conditional. "
-            "Pipelines that add rows of their own are not supported."
-        )
+        guidance = f"{p} conditional rows, guidance {'on' if negative is not None else 'off'}"
+        raise RuntimeError(records.unknown_rows(n, guidance))
 
     def _weight(self, window: tuple[float, float]) -> Tensor | float:
         """1 inside the window, 0 outside; the time is 1 - t / num_train_timesteps."""
@@ -498,11 +666,52 @@ class Site:
             return ((time >= window[0]) & (time <= window[1])).float()
         return float(window[0] <= float(time) <= window[1])
 
-    def edit(self, attn: Attention, query: Tensor | None, hidden: Tensor) -> Tensor:
+    def _plan(self) -> list[tuple[Entry, Tensor | float, str]]:
+        """Of each eraser in this denoiser call: the weight of its window, and why it has nothing to do, if so."""
+        found: list[tuple[Entry, Tensor | float, str]] = []
+        for entry in self.entries:
+            eraser, weight, exempt = entry.eraser, 0.0, ""
+            if eraser.is_off():
+                exempt = records.OFF
+            elif self.first == self.last and not eraser.touches_uncond:
+                exempt = records.NO_CONDITIONAL_ROWS
+            elif (eraser.edits_attention or eraser.guides) and not entry.acting:
+                exempt = records.NO_CONCEPTS
+            else:
+                weight = 1.0 if eraser.twins else self._weight(eraser.window)
+                if not isinstance(weight, Tensor) and not weight:
+                    exempt = records.OUTSIDE_WINDOW
+            found.append((entry, weight, exempt))
+        return found
+
+    def _verify(self, plan: Sequence[tuple[Entry, Tensor | float, str]], time: Tensor) -> None:
+        """After a denoiser call: every layer was edited on every planned row, or an error; and what ran is kept."""
+        if self.editing:
+            layers = [layer.name for layer in self.layers if not layer.edited]
+            if layers:
+                raise RuntimeError(records.missed(layers, len(self.layers)))
+        if torch.compiler.is_compiling():
+            return
+        for entry, _, exempt in plan:
+            exempt = exempt or entry.eraser.exempt(time)
+            if not exempt:
+                rows = {int(r) for term in entry.acting if term.rows is not None for r in term.rows}
+                everywhere = not entry.acting or any(term.rows is None for term in entry.acting)
+                entry.record.add(range(self.last - self.first) if everywhere else sorted(rows))
+            else:
+                entry.record.add((), exempt)
+
+    def edit(self, layer: Layer, hidden: Tensor) -> Tensor:
         """The attention output [B, Q, C] in front of `to_out`, edited by every active eraser in turn."""
-        first, last = self.first, self.last
-        if query is None or first == last:
+        if not self._inside:
+            raise RuntimeError(records.outside(layer.name))
+        first, last, attn, query = self.first, self.last, layer.attn, layer.to_q
+        if first == last or not (self.editing or self._twin_runs or self._seen is not None):
             return hidden
+        if query is None:
+            raise RuntimeError(records.missed([layer.name], len(self.layers)))
+        if len(hidden) != self.rows:
+            raise RuntimeError(records.other_rows(layer.name, len(hidden), self.rows))
         out, query = hidden[first:last], query[first:last]
         if self._twin_runs and self.twin is not None:
             self.twin.seen[attn] = query, out
@@ -510,20 +719,14 @@ class Site:
         if self._seen is not None:
             cross = CrossAttention(attn, query, self.prompt, prompt_mask=self.prompt_mask)
             prompts = (entry.prompts for entry in self._measuring)
-            self._seen[self.names[attn]] = [cross.mass(term) for term in prompts if term is not None]
+            self._seen[layer.name] = [cross.mass(term) for term in prompts if term is not None]
             return hidden
-        changed = False
-        for entry in self.entries:
+        for entry, weight in self.editing:
             eraser = entry.eraser
-            if not eraser.edits_attention or eraser.is_off():
-                continue
             beside = None
             if eraser.twins and self.twin is not None:
                 its_query, its_out = self.twin.seen[attn]
                 beside = Beside(its_query, its_out - hidden[first:last], *self.twin.moment)
-            weight = 1.0 if eraser.twins else self._weight(eraser.window)
-            if not isinstance(weight, Tensor) and weight == 0:
-                continue
             masks = {"prompt_mask": self.prompt_mask, "neutral_mask": entry.neutral_mask}
             masks |= {"negative_mask": self.negative_mask}
             cross = CrossAttention(attn, query, self.prompt, entry.neutral, beside, negative=self.negative, **masks)
@@ -532,9 +735,8 @@ class Site:
                     edited = eraser.edit(out, cross, term)
                 else:
                     edited = out.index_copy(0, term.rows, eraser.edit(out[term.rows], cross.at(term.rows), term))
-                out, changed = (torch.lerp(out, edited, weight.to(out)) if isinstance(weight, Tensor) else edited), True
-        if not changed:
-            return hidden
+                out = torch.lerp(out, edited, weight.to(out)) if isinstance(weight, Tensor) else edited
+        layer.edited = True
         return out if len(out) == len(hidden) else torch.cat([hidden[:first], out, hidden[last:]])
 
     # ---- predictions
@@ -544,6 +746,7 @@ class Site:
         names = self.parameters[: len(args)]
         arguments = dict(zip(names, args, strict=True)) | kwargs
         text: Tensor = arguments["encoder_hidden_states"]
+        self.editing = []
         self.begin(arguments["timestep"], text, arguments.get("encoder_attention_mask"))
         time = 1 - torch.as_tensor(self.time, dtype=torch.float32, device=text.device) / self.train_timesteps
         arguments = self._reread(arguments, time)
@@ -552,13 +755,17 @@ class Site:
         self.measure(lambda: forward(arguments[noisy], **others))
         self.draw_beside(arguments[noisy], lambda beside: forward(beside, **others)[0])
         beside = self._negatives_beside() if self.facts.apart else []
-        guiding = []
-        for entry in self.entries if self.first < self.last or not self.facts.apart else ():
-            weight = self._weight(entry.eraser.window) if entry.eraser.guides and not entry.eraser.is_off() else 0
-            if entry.acting and (isinstance(weight, Tensor) or weight):
-                guiding.append((entry, weight))
+        plan = self._plan()
+        self.editing = [(e, weight) for e, weight, exempt in plan if e.eraser.edits_attention and not exempt]
+        acts = self.first < self.last or not self.facts.apart
+        guiding = [(e, weight) for e, weight, exempt in plan if e.eraser.guides and acts and not exempt]
+        for layer in (*self.layers, *self.self_layers):
+            layer.begin()
+        self.rows = self.last
         if not guiding:
-            return _call(forward, names, arguments)
+            out = _call(forward, names, arguments)
+            self._verify(plan, time)
+            return out
         if arguments.get("skip_layers") is not None:
             raise ValueError(
                 f"{type(guiding[0][0].eraser).__name__} changes the conditional prediction, which "
@@ -570,13 +777,14 @@ class Site:
         terms = [term for entry, _ in guiding for term in entry.acting]
         rows = [every if term.rows is None else term.rows for term in terms]
         asked, places = [*beside, *terms], [*(every[k : k + 1] for k in range(len(beside))), *rows]
-        out = _call(
-            forward, names, with_concepts(arguments, asked, places, self.first, masked=self.prompt_mask is not None)
-        )
+        longer = with_concepts(arguments, asked, places, self.first, masked=self.prompt_mask is not None)
+        self.rows = len(longer["encoder_hidden_states"])
+        out = _call(forward, names, longer)
         scale = self.call.guidance_scale if self.call else math.nan
         if self.call and not torch.compiler.is_compiling():  # a callback may have changed it
             scale = getattr(self.call.pipe(), self.facts.scale, math.nan)
         sample = guided(out[0], guiding, rows, self.first, self.last, scale, time)
+        self._verify(plan, time)
         return (sample, *out[1:]) if isinstance(out, tuple) else type(out)(sample=sample)
 
     def _reread(self, arguments: dict[str, Any], time: Tensor) -> dict[str, Any]:
@@ -614,33 +822,6 @@ class Site:
             if acts and not entry.eraser.is_off():
                 raise ValueError(needs_guidance(entry.eraser, self._denoiser(), self.facts))
 
-    def _refuse_strangers(self) -> None:
-        """A pipeline's call that began without the erasers, or lost them: its unconditional rows cannot be told."""
-        from diffusers import DiffusionPipeline
-
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            caller = frame.f_locals.get("self")
-            if isinstance(caller, DiffusionPipeline) and not any(ref() is caller for ref, _ in self.pipes):
-                raise ValueError(
-                    f"This {type(caller).__name__} shares its denoiser with a pipeline that has erasers on, but none "
-                    "was applied to it, so it is not known which rows are conditional. Remove them there and apply "
-                    "them to the pipeline that you call (erasers on one denoiser add up)."
-                )
-            if isinstance(caller, DiffusionPipeline) and frame.f_code.co_name == "__call__":
-                raise RuntimeError(
-                    "It is not known which rows of this call are conditional: another thread used the pipeline in "
-                    f"between, or the eraser was applied in the middle of the call. {_TWO_THREADS}"
-                )
-            frame = frame.f_back
-
-
-def _line_of_call(pipe: DiffusionPipeline | None) -> int:
-    """Where in the pipeline's `__call__` the wrapped `encode_prompt` was called; 0 if something else called it."""
-    frame = sys._getframe(2)
-    inside = frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is pipe
-    return frame.f_lineno if inside else 0
-
 
 def _call(function: Callable[..., Any], positional: Sequence[str], arguments: dict[str, Any]) -> Any:
     """The function with its arguments by position and by keyword, as they were given."""
@@ -648,19 +829,38 @@ def _call(function: Callable[..., Any], positional: Sequence[str], arguments: di
     return function(*(arguments[name] for name in positional), **named)
 
 
-def _calls(pipe: DiffusionPipeline | None, thread: int) -> bool:
-    """Whether a thread is in a call of this pipeline."""
-    frame = sys._current_frames().get(thread) if pipe is not None else None
-    while frame is not None:
-        if frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is pipe:
-            return True
-        frame = frame.f_back
-    return False
-
-
 def site(pipe: DiffusionPipeline) -> Site:
     """The site of a pipeline's denoiser; TypeError for a pipeline Efface does not know."""
+    facts = family(pipe)
+    wake(pipe)
     denoiser = denoiser_of(pipe)
     if denoiser not in SITES:
-        SITES[denoiser] = Site(denoiser, family(pipe))
+        SITES[denoiser] = Site(denoiser, facts)
     return SITES[denoiser]
+
+
+def handles(pipe: DiffusionPipeline) -> list[Handle]:
+    """Of the erasers that are on, in their order."""
+    facts = family(pipe)
+    wake(pipe)
+    present = getattr(pipe, facts.denoiser)
+    found = SITES.get(getattr(present, "_orig_mod", present))
+    return [entry.handle for entry in found.entries] if found else []
+
+
+@contextmanager
+def rows_given(pipe: DiffusionPipeline, conditional: Sequence[bool]) -> Iterator[None]:
+    """See `efface.conditional_rows`; without erasers on there is nothing to tell."""
+    family(pipe)
+    wake(pipe)
+    found = SITES.get(denoiser_of(pipe))
+    if found is None:
+        yield
+        return
+    with found.rows_given(conditional):
+        yield
+
+
+def _apply_all(pipe: DiffusionPipeline, erasers: Sequence[Hooked]) -> None:
+    for eraser in erasers:
+        eraser.apply(pipe)

@@ -85,6 +85,10 @@ class Method:
         """Whether a call without unconditional rows is an error."""
         return self.guides and not self.is_off()
 
+    def exempt(self, time: Tensor) -> str:
+        """Why it changes nothing at this time, beside its window; "" if it acts. It is only written into the record."""
+        return ""
+
     def check(self, pipe: DiffusionPipeline) -> None:
         """ValueError if it cannot work on this pipeline; asked by `apply` and before any change through the handle."""
 

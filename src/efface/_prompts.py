@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ._attention import Term
 from ._method import Method
+from ._records import Record
 from ._text import cleaned, encode, pack, readers
 from ._weights import denoiser_of
 from .core import Concept
@@ -30,6 +31,8 @@ class Entry:
     neutral_mask: Tensor | None = None
     acting: tuple[Term, ...] = ()  # with the rows of the present batch
     memory: dict[str, Tensor] = field(default_factory=dict)  # of the present call
+    record: Record = field(default_factory=Record)
+    handle: Any = None
 
     def prepare(
         self, pipe: DiffusionPipeline, images_per_prompt: int, prompts: list[str] | None = None, **settings: Any

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ._forward import Hidden
 from ._weights import denoiser_of
 from .families import family
 
@@ -34,6 +35,12 @@ class Encoded:
     pooled: Tensor | None
     own: tuple[slice, ...]
     mask: Tensor | None = None
+
+
+def own_encode(pipe: DiffusionPipeline) -> Any:
+    """The pipeline's own `encode_prompt`, without Efface's part."""
+    method = pipe.encode_prompt
+    return method.original if isinstance(method, Hidden) else method
 
 
 def readers(pipe: DiffusionPipeline) -> tuple[str, ...]:
@@ -129,8 +136,7 @@ def _encode(
     pipe: DiffusionPipeline, texts: Sequence[str], settings: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Texts [N, L, D], pooled [N, P], and the mask [N, L], where there are any; what is over the limit is cut."""
-    site = SITES.get(denoiser_of(pipe))
-    method = site.original_encode(pipe) if site else pipe.encode_prompt
+    method = own_encode(pipe)
     call = {"prompt": list(texts), "prompt_2": None, "prompt_3": None, "num_images_per_prompt": 1, **settings}
     call |= {"device": pipe._execution_device, "do_classifier_free_guidance": False}
     taken = inspect.signature(type(pipe).encode_prompt).parameters

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
     from .delta import Delta
 
 __all__ = [
+    "active",
     "build",
     "concept",
     "concepts",
+    "conditional_rows",
     "draw",
     "editor",
     "effectiveness",
@@ -205,6 +208,68 @@ def erase(pipe: DiffusionPipeline, concepts: Concepts, method: str = "eiup", **f
         1
     """
     return build(method, concepts, **fields).apply(pipe)
+
+
+def active(pipe: DiffusionPipeline) -> Handles:
+    """What is on a pipeline: run-time erasers in their order, then deltas. Printed, it is a table.
+
+    Args:
+        pipe: a diffusers text-to-image pipeline; a deep copy of a guarded one has erasers of its own.
+
+    Returns:
+        The handles as one: `active(pipe).remove()` takes all of them off, `active(pipe)[0].strength = 1.0` changes one.
+
+    Raises:
+        TypeError: a pipeline of an unknown family.
+
+    Example:
+        >>> import efface
+        >>> pipe = efface.load("emoji")
+        >>> with efface.EIUP("alcohol").apply(pipe):
+        ...     print(efface.active(pipe))
+        EIUP  strength 2.25  alcohol
+    """
+    from . import _hooks, delta
+
+    return Handles([*_hooks.handles(pipe), *delta.handles(pipe)])
+
+
+@contextlib.contextmanager
+def conditional_rows(pipe: DiffusionPipeline, rows: Sequence[bool]) -> Iterator[None]:
+    """Says which rows are conditional in denoiser calls that are made without the pipeline, as attacks and fits make them.
+
+    With erasers on, such a call has to be told: in a call of the pipeline, `encode_prompt` says which rows of the batch
+    read the prompt, and a guess would leave pictures unguarded.
+
+    Args:
+        pipe: the pipeline whose denoiser is called.
+        rows: for each row of the denoiser call whether it reads the prompt (True) or the unconditional text (False);
+            as in diffusers, unconditional rows come first.
+
+    Raises:
+        ValueError: no rows, or an unconditional row behind a conditional one.
+        RuntimeError: in the denoiser call: another number of rows.
+
+    Example:
+        >>> import efface, torch
+        >>> pipe = efface.load("emoji")
+        >>> text, empty = pipe.encode_prompt("a night at the pub", "cpu", 1, True)
+        >>> latents = torch.randn(2, 8, 8, 8)
+        >>> with efface.EIUP("alcohol").apply(pipe), efface.conditional_rows(pipe, [False, True]), torch.no_grad():
+        ...     prediction = pipe.unet(latents, 500, torch.cat([empty, text])).sample
+        >>> prediction.shape
+        torch.Size([2, 8, 8, 8])
+    """
+    from . import _hooks
+
+    given = [bool(row) for row in rows]
+    if not given or given != sorted(given):
+        raise ValueError(
+            f"Expected `rows` to be truth values, False for unconditional rows and then True for conditional ones, but "
+            f"got {given}. Put the unconditional rows first, as diffusers does."
+        )
+    with _hooks.rows_given(pipe, given):
+        yield
 
 
 def stack(pipe: DiffusionPipeline, *erasers: Eraser) -> Handles:

@@ -245,6 +245,7 @@ class Handle(AbstractContextManager["Handle"]):
         eraser: what was applied.
         replace: puts a changed eraser in its place.
         remove: takes it off.
+        record: what it did.
 
     Raises:
         AttributeError: on setting anything else, such as a misspelt name, or what the eraser lacks.
@@ -265,9 +266,16 @@ class Handle(AbstractContextManager["Handle"]):
     active: bool
     _replace: Callable[[Any], None]
     _remove: Callable[[], None]
+    _record: Callable[[], dict[str, Any]]
 
-    def __init__(self, eraser: Any, replace: Callable[[Any], None], remove: Callable[[], None]) -> None:
-        vars(self).update(eraser=eraser, active=True, _replace=replace, _remove=remove)
+    def __init__(
+        self,
+        eraser: Any,
+        replace: Callable[[Any], None],
+        remove: Callable[[], None],
+        record: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
+        vars(self).update(eraser=eraser, active=True, _replace=replace, _remove=remove, _record=record)
 
     if not TYPE_CHECKING:  # a type checker would take it to allow any name
 
@@ -305,6 +313,16 @@ class Handle(AbstractContextManager["Handle"]):
     def config(self) -> dict[str, Any]:
         """The eraser's name and fields as JSON types, as stored in records."""
         return config(self.eraser)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the eraser did since the latest call of the pipeline began, as JSON types.
+
+        `calls` counts denoiser calls, `rows` the calls that acted on each conditional row of the batch, and `exempt` the
+        calls without anything to do, by reason; `layers` is the number of attention layers that were edited in each
+        call. Empty for a delta, which is in the weights.
+        """
+        return self._record()
 
     def remove(self) -> None:
         """Takes the eraser off; a second call does nothing."""
@@ -352,6 +370,20 @@ class Handles(AbstractContextManager["Handles"]):
 
     def config(self) -> list[dict[str, Any]]:
         return [h.config() for h in self._handles]
+
+    def __str__(self) -> str:
+        """A table: a line for each, with its strength and concepts."""
+        lines = []
+        for handle in self._handles:
+            eraser = handle.eraser
+            groups = getattr(eraser, "rows", None) or (eraser.concepts,)
+            concepts = " | ".join(", ".join(c.name for c in group) or "none" for group in groups)
+            strength = getattr(eraser, "strength", None)
+            name = getattr(eraser, "method", type(eraser).__name__)
+            lines.append((name, "" if strength is None else f"strength {strength:g}", concepts))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)] if lines else []
+        joined = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+        return "\n".join(joined) or "nothing is on"
 
     def remove(self) -> None:
         with ExitStack() as each:

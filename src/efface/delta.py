@@ -118,9 +118,10 @@ def _sum(a: Change, b: Change) -> Change:
 # ---------------------------------------------------------------- the deltas that are on
 
 
-@dataclass
+@dataclass(eq=False)
 class _On:
     delta: Delta
+    handle: Handle | None = None
 
 
 @dataclass
@@ -178,6 +179,12 @@ def active(pipe: DiffusionPipeline) -> list[Delta]:
     """The deltas that are on, in the order in which they were applied."""
     entries = [entry for m in _parts(pipe).values() if m in _EDITED for entry in _EDITED[m].on]
     return list({id(entry): entry.delta for entry in entries}.values())
+
+
+def handles(pipe: DiffusionPipeline) -> list[Handle]:
+    """Of the deltas that are on, in the order in which they were applied."""
+    entries = [entry for m in _parts(pipe).values() if m in _EDITED for entry in _EDITED[m].on]
+    return [entry.handle for entry in dict.fromkeys(entries) if entry.handle is not None]
 
 
 def unedited(pipe: DiffusionPipeline) -> dict[str, Tensor]:
@@ -352,7 +359,8 @@ class Delta:
         for _, module in alive():
             _EDITED.setdefault(module, _Edited()).on.append(entry)
         _or_undo(write, remove)
-        return Handle(self, swap, remove)
+        entry.handle = Handle(self, swap, remove)
+        return entry.handle
 
     def check(self, pipe: DiffusionPipeline) -> None:
         """ValueError unless the delta belongs to this pipeline's model, and what it was fitted on top of is on."""

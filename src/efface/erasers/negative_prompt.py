@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._hooks import Hooked, site
 from .._method import Prediction
-from .._text import fits
+from .._text import fits, own_encode
 from ..core import Concepts, Rows, as_concepts
 from ..families import family
 
@@ -161,7 +161,7 @@ class NegativePrompt(Hooked):
             given = arguments.get(name) or ""
             texts = [given] * prompts if isinstance(given, str) else given
             arguments[name] = [", ".join(filter(None, pair)) for pair in zip(ours, texts, strict=True)]
-        changed, found = site(pipe).original_encode(pipe)(**arguments), list(encoded)
+        changed, found = own_encode(pipe)(**arguments), list(encoded)
         ours_at = torch.tensor([bool(text) for text in ours]).repeat_interleave(arguments["num_images_per_prompt"])
         for k in places:
             mine = ours_at.to(encoded[k].device).reshape(-1, *[1] * (encoded[k].ndim - 1))

@@ -138,6 +138,9 @@ class SLD(Hooked):
         """When the concept has to be predicted: before the warm-up is over only for the momentum."""
         return (0.0 if self.momentum_scale else self.warmup, 1.0)
 
+    def exempt(self, time: Tensor) -> str:
+        return "warm-up" if self.warmup and float(time) < self.warmup else ""
+
     def guide(self, seen: Prediction) -> Tensor:
         difference = seen.prompt - seen.concept
         mu = (self.sld_guidance_scale * difference.abs()).clamp(max=1)
