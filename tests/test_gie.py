@@ -29,7 +29,7 @@ from tiny import (
     STEPS,
     WORDS,
     adapter,
-    batch,
+    bare,
     change,
     drawn,
     execution_order,
@@ -161,8 +161,8 @@ def test_official_values_say_what_they_cannot_do(sd1: Any) -> None:
     with official.apply(sd1):
         with pytest.raises(ValueError, match=r"has 15 tokens \(expected 12 \+ 3, and at most 14\)"):
             latents(sd1, "a big red dog at the pub and a big red cat")
-        with pytest.raises(ValueError, match="needs the text of each prompt"), torch.no_grad():
-            sd1.unet(**batch())
+        with pytest.raises(ValueError, match="needs the text of each prompt"):
+            bare(sd1)
         positive, negative = sd1.encode_prompt("a", "cpu", 1, True)
         with pytest.raises(ValueError, match="needs the text of each prompt"):
             latents(sd1, None, prompt_embeds=positive, negative_prompt_embeds=negative)
@@ -319,8 +319,8 @@ def test_the_twin_starts_from_the_same_noise_whatever_the_scheduler(sd1: Any) ->
 
 def test_two_trajectories_say_what_they_cannot_do(sd1: Any) -> None:
     with GIE([ALCOHOL], trajectories=2).apply(sd1):
-        with pytest.raises(ValueError, match="need a call of the pipeline"), torch.no_grad():
-            sd1.unet(**batch())
+        with pytest.raises(ValueError, match="need a call of the pipeline"):
+            bare(sd1)
         with pytest.raises(ValueError, match="`guidance_rescale`"):
             latents(sd1, guidance_rescale=0.5)
         latents(sd1)
@@ -427,9 +427,8 @@ def test_what_was_measured_stays_for_the_picture(sd1: Any, tmp_path: Path) -> No
         assert len(seen) == 1
         latents(sd1, PROMPT)
         assert len(seen) == 2 and seen[1].shape[0] == 1
-        with torch.no_grad():
-            for rows in (1, 2):  # outside a pipeline every call is a first one
-                sd1.unet(**batch(rows=rows))
+        for rows in (1, 2):  # outside a pipeline every call is a first one
+            bare(sd1, rows=rows)
         assert [len(s) for s in seen] == [2, 1, 1, 2]
     with GIE(rows=[[ALCOHOL], [CAT, ALCOHOL]], adapter=path).apply(sd1):
         together = latents(sd1, PROMPTS)

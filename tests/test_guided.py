@@ -16,6 +16,7 @@ from tiny import (
     CAT,
     PROMPT,
     PROMPTS,
+    bare,
     batch,
     change,
     denoiser,
@@ -382,8 +383,8 @@ def test_without_unconditional_rows_it_says_so(eraser: Any, sd1: Any) -> None:
     with eraser.apply(sd1) as handle:
         with pytest.raises(ValueError, match="needs guidance.*`guidance_scale` above 1.*'eiup'"):
             latents(sd1, guidance_scale=1.0)
-        with pytest.raises(ValueError, match="a denoiser called by itself does not do"):
-            sd1.unet(**batch())
+        with pytest.raises(ValueError, match="called by itself needs both kinds of rows in `efface.conditional_rows`"):
+            bare(sd1)
         positive, negative = sd1.encode_prompt(PROMPT, "cpu", 1, True)
         for text in (positive, negative):
             with pytest.raises(ValueError, match="in one batch of a call of the pipeline"):

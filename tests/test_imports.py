@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_method": FACTS | {"_attention"},
     "_prompts": FACTS | {"_weights", "_text", "_attention", "_method", "_records"},
     "_guidance": FACTS | {"_attention", "_method", "_prompts"},
-    "_layers": {"_forward"},
+    "_layers": {"_forward", "_attention"},
     "_hooks": FACTS | INSIDE,
     "delta": FACTS | INSIDE,
     "erasers": HOOKS | {"pictures"},

@@ -117,6 +117,6 @@ def needs_guidance(eraser: Method, denoiser: nn.Module | None, facts: Family) ->
     if getattr(getattr(denoiser, "config", None), "time_cond_proj_dim", None) is not None:
         return f"{needs}, but this denoiser is distilled to do without ({name} is its input): use {other!r}."
     return (
-        f"{needs} of the pipeline: set {name} above 1 (a denoiser called by itself does not do), or use method "
-        f"{other!r}."
+        f"{needs} of the pipeline: set {name} above 1 (a denoiser that is called by itself needs both kinds of rows in "
+        f"`efface.conditional_rows`), or use method {other!r}."
     )

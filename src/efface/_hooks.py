@@ -558,7 +558,7 @@ class Site:
         self._measuring, self._seen, self.rows = waiting, {}, self.last
         try:
             with torch.no_grad():
-                plain()
+                self._run(plain)
             seen = self._seen
         finally:
             self._measuring, self._seen = [], None
@@ -576,7 +576,7 @@ class Site:
         """
         if not any(e.eraser.twins and not e.eraser.is_off() for e in self.entries):
             return
-        pipe = self.call.pipe() if self.call is not None else None
+        pipe = self.call.pipe() if self.call is not None and self.given is None else None
         if pipe is None or self.prompt is None or self.first not in (0, len(self.prompt)):
             raise ValueError(
                 "Two trajectories need a call of the pipeline, with guidance in the same denoiser call: use one "
@@ -598,7 +598,7 @@ class Site:
             scaled = twin.scheduler.scale_model_input(twin.latents, self.time)
             self._twin_runs, self.rows = True, self.last
             try:
-                prediction = plain(torch.cat([scaled] * 2) if self.first else scaled)
+                prediction = self._run(lambda: plain(torch.cat([scaled] * 2) if self.first else scaled))
             finally:
                 self._twin_runs = False
             if self.first:
@@ -673,7 +673,7 @@ class Site:
             eraser, weight, exempt = entry.eraser, 0.0, ""
             if eraser.is_off():
                 exempt = records.OFF
-            elif self.first == self.last and not eraser.touches_uncond:
+            elif self.first == self.last and not eraser.touches_uncond and (self.facts.apart or not eraser.guides):
                 exempt = records.NO_CONDITIONAL_ROWS
             elif (eraser.edits_attention or eraser.guides) and not entry.acting:
                 exempt = records.NO_CONCEPTS
@@ -684,12 +684,8 @@ class Site:
             found.append((entry, weight, exempt))
         return found
 
-    def _verify(self, plan: Sequence[tuple[Entry, Tensor | float, str]], time: Tensor) -> None:
-        """After a denoiser call: every layer was edited on every planned row, or an error; and what ran is kept."""
-        if self.editing:
-            layers = [layer.name for layer in self.layers if not layer.edited]
-            if layers:
-                raise RuntimeError(records.missed(layers, len(self.layers)))
+    def _keep(self, plan: Sequence[tuple[Entry, Tensor | float, str]], time: Tensor) -> None:
+        """After a denoiser call: keeps what ran."""
         if torch.compiler.is_compiling():
             return
         for entry, _, exempt in plan:
@@ -701,17 +697,38 @@ class Site:
             else:
                 entry.record.add((), exempt)
 
+    @property
+    def _needed(self) -> bool:
+        """Whether the cross-attention layers have something to do in this denoiser call."""
+        return bool(self.editing) or self._twin_runs or self._seen is not None
+
+    def _run(self, call: Callable[[], Any]) -> Any:
+        """A call of the denoiser below, in which every layer that is needed comes by, or an error."""
+        for layer in (*self.layers, *self.self_layers):
+            layer.begin()
+        out = call()
+        missed = [layer for layer in self.layers if not layer.came] if self._needed else []
+        if missed and not torch.compiler.is_compiling():  # a processor that skips `to_q` or `to_out`
+            for layer in missed:
+                layer.take_whole()
+            for layer in (*self.layers, *self.self_layers):
+                layer.begin()
+            out = call()
+            missed = [layer for layer in self.layers if not layer.came]
+        if missed:
+            raise RuntimeError(records.missed([layer.name for layer in missed], len(self.layers)))
+        return out
+
     def edit(self, layer: Layer, hidden: Tensor) -> Tensor:
         """The attention output [B, Q, C] in front of `to_out`, edited by every active eraser in turn."""
         if not self._inside:
             raise RuntimeError(records.outside(layer.name))
         first, last, attn, query = self.first, self.last, layer.attn, layer.to_q
-        if first == last or not (self.editing or self._twin_runs or self._seen is not None):
+        if query is None or not self._needed:
             return hidden
-        if query is None:
-            raise RuntimeError(records.missed([layer.name], len(self.layers)))
         if len(hidden) != self.rows:
             raise RuntimeError(records.other_rows(layer.name, len(hidden), self.rows))
+        layer.came = True
         out, query = hidden[first:last], query[first:last]
         if self._twin_runs and self.twin is not None:
             self.twin.seen[attn] = query, out
@@ -736,7 +753,6 @@ class Site:
                 else:
                     edited = out.index_copy(0, term.rows, eraser.edit(out[term.rows], cross.at(term.rows), term))
                 out = torch.lerp(out, edited, weight.to(out)) if isinstance(weight, Tensor) else edited
-        layer.edited = True
         return out if len(out) == len(hidden) else torch.cat([hidden[:first], out, hidden[last:]])
 
     # ---- predictions
@@ -759,12 +775,10 @@ class Site:
         self.editing = [(e, weight) for e, weight, exempt in plan if e.eraser.edits_attention and not exempt]
         acts = self.first < self.last or not self.facts.apart
         guiding = [(e, weight) for e, weight, exempt in plan if e.eraser.guides and acts and not exempt]
-        for layer in (*self.layers, *self.self_layers):
-            layer.begin()
         self.rows = self.last
         if not guiding:
-            out = _call(forward, names, arguments)
-            self._verify(plan, time)
+            out = self._run(lambda: _call(forward, names, arguments))
+            self._keep(plan, time)
             return out
         if arguments.get("skip_layers") is not None:
             raise ValueError(
@@ -779,12 +793,12 @@ class Site:
         asked, places = [*beside, *terms], [*(every[k : k + 1] for k in range(len(beside))), *rows]
         longer = with_concepts(arguments, asked, places, self.first, masked=self.prompt_mask is not None)
         self.rows = len(longer["encoder_hidden_states"])
-        out = _call(forward, names, longer)
+        out = self._run(lambda: _call(forward, names, longer))
         scale = self.call.guidance_scale if self.call else math.nan
         if self.call and not torch.compiler.is_compiling():  # a callback may have changed it
             scale = getattr(self.call.pipe(), self.facts.scale, math.nan)
         sample = guided(out[0], guiding, rows, self.first, self.last, scale, time)
-        self._verify(plan, time)
+        self._keep(plan, time)
         return (sample, *out[1:]) if isinstance(out, tuple) else type(out)(sample=sample)
 
     def _reread(self, arguments: dict[str, Any], time: Tensor) -> dict[str, Any]:

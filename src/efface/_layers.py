@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from ._attention import CrossAttention
 from ._forward import Act, Forward
 
 
@@ -35,18 +37,24 @@ class Layer:
         self.to_q: Tensor | None = None
         self.to_k: Tensor | None = None  # this and the next of self-attention only
         self.to_v: Tensor | None = None
-        self.edited = False  # in this denoiser call
+        self.came = False  # whether it was seen in this denoiser call
         self.hooks: dict[nn.Module, Forward] = {}
+        self.whole: Any = None  # the processor that does not call `to_q` or `to_out`, if it is of that kind
 
     def acts(self) -> dict[nn.Module, Act]:
         """What to do in each submodule; loading or unloading a LoRA swaps them."""
+        if self.whole is not None:
+            return {self.attn: self._around}
         found: dict[nn.Module, Act] = {getattr(self.attn, part): self._keep(part) for part in self.seen}
         found[self.attn.to_out[0]] = self._edit
         return found
 
     def fit(self) -> None:
         """Hooks the present submodules, on top of whatever else is on them."""
+        if self.whole is not None and self.attn.processor is not self.whole:
+            self.whole = None
         parts = [*(getattr(self.attn, part) for part in self.seen), self.attn.to_out[0]]
+        parts = parts if self.whole is None else [self.attn]
         if [*self.hooks] == parts and all(hook.on_top() for hook in self.hooks.values()):
             return
         self.unhook()
@@ -60,7 +68,12 @@ class Layer:
     def begin(self) -> None:
         """Nothing was seen of this denoiser call yet."""
         self.to_q = self.to_k = self.to_v = None
-        self.edited = False
+        self.came = False
+
+    def take_whole(self) -> None:
+        """From now on the module is watched from outside, until it gets another processor."""
+        self.whole = self.attn.processor
+        self.fit()
 
     def _keep(self, part: str) -> Act:
         def keep(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -75,6 +88,45 @@ class Layer:
         hidden = self.site.edit(self, hidden)
         self.to_q = None
         return forward(hidden, *others, **kwargs)
+
+
+    def _around(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Around a module whose processor uses the weights of `to_q` or `to_out` without calling these modules.
+
+        What they would give is computed again, and the edit goes behind `to_out`, which is linear. A processor that
+        computes something else than attention to the text is left alone, so that the call raises.
+        """
+        out = forward(*args, **kwargs)
+        query, attended = attention(self.attn, *args, **kwargs)
+        if query is None or attended is None or not isinstance(out, Tensor):
+            return out
+        project, factor = self.attn.to_out[0], self.attn.rescale_output_factor
+        again = project(attended)
+        if self.attn.residual_connection:
+            again = again + (args[0] if args else kwargs["hidden_states"])
+        tolerance = 1e-3 if out.dtype in (torch.float32, torch.float64) else 3e-2
+        if again.shape != out.shape or (again / factor - out).norm() > tolerance * out.norm():
+            return out
+        self.to_q = query
+        edited = self.site.edit(self, attended)
+        self.to_q = None
+        return out if edited is attended else out + (project(edited) - project(attended)) / factor
+
+
+def attention(
+    attn: Attention,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The query and what comes in front of `to_out` [B, Q, C], by the module's own projections; None if it is not plain."""
+    if hidden_states.ndim != 3 or encoder_hidden_states is None or attn.group_norm or attn.spatial_norm:
+        return None, None
+    query = attn.to_q(hidden_states)
+    cross = CrossAttention(attn, query, None)
+    mask = None if attention_mask is None else attention_mask.flatten(1, -2)
+    return query, cross.attend(*cross.keys_values(encoder_hidden_states), mask)
 
 
 class SelfLayer(Layer):
