@@ -108,8 +108,9 @@ def other_rows(layer: str, found: int, expected: int) -> str:
 def outside(layer: str) -> str:
     """A layer that runs when no denoiser call is going on."""
     return (
-        f"Layer {layer!r} runs outside a call of the denoiser, so it is not known which rows are conditional. Call the "
-        "denoiser itself, or take the erasers off first."
+        f"Layer {layer!r} runs outside a call of the denoiser, or the denoiser's `forward` was replaced during the call, so "
+        "it is not known which rows are conditional. Call the denoiser itself, and replace its `forward` between two "
+        "calls of the pipeline."
     )
 
 
