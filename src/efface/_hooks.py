@@ -14,8 +14,9 @@ hook is gone.
   of the same call, and the pipeline's own guidance then works on the changed prediction, whatever the scheduler. FLUX
   predicts unconditionally in another call: there the unconditional text is such a row as well.
 - In every cross-attention layer the query is seen behind `to_q`, and the attention output is edited in front of
-  `to_out[0]`, on conditional rows only. Processors stay as they are (slicing, LoRA, IP-Adapter). Further rows are not
-  edited: they have to show the concept.
+  `to_out[0]`, on conditional rows. Processors stay as they are (slicing, LoRA, IP-Adapter). Where a method says so
+  (`touches_uncond`), it also edits the unconditional rows that read another text than the empty one, and further rows
+  that guidance pushes away from (`repels`). Other further rows are not edited: they have to show the concept.
 - An eraser may ask for denoiser calls of its own: a plain one in front of the first, which measures the attention that
   its erasure prompts get (`measures`), or one in each step, which draws the plain picture beside (`twins`).
 """
@@ -40,12 +41,12 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from ._attention import Beside, CrossAttention, Term
-from ._guidance import guided, needs_guidance, pooled_text, with_concepts, with_pooled
+from ._attention import Beside, CrossAttention, Repelled, Term
+from ._guidance import guided, needs_guidance, pooled_text, repelled_rows, with_concepts, with_pooled
 from ._layers import Layer, SelfLayer, WatchDenoiser, register, unregister
 from ._method import Method
 from ._prompts import Entry, projected
-from ._text import SITES, check_width, cut_off, encoding_settings
+from ._text import SITES, Unconditional, check_width, cut_off, encoding_settings, unconditional
 from ._weights import check_unfused, denoiser_of
 from .core import Handle
 from .families import Family, family, without_cross_attention
@@ -79,7 +80,7 @@ class _Call:
 
     positive: Tensor
     negative: Tensor | None
-    negative_mask: Tensor | None
+    unconditional: Unconditional | None  # where text is read in cross-attention
     images_per_prompt: int
     settings: dict[str, Any]  # of the encoding
     prompts: list[str] | None  # None: the user gave embeddings
@@ -89,11 +90,6 @@ class _Call:
     thread: int = field(default_factory=threading.get_ident)
     line: int = 0  # of the pipeline's `__call__` that asked for it; 0: something else did
     negative_pooled: Tensor | None = None  # where unconditional predictions come apart
-    one_negative: bool = field(init=False, default=False)  # for all rows
-
-    def __post_init__(self) -> None:
-        if self.negative is not None:
-            object.__setattr__(self, "one_negative", bool((self.negative == self.negative[:1]).all()))
 
 
 @dataclass
@@ -129,8 +125,9 @@ class Site:
         self.first = self.last = 0  # the conditional rows; further ones come behind
         self.prompt: Tensor | None = None
         self.prompt_mask: Tensor | None = None
-        self.negative: Tensor | None = None  # what the unconditional rows read, one row if all read the same
-        self.negative_mask: Tensor | None = None
+        self.empty: Tensor | None = None  # what unconditional rows read without a negative prompt; one row if all alike
+        self.empty_mask: Tensor | None = None
+        self.repelled: Repelled | None = None
         self.time: Tensor | float = 0.0
         self.train_timesteps = 1000
         self._checked: Tensor | None = None
@@ -277,6 +274,7 @@ class Site:
                         warnings.warn(
                             f"A prompt is longer than the text encoder takes; not read is {lost!r}.", stacklevel=2
                         )
+                given = encoded
                 for entry in self.entries:
                     entry.check_rows(images, len(encoded[0]))
                     entry.memory = {}
@@ -284,9 +282,13 @@ class Site:
                     self._prepare(owner(), entry, prompts, **settings)
                 parts = dict(zip(self.facts.returns, encoded, strict=True))
                 negative, mask = (parts.get(name) if guided else None for name in ("negative", "negative_mask"))
+                apart = None
+                if negative is not None and self.facts.cross_attention:
+                    untouched = negative is given[self.facts.returns.index("negative")]
+                    apart = unconditional(owner(), bound, negative, mask, untouched)
                 scale = getattr(owner(), self.facts.scale, math.nan)
                 inside = _calls(owner(), threading.get_ident())
-                said = _Call(parts["text"], negative, mask, images, settings, prompts, owner, scale, inside, line=line)
+                said = _Call(parts["text"], negative, apart, images, settings, prompts, owner, scale, inside, line=line)
                 self.call = said
                 self._checked = None
                 self._fit()  # once more in `begin`, but not when compiled
@@ -368,17 +370,32 @@ class Site:
         self.last = len(text)
         self.prompt = projected(self._denoiser(), text[self.first :])
         self.prompt_mask = mask[self.first :].bool() if mask is not None and mask.ndim == 2 else None
-        self.negative = self.negative_mask = None
-        if self.call is not None and self.call.negative is not None and self.first < self.last:
-            rows = slice(1 if self.call.one_negative else None)
-            self.negative = projected(self._denoiser(), self.call.negative[rows])
-            self.negative_mask = None if self.call.negative_mask is None else self.call.negative_mask[rows].bool()
+        self.empty = self.empty_mask = None
+        if self.call is not None and self.call.unconditional is not None:
+            apart = self.call.unconditional
+            with torch.no_grad():
+                self.empty = projected(self._denoiser(), apart.text)
+            self.empty_mask = apart.mask
+        self._repel(self._negated_rows(), text.device)
         if not torch.compiler.is_compiling():
             for entry in self.entries:
                 entry.check_text(self.prompt if entry.eraser.edits_attention else text)
             for layer in self.self_layers if any(e.eraser.twins for e in self.entries) else ():
                 check_unfused(layer.attn, self.facts.denoiser)
         self.time = timestep.flatten()[0] if isinstance(timestep, Tensor) and timestep.ndim else timestep
+
+    def _negated_rows(self) -> dict[int, int]:
+        """The unconditional rows of this denoiser call that read another text than the empty one."""
+        apart = self.call.unconditional if self.call is not None else None
+        return {row: row for row in apart.others} if apart is not None and self.first else {}
+
+    def _repel(self, owners: dict[int, int], device: torch.device) -> None:
+        """Sets which rows guidance pushes away from; `owners`: such a row, and the conditional row that it is for."""
+        rows, of = tuple(owners), tuple(owners.values())
+        if not rows:
+            self.repelled = None
+        elif (old := self.repelled) is None or (old.rows, old.owners, old.at.device) != (rows, of, device):
+            self.repelled = Repelled(rows, of, torch.tensor(rows, device=device), torch.tensor(of, device=device))
 
     def measure(self, plain: Callable[[], Any]) -> None:
         """In front of a picture's first denoiser call: one plain call, by which erasers set their weights.
@@ -500,42 +517,58 @@ class Site:
 
     def edit(self, attn: Attention, query: Tensor | None, hidden: Tensor) -> Tensor:
         """The attention output [B, Q, C] in front of `to_out`, edited by every active eraser in turn."""
-        first, last = self.first, self.last
-        if query is None or first == last:
+        first, last, repelled = self.first, self.last, self.repelled
+        if query is None or (first == last and repelled is None):
             return hidden
-        out, query = hidden[first:last], query[first:last]
         if self._twin_runs and self.twin is not None:
-            self.twin.seen[attn] = query, out
+            self.twin.seen[attn] = query[first:last], hidden[first:last]
             return hidden
         if self._seen is not None:
-            cross = CrossAttention(attn, query, self.prompt, prompt_mask=self.prompt_mask)
+            cross = CrossAttention(attn, query[first:last], self.prompt, prompt_mask=self.prompt_mask)
             prompts = (entry.prompts for entry in self._measuring)
             self._seen[self.names[attn]] = [cross.mass(term) for term in prompts if term is not None]
             return hidden
-        changed = False
+        if first < last:
+            given = hidden[first:last]
+            out = self._edit_rows(attn, query[first:last], given, None)
+            if out is not given:
+                hidden = out if len(out) == len(hidden) else torch.cat([hidden[:first], out, hidden[last:]])
+        if repelled is not None:
+            given = hidden[repelled.at]
+            out = self._edit_rows(attn, query[repelled.at], given, repelled)
+            hidden = hidden if out is given else hidden.index_copy(0, repelled.at, out)
+        return hidden
+
+    def _edit_rows(self, attn: Attention, query: Tensor, given: Tensor, repelled: Repelled | None) -> Tensor:
+        """The attention output of the conditional or of the `repelled` rows; the same object if none is edited."""
+        out = given
         for entry in self.entries:
             eraser = entry.eraser
-            if not eraser.edits_attention or eraser.is_off():
+            if not eraser.edits_attention or eraser.is_off() or (repelled is not None and not eraser.touches_uncond):
                 continue
-            beside = None
-            if eraser.twins and self.twin is not None:
-                its_query, its_out = self.twin.seen[attn]
-                beside = Beside(its_query, its_out - hidden[first:last], *self.twin.moment)
             weight = 1.0 if eraser.twins else self._weight(eraser.window)
             if not isinstance(weight, Tensor) and weight == 0:
                 continue
-            masks = {"prompt_mask": self.prompt_mask, "neutral_mask": entry.neutral_mask}
-            masks |= {"negative_mask": self.negative_mask}
-            cross = CrossAttention(attn, query, self.prompt, entry.neutral, beside, negative=self.negative, **masks)
+            cross = CrossAttention(attn, query, neutral=entry.neutral, neutral_mask=entry.neutral_mask)
+            cross.empty, cross.empty_mask, cross.unconditional = self.empty, self.empty_mask, repelled is not None
+            if repelled is None:
+                cross.prompt, cross.prompt_mask = self.prompt, self.prompt_mask
+                if eraser.twins and self.twin is not None:
+                    its_query, its_out = self.twin.seen[attn]
+                    cross.beside = Beside(its_query, its_out - given, *self.twin.moment)
+            elif self.empty is not None and len(self.empty) > 1:
+                cross.empty = self.empty[repelled.of]
+                cross.empty_mask = None if self.empty_mask is None else self.empty_mask[repelled.of]
             for term in entry.acting:
-                if term.rows is None:
+                rows = term.rows if repelled is None else repelled.rows_of(term)
+                if rows is None:
                     edited = eraser.edit(out, cross, term)
+                elif len(rows):
+                    edited = out.index_copy(0, rows, eraser.edit(out[rows], cross.at(rows), term))
                 else:
-                    edited = out.index_copy(0, term.rows, eraser.edit(out[term.rows], cross.at(term.rows), term))
-                out, changed = (torch.lerp(out, edited, weight.to(out)) if isinstance(weight, Tensor) else edited), True
-        if not changed:
-            return hidden
-        return out if len(out) == len(hidden) else torch.cat([hidden[:first], out, hidden[last:]])
+                    continue
+                out = torch.lerp(out, edited, weight.to(out)) if isinstance(weight, Tensor) else edited
+        return out
 
     # ---- predictions
 
@@ -570,6 +603,8 @@ class Site:
         terms = [term for entry, _ in guiding for term in entry.acting]
         rows = [every if term.rows is None else term.rows for term in terms]
         asked, places = [*beside, *terms], [*(every[k : k + 1] for k in range(len(beside))), *rows]
+        further = repelled_rows(guiding, self.last - self.first, self.last)
+        self._repel(self._negated_rows() | further, text.device)
         out = _call(
             forward, names, with_concepts(arguments, asked, places, self.first, masked=self.prompt_mask is not None)
         )

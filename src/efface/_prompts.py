@@ -53,7 +53,8 @@ class Entry:
         sizes = [len(group) for group in eraser.references]
         neutral, n = itertools.chain(*eraser.references), sum(sizes)
         encoded = encode(pipe, [*neutral, *(text for _, text in texts)], **settings)
-        text, mask = projected(denoiser_of(pipe), encoded.text), encoded.mask
+        with torch.no_grad():
+            text, mask = projected(denoiser_of(pipe), encoded.text), encoded.mask
         if mask is None:
             self.neutral = torch.stack([group.mean(0) for group in text[:n].split(sizes)])
         else:  # the mean of the texts that have a token there
@@ -87,10 +88,7 @@ class Entry:
             groups = self.eraser.groups(row)
             chosen = tuple(k for group in groups for k, of in enumerate(self.of) if of == group)
             alike.setdefault(chosen, []).extend(range(r * images_per_prompt, (r + 1) * images_per_prompt))
-        device = self.prompts.text.device
-        self.acting = tuple(
-            self.prompts.part(chosen, torch.tensor(images, device=device)) for chosen, images in alike.items() if chosen
-        )
+        self.acting = tuple(self.prompts.part(chosen, images) for chosen, images in alike.items() if chosen)
 
     def check_rows(self, images_per_prompt: int, batch: int | None) -> None:
         rows = self.eraser.rows
@@ -122,10 +120,7 @@ class Entry:
 def projected(denoiser: nn.Module, text: Tensor) -> Tensor:
     """A text as the cross-attention layers get it: some denoisers project it first."""
     projection = getattr(denoiser, "caption_projection", None)
-    if projection is None:
-        return text
-    with torch.no_grad():
-        return projection(text)
+    return text if projection is None else projection(text)
 
 
 def _join(pipe: DiffusionPipeline, prompts: list[str], texts: list[str], **settings: Any) -> dict[str, Tensor]:

@@ -83,7 +83,6 @@ class EIUP(Hooked):
     """
 
     off: ClassVar[dict[str, Any] | None] = {"strength": 0.0}
-    touches_uncond: ClassVar[bool] = False
     edits_attention: ClassVar[bool] = True
 
     concepts: Concepts = ()  # type: ignore[assignment]
@@ -114,6 +113,10 @@ class EIUP(Hooked):
         return cls(concepts, strength=strength, window=(0.0, 0.8), normalization="separate")
 
     @property
+    def touches_uncond(self) -> bool:  # type: ignore[override]
+        return self.normalization == "projected"
+
+    @property
     def packs(self) -> bool:  # type: ignore[override]
         return self.normalization != "projected"
 
@@ -123,10 +126,12 @@ class EIUP(Hooked):
 
     def edit(self, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
         if self.normalization == "projected":
-            would_be = cross.beside_nothing(term.text, term.mask)
+            would_be = cross.with_empty(term.text, term.mask)
             would_be = would_be.to(torch.promote_types(out.dtype, torch.float32))
             nothing, others = would_be[0], would_be[1:] - would_be[0]
-            return (out + self._projected(out - nothing, others, len(self.neutral))).to(out.dtype)
+            # More than all of it would turn a row that guidance pushes away from into the concept's opposite.
+            strength = min(self.strength, 1.0) if cross.unconditional else self.strength
+            return (out + _projected(out - nothing, others, len(self.neutral), strength)).to(out.dtype)
         key, value = cross.keys_values(term.text)
         if self.normalization == "separate":
             weight = torch.zeros(len(value), 1, value.shape[2], 1, dtype=value.dtype, device=value.device)
@@ -144,25 +149,27 @@ class EIUP(Hooked):
             added = added + cross.attend(torch.cat([prompt_key, own_key], 2), own_value, mask)
         return added
 
-    def _projected(self, out: Tensor, others: Tensor, neutral: int) -> Tensor:
-        """What the projected form adds [B, Q, C]; `out` and `others` [neutral + phrases, B, Q, C] are less N's.
 
-        All of it is linear in `others`, so their inner products are all that is needed.
-        """
-        others = others.permute(1, 2, 0, 3)  # [B, Q, texts, C]
-        inner, texts = others @ others.mT, others.shape[2]
-        least = inner.diagonal(dim1=-2, dim2=-1) * 1e-6  # of a squared length: where nothing is left, rounding is
-        least = least.clamp_min(torch.finfo(inner.dtype).tiny)
-        parts = torch.eye(texts, dtype=inner.dtype, device=inner.device).expand_as(inner)
-        # A row for each text: its inner products with all, that with `out`, and what it is made of.
-        table = torch.cat([inner, others @ out[..., None], parts], -1)
-        for k in range(neutral):  # takes the share of T_k out of every text
-            pivot = table[..., k : k + 1, :]
-            table = table - table[..., k : k + 1] / pivot[..., k : k + 1].clamp_min(least[..., k, None, None]) * pivot
-        inner, toward, parts = (x.squeeze(-1) for x in table.split([texts, 1, texts], -1))
-        shares = torch.zeros_like(toward)
-        for k in range(neutral, texts):  # one after the other: what is taken out counts for those behind
-            length = torch.maximum(inner[..., k, k], least[..., k])
-            shares[..., k] = self.strength * (toward[..., k] / length).clamp_min(0)
-            toward = toward - shares[..., k, None] * inner[..., k]
-        return -((shares[..., None, :] @ parts) @ others).squeeze(-2)
+def _projected(out: Tensor, others: Tensor, neutral: int, strength: float) -> Tensor:
+    """What the projected form adds [B, Q, C].
+
+    `out` [B, Q, C] and `others` [neutral + phrases, B, Q, C] are less what the empty text puts out. The result is
+    linear in `others`, so their inner products are all that is needed.
+    """
+    others = others.permute(1, 2, 0, 3)  # [B, Q, texts, C]
+    inner, texts = others @ others.mT, others.shape[2]
+    least = inner.diagonal(dim1=-2, dim2=-1) * 1e-6  # of a squared length: where nothing is left, rounding is
+    least = least.clamp_min(torch.finfo(inner.dtype).tiny)
+    parts = torch.eye(texts, dtype=inner.dtype, device=inner.device).expand_as(inner)
+    # A row for each text: its inner products with all, that with `out`, and what it is made of.
+    table = torch.cat([inner, others @ out[..., None], parts], -1)
+    for k in range(neutral):  # takes the share of T_k out of every text
+        pivot = table[..., k : k + 1, :]
+        table = table - table[..., k : k + 1] / pivot[..., k : k + 1].clamp_min(least[..., k, None, None]) * pivot
+    inner, toward, parts = (x.squeeze(-1) for x in table.split([texts, 1, texts], -1))
+    shares = [torch.zeros_like(toward[..., 0])] * neutral
+    for k in range(neutral, texts):  # one after the other: what is taken out counts for those behind
+        length = torch.maximum(inner[..., k, k], least[..., k])
+        shares.append(strength * (toward[..., k] / length).clamp_min(0))
+        toward = toward - shares[k][..., None] * inner[..., k]
+    return -((torch.stack(shares, -1)[..., None, :] @ parts) @ others).squeeze(-2)

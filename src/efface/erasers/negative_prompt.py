@@ -91,6 +91,10 @@ class NegativePrompt(Hooked):
         return not self.is_off()
 
     @property
+    def repels(self) -> bool:  # type: ignore[override]
+        return self.strength is not None
+
+    @property
     def negates(self) -> bool:  # type: ignore[override]
         return self.strength is None
 
