@@ -105,7 +105,8 @@ class Reference:
 
     def row(self, attn: Attention, hidden: Tensor, text: Tensor, conditional: bool) -> Tensor:
         out = written_out(attn, hidden, text)
-        negative = not conditional and self.form == "projected" and change(text, self.empty) > 1e-3
+        other = text.shape != self.empty.shape or change(text, self.empty) > 1e-3
+        negative = not conditional and self.form == "projected" and other
         for erased, own in self.erased if conditional or negative else ():
             if self.form == "projected":
                 of = [written_out(attn, hidden, text) for text in (self.empty, erased, *self.neutral)]
