@@ -47,7 +47,7 @@ class Method:
     """
 
     off: ClassVar[dict[str, Any] | None] = None
-    touches_uncond: ClassVar[bool] = False
+    touches_uncond: ClassVar[bool] = False  # whether it may change unconditional rows
     edits_attention: ClassVar[bool] = False
     guides: ClassVar[bool] = False  # changes the prediction, which takes guidance
     repels = False  # guidance pushes away from its further predictions, so others edit them as unconditional rows
