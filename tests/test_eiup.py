@@ -87,7 +87,9 @@ class Reference:
         self.form, self.strength, self.guidance = form, strength, guidance
         self.erased = [(embed(pipe, text), slice(1, 1 + len(text.split()))) for text in erased]
         self.neutral = [sum(embed(pipe, text) for text in group) / len(group) for group in NEUTRAL]
-        self.nothing = embed(pipe, "")
+        empty = embed(pipe, "")
+        zeros = guidance and getattr(pipe.config, "force_zeros_for_empty_prompt", False)
+        self.empty = torch.zeros_like(empty) if zeros else empty
 
     def __call__(
         self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: None = None
@@ -95,28 +97,27 @@ class Reference:
         rows = len(hidden_states)
         out = torch.stack(
             [
-                self.row(attn, hidden, text, negative, conditional=not self.guidance or row >= rows / 2)
-                for row, (hidden, text, negative) in enumerate(
-                    zip(hidden_states, encoder_hidden_states, encoder_hidden_states.roll(rows // 2, 0), strict=True)
-                )
+                self.row(attn, hidden, text, conditional=not self.guidance or row >= rows / 2)
+                for row, (hidden, text) in enumerate(zip(hidden_states, encoder_hidden_states, strict=True))
             ]
         )
         return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
 
-    def row(self, attn: Attention, hidden: Tensor, text: Tensor, negative: Tensor, conditional: bool) -> Tensor:
-        plain = out = written_out(attn, hidden, text)
-        for erased, own in self.erased if conditional else ():
+    def row(self, attn: Attention, hidden: Tensor, text: Tensor, conditional: bool) -> Tensor:
+        out = written_out(attn, hidden, text)
+        other = text.shape != self.empty.shape or change(text, self.empty) > 1e-3
+        negative = not conditional and self.form == "projected" and other
+        for erased, own in self.erased if conditional or negative else ():
             if self.form == "projected":
-                nothing = negative if self.guidance else self.nothing
-                of = [written_out(attn, hidden, text) for text in (nothing, erased, *self.neutral)]
-                out = projected(self.strength, out, *of[:2], of[2:])
+                of = [written_out(attn, hidden, text) for text in (self.empty, erased, *self.neutral)]
+                out = projected(min(self.strength, 1.0) if negative else self.strength, out, *of[:2], of[2:])
             elif self.form == "separate":
                 weights = softmax(logits(attn, hidden, erased))
                 out = out - self.strength * mix(attn, weights[..., own], erased[own])
             else:
                 both = softmax(torch.cat([logits(attn, hidden, text), logits(attn, hidden, erased[own])], -1))
                 out = out - self.strength * mix(attn, both[..., len(text) :], erased[own])
-        return out if conditional else plain
+        return out
 
 
 @contextlib.contextmanager
@@ -152,8 +153,8 @@ def test_pictures_equal_the_formulas(form: str, pipe: Any, family: str) -> None:
     assert change(erased, drawn(family, prompt=PROMPTS)) > 0.1
 
 
-def test_the_unconditional_text_is_what_the_prompt_is_held_against(pipe: Any, family: str) -> None:
-    """Guidance pushes away from it, so nothing of the concept may be left beside it."""
+def test_a_negative_prompt_is_edited_like_a_prompt_but_not_beyond(pipe: Any, family: str) -> None:
+    """Both are measured from the empty text."""
     texts = {"negative_prompt": ["a dog", "the moon"]}
     with eiup("projected", ALCOHOL, CAT, strength=1.5).apply(pipe):
         erased, alike = latents(pipe, PROMPTS, **texts), latents(pipe, PROMPTS, negative_prompt=["a dog"] * 2)
@@ -165,7 +166,7 @@ def test_the_unconditional_text_is_what_the_prompt_is_held_against(pipe: Any, fa
 
 @pytest.mark.parametrize("how", ["embeddings", "rows", "images", "eraser", "compiled"])
 def test_however_a_negative_prompt_is_given(how: str, sd1: Any, compile_options: dict[str, Any]) -> None:
-    """Always the formula with the text that the unconditional rows read."""
+    """Always the same formula."""
     eraser, call, beside = eiup(), {"negative_prompt": ["a dog", "the moon"]}, NegativePrompt(Concept("the moon"))
     if how == "embeddings":
         call = {"negative_prompt_embeds": sd1.encode_prompt(["a dog", "the moon"], "cpu", 1, False)[0]}
@@ -276,26 +277,34 @@ Edits = Callable[..., list[Edit]]
 
 
 def directions(edit: Edit) -> tuple[Tensor, Tensor, Tensor]:
-    """What the layer puts out for the unconditional text [B, Q, C]; the last phrase's d; the neutral texts' part."""
+    """What the layer puts out for the empty text [B, Q, C]; the last phrase's d; the neutral texts' part."""
     cross = edit.cross
-    nothing, *shared, phrase = cross.beside_nothing(edit.term.text[-1:])
+    nothing, *shared, phrase = cross.with_empty(edit.term.text[-1:])
     shared = torch.stack(shared, -1) - nothing[..., None]
     d = phrase - nothing
     return nothing, d - (shared @ torch.linalg.pinv(shared) @ d[..., None])[..., 0], shared
 
 
-@pytest.mark.parametrize("negative", [None, ["a dog", "a big beer"]])
-def test_strength_1_leaves_nothing_of_the_concept(negative: Any, edits: Edits, double: Any) -> None:
-    """Beside what the unconditional rows read, whatever it says: guidance multiplies the difference of the two."""
-    erased = removed = 0
-    for edit in edits(double, eiup("projected", CAT), negative_prompt=negative):
+@pytest.mark.parametrize(
+    ("negative", "strength"), [(None, 1.0), (["a dog", "the pub"], 1.0), (["the pub", "a dog"], 2.5)]
+)
+def test_strength_1_leaves_nothing_of_the_concept(negative: Any, strength: float, edits: Edits, double: Any) -> None:
+    """Nor does any larger strength in unconditional rows, where it never goes beyond."""
+    seen: dict[bool, list[int]] = {}
+    for edit in edits(double, eiup("projected", CAT, strength=strength), negative_prompt=negative):
         nothing, d, _ = directions(edit)
         left, before = (((out - nothing) * d).sum(-1) for out in (edit.edited, edit.out))
-        assert bool((left <= 1e-5 * (d * d).sum(-1)).all())
+        size, unconditional = (d * d).sum(-1), edit.cross.unconditional
+        assert bool((left <= 1e-5 * size).all())
         assert torch.equal(edit.edited[before < 0], edit.out[before < 0])
-        erased += int((before > 0).sum())
-        removed += int((before < 0).sum())
-    assert erased and removed
+        if unconditional or strength == 1:
+            assert bool((left[before > 0] >= -1e-5 * size[before > 0]).all())
+        counts = seen.setdefault(unconditional, [0, 0])
+        counts[0] += int((before > 0).sum())
+        counts[1] += int((before < 0).sum())
+    assert set(seen) == ({False} if negative is None else {False, True})
+    for positive, others in seen.values():
+        assert 0.2 < positive / (positive + others) < 0.8
 
 
 def test_what_ordinary_things_add_is_not_touched(edits: Edits, double: Any) -> None:

@@ -33,8 +33,9 @@ def edited(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     original = EIUP.edit
 
     def spy(self: EIUP, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
-        assert len(out) == len(cross.query) == len(cross.prompt)
-        seen.append(cross.prompt)
+        if not cross.unconditional:
+            assert len(out) == len(cross.query) == len(cross.prompt)
+            seen.append(cross.prompt)
         return original(self, out, cross, term)
 
     monkeypatch.setattr(EIUP, "edit", spy)
@@ -80,13 +81,31 @@ def test_guidance_may_be_switched_off_midway(sd1: Any, edited: list[Tensor]) -> 
     assert change(erased, latents(sd1, **options)) > 1e-3
 
 
-def test_guidance_in_two_calls_edits_the_conditional_one(sd1: Any) -> None:
-    with ERASER.apply(sd1):
-        positive, negative = sd1.encode_prompt(PROMPT, "cpu", 1, True, "a dog")
-        erased = [bare(sd1, rows=1, encoder_hidden_states=text) for text in (negative, positive, negative, positive)]
-    assert torch.equal(erased[0], bare(sd1, rows=1, encoder_hidden_states=negative))
-    assert change(erased[1], bare(sd1, rows=1, encoder_hidden_states=positive)) > 1e-3
+@pytest.mark.parametrize("eraser", [ERASER, EIUP([ALCOHOL], normalization="separate")], ids=["projected", "separate"])
+@pytest.mark.parametrize("text", ["", "a red cat"])
+def test_guidance_in_two_calls_edits_each_call_as_its_rows_in_one(text: str, eraser: EIUP, sd1: Any) -> None:
+    with eraser.apply(sd1):
+        positive, negative = sd1.encode_prompt(PROMPT, "cpu", 1, True, text)
+        # what `encode_prompt` returned tells the rows: nobody has to say them
+        call = batch(rows=1)
+        erased = [
+            sd1.unet(**{**call, "encoder_hidden_states": text}).sample.detach()
+            for text in (negative, positive, negative, positive)
+        ]
+        both = sd1.unet(
+            **{
+                **{name: torch.cat([x, x]) if x.ndim else x for name, x in batch(rows=1).items()},
+                "encoder_hidden_states": torch.cat([negative, positive]),
+            }
+        ).sample
+    plain = [bare(sd1, rows=1, encoder_hidden_states=text) for text in (negative, positive)]
+    if text and eraser.touches_uncond:
+        assert change(erased[0], plain[0]) > 1e-3
+    else:
+        assert torch.equal(erased[0], plain[0])
+    assert change(erased[1], plain[1]) > 1e-3
     assert torch.equal(erased[0], erased[2]) and torch.equal(erased[1], erased[3])
+    assert change(torch.cat(erased[:2]), both) < 1e-5
 
 
 def test_rows_that_encode_prompt_did_not_make_are_an_error(pipe: Any, family: str) -> None:

@@ -45,7 +45,8 @@ class Reference:
     ) -> None:
         self.form, self.strength, self.guidance = form, strength, guidance
         self.prompts = [embed(pipe, text) for text in (*(negative if guidance else ()), *PROMPTS)]
-        self.nothing = [embed(pipe, text) for text in (negative if guidance else ("", ""))]
+        self.negative = [form == "projected" and text != "" for text in (negative if guidance else ())]
+        self.empty = embed(pipe, "")
         self.erased = [embed(pipe, text) for text in erased]
         self.neutral = [mean([embed(pipe, text) for text in group]) for group in neutral]
 
@@ -53,17 +54,18 @@ class Reference:
         out = []
         for k, (hidden, text) in enumerate(zip(hidden_states, self.prompts, strict=True)):
             plain = written_out(attn, hidden, text)
-            conditional = not self.guidance or k >= len(PROMPTS)
-            nothing = self.nothing[k % len(PROMPTS)]
-            out.append(self.row(attn, hidden, text, plain, nothing) if conditional else plain)
+            if k < len(self.negative):
+                out.append(self.row(attn, hidden, text, plain, min(self.strength, 1.0)) if self.negative[k] else plain)
+            else:
+                out.append(self.row(attn, hidden, text, plain, self.strength))
         return attn.to_out[1](attn.to_out[0](torch.stack(out))) / attn.rescale_output_factor
 
-    def row(self, attn: Attention, hidden: Tensor, text: Tensor, out: Tensor, nothing: Tensor) -> Tensor:
+    def row(self, attn: Attention, hidden: Tensor, text: Tensor, out: Tensor, strength: float) -> Tensor:
         for erased in self.erased:
             own = erased[:-1]
             if self.form == "projected":
-                of = [written_out(attn, hidden, text) for text in (nothing, erased, *self.neutral)]
-                out = projected(self.strength, out, *of[:2], of[2:])
+                of = [written_out(attn, hidden, text) for text in (self.empty, erased, *self.neutral)]
+                out = projected(strength, out, *of[:2], of[2:])
             elif self.form == "separate":
                 maps = softmax(logits(attn, hidden, erased))
                 out = out - self.strength * mix(attn, maps[..., :-1], own)
@@ -120,14 +122,14 @@ def test_neutral_texts_of_different_lengths_are_averaged_where_they_have_tokens(
         assert difference < 1e-9 if equal else difference > 1e-6
 
 
-@pytest.mark.parametrize("negative", [("a dog", "the big red moon"), ("a dog", "a dog")])
+@pytest.mark.parametrize("negative", [("a dog", "the big red moon"), ("a dog", "a dog"), ("", "a beer")])
 def test_the_unconditional_text_is_masked_too(negative: tuple[str, str]) -> None:
     pipe = _double("pixart")
-    with EIUP([ALCOHOL], strength=1.0, neutral=()).apply(pipe):
+    with EIUP([ALCOHOL], strength=1.5, neutral=()).apply(pipe):
         got = latents(pipe, PROMPTS, negative_prompt=list(negative))
-    for texts, equal in ((negative, True), (("", ""), False)):
-        with reference(pipe, "projected", ("beer", "wine glass"), 1.0, True, (), negative) as made:
-            made.nothing = [embed(pipe, text) for text in texts]
+    for edited, equal in (([text != "" for text in negative], True), ([False] * 2, False)):
+        with reference(pipe, "projected", ("beer", "wine glass"), 1.5, True, (), negative) as made:
+            made.negative = edited
             difference = change(got, latents(pipe, PROMPTS, negative_prompt=list(negative)))
         assert difference < 1e-9 if equal else difference > 1e-6
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,8 @@ from torch import Tensor
 class Term:
     """Erasure prompts that act together: `text` [N, L, D], the columns of the own tokens of each, and their batch rows.
 
-    They act one after the other, in order; `rows` None means all rows. For erasers that ask for them: `joined`, each
+    They act one after the other, in order; `rows` None means all rows, and `images` are the same numbers as integers,
+    known without a look at the device. For erasers that ask for them: `joined`, each
     prompt of those rows with the erasure prompt behind it, [N, B, L, D], and `lengths` [B], the number of tokens of
     those prompts alone; `weights` of the own tokens, measured at the start of the picture, N times [B, tokens]. For
     guided predictions: `pooled` [N, P]. Where text is masked: `mask` [N, L].
@@ -29,9 +30,11 @@ class Term:
     weights: tuple[Tensor, ...] | None = None
     mask: Tensor | None = None
     pooled: Tensor | None = None
+    images: tuple[int, ...] | None = None
 
-    def part(self, chosen: Sequence[int], rows: Tensor) -> Term:
+    def part(self, chosen: Sequence[int], images: Sequence[int]) -> Term:
         """Some of the erasure prompts, on some rows."""
+        rows = torch.tensor(images, device=self.text.device)
         return Term(
             self.text[list(chosen)],
             tuple(self.own[k] for k in chosen),
@@ -41,7 +44,36 @@ class Term:
             None if self.weights is None else tuple(self.weights[k][rows] for k in chosen),
             None if self.mask is None else self.mask[list(chosen)],
             None if self.pooled is None else self.pooled[list(chosen)],
+            tuple(images),
         )
+
+
+@dataclass(eq=False)
+class Repelled:
+    """Rows of a denoiser call that guidance pushes away from, and that erasers with `touches_uncond` edit.
+
+    They are the unconditional rows with a negative prompt, and further predictions of `NegativePrompt`. `rows` are
+    their places in the batch, `owners` the conditional rows that they are for; `at` and `of` are the same on the
+    device.
+    """
+
+    rows: tuple[int, ...]
+    owners: tuple[int, ...]
+    at: Tensor
+    of: Tensor
+    places: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+
+    def rows_of(self, term: Term) -> Tensor | None:
+        """Which of them a term acts on, counted from 0; None: all."""
+        if term.images is None:
+            return None
+        if term.images in self.places:
+            return self.places[term.images]
+        found = [k for k, owner in enumerate(self.owners) if owner in term.images]
+        places = torch.tensor(found, dtype=torch.long, device=self.at.device)
+        if not torch.compiler.is_compiling():
+            self.places[term.images] = places
+        return places
 
 
 @dataclass(frozen=True)
@@ -62,34 +94,56 @@ class Beside:
 
 
 class CrossAttention:
-    """One cross-attention call, conditional rows only: `query` [B, Q, C] and `prompt` [B, L, D], the layer's own
-    projections, and texts that stand for "some picture", `neutral` [R, L, D], the empty prompt first; `beside` for
-    erasers with a twin; `negative` [B, L, D], or [1, L, D] if all rows share it, what the unconditional rows read; None
-    without guidance. Where the denoiser masks text, `prompt_mask`, `neutral_mask`, `negative_mask` say what it sees."""
+    """What a method sees of one cross-attention call: conditional rows, or (`unconditional`) rows that guidance pushes
+    away from.
+
+    Args:
+        attn: the layer, with its own projections.
+        query: [B, Q, C].
+        prompt: [B, L, D], what conditional rows read; None for unconditional ones.
+        neutral: [R, L, D], texts that stand for "some picture", the empty prompt first.
+        beside: for erasers with a twin.
+        prompt_mask, neutral_mask, empty_mask: what the denoiser sees of a text, where it masks texts.
+        empty: [B, L, D], or [1, L, D] if all rows share it: what unconditional rows read in a call without a negative
+            prompt. None without guidance; the empty prompt takes its place.
+        unconditional: whether guidance pushes away from these rows: the unconditional ones, and further predictions of
+            `NegativePrompt`.
+    """
 
     def __init__(
         self,
         attn: Attention,
         query: Tensor,
-        prompt: Tensor | None,
+        prompt: Tensor | None = None,
         neutral: Tensor | None = None,
         beside: Beside | None = None,
         prompt_mask: Tensor | None = None,
         neutral_mask: Tensor | None = None,
-        negative: Tensor | None = None,
-        negative_mask: Tensor | None = None,
+        empty: Tensor | None = None,
+        empty_mask: Tensor | None = None,
+        unconditional: bool = False,
     ) -> None:
-        self.prompt_mask, self.neutral_mask, self.negative_mask = prompt_mask, neutral_mask, negative_mask
-        self.negative = negative
+        self.prompt_mask, self.neutral_mask, self.empty_mask = prompt_mask, neutral_mask, empty_mask
+        self.empty, self.unconditional = empty, unconditional
         self.attn, self.query, self.prompt, self.neutral, self.beside = attn, query, prompt, neutral, beside
 
     def at(self, rows: Tensor) -> CrossAttention:
         """The same call, on some rows."""
-        of_rows = (self.prompt, self.prompt_mask, self.negative, self.negative_mask)
-        prompt, mask, negative, negative_mask = (x if x is None or len(x) == 1 else x[rows] for x in of_rows)
+        of_rows = (self.prompt, self.prompt_mask, self.empty, self.empty_mask)
+        prompt, mask, empty, empty_mask = (x if x is None or len(x) == 1 else x[rows] for x in of_rows)
         beside = None if self.beside is None else self.beside.at(rows)
-        masks = {"prompt_mask": mask, "neutral_mask": self.neutral_mask, "negative_mask": negative_mask}
-        return CrossAttention(self.attn, self.query[rows], prompt, self.neutral, beside, negative=negative, **masks)
+        return CrossAttention(
+            self.attn,
+            self.query[rows],
+            prompt,
+            self.neutral,
+            beside,
+            mask,
+            self.neutral_mask,
+            empty,
+            empty_mask,
+            self.unconditional,
+        )
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, L, C] to [B, heads, L, C / heads], without a copy."""
@@ -150,17 +204,17 @@ class CrossAttention:
         """What the layer would put out for other texts [N, L, D], masked by [N, L]: [N, B, Q, C]."""
         return self.attend_texts(*self.keys_values(text), mask)
 
-    def beside_nothing(self, text: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What the layer would put out for the unconditional text, the neutral and other texts: [R + N, B, Q, C].
+    def with_empty(self, text: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the layer would put out for the empty text, the neutral and other texts: [R + N, B, Q, C].
 
-        Without guidance the unconditional text is the empty prompt, the first of the neutral ones.
+        It never depends on the user's negative prompt.
         """
         texts = torch.cat([self.neutral, text])
         masks = None if mask is None else torch.cat([self.neutral_mask, mask])
-        if self.negative is None:
+        if self.empty is None:
             return self.would_be(texts, masks)
-        if len(self.negative) == 1:
-            masks = None if masks is None else torch.cat([self.negative_mask, masks[1:]])
-            return self.would_be(torch.cat([self.negative, texts[1:]]), masks)
-        nothing = self.attend(*self.keys_values(self.negative), self.negative_mask)
+        if len(self.empty) == 1:
+            masks = None if masks is None else torch.cat([self.empty_mask, masks[1:]])
+            return self.would_be(torch.cat([self.empty, texts[1:]]), masks)
+        nothing = self.attend(*self.keys_values(self.empty), self.empty_mask)
         return torch.cat([nothing[None], self.would_be(texts[1:], None if masks is None else masks[1:])])

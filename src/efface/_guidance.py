@@ -60,6 +60,18 @@ def with_concepts(
     return longer
 
 
+def repelled_rows(guiding: Sequence[tuple[Entry, Tensor | float]], prompts: int, first: int) -> dict[int, int]:
+    """The further rows, from `first` on, that guidance pushes away from, and the conditional row that each is for."""
+    found: dict[int, int] = {}
+    for entry, _ in guiding:
+        for term in entry.acting:
+            owners = range(prompts) if term.images is None else term.images
+            for _ in term.text:
+                found |= {first + k: owner for k, owner in enumerate(owners) if entry.eraser.repels}
+                first += len(owners)
+    return found
+
+
 def guided(
     out: Tensor,
     guiding: Sequence[tuple[Entry, Tensor | float]],

@@ -15,8 +15,9 @@ off in any order; when it is empty, every hook is gone.
   pipeline's own guidance then works on the changed prediction, whatever the scheduler. FLUX predicts unconditionally in
   another call: there the unconditional text is such a row as well.
 - In every cross-attention layer the query is seen behind `to_q`, and the attention output is edited in front of
-  `to_out[0]`, on conditional rows only. Processors stay as they are (slicing, LoRA, IP-Adapter). Further rows are not
-  edited: they have to show the concept.
+  `to_out[0]`, on conditional rows. Processors stay as they are (slicing, LoRA, IP-Adapter). Where a method says so
+  (`touches_uncond`), it also edits the unconditional rows that read another text than the empty one, and further rows
+  that guidance pushes away from (`repels`). Other further rows are not edited: they have to show the concept.
 - An eraser may ask for denoiser calls of its own: a plain one in front of the first, which measures the attention that
   its erasure prompts get (`measures`), or one in each step, which draws the plain picture beside (`twins`).
 - What ran is compared with what was planned (`_records`): a step that does not come by, a layer that is not seen, or
@@ -43,14 +44,14 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from . import _records as records
-from ._attention import Beside, CrossAttention, Term
+from ._attention import Beside, CrossAttention, Repelled, Term
 from ._forward import Copies, Entered, Forward, Hidden, hide, show, wake
-from ._guidance import guided, needs_guidance, pooled_text, with_concepts, with_pooled
+from ._guidance import guided, needs_guidance, pooled_text, repelled_rows, with_concepts, with_pooled
 from ._layers import Layer, SelfLayer
 from ._method import Method
-from ._prompts import Entry, projected
+from ._prompts import Entry
 from ._records import Record
-from ._text import SITES, check_width, cut_off, encoding_settings, readers
+from ._text import SITES, Unconditional, check_width, cut_off, encoding_settings, readers, unconditional
 from ._weights import check_unfused, denoiser_of
 from .core import Handle
 from .families import Family, family, without_cross_attention
@@ -83,7 +84,7 @@ class _Call:
 
     positive: Tensor
     negative: Tensor | None
-    negative_mask: Tensor | None
+    unconditional: Unconditional | None  # where text is read in cross-attention
     images_per_prompt: int
     settings: dict[str, Any]  # of the encoding
     prompts: list[str] | None  # None: the user gave embeddings
@@ -92,11 +93,6 @@ class _Call:
     inside: bool  # of a call of the pipeline, not an `encode_prompt` by itself
     thread: int = field(default_factory=threading.get_ident)
     negative_pooled: Tensor | None = None  # where unconditional predictions come apart
-    one_negative: bool = field(init=False, default=False)  # for all rows
-
-    def __post_init__(self) -> None:
-        if self.negative is not None:
-            object.__setattr__(self, "one_negative", bool((self.negative == self.negative[:1]).all()))
 
 
 class _Loop:
@@ -155,6 +151,10 @@ class Site:
         self.layers: list[Layer] = []
         self.self_layers: list[SelfLayer] = []
         self._find_layers()
+        self._projection = getattr(denoiser, "caption_projection", None)
+        self._projecting: Forward | None = None  # on it
+        self._texts_are_projected = False
+        self._empty_read: Tensor | None = None
         self.parameters = tuple(inspect.signature(type(denoiser).forward).parameters)[1:]
         self.entries: list[Entry] = []
         self.pipes: list[tuple[weakref.ref[DiffusionPipeline], dict[str, Hidden]]] = []  # with what hides their methods
@@ -173,8 +173,9 @@ class Site:
         self.rows = 0  # of the denoiser call, further ones included
         self.prompt: Tensor | None = None
         self.prompt_mask: Tensor | None = None
-        self.negative: Tensor | None = None  # what the unconditional rows read, one row if all read the same
-        self.negative_mask: Tensor | None = None
+        self.empty: Tensor | None = None  # what unconditional rows read without a negative prompt; one row if all alike
+        self.empty_mask: Tensor | None = None
+        self.repelled: Repelled | None = None
         self.time: Tensor | float = 0.0
         self.train_timesteps = 1000
         self.editing: list[tuple[Entry, Tensor | float]] = []  # attention, in this denoiser call
@@ -275,11 +276,22 @@ class Site:
             if self.entered is None:
                 self.entered = Entered(denoiser, self._on_entering, self._on_leaving)
         wanted = any(e.eraser.edits_attention for e in self.entries)
+        self._fit_projection(wanted)
         for layer in self.layers:
             layer.fit() if wanted else layer.unhook()
         twins = any(e.eraser.twins for e in self.entries)
         for self_layer in self.self_layers:
             self_layer.fit() if twins else self_layer.unhook()
+
+    def _fit_projection(self, wanted: bool) -> None:
+        projection, hook = getattr(self._denoiser(), "caption_projection", None), self._projecting
+        if hook is not None and (not wanted or projection is not self._projection or not hook.on_top()):
+            hook.take_off()
+            hook = None
+        self._projection = projection
+        if wanted and hook is None and projection is not None:
+            hook = Forward(projection, self._project)
+        self._projecting = hook
 
     def _close(self) -> None:
         if self.hook is not None:
@@ -409,6 +421,7 @@ class Site:
         for text in dict.fromkeys(texts):
             if lost := cut_off(pipe, text, **settings):  # Python says the same thing once
                 warnings.warn(f"A prompt is longer than the text encoder takes; not read is {lost!r}.", stacklevel=5)
+        given = made
         for entry in self.entries:
             entry.check_rows(images, len(made[0]))
             entry.memory, entry.record = {}, Record(layers=len(self.layers) if entry.eraser.edits_attention else 0)
@@ -416,10 +429,14 @@ class Site:
             self._prepare(pipe, entry, prompts, **settings)
         parts = dict(zip(self.facts.returns, made, strict=True))
         negative, mask = (parts.get(name) if guided else None for name in ("negative", "negative_mask"))
+        apart = None
+        if negative is not None and self.facts.cross_attention:
+            untouched = negative is given[self.facts.returns.index("negative")]
+            apart = unconditional(pipe, bound, negative, mask, untouched)
         scale = getattr(pipe, self.facts.scale, math.nan)
         inside = opening is not None
         self.call = _Call(
-            parts["text"], negative, mask, images, settings, prompts, weakref.ref(pipe), scale, inside
+            parts["text"], negative, apart, images, settings, prompts, weakref.ref(pipe), scale, inside
         )
         if opening is not None:
             opening.prompts = True
@@ -526,20 +543,49 @@ class Site:
         else:
             raise RuntimeError(records.unknown_rows(len(text), "no call of the pipeline is going on"))
         self.last = self.rows = len(text)
-        self.prompt = projected(self.denoiser, text[self.first :])
+        self.prompt = text[self.first :]
         self.prompt_mask = mask[self.first :].bool() if mask is not None and mask.ndim == 2 else None
-        self.negative = self.negative_mask = None
-        if self.call is not None and self.call.negative is not None and self.first < self.last:
-            rows = slice(1 if self.call.one_negative else None)
-            self.negative = projected(self.denoiser, self.call.negative[rows])
-            self.negative_mask = None if self.call.negative_mask is None else self.call.negative_mask[rows].bool()
+        apart = self.call.unconditional if self.call is not None and self.given is None else None
+        self.empty, self.empty_mask = (None, None) if apart is None else (apart.text, apart.mask)
+        self._empty_read, self._texts_are_projected = self.empty, self._projection is None
+        self._repel(self._negated_rows(), text.device)
         if not torch.compiler.is_compiling():
             for entry in self.entries:
-                entry.check_text(self.prompt if entry.eraser.edits_attention else text)
+                entry.check_text(text)
             for layer in self.self_layers if any(e.eraser.twins for e in self.entries) else ():
                 check_unfused(layer.attn, self.facts.denoiser)
         self.time = timestep.flatten()[0] if isinstance(timestep, Tensor) and timestep.ndim else timestep
         self.guarded = True
+
+    def _negated_rows(self) -> dict[int, int]:
+        """The unconditional rows of this denoiser call that may read another text than the empty one."""
+        if self.given is not None:  # not known: to the empty text nothing happens but rounding
+            return {row: row for row in range(self.first)}
+        apart = self.call.unconditional if self.call is not None else None
+        return {row: row for row in apart.others} if apart is not None and self.first else {}
+
+    def _repel(self, owners: dict[int, int], device: torch.device) -> None:
+        """Sets which rows guidance pushes away from; `owners`: such a row, and the conditional row that it is for."""
+        rows, of = tuple(owners), tuple(owners.values())
+        if not rows:
+            self.repelled = None
+        elif (old := self.repelled) is None or (old.rows, old.owners, old.at.device) != (rows, of, device):
+            self.repelled = Repelled(rows, of, torch.tensor(rows, device=device), torch.tensor(of, device=device))
+
+    def _project(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """In place of what projects the text for all layers, where there is such a module (PixArt).
+
+        Our texts are projected while its weights are there: offloading loads them for this moment only.
+        """
+        out = forward(*args, **kwargs)
+        if self._inside:
+            self.prompt, self._texts_are_projected = out[self.first : self.last], True
+            with torch.no_grad():
+                if self._empty_read is not None:
+                    self.empty = forward(self._empty_read)
+                for entry in self.entries:
+                    entry.project(forward)
+        return out
 
     def measure(self, plain: Callable[[], Any]) -> None:
         """In front of a picture's first denoiser call: one plain call, by which erasers set their weights.
@@ -673,7 +719,7 @@ class Site:
             eraser, weight, exempt = entry.eraser, 0.0, ""
             if eraser.is_off():
                 exempt = records.OFF
-            elif self.first == self.last and not eraser.touches_uncond and (self.facts.apart or not eraser.guides):
+            elif self.first == self.last and not self._acts_on_unconditional(eraser):
                 exempt = records.NO_CONDITIONAL_ROWS
             elif (eraser.edits_attention or eraser.guides) and not entry.acting:
                 exempt = records.NO_CONCEPTS
@@ -683,6 +729,12 @@ class Site:
                     exempt = records.OUTSIDE_WINDOW
             found.append((entry, weight, exempt))
         return found
+
+    def _acts_on_unconditional(self, eraser: Method) -> bool:
+        """Whether it has something to do, or to refuse, in a call without conditional rows."""
+        if eraser.edits_attention:
+            return eraser.touches_uncond and self.repelled is not None
+        return eraser.touches_uncond or (eraser.guides and not self.facts.apart)
 
     def _keep(self, plan: Sequence[tuple[Entry, Tensor | float, str]], time: Tensor) -> None:
         """After a denoiser call: keeps what ran."""
@@ -724,36 +776,58 @@ class Site:
         if not self._inside:
             raise RuntimeError(records.outside(layer.name))
         first, last, attn, query = self.first, self.last, layer.attn, layer.to_q
-        if query is None or not self._needed:
+        if query is None or not self._needed or not self._texts_are_projected:
             return hidden
         if len(hidden) != self.rows:
             raise RuntimeError(records.other_rows(layer.name, len(hidden), self.rows))
         layer.came = True
-        out, query = hidden[first:last], query[first:last]
         if self._twin_runs and self.twin is not None:
-            self.twin.seen[attn] = query, out
+            self.twin.seen[attn] = query[first:last], hidden[first:last]
             return hidden
         if self._seen is not None:
-            cross = CrossAttention(attn, query, self.prompt, prompt_mask=self.prompt_mask)
+            cross = CrossAttention(attn, query[first:last], self.prompt, prompt_mask=self.prompt_mask)
             prompts = (entry.prompts for entry in self._measuring)
             self._seen[layer.name] = [cross.mass(term) for term in prompts if term is not None]
             return hidden
+        if first < last:
+            given = hidden[first:last]
+            out = self._edit_rows(attn, query[first:last], given, None)
+            if out is not given:
+                hidden = out if len(out) == len(hidden) else torch.cat([hidden[:first], out, hidden[last:]])
+        if self.repelled is not None:
+            at = self.repelled.at
+            given = hidden[at]
+            out = self._edit_rows(attn, query[at], given, self.repelled)
+            hidden = hidden if out is given else hidden.index_copy(0, at, out)
+        return hidden
+
+    def _edit_rows(self, attn: Attention, query: Tensor, given: Tensor, repelled: Repelled | None) -> Tensor:
+        """The attention output of the conditional or of the `repelled` rows; the same object if none is edited."""
+        out = given
         for entry, weight in self.editing:
             eraser = entry.eraser
-            beside = None
-            if eraser.twins and self.twin is not None:
-                its_query, its_out = self.twin.seen[attn]
-                beside = Beside(its_query, its_out - hidden[first:last], *self.twin.moment)
-            masks = {"prompt_mask": self.prompt_mask, "neutral_mask": entry.neutral_mask}
-            masks |= {"negative_mask": self.negative_mask}
-            cross = CrossAttention(attn, query, self.prompt, entry.neutral, beside, negative=self.negative, **masks)
+            if repelled is not None and not eraser.touches_uncond:
+                continue
+            cross = CrossAttention(attn, query, neutral=entry.neutral, neutral_mask=entry.neutral_mask)
+            cross.empty, cross.empty_mask, cross.unconditional = self.empty, self.empty_mask, repelled is not None
+            if repelled is None:
+                cross.prompt, cross.prompt_mask = self.prompt, self.prompt_mask
+                if eraser.twins and self.twin is not None:
+                    its_query, its_out = self.twin.seen[attn]
+                    cross.beside = Beside(its_query, its_out - given, *self.twin.moment)
+            elif self.empty is not None and len(self.empty) > 1:
+                cross.empty = self.empty[repelled.of]
+                cross.empty_mask = None if self.empty_mask is None else self.empty_mask[repelled.of]
             for term in entry.acting:
-                if term.rows is None:
+                rows = term.rows if repelled is None else repelled.rows_of(term)
+                if rows is None:
                     edited = eraser.edit(out, cross, term)
+                elif len(rows):
+                    edited = out.index_copy(0, rows, eraser.edit(out[rows], cross.at(rows), term))
                 else:
-                    edited = out.index_copy(0, term.rows, eraser.edit(out[term.rows], cross.at(term.rows), term))
+                    continue
                 out = torch.lerp(out, edited, weight.to(out)) if isinstance(weight, Tensor) else edited
-        return out if len(out) == len(hidden) else torch.cat([hidden[:first], out, hidden[last:]])
+        return out
 
     # ---- predictions
 
@@ -791,6 +865,8 @@ class Site:
         terms = [term for entry, _ in guiding for term in entry.acting]
         rows = [every if term.rows is None else term.rows for term in terms]
         asked, places = [*beside, *terms], [*(every[k : k + 1] for k in range(len(beside))), *rows]
+        further = repelled_rows(guiding, self.last - self.first, self.last)
+        self._repel(self._negated_rows() | further, text.device)
         longer = with_concepts(arguments, asked, places, self.first, masked=self.prompt_mask is not None)
         self.rows = len(longer["encoder_hidden_states"])
         out = self._run(lambda: _call(forward, names, longer))
@@ -810,7 +886,7 @@ class Site:
                 prompt, pooled = entry.eraser.reread(prompt, pooled, time, entry.memory)
         if prompt is given[0] and pooled is given[1]:
             return arguments
-        self.prompt = projected(self._denoiser(), prompt)
+        self.prompt = prompt
         arguments = arguments | {"encoder_hidden_states": torch.cat([text[: self.first], prompt])}
         if all_pooled is not None and pooled is not None:
             return with_pooled(arguments, torch.cat([all_pooled[: self.first], pooled]))

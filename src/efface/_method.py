@@ -47,9 +47,10 @@ class Method:
     """
 
     off: ClassVar[dict[str, Any] | None] = None
-    touches_uncond: ClassVar[bool] = False
+    touches_uncond: ClassVar[bool] = False  # whether it may change unconditional rows
     edits_attention: ClassVar[bool] = False
     guides: ClassVar[bool] = False  # changes the prediction, which takes guidance
+    repels = False  # guidance pushes away from its further predictions, so others edit them as unconditional rows
     negates = False  # changes the negative prompts, which takes guidance
     packs = True  # phrases share erasure prompts; a method may need one prompt per phrase
     references: tuple[tuple[str, ...], ...] = (("",),)  # the mean of each group of texts stands for "some picture"
@@ -93,7 +94,11 @@ class Method:
         """ValueError if it cannot work on this pipeline; asked by `apply` and before any change through the handle."""
 
     def edit(self, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
-        """The attention output [B, Q, C] of conditional rows, without the concept of `term`."""
+        """The attention output [B, Q, C] without the concept of `term`.
+
+        The rows are conditional. A method with `touches_uncond` also gets those with `cross.unconditional`: the
+        unconditional rows that read another text than the empty one, and further rows that guidance pushes away from.
+        """
         return out
 
     def copies(self, step: int, steps: int, queries: int) -> bool:

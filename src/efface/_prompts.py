@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ._attention import Term
 from ._method import Method
 from ._records import Record
 from ._text import cleaned, encode, pack, readers
-from ._weights import denoiser_of
 from .core import Concept
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ class Entry:
     memory: dict[str, Tensor] = field(default_factory=dict)  # of the present call
     record: Record = field(default_factory=Record)
     handle: Any = None
+    read: Tensor | None = None  # the texts before any projection
+    _unprojected: tuple[Tensor, Tensor | None, list[int]] | None = None
+    _images_per_prompt: int = 1
 
     def prepare(
         self, pipe: DiffusionPipeline, images_per_prompt: int, prompts: list[str] | None = None, **settings: Any
@@ -56,7 +59,20 @@ class Entry:
         sizes = [len(group) for group in eraser.references]
         neutral, n = itertools.chain(*eraser.references), sum(sizes)
         encoded = encode(pipe, [*neutral, *(text for _, text in texts)], **settings)
-        text, mask = projected(denoiser_of(pipe), encoded.text), encoded.mask
+        self.of = tuple(group for group, _ in texts)
+        mask = encoded.mask
+        self.prompts = Term(encoded.text[n:], encoded.own[n:], mask=None if mask is None else mask[n:])
+        self.read = encoded.text
+        self._as_read(encoded.text, mask, sizes)
+        self._unprojected = (encoded.text, mask, sizes)
+        joined: dict[str, Any] = {}
+        if eraser.joins and prompts is not None and texts:
+            joined = _join(pipe, prompts, [text for _, text in texts], **settings)
+        self.change(images_per_prompt, **joined)
+
+    def _as_read(self, text: Tensor, mask: Tensor | None, sizes: list[int]) -> None:
+        """Takes the neutral texts of these sizes, and the erasure prompts behind them, as the layers read them."""
+        n = sum(sizes)
         if mask is None:
             self.neutral = torch.stack([group.mean(0) for group in text[:n].split(sizes)])
         else:  # the mean of the texts that have a token there
@@ -64,12 +80,15 @@ class Entry:
             groups = zip(text[:n].split(sizes), seen, strict=True)
             self.neutral = torch.stack([(group * s).sum(0) / s.sum(0).clamp_min(1) for group, s in groups])
             self.neutral_mask = torch.stack([group.any(0) for group in mask[:n].split(sizes)])
-        self.of = tuple(group for group, _ in texts)
-        self.prompts = Term(text[n:], encoded.own[n:], mask=None if mask is None else mask[n:])
-        joined: dict[str, Any] = {}
-        if eraser.joins and prompts is not None and texts:
-            joined = _join(pipe, prompts, [text for _, text in texts], **settings)
-        self.change(images_per_prompt, **joined)
+
+    def project(self, projection: Callable[[Tensor], Tensor]) -> None:
+        """Puts the texts through what the denoiser has in front of its layers; once for each encoding."""
+        if self._unprojected is None or self.prompts is None:
+            return
+        (text, mask, sizes), self._unprojected = self._unprojected, None
+        text = projection(text)
+        self._as_read(text, mask, sizes)
+        self.change(self._images_per_prompt, text=text[sum(sizes) :])
 
     def change(self, images_per_prompt: int, **parts: Any) -> None:
         """Changes parts of the erasure prompts, if there are any, and gives them their rows again."""
@@ -81,7 +100,7 @@ class Entry:
 
     def place(self, images_per_prompt: int, batch: int | None = None) -> None:
         """Gives the erasure prompts of an eraser with `rows` their rows of the batch, `batch` conditional ones."""
-        rows = self.eraser.rows
+        rows, self._images_per_prompt = self.eraser.rows, images_per_prompt
         self.check_rows(images_per_prompt, batch)
         if rows is None or self.prompts is None:
             return
@@ -90,10 +109,7 @@ class Entry:
             groups = self.eraser.groups(row)
             chosen = tuple(k for group in groups for k, of in enumerate(self.of) if of == group)
             alike.setdefault(chosen, []).extend(range(r * images_per_prompt, (r + 1) * images_per_prompt))
-        device = self.prompts.text.device
-        self.acting = tuple(
-            self.prompts.part(chosen, torch.tensor(images, device=device)) for chosen, images in alike.items() if chosen
-        )
+        self.acting = tuple(self.prompts.part(chosen, images) for chosen, images in alike.items() if chosen)
 
     def check_rows(self, images_per_prompt: int, batch: int | None) -> None:
         rows = self.eraser.rows
@@ -107,7 +123,7 @@ class Entry:
         """ValueError if the erasure prompts and the call's text differ in width, device or dtype."""
         if self.prompts is None or self.eraser.is_off() or not len(text):
             return
-        ours = self.prompts.text
+        ours = self.prompts.text if self.read is None else self.read
         if ours.shape[-1] != text.shape[-1]:
             raise ValueError(
                 f"The call's text has width {text.shape[-1]}, but the pipeline's own encoder makes width "
@@ -120,15 +136,6 @@ class Entry:
                 f"call's text is {text.dtype} on {text.device}: the model was moved after `apply`. Call the pipeline, "
                 "which encodes them anew, or apply the eraser again."
             )
-
-
-def projected(denoiser: nn.Module, text: Tensor) -> Tensor:
-    """A text as the cross-attention layers get it: some denoisers project it first."""
-    projection = getattr(denoiser, "caption_projection", None)
-    if projection is None:
-        return text
-    with torch.no_grad():
-        return projection(text)
 
 
 def _join(pipe: DiffusionPipeline, prompts: list[str], texts: list[str], **settings: Any) -> dict[str, Tensor]:

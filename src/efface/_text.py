@@ -192,6 +192,80 @@ def encoding_settings(call: inspect.BoundArguments) -> dict[str, Any]:
     return {k: call.arguments[k] for k in names if call.arguments.get(k) is not None}
 
 
+@dataclass(frozen=True)
+class Unconditional:
+    """The empty text of a call, and which of its unconditional rows read another one.
+
+    The empty text is what the unconditional rows read without a negative prompt: "" as the pipeline encodes it, or what
+    it takes instead (SDXL base: zeros). `text` [B, L, D], or [1, L, D] if all rows share it; `mask` [B or 1, L] where
+    the denoiser masks text; `others` are the rows that a negative prompt changes.
+    """
+
+    text: Tensor
+    mask: Tensor | None
+    others: tuple[int, ...]
+
+
+SAME = 1e-4  # a text as near as this to the empty one, relative to its length, is the empty one
+
+
+@torch.no_grad()
+def unconditional(
+    pipe: DiffusionPipeline,
+    call: inspect.BoundArguments,
+    negative: Tensor,
+    negative_mask: Tensor | None,
+    untouched: bool,
+) -> Unconditional:
+    """What a call's unconditional rows would read without a negative prompt, and which of them read something else.
+
+    Args:
+        pipe: the pipeline.
+        call: the arguments of its `encode_prompt`, with guidance on.
+        negative: [B, L, D], what the unconditional rows will read, however it was given.
+        negative_mask: [B, L] of it, where the denoiser masks text.
+        untouched: whether `negative` is what the pipeline itself made of these arguments.
+    """
+    given = [value for name, value in call.arguments.items() if name.startswith("negative")]
+    nothing = untouched and all(_is_empty(value) for value in given)
+    if getattr(pipe.config, "force_zeros_for_empty_prompt", False):  # SDXL base: "" is not the same as None
+        nothing = untouched and all(value is None for value in given)
+    mask = None if negative_mask is None else negative_mask.bool()
+    length = max(columns.stop for columns, _ in places(pipe, **encoding_settings(call)).values())
+    if nothing and negative.shape[1] == length:
+        empty, empty_mask = negative.detach(), mask
+    else:  # encoded as the pipeline would, in a batch of the same size, so that it is the same to the bit
+        defaults = {n: p.default for n, p in inspect.signature(type(pipe).encode_prompt).parameters.items()}
+        texts = ("prompt", "pooled", "negative")  # texts, embeddings and masks
+        arguments = {name: defaults[name] if name.startswith(texts) else v for name, v in call.arguments.items()}
+        arguments["prompt"] = [""] * (len(negative) // call.arguments["num_images_per_prompt"])
+        encoded = own_encode(pipe)(**arguments)
+        parts = dict(zip(family(pipe).returns, encoded, strict=True))
+        empty, empty_mask = parts["negative"], parts["negative_mask"].bool() if family(pipe).masked else None
+    others = () if nothing else _other_rows(negative, mask, empty, empty_mask)
+    if bool((empty == empty[:1]).all()) and (empty_mask is None or bool((empty_mask == empty_mask[:1]).all())):
+        empty, empty_mask = empty[:1], None if empty_mask is None else empty_mask[:1]
+    return Unconditional(empty, empty_mask, others)
+
+
+def _is_empty(negative: Any) -> bool:
+    """Whether a negative prompt says nothing; embeddings may say something."""
+    if isinstance(negative, Tensor):
+        return False
+    return not negative or (not isinstance(negative, str) and not any(negative))
+
+
+def _other_rows(text: Tensor, mask: Tensor | None, empty: Tensor, empty_mask: Tensor | None) -> tuple[int, ...]:
+    """Which rows [B, L, D] differ from those of `empty`, by more than rounding."""
+    if text.shape != empty.shape:
+        return tuple(range(len(text)))
+    wide, wide_empty = text.float().flatten(1), empty.to(text.device).float().flatten(1)
+    other = (wide - wide_empty).norm(dim=1) > SAME * wide_empty.norm(dim=1)
+    if mask is not None and empty_mask is not None:
+        other = other | (mask != empty_mask.to(mask.device)).any(1)
+    return tuple(other.nonzero().flatten().tolist())
+
+
 def fits(pipe: DiffusionPipeline, text: str) -> bool:
     """Whether a text is within the limit of every encoder."""
     return not any(_cut_off(pipe, text))

@@ -191,7 +191,7 @@ class Eraser(Protocol):
     off: ClassVar[Mapping[str, Any] | None]
     """Field values that make it the identity, or None."""
     touches_uncond: ClassVar[bool]
-    """Whether it changes the unconditional (negative) rows."""
+    """Whether it may change unconditional rows (EIUP: those with a negative prompt)."""
 
     def apply(self, pipe: DiffusionPipeline) -> Handle: ...
 

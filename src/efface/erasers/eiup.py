@@ -24,14 +24,17 @@ class EIUP(Hooked):
     """Erases concepts while a picture is drawn, without training and without touching weights.
 
     In each cross-attention layer, with `A(q, X)` the softmax of the image queries against the keys of text X, P the
-    user's prompt, E the erasure prompt (the concept's phrases), N the unconditional text, w = -strength:
+    text that the row reads, E the erasure prompt (the concept's phrases), N the empty text, w = -strength:
 
         separate (E1):   O = A(q, P) V_P + sum_{k in C} w A(q, E)_k V_E,k  C: E's own tokens
         gated (E1g):     O = A(q, P) V_P + g softmax_C(q K_E) w V_E,C      g = sigmoid(LSE_C(q K_E) - LSE(q K_P))
         projected:       d = A(q, E) V_E - A(q, N) V_N, less its share of   what the concept would add here that
                              every A(q, T) V_T - A(q, N) V_N                ordinary things T would not
-                         a = max(0, <O - A(q, N) V_N, d> / <d, d>)          how much of it the prompt adds
-                         O = O - strength a d                               per query, over heads and channels
+                         a = max(0, <O - A(q, N) V_N, d> / <d, d>)          how much of it the row's text adds
+                         O = O - s a d                                      per query, over heads and channels
+
+    s is `strength` in conditional rows. In unconditional rows with a negative prompt, which the projected form edits
+    too, s is `min(strength, 1)`.
 
     Paper: D. Chen, Z. Li, M. Fan, C. Chen, W. Zhou, Y. Li, 2024, "EIUP: A Training-Free Approach to Erase
     Non-Compliant Concepts Conditioned on Implicit Unsafe Prompts", arXiv 2408.01014 v1. Equation numbers cannot be
@@ -42,13 +45,21 @@ class EIUP(Hooked):
 
     Differs: `projected`, the default, is our variant and is not in the paper: on text encoders without a start token
     that soaks up attention, E1 pushes every prompt away from the concept, the projection only those that move towards
-    it. N is what the unconditional rows read: the call's negative prompt or the empty one (SDXL base: zeros), without
-    guidance the empty one. Guidance multiplies what the prompt has more than that, so beside it nothing of the concept
-    may be left. T are the means of the states of texts that name ordinary things: what all pictures of things share is
-    no part of a concept, and taking it out would spoil bystanders. A prompt that equals N is left alone. `gated` is
-    ours too. All of the prompt's columns are kept (the published code of GIE drops one padding column for each concept
-    token), so zero strength is the plain pipeline to the bit. One trajectory, not two. Outside the window the plain
-    prompt is drawn. SDXL's pooled text embedding does not pass cross-attention and is not edited.
+    it. N is what the pipeline's unconditional rows read without a negative prompt (SDXL base: zeros); without guidance
+    it is the encoded "". The user's negative prompt never enters the edit of the conditional rows. T are the means of
+    the states of texts that name ordinary things: what all pictures of things share is no part of a concept, and taking
+    it out would spoil bystanders. A text that equals N is left alone. `gated` is ours too. All of the prompt's columns
+    are kept (the published code of GIE drops one padding column for each concept token), so zero strength is the plain
+    pipeline to the bit. One trajectory, not two. Outside the window the plain prompt is drawn.
+
+    Negative prompts: guidance pushes away from the unconditional rows. If a negative prompt kept the concept there, it
+    would ruin pictures of other things; if more than the concept were taken out, guidance would push towards it. So the
+    projected form takes out exactly what the negative prompt adds of the concept. The same holds for further rows that
+    `NegativePrompt` with a strength predicts. With an empty negative prompt no unconditional row is edited, at no cost.
+    `separate` and `gated` compare with no other text and leave unconditional rows alone: a negative prompt that names
+    the concept adds to what they remove.
+
+    SDXL's pooled text embedding does not pass cross-attention and is not edited.
     On PixArt, whose T5 has no start token either, text is projected and its padding masked as the pipeline does it.
 
     Args:
@@ -59,13 +70,14 @@ class EIUP(Hooked):
             pushes the other way, and guidance multiplies that: from some value on pictures suffer. Separate and gated:
             the weight -w of each concept token; on CLIP values above 1 are usual. Guidance multiplies it too: what
             suits 7.5 is weak without guidance. 0 is the plain pipeline. By default 2.25 for the projected form,
-            the smallest that does what is aimed at on `emoji`, and 1 for the others.
+            the smallest that meets the targets on `emoji`, and 1 for the others.
         window: (start, end), the part of the trajectory in which it acts, as fractions: 0 is pure noise, 1 the picture.
         normalization: "projected", "separate" or "gated".
         neutral: groups of texts that name ordinary things; the mean of each group is a T. Projected only; () is none.
         rows: one list of concepts per prompt of the batch, instead of `concepts` for all.
 
-    Shapes: queries and outputs [B, Q, C] on conditional rows, text [N, L, D]. Unconditional rows are never edited.
+    Shapes: queries and outputs [B, Q, C], text [N, L, D]. Unconditional rows are edited only by the projected form, and
+    only where a negative prompt gives them another text than the empty one; that doubles the cost of the edit.
 
     Raises:
         ValueError: unknown concept or normalization, negative strength, a window outside [0, 1], an empty group of
@@ -83,7 +95,6 @@ class EIUP(Hooked):
     """
 
     off: ClassVar[dict[str, Any] | None] = {"strength": 0.0}
-    touches_uncond: ClassVar[bool] = False
     edits_attention: ClassVar[bool] = True
 
     concepts: Concepts = ()  # type: ignore[assignment]
@@ -114,6 +125,10 @@ class EIUP(Hooked):
         return cls(concepts, strength=strength, window=(0.0, 0.8), normalization="separate")
 
     @property
+    def touches_uncond(self) -> bool:  # type: ignore[override]
+        return self.normalization == "projected"
+
+    @property
     def packs(self) -> bool:  # type: ignore[override]
         return self.normalization != "projected"
 
@@ -123,10 +138,12 @@ class EIUP(Hooked):
 
     def edit(self, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
         if self.normalization == "projected":
-            would_be = cross.beside_nothing(term.text, term.mask)
+            would_be = cross.with_empty(term.text, term.mask)
             would_be = would_be.to(torch.promote_types(out.dtype, torch.float32))
             nothing, others = would_be[0], would_be[1:] - would_be[0]
-            return (out + self._projected(out - nothing, others, len(self.neutral))).to(out.dtype)
+            # More than all of it would turn a row that guidance pushes away from into the concept's opposite.
+            strength = min(self.strength, 1.0) if cross.unconditional else self.strength
+            return (out + _projected(out - nothing, others, len(self.neutral), strength)).to(out.dtype)
         key, value = cross.keys_values(term.text)
         if self.normalization == "separate":
             weight = torch.zeros(len(value), 1, value.shape[2], 1, dtype=value.dtype, device=value.device)
@@ -144,25 +161,27 @@ class EIUP(Hooked):
             added = added + cross.attend(torch.cat([prompt_key, own_key], 2), own_value, mask)
         return added
 
-    def _projected(self, out: Tensor, others: Tensor, neutral: int) -> Tensor:
-        """What the projected form adds [B, Q, C]; `out` and `others` [neutral + phrases, B, Q, C] are less N's.
 
-        All of it is linear in `others`, so their inner products are all that is needed.
-        """
-        others = others.permute(1, 2, 0, 3)  # [B, Q, texts, C]
-        inner, texts = others @ others.mT, others.shape[2]
-        least = inner.diagonal(dim1=-2, dim2=-1) * 1e-6  # of a squared length: where nothing is left, rounding is
-        least = least.clamp_min(torch.finfo(inner.dtype).tiny)
-        parts = torch.eye(texts, dtype=inner.dtype, device=inner.device).expand_as(inner)
-        # A row for each text: its inner products with all, that with `out`, and what it is made of.
-        table = torch.cat([inner, others @ out[..., None], parts], -1)
-        for k in range(neutral):  # takes the share of T_k out of every text
-            pivot = table[..., k : k + 1, :]
-            table = table - table[..., k : k + 1] / pivot[..., k : k + 1].clamp_min(least[..., k, None, None]) * pivot
-        inner, toward, parts = (x.squeeze(-1) for x in table.split([texts, 1, texts], -1))
-        shares = torch.zeros_like(toward)
-        for k in range(neutral, texts):  # one after the other: what is taken out counts for those behind
-            length = torch.maximum(inner[..., k, k], least[..., k])
-            shares[..., k] = self.strength * (toward[..., k] / length).clamp_min(0)
-            toward = toward - shares[..., k, None] * inner[..., k]
-        return -((shares[..., None, :] @ parts) @ others).squeeze(-2)
+def _projected(out: Tensor, others: Tensor, neutral: int, strength: float) -> Tensor:
+    """What the projected form adds [B, Q, C].
+
+    `out` [B, Q, C] and `others` [neutral + phrases, B, Q, C] are less what the empty text puts out. The result is
+    linear in `others`, so their inner products are all that is needed.
+    """
+    others = others.permute(1, 2, 0, 3)  # [B, Q, texts, C]
+    inner, texts = others @ others.mT, others.shape[2]
+    least = inner.diagonal(dim1=-2, dim2=-1) * 1e-6  # of a squared length: where nothing is left, rounding is
+    least = least.clamp_min(torch.finfo(inner.dtype).tiny)
+    parts = torch.eye(texts, dtype=inner.dtype, device=inner.device).expand_as(inner)
+    # A row for each text: its inner products with all, that with `out`, and what it is made of.
+    table = torch.cat([inner, others @ out[..., None], parts], -1)
+    for k in range(neutral):  # takes the share of T_k out of every text
+        pivot = table[..., k : k + 1, :]
+        table = table - table[..., k : k + 1] / pivot[..., k : k + 1].clamp_min(least[..., k, None, None]) * pivot
+    inner, toward, parts = (x.squeeze(-1) for x in table.split([texts, 1, texts], -1))
+    shares = [torch.zeros_like(toward[..., 0])] * neutral
+    for k in range(neutral, texts):  # one after the other: what is taken out counts for those behind
+        length = torch.maximum(inner[..., k, k], least[..., k])
+        shares.append(strength * (toward[..., k] / length).clamp_min(0))
+        toward = toward - shares[k][..., None] * inner[..., k]
+    return -((torch.stack(shares, -1)[..., None, :] @ parts) @ others).squeeze(-2)

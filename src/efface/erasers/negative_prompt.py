@@ -45,6 +45,9 @@ class NegativePrompt(Hooked):
     If the prompt is the concept's own text, None draws it with guidance off (e = e_p), and a number with the guidance
     scale s - s_n: only s_n = s and above turns away from it.
 
+    With EIUP's projected form on the same pipeline, what e_n or e_u shows of EIUP's concept is taken out of it, as of
+    any negative prompt.
+
     Args:
         concepts: what to erase: names of shipped concepts, `Concept` objects, or a sequence of them.
         strength: None, or s_n >= 0 in units of the guidance scale (7.5 is diffusers' default); 0 is the plain pipeline,
@@ -89,6 +92,10 @@ class NegativePrompt(Hooked):
     @property
     def wants_guidance(self) -> bool:
         return not self.is_off()
+
+    @property
+    def repels(self) -> bool:  # type: ignore[override]
+        return self.strength is not None
 
     @property
     def negates(self) -> bool:  # type: ignore[override]
