@@ -34,7 +34,8 @@ from diffusers.hooks import (
     apply_taylorseer_cache,
 )
 from diffusers.models.attention_processor import Attention, AttnProcessor
-from tiny import ALCOHOL, CAT, PROMPT, add_lora, change, denoiser_of, drawn, latents, pipeline
+from diffusers.modular_pipelines import StableDiffusionXLAutoBlocks
+from tiny import ALCOHOL, CAT, PROMPT, add_lora, batch, change, denoiser_of, drawn, latents, pipeline
 from torch import Tensor
 
 import efface
@@ -274,6 +275,41 @@ def wrapped_for_a_while(pipe: Any, apply: Apply) -> Tensor:
     return latents(pipe)
 
 
+def projection_during(pipe: Any, apply: Apply) -> Tensor:
+    projection = pipe.transformer.caption_projection
+
+    def reset(*_: Any) -> None:
+        projection.forward = type(projection).forward.__get__(projection)
+
+    apply()
+    watch = pipe.transformer.pos_embed.register_forward_pre_hook(reset)  # runs before it
+    try:
+        return latents(pipe)
+    finally:
+        watch.remove()
+
+
+def double_rows(pipe: Any) -> None:
+    """The first block works on each row twice and returns one of them: the base model's picture stays the same."""
+    block = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    own = block.forward
+
+    def doubled(hidden: Tensor, encoder_hidden_states: Tensor, **others: Any) -> Tensor:
+        both = own(torch.cat([hidden] * 2), encoder_hidden_states=torch.cat([encoder_hidden_states] * 2), **others)
+        return both[: len(hidden)]
+
+    block.forward = doubled
+
+
+def modular(pipe: Any, apply: Apply) -> Tensor:
+    made = StableDiffusionXLAutoBlocks().init_pipeline()
+    made.update_components(**{name: part for name, part in pipe.components.items() if name in made.component_names})
+    call = {"prompt": "a red cat", "num_inference_steps": 1, "height": 16, "width": 16, "output": "latents"}
+    made(**call)
+    apply()
+    return made(**call)
+
+
 def other_weights() -> dict[str, Tensor]:
     return {name: weight * 1.1 if weight.ndim > 1 else weight for name, weight in pipeline("sd1").unet.state_dict().items()}
 
@@ -450,6 +486,28 @@ CELLS = {
         refuses={ATTENTION: "runs outside a call of the denoiser", NO_DELTA: "was called without passing the erasers"},
     ),
     "forward-for-a-while": Cell("a wrapper of `forward` that is taken off after `apply`", wrapped_for_a_while),
+    "projection-during": Cell(
+        "the text projection's `forward` replaced during a denoiser call (PixArt)",
+        projection_during,
+        family="pixart",
+        refuses={ATTENTION: "cross-attention layers ran without the erasers"},
+        methods=ATTENTION,
+    ),
+    "rows-inside": Cell(
+        "a block that runs on other rows than the denoiser",
+        before(double_rows),
+        tolerance=1e-5,
+        refuses={ATTENTION: "runs on 4 rows, but the denoiser call has 2"},
+        restored=None,
+        methods=NO_DELTA[:-1],
+    ),
+    "modular": Cell(
+        "a modular pipeline on the same denoiser (SDXL)",
+        modular,
+        family="sdxl",
+        refuses={NO_DELTA: "not known which rows are conditional"},
+        methods=("EIUP", "GIE", "SLD", "SAFREE"),
+    ),
     "lora-fused-after": Cell(
         "`apply`, then a LoRA loaded and fused", after(fuse_a_lora), fused_lora, restored=fused_lora, methods=NO_DELTA
     ),
@@ -540,6 +598,86 @@ def test_saving_says_that_erasers_are_not_saved(sd1: Any, tmp_path: Path) -> Non
         with pytest.warns(UserWarning, match="are not saved: EIUP, SLD is on now"):
             sd1.save_pretrained(tmp_path)
     sd1.save_pretrained(tmp_path)  # no warning, which would be an error
+
+
+def test_rows_that_are_said_have_to_be_those_of_the_call(sd1: Any) -> None:
+    with EIUP(ALCOHOL).apply(sd1), torch.no_grad():
+        with efface.conditional_rows(sd1, [False, True]):
+            sd1.unet(**batch())
+            with pytest.raises(RuntimeError, match="was given 2 rows, but the denoiser call has 3"):
+                sd1.unet(**batch(rows=3))
+        with pytest.raises(RuntimeError, match=r"conditional_rows\(pipe, \[\.\.\.\]\)"):
+            sd1.unet(**batch())
+        for rows in ([], [True, False]):
+            with pytest.raises(ValueError, match="unconditional rows first"), efface.conditional_rows(sd1, rows):
+                pass
+    with efface.conditional_rows(sd1, [True]), torch.no_grad():
+        sd1.unet(**batch())  # nothing is on: nothing to tell
+
+
+@pytest.mark.parametrize("method", ["EIUP", "GIE", "SLD", "SAFREE", "NegativePrompt"])
+def test_a_call_of_the_denoiser_that_is_told_the_rows_is_a_step_of_the_pipeline(method: str, sd1: Any) -> None:
+    shown: list[tuple[dict[str, Any], Tensor]] = []
+    watch = sd1.unet.register_forward_hook(
+        lambda _, args, kwargs, out: shown.append(({"sample": args[0], "timestep": args[1], **kwargs}, out[0])),
+        with_kwargs=True,
+    )
+    plain = latents(sd1)
+    given, before = shown[0]
+    with METHODS[method].apply(sd1):
+        shown.clear()
+        assert change(latents(sd1), plain) > EFFECT
+        call, want = shown[0]
+        watch.remove()
+        with torch.no_grad(), efface.conditional_rows(sd1, [False, True]):
+            if method in WORDS:
+                with pytest.raises(RuntimeError, match="in `encode_prompt`.* before the denoiser|returns now"):
+                    sd1.unet(**call)
+                sd1.encode_prompt(PROMPT, "cpu", 1, True)
+            got = sd1.unet(**call)[0]
+    assert torch.equal(call["sample"], given["sample"]) and change(want, before) > 1e-3
+    assert change(got, want) < 1e-5
+
+
+def test_the_record_says_what_was_done(sd1: Any) -> None:
+    layers = sum(isinstance(m, Attention) and m.is_cross_attention for m in sd1.unet.modules())
+    window = EIUP(rows=[[ALCOHOL], []], window=(0.5, 1.0))
+    with window.apply(sd1) as half, SLD(CAT, warmup=0.5).apply(sd1) as warm, SAFREE(CAT).apply(sd1) as words:
+        latents(sd1, tiny.PROMPTS, num_inference_steps=4)
+        assert half.record == {"calls": 4, "rows": {"0": 2}, "exempt": {"outside the window": 2}, "layers": layers}
+        assert warm.record["exempt"] == {"warm-up": 2} and warm.record["rows"] == {"0": 2, "1": 2}
+        assert words.record == {"calls": 4, "rows": {"0": 4, "1": 4}, "exempt": {}, "layers": 0}
+        half.strength = 0.0
+        latents(sd1, tiny.PROMPTS, num_inference_steps=2)
+        assert half.record["exempt"] == {"strength 0": 2} and warm.record["calls"] == 2
+
+
+def test_what_is_on_can_be_listed_and_taken_off(sd1: Any) -> None:
+    assert str(efface.active(sd1)) == "nothing is on"
+    EIUP(ALCOHOL).apply(sd1)
+    eraser_for("a delta", "sd1").apply(sd1)
+    twin = copy.deepcopy(sd1)
+    lines = str(efface.active(sd1)).splitlines()
+    assert lines == ["EIUP  strength 2.25  alcohol", "uce   strength 1     cat, alcohol"]
+    efface.active(sd1)[0].strength = 1.0
+    assert efface.active(twin)[0].strength == 2.25  # the copy has erasers of its own
+    efface.active(sd1).remove()
+    efface.active(twin).remove()
+    assert torch.equal(latents(sd1), drawn())
+    with pytest.raises(TypeError, match="Expected a diffusers"):
+        efface.active(None)  # type: ignore[arg-type]
+
+
+def test_a_deep_copy_can_be_copied_again(sd1: Any) -> None:
+    with EIUP(ALCOHOL).apply(sd1):
+        second = copy.deepcopy(copy.deepcopy(sd1))
+        third = copy.deepcopy(sd1)
+    assert torch.equal(latents(second), drawn("sd1", EIUP(ALCOHOL)))
+    with pytest.raises(RuntimeError, match="not known which rows"), torch.no_grad():
+        third.unet(**batch())  # guarded before its first picture, too
+    efface.active(second).remove()
+    assert torch.equal(latents(second), drawn())
+    assert not any("forward" in vars(m) and m is not second.unet for m in second.unet.modules())
 
 
 def table() -> str:

@@ -542,6 +542,8 @@ class Site:
             self.first = 0
         else:
             raise RuntimeError(records.unknown_rows(len(text), "no call of the pipeline is going on"))
+        if self.given is not None and self.first:
+            self._check_negatives(text[: self.first])
         self.last = self.rows = len(text)
         self.prompt = text[self.first :]
         self.prompt_mask = mask[self.first :].bool() if mask is not None and mask.ndim == 2 else None
@@ -556,6 +558,17 @@ class Site:
                 check_unfused(layer.attn, self.facts.denoiser)
         self.time = timestep.flatten()[0] if isinstance(timestep, Tensor) and timestep.ndim else timestep
         self.guarded = True
+
+    def _check_negatives(self, text: Tensor) -> None:
+        """A method that changes negative prompts cannot act on a text that it has not made."""
+        acting = [e for e in self.entries if e.eraser.negates and not e.eraser.is_off()]
+        made = None if self.call is None else self.call.negative
+        if acting and (made is None or made.shape != text.shape or not torch.equal(made, text)):
+            raise RuntimeError(
+                f"{type(acting[0].eraser).__name__} changes the negative prompt in `encode_prompt`, but the unconditional "
+                "rows of this denoiser call read another text. Call the pipeline, or give the denoiser what "
+                "`pipe.encode_prompt` returns now."
+            )
 
     def _negated_rows(self) -> dict[int, int]:
         """The unconditional rows of this denoiser call that may read another text than the empty one."""

@@ -121,12 +121,13 @@ def attention(
     **_: Any,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The query and what comes in front of `to_out` [B, Q, C], by the module's own projections; None if it is not plain."""
-    if hidden_states.ndim != 3 or encoder_hidden_states is None or attn.group_norm or attn.spatial_norm:
+    mask = attention_mask
+    odd = hidden_states.ndim != 3 or encoder_hidden_states is None or attn.group_norm or attn.spatial_norm
+    if odd or (mask is not None and mask.numel() != len(mask) * mask.shape[-1]):
         return None, None
     query = attn.to_q(hidden_states)
     cross = CrossAttention(attn, query, None)
-    mask = None if attention_mask is None else attention_mask.flatten(1, -2)
-    return query, cross.attend(*cross.keys_values(encoder_hidden_states), mask)
+    return query, cross.attend(*cross.keys_values(encoder_hidden_states), None if mask is None else mask.flatten(1))
 
 
 class SelfLayer(Layer):

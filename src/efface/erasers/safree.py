@@ -183,8 +183,12 @@ class SAFREE(Hooked):
     def reread(
         self, text: Tensor, pooled: Tensor | None, time: Tensor, memory: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
-        if not memory:  # the denoiser was called by itself
-            return text, pooled
+        if not memory or len(memory["text"]) != len(text):  # the denoiser was called by itself
+            raise RuntimeError(
+                f"SAFREE reads the prompts in `encode_prompt`, but it has read {len(memory.get('text', ()))} of the "
+                f"{len(text)} that this denoiser call draws. Call the pipeline, or `pipe.encode_prompt` with these prompts "
+                "before the denoiser."
+            )
         share = self.strength * (time.flatten() < memory["until"])[:, None].to(text)
         if pooled is not None:
             pooled = pooled + share * memory["pooled"]
