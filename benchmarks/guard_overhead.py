@@ -3,8 +3,8 @@
     python benchmarks/guard_overhead.py                 # a random UNet of Stable Diffusion 1.5's size, on the CPU
     python benchmarks/guard_overhead.py --model emoji --device cuda
 
-Two times are taken. A *step* is the denoiser's call with two rows, as with guidance, without erasers. The *guard* is the
-same call with an eraser that changes nothing in all cross-attention layers, where every module below the hooks is
+Two times are taken. A *step* is the denoiser's call with two rows, as with guidance, without erasers. The *guard* is
+the same call with an eraser that changes nothing in all cross-attention layers, where every module below the hooks is
 replaced by one that returns at once; the time of these calls without hooks is taken off. The guard reads the rows,
 compares the text, makes the plan, follows each layer and keeps the record. Median of the rounds; the target is 0.5 % of
 a step.

@@ -12,7 +12,6 @@ import torch
 
 from efface.delta import active
 
-
 METHODS = ("check_inputs", "encode_prompt", "progress_bar", "maybe_free_model_hooks", "save_pretrained")
 
 

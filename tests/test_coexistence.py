@@ -1,4 +1,4 @@
-"""What people do to a pipeline that has erasers on: each either acts as if nothing had been done, or refuses and says why.
+"""What people do to a pipeline that has erasers on: each acts as if nothing had been done, or refuses and says why.
 
 `python tests/test_coexistence.py` prints the table of docs/coexistence.md.
 """
@@ -22,6 +22,7 @@ from diffusers import (
     FasterCacheConfig,
     PyramidAttentionBroadcastConfig,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
     apply_faster_cache,
     apply_pyramid_attention_broadcast,
 )
@@ -136,7 +137,7 @@ def group(kind: str) -> Callable[[Any], None]:
 
 
 def sequential(pipe: Any) -> None:
-    """The denoiser's part of it; accelerate's own for text encoders fails with this torch on a CPU, without erasers too."""
+    """The denoiser's part of it; accelerate's for text encoders fails on a CPU with this torch, without erasers too."""
     accelerate.cpu_offload(denoiser_of(pipe), torch.device("cpu"))
 
 
@@ -256,7 +257,11 @@ def swap_layers(pipe: Any) -> None:
 
 def swap_blocks(pipe: Any) -> None:
     other = pipeline("sd1").unet
-    pipe.unet.down_blocks, pipe.unet.up_blocks, pipe.unet.mid_block = other.down_blocks, other.up_blocks, other.mid_block
+    pipe.unet.down_blocks, pipe.unet.up_blocks, pipe.unet.mid_block = (
+        other.down_blocks,
+        other.up_blocks,
+        other.mid_block,
+    )
 
 
 def replace_forward(pipe: Any) -> None:
@@ -311,7 +316,9 @@ def modular(pipe: Any, apply: Apply) -> Tensor:
 
 
 def other_weights() -> dict[str, Tensor]:
-    return {name: weight * 1.1 if weight.ndim > 1 else weight for name, weight in pipeline("sd1").unet.state_dict().items()}
+    return {
+        name: weight * 1.1 if weight.ndim > 1 else weight for name, weight in pipeline("sd1").unet.state_dict().items()
+    }
 
 
 def on_other_weights(family: str, *erasers: Any) -> Tensor:
@@ -403,8 +410,12 @@ NO_DELTA = tuple(name for name in METHODS if name != "a delta")
 ALL_BUT_WORDS = (*ATTENTION, *PREDICTION)
 
 CELLS = {
-    "cpu-offload-before": Cell("model CPU offload, then `apply`", before(lambda p: p.enable_model_cpu_offload(device="cpu"))),
-    "cpu-offload-after": Cell("`apply`, then model CPU offload", after(lambda p: p.enable_model_cpu_offload(device="cpu"))),
+    "cpu-offload-before": Cell(
+        "model CPU offload, then `apply`", before(lambda p: p.enable_model_cpu_offload(device="cpu"))
+    ),
+    "cpu-offload-after": Cell(
+        "`apply`, then model CPU offload", after(lambda p: p.enable_model_cpu_offload(device="cpu"))
+    ),
     "cpu-offload-off": Cell(
         "model CPU offload, `apply`, hooks taken off",
         lambda p, a: [p.enable_model_cpu_offload(device="cpu"), a(), latents(p), p.remove_all_hooks(), latents(p)][-1],
@@ -423,8 +434,12 @@ CELLS = {
     ),
     "attention-plain": Cell("`AttnProcessor` (no fused kernel)", after(processor(AttnProcessor())), tolerance=1e-5),
     "attention-sliced": Cell("attention slicing", after(lambda p: p.enable_attention_slicing(1)), tolerance=1e-5),
-    "kernel-query": Cell("a processor that skips the module `to_q`", after(processor(OwnKernel("to_q"))), tolerance=1e-5),
-    "kernel-out": Cell("a processor that skips the module `to_out`", before(processor(OwnKernel("to_out"))), tolerance=1e-5),
+    "kernel-query": Cell(
+        "a processor that skips the module `to_q`", after(processor(OwnKernel("to_q"))), tolerance=1e-5
+    ),
+    "kernel-out": Cell(
+        "a processor that skips the module `to_out`", before(processor(OwnKernel("to_out"))), tolerance=1e-5
+    ),
     "kernel-both": Cell("a processor that skips both", after(processor(OwnKernel("to_q", "to_out"))), tolerance=1e-5),
     "kernel-other": Cell(
         "a processor that computes something else",
@@ -442,7 +457,10 @@ CELLS = {
         restored=None,
     ),
     "fused-after": Cell(
-        "`apply`, then fused projections", after(lambda p: p.unet.fuse_qkv_projections()), tolerance=1e-5, restored=None,
+        "`apply`, then fused projections",
+        after(lambda p: p.unet.fuse_qkv_projections()),
+        tolerance=1e-5,
+        restored=None,
         methods=NO_DELTA,
     ),
     "deepcopy": Cell("`copy.deepcopy(pipe)` draws", deep_copy, restored=None),
@@ -479,7 +497,9 @@ CELLS = {
         refuses={ATTENTION: "cross-attention layers ran without the erasers"},
         methods=NO_DELTA,
     ),
-    "forward-after": Cell("the denoiser's `forward` replaced between two calls", after(replace_forward), restored=drawn),
+    "forward-after": Cell(
+        "the denoiser's `forward` replaced between two calls", after(replace_forward), restored=drawn
+    ),
     "forward-during": Cell(
         "the denoiser's `forward` replaced during a call",
         during(replace_forward),
@@ -594,9 +614,9 @@ def test_it_acts_or_refuses_with_the_reason(name: str, method: str) -> None:
 
 
 def test_saving_says_that_erasers_are_not_saved(sd1: Any, tmp_path: Path) -> None:
-    with EIUP(ALCOHOL).apply(sd1), SLD(CAT).apply(sd1):
-        with pytest.warns(UserWarning, match="are not saved: EIUP, SLD is on now"):
-            sd1.save_pretrained(tmp_path)
+    said = pytest.warns(UserWarning, match="are not saved: EIUP, SLD is on now")
+    with EIUP(ALCOHOL).apply(sd1), SLD(CAT).apply(sd1), said:
+        sd1.save_pretrained(tmp_path)
     sd1.save_pretrained(tmp_path)  # no warning, which would be an error
 
 
@@ -637,6 +657,32 @@ def test_a_call_of_the_denoiser_that_is_told_the_rows_is_a_step_of_the_pipeline(
             got = sd1.unet(**call)[0]
     assert torch.equal(call["sample"], given["sample"]) and change(want, before) > 1e-3
     assert change(got, want) < 1e-5
+
+
+def test_a_denoiser_that_is_called_after_an_offloaded_picture_is_guarded(sd1: Any) -> None:
+    pipe, call = pipeline(), batch()
+    pipe.enable_model_cpu_offload(device="cpu")
+    for one in (pipe, sd1):
+        EIUP(ALCOHOL).apply(one)
+    latents(pipe)  # diffusers takes its hooks off and puts them on anew
+    with torch.no_grad(), efface.conditional_rows(pipe, [True, True]), efface.conditional_rows(sd1, [True, True]):
+        got, want = pipe.unet(**call).sample, sd1.unet(**call).sample
+    efface.active(sd1).remove()
+    assert torch.equal(got, want) and change(got, sd1.unet(**call).sample) > EFFECT
+
+
+def test_a_picture_for_which_the_denoiser_was_not_called_is_an_error() -> None:
+    class Elsewhere(StableDiffusionPipeline):
+        def __call__(self, prompt: str) -> str:
+            self.check_inputs(prompt, 16, 16, 1)
+            self.encode_prompt(prompt, "cpu", 1, True)
+            self.maybe_free_model_hooks()
+            return "a picture from somewhere else"
+
+    pipe = Elsewhere(**pipeline().components, requires_safety_checker=False)
+    assert pipe(PROMPT)
+    with SAFREE(ALCOHOL).apply(pipe), pytest.raises(RuntimeError, match="did not call the unet that has the erasers"):
+        pipe(PROMPT)
 
 
 def test_the_record_says_what_was_done(sd1: Any) -> None:

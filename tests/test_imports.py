@@ -15,7 +15,18 @@ ROOT = Path(efface.__file__).parent
 
 # What each part may import, besides itself. `efface` is the package's own `__init__`.
 FACTS = {"registry", "core", "families"}
-INSIDE = {"_weights", "_text", "_attention", "_method", "_prompts", "_guidance", "_layers", "_hooks", "_forward", "_records"}  # of diffusers
+INSIDE = {
+    "_weights",
+    "_text",
+    "_attention",
+    "_method",
+    "_prompts",
+    "_guidance",
+    "_layers",
+    "_hooks",
+    "_forward",
+    "_records",
+}  # of diffusers
 HOOKS = FACTS | INSIDE | {"delta"}
 MAY_IMPORT: dict[str, set[str]] = {
     "registry": set(),

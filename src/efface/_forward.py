@@ -68,14 +68,16 @@ class Forward:
         made = Forward.__new__(Forward)
         memo[id(self)] = made
         made.act, made.copies = None, None
-        made.module = weakref.ref(memo[id(self.module())])
-        made.below = made.outer = deepcopy(self.below, memo)
+        copied: nn.Module = memo[id(self.module())]
+        made.module = weakref.ref(copied)
+        below: Any = self.below
+        made.below = made.outer = deepcopy(below, memo)
         if self.act is not None and self.copies is not None:
             waiting = self.copies.of(memo)
 
             def first(below: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 waiting.wake()
-                return made.module().forward(*args, **kwargs)
+                return getattr(made.module(), "forward", below)(*args, **kwargs)
 
             made.act = first
             waiting.forwards.append(made)

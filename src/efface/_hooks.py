@@ -7,8 +7,8 @@ Each denoiser has one `Site`: the ordered list of erasers that are on. The list 
 off in any order; when it is empty, every hook is gone.
 
 - A call of the pipeline is followed from `check_inputs` to `maybe_free_model_hooks`, by methods of the pipeline object
-  that are wrapped. `encode_prompt` tells which rows will be conditional; erasure prompts are encoded anew there for each
-  call (so a LoRA loaded or a device changed in between is seen; there is nothing to invalidate).
+  that are wrapped. `encode_prompt` tells which rows will be conditional; erasure prompts are encoded anew there for
+  each call (so a LoRA loaded or a device changed in between is seen; there is nothing to invalidate).
 - The denoiser's hook reads the time and compares the batch with what `encode_prompt` returned; a denoiser that is
   called by itself is told the rows by `conditional_rows`. There a method may change the text that conditional rows
   read, and the noise predicted for them: texts it asks for are predicted as further rows of the same call, and the
@@ -164,7 +164,9 @@ class Site:
         self.opening: _Opening | None = None
         self.drawing: int | None = None  # the thread whose call of the pipeline is in its steps
         self.call: _Call | None = None
-        self.given: tuple[int, int] | None = None  # the first conditional row and how many there are, if the caller says it
+        self.given: tuple[int, int] | None = (
+            None  # the first conditional row and how many there are, if the caller says it
+        )
         self.guarded = False  # whether this step of the pipeline came by
         self.stepped = False  # whether one did before
         self._by_the_way = False  # whether this call of the denoiser did
@@ -190,7 +192,8 @@ class Site:
         """The attention layers that the denoiser has now; those that it no longer has lose their hooks."""
         known: dict[nn.Module, Layer] = {layer.attn: layer for layer in (*self.layers, *self.self_layers)}
         named = [(n, m) for n, m in self.denoiser.named_modules() if isinstance(m, Attention)]
-        found = [known.pop(m, None) or (Layer if m.is_cross_attention else SelfLayer)(self, n, m) for n, m in named]
+        kinds = {True: Layer, False: SelfLayer}
+        found = [known.pop(m) if m in known else kinds[bool(m.is_cross_attention)](self, n, m) for n, m in named]
         for gone in known.values():
             gone.unhook()
         self.layers = [layer for layer in found if not isinstance(layer, SelfLayer)]
@@ -327,7 +330,7 @@ class Site:
         if any(ref() is pipe for ref, _ in self.pipes):
             return
         owner = weakref.ref(pipe)
-        signature = inspect.signature(getattr(type(pipe), "encode_prompt").__get__(pipe))
+        signature = inspect.signature(type(pipe).encode_prompt.__get__(pipe))
 
         def begun(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             self._check_pipeline(owner())
@@ -361,8 +364,8 @@ class Site:
         def saved(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             names = ", ".join(type(entry.eraser).__name__ for entry in self.entries)
             warnings.warn(
-                f"Erasers act at run time and are not saved: {names} is on now, but the pipeline that is loaded from this "
-                "folder will be unguarded. Apply the erasers again after loading.",
+                f"Erasers act at run time and are not saved: {names} is on now, but the pipeline that is loaded from "
+                "this folder will be unguarded. Apply the erasers again after loading.",
                 stacklevel=3,
             )
             return original(*args, **kwargs)
@@ -435,9 +438,7 @@ class Site:
             apart = unconditional(pipe, bound, negative, mask, untouched)
         scale = getattr(pipe, self.facts.scale, math.nan)
         inside = opening is not None
-        self.call = _Call(
-            parts["text"], negative, apart, images, settings, prompts, weakref.ref(pipe), scale, inside
-        )
+        self.call = _Call(parts["text"], negative, apart, images, settings, prompts, weakref.ref(pipe), scale, inside)
         if opening is not None:
             opening.prompts = True
         self._checked = None
@@ -565,8 +566,8 @@ class Site:
         made = None if self.call is None else self.call.negative
         if acting and (made is None or made.shape != text.shape or not torch.equal(made, text)):
             raise RuntimeError(
-                f"{type(acting[0].eraser).__name__} changes the negative prompt in `encode_prompt`, but the unconditional "
-                "rows of this denoiser call read another text. Call the pipeline, or give the denoiser what "
+                f"{type(acting[0].eraser).__name__} changes the negative prompt in `encode_prompt`, but the "
+                "unconditional rows of this denoiser call read another text. Call the pipeline, or give the denoiser what "
                 "`pipe.encode_prompt` returns now."
             )
 
@@ -696,8 +697,8 @@ class Site:
             first, expected = self.given
             if n != expected:
                 raise RuntimeError(
-                    f"`conditional_rows` was given {expected} rows, but the denoiser call has {n}: give one truth value for "
-                    "each row of the call."
+                    f"`conditional_rows` was given {expected} rows, but the denoiser call has {n}: give one truth value "
+                    "for each row of the call."
                 )
             return first
         if self.call is None:

@@ -89,7 +89,6 @@ class Layer:
         self.to_q = None
         return forward(hidden, *others, **kwargs)
 
-
     def _around(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Around a module whose processor uses the weights of `to_q` or `to_out` without calling these modules.
 
@@ -120,7 +119,7 @@ def attention(
     attention_mask: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The query and what comes in front of `to_out` [B, Q, C], by the module's own projections; None if it is not plain."""
+    """The query and what comes in front of `to_out` [B, Q, C], by the module's own projections; None if not plain."""
     mask = attention_mask
     odd = hidden_states.ndim != 3 or encoder_hidden_states is None or attn.group_norm or attn.spatial_norm
     if odd or (mask is not None and mask.numel() != len(mask) * mask.shape[-1]):

@@ -90,8 +90,8 @@ def not_entered(name: str) -> str:
 def missed(layers: Sequence[str], of: int) -> str:
     """Cross-attention layers that did not do what the erasers need."""
     return (
-        f"{len(layers)} of {of} cross-attention layers ran without the erasers, the first of them {layers[0]!r}. Likely "
-        "causes: an attention processor that uses the weights of `to_q` or `to_out` directly (fused kernels), modules "
+        f"{len(layers)} of {of} cross-attention layers ran without the erasers, the first of them {layers[0]!r}. "
+        "Likely causes: an attention processor that uses the weights of `to_q` or `to_out` directly (fused kernels), modules "
         "replaced during the call, or a cache that skips layers. Use a processor that calls these modules, such as "
         "`AttnProcessor2_0`, or switch the cache off."
     )
@@ -108,8 +108,8 @@ def other_rows(layer: str, found: int, expected: int) -> str:
 def outside(layer: str) -> str:
     """A layer that runs when no denoiser call is going on."""
     return (
-        f"Layer {layer!r} runs outside a call of the denoiser, or the denoiser's `forward` was replaced during the call, so "
-        "it is not known which rows are conditional. Call the denoiser itself, and replace its `forward` between two "
+        f"Layer {layer!r} runs outside a call of the denoiser, or the denoiser's `forward` was replaced during the call, "
+        "so it is not known which rows are conditional. Call the denoiser itself, and replace its `forward` between two "
         "calls of the pipeline."
     )
 
@@ -117,22 +117,30 @@ def outside(layer: str) -> str:
 def cached(name: str, hook: str) -> str:
     """A cache of diffusers on the denoiser."""
     return (
-        f"The {name} has a cache on ({hook}), which reuses outputs of other steps and rows in place of what the erasers "
-        f"would make. Call `pipe.{name}.disable_cache()`, or use method 'safree', which works on the prompt."
+        f"The {name} has a cache on ({hook}), which reuses outputs of other steps and rows in place of what the "
+        f"erasers would make. Call `pipe.{name}.disable_cache()`, or use method 'safree', which works on the prompt."
     )
 
 
 def unknown_rows(rows: int, about: str) -> str:
     """A denoiser call whose conditional rows cannot be told."""
     return (
-        f"The denoiser got {rows} rows of text that are not what `encode_prompt` returned ({about}), so it is not known "
-        "which rows are conditional. If another pipeline shares this denoiser, apply the erasers to that pipeline. If "
+        f"The denoiser got {rows} rows of text that are not what `encode_prompt` returned ({about}), so it is not "
+        "known which rows are conditional. If another pipeline shares this denoiser, apply the erasers to that pipeline. If "
         "you call the denoiser yourself, do it inside `with efface.conditional_rows(pipe, [...]):`. Pipelines that add "
         "rows of their own are not supported."
     )
 
 
-CACHES = ("pyramid_attention_broadcast", "faster_cache", "fbc_", "mag_cache", "taylorseer", "sea_cache", "text_kv_cache")
+CACHES = (
+    "pyramid_attention_broadcast",
+    "faster_cache",
+    "fbc_",
+    "mag_cache",
+    "taylorseer",
+    "sea_cache",
+    "text_kv_cache",
+)
 """How the names of diffusers' hooks begin that reuse outputs of other steps."""
 
 

@@ -236,7 +236,7 @@ def active(pipe: DiffusionPipeline) -> Handles:
 
 @contextlib.contextmanager
 def conditional_rows(pipe: DiffusionPipeline, rows: Sequence[bool]) -> Iterator[None]:
-    """Says which rows are conditional in denoiser calls that are made without the pipeline, as attacks and fits make them.
+    """Says which rows are conditional in denoiser calls that are made without the pipeline, as by attacks.
 
     With erasers on, such a call has to be told: in a call of the pipeline, `encode_prompt` says which rows of the batch
     read the prompt, and a guess would leave pictures unguarded.

@@ -318,8 +318,8 @@ class Handle(AbstractContextManager["Handle"]):
     def record(self) -> dict[str, Any]:
         """What the eraser did since the latest call of the pipeline began, as JSON types.
 
-        `calls` counts denoiser calls, `rows` the calls that acted on each conditional row of the batch, and `exempt` the
-        calls without anything to do, by reason; `layers` is the number of attention layers that were edited in each
+        `calls` counts denoiser calls, `rows` the calls that acted on each conditional row of the batch, and `exempt`
+        the calls without anything to do, by reason; `layers` is the number of attention layers that were edited in each
         call. Empty for a delta, which is in the weights.
         """
         return self._record()

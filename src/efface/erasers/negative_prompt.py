@@ -119,8 +119,8 @@ class NegativePrompt(Hooked):
         if not torch.compiler.is_compiling() and not math.isfinite(seen.guidance_scale):
             raise ValueError(
                 "NegativePrompt with a strength of its own needs the guidance scale of a pipeline's call, but the "
-                "denoiser was called by itself or by a copy of the pipeline. Call the pipeline that it was applied to, or "
-                "use SLD."
+                "denoiser was called by itself or by a copy of the pipeline. Call the pipeline that it was applied to, "
+                "or use SLD."
             )
         return -(self.strength or 0.0) / seen.guidance_scale * (seen.concept - seen.negative)
 

@@ -186,8 +186,8 @@ class SAFREE(Hooked):
         if not memory or len(memory["text"]) != len(text):  # the denoiser was called by itself
             raise RuntimeError(
                 f"SAFREE reads the prompts in `encode_prompt`, but it has read {len(memory.get('text', ()))} of the "
-                f"{len(text)} that this denoiser call draws. Call the pipeline, or `pipe.encode_prompt` with these prompts "
-                "before the denoiser."
+                f"{len(text)} that this denoiser call draws. Call the pipeline, or `pipe.encode_prompt` with these "
+                "prompts before the denoiser."
             )
         share = self.strength * (time.flatten() < memory["until"])[:, None].to(text)
         if pooled is not None:
