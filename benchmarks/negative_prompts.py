@@ -410,16 +410,16 @@ def main() -> None:
             if not callable(METHODS[method]):
                 bench.fitted(method, concept)
         return
-    pace: dict[str, float] = {}  # seconds of the slowest batch of a method
+    pace = 0.0  # seconds of the slowest batch
     for method, concept, group, units in bench.batches(args.methods, args.variants):
         spent = time.perf_counter() - began
-        if args.budget_seconds and spent + pace.get(method, 0) > args.budget_seconds:
+        if args.budget_seconds and spent + pace > args.budget_seconds:
             print(f"stopped after {spent:.0f} s, before {method}, {group}, {concept}", flush=True)
             break
         start = time.perf_counter()
         bench.draw(method, concept, group, units)
         took = time.perf_counter() - start
-        pace[method] = max(took, pace.get(method, 0.0))
+        pace = max(took, pace)
         print(f"{spent:5.0f} s: {method}, {group}, {concept}: {len(units)} units in {took:.1f} s", flush=True)
     command = f"python benchmarks/negative_prompts.py --n {args.n} --device {args.device} --batch {args.batch}"
     card = bench.card(args.methods, command)

@@ -187,15 +187,16 @@ class CrossAttention:
         One-hot values make attention return its own map, a few columns at a time; no map is written out.
         """
         key, value = self.keys_values(term.text)
-        cross = CrossAttention(self.attn, self.query.float(), None, self.neutral)
+        wide = torch.promote_types(self.query.dtype, torch.float32)
+        cross = CrossAttention(self.attn, self.query.to(wide), None, self.neutral)
         width, most = value.shape[-1], max(own.stop - own.start for own in term.own)
         found = []
         for k in range(0, most, width):
-            one_hot = torch.zeros_like(value, dtype=torch.float32)
+            one_hot = torch.zeros_like(value, dtype=wide)
             for n, own in enumerate(term.own):
                 for column in range(own.start + k, min(own.start + k + width, own.stop)):
                     one_hot[n, :, column, column - own.start - k] = 1.0
-            out = cross.attend_texts(key.float(), one_hot, term.mask)
+            out = cross.attend_texts(key.to(wide), one_hot, term.mask)
             found.append(out.unflatten(-1, (self.attn.heads, -1)).mean((2, 3)))
         masses = torch.cat(found, -1)
         return tuple(mass[:, : own.stop - own.start] for mass, own in zip(masses, term.own, strict=True))

@@ -617,8 +617,7 @@ class Site:
             raise ValueError(records.UNCOMPILED)
         self._measuring, self._seen, self.rows = waiting, {}, self.last
         try:
-            with torch.no_grad():
-                self._run(plain)
+            self._run(plain)
             seen = self._seen
         finally:
             self._measuring, self._seen = [], None
@@ -646,25 +645,24 @@ class Site:
             raise ValueError("Two trajectories know no `guidance_rescale`: leave it 0, or use one trajectory.")
         if torch.compiler.is_compiling():
             raise ValueError(records.UNCOMPILED)
-        with torch.no_grad():
-            if self.twin is None:
-                scheduler = copy.deepcopy(pipe.scheduler)
-                scale = copy.deepcopy(scheduler).scale_model_input(torch.ones_like(sample[:1]), self.time)
-                latents = sample[self.first :]
-                self.twin = _Twin(latents.clone() if bool((scale == 1).all()) else latents / scale, scheduler)
-            twin = self.twin
-            twin.step += 1
-            twin.seen.clear()
-            scaled = twin.scheduler.scale_model_input(twin.latents, self.time)
-            self._twin_runs, self.rows = True, self.last
-            try:
-                prediction = self._run(lambda: plain(torch.cat([scaled] * 2) if self.first else scaled))
-            finally:
-                self._twin_runs = False
-            if self.first:
-                uncond, cond = prediction.chunk(2)
-                prediction = uncond + pipe.guidance_scale * (cond - uncond)
-            twin.latents = twin.scheduler.step(prediction, self.time, twin.latents, return_dict=False)[0]
+        if self.twin is None:
+            scheduler = copy.deepcopy(pipe.scheduler)
+            scale = copy.deepcopy(scheduler).scale_model_input(torch.ones_like(sample[:1]), self.time)
+            latents = sample[self.first :]
+            self.twin = _Twin(latents.clone() if bool((scale == 1).all()) else latents / scale, scheduler)
+        twin = self.twin
+        twin.step += 1
+        twin.seen.clear()
+        scaled = twin.scheduler.scale_model_input(twin.latents, self.time)
+        self._twin_runs, self.rows = True, self.last
+        try:
+            prediction = self._run(lambda: plain(torch.cat([scaled] * 2) if self.first else scaled))
+        finally:
+            self._twin_runs = False
+        if self.first:
+            uncond, cond = prediction.chunk(2)
+            prediction = uncond + pipe.guidance_scale * (cond - uncond)
+        twin.latents = twin.scheduler.step(prediction, self.time, twin.latents, return_dict=False)[0]
 
     def edit_self(self, layer: Layer, hidden: Tensor) -> Tensor:
         """The self-attention output [B, Q, C] in front of `to_out`, with the twin's maps where an eraser wants them."""

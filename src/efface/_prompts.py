@@ -153,5 +153,5 @@ def _join(pipe: DiffusionPipeline, prompts: list[str], texts: list[str], **setti
                     f'tokens (expected {n} + {m}, and at most {limit}): shorten one of them, or use values="paper".'
                 )
         lengths.append(n)
-    joined = encode(pipe, pairs, **settings).text.unflatten(0, (len(texts), len(prompts)))
+    joined = encode(pipe, pairs, differentiable=True, **settings).text.unflatten(0, (len(texts), len(prompts)))
     return {"joined": joined, "lengths": torch.tensor(lengths[: len(prompts)], device=joined.device)}

@@ -87,12 +87,13 @@ def _own_columns(tokenizer: Any, text: str, limit: int) -> slice:
     return slice(start, start + len(ids))
 
 
-def encode(pipe: DiffusionPipeline, texts: Sequence[str], **settings: Any) -> Encoded:
+def encode(pipe: DiffusionPipeline, texts: Sequence[str], *, differentiable: bool = False, **settings: Any) -> Encoded:
     """The one place that encodes texts, by the pipeline's own `encode_prompt`.
 
     Args:
         pipe: the pipeline.
         texts: texts, each within the encoder's limit; "" is the pipeline's empty prompt.
+        differentiable: whether gradients reach the encoder, as they have to where the text holds the user's prompt.
         settings: further arguments of `encode_prompt`, such as `clip_skip`.
 
     Raises:
@@ -107,7 +108,7 @@ def encode(pipe: DiffusionPipeline, texts: Sequence[str], **settings: Any) -> En
             raise ValueError(
                 f"The pipeline's tokenizers place the tokens of {list(texts)} differently: use other words."
             )
-    text, pooled, mask = _encode(pipe, texts, settings)
+    text, pooled, mask = _encode(pipe, texts, settings, differentiable)
     return Encoded(text, pooled, tuple(columns[family(pipe).texts[0][0]]), mask)
 
 
@@ -133,14 +134,14 @@ def cleaned(pipe: DiffusionPipeline, tokenizer: Any, texts: Sequence[str], **set
 
 
 def _encode(
-    pipe: DiffusionPipeline, texts: Sequence[str], settings: dict[str, Any]
+    pipe: DiffusionPipeline, texts: Sequence[str], settings: dict[str, Any], differentiable: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Texts [N, L, D], pooled [N, P], and the mask [N, L], where there are any; what is over the limit is cut."""
     method = own_encode(pipe)
     call = {"prompt": list(texts), "prompt_2": None, "prompt_3": None, "num_images_per_prompt": 1, **settings}
     call |= {"device": pipe._execution_device, "do_classifier_free_guidance": False}
     taken = inspect.signature(type(pipe).encode_prompt).parameters
-    with torch.no_grad():
+    with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
         out = method(**{name: value for name, value in call.items() if name in taken})
     parts = dict(zip(family(pipe).returns, out, strict=True))
     return parts["text"], parts.get("pooled"), parts["mask"].bool() if family(pipe).masked else None
@@ -180,7 +181,7 @@ def encode_masked(
 
         placed.append(encoder.register_forward_pre_hook(put))
     try:
-        return _encode(pipe, [text] * max(map(len, columns.values())), settings)[:2]
+        return _encode(pipe, [text] * max(map(len, columns.values())), settings, differentiable=True)[:2]
     finally:
         for handle in placed:
             handle.remove()

@@ -10,7 +10,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -46,10 +45,9 @@ class Adapter:
     text_encoder: str
     facts: Mapping[str, Any] = field(default_factory=dict)
 
-    @torch.no_grad()
     def __call__(self, features: Tensor) -> Tensor:
         """Strengths [B, tokens] from features [B, tokens, layers]."""
-        x = (features.detach().float().cpu() - self.mean) / self.std
+        x = (features.float().cpu() - self.mean) / self.std
         return self.net(x)[..., 0].to(features.device)
 
     def check(self, model: str, layers: Sequence[str], *, ordered: bool = False) -> None:

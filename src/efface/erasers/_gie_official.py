@@ -21,7 +21,7 @@ def swapped(cross: CrossAttention, term: Term) -> Tensor:
     for own, joined in zip(term.own, joins, strict=True):
         behind = torch.arange(key.shape[2], device=key.device) - lengths[:, None]  # 1: the end token
         kept = (behind < 2) | (behind > 1 + own.stop - own.start)
-        difference += cross.keys_values(joined)[1] * kept[:, None, :, None].to(value) - value
+        difference = difference + cross.keys_values(joined)[1] * kept[:, None, :, None].to(value) - value
     return cross.attend(key, difference)
 
 
@@ -31,12 +31,11 @@ def afterwards(cross: CrossAttention, term: Term) -> Tensor:
     change = torch.zeros_like(cross.query)
     for text, own, joined in zip(term.text, term.own, joins, strict=True):
         m = own.stop - own.start
-        behind = torch.arange(prompt.shape[1], device=prompt.device) - lengths[:, None]  # 1: the first inserted one
-        inserted = joined.clone()
-        for row, at in enumerate(behind):
-            inserted[row, at == m + 1] = joined[row, at == 1]
-            inserted[row, (at >= 1) & (at <= m)] = text[own]
-        change += cross.attend(*cross.keys_values(inserted)) - cross.attend(*cross.keys_values(prompt))
+        rows = []
+        for row, n in zip(joined, lengths.tolist(), strict=True):  # columns 1 to n are the prompt's
+            rows.append(torch.cat([row[: n + 1], text[own], row[n + 1 : n + 2], row[n + 2 + m :]]))
+        inserted = torch.stack(rows)
+        change = change + cross.attend(*cross.keys_values(inserted)) - cross.attend(*cross.keys_values(prompt))
     return change
 
 

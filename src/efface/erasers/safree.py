@@ -8,6 +8,7 @@ from inspect import BoundArguments
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._hooks import Hooked
@@ -124,7 +125,6 @@ class SAFREE(Hooked):
         steps = round(LONGEST / (1 + math.exp(min(2 * k * (t0 - 10 * beta), 700))))
         return (steps + 1) / STEPS if steps else 0.0
 
-    @torch.no_grad()
     def rewrite(
         self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], call: BoundArguments, memory: dict[str, Tensor]
     ) -> tuple[Any, ...]:
@@ -137,16 +137,27 @@ class SAFREE(Hooked):
         settings = encoding_settings(call)
         prompts, images = [prompt] if isinstance(prompt, str) else prompt, call.arguments["num_images_per_prompt"]
         states, pooled = encoded[0], encoded[facts.returns.index("pooled")] if facts.pooled else None
-        memory |= {"text": torch.zeros_like(states), "until": states.new_zeros(len(states), dtype=torch.float32)}
-        memory |= {} if pooled is None else {"pooled": torch.zeros_like(pooled)}
+        edits, pools, ends = [], [], []
         for k, text in enumerate(prompts):
             concepts, at = self.concepts if self.rows is None else self.rows[k], slice(k * images, (k + 1) * images)
             tokens = {name: own_tokens(pipe, text, name, **settings) for name in readers(pipe)}
+            edit, whole, end = (
+                torch.zeros_like(states[at]),
+                None if pooled is None else torch.zeros_like(pooled[at]),
+                0.0,
+            )
             if concepts and all(tokens.values()):
-                edit, other, beta = self._filter(pipe, text, concepts, tokens, settings)
-                memory["text"][at], memory["until"][at] = edit.to(states), self.until(beta)
+                added, other, beta = self._filter(pipe, text, concepts, tokens, settings)
+                edit, end = added.to(states).expand_as(edit), self.until(beta)
                 if other is not None and pooled is not None:
-                    memory["pooled"][at] = other - pooled[at]
+                    whole = other - pooled[at]
+            edits.append(edit)
+            pools.append(whole)
+            ends += [end] * images
+        memory["text"] = torch.cat(edits)
+        memory["until"] = torch.tensor(ends, dtype=torch.float32, device=states.device)
+        if pooled is not None:
+            memory["pooled"] = torch.cat([each for each in pools if each is not None])
         return encoded
 
     def _filter(
@@ -163,6 +174,7 @@ class SAFREE(Hooked):
         texts = [p for concept in as_concepts(concepts) for p in concept.phrases]
         phrases = encode(pipe, texts, **settings)
         edit, betas, found = torch.zeros_like(masked[0]), [], {}
+        length, width = edit.shape
         for name, own in tokens.items():
             count, causal = 1 + len(own), name not in facts.bidirectional
             if name in spots:
@@ -172,7 +184,9 @@ class SAFREE(Hooked):
                 vectors = pool(mine, torch.full_like(mine[:, 0, 0], own.stop + 1), causal)
                 concept = pool(theirs, torch.tensor(ends, device=masked.device), causal)
                 part, beta, triggers = project(mine[0], vectors, concept, own, self.alpha)
-                edit[spots[name]] = part.to(edit)
+                columns, features = spots[name]
+                around = (features.start, width - features.stop, columns.start, length - columns.stop)
+                edit = edit + F.pad(part.to(edit), around)
                 betas.append(beta)
             elif whole is not None and phrases.pooled is not None:  # FLUX reads nothing of this encoder but its pool
                 triggers = triggered(whole[:count], phrases.pooled, self.alpha)
@@ -204,19 +218,19 @@ def project(
     masked in turn. `concept` [K, D]: the phrases, pooled.
     """
     triggers, wide = triggered(masked, concept, alpha), torch.promote_types(states.dtype, torch.float32)
-    states, toxic, span = states.to(wide), basis(concept.to(wide)), basis(masked[1:].to(wide))
-    near = states @ span @ span.T
-    projected = near - near @ toxic @ toxic.T
+    states = states.to(wide)
+    near = onto(states, masked[1:].to(wide))
+    projected = near - onto(near, concept.to(wide))
     active, own = slice(0, tokens.stop + 1), slice(tokens.start, tokens.stop)
-    beta = 1 - float(torch.cosine_similarity(states[active], projected[active], dim=-1).mean())
-    edit = torch.zeros_like(states)
-    edit[own] = torch.where(triggers[:, None], projected[own] - states[own], 0)
-    return edit, beta, triggers
+    beta = 1 - float(torch.cosine_similarity(states[active], projected[active], dim=-1).mean().detach())
+    edit = torch.where(triggers[:, None], projected[own] - states[own], 0)
+    return F.pad(edit, (0, 0, own.start, len(states) - own.stop)), beta, triggers
 
 
 def triggered(masked: Tensor, concept: Tensor, alpha: float) -> Tensor:
     """Which of the n tokens are triggers [n]; arguments as in `project`."""
     wide = torch.promote_types(masked.dtype, torch.float32)
+    masked, concept = masked.detach(), concept.detach()
     masked, toxic = masked.to(wide), basis(concept.to(wide))
     whole, *_ = distances = (masked - masked @ toxic @ toxic.T).norm(dim=-1)
     d = distances[1:]
@@ -228,6 +242,24 @@ def basis(vectors: Tensor) -> Tensor:
     """An orthonormal basis [D, r] of the span of vectors [K, D]."""
     _, sizes, directions = torch.linalg.svd(vectors, full_matrices=False)
     return directions[sizes > 1e-6 * sizes[0]].T
+
+
+def onto(states: Tensor, vectors: Tensor) -> Tensor:
+    """States [L, D] projected onto the span of vectors [K, D].
+
+    Gradients are those of the projector V+ V, where the rank of V does not change. Those of an SVD would divide by the
+    differences of its values, which vanish for vectors that are alike.
+    """
+    u, sizes, directions = torch.linalg.svd(vectors.detach(), full_matrices=False)
+    kept = sizes > 1e-6 * sizes[0]
+    span = directions[kept].T
+    near = states @ span @ span.T
+    if not (torch.is_grad_enabled() and vectors.requires_grad):
+        return near
+    back = (directions[kept].T / sizes[kept]) @ u[:, kept].T  # V+, [D, K]
+    change = vectors - vectors.detach()  # zero, with a gradient
+    far = states - near
+    return near + far @ change.T @ back.T + (states @ back @ change) - (states @ back @ change) @ span @ span.T
 
 
 def pool(states: Tensor, lengths: Tensor, causal: bool) -> Tensor:
