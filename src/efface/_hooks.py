@@ -567,8 +567,8 @@ class Site:
         if acting and (made is None or made.shape != text.shape or not torch.equal(made, text)):
             raise RuntimeError(
                 f"{type(acting[0].eraser).__name__} changes the negative prompt in `encode_prompt`, but the "
-                "unconditional rows of this denoiser call read another text. Call the pipeline, or give the denoiser what "
-                "`pipe.encode_prompt` returns now."
+                "unconditional rows of this denoiser call read another text. Call the pipeline, or give the denoiser "
+                "what `pipe.encode_prompt` returns now."
             )
 
     def _negated_rows(self) -> dict[int, int]:
@@ -695,8 +695,8 @@ class Site:
             first, expected = self.given
             if n != expected:
                 raise RuntimeError(
-                    f"`conditional_rows` was given {expected} rows, but the denoiser call has {n}: give one truth value "
-                    "for each row of the call."
+                    f"`conditional_rows` was given {expected} rows, but the denoiser call has {n}. Give one truth "
+                    "value for each row of the call."
                 )
             return first
         if self.call is None:

@@ -91,8 +91,9 @@ def missed(layers: Sequence[str], of: int) -> str:
     """Cross-attention layers that did not do what the erasers need."""
     return (
         f"{len(layers)} of {of} cross-attention layers ran without the erasers, the first of them {layers[0]!r}. "
-        "Likely causes: an attention processor that uses the weights of `to_q` or `to_out` directly (fused kernels), modules "
-        "replaced during the call, or a cache that skips layers. Use a processor that calls these modules, such as "
+        "Likely causes: an attention processor that uses the weights of `to_q` or `to_out` directly (fused kernels), "
+        "modules replaced during the call, or a cache that skips layers. Use a processor that calls these modules, "
+        "such as "
         "`AttnProcessor2_0`, or switch the cache off."
     )
 
@@ -108,9 +109,10 @@ def other_rows(layer: str, found: int, expected: int) -> str:
 def outside(layer: str) -> str:
     """A layer that runs when no denoiser call is going on."""
     return (
-        f"Layer {layer!r} runs outside a call of the denoiser, or the denoiser's `forward` was replaced during the call, "
-        "so it is not known which rows are conditional. Call the denoiser itself, and replace its `forward` between two "
-        "calls of the pipeline."
+        f"Layer {layer!r} runs outside a call of the denoiser, or the denoiser's `forward` was replaced during the "
+        "call, so it is not known which rows are conditional. Call the denoiser itself, and replace its `forward` "
+        "between "
+        "two calls of the pipeline."
     )
 
 
@@ -126,8 +128,10 @@ def unknown_rows(rows: int, about: str) -> str:
     """A denoiser call whose conditional rows cannot be told."""
     return (
         f"The denoiser got {rows} rows of text that are not what `encode_prompt` returned ({about}), so it is not "
-        "known which rows are conditional. If another pipeline shares this denoiser, apply the erasers to that pipeline. If "
-        "you call the denoiser yourself, do it inside `with efface.conditional_rows(pipe, [...]):`. Pipelines that add "
+        "known which rows are conditional. If another pipeline shares this denoiser, apply the erasers to that "
+        "pipeline. "
+        "If you call the denoiser yourself, do it inside `with efface.conditional_rows(pipe, [...]):`. Pipelines that "
+        "add "
         "rows of their own are not supported."
     )
 
