@@ -404,7 +404,19 @@ def interrupted(pipe: Any, apply: Apply) -> Tensor:
     return latents(pipe)
 
 
+def compiled(pipe: Any) -> None:
+    torch._dynamo.reset()
+    pipe.unet.compile(backend="eager", fullgraph=True)
+
+
+def compiled_blocks(pipe: Any) -> None:
+    torch._dynamo.reset()
+    pipe.unet.compile_repeated_blocks(backend="eager", fullgraph=True)
+
+
 # ---------------------------------------------------------------- the table
+
+COMPILED = ("EIUP", "GIE", "SLD", "SAFREE", "NegativePrompt", "a delta")
 
 NO_DELTA = tuple(name for name in METHODS if name != "a delta")
 ALL_BUT_WORDS = (*ATTENTION, *PREDICTION)
@@ -552,6 +564,42 @@ CELLS = {
         "embeddings given, text encoder dropped after `apply`",
         given_embeddings,
         refuses={("SAFREE",): "give the text", ("NegativePrompt",): "give the text"},
+        restored=None,
+    ),
+    "embeddings-longer": Cell(
+        "embeddings of twice the encoder's length",
+        longer_embeddings,
+        tolerance=1e-5,
+        refuses={
+            PREDICTION: "tokens, but a concept's",
+            ("SAFREE",): "give the text",
+            ("NegativePrompt",): "give the text",
+        },
+        # the gate of "gated" weighs the prompt's columns against the concept's, so that twice as many count
+        methods=tuple(name for name in METHODS if name != "EIUP gated"),
+    ),
+    "compiled": Cell(
+        "`apply`, then `unet.compile()`",
+        after(compiled, 1),
+        family="small",
+        tolerance=1e-5,
+        methods=COMPILED,
+        restored=None,
+    ),
+    "compiled-blocks": Cell(
+        "`unet.compile_repeated_blocks()`, then `apply`",
+        before(compiled_blocks, 1),
+        family="small",
+        tolerance=1e-5,
+        methods=COMPILED,
+        restored=None,
+    ),
+    "backend": Cell(
+        "another attention backend (FLUX)",
+        before(lambda p: p.transformer.set_attention_backend("_native_math")),
+        family="flux",
+        tolerance=1e-4,
+        methods=("SLD", "SAFREE", "NegativePrompt"),
         restored=None,
     ),
     "interrupted": Cell("a call that was interrupted before", interrupted),
