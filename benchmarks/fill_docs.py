@@ -89,6 +89,38 @@ def editors() -> str:
     )
 
 
+def negatives() -> str:
+    found = card("negative_prompts")
+    if not found:
+        return "Not measured yet."
+    rows = {(r["method"], r["variant"]): r for r in found["rows"] if r["complete"]}
+    methods = list(dict.fromkeys(method for method, _ in rows))
+    variants = list(dict.fromkeys(variant for _, variant in rows))
+    n = max(row["pooled"]["residual"]["n"] for row in rows.values())
+    lines = ["| negative prompt | base model: residual | `eiup`: residual | base model: any icon | `eiup`: any icon |"]
+    lines.append("|---" * 5 + "|")
+    for variant in variants:
+        cells = [rows.get((m, variant)) for m in ("base", "eiup")]
+        shown = [percent(c["pooled"][key]) if c else "-" for key in ("residual", "any") for c in cells]
+        lines.append(f"| {variant} | {' | '.join(shown)} |")
+    lines += ["", f"| residual, % | {' | '.join(f'`{m}`' for m in methods)} |", "|---" * (1 + len(methods)) + "|"]
+    for variant in variants:
+        cells = [rows.get((m, variant)) for m in methods]
+        shown = [f"{100 * c['pooled']['residual']['rate']:.1f}" if c else "-" for c in cells]
+        lines.append(f"| {variant} | {' | '.join(shown)} |")
+    return "\n".join(
+        [
+            f"On `emoji`, test seeds, n = {n} pictures for each method and negative prompt: explicit, implicit and",
+            "pair prompts of alcohol, weapon, cat and neon sign, pooled. The worse of two eyes, with 95 % intervals.",
+            "`stacked`: `NegativePrompt` on the same pipeline, without and with a strength.",
+            f"Measured {found['date'][:10]} by `{found['command']}` ({found['device']}), card in",
+            "`results/negative_prompts.json`.",
+            "",
+            *lines,
+        ]
+    )
+
+
 def span(values: list[float]) -> str:
     low, high = (f"{v:.0f}" if v >= 10 else f"{v:.1f}" for v in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
@@ -250,6 +282,7 @@ def fill(path: Path, marker: str, text: str) -> None:
 
 if __name__ == "__main__":
     fill(ROOT / "README.md", "measured", outcome())
+    fill(ROOT / "README.md", "negatives", negatives())
     fill(ROOT / "README.md", "speed", speed())
     fill(ROOT / "README.md", "editors", editors())
     fill(ROOT / "README.md", "sequence", sequence())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from efface.delta import Factors
 
 PROMPTS = ("a night at the pub", "a big moon")
 OWN_WORDS = ("night", "pub", "moon")  # of the prompts alone: no phrase and no neutral text has them
-NEUTRAL = (("a dog", "the red dog"),)
+NEUTRAL = (("a dog",), ("the red dog",), ("a red",))
 FAMILIES = (
     "sd1",
     "sdxl",
@@ -47,6 +48,7 @@ ERASERS: dict[str, Any] = {
     "gie-adapter": GIE(TOGETHER, adapter=adapter_file(untouched("sd1"))),
     "safree": SAFREE(TOGETHER),
     "sld": SLD(TOGETHER, warmup=0.0, sld_guidance_scale=5.0, threshold=0.05),
+    "sld-everywhere": SLD(TOGETHER, warmup=0.0, sld_guidance_scale=5.0, threshold=10.0),
     "negative_prompt": NegativePrompt(TOGETHER),
     "negative_prompt-6": NegativePrompt(TOGETHER, strength=6.0),
     "eiup+negative_prompt-6": (EIUP(TOGETHER, neutral=NEUTRAL), NegativePrompt(ALCOHOL, strength=6.0)),
@@ -59,6 +61,7 @@ UNCHANGED = {  # what the method adds does not depend on this
     ("negative_prompt-6", "prompt_embeds"),
     ("negative_prompt-6", "words"),
     *((name, "negative_prompt_embeds") for name in ("eiup-separate", "eiup-gated", "gie", "gie-adapter", "sld")),
+    ("sld-everywhere", "negative_prompt_embeds"),
     ("gie-two-trajectories", "negative_prompt_embeds"),
     ("negative_prompt-6", "negative_prompt_embeds"),
 }
@@ -113,30 +116,30 @@ def call_denoiser(pipe: Any, inputs: dict[str, Tensor]) -> Tensor:
     """
     denoiser, latents = denoiser_of(pipe), inputs["latents"]
     pipe._guidance_scale = 7.5
-    pipe.scheduler.set_timesteps(4)
     arguments: dict[str, Any] = {"num_images_per_prompt": 1, "device": "cpu"}
     kind = type(pipe).__name__
     guided = not kind.startswith("Flux")
     if guided:
         arguments["do_classifier_free_guidance"] = True
+        pipe.scheduler.set_timesteps(4)
+    arguments |= {
+        name: None for name in ("prompt_2", "prompt_3") if name in signature(type(pipe).encode_prompt).parameters
+    }
     if "3" in kind or not guided:
         arguments["max_sequence_length"] = 24
     if "prompt_embeds" in inputs:
         given = {name: value for name, value in inputs.items() if name != "latents"}
         encoded = pipe.encode_prompt(prompt=None, **constant(pipe), **given, **arguments)
     else:
-        more = {"prompt_2": None} if "text_encoder_2" in pipe.components else {}
-        more |= {"prompt_3": None} if "text_encoder_3" in pipe.components else {}
-        more |= {"negative_prompt": ["a red pub", "the wine"]} if guided else {}
+        more = {"negative_prompt": ["a red pub", "the wine"]} if guided else {}
         encoded = pipe.encode_prompt(prompt=list(PROMPTS), **more, **arguments)
-    time = pipe.scheduler.timesteps[1]
     if kind.startswith("PixArt"):
         text, mask, negative, negative_mask = encoded
         return denoiser(
             torch.cat([latents] * 2),
             encoder_hidden_states=torch.cat([negative, text]),
             encoder_attention_mask=torch.cat([negative_mask, mask]),
-            timestep=time.expand(4),
+            timestep=pipe.scheduler.timesteps[1].expand(4),
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
         ).sample
     if kind.startswith("Flux"):
@@ -163,6 +166,7 @@ def call_denoiser(pipe: Any, inputs: dict[str, Tensor]) -> Tensor:
         pooled = torch.cat([encoded[3], encoded[2]])
         more = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": torch.zeros(4, 6, dtype=latents.dtype)}}
     text = torch.cat([encoded[1], encoded[0]])
+    time = pipe.scheduler.timesteps[1]
     return denoiser(torch.cat([latents] * 2), time, encoder_hidden_states=text, **more).sample
 
 
@@ -205,7 +209,8 @@ def moved_words(pipe: Any, by: Tensor | None) -> Iterator[None]:
         def move(module: Any, args: Any, out: Tensor, ids: Tensor = ids, rows: Tensor | None = rows) -> Tensor:
             return out if rows is None else out + (args[0][..., None] == ids).to(out) @ rows
 
-        hooks.append(table.register_forward_hook(move))
+        tables = {m for m in encoder.modules() if getattr(m, "weight", None) is table.weight}  # T5 has it twice
+        hooks += [module.register_forward_hook(move) for module in tables]
     try:
         yield
     finally:
@@ -229,7 +234,7 @@ def gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def assert_is_the_gradient(found: Tensor, function: Callable[[Tensor], Tensor], x: Tensor, exact: bool) -> None:
     """Central differences along the gradient and two random directions; not `exact`: a part is in float32."""
-    step, tolerance = (1e-6, 1e-4) if exact else (1e-3, 1e-2)
+    step, tolerance = (1e-6, 1e-4) if exact else (1e-3, 5e-2)
     directions = [found / found.norm(), *(random(*x.shape, seed=50 + k) for k in range(2))]
     for direction in directions:
         direction = direction / direction.norm()
@@ -261,7 +266,42 @@ def test_gradients_are_finite_differences(family: str, name: str, wrt: str) -> N
     without = gradient(function, x)
     with on(name, pipe):
         found = gradient(function, x)
-        assert_is_the_gradient(found, function, x, exact="adapter" not in name)
+        t5 = getattr(pipe, "tokenizer_3", None) is not None or family.startswith("pixart")
+        rounded = "adapter" in name or family in ("flux", "sd35") or (wrt == "words" and t5)  # to float32
+        if name == "sld" and rounded:
+            pytest.skip("a large step crosses the edges of its mask")
+        assert_is_the_gradient(found, function, x, exact=not rounded)
     assert float(found.norm()) > 1e-2
     if (name, wrt) not in UNCHANGED:
         assert float((found - without).norm() / without.norm()) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "bert", "pixart"])
+def test_eiup_is_active_in_a_part_of_the_queries(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On both sides of its kink, in conditional and unconditional rows: 20 to 80 % of phrases and queries."""
+    pipe, seen, original = double(family), {}, EIUP.edit
+
+    def spy(self: EIUP, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
+        edited = [out]
+        for k in range(1, len(term.text) + 1):  # the phrases act one after the other
+            mask = None if term.mask is None else term.mask[:k]
+            edited.append(original(self, out, cross, Term(term.text[:k], term.own[:k], mask=mask)))
+            acts = (edited[-1] - edited[-2]).norm(dim=-1) > 1e-9 * out.norm(dim=-1)
+            seen.setdefault(cross.unconditional, []).append(acts.double().mean())
+        return edited[-1]
+
+    monkeypatch.setattr(EIUP, "edit", spy)
+    with on("eiup", pipe), torch.no_grad():
+        call_denoiser(pipe, {"latents": latents_of(pipe)})
+    shares = {of: float(torch.stack(each).mean()) for of, each in seen.items()}
+    assert shares.keys() == {False, True}
+    assert all(0.2 < share < 0.8 for share in shares.values()), shares
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "bert", "pixart", "sd3"])
+def test_sld_is_active_in_a_part_of_the_picture(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, seen, original = double(family), [], SLD.guide
+    monkeypatch.setattr(SLD, "guide", lambda self, made: [seen.append(original(self, made)), seen[-1]][1])
+    with on("sld", pipe), torch.no_grad():
+        call_denoiser(pipe, {"latents": latents_of(pipe)})
+    assert 0.2 < float((seen[0] != 0).double().mean()) < 0.8
