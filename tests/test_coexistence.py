@@ -563,7 +563,7 @@ CELLS = {
     "embeddings": Cell(
         "embeddings given, text encoder dropped after `apply`",
         given_embeddings,
-        refuses={("SAFREE",): "give the text", ("NegativePrompt",): "give the text"},
+        refuses={("SAFREE",): "Give the text", ("NegativePrompt",): "Give the text"},
         restored=None,
     ),
     "embeddings-longer": Cell(
@@ -572,8 +572,8 @@ CELLS = {
         tolerance=1e-5,
         refuses={
             PREDICTION: "tokens, but a concept's",
-            ("SAFREE",): "give the text",
-            ("NegativePrompt",): "give the text",
+            ("SAFREE",): "Give the text",
+            ("NegativePrompt",): "Give the text",
         },
         # the gate of "gated" weighs the prompt's columns against the concept's, so that twice as many count
         methods=tuple(name for name in METHODS if name != "EIUP gated"),

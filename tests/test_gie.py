@@ -475,7 +475,7 @@ def test_adapters_that_do_not_fit_are_refused(pipe: Any, sd1: Any, family: str, 
 
 
 def test_files_that_are_no_adapter_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none\.safetensors: make one with GIE\.fit"):
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors. Make one with GIE\.fit"):
         GIE([CAT], adapter=tmp_path / "none.safetensors")
     path = tmp_path / "other.safetensors"
     save_file({"x": torch.zeros(1)}, path)

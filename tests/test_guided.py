@@ -370,7 +370,7 @@ def test_the_two_forms_are_exchanged_between_calls_only(sd1: Any) -> None:
         def back(*_: Any) -> Any:
             handle.strength = None
 
-        with pytest.raises(ValueError, match="set it between two calls"):
+        with pytest.raises(ValueError, match="Set it between two calls"):
             latents(sd1, callback_on_step_end=back)
         assert handle.strength == 4.0 and handle.config()["strength"] == 4.0
 
@@ -405,7 +405,7 @@ def test_a_distilled_model_is_named_as_such(eraser: Any) -> None:
     """Its guidance scale is an input of the denoiser: a larger one brings no unconditional rows."""
     pipe = stable_diffusion(tokenizer(), 32, denoiser(32, time_cond_proj_dim=8))
     pipe.set_progress_bar_config(disable=True)
-    with eraser.apply(pipe), pytest.raises(ValueError, match="is distilled to do without .*: use 'eiup'"):
+    with eraser.apply(pipe), pytest.raises(ValueError, match="is distilled to do without .*. Use 'eiup'"):
         latents(pipe)
     with EIUP(ALCOHOL).apply(pipe):
         latents(pipe)

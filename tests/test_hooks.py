@@ -328,7 +328,7 @@ def test_negative_prompts_by_row(pipe: Any) -> None:
 def test_negative_embeddings_cannot_be_added_to(sd1: Any) -> None:
     positive, negative = sd1.encode_prompt(PROMPT, "cpu", 1, True)
     with NegativePrompt([CAT]).apply(sd1):
-        with pytest.raises(ValueError, match="give the text"):
+        with pytest.raises(ValueError, match="Give the text"):
             latents(sd1, negative_prompt_embeds=negative)
         erased = latents(sd1, None, prompt_embeds=positive)
     assert torch.equal(erased, drawn("sd1", NegativePrompt([CAT])))

@@ -303,16 +303,16 @@ def test_what_safree_cannot_read_it_refuses(family: str) -> None:
     given = {"prompt_embeds": text, "pooled_prompt_embeds": pooled}
     given |= {f"negative_{name}": value for name, value in given.items()}
     with SAFREE(ALCOHOL).apply(pipe):
-        with pytest.raises(ValueError, match="`prompt_embeds`: give the text"):
+        with pytest.raises(ValueError, match="`prompt_embeds`. Give the text"):
             latents(pipe, None, **given)
-        with pytest.raises(ValueError, match="another `prompt_2`: leave it out"):
+        with pytest.raises(ValueError, match="another `prompt_2`. Leave it out"):
             latents(pipe, PROMPT, prompt_2="a dog")
         if family == "sd3":
-            with pytest.raises(ValueError, match="another `prompt_3`: leave it out"):
+            with pytest.raises(ValueError, match="another `prompt_3`. Leave it out"):
                 latents(pipe, PROMPT, prompt_3="a dog")
     with (
         NegativePrompt(ALCOHOL).apply(pipe),
-        pytest.raises(ValueError, match="`negative_prompt_embeds`: give the text"),
+        pytest.raises(ValueError, match="`negative_prompt_embeds`. Give the text"),
     ):
         latents(pipe, None, **given)
     with SLD(ALCOHOL).apply(pipe):
@@ -385,7 +385,7 @@ def test_one_negative_prompt_for_several_prompts() -> None:
 
 
 def test_the_guidance_scale_that_is_distilled_in_is_not_taken_for_the_true_one() -> None:
-    with pytest.raises(ValueError, match=r"FLUX.1 pipelines do not tell it \(`true_cfg_scale`\): use strength=None"):
+    with pytest.raises(ValueError, match=r"FLUX.1 pipelines do not tell it \(`true_cfg_scale`\). Use strength=None"):
         NegativePrompt(ALCOHOL, strength=3.0).apply(pipeline("flux"))
 
 

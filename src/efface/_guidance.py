@@ -41,7 +41,7 @@ def with_concepts(
         if term.text.shape[1:] != text.shape[1:]:
             raise ValueError(
                 f"The call's text has {text.shape[1]} tokens, but a concept's {term.text.shape[1]}, so they do "
-                "not fit into one batch: give a prompt of the ordinary length, or use method 'eiup' where it works."
+                "not fit into one batch. Give a prompt of the ordinary length, or use method 'eiup' where it works."
             )
     again = first + torch.cat([r for term, r in zip(terms, rows, strict=True) for _ in term.text])
     own = {name: value for name, value in arguments.items() if name not in SHARED}
@@ -120,15 +120,15 @@ def needs_guidance(eraser: Method, denoiser: nn.Module | None, facts: Family) ->
     needs, name = f"{type(eraser).__name__} needs guidance", f"`{facts.scale}`"
     if facts.apart:
         return (
-            f"{needs} with an unconditional prediction in each step of a pipeline's call: set {name} above 1 and give "
+            f"{needs} with an unconditional prediction in each step of a pipeline's call. Set {name} above 1 and give "
             'a `negative_prompt`, for which "" will do (a model that is distilled to do without may draw worse with '
             "it), or use method 'safree'."
         )
     needs = f"{needs}, with conditional and unconditional rows in one batch of a call"
     other = "eiup" if facts.cross_attention else "safree"
     if getattr(getattr(denoiser, "config", None), "time_cond_proj_dim", None) is not None:
-        return f"{needs}, but this denoiser is distilled to do without ({name} is its input): use {other!r}."
+        return f"{needs}, but this denoiser is distilled to do without ({name} is its input). Use {other!r}."
     return (
-        f"{needs} of the pipeline: set {name} above 1 (a denoiser that is called by itself needs both kinds of rows in "
+        f"{needs} of the pipeline. Set {name} above 1 (a denoiser that is called by itself needs both kinds of rows in "
         f"`efface.conditional_rows`), or use method {other!r}."
     )

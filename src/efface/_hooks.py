@@ -223,12 +223,12 @@ class Site:
         if eraser.twins and not hasattr(type(pipe), "guidance_scale"):
             raise ValueError(
                 f"Two trajectories need the guidance scale of the call, but {self.facts.name} pipelines do not tell "
-                "it: use one trajectory."
+                "it. Use one trajectory."
             )
         if eraser.twins and "mask_image" in inspect.signature(type(pipe).__call__).parameters:
             raise ValueError(
                 f"Two trajectories draw the plain picture beside, but {type(pipe).__name__} puts the given picture "
-                "back in after each step, which would not reach it: use one trajectory."
+                "back in after each step, which would not reach it. Use one trajectory."
             )
         for layer in self.self_layers if eraser.twins else ():
             check_unfused(layer.attn, self.facts.denoiser)
@@ -249,7 +249,7 @@ class Site:
             if call is not None and changed.guides != entry.eraser.guides:
                 raise ValueError(
                     f"This change moves {type(changed).__name__} to other rows of the batch, which cannot be done "
-                    "while the pipeline is drawing: set it between two calls."
+                    "while the pipeline is drawing. Set it between two calls."
                 )
             trial = Entry(changed, memory=entry.memory, record=entry.record)
             trial.check_rows(self.images_per_prompt, len(call.positive) if call else None)
@@ -536,7 +536,7 @@ class Site:
             if self.facts.apart:
                 raise ValueError(
                     f"With `{self.facts.scale}` above 1, which call of a compiled denoiser is the unconditional one "
-                    "cannot be told: give a pipeline that is not compiled."
+                    "cannot be told. Give a pipeline that is not compiled."
                 )
             self.first = len(text) - len(self.call.positive)
         elif self.call is not None:
@@ -638,11 +638,11 @@ class Site:
         pipe = self.call.pipe() if self.call is not None and self.given is None else None
         if pipe is None or self.prompt is None or self.first not in (0, len(self.prompt)):
             raise ValueError(
-                "Two trajectories need a call of the pipeline, with guidance in the same denoiser call: use one "
+                "Two trajectories need a call of the pipeline, with guidance in the same denoiser call. Use one "
                 "trajectory."
             )
         if getattr(pipe, "guidance_rescale", 0.0):
-            raise ValueError("Two trajectories know no `guidance_rescale`: leave it 0, or use one trajectory.")
+            raise ValueError("Two trajectories know no `guidance_rescale`. Leave it 0, or use one trajectory.")
         if torch.compiler.is_compiling():
             raise ValueError(records.UNCOMPILED)
         if self.twin is None:
@@ -869,7 +869,7 @@ class Site:
         if arguments.get("skip_layers") is not None:
             raise ValueError(
                 f"{type(guiding[0][0].eraser).__name__} changes the conditional prediction, which "
-                "`skip_guidance_layers` compares with one of its own: leave them out, or use method 'safree'."
+                "`skip_guidance_layers` compares with one of its own. Leave them out, or use method 'safree'."
             )
         if not 0 < self.first < self.last and not beside:
             raise ValueError(needs_guidance(guiding[0][0].eraser, self._denoiser(), self.facts))
@@ -914,7 +914,7 @@ class Site:
             return []
         if (n := self.last - self.first) != len(text):
             raise ValueError(
-                f"The call has {n} rows of prompts, but {len(text)} of negative prompts: give a list, one for each."
+                f"The call has {n} rows of prompts, but {len(text)} of negative prompts. Give a list, one for each."
             )
         return [Term(text[k : k + 1], (), pooled=pooled[k : k + 1]) for k in range(len(text))]
 

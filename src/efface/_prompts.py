@@ -115,7 +115,7 @@ class Entry:
         rows = self.eraser.rows
         if rows is not None and batch is not None and len(rows) * images_per_prompt != batch:
             raise ValueError(
-                f"`rows` has {len(rows)} entries, but the call has {batch // images_per_prompt} prompts: give one list "
+                f"`rows` has {len(rows)} entries, but the call has {batch // images_per_prompt} prompts. Give one list "
                 "of concepts per prompt."
             )
 
@@ -127,7 +127,7 @@ class Entry:
         if ours.shape[-1] != text.shape[-1]:
             raise ValueError(
                 f"The call's text has width {text.shape[-1]}, but the pipeline's own encoder makes width "
-                f"{ours.shape[-1]}: give embeddings of this encoder, or a prompt."
+                f"{ours.shape[-1]}. Give embeddings of this encoder, or a prompt."
             )
         mixed = ours.dtype != text.dtype and not torch.is_autocast_enabled(text.device.type)
         if ours.device != text.device or mixed:
@@ -150,7 +150,7 @@ def _join(pipe: DiffusionPipeline, prompts: list[str], texts: list[str], **setti
             if n + m != both or both > limit:
                 raise ValueError(
                     f"Official values join prompt and erasure prompt into one text, but {pairs[-1]!r} has {both} "
-                    f'tokens (expected {n} + {m}, and at most {limit}): shorten one of them, or use values="paper".'
+                    f'tokens (expected {n} + {m}, and at most {limit}). Shorten one of them, or use values="paper".'
                 )
         lengths.append(n)
     joined = encode(pipe, pairs, differentiable=True, **settings).text.unflatten(0, (len(texts), len(prompts)))

@@ -92,7 +92,7 @@ class Adapter:
             if name in SHIPPED:
                 raise FileNotFoundError(f"{path} is missing: install efface again.")
             raise FileNotFoundError(
-                f"There is no adapter {path}: make one with GIE.fit, or name a shipped one ({', '.join(SHIPPED)})."
+                f"There is no adapter {path}. Make one with GIE.fit, or name a shipped one ({', '.join(SHIPPED)})."
             )
         return _read(str(path), path.stat().st_mtime_ns)
 
@@ -105,10 +105,10 @@ def _read(path: str, modified: int) -> Adapter:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(
-            f"{path} is not a safetensors file, or it is damaged ({error}): fit the adapter again."
+            f"{path} is not a safetensors file, or it is damaged ({error}). Fit the adapter again."
         ) from error
     if (metadata.get("efface"), metadata.get("version")) != ("gie adapter", VERSION):
-        raise ValueError(f"{path} is not a GIE adapter of version {VERSION}: give a file that GIE.fit wrote.")
+        raise ValueError(f"{path} is not a GIE adapter of version {VERSION}. Give a file that GIE.fit wrote.")
     try:
         header = json.loads(metadata["adapter"])
         net = network(len(header["layers"]))
@@ -118,6 +118,6 @@ def _read(path: str, modified: int) -> Adapter:
             net, mean, std, tuple(header["layers"]), header["model"], header["text_encoder"], header["facts"]
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is a damaged GIE adapter ({error}): fit it again.") from error
+        raise ValueError(f"{path} is a damaged GIE adapter ({error}). Fit it again.") from error
     net.requires_grad_(False)
     return made

@@ -92,7 +92,7 @@ def fit_adapter(
     standing = present(pipe)
     if standing["erasers"]:
         names = ", ".join(eraser["method"] for eraser in standing["erasers"])
-        raise ValueError(f"{names} is on, and would take part in the ladder: call `handle.remove()` before `fit`.")
+        raise ValueError(f"{names} is on, and would take part in the ladder. Call `handle.remove()` before `fit`.")
     setting = {
         "model": text_hash(pipe, unedited(pipe)),
         "concepts": [asdict(c) for c in concepts],
@@ -110,7 +110,7 @@ def fit_adapter(
             ladder.judge(pipe, mine[k : k + batch], strengths, judges[concept.name], like[concept.name], progress, call)
     if not any(ladder.content["judged"][r.key]["0"][0] for r in rows):
         raise ValueError(
-            f"The detector sees the concept in none of {len(rows)} plain pictures, so there is nothing to learn: give "
+            f"The detector sees the concept in none of {len(rows)} plain pictures, so there is nothing to learn. Give "
             "prompts that draw it, and a detector that knows it."
         )
     features, targets, groups = ladder.samples(rows, strengths, fidelity)

@@ -42,5 +42,5 @@ def afterwards(cross: CrossAttention, term: Term) -> Tensor:
 def _official(cross: CrossAttention, term: Term) -> tuple[Tensor, Tensor, Tensor]:
     """The prompt, each prompt and erasure prompt joined, and the prompts' lengths."""
     if cross.prompt is None or term.joined is None or term.lengths is None:
-        raise ValueError('values="official" needs the text of each prompt: call the pipeline with `prompt` alone.')
+        raise ValueError('values="official" needs the text of each prompt. Call the pipeline with `prompt` alone.')
     return cross.prompt, term.joined, term.lengths

@@ -204,7 +204,7 @@ class GIE(Hooked):
         if self.values == "official" and not facts.causal:
             raise ValueError(
                 f"The official values take the prompt's tokens from a longer text, which needs a causal text encoder; "
-                f'that of {facts.name} is bidirectional: use values="paper".'
+                f'that of {facts.name} is bidirectional. Use values="paper".'
             )
         if self.adapter is not None:
             Adapter.load(self.adapter).check(text_hash(pipe, unedited(pipe)), layer_names(pipe))

@@ -106,7 +106,7 @@ class NegativePrompt(Hooked):
         if self.strength and not hasattr(type(pipe), facts.scale):
             raise ValueError(
                 "NegativePrompt with a strength of its own needs the guidance scale of the call, but "
-                f"{facts.name} pipelines do not tell it (`{facts.scale}`): use strength=None, or SLD."
+                f"{facts.name} pipelines do not tell it (`{facts.scale}`). Use strength=None, or SLD."
             )
         for concepts in {self.concepts} if self.rows is None else set(self.rows):
             if self.strength is None and not fits(pipe, words(concepts)):
@@ -161,7 +161,7 @@ class NegativePrompt(Hooked):
         embeds = "negative_prompt_embeds" if "negative_prompt_embeds" in arguments else "prompt_embeds"
         if arguments.get(embeds) is not None:
             raise ValueError(
-                "NegativePrompt adds to `negative_prompt`, but the call gives `negative_prompt_embeds`: give the text."
+                "NegativePrompt adds to `negative_prompt`, but the call gives `negative_prompt_embeds`. Give the text."
             )
         ours = [words(concepts) for concepts in ([self.concepts] * prompts if self.rows is None else self.rows)]
         # The call's own arguments are changed, so that a second negative prompt on the pipeline adds to the first.

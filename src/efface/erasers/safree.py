@@ -130,10 +130,10 @@ class SAFREE(Hooked):
     ) -> tuple[Any, ...]:
         prompt, facts = call.arguments["prompt"], family(pipe)
         if prompt is None or call.arguments.get("prompt_embeds") is not None:
-            raise ValueError("SAFREE reads the prompt's words, but the call gives `prompt_embeds`: give the text.")
+            raise ValueError("SAFREE reads the prompt's words, but the call gives `prompt_embeds`. Give the text.")
         for name in ("prompt_2", "prompt_3"):
             if call.arguments.get(name) not in (None, prompt):
-                raise ValueError(f"SAFREE reads one prompt, but the call gives another `{name}`: leave it out.")
+                raise ValueError(f"SAFREE reads one prompt, but the call gives another `{name}`. Leave it out.")
         settings = encoding_settings(call)
         prompts, images = [prompt] if isinstance(prompt, str) else prompt, call.arguments["num_images_per_prompt"]
         states, pooled = encoded[0], encoded[facts.returns.index("pooled")] if facts.pooled else None
