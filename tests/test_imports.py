@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_weights": FACTS,
     "_text": FACTS | {"_weights"},
     "_attention": set(),
-    "_method": FACTS | {"_attention"},
+    "_method": FACTS | {"_attention", "_weights", "_text"},
     "_prompts": FACTS | {"_weights", "_text", "_attention", "_method"},
     "_guidance": FACTS | {"_attention", "_method", "_prompts"},
     "_layers": set(),

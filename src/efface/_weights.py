@@ -10,7 +10,7 @@ import torch
 from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from torch import Tensor, nn
 
-from .families import family, without_cross_attention
+from .families import denoiser_name, family, without_cross_attention
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -25,8 +25,8 @@ def part(pipe: DiffusionPipeline, name: str) -> nn.Module:
 
 
 def denoiser_of(pipe: DiffusionPipeline) -> nn.Module:
-    """What predicts the noise, without what `torch.compile` wraps around it."""
-    module = getattr(pipe, family(pipe).denoiser)
+    """What predicts the noise, without what `torch.compile` wraps around it; text encoders may be missing."""
+    module = getattr(pipe, denoiser_name(pipe) or family(pipe).denoiser)
     return getattr(module, "_orig_mod", module)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .._text import encode
+from .._text import check_phrases, encode
 from ..core import Concept
 from ..delta import Change, Factors
 
@@ -54,10 +54,11 @@ def kept_texts(preserve: Sequence[str], concepts: Sequence[Concept], erased: Map
 
 
 class Texts:
-    """Texts as the pipeline encodes them, each once, in batches that fit memory."""
+    """Texts as the pipeline encodes them, each once, in batches that fit memory; all have to be readable."""
 
     def __init__(self, pipe: DiffusionPipeline, texts: Sequence[str], batch: int = 64) -> None:
         unique = list(dict.fromkeys(texts))
+        check_phrases(pipe, unique)
         self._rows: dict[str, Tensor] = {}
         self._last: dict[str, int] = {}
         for k in range(0, len(unique), batch):

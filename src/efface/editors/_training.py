@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
+from .._text import check_phrases
 from .._weights import digest
 from ..core import Concept, Concepts, Detector, as_concepts
 from ..delta import Delta
@@ -114,12 +115,17 @@ def check_number(name: str, value: Any, least: float = 0.0, most: float = math.i
     return float(value)
 
 
-def phrases(concepts: Concepts) -> tuple[tuple[Concept, ...], list[str]]:
-    """The concepts, and the texts that evoke them, each once."""
+def phrases(pipe: DiffusionPipeline, concepts: Concepts, *more: str) -> tuple[tuple[Concept, ...], list[str]]:
+    """The concepts, and the texts that evoke them, each once; ValueError for what the pipeline cannot read.
+
+    `more`: further texts that are checked as the phrases are.
+    """
     found = as_concepts(concepts)
     if not found:
         raise ValueError("Expected at least one concept to erase, but got none.")
-    return found, list(dict.fromkeys(phrase for concept in found for phrase in concept.phrases))
+    texts = list(dict.fromkeys(phrase for concept in found for phrase in concept.phrases))
+    check_phrases(pipe, [*texts, *more])
+    return found, texts
 
 
 # ---------------------------------------------------------------- checkpoints

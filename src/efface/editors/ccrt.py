@@ -143,19 +143,19 @@ class CCRT(Training):
             broader: entity to its direct hypernyms, for crossover.
             composer: entities to the prompt that is trained on, such as a language model; None: the template.
         """
-        found, _ = phrases(concepts)
+        found, _ = phrases(pipe, concepts)
         method = self.resolved(pipe)
         earlier = [concept for delta in active(pipe) for concept in as_concepts(delta.concepts)]
         removed = [phrase for concept in (*earlier, *found) for phrase in concept.phrases]
         source = Calibration(entities, removed, method.template or "{}", composer, broader, partial(fits, pipe))
-        net = method.denoiser(pipe, phrases(found[0])[1])
+        net = method.denoiser(pipe, phrases(pipe, found[0])[1])
         own = {name: weight for name, weight in unedited(pipe).items() if name.startswith(net.prefix)}
         base = {name: weight.clone() for name, weight in (net.base | own).items()}
         fitness, judge = Misalignment(net, base, seed), Misalignment(net, base, seed + 1)
         deltas: list[Delta] = []
         with ExitStack() as on:
             for k, concept in enumerate(found):
-                rows = torch.arange(1, len(net.condition.text)) if k == 0 else net.add(phrases(concept)[1])
+                rows = torch.arange(1, len(net.condition.text)) if k == 0 else net.add(phrases(pipe, concept)[1])
                 folder = None if checkpoint is None else Path(checkpoint) / str(k + 1)
                 one = Round(method, net, base, concept.name, rows, seed + 10 * k, folder)
                 state, info = one.run(source, fitness, judge) if method.reg else (one.fit("fit"), {})

@@ -114,7 +114,7 @@ class ESD(Training):
                 of them shows the concept.
             below: see `stop`.
         """
-        found, texts = phrases(concepts)
+        found, texts = phrases(pipe, concepts, *filter(None, [self.erase_from]))
         method = self.resolved(pipe)
         net = method.denoiser(pipe, [*texts, *filter(None, [self.erase_from])])
         state = run(

@@ -133,7 +133,7 @@ class SDD(Training):
                 of them shows the concept.
             below: see `stop`.
         """
-        found, words = phrases(concepts)
+        found, words = phrases(pipe, concepts)
         method = self.resolved(pipe)
         joined = pack(pipe, words, ", ")
         net = method.denoiser(pipe, [*words, *joined])

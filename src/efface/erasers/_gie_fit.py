@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .._text import check_phrases
 from .._weights import text_hash
 from ..core import (
     Concept,
@@ -89,6 +90,7 @@ def fit_adapter(
         raise ValueError(
             f"Expected `out` to be a file, but {out} is a folder: add a name, such as adapter.safetensors."
         )
+    check_phrases(pipe, [phrase for concept in concepts for phrase in concept.phrases])
     standing = present(pipe)
     if standing["erasers"]:
         names = ", ".join(eraser["method"] for eraser in standing["erasers"])
