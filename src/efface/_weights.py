@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,13 @@ from .families import denoiser_name, family, without_cross_attention
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+
+@contextmanager
+def learning() -> Iterator[None]:
+    """Gradients on, whatever is around it: scripts that draw often turn them off. Also a decorator."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def part(pipe: DiffusionPipeline, name: str) -> nn.Module:

@@ -185,8 +185,8 @@ def _untested(got: str) -> TypeError:
     known = ", ".join(f.name for f in FAMILIES)
     return TypeError(
         f"Expected a diffusers text-to-image pipeline of a tested family ({known}), but got {got}. It needs a UNet "
-        "with CLIP text encoders (emoji: BERT), of the class UNet2DConditionModel, or the transformer of PixArt, SD 3 or "
-        "FLUX with theirs."
+        "with CLIP text encoders (emoji: BERT), of the class UNet2DConditionModel, or the transformer of PixArt, SD 3 "
+        "or FLUX with theirs."
     )
 
 

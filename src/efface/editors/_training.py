@@ -23,7 +23,7 @@ from torch import Generator, Tensor, nn
 
 from .._text import check_phrases
 from .._weights import digest
-from ..core import Concept, Concepts, Detector, as_concepts
+from ..core import Concept, Concepts, Detector, as_concepts, check_pictures
 from ..delta import Delta
 from ..families import filled
 from ._denoiser import Denoiser, Points, Precision, Train, Weights
@@ -224,7 +224,7 @@ def look(
         rng = [Generator().manual_seed(seed) for seed in range(LOOK_IMAGES)]
         with Delta(net.change(weights), method="training").apply(pipe):
             images = shadow(shown, generator=rng, num_inference_steps=25, output_type="pt").images
-        return float(detector(images.float().cpu()).float().mean(-1).max())
+        return float(detector(check_pictures(images)).float().mean(-1).max())
 
     return share
 
@@ -294,8 +294,12 @@ def _update(state: State, settings: Training, batch: Points, loss: Any, ema: flo
     total = 0.0
     for points in batch.parts(settings.accumulate):
         value = loss(state.student, points, state.rng) * (len(points) / len(batch))
-        if value.requires_grad:
-            value.backward()
+        if not value.requires_grad:
+            raise RuntimeError(
+                "The loss does not depend on the trained weights, so nothing can be learned: gradients were turned off "
+                "within it. Take `torch.no_grad()` and `.detach()` out of the loss."
+            )
+        value.backward()
         total += float(value.detach())
     if not math.isfinite(total):
         kept = f"the last checkpoint is kept in {path}" if path and path.exists() else "there is no checkpoint yet"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 import torch
 
 from .._text import fits
+from .._weights import learning
 from ..core import Concepts, as_concepts
 from ..delta import Delta, active, unedited
 from ._misalignment import Misalignment
@@ -111,6 +112,7 @@ class CCRT(Training):
         given: dict[str, Any] = {"steps": 1000, "lr": 1e-5, "batch": 1, "reuse": 1, "sampler_steps": 50}
         return cls(reg=0.01, keep=100, generations=6, mutation=0.05, **given)
 
+    @learning()
     def fit(
         self, pipe: DiffusionPipeline, concepts: Concepts, *, seed: int = 0, checkpoint: Any = None, **options: Any
     ) -> Delta:
@@ -118,6 +120,7 @@ class CCRT(Training):
         first, *later = self.sequence(pipe, concepts, seed=seed, checkpoint=checkpoint, **options)
         return sum(later, start=first)
 
+    @learning()
     def sequence(
         self,
         pipe: DiffusionPipeline,
