@@ -15,7 +15,17 @@ ROOT = Path(efface.__file__).parent
 
 # What each part may import, besides itself. `efface` is the package's own `__init__`.
 FACTS = {"registry", "core", "families"}
-INSIDE = {"_weights", "_text", "_attention", "_method", "_prompts", "_guidance", "_layers", "_hooks"}  # of diffusers
+INSIDE = {
+    "_weights",
+    "_text",
+    "_attention",
+    "_method",
+    "_prompts",
+    "_guidance",
+    "_layers",
+    "_hooks",
+    "_watch",
+}  # of diffusers
 HOOKS = FACTS | INSIDE | {"delta"}
 MAY_IMPORT: dict[str, set[str]] = {
     "registry": set(),
@@ -24,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_weights": FACTS,
     "_text": FACTS | {"_weights"},
     "_attention": set(),
+    "_watch": set(),
     "_method": FACTS | {"_attention", "_weights", "_text"},
     "_prompts": FACTS | {"_weights", "_text", "_attention", "_method"},
     "_guidance": FACTS | {"_attention", "_method", "_prompts"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,10 @@ from .families import denoiser_name, family, without_cross_attention
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+
+class Elsewhere(ValueError):
+    """A weight is in effect, but its values are not where they can be read: fused with others, or offloaded."""
 
 
 @contextmanager
@@ -44,6 +48,14 @@ def weight(root: nn.Module, path: str) -> Tensor:
     Raises:
         ValueError: no such tensor, or one that cannot be edited in place: quantised, offloaded to disk, or fused away.
     """
+    found = stored(root, path)
+    if found.element_size() < 2:
+        raise _quantised(found, path)
+    return found
+
+
+def stored(root: nn.Module, path: str) -> Tensor:
+    """As `weight`, also where layerwise casting stores it in 8 bits."""
     found: Any = root
     for name in path.split("."):
         if isinstance(found, Attention) and name in ("to_q", "to_k", "to_v"):
@@ -53,14 +65,49 @@ def weight(root: nn.Module, path: str) -> Tensor:
         found = getattr(found, name, None)
     if not isinstance(found, Tensor):
         raise ValueError(f"{type(root).__name__} has no weight {path!r}: this is another architecture.")
-    if type(found) not in (Tensor, nn.Parameter) or not found.is_floating_point() or found.element_size() < 2:
-        raise ValueError(
-            f"{path!r} is quantised ({type(found).__name__}, {found.dtype}), and a quantised weight cannot be edited: "
-            "load the model in float32, float16 or bfloat16."
-        )
+    if type(found) not in (Tensor, nn.Parameter) or not found.is_floating_point():
+        raise _quantised(found, path)
     if found.is_meta:
-        raise ValueError(f"{path!r} is not in memory: load the model without sequential or disk offload.")
+        raise Elsewhere(
+            f"{path!r} is not in memory: load the model without sequential or disk offload, or take that off with "
+            "`pipe.remove_all_hooks()`."
+        )
     return found
+
+
+def _quantised(tensor: Tensor, path: str) -> ValueError:
+    return ValueError(
+        f"{path!r} is quantised ({type(tensor).__name__}, {tensor.dtype}), and a quantised weight cannot be edited: "
+        "load the model in float32, float16 or bfloat16."
+    )
+
+
+def fused(root: nn.Module, path: str) -> tuple[Any, tuple[str, ...]]:
+    """The LoRA layer (PEFT) around a tensor, None if there is none, and the names of the LoRAs fused into it."""
+    found: Any = root
+    for name in path.split(".")[:-1]:
+        while name != "base_layer" and isinstance(getattr(found, "base_layer", None), nn.Module):
+            found = found.base_layer
+        found = getattr(found, name, None)
+    names = getattr(found, "merged_adapters", None)
+    return (None, ()) if names is None else (found, tuple(names))
+
+
+def fused_change(layer: Any, names: Iterable[str], path: str) -> Tensor | None:
+    """What fusing these LoRAs adds to a layer's weight; None if that is not known."""
+    total: Tensor | None = None
+    for name in names:
+        known = (
+            layer is not None
+            and name in getattr(layer, "lora_A", {})
+            and name not in getattr(layer, "lora_variant", {})
+        )
+        if not known or not path.endswith(".weight"):
+            return None
+        with torch.no_grad():
+            change = layer.get_delta_weight(name)
+        total = change if total is None else total + change
+    return total
 
 
 def keys_values(pipe: DiffusionPipeline) -> dict[str, Tensor]:
@@ -75,7 +122,7 @@ def keys_values(pipe: DiffusionPipeline) -> dict[str, Tensor]:
 
 def check_unfused(attn: Attention, denoiser: str = "unet") -> None:
     if isinstance(attn.processor, FusedAttnProcessor2_0):  # `fused_projections` stays set after unfusing
-        raise ValueError(f"The attention projections are fused: call `pipe.{denoiser}.unfuse_qkv_projections()` first.")
+        raise Elsewhere(f"The attention projections are fused: call `pipe.{denoiser}.unfuse_qkv_projections()` first.")
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

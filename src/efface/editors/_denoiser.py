@@ -18,6 +18,7 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
 from .._text import condition
+from .._watch import unwatched
 from .._weights import part
 from ..families import family
 
@@ -99,7 +100,7 @@ class _Within(nn.Module):
     def __init__(self, module: nn.Module, block: Callable[..., Any]) -> None:
         super().__init__()
         self.module = module
-        vars(self)["block"] = block  # not registered a second time
+        object.__setattr__(self, "block", block)  # not registered a second time
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.block(*args, **kwargs)
@@ -186,7 +187,7 @@ class Denoiser:
         inner = {} if weights is None else {n.removeprefix(self.prefix): w for n, w in weights.items()}
         if torch.is_grad_enabled():
             inner = self.frozen | {n.removeprefix(self.prefix): w for n, w in self.base.items()} | inner
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp), self._recomputing(inner):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp), self._recomputing(inner), unwatched():
             kwargs = {**self.condition.at(prompt), "return_dict": False}
             out = functional_call(self.module, inner, (x, t), kwargs, tie_weights=False)[0]
         return out.to(self.dtype)
