@@ -15,8 +15,8 @@ from tiny import CAT, change, drawn, latents, pipeline
 from torch import Tensor
 
 import efface
-from efface import EIUP, UCE
-from efface._watch import SAMPLE, Seal, Watch, differing, near, sampled
+from efface import EIUP, UCE, Delta
+from efface._watch import SAMPLE, Seal, Watch, check_now, differing, near, sampled
 from efface.api import model_hash
 from efface.delta import active, check_written, forget, handles, present, unedited
 
@@ -179,6 +179,34 @@ def test_an_undisturbed_delta_is_checked_once_a_call(sd1: Any, monkeypatch: pyte
         sd1.unet(torch.zeros(1, 4, 8, 8), 9, text)
         sd1.unet(torch.zeros(1, 4, 8, 8), 8, text)
         assert len(checked) == 6
+
+
+@pytest.mark.parametrize("family", ["sd2", "sdxl", "pixart", "sd3", "flux"])
+def test_the_pipelines_of_other_families_are_checked(family: str) -> None:
+    pipe = pipeline(family)
+    plain, prefix = latents(pipe), "unet" if hasattr(pipe, "unet") else "transformer"
+    named = dict(getattr(pipe, prefix).named_parameters())
+    path = next(n for n in named if n.endswith((".attn2.to_v.weight", ".add_v_proj.weight")))
+    tensor = named[path]
+    handle = Delta({f"{prefix}.{path}": 0.5 * torch.randn(tensor.shape)}, method="test").apply(pipe)
+    assert change(latents(pipe), plain) > 1e-3
+    own = tensor.data.clone()
+    tensor.data.add_(0.01)
+    with pytest.raises(RuntimeError, match=f"'{prefix}.{path}'"):
+        latents(pipe)
+    tensor.data.copy_(own)
+    handle.remove()
+    assert torch.equal(latents(pipe), plain)
+
+
+def test_any_way_to_call_the_denoiser_is_taken(sd1: Any) -> None:
+    x, text, times = torch.zeros(2, 4, 8, 8), torch.zeros(2, tiny.LIMIT, 32), torch.tensor([5, 5])
+    with DELTA.apply(sd1):
+        for time in (5, 5.0, times, torch.tensor(5), times.float().requires_grad_()):
+            sd1.unet(x, time, text)
+            sd1.unet(x, timestep=time, encoder_hidden_states=text)
+        together = torch.func.vmap(lambda x, t: sd1.unet(x[None], t, text[:1])[0])(x, times)
+        assert torch.allclose(together[:, 0], sd1.unet(x, times, text)[0], atol=1e-5)
 
 
 # ---------------------------------------------------------------- LoRAs
@@ -491,8 +519,9 @@ def test_a_denoiser_can_be_compiled_with_a_delta_on() -> None:
     assert change(latents(pipe), plain) > EFFECT
     own = weight(pipe).data.clone()
     weight(pipe).data.add_(0.01)
-    with pytest.raises(RuntimeError, match="Something else has changed"):
-        handle.remove()  # the graph itself has no check
+    for check in (handle.remove, lambda: check_written(pipe), lambda: check_now(pipe.unet._orig_mod)):
+        with pytest.raises(RuntimeError, match="Something else has changed"):
+            check()  # the graph itself has none
     weight(pipe).data = own
     handle.remove()
 

@@ -118,6 +118,25 @@ def _cast(seal: Seal, tensor: Tensor) -> bool:
     return any(_same(kept.to(through).to(now.dtype), now) for through in (now.dtype, *_NARROW))
 
 
+def _number(moment: Any) -> float:
+    """A time as a number; without one, or under `torch.func`, each call is a trajectory of its own."""
+    if isinstance(moment, Tensor):
+        if not moment.numel() or torch._C._functorch.is_functorch_wrapped_tensor(moment):
+            return math.inf
+        return float(moment.detach().reshape(-1)[0])
+    return float(moment) if isinstance(moment, (int, float)) else math.inf
+
+
+def check_now(module: nn.Module) -> None:
+    """Makes the check of a module that is watched, whatever was checked before; nothing for other modules.
+
+    For callers that know when a picture begins: a graph that `torch.compile` made of a watched module has no check.
+    """
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, Watch) and hook.check is not None:
+            hook.check(module)
+
+
 @contextlib.contextmanager
 def unwatched() -> Iterator[None]:
     """A call of the module with other weights in place, which are not to be compared."""
@@ -183,7 +202,7 @@ class Watch:
         began, same_text = time.perf_counter(), text is not None and self.text is not None and self.text() is text
         forward = True
         if not isinstance(moment, Tensor) or moment.device.type == "cpu":  # elsewhere, reading it waits for the device
-            last, self.time = self.time, math.inf if moment is None else float(torch.as_tensor(moment).reshape(-1)[0])
+            last, self.time = self.time, _number(moment)
             forward = self.time < last
         if same_text and forward and began < self.next:
             return

@@ -426,7 +426,9 @@ def _model(pipe: DiffusionPipeline) -> str:
 class Delta:
     """What an editor learned: changes of weights, the model they belong to, and how they came about.
 
-    It is an eraser: `apply` adds the changes to the pipeline's weights and returns a handle that takes them off.
+    It is an eraser: `apply` adds the changes to the pipeline's weights and returns a handle that takes them off. While
+    it is on, LoRAs may be fused and unfused, and the model cast, moved and deep-copied. Other changes of the weights
+    are errors: in the pipeline's calls (unless the model was compiled after `apply`) and on any use of the handle.
 
     Args:
         weights: canonical parameter name, such as "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight",
@@ -446,6 +448,8 @@ class Delta:
     Raises:
         ValueError: changes that are empty or not finite, or a negative strength; on `apply`: another base model (the
             error names both), weights that are quantised, fused or offloaded, or a missing delta of `after`.
+        RuntimeError: while a delta is on, from its handle, from `apply` and in the pipeline's calls: something else has
+            changed weights that the delta edits. Nothing is touched (see `check_written`).
 
     Example:
         >>> import efface
