@@ -1,4 +1,4 @@
-"""Which pipelines are taken for which family, and what the others are told."""
+"""Which pipelines are taken for which family, and what errors say of the others."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from diffusers import (
     AnimateDiffPipeline,
     ControlNetModel,
+    EulerDiscreteScheduler,
     FluxImg2ImgPipeline,
     FluxKontextPipeline,
     MotionAdapter,
@@ -17,6 +18,7 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionLatentUpscalePipeline,
     StableDiffusionPAGPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
@@ -179,3 +181,16 @@ def test_sd3_does_without_t5() -> None:
     assert family(pipe) is SD3
     with SLD([CAT]).apply(pipe):
         pass
+
+
+def test_a_pipeline_that_encodes_otherwise_is_named() -> None:
+    """Its denoiser and text encoder are those of SD 1.x, but it returns the pooled text as well."""
+    unet = tiny.denoiser(32, in_channels=8)
+    given = {**parts(), "scheduler": EulerDiscreteScheduler()}
+    pipe = StableDiffusionLatentUpscalePipeline(**given, unet=unet)
+    for eraser in ALL:
+        with pytest.raises(
+            TypeError, match="LatentUpscalePipeline returns 4 values, .* return 2: it is not of a tested"
+        ):
+            eraser.apply(pipe)
+    assert "encode_prompt" not in vars(pipe)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -160,7 +161,7 @@ def test_a_replaced_layer_is_an_error() -> None:
 
 
 def test_an_undisturbed_delta_is_checked_once_a_call(sd1: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And again in a trajectory only when a check costs next to nothing of the time since the last."""
+    """Within a trajectory it is checked again only where that costs a small share of the time since the last check."""
     checked: list[int] = []
     whole = efface.delta._strange
     monkeypatch.setattr(efface.delta, "_strange", lambda module: checked.append(1) or whole(module))
@@ -524,6 +525,38 @@ def test_a_denoiser_can_be_compiled_with_a_delta_on() -> None:
             check()  # the graph itself has none
     weight(pipe).data = own
     handle.remove()
+
+
+def test_a_delta_goes_on_and_off_in_inference_mode_and_out_of_it() -> None:
+    """Also on a model that was loaded in that mode, whose weights can only be written there."""
+    for loaded, on, off in itertools.product((False, True), repeat=3):
+        with torch.inference_mode(loaded):
+            pipe = pipeline()
+        with torch.inference_mode(on):
+            handle = DELTA.apply(pipe)
+        assert torch.equal(latents(pipe), drawn("sd1", DELTA))
+        handle.strength = 0.5
+        with torch.inference_mode(off):
+            handle.remove()
+        assert same(state(pipe), state(pipeline())) and active(pipe) == [] and not pipe.unet._forward_pre_hooks
+
+
+def test_a_removal_that_breaks_half_way_leaves_the_delta_on(sd1: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    handle, whole, written = DELTA.apply(sd1), Tensor.copy_, []
+
+    def breaks(self: Tensor, value: Tensor) -> Tensor:
+        written.append(1)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        return whole(self, value)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Tensor, "copy_", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            handle.remove()
+    assert handle.active and active(sd1) == [DELTA] and torch.equal(latents(sd1), drawn("sd1", DELTA))
+    handle.remove()
+    assert torch.equal(latents(sd1), drawn())
 
 
 # ---------------------------------------------------------------- copies

@@ -184,7 +184,7 @@ def _write(module: nn.Module, paths: Iterable[str]) -> None:
                 change = _on_device(delta.weights[f"{edited.name}.{path}"], own.device)
                 precise = value.to(torch.promote_types(value.dtype, torch.float32))
                 value = precise + delta.strength * dense(change).to(precise.dtype)
-        with torch.no_grad():
+        with torch.inference_mode(target.is_inference()), torch.no_grad():  # where the model was loaded in that mode
             target.copy_(value)
         edited.seals[path] = Seal.of(target, fused(module, path)[1])
         if not deltas:
@@ -324,11 +324,23 @@ def _handle(entry: _On, parts: Mapping[str, nn.Module]) -> tuple[Handle, Callabl
                 stored(module, path)
 
     def take_off() -> None:
-        for name, module in alive():
-            edited = _EDITED[module]
-            edited.on = [e for e in edited.on if e is not entry]
-            _write(module, paths[name])
-            if not edited.on:
+        found = alive()
+        before = [(module, _EDITED[module].on) for _, module in found]
+        for module, on in before:
+            _EDITED[module].on = [e for e in on if e is not entry]
+
+        def back() -> None:
+            for module, on in before:
+                _EDITED[module].on = on
+            write()
+
+        def rewrite() -> None:
+            for name, module in found:
+                _write(module, paths[name])
+
+        _or_undo(rewrite, back)
+        for _, module in found:
+            if not _EDITED[module].on:
                 _release(module)
 
     def remove() -> None:
