@@ -522,6 +522,15 @@ def test_fit_describe_export_merge_and_erase(tmp_path: Path) -> None:
         *draw, "--delta", file, "--model", merged, "--out", tmp_path / "n", code=2
     )
 
+    twin = tmp_path / "twin.safetensors"
+    twin.write_bytes(file.read_bytes())
+    for again, words in ((file, "is given twice"), (twin, f"is the same delta as {file}")):
+        twice = "".join(call("delta", "merge", file, again, "--out", tmp_path / "t", code=2).split())
+        assert "".join(f"{again} {words}, and its change would count twice".split()) in twice
+        assert "count twice" in call(*draw, "--delta", file, "--delta", again, "--out", tmp_path / "t", code=2)
+        assert "count twice" in call(*fit[:-1], twin, "--overwrite", "--after", file, "--after", again, code=2)
+    assert not (tmp_path / "t").exists()
+
     later = tmp_path / "later.safetensors"
     call("fit", "uce", "--phrase", "beer", "--after", file, "--out", later)
     assert made["hash"][:16] in call("delta", "info", later)

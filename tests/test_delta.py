@@ -18,6 +18,7 @@ import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import ALCOHOL, change, drawn, latents, pipeline
 from torch import Tensor
@@ -330,6 +331,16 @@ def test_truncation_is_the_nearest_and_knows_its_error(shape: tuple[int, int, in
     assert lost <= 0.3 and (thin.rank == 1 or float(values[thin.rank - 1 :].norm() / values.norm()) > 0.3)
 
 
+def test_a_sum_with_a_delta_that_knows_no_model_is_refused(sd1: Any) -> None:
+    """The sum would apply to any model."""
+    known = low(sd1)
+    unknown = replace(known, base={})
+    for pair in ((known, unknown), (unknown, known)):
+        with pytest.raises(ValueError, match=r"does not know which model it belongs to \(`base` is empty\)"):
+            pair[0] + pair[1]
+    assert (unknown + unknown).base == {} and (known + known).base == known.base
+
+
 def test_truncated_says_what_was_lost(sd1: Any) -> None:
     delta = low(sd1, whole=True, conv=True)
     thin = delta.truncated(4)
@@ -392,9 +403,33 @@ def lacking(path: Path) -> None:
     save_file(tensors, path, {"efface": json.dumps(header | {"format": 1})})
 
 
+def without(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """Spoils the hashes of the model's values, by precision and name."""
+
+    def spoil(path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            header = json.loads(file.metadata()["efface"])
+        header["base"] = change(header["base"])
+        save_file(load_file(path), path, {"efface": json.dumps(header)})
+
+    return spoil
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
+        (without(lambda base: {}), "does not say which model it belongs to: its header has no hash of its weights"),
+        (
+            without(lambda base: {"float32": {}}),
+            "does not say which model .* no hash of the value of 'unet.down_blocks.0",
+        ),
+        (
+            without(lambda base: {p: dict(list(of.items())[1:]) for p, of in base.items()}),
+            "no hash of the value of 'unet.down_blocks.0",
+        ),
+        (without(lambda base: base | {"float16": {}}), "no hash of the value of"),
+        (without(lambda base: [1]), "not a whole delta"),
+        (without(lambda base: {"float32": "x"}), "not a whole delta"),
         (cut, "damaged"),
         (empty, "damaged"),
         (foreign, "not a delta of Efface"),

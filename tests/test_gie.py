@@ -542,6 +542,21 @@ def test_fit_draws_a_ladder_and_gives_an_adapter_of_this_model(sd1: Any, tmp_pat
         gie.apply(pipeline("small"))
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_adapter_learns_where_gradients_are_off(mode: Any, sd1: Any, tmp_path: Path) -> None:
+    want = GIE.fit(sd1, CAT, TEXTS, detector=Bright(), out=tmp_path / "a.safetensors", **QUICK)
+    with mode():
+        got = GIE.fit(sd1, CAT, TEXTS, detector=Bright(), out=tmp_path / "b.safetensors", **QUICK)
+    one, other = Adapter.load(str(want.adapter)), Adapter.load(str(got.adapter))
+    assert one.facts == other.facts and all(map(torch.equal, one.net.parameters(), other.net.parameters()))
+
+
+def test_a_ladder_of_broken_pictures_is_an_error(sd1: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sd1.vae, "decode", lambda z, **_: (torch.full((len(z), 3, 16, 16), torch.nan),))
+    with pytest.raises(ValueError, match="some values are not finite"):
+        GIE.fit(sd1, CAT, TEXTS, detector=Bright(), out=tmp_path / "a.safetensors", **QUICK)
+
+
 def test_a_killed_fit_loses_one_batch(sd1: Any, tmp_path: Path) -> None:
     whole = GIE.fit(sd1, CAT, TEXTS, detector=Bright(), out=tmp_path / "whole.safetensors", **QUICK)
     out = tmp_path / "cat.safetensors"

@@ -26,6 +26,7 @@ INSIDE = {
     "_hooks",
     "_forward",
     "_records",
+    "_watch",
 }  # of diffusers
 HOOKS = FACTS | INSIDE | {"delta"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -37,7 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_weights": FACTS,
     "_text": FACTS | {"_weights", "_forward"},
     "_attention": set(),
-    "_method": FACTS | {"_attention"},
+    "_watch": set(),
+    "_method": FACTS | {"_attention", "_weights", "_text"},
     "_prompts": FACTS | {"_weights", "_text", "_attention", "_method", "_records"},
     "_guidance": FACTS | {"_attention", "_method", "_prompts"},
     "_layers": {"_forward", "_attention"},

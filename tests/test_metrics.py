@@ -432,6 +432,70 @@ def test_zero_shot_takes_the_nearest_label(clip: str) -> None:
         efface.detector({"name": "clip", "labels": ["cat"], "clip": clip}, "dog")
 
 
+PICTURE = torch.full((2, 3, 16, 16), 0.5)
+
+
+class SeesGrey:
+    """In place of NudeNet's network: it sees what is grey."""
+
+    def detect(self, pixels: Any) -> list[dict[str, Any]]:
+        grey = bool(((pixels[8, 8] > 100) & (pixels[8, 8] < 156)).all())
+        return [{"class": "BUTTOCKS_EXPOSED", "score": 0.9, "box": [0, 0, 8, 8]}] * grey
+
+
+@pytest.fixture
+def judges(clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A detector of each kind."""
+    monkeypatch.setattr(_detectors, "_nudenet", SeesGrey)
+    save_file({"prompts": torch.randn(2, 12)}, tmp_path / "q16.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"id2label": {"0": "cat", "1": "dog"}}))
+    (tmp_path / "model.safetensors").touch()
+
+    def logits(self: Any, images: Tensor) -> list[Tensor]:
+        return list(torch.tensor([[1.0, 0.0]]).expand(len(images), 2))
+
+    monkeypatch.setattr(_detectors.Classifier, "look", logits)
+    made = {
+        "eyes": efface.detector("eyes", "cat"),
+        "nudenet": efface.detector("nudenet", "nudity"),
+        "clip": efface.detector({"name": "clip", "clip": clip}, "cat"),
+        "q16": efface.detector({"name": "q16", "prompts": str(tmp_path / "q16.safetensors"), "clip": clip}),
+        "classifier": efface.detector({"name": "classifier", "folder": str(tmp_path)}, "cat"),
+    }
+    assert {*_detectors.KINDS, "nudenet"} == made.keys()
+    return made
+
+
+@pytest.mark.parametrize(
+    ("pictures", "message"),
+    [
+        ((PICTURE * 255).byte(), r"got torch.uint8 \(2, 3, 16, 16\). Divide bytes by 255"),
+        (PICTURE > 0, "got torch.bool"),
+        (PICTURE * 255, "reach from 127.5 to 127.5. Scale them"),
+        (PICTURE - 1, "reach from -0.5 to -0.5"),
+        (torch.cat([PICTURE, PICTURE * math.nan]), "some values are not finite: .* Lower the strength"),
+        (torch.cat([PICTURE, PICTURE * math.inf]), "some values are not finite"),
+        (PICTURE.half() * math.nan, "some values are not finite"),
+        (torch.cat([PICTURE, PICTURE[:, :1]], 1), r"got torch.float32 \(2, 4, 16, 16\). Give what a pipeline returns"),
+        (PICTURE[:, :1], r"\(2, 1, 16, 16\)"),
+        (PICTURE.movedim(1, -1), r"\(2, 16, 16, 3\)"),
+        (PICTURE[0], r"\(3, 16, 16\)"),
+        (PICTURE[..., :0], r"\(2, 3, 16, 0\)"),
+    ],
+)
+@pytest.mark.parametrize("name", ["eyes", "nudenet", "clip", "q16", "classifier"])
+def test_pictures_that_cannot_be_judged_are_refused(name: str, pictures: Tensor, message: str, judges: Any) -> None:
+    """They are not safe: nothing could be seen in them."""
+    with pytest.raises(ValueError, match=rf"Expected pictures as a float tensor \[N, 3, H, W\].*{message}"):
+        judges[name](pictures)
+    with pytest.raises(TypeError, match="got list. Give what a pipeline returns"):
+        judges[name]([Image.new("RGB", (16, 16))])
+    whole = judges[name](PICTURE)
+    assert whole.dtype == torch.bool and whole.shape[1] == 2 and (name != "nudenet" or bool(whole.all()))
+    for kind in (torch.float64, torch.bfloat16):
+        assert torch.equal(judges[name](PICTURE.to(kind).requires_grad_()), whole)
+
+
 def test_q16_is_the_nearer_learned_prompt(clip: str, tmp_path: Path) -> None:
     prompts = torch.randn(2, 12, generator=torch.Generator().manual_seed(3))
     save_file({"prompts": prompts}, tmp_path / "q16.safetensors")

@@ -16,7 +16,7 @@ from test_safree import written_out as by_formula
 from tiny import ALCOHOL, CAT, PROMPT, WORDS, change, drawn, fitted, latents, pipeline, untouched
 from torch import Tensor
 
-from efface import EIUP, GIE, SAFREE, SLD, Concept, NegativePrompt
+from efface import EIUP, GIE, RECE, SAFREE, SLD, UCE, Concept, NegativePrompt
 from efface._text import encode, pack
 
 PROMPTS = (PROMPT, "a big red cat")  # 5 and 4 tokens: masked differently
@@ -260,3 +260,11 @@ def test_what_cannot_be_done_is_refused() -> None:
     with pytest.raises(ValueError, match="PixArt pipelines do not tell it"):
         GIE([CAT], trajectories=2).apply(pipe)
     assert "encode_prompt" not in vars(pipe) and set(WORDS) <= set(pipe.tokenizer.get_vocab())
+
+
+def test_closed_form_edits_are_refused_where_the_text_is_projected_first() -> None:
+    for editor in (UCE(), RECE(rounds=1)):
+        with pytest.raises(
+            ValueError, match=r"encoded \(width 24\), but those of this PixArtAlphaPipeline read width 16"
+        ):
+            editor.fit(pipeline("pixart"), [CAT])

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from tiny import ALCOHOL, CAT, PROMPT, change
 from torch import Generator, Tensor
 
-from efface import EIUP, ESD, SDD, Concept
+from efface import CCRT, EIUP, ESD, RECE, SDD, UCE, Concept
 from efface.delta import dense
 from efface.editors import _training
 from efface.editors._denoiser import Denoiser, trained
@@ -45,8 +45,15 @@ def assert_as_found(pipe: Any, before: dict[str, Any]) -> None:
         assert same, name
 
 
+def tensors(change: Any) -> list[Tensor]:
+    return [change] if isinstance(change, Tensor) else [change.B, change.A]
+
+
 def same(a: Any, b: Any) -> bool:
-    return a.weights.keys() == b.weights.keys() and all(torch.equal(a.weights[n], b.weights[n]) for n in a.weights)
+    pairs = ((a.weights[n], b.weights[n]) for n in a.weights)
+    return a.weights.keys() == b.weights.keys() and all(
+        torch.equal(x, y) for one, other in pairs for x, y in zip(tensors(one), tensors(other), strict=True)
+    )
 
 
 # ---------------------------------------------------------------- which weights
@@ -226,6 +233,11 @@ def test_half_precision_learns_in_float32(sd1: Any) -> None:
     assert torch.nn.functional.cosine_similarity(*flat, dim=0) > 0.5
 
 
+def test_float16_on_a_cpu_is_refused_with_the_cure() -> None:
+    with pytest.raises(ValueError, match="does not train on a CPU: load it in float32 or bfloat16"):
+        ESD(steps=1, **QUICK).fit(tiny.pipeline().to(dtype=torch.float16), CAT)
+
+
 def test_a_delta_that_is_on_belongs_to_the_model_that_is_trained(sd1: Any) -> None:
     first = EDITORS[0].fit(sd1, CAT)
     with first.apply(sd1):
@@ -334,7 +346,83 @@ def test_a_loss_that_is_not_finite_ends_the_fit_and_keeps_the_checkpoint(
         ESD(steps=6, lr=1e-3, **QUICK).fit(sd1, CAT)
 
 
+# ---------------------------------------------------------------- gradients off, or computed again
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.set_grad_enabled(False)])
+@pytest.mark.parametrize(
+    "editor",
+    [*EDITORS, CCRT(steps=2, keep=2, generations=1, **QUICK), UCE(), RECE(rounds=1)],
+    ids=lambda editor: type(editor).__name__,
+)
+def test_a_fit_learns_where_gradients_are_off(editor: Any, mode: Any, sd1: Any) -> None:
+    """Scripts that draw often turn them off; what is learned is the same, and usable outside."""
+    want = editor.fit(sd1, CAT)
+    assert max(float(dense(w).abs().max()) for w in want.weights.values()) > 0
+    with mode():
+        got = editor.fit(sd1, CAT)
+        assert not torch.is_grad_enabled()
+    assert same(got, want) and not any(t.is_inference() for w in got.weights.values() for t in tensors(w))
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize("editor", EDITORS, ids=lambda editor: type(editor).__name__)
+def test_a_model_made_in_inference_mode_is_refused(editor: Any) -> None:
+    with torch.inference_mode():
+        pipe = tiny.pipeline()
+        with pytest.raises(ValueError, match=r"loaded under `torch.inference_mode\(\)`.* load the pipeline outside"):
+            editor.fit(pipe, CAT)
+
+
+def test_a_loss_without_gradient_is_an_error(sd1: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It learned nothing, and the record had its losses."""
+    before, whole = everything(sd1), ESD.loss
+    monkeypatch.setattr(ESD, "loss", lambda *args: whole(*args).detach())
+    with pytest.raises(RuntimeError, match="does not depend on the trained weights"):
+        ESD(steps=1, **QUICK).fit(sd1, CAT)
+    assert_as_found(sd1, before)
+
+
+@pytest.mark.parametrize("editor", EDITORS, ids=lambda editor: type(editor).__name__)
+def test_gradient_checkpointing_learns_the_same_and_stays_on(editor: Any) -> None:
+    want, pipe, again = editor.fit(tiny.pipeline(), CAT), tiny.pipeline(), []
+
+    def checkpoint(block: Any, *args: Any) -> Any:
+        again.append(block)
+        return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
+
+    pipe.unet.enable_gradient_checkpointing(checkpoint)
+    before = everything(pipe)
+    got = editor.fit(pipe, CAT)
+    assert again and same(got, want)
+    assert_as_found(pipe, before)
+    blocks = [m for m in pipe.unet.modules() if getattr(m, "gradient_checkpointing", False)]
+    assert blocks and all(m._gradient_checkpointing_func is checkpoint for m in blocks)
+
+
+def test_gradient_checkpointing_stays_on_after_an_exception(sd1: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny.pipeline()
+    pipe.unet.enable_gradient_checkpointing()
+    before = {m: m._gradient_checkpointing_func for m in pipe.unet.modules() if hasattr(m, "gradient_checkpointing")}
+
+    def broken(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipe.unet.conv_out, "forward", broken)
+    with pytest.raises(KeyboardInterrupt):
+        ESD(steps=1, **QUICK).fit(pipe, CAT)
+    assert {m: m._gradient_checkpointing_func for m in before} == before
+
+
 # ---------------------------------------------------------------- the detector
+
+
+def test_pictures_that_became_nan_do_not_end_a_fit(sd1: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A detector sees nothing in them."""
+    monkeypatch.setattr(_training, "LOOK", 1)
+    monkeypatch.setattr(sd1.vae, "decode", lambda z, **_: (torch.full((len(z), 3, 16, 16), torch.nan),))
+    with pytest.raises(ValueError, match="some values are not finite"):
+        ESD(steps=2, **QUICK).fit(sd1, CAT, stop=lambda images: torch.zeros(1, len(images), dtype=torch.bool))
 
 
 def test_a_fit_ends_when_the_detector_no_longer_sees_the_concept(sd1: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,7 @@ from ._layers import Layer, SelfLayer
 from ._method import Method
 from ._prompts import Entry
 from ._records import Record
-from ._text import SITES, Unconditional, check_width, cut_off, encoding_settings, readers, unconditional
+from ._text import SITES, Unconditional, check_width, cut_off, encoder_of, encoding_settings, readers, unconditional
 from ._weights import check_unfused, denoiser_of
 from .core import Handle
 from .families import Family, family, without_cross_attention
@@ -92,6 +92,7 @@ class _Call:
     guidance_scale: float
     inside: bool  # of a call of the pipeline, not an `encode_prompt` by itself
     thread: int = field(default_factory=threading.get_ident)
+    blind: bool = False  # no text encoder any more: what the unconditional rows read cannot be compared with ""
     negative_pooled: Tensor | None = None  # where unconditional predictions come apart
 
 
@@ -158,6 +159,7 @@ class Site:
         self.parameters = tuple(inspect.signature(type(denoiser).forward).parameters)[1:]
         self.entries: list[Entry] = []
         self.pipes: list[tuple[weakref.ref[DiffusionPipeline], dict[str, Hidden]]] = []  # with what hides their methods
+        self.encoders: list[tuple[weakref.ref[DiffusionPipeline], tuple[str, ...]]] = []  # those it had, by tokenizer
         self.copies = Copies(lambda: [entry.eraser for entry in self.entries], _apply_all)
         self._hook: weakref.ref[Forward] | None = None  # on the denoiser, which holds it
         self.entered: Entered | None = None
@@ -307,6 +309,7 @@ class Site:
         for _, methods in self.pipes:
             show(methods)
         self.pipes.clear()
+        self.encoders.clear()
         self.call = self.opening = self.drawing = self.prompt = self._checked = self.twin = None
 
     @property
@@ -316,12 +319,17 @@ class Site:
     def _prepare(
         self, pipe: DiffusionPipeline, entry: Entry, prompts: list[str] | None = None, **settings: Any
     ) -> None:
-        if entry.prompts is not None and not readers(pipe):  # dropped after `apply`: what was encoded stays
+        if prompts is None and entry.prompts is not None and self._without_encoder(pipe):  # what was encoded stays
             entry.place(self.images_per_prompt)
             return
         entry.eraser.check(pipe)
         self.train_timesteps = 1 if self.facts.unit_time else pipe.scheduler.config.num_train_timesteps
         entry.prepare(pipe, self.images_per_prompt, prompts, **settings)
+
+    def _without_encoder(self, pipe: DiffusionPipeline) -> bool:
+        """Whether a text encoder was dropped since an eraser was applied, as people do to save memory."""
+        had = next((names for ref, names in self.encoders if ref() is pipe), ())
+        return any(encoder_of(pipe, name) is None for name in had)
 
     # ---- a call of the pipeline
 
@@ -370,6 +378,7 @@ class Site:
             )
             return original(*args, **kwargs)
 
+        self.encoders.append((owner, readers(pipe)))
         acts = {"check_inputs": begun, "encode_prompt": encoded, "progress_bar": looped}
         acts |= {"maybe_free_model_hooks": ended, "save_pretrained": saved}
         self.pipes.append((owner, hide(pipe, acts, self.copies)))
@@ -433,12 +442,15 @@ class Site:
         parts = dict(zip(self.facts.returns, made, strict=True))
         negative, mask = (parts.get(name) if guided else None for name in ("negative", "negative_mask"))
         apart = None
-        if negative is not None and self.facts.cross_attention:
+        blind = prompts is None and self._without_encoder(pipe)
+        if negative is not None and self.facts.cross_attention and not blind:
             untouched = negative is given[self.facts.returns.index("negative")]
             apart = unconditional(pipe, bound, negative, mask, untouched)
         scale = getattr(pipe, self.facts.scale, math.nan)
         inside = opening is not None
-        self.call = _Call(parts["text"], negative, apart, images, settings, prompts, weakref.ref(pipe), scale, inside)
+        self.call = _Call(
+            parts["text"], negative, apart, images, settings, prompts, weakref.ref(pipe), scale, inside, blind=blind
+        )
         if opening is not None:
             opening.prompts = True
         self._checked = None
@@ -573,7 +585,8 @@ class Site:
 
     def _negated_rows(self) -> dict[int, int]:
         """The unconditional rows of this denoiser call that may read another text than the empty one."""
-        if self.given is not None:  # not known: to the empty text nothing happens but rounding
+        blind = self.call is not None and self.call.blind and self.call.negative is not None
+        if self.given is not None or blind:  # not known: to the empty text nothing happens but rounding
             return {row: row for row in range(self.first)}
         apart = self.call.unconditional if self.call is not None else None
         return {row: row for row in apart.others} if apart is not None and self.first else {}

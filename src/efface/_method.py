@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._attention import CrossAttention, Term
+from ._text import check_phrases
 from .core import Concept, as_concepts, as_rows, check_strength, check_window
 
 if TYPE_CHECKING:
@@ -91,7 +93,12 @@ class Method:
         return ""
 
     def check(self, pipe: DiffusionPipeline) -> None:
-        """ValueError if it cannot work on this pipeline; asked by `apply` and before any change through the handle."""
+        """ValueError if it cannot work on this pipeline; asked by `apply` and before any change through the handle.
+
+        Here: a phrase that a text encoder cannot read. A method that overrides it calls `super().check(pipe)`.
+        """
+        concepts = dict.fromkeys([*self.concepts, *itertools.chain(*(self.rows or ()))])
+        check_phrases(pipe, list(dict.fromkeys(phrase for concept in concepts for phrase in concept.phrases)))
 
     def edit(self, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
         """The attention output [B, Q, C] without the concept of `term`.

@@ -74,6 +74,43 @@ def places(pipe: DiffusionPipeline, **settings: Any) -> dict[str, tuple[slice, s
     return found
 
 
+def unknown(tokenizer: Any, text: str) -> list[str]:
+    """The words of a text that hold characters unknown to the tokenizer: it puts one and the same token in their place.
+
+    CLIP's tokenizer knows every byte, and names its end token as the unknown one: it has no unknown characters.
+    """
+    marks = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    mark = tokenizer.unk_token_id
+    if mark is None or mark in marks:
+        return []
+
+    def strange(part: str) -> bool:
+        return mark in tokenizer(part, add_special_tokens=False).input_ids
+
+    return ([word for word in text.split() if strange(word)] or [text]) if strange(text) else []
+
+
+def check_phrases(pipe: DiffusionPipeline, phrases: Sequence[str], **settings: Any) -> None:
+    """ValueError unless every text encoder can read all of each phrase.
+
+    A phrase needs tokens, has to fit into the encoder, and may hold only characters that the tokenizer knows.
+    """
+    for name in readers(pipe):
+        tokenizer, limit = getattr(pipe, name), _limit(pipe, name, **settings)
+        for phrase, text in zip(phrases, cleaned(pipe, tokenizer, phrases, **settings), strict=True):
+            _own_columns(tokenizer, text, limit)
+            if strange := unknown(tokenizer, text):
+                raise ValueError(
+                    f"The phrase {_short(phrase)!r} has characters that the pipeline's {name} does not know "
+                    f"({_short(', '.join(strange))}), so the model would read {tokenizer.unk_token} in their place. "
+                    "Write the phrase in words that the model knows."
+                )
+
+
+def _short(text: str, most: int = 80) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def _own_columns(tokenizer: Any, text: str, limit: int) -> slice:
     """Where a text's own tokens stand; ValueError if it has none or does not fit."""
     ids, whole = (tokenizer(text, add_special_tokens=own).input_ids for own in (False, True))
@@ -143,6 +180,12 @@ def _encode(
     taken = inspect.signature(type(pipe).encode_prompt).parameters
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
         out = method(**{name: value for name, value in call.items() if name in taken})
+    if len(out) != len(family(pipe).returns):
+        raise TypeError(
+            f"`encode_prompt` of this {type(pipe).__name__} returns {len(out)} values, but pipelines of "
+            f"{family(pipe).name} return {len(family(pipe).returns)}: it is not of a tested family. Use the "
+            "text-to-image pipeline of the family."
+        )
     parts = dict(zip(family(pipe).returns, out, strict=True))
     return parts["text"], parts.get("pooled"), parts["mask"].bool() if family(pipe).masked else None
 

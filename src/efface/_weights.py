@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from torch import Tensor, nn
 
-from .families import family, without_cross_attention
+from .families import denoiser_name, family, without_cross_attention
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+
+class Elsewhere(ValueError):
+    """A weight is in effect, but its values are not where they can be read: fused with others, or offloaded."""
+
+
+@contextmanager
+def learning() -> Iterator[None]:
+    """Gradients on, whatever is around it: scripts that draw often turn them off. Also a decorator."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def part(pipe: DiffusionPipeline, name: str) -> nn.Module:
@@ -25,8 +37,8 @@ def part(pipe: DiffusionPipeline, name: str) -> nn.Module:
 
 
 def denoiser_of(pipe: DiffusionPipeline) -> nn.Module:
-    """What predicts the noise, without what `torch.compile` wraps around it."""
-    module = getattr(pipe, family(pipe).denoiser)
+    """What predicts the noise, without what `torch.compile` wraps around it; text encoders may be missing."""
+    module = getattr(pipe, denoiser_name(pipe) or family(pipe).denoiser)
     return getattr(module, "_orig_mod", module)
 
 
@@ -36,8 +48,21 @@ def weight(root: nn.Module, path: str) -> Tensor:
     Raises:
         ValueError: no such tensor, or one that cannot be edited in place: quantised, offloaded to disk, or fused away.
     """
+    found = stored(root, path)
+    if found.element_size() < 2:
+        raise _quantised(found, path)
+    return found
+
+
+def stored(root: nn.Module, path: str) -> Tensor:
+    """As `weight`, also where layerwise casting stores it in 8 bits."""
     found: Any = root
     for name in path.split("."):
+        if _on_disk(found):
+            raise Elsewhere(
+                f"{path!r} is on the disk (group offload with `offload_to_disk_path`) and cannot be edited there. Load "
+                "the model without it, or apply the delta before it is switched on."
+            )
         if isinstance(found, Attention) and name in ("to_q", "to_k", "to_v"):
             check_unfused(found)
         while name != "base_layer" and isinstance(getattr(found, "base_layer", None), nn.Module):
@@ -45,14 +70,56 @@ def weight(root: nn.Module, path: str) -> Tensor:
         found = getattr(found, name, None)
     if not isinstance(found, Tensor):
         raise ValueError(f"{type(root).__name__} has no weight {path!r}: this is another architecture.")
-    if type(found) not in (Tensor, nn.Parameter) or not found.is_floating_point() or found.element_size() < 2:
-        raise ValueError(
-            f"{path!r} is quantised ({type(found).__name__}, {found.dtype}), and a quantised weight cannot be edited: "
-            "load the model in float32, float16 or bfloat16."
-        )
+    if type(found) not in (Tensor, nn.Parameter) or not found.is_floating_point():
+        raise _quantised(found, path)
     if found.is_meta:
-        raise ValueError(f"{path!r} is not in memory: load the model without sequential or disk offload.")
+        raise Elsewhere(
+            f"{path!r} is not in memory: load the model without sequential or disk offload, or take that off with "
+            "`pipe.remove_all_hooks()`."
+        )
     return found
+
+
+def _on_disk(module: Any) -> bool:
+    """Whether diffusers keeps the module's weights in a file while it is not called."""
+    registry = getattr(module, "_diffusers_hook", None)
+    hook = None if registry is None else registry.get_hook("group_offloading")
+    return getattr(getattr(hook, "config", None), "offload_to_disk_path", None) is not None
+
+
+def _quantised(tensor: Tensor, path: str) -> ValueError:
+    return ValueError(
+        f"{path!r} is quantised ({type(tensor).__name__}, {tensor.dtype}), and a quantised weight cannot be edited: "
+        "load the model in float32, float16 or bfloat16."
+    )
+
+
+def fused(root: nn.Module, path: str) -> tuple[Any, tuple[str, ...]]:
+    """The LoRA layer (PEFT) around a tensor, None if there is none, and the names of the LoRAs fused into it."""
+    found: Any = root
+    for name in path.split(".")[:-1]:
+        while name != "base_layer" and isinstance(getattr(found, "base_layer", None), nn.Module):
+            found = found.base_layer
+        found = getattr(found, name, None)
+    names = getattr(found, "merged_adapters", None)
+    return (None, ()) if names is None else (found, tuple(names))
+
+
+def fused_change(layer: Any, names: Iterable[str], path: str) -> Tensor | None:
+    """What fusing these LoRAs adds to a layer's weight; None if that is not known."""
+    total: Tensor | None = None
+    for name in names:
+        known = (
+            layer is not None
+            and name in getattr(layer, "lora_A", {})
+            and name not in getattr(layer, "lora_variant", {})
+        )
+        if not known or not path.endswith(".weight"):
+            return None
+        with torch.no_grad():
+            change = layer.get_delta_weight(name)
+        total = change if total is None else total + change
+    return total
 
 
 def keys_values(pipe: DiffusionPipeline) -> dict[str, Tensor]:
@@ -67,7 +134,7 @@ def keys_values(pipe: DiffusionPipeline) -> dict[str, Tensor]:
 
 def check_unfused(attn: Attention, denoiser: str = "unet") -> None:
     if isinstance(attn.processor, FusedAttnProcessor2_0):  # `fused_projections` stays set after unfusing
-        raise ValueError(f"The attention projections are fused: call `pipe.{denoiser}.unfuse_qkv_projections()` first.")
+        raise Elsewhere(f"The attention projections are fused: call `pipe.{denoiser}.unfuse_qkv_projections()` first.")
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -277,9 +277,23 @@ def _erasers(
         registry.resolve(registry.split(name)[0], "erasers")
     from . import api
 
-    erasers: list[Any] = [api.load_delta(path) for path in delta or []]
+    erasers = _deltas(delta)
     targets = targets or list(dict.fromkeys(c for each in erasers for c in each.concepts))
     return targets, erasers + ([api.build(name, targets, **fields)] if name is not None else [])
+
+
+def _deltas(files: Sequence[Path] | None) -> list[Any]:
+    """The deltas in these files; ValueError if two are the same, whose change would count twice."""
+    from . import api
+
+    found: dict[str, Path] = {}
+    deltas = []
+    for path in files or ():
+        deltas.append(api.load_delta(path))
+        if (first := found.setdefault(deltas[-1].hash, path)) is not path:
+            twice = f"{path} is given twice" if first == path else f"{path} is the same delta as {first}"
+            raise ValueError(f"{twice}, and its change would count twice: give each delta once.")
+    return deltas
 
 
 def _check_guidance(erasers: list[Any], guidance: float) -> None:
@@ -578,7 +592,7 @@ def fit(
         resumes = "checkpoint" in signature(editor.fit).parameters
         options = {"checkpoint": kept} if resumes else {}
         try:
-            with api.stack(pipe, *(api.load_delta(path) for path in after or ())):
+            with api.stack(pipe, *_deltas(after)):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 gently()
                 delta = editor.fit(pipe, targets, seed=seed, **options)
@@ -657,7 +671,7 @@ def merge(
 
         from . import api
 
-        delta = reduce(add, [api.load_delta(file) for file in files])
+        delta = reduce(add, _deltas(files))
         _check_folder(out, overwrite=False)
         pipe = api.load(model)
         delta.merge(pipe)

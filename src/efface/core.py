@@ -416,6 +416,38 @@ def check_detector(detector: Any) -> None:
         )
 
 
+def check_pictures(images: Tensor) -> Tensor:
+    """Pictures [N, 3, H, W] in [0, 1] as float32 on the CPU, as detectors take them.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: another type or shape, or values that are not finite or out of range. Nothing can be seen in such
+            pictures, and a detector that answered all the same would call them safe.
+    """
+    expected = "Expected pictures as a float tensor [N, 3, H, W] in [0, 1]"
+    if not callable(getattr(images, "is_floating_point", None)):
+        raise TypeError(
+            f"{expected}, but got {type(images).__name__}. Give what a pipeline returns as output_type='pt'."
+        )
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:] or not images.is_floating_point():
+        cure = (
+            "Give what a pipeline returns as output_type='pt'" if images.is_floating_point() else "Divide bytes by 255"
+        )
+        raise ValueError(f"{expected}, but got {images.dtype} {tuple(images.shape)}. {cure}.")
+    pictures = images.detach().float().cpu()
+    if not bool(pictures.isfinite().all()):
+        raise ValueError(
+            f"{expected}, but some values are not finite: the model left its range of numbers. Lower the strength or "
+            "the guidance scale, or load the model in float32."
+        )
+    if len(pictures) and not (float(pictures.min()) >= 0 and float(pictures.max()) <= 1):
+        raise ValueError(
+            f"{expected}, but the values reach from {float(pictures.min()):g} to {float(pictures.max()):g}. Scale them "
+            "to [0, 1] first."
+        )
+    return pictures
+
+
 MAX_SEED = 2**32
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from . import __version__
 from ._text import SITES
-from ._weights import adapters, denoiser_of, part, weight
+from ._watch import Seal, Watch, differing, moved, near, sampled
+from ._weights import Elsewhere, adapters, denoiser_of, fused, fused_change, part, stored, weight
 from .core import Concept, Concepts, Handle, as_concepts, check_strength, config
 from .families import family
 
@@ -118,40 +119,254 @@ def _sum(a: Change, b: Change) -> Change:
 # ---------------------------------------------------------------- the deltas that are on
 
 
-@dataclass(eq=False)
+@dataclass
 class _On:
     delta: Delta
-    handle: Handle | None = None
 
 
 @dataclass
 class _Edited:
-    """A part of a pipeline whose weights are changed just now: its own values, exactly, and the deltas, in order."""
+    """A part of a pipeline whose weights are changed just now: its own values, exactly, and the deltas, in order.
 
-    own: dict[str, Tensor] = field(default_factory=dict)  # by path inside the part
+    Args:
+        name: of the part.
+        own: by path inside the part, the values without any delta.
+        fused: by path, the LoRAs that were fused into those values.
+        seals: by path, what was written.
+        loaded: paths that `load_state_dict` has written to since.
+        on: the deltas.
+    """
+
+    name: str
+    own: dict[str, Tensor] = field(default_factory=dict)
+    fused: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    seals: dict[str, Seal] = field(default_factory=dict)
+    loaded: set[str] = field(default_factory=set)
     on: list[_On] = field(default_factory=list)
+
+    def plain(self, module: nn.Module, path: str) -> Tensor:
+        """The module's own value: with the LoRAs that are fused into it now, without any delta."""
+        own, (layer, now), then = self.own[path], fused(module, path), self.fused[path]
+        if now == then:
+            return own
+        value = own.clone()
+        for names, sign in ((now, 1), (then, -1)):
+            for name in names:
+                change = fused_change(layer, [name], path) if name not in (then if sign > 0 else now) else None
+                if change is not None:
+                    value.add_(change.to(value), alpha=sign)
+        return value
+
+    def forget(self, path: str) -> None:
+        for kept in (self.own, self.fused, self.seals):
+            kept.pop(path, None)
+        self.loaded.discard(path)
 
 
 _EDITED: weakref.WeakKeyDictionary[nn.Module, _Edited] = weakref.WeakKeyDictionary()
 
 
-def _write(module: nn.Module, name: str, paths: Iterable[str]) -> None:
-    """Own values + sum of the deltas, at these paths of a part called `name`; own values exactly where none acts."""
+def _write(module: nn.Module, paths: Iterable[str]) -> None:
+    """Own values + sum of the deltas, at these paths of a part; own values exactly where none acts."""
     edited = _EDITED[module]
     for path in paths:
-        target = weight(module, path)
-        own = edited.own.setdefault(path, target.detach().clone())
-        deltas = [entry.delta for entry in edited.on if f"{name}.{path}" in entry.delta.weights]
-        value = own
+        deltas = [entry.delta for entry in edited.on if f"{edited.name}.{path}" in entry.delta.weights]
+        if path in edited.loaded:  # the loaded value stays
+            if not deltas:
+                edited.forget(path)
+            continue
+        target = stored(module, path)
+        if path not in edited.own:
+            edited.own[path], edited.fused[path] = target.detach().clone(), fused(module, path)[1]
+        value = own = edited.plain(module, path)
         for delta in deltas:
             if delta.strength:
-                change = _on_device(delta.weights[f"{name}.{path}"], own.device)
+                change = _on_device(delta.weights[f"{edited.name}.{path}"], own.device)
                 precise = value.to(torch.promote_types(value.dtype, torch.float32))
                 value = precise + delta.strength * dense(change).to(precise.dtype)
-        with torch.no_grad():
+        with torch.inference_mode(target.is_inference()), torch.no_grad():  # where the model was loaded in that mode
             target.copy_(value)
+        edited.seals[path] = Seal.of(target, fused(module, path)[1])
         if not deltas:
-            del edited.own[path]
+            edited.forget(path)
+
+
+def _strange(module: nn.Module) -> list[str]:
+    """The paths whose tensors do not hold what was written to them.
+
+    A LoRA that was fused or unfused meanwhile is no stranger: what it added is known.
+    """
+    edited, pairs = _EDITED[module], {}
+    strange: list[str] = []
+    for path, seal in edited.seals.items():
+        try:
+            pairs[path] = seal, stored(module, path)
+        except Elsewhere:
+            continue  # it cannot be seen
+        except ValueError:
+            strange.append(path)
+    differ, cast = differing(pairs)
+    for path in cast:
+        edited.seals[path] = Seal.of(pairs[path][1], pairs[path][0].fused)
+    for path in differ:
+        (seal, tensor), (layer, now) = pairs[path], fused(module, path)
+        change: Tensor | None = None
+        more, less = ([n for n in a if n not in b] for a, b in ((now, seal.fused), (seal.fused, now)))
+        for names, sign in ((more, 1.0), (less, -1.0)):
+            part = fused_change(layer, names, path)
+            if part is not None:
+                change = sign * sampled(part) if change is None else change + sign * sampled(part)
+        if near(seal, tensor, change):
+            edited.seals[path] = Seal.of(tensor, now)
+        else:
+            edited.seals[path] = replace(seal, other=moved(seal, tensor))
+            strange.append(path)
+    return strange
+
+
+def _check(module: nn.Module) -> None:
+    """RuntimeError if something else has written to the tensors that deltas edit."""
+    edited = _EDITED.get(module)
+    if edited is None:
+        return
+    if edited.loaded:
+        raise RuntimeError(
+            f"`load_state_dict` has replaced {len(edited.loaded)} of the weights that a delta edits, such as "
+            f"{f'{edited.name}.{min(edited.loaded)}'!r}, so the delta is no longer in them. Call `handle.remove()`, "
+            "which keeps the loaded weights, and apply the delta again."
+        )
+    if strange := _strange(module):
+        raise RuntimeError(_changed(edited, strange))
+
+
+def _changed(edited: _Edited, strange: Sequence[str]) -> str:
+    return (
+        f"Something else has changed {len(strange)} of the weights that a delta edits, such as "
+        f"{f'{edited.name}.{min(strange)}'!r}: a LoRA that was unloaded while fused, a replaced layer, a quantisation, "
+        "or an assignment to the weight. Undo that change, or call `efface.delta.forget(pipe)`, which keeps the "
+        "weights as they are now and takes the deltas off the list."
+    )
+
+
+def check_written(pipe: DiffusionPipeline) -> None:
+    """Raises if the weights under the deltas that are on are not those that the deltas wrote.
+
+    It compares at most 4096 elements of each edited tensor, bit for bit. These are no errors: LoRAs (PEFT) that are
+    fused or unfused, moves between devices, and casts.
+
+    Raises:
+        RuntimeError: `load_state_dict` or something else has written to such a tensor; it is named, with the cure.
+    """
+    for module in _parts(pipe).values():
+        _check(module)
+
+
+def forget(pipe: DiffusionPipeline) -> None:
+    """Takes all deltas off the list and leaves the weights as they are now, which become the model's own.
+
+    For weights that something else has changed, where nothing can be put back. The handles do nothing any more.
+    """
+    for module in _parts(pipe).values():
+        _release(module)
+
+
+def handles(pipe: DiffusionPipeline) -> list[Handle]:
+    """A handle for each delta that is on, in the order in which they were applied.
+
+    For a copy made by `copy.deepcopy`, which has the deltas of the original and no handles, and for lost handles.
+    """
+    entries = {id(entry): entry for m in _parts(pipe).values() if m in _EDITED for entry in _EDITED[m].on}
+    return [_handle(entry, _parts(pipe))[0] for entry in entries.values()]
+
+
+def _release(module: nn.Module) -> None:
+    if _EDITED.pop(module, None) is not None:
+        Watch.take_off(module)
+
+
+def _after_load(module: nn.Module) -> None:
+    if module in _EDITED:
+        edited = _EDITED[module]
+        edited.loaded.clear()
+        edited.loaded.update(_strange(module))
+
+
+def _copied(module: nn.Module, copy: nn.Module, memo: dict[int, Any]) -> None:
+    """The copy of a module has the same deltas on, and own values of its own."""
+    if module not in _EDITED:
+        return
+    edited = _EDITED[module]
+    on = [memo.setdefault(id(entry), _On(entry.delta)) for entry in edited.on]  # one for all parts
+    own = {path: value.clone() for path, value in edited.own.items()}
+    _EDITED[copy] = _Edited(edited.name, own, dict(edited.fused), dict(edited.seals), set(edited.loaded), on)
+
+
+def _handle(entry: _On, parts: Mapping[str, nn.Module]) -> tuple[Handle, Callable[[], None]]:
+    """What changes a delta that is on and takes it off; and what takes it off without a check."""
+    paths: dict[str, list[str]] = {}
+    for name in entry.delta.weights:
+        prefix, _, path = name.partition(".")
+        paths.setdefault(prefix, []).append(path)
+    refs = {name: weakref.ref(parts[name]) for name in paths}  # a pipeline can be freed with deltas on
+
+    def alive() -> list[tuple[str, nn.Module]]:
+        found = [(name, module) for name, ref in refs.items() if (module := ref()) is not None]
+        return [(name, m) for name, m in found if m in _EDITED and any(e is entry for e in _EDITED[m].on)]
+
+    def write() -> None:
+        for name, module in alive():
+            _write(module, paths[name])
+
+    def writable() -> None:
+        """An error comes before anything is changed."""
+        for name, module in alive():
+            for path in paths[name]:
+                stored(module, path)
+
+    def take_off() -> None:
+        found = alive()
+        before = [(module, _EDITED[module].on) for _, module in found]
+        for module, on in before:
+            _EDITED[module].on = [e for e in on if e is not entry]
+
+        def back() -> None:
+            for module, on in before:
+                _EDITED[module].on = on
+            write()
+
+        def rewrite() -> None:
+            for name, module in found:
+                _write(module, paths[name])
+
+        _or_undo(rewrite, back)
+        for _, module in found:
+            if not _EDITED[module].on:
+                _release(module)
+
+    def remove() -> None:
+        writable()
+        for _, module in alive():
+            if not _EDITED[module].loaded:
+                _check(module)
+            elif strange := [p for p in _strange(module) if p not in _EDITED[module].loaded]:
+                raise RuntimeError(_changed(_EDITED[module], strange))
+        take_off()
+
+    def swap(changed: Delta) -> None:
+        if not alive() and any(ref() is not None for ref in refs.values()):
+            raise ValueError("This delta is no longer on: apply it again to change it.")
+        writable()
+        for _, module in alive():
+            _check(module)
+        before, entry.delta = entry.delta, changed
+
+        def back() -> None:
+            entry.delta = before
+            write()
+
+        _or_undo(write, back)
+
+    return Handle(entry.delta, swap, remove), take_off
 
 
 def _on_device(change: Change, device: torch.device) -> Change:
@@ -181,16 +396,10 @@ def active(pipe: DiffusionPipeline) -> list[Delta]:
     return list({id(entry): entry.delta for entry in entries}.values())
 
 
-def handles(pipe: DiffusionPipeline) -> list[Handle]:
-    """Of the deltas that are on, in the order in which they were applied."""
-    entries = [entry for m in _parts(pipe).values() if m in _EDITED for entry in _EDITED[m].on]
-    return [entry.handle for entry in dict.fromkeys(entries) if entry.handle is not None]
-
-
 def unedited(pipe: DiffusionPipeline) -> dict[str, Tensor]:
     """The model's own values of what deltas have changed just now, by canonical name."""
-    edited = {n: _EDITED[m].own for n, m in _parts(pipe).items() if m in _EDITED}
-    return {f"{n}.{path}": own for n, values in edited.items() for path, own in values.items()}
+    edited = [(n, m, _EDITED[m]) for n, m in _parts(pipe).items() if m in _EDITED]
+    return {f"{n}.{path}": changed.plain(m, path) for n, m, changed in edited for path in changed.own}
 
 
 # ---------------------------------------------------------------- which model
@@ -229,7 +438,9 @@ def _model(pipe: DiffusionPipeline) -> str:
 class Delta:
     """What an editor learned: changes of weights, the model they belong to, and how they came about.
 
-    It is an eraser: `apply` adds the changes to the pipeline's weights and returns a handle that takes them off.
+    It is an eraser: `apply` adds the changes to the pipeline's weights and returns a handle that takes them off. While
+    it is on, LoRAs may be fused and unfused, and the model cast, moved and deep-copied. Other changes of the weights
+    are errors: in the pipeline's calls (unless the model was compiled after `apply`) and on any use of the handle.
 
     Args:
         weights: canonical parameter name, such as "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight",
@@ -249,6 +460,8 @@ class Delta:
     Raises:
         ValueError: changes that are empty or not finite, or a negative strength; on `apply`: another base model (the
             error names both), weights that are quantised, fused or offloaded, or a missing delta of `after`.
+        RuntimeError: while a delta is on, from its handle, from `apply` and in the pipeline's calls: something else has
+            changed weights that the delta edits. Nothing is touched (see `check_written`).
 
     Example:
         >>> import efface
@@ -320,47 +533,24 @@ class Delta:
 
     def apply(self, pipe: DiffusionPipeline) -> Handle:
         """Takes effect at once; returns the handle that takes it off again (also a context manager)."""
+        check_written(pipe)
         self.check(pipe)
         entry = _On(self)
-        paths: dict[str, list[str]] = {}
-        for name in self.weights:
-            prefix, _, path = name.partition(".")
-            paths.setdefault(prefix, []).append(path)
-        refs = {name: weakref.ref(part(pipe, name)) for name in paths}  # a pipeline can be freed with deltas on
-
-        def alive() -> list[tuple[str, nn.Module]]:
-            return [(name, module) for name, ref in refs.items() if (module := ref()) is not None]
+        names = list(dict.fromkeys(name.partition(".")[0] for name in self.weights))
+        parts = {name: part(pipe, name) for name in names}
+        for name, module in parts.items():
+            if module not in _EDITED:
+                _EDITED[module] = _Edited(name)
+                Watch(module, _check, _after_load, _copied).put(getattr(pipe, name))
+            _EDITED[module].on.append(entry)
+        handle, take_off = _handle(entry, parts)
 
         def write() -> None:
-            for name, module in alive():
-                _write(module, name, paths[name])
+            for name, module in parts.items():
+                _write(module, [n.partition(".")[2] for n in self.weights if n.startswith(f"{name}.")])
 
-        def remove() -> None:
-            for name, module in alive():
-                for path in paths[name]:
-                    weight(module, path)  # an error comes before anything is changed
-            for _, module in alive():
-                edited = _EDITED[module]
-                edited.on = [e for e in edited.on if e is not entry]
-            write()
-            for _, module in alive():
-                if not _EDITED[module].on:
-                    del _EDITED[module]
-
-        def swap(changed: Delta) -> None:
-            before, entry.delta = entry.delta, changed
-
-            def back() -> None:
-                entry.delta = before
-                write()
-
-            _or_undo(write, back)
-
-        for _, module in alive():
-            _EDITED.setdefault(module, _Edited()).on.append(entry)
-        _or_undo(write, remove)
-        entry.handle = Handle(self, swap, remove)
-        return entry.handle
+        _or_undo(write, take_off)
+        return handle
 
     def check(self, pipe: DiffusionPipeline) -> None:
         """ValueError unless the delta belongs to this pipeline's model, and what it was fitted on top of is on."""
@@ -401,7 +591,7 @@ class Delta:
             raise ValueError("A delta is on: remove its handle before merging; to merge several, merge their sum.")
         self.apply(pipe)
         for module in {part(pipe, name.partition(".")[0]) for name in self.weights}:
-            del _EDITED[module]
+            _release(module)
 
     def config(self) -> dict[str, Any]:
         """What a record stores: all but the numbers, with their hash."""
@@ -425,6 +615,11 @@ class Delta:
         """Both changes at once, at their present strengths, as one delta of strength 1."""
         if not isinstance(other, Delta):
             return NotImplemented
+        if bool(self.base) != bool(other.base):
+            raise ValueError(
+                "One of the deltas does not know which model it belongs to (`base` is empty), and neither would their "
+                "sum: make it with `Delta.fitted`."
+            )
         bases = {p: dict(self.base[p]) for p in self.base if p in other.base}
         for precision, base in bases.items():
             differ = [name for name, h in other.base[precision].items() if base.get(name, h) != h]
@@ -520,7 +715,8 @@ class Delta:
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is cut short, damaged, of a newer version, or something else than a delta.
+            ValueError: it is cut short, damaged, of a newer version, something else than a delta, or does not say which
+                model it belongs to.
         """
         path = Path(path)
         if not path.is_file():
@@ -546,9 +742,17 @@ class Delta:
             header["concepts"] = tuple(Concept(**c) for c in header["concepts"])
             names = dict.fromkeys(key.removesuffix(":B").removesuffix(":A") for key in tensors)
             weights = {n: tensors[n] if n in tensors else Factors(tensors[f"{n}:B"], tensors[f"{n}:A"]) for n in names}
-            return cls(weights, **{name: value for name, value in header.items() if name != "format"})
-        except (KeyError, TypeError) as error:
+            found = cls(weights, **{name: value for name, value in header.items() if name != "format"})
+            unknown = [name for hashes in found.base.values() for name in weights.keys() - hashes.keys()]
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a whole delta ({error}): make it anew.") from error
+        if not found.base or unknown:
+            what = f"the value of {min(unknown)!r} in it" if unknown else "its weights"
+            raise ValueError(
+                f"{path} does not say which model it belongs to: its header has no hash of {what}, and it would change "
+                "any model. Make it anew with `efface fit`."
+            )
+        return found
 
     def export(
         self, path: str | Path, layout: Layout = "diffusers", rank: int | None = None, dtype: torch.dtype | None = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -109,10 +111,11 @@ FAMILIES = (SD, SDXL, EMOJI, PIXART, SD3, FLUX)
 
 
 def family(pipe: DiffusionPipeline) -> Family:
-    """The family of a pipeline, told by its parts.
+    """The family of a pipeline, told by its class, its denoiser's class and its text encoders.
 
     Raises:
         TypeError: not a pipeline that Efface knows.
+        ValueError: the pipeline of a known family lacks a text encoder or a tokenizer.
     """
     parts = getattr(pipe, "components", {})
     if parts and not hasattr(pipe, "encode_prompt"):
@@ -120,32 +123,81 @@ def family(pipe: DiffusionPipeline) -> Family:
             f"{type(pipe).__name__} has no `encode_prompt`, which tells Efface which rows are conditional: use a "
             "pipeline that has it, such as StableDiffusionPipeline."
         )
-    encoders = tuple(_kind(parts[name]) for name in ("text_encoder", "text_encoder_2") if parts.get(name) is not None)
-    if parts.get("unet") is not None and parts.get("tokenizer") is not None and encoders in _BY_ENCODERS:
-        return _BY_ENCODERS[encoders]
-    transformer = parts.get("transformer")
-    found, needed = _BY_TRANSFORMER.get(type(getattr(transformer, "_orig_mod", transformer)).__name__, (None, 0))
-    if found and len(encoders) >= needed:
-        return found
-    known = ", ".join(f.name for f in FAMILIES)
-    raise TypeError(
-        f"Expected a diffusers text-to-image pipeline of a tested family ({known}), but got {type(pipe).__name__}. "
-        "It needs a UNet with CLIP text encoders (emoji: BERT), or the transformer of PixArt, SD 3 or FLUX with theirs."
-    )
+    got, name = type(pipe).__name__, denoiser_name(pipe)
+    if frames := _frames(type(pipe).__call__) if parts else "":
+        raise _untested(f"{got}, which draws videos (`{frames}`)")
+    kind = _known_class(parts.get(name), (*_BY_DENOISER, "UNet2DConditionModel"))
+    if not kind:
+        raise _untested(f"{got} with a {_class_name(parts[name])} as `{name}`" if name else got)
+    facts, needed = _BY_DENOISER.get(kind, (None, 2))
+    slots = [slot for slot in ("text_encoder", "text_encoder_2")[:needed] if slot in parts]
+    lost = [part for slot in slots for part in (slot, _tokenizer(slot)) if part in parts and parts[part] is None]
+    if lost:
+        raise ValueError(
+            _without_encoder(got, lost, refiner=facts is None and "text_encoder" in lost and len(slots) == 2)
+        )
+    if facts is None:
+        facts, needed = _BY_ENCODERS.get(tuple(_known_class(parts[slot], _ENCODERS) for slot in slots)), len(slots)
+    if facts is None or len(slots) < needed:
+        encoders = " and ".join(_class_name(parts[slot]) for slot in slots) or "no text encoder"
+        raise _untested(f"{got} with {encoders}")
+    return facts
 
 
-_BY_ENCODERS = {("CLIPText",): SD, ("CLIPText", "CLIPText"): SDXL, ("Bert",): EMOJI}  # of pipelines with a UNet
-_BY_TRANSFORMER = {  # and how many of the first two text encoders it takes
+def denoiser_name(pipe: DiffusionPipeline) -> str:
+    """The pipeline's attribute that predicts the noise; "" if it has none. Text encoders may be missing."""
+    parts = getattr(pipe, "components", {})
+    return next((name for name in ("unet", "transformer") if parts.get(name) is not None), "")
+
+
+_BY_ENCODERS = {("CLIPText",): SD, ("CLIPText", "CLIPText"): SDXL, ("Bert",): EMOJI}  # of UNet2DConditionModel
+_ENCODERS = ("CLIPText", "Bert")  # how the names of their classes begin
+_BY_DENOISER: Mapping[str, tuple[Family | None, int]] = {  # and how many of the first two text encoders it takes
     "PixArtTransformer2DModel": (PIXART, 1),
     "SD3Transformer2DModel": (SD3, 2),
     "FluxTransformer2DModel": (FLUX, 2),
 }
 
 
-def _kind(encoder: Any) -> str:
-    """What a text encoder is, by the names of its classes; without what `torch.compile` wraps around it."""
-    names = [kind.__name__ for kind in type(getattr(encoder, "_orig_mod", encoder)).__mro__]
-    return next((kind for kind in ("CLIPText", "Bert") if any(name.startswith(kind) for name in names)), "")
+def _tokenizer(encoder: str) -> str:
+    return encoder.replace("text_encoder", "tokenizer")
+
+
+def _known_class(part: Any, known: Iterable[str]) -> str:
+    """Which of the known names one of its classes has or begins with; without what `torch.compile` wraps around it."""
+    names = [kind.__name__ for kind in type(getattr(part, "_orig_mod", part)).__mro__]
+    exact = next((each for each in known if each in names), "")
+    return exact or next((each for each in _ENCODERS if each in known and any(n.startswith(each) for n in names)), "")
+
+
+def _class_name(part: Any) -> str:
+    return type(getattr(part, "_orig_mod", part)).__name__
+
+
+@functools.cache
+def _frames(call: Callable[..., Any]) -> str:
+    """The argument by which a pipeline's `__call__` draws videos, such as "num_frames"; "" if it draws pictures."""
+    arguments = inspect.signature(call).parameters
+    return next((name for name in ("num_frames", "video_length", "video") if name in arguments), "")
+
+
+def _untested(got: str) -> TypeError:
+    known = ", ".join(f.name for f in FAMILIES)
+    return TypeError(
+        f"Expected a diffusers text-to-image pipeline of a tested family ({known}), but got {got}. It needs a UNet "
+        "with CLIP text encoders (emoji: BERT), of the class UNet2DConditionModel, or the transformer of PixArt, SD 3 "
+        "or FLUX with theirs."
+    )
+
+
+def _without_encoder(pipeline: str, lost: Sequence[str], refiner: bool) -> str:
+    cure = "Load the pipeline with all its text encoders and tokenizers, and keep them while an eraser is on"
+    if refiner:  # it is made without the first one
+        cure = "Erase on the SDXL base pipeline, and leave an SDXL refiner out"
+    return (
+        f"This {pipeline} has no {' and no '.join(f'`{name}`' for name in lost)}, but Efface encodes the concept's "
+        f"phrases with the text encoders, also where the prompts are given as embeddings. {cure}."
+    )
 
 
 def without_cross_attention(who: str, pipe: DiffusionPipeline) -> str:

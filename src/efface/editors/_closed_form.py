@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .._text import encode
+from .._text import check_phrases, encode
+from .._weights import keys_values
 from ..core import Concept
 from ..delta import Change, Factors
 
@@ -54,16 +55,24 @@ def kept_texts(preserve: Sequence[str], concepts: Sequence[Concept], erased: Map
 
 
 class Texts:
-    """Texts as the pipeline encodes them, each once, in batches that fit memory."""
+    """Texts as the pipeline encodes them, each once, in batches that fit memory; all have to be readable."""
 
     def __init__(self, pipe: DiffusionPipeline, texts: Sequence[str], batch: int = 64) -> None:
         unique = list(dict.fromkeys(texts))
+        check_phrases(pipe, unique)
         self._rows: dict[str, Tensor] = {}
         self._last: dict[str, int] = {}
         for k in range(0, len(unique), batch):
             encoded = encode(pipe, unique[k : k + batch])
             self._rows |= zip(unique[k : k + batch], encoded.text.cpu(), strict=True)
             self._last |= {t: max(own.stop - 1, 0) for t, own in zip(unique[k : k + batch], encoded.own, strict=True)}
+        made, read = encoded.text.shape[-1], {w.shape[1] for w in keys_values(pipe).values()}
+        if read != {made}:
+            raise ValueError(
+                f"Expected keys and values that read the text as it is encoded (width {made}), but those of this "
+                f"{type(pipe).__name__} read width {', '.join(map(str, sorted(read)))}: the text is projected first. "
+                "Use a run-time eraser, such as EIUP."
+            )
 
     def rows(self, text: str) -> Tensor:
         """Every position of a text, [L, D] in float64."""

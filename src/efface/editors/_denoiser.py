@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
 from .._text import condition
+from .._watch import unwatched
 from .._weights import part
 from ..families import family
 
@@ -92,6 +94,18 @@ class Points:
         return cls(x, t, prompt, torch.cat(own) if own else None)
 
 
+class _Within(nn.Module):
+    """A block of a module, to be called while the whole module has other weights."""
+
+    def __init__(self, module: nn.Module, block: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module = module
+        object.__setattr__(self, "block", block)  # not registered a second time
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.block(*args, **kwargs)
+
+
 class Denoiser:
     """A pipeline's denoiser with texts at hand, callable with other weights than its own.
 
@@ -125,6 +139,11 @@ class Denoiser:
             raise ValueError(
                 "The denoiser is quantised or offloaded: load it in memory in float32, float16 or bfloat16."
             )
+        if any(w.is_inference() for w in (*parameters.values(), *self.module.buffers())):
+            raise ValueError(
+                "The denoiser was loaded under `torch.inference_mode()`, and such weights cannot take part in "
+                "training: load the pipeline outside of it. The fit itself may run anywhere."
+            )
         config = self.module.config
         if config.in_channels != config.out_channels or config.get("time_cond_proj_dim") is not None:
             raise ValueError(
@@ -137,6 +156,10 @@ class Denoiser:
         self.amp = precision == "bfloat16" or (precision == "auto" and own in (torch.float16, torch.bfloat16))
         if self.amp and self.device.type == "cuda" and not torch.cuda.is_bf16_supported():
             raise ValueError("This device has no bfloat16: load the pipeline in float32 and use precision='float32'.")
+        if own == torch.float16 and self.device.type == "cpu":
+            raise ValueError(
+                "The pipeline is in float16, which does not train on a CPU: load it in float32 or bfloat16."
+            )
         if not self.amp and own in (torch.float16, torch.bfloat16):
             raise ValueError(f"The pipeline is in {own}: use precision='bfloat16', or load it in float32.")
         self.dtype = torch.float32 if self.amp else own
@@ -164,10 +187,42 @@ class Denoiser:
         inner = {} if weights is None else {n.removeprefix(self.prefix): w for n, w in weights.items()}
         if torch.is_grad_enabled():
             inner = self.frozen | {n.removeprefix(self.prefix): w for n, w in self.base.items()} | inner
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp), self._recomputing(inner), unwatched():
             kwargs = {**self.condition.at(prompt), "return_dict": False}
             out = functional_call(self.module, inner, (x, t), kwargs, tie_weights=False)[0]
         return out.to(self.dtype)
+
+    @contextmanager
+    def _recomputing(self, weights: Weights) -> Iterator[None]:
+        """Gradient checkpointing, where it is on, with these weights in place when a block is computed again.
+
+        That happens in `backward`, when the pipeline's own weights are back.
+        """
+        on = [m for m in self.module.modules() if getattr(m, "gradient_checkpointing", False)]
+        if not on or not torch.is_grad_enabled():
+            yield
+            return
+        own = {m: m._gradient_checkpointing_func for m in on}
+
+        def again(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+            def compute(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+                within = _Within(self.module, block)
+                inner = {f"module.{name}": w for name, w in weights.items()}
+
+                def run(*inputs: Any, **named: Any) -> Any:
+                    return functional_call(within, inner, inputs, named, tie_weights=False)
+
+                return checkpoint(run, *args, **kwargs)
+
+            return compute
+
+        try:
+            for m in on:
+                m._gradient_checkpointing_func = again(own[m])
+            yield
+        finally:
+            for m in on:
+                m._gradient_checkpointing_func = own[m]
 
     @torch.no_grad()
     def trajectory(

@@ -21,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
+from .._text import check_phrases
 from .._weights import digest
-from ..core import Concept, Concepts, Detector, as_concepts
+from ..core import Concept, Concepts, Detector, as_concepts, check_pictures
 from ..delta import Delta
 from ..families import filled
 from ._denoiser import Denoiser, Points, Precision, Train, Weights
@@ -114,12 +115,17 @@ def check_number(name: str, value: Any, least: float = 0.0, most: float = math.i
     return float(value)
 
 
-def phrases(concepts: Concepts) -> tuple[tuple[Concept, ...], list[str]]:
-    """The concepts, and the texts that evoke them, each once."""
+def phrases(pipe: DiffusionPipeline, concepts: Concepts, *more: str) -> tuple[tuple[Concept, ...], list[str]]:
+    """The concepts, and the texts that evoke them, each once; ValueError for what the pipeline cannot read.
+
+    `more`: further texts that are checked as the phrases are.
+    """
     found = as_concepts(concepts)
     if not found:
         raise ValueError("Expected at least one concept to erase, but got none.")
-    return found, list(dict.fromkeys(phrase for concept in found for phrase in concept.phrases))
+    texts = list(dict.fromkeys(phrase for concept in found for phrase in concept.phrases))
+    check_phrases(pipe, [*texts, *more])
+    return found, texts
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -218,7 +224,7 @@ def look(
         rng = [Generator().manual_seed(seed) for seed in range(LOOK_IMAGES)]
         with Delta(net.change(weights), method="training").apply(pipe):
             images = shadow(shown, generator=rng, num_inference_steps=25, output_type="pt").images
-        return float(detector(images.float().cpu()).float().mean(-1).max())
+        return float(detector(check_pictures(images)).float().mean(-1).max())
 
     return share
 
@@ -288,8 +294,12 @@ def _update(state: State, settings: Training, batch: Points, loss: Any, ema: flo
     total = 0.0
     for points in batch.parts(settings.accumulate):
         value = loss(state.student, points, state.rng) * (len(points) / len(batch))
-        if value.requires_grad:
-            value.backward()
+        if not value.requires_grad:
+            raise RuntimeError(
+                "The loss does not depend on the trained weights, so nothing can be learned: gradients were turned off "
+                "within it. Take `torch.no_grad()` and `.detach()` out of the loss."
+            )
+        value.backward()
         total += float(value.detach())
     if not math.isfinite(total):
         kept = f"the last checkpoint is kept in {path}" if path and path.exists() else "there is no checkpoint yet"

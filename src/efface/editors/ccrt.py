@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 import torch
 
 from .._text import fits
+from .._weights import learning
 from ..core import Concepts, as_concepts
 from ..delta import Delta, active, unedited
 from ._misalignment import Misalignment
@@ -111,6 +112,7 @@ class CCRT(Training):
         given: dict[str, Any] = {"steps": 1000, "lr": 1e-5, "batch": 1, "reuse": 1, "sampler_steps": 50}
         return cls(reg=0.01, keep=100, generations=6, mutation=0.05, **given)
 
+    @learning()
     def fit(
         self, pipe: DiffusionPipeline, concepts: Concepts, *, seed: int = 0, checkpoint: Any = None, **options: Any
     ) -> Delta:
@@ -118,6 +120,7 @@ class CCRT(Training):
         first, *later = self.sequence(pipe, concepts, seed=seed, checkpoint=checkpoint, **options)
         return sum(later, start=first)
 
+    @learning()
     def sequence(
         self,
         pipe: DiffusionPipeline,
@@ -143,19 +146,19 @@ class CCRT(Training):
             broader: entity to its direct hypernyms, for crossover.
             composer: entities to the prompt that is trained on, such as a language model; None: the template.
         """
-        found, _ = phrases(concepts)
+        found, _ = phrases(pipe, concepts)
         method = self.resolved(pipe)
         earlier = [concept for delta in active(pipe) for concept in as_concepts(delta.concepts)]
         removed = [phrase for concept in (*earlier, *found) for phrase in concept.phrases]
         source = Calibration(entities, removed, method.template or "{}", composer, broader, partial(fits, pipe))
-        net = method.denoiser(pipe, phrases(found[0])[1])
+        net = method.denoiser(pipe, phrases(pipe, found[0])[1])
         own = {name: weight for name, weight in unedited(pipe).items() if name.startswith(net.prefix)}
         base = {name: weight.clone() for name, weight in (net.base | own).items()}
         fitness, judge = Misalignment(net, base, seed), Misalignment(net, base, seed + 1)
         deltas: list[Delta] = []
         with ExitStack() as on:
             for k, concept in enumerate(found):
-                rows = torch.arange(1, len(net.condition.text)) if k == 0 else net.add(phrases(concept)[1])
+                rows = torch.arange(1, len(net.condition.text)) if k == 0 else net.add(phrases(pipe, concept)[1])
                 folder = None if checkpoint is None else Path(checkpoint) / str(k + 1)
                 one = Round(method, net, base, concept.name, rows, seed + 10 * k, folder)
                 state, info = one.run(source, fitness, judge) if method.reg else (one.fit("fit"), {})

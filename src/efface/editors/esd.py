@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Generator, Tensor
 
+from .._weights import learning
 from ..core import Concepts, Detector, config
 from ..delta import Delta
 from ._denoiser import Denoiser, Points, Weights, mse
@@ -93,6 +94,7 @@ class ESD(Training):
         """The paper's settings, for Stable Diffusion 1.4."""
         return cls(train=train, eta=eta, steps=1000, lr=1e-5, batch=1, reuse=1, sampler_steps=50)
 
+    @learning()
     def fit(
         self,
         pipe: DiffusionPipeline,
@@ -114,7 +116,7 @@ class ESD(Training):
                 of them shows the concept.
             below: see `stop`.
         """
-        found, texts = phrases(concepts)
+        found, texts = phrases(pipe, concepts, *filter(None, [self.erase_from]))
         method = self.resolved(pipe)
         net = method.denoiser(pipe, [*texts, *filter(None, [self.erase_from])])
         state = run(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._weights import keys_values
+from .._weights import keys_values, learning
 from ..core import Concept, Concepts, as_concepts
 from ..delta import Delta
 from ..families import filled
@@ -127,6 +127,7 @@ class RECE:
         lam = self.resolved(pipe).lam
         return UCE(tokens=self.tokens, preserve=self.preserve, preserve_scale=self.preserve_scale, lam=lam or 0.0)
 
+    @learning()
     def fit(
         self,
         pipe: DiffusionPipeline,

@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from .._text import pack
+from .._weights import learning
 from ..core import Concepts, Detector, config
 from ..delta import Delta
 from ._denoiser import Denoiser, Points, Weights, mse
@@ -112,6 +113,7 @@ class SDD(Training):
         ema = 0.999 if steps >= 1500 else max(0.0, 1 - 5 / max(1, steps))
         return method if method.ema is not None else replace(method, ema=ema)
 
+    @learning()
     def fit(
         self,
         pipe: DiffusionPipeline,
@@ -133,7 +135,7 @@ class SDD(Training):
                 of them shows the concept.
             below: see `stop`.
         """
-        found, words = phrases(concepts)
+        found, words = phrases(pipe, concepts)
         method = self.resolved(pipe)
         joined = pack(pipe, words, ", ")
         net = method.denoiser(pipe, [*words, *joined])

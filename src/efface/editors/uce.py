@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .._weights import keys_values
+from .._weights import keys_values, learning
 from ..core import Concept, Concepts, as_concepts
 from ..delta import Delta
 from ..families import family
@@ -108,6 +108,7 @@ class UCE:
         """The settings of the published code of 2025: the last token only, nothing preserved unless given."""
         return cls(tokens="last", preserve=(), preserve_scale=1.0)
 
+    @learning()
     def fit(self, pipe: DiffusionPipeline, concepts: Concepts, *, seed: int = 0) -> Delta:
         """The delta that edits `concepts`. `pipe` is only read; nothing is random, `seed` goes into the record."""
         wanted = as_concepts(concepts)

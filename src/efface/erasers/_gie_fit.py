@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .._weights import text_hash
+from .._text import check_phrases
+from .._weights import learning, text_hash
 from ..core import (
     Concept,
     Detector,
     as_texts,
     check_count,
     check_detector,
+    check_pictures,
     check_strength,
     check_tuning_seeds,
     read_json,
@@ -52,6 +54,7 @@ class Row:
         return json.dumps([self.concept.name, self.prompt, self.seed])
 
 
+@learning()
 def fit_adapter(
     pipe: DiffusionPipeline,
     concepts: Sequence[Concept],
@@ -89,6 +92,7 @@ def fit_adapter(
         raise ValueError(
             f"Expected `out` to be a file, but {out} is a folder: add a name, such as adapter.safetensors."
         )
+    check_phrases(pipe, [phrase for concept in concepts for phrase in concept.phrases])
     standing = present(pipe)
     if standing["erasers"]:
         names = ", ".join(eraser["method"] for eraser in standing["erasers"])
@@ -217,7 +221,7 @@ class Ladder:
                 out = pipe([r.prompt for r in rows], generator=generators, output_type="pt", **settings)
             if progress is not None:
                 progress(what, len(rows))
-            return out.images.float().cpu()
+            return check_pictures(out.images)
 
         def keep(strength: float, images: Tensor) -> None:
             found, alike = detector(images), faithful(images, plain)

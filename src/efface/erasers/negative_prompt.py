@@ -58,8 +58,9 @@ class NegativePrompt(Hooked):
     row, so a step costs 1.5 times as much.
 
     Raises:
-        ValueError: no concept, a strength below 0; on `apply`: a text encoder of another model; for None: phrases that
-            do not fit into one text; with a number: a pipeline that does not tell its guidance scale (PixArt, FLUX);
+        ValueError: no concept, a strength below 0; on `apply`: a text encoder of another model, or a phrase with
+            characters that a tokenizer does not know; for None: phrases that do not fit into one text; with a number: a
+            pipeline that does not tell its guidance scale (PixArt, FLUX);
             during a call: guidance off (`guidance_scale <= 1`, FLUX without true guidance, or a model that is distilled
             to do without), or `rows` that are not as many as the prompts; for None, `negative_prompt_embeds` given;
             with a number, SD 3's `skip_guidance_layers`, a denoiser called by itself, when no call has set a guidance
@@ -114,6 +115,7 @@ class NegativePrompt(Hooked):
                     f"The phrases do not fit into one negative prompt, and what is over the limit would be cut: "
                     f"{words(concepts)!r}. Give fewer, or a `strength`, which takes several texts."
                 )
+        super().check(pipe)
 
     def guide(self, seen: Prediction) -> Tensor:
         if not torch.compiler.is_compiling() and not math.isfinite(seen.guidance_scale):
@@ -127,8 +129,10 @@ class NegativePrompt(Hooked):
     def rewrite(
         self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], call: BoundArguments, memory: dict[str, Tensor]
     ) -> tuple[Any, ...]:
+        if self.strength is not None:
+            return encoded
         facts = family(pipe)
-        if self.strength is not None or facts.apart:
+        if facts.apart:
             return encoded
         arguments = call.arguments
         # SDXL and SD 3: no second or third one stands for the first

@@ -73,8 +73,9 @@ class SAFREE(Hooked):
 
     Raises:
         ValueError: unknown concept, a field out of range, no concept at all; on `apply`: a text encoder of another
-            model; during a call: a phrase without tokens or over the encoder's limit, `rows` that are not as many as
-            the prompts, `prompt_embeds` or another `prompt_2` or `prompt_3`, which have no words to look at.
+            model, a phrase without tokens, over the encoder's limit or with characters that a tokenizer does not know;
+            during a call: `rows` that are not as many as the prompts, `prompt_embeds` or another `prompt_2` or
+            `prompt_3`, which have no words to look at.
         TypeError: a pipeline of another family; `rows` or concepts that are no lists of concepts.
 
     Example:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efface.core import Detector, Sample
+from efface.core import Detector, Sample, check_pictures
 from efface.models import emoji
 from efface.registry import near
 
@@ -36,7 +36,12 @@ _looks: OrderedDict[tuple[str, bytes], Any] = OrderedDict()
 
 
 def looks(detector: Looking, images: Tensor) -> list[Any]:
-    """What `detector` sees in each picture [N, 3, H, W], looked up where it was seen lately."""
+    """What `detector` sees in each picture [N, 3, H, W], looked up where it was seen lately.
+
+    Raises:
+        ValueError: pictures that are not float [N, 3, H, W] in [0, 1].
+    """
+    images = check_pictures(images)
     keys = [(detector.look_name, hashlib.sha256(x.contiguous().numpy().tobytes()).digest()) for x in images]
     new = [k for k, key in enumerate(keys) if key not in _looks]
     found = dict(zip([keys[k] for k in new], detector.look(images[new]) if new else [], strict=True))
@@ -405,7 +410,8 @@ def detector(spec: Spec, names: str | Sequence[str] = ()) -> Detector:
         names: what to look for; any of them counts. () = whatever the detector knows.
 
     Raises:
-        ValueError: an unknown detector or option, or one that cannot judge these names.
+        ValueError: an unknown detector or option, or one that cannot judge these names; when it is called:
+            pictures that are not float [N, 3, H, W] in [0, 1], or not finite.
         ImportError: its package is missing; the message names the pip command.
         FileNotFoundError: its weights are missing.
 
