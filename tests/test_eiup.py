@@ -70,12 +70,24 @@ def written_out(attn: Attention, hidden: Tensor, text: Tensor) -> Tensor:
     return mix(attn, softmax(logits(attn, hidden, text)), text)
 
 
+def direction(nothing: Tensor, erased: Tensor, neutral: Sequence[Tensor]) -> Tensor:
+    """What a phrase adds, less its share of what neutral texts add."""
+    d = erased - nothing
+    if not neutral:
+        return d
+    shared = torch.stack([text - nothing for text in neutral], -1)
+    return d - (shared @ torch.linalg.pinv(shared) @ d[..., None])[..., 0]
+
+
+def cleared(share: float, out: Tensor, nothing: Tensor, erased: Sequence[Tensor], neutral: Sequence[Tensor]) -> Tensor:
+    """The formula for unconditional rows: what they add to the empty text, less its projection on all phrases."""
+    span = torch.stack([direction(nothing, text, neutral) for text in erased], -1)
+    return out - share * (span @ torch.linalg.pinv(span) @ (out - nothing)[..., None])[..., 0]
+
+
 def projected(strength: float, out: Tensor, nothing: Tensor, erased: Tensor, neutral: Sequence[Tensor]) -> Tensor:
     """The formula of the form "projected" for one phrase; all are attention outputs [Q, C]."""
-    d = erased - nothing
-    if neutral:
-        shared = torch.stack([text - nothing for text in neutral], -1)
-        d = d - (shared @ torch.linalg.pinv(shared) @ d[..., None])[..., 0]
+    d = direction(nothing, erased, neutral)
     toward = torch.einsum("qc,qc->q", out - nothing, d) / torch.einsum("qc,qc->q", d, d)
     return out - strength * toward.clamp(min=0)[:, None] * d
 
@@ -106,11 +118,14 @@ class Reference:
     def row(self, attn: Attention, hidden: Tensor, text: Tensor, conditional: bool) -> Tensor:
         out = written_out(attn, hidden, text)
         other = text.shape != self.empty.shape or change(text, self.empty) > 1e-3
-        negative = not conditional and self.form == "projected" and other
-        for erased, own in self.erased if conditional or negative else ():
+        if not conditional and self.form == "projected" and other:
+            nothing, *neutral = (written_out(attn, hidden, text) for text in (self.empty, *self.neutral))
+            erased = [written_out(attn, hidden, text) for text, _ in self.erased]
+            return cleared(min(self.strength, 1.0), out, nothing, erased, neutral)
+        for erased, own in self.erased if conditional else ():
             if self.form == "projected":
                 of = [written_out(attn, hidden, text) for text in (self.empty, erased, *self.neutral)]
-                out = projected(min(self.strength, 1.0) if negative else self.strength, out, *of[:2], of[2:])
+                out = projected(self.strength, out, *of[:2], of[2:])
             elif self.form == "separate":
                 weights = softmax(logits(attn, hidden, erased))
                 out = out - self.strength * mix(attn, weights[..., own], erased[own])
@@ -289,15 +304,18 @@ def directions(edit: Edit) -> tuple[Tensor, Tensor, Tensor]:
     ("negative", "strength"), [(None, 1.0), (["a dog", "the pub"], 1.0), (["the pub", "a dog"], 2.5)]
 )
 def test_strength_1_leaves_nothing_of_the_concept(negative: Any, strength: float, edits: Edits, double: Any) -> None:
-    """Nor does any larger strength in unconditional rows, where it never goes beyond."""
+    """Nor does any larger strength in unconditional rows, which have neither more nor less than the empty text."""
     seen: dict[bool, list[int]] = {}
     for edit in edits(double, eiup("projected", CAT, strength=strength), negative_prompt=negative):
         nothing, d, _ = directions(edit)
         left, before = (((out - nothing) * d).sum(-1) for out in (edit.edited, edit.out))
         size, unconditional = (d * d).sum(-1), edit.cross.unconditional
         assert bool((left <= 1e-5 * size).all())
-        assert torch.equal(edit.edited[before < 0], edit.out[before < 0])
-        if unconditional or strength == 1:
+        if unconditional:
+            assert bool((left >= -1e-5 * size).all())
+        else:
+            assert torch.equal(edit.edited[before < 0], edit.out[before < 0])
+        if strength == 1:
             assert bool((left[before > 0] >= -1e-5 * size[before > 0]).all())
         counts = seen.setdefault(unconditional, [0, 0])
         counts[0] += int((before > 0).sum())

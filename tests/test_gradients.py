@@ -278,7 +278,7 @@ def test_gradients_are_finite_differences(family: str, name: str, wrt: str) -> N
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "bert", "pixart"])
 def test_eiup_is_active_in_a_part_of_the_queries(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On both sides of its kink, in conditional and unconditional rows: 20 to 80 % of phrases and queries."""
+    """On both sides of its kink, in conditional rows: 20 to 80 % of phrases and queries. Others have no kink."""
     pipe, seen, original = double(family), {}, EIUP.edit
 
     def spy(self: EIUP, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
@@ -295,7 +295,7 @@ def test_eiup_is_active_in_a_part_of_the_queries(family: str, monkeypatch: pytes
         call_denoiser(pipe, {"latents": latents_of(pipe)})
     shares = {of: float(torch.stack(each).mean()) for of, each in seen.items()}
     assert shares.keys() == {False, True}
-    assert all(0.2 < share < 0.8 for share in shares.values()), shares
+    assert 0.2 < shares[False] < 0.8 < shares[True]
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl", "bert", "pixart", "sd3"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention
 from test_conformance import each, refusal
-from test_eiup import logits, mix, projected, softmax, written_out
+from test_eiup import cleared, logits, mix, projected, softmax, written_out
 from test_safree import written_out as by_formula
 from tiny import ALCOHOL, CAT, PROMPT, WORDS, change, drawn, fitted, latents, pipeline, untouched
 from torch import Tensor
@@ -55,17 +55,22 @@ class Reference:
         for k, (hidden, text) in enumerate(zip(hidden_states, self.prompts, strict=True)):
             plain = written_out(attn, hidden, text)
             if k < len(self.negative):
-                out.append(self.row(attn, hidden, text, plain, min(self.strength, 1.0)) if self.negative[k] else plain)
+                out.append(self.clear(attn, hidden, plain) if self.negative[k] else plain)
             else:
-                out.append(self.row(attn, hidden, text, plain, self.strength))
+                out.append(self.row(attn, hidden, text, plain))
         return attn.to_out[1](attn.to_out[0](torch.stack(out))) / attn.rescale_output_factor
 
-    def row(self, attn: Attention, hidden: Tensor, text: Tensor, out: Tensor, strength: float) -> Tensor:
+    def clear(self, attn: Attention, hidden: Tensor, out: Tensor) -> Tensor:
+        nothing, *neutral = (written_out(attn, hidden, text) for text in (self.empty, *self.neutral))
+        erased = [written_out(attn, hidden, text) for text in self.erased]
+        return cleared(min(self.strength, 1.0), out, nothing, erased, neutral)
+
+    def row(self, attn: Attention, hidden: Tensor, text: Tensor, out: Tensor) -> Tensor:
         for erased in self.erased:
             own = erased[:-1]
             if self.form == "projected":
                 of = [written_out(attn, hidden, text) for text in (self.empty, erased, *self.neutral)]
-                out = projected(strength, out, *of[:2], of[2:])
+                out = projected(self.strength, out, *of[:2], of[2:])
             elif self.form == "separate":
                 maps = softmax(logits(attn, hidden, erased))
                 out = out - self.strength * mix(attn, maps[..., :-1], own)

@@ -31,10 +31,10 @@ class EIUP(Hooked):
         projected:       d = A(q, E) V_E - A(q, N) V_N, less its share of   what the concept would add here that
                              every A(q, T) V_T - A(q, N) V_N                ordinary things T would not
                          a = max(0, <O - A(q, N) V_N, d> / <d, d>)          how much of it the row's text adds
-                         O = O - s a d                                      per query, over heads and channels
+                         O = O - strength a d                               per query, over heads and channels
 
-    s is `strength` in conditional rows. In unconditional rows with a negative prompt, which the projected form edits
-    too, s is `min(strength, 1)`.
+    Unconditional rows with a negative prompt get another edit in the projected form, P_d the projector on the span of
+    the d of all phrases: O = O - min(strength, 1) P_d (O - A(q, N) V_N).
 
     Paper: D. Chen, Z. Li, M. Fan, C. Chen, W. Zhou, Y. Li, 2024, "EIUP: A Training-Free Approach to Erase
     Non-Compliant Concepts Conditioned on Implicit Unsafe Prompts", arXiv 2408.01014 v1. Equation numbers cannot be
@@ -52,10 +52,11 @@ class EIUP(Hooked):
     are kept (the published code of GIE drops one padding column for each concept token), so zero strength is the plain
     pipeline to the bit. One trajectory, not two. Outside the window the plain prompt is drawn.
 
-    Negative prompts: guidance pushes away from the unconditional rows. If a negative prompt kept the concept there, it
-    would ruin pictures of other things; if more than the concept were taken out, guidance would push towards it. So the
-    projected form takes out exactly what the negative prompt adds of the concept. The same holds for further rows that
-    `NegativePrompt` with a strength predicts. With an empty negative prompt no unconditional row is edited, at no cost.
+    Negative prompts: guidance pushes away from the unconditional rows. If they showed the concept, it would ruin
+    pictures of other things. If they had less of it than the empty text, guidance would push towards the concept: away
+    from a dagger, for example, and so towards a bomb. The projected form leaves in them what the empty text has. The
+    same holds for further rows that `NegativePrompt` with a strength predicts. With an empty negative prompt no
+    unconditional row is edited, at no cost.
     `separate` and `gated` compare with no other text and leave unconditional rows alone: a negative prompt that names
     the concept adds to what they remove.
 
@@ -141,9 +142,10 @@ class EIUP(Hooked):
             would_be = cross.with_empty(term.text, term.mask)
             would_be = would_be.to(torch.promote_types(out.dtype, torch.float32))
             nothing, others = would_be[0], would_be[1:] - would_be[0]
-            # More than all of it would turn a row that guidance pushes away from into the concept's opposite.
+            # More or less than the empty text has of the concept, where guidance pushes away from it, would come back.
             strength = min(self.strength, 1.0) if cross.unconditional else self.strength
-            return (out + _projected(out - nothing, others, len(self.neutral), strength)).to(out.dtype)
+            added = _projected(out - nothing, others, len(self.neutral), strength, cross.unconditional)
+            return (out + added).to(out.dtype)
         key, value = cross.keys_values(term.text)
         if self.normalization == "separate":
             weight = torch.zeros(len(value), 1, value.shape[2], 1, dtype=value.dtype, device=value.device)
@@ -162,7 +164,7 @@ class EIUP(Hooked):
         return added
 
 
-def _projected(out: Tensor, others: Tensor, neutral: int, strength: float) -> Tensor:
+def _projected(out: Tensor, others: Tensor, neutral: int, strength: float, unconditional: bool) -> Tensor:
     """What the projected form adds [B, Q, C].
 
     `out` [B, Q, C] and `others` [neutral + phrases, B, Q, C] are less what the empty text puts out. The result is
@@ -175,11 +177,18 @@ def _projected(out: Tensor, others: Tensor, neutral: int, strength: float) -> Te
     parts = torch.eye(texts, dtype=inner.dtype, device=inner.device).expand_as(inner)
     # A row for each text: its inner products with all, that with `out`, and what it is made of.
     table = torch.cat([inner, others @ out[..., None], parts], -1)
-    for k in range(neutral):  # takes the share of T_k out of every text
+    shares = [torch.zeros_like(out[..., 0])] * neutral
+    pivots = [parts[..., k, :] for k in range(neutral)]
+    for k in range(texts if unconditional else neutral):  # takes the share of text k out of every text
         pivot = table[..., k : k + 1, :]
-        table = table - table[..., k : k + 1] / pivot[..., k : k + 1].clamp_min(least[..., k, None, None]) * pivot
+        length = pivot[..., k : k + 1].clamp_min(least[..., k, None, None])
+        if k >= neutral:  # what is left of a phrase is at right angles to the phrases before it
+            shares.append(strength * (pivot[..., texts] / length[..., 0]).squeeze(-1))
+            pivots.append(pivot[..., 0, texts + 1 :])
+        table = table - table[..., k : k + 1] / length * pivot
+    if unconditional:
+        return -((torch.stack(shares, -1)[..., None, :] @ torch.stack(pivots, -2)) @ others).squeeze(-2)
     inner, toward, parts = (x.squeeze(-1) for x in table.split([texts, 1, texts], -1))
-    shares = [torch.zeros_like(toward[..., 0])] * neutral
     for k in range(neutral, texts):  # one after the other: what is taken out counts for those behind
         length = torch.maximum(inner[..., k, k], least[..., k])
         shares.append(strength * (toward[..., k] / length).clamp_min(0))
