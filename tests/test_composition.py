@@ -74,7 +74,7 @@ def assert_erases(eraser: Any, pipe: Any, **call: Any) -> tuple[Tensor, Tensor]:
     with eraser.apply(pipe), predictions(pipe) as after:
         erased = latents(pipe, PROMPT, **call)
     assert change(erased, plain) > EFFECT and len(before) == len(after)
-    if eraser.touches_uncond and not eraser.edits_attention:  # EIUP leaves the empty text alone
+    if eraser.touches_uncond:
         assert change(after[0][:1], before[0][:1]) > EFFECT
     else:
         assert_unchanged(after[0][:1], before[0][:1], eraser)

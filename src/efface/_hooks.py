@@ -67,7 +67,12 @@ class Hooked(Method):
 
     def apply(self, pipe: DiffusionPipeline) -> Handle:
         """Takes effect at once; returns the handle that takes it off again (also a context manager)."""
-        return site(pipe).add(pipe, self)
+        here = site(pipe)
+        try:
+            return here.add(pipe, self)
+        except BaseException:
+            here.forget_if_empty()
+            raise
 
 
 @dataclass
@@ -269,6 +274,11 @@ class Site:
 
         entry.handle = Handle(eraser, swap, remove, lambda: entry.record.as_json())
         return entry.handle
+
+    def forget_if_empty(self) -> None:
+        """Without an eraser nothing is kept about the denoiser."""
+        if not self.entries and (denoiser := self._denoiser()) is not None:
+            SITES.pop(denoiser, None)
 
     def _fit(self) -> None:
         """Hooks on the denoiser while an eraser is on, and on the attention layers exactly while one needs them."""

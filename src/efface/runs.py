@@ -214,7 +214,7 @@ def run(
 
     name = str(model) if isinstance(model, (str, Path)) else None
     pipe = api.load(model) if isinstance(model, (str, Path)) else model
-    if _hooks.site(pipe).entries or active(pipe):
+    if _hooks.handles(pipe) or active(pipe):
         raise ValueError("The pipeline has an eraser on: remove it, and give it as `eraser=` instead.")
     pipe.set_progress_bar_config(disable=True)
     given = () if eraser is None else eraser
