@@ -193,7 +193,7 @@ def loss_of(logits: tuple[Tensor, Tensor, Tensor], target: Seen) -> Tensor:
 def train_eyes(plan: Plan) -> None:
     """Both eyes one after the other in halves of the time, then their thresholds."""
     prepare(plan)
-    device, batch = plan.device, plan.batch or 192
+    device, batch = plan.device, max(plan.batch or 192, 24)
     painter = Painter(data.icons(plan.icons), device)
     rows = scenes(HELD + 1, max(min(plan.pool, 200_000), 512), SETS).to(device)
     vae = wait_for_vae(plan).to(memory_format=torch.channels_last)
@@ -220,8 +220,10 @@ def train_eyes(plan: Plan) -> None:
 
 
 def choose(scores: Tensor, truth: Tensor, nothing: list[Tensor]) -> Tensor:
-    """Thresholds [C] with the best F1 on `scores` [N, C], among those with few false alarms on each kind of nothing; the
-    highest threshold where none has few. Where a range is equally good, its middle is taken."""
+    """Thresholds [C] with the best F1 on `scores` [N, C], among those with few false alarms on each kind of nothing.
+
+    The highest threshold, where none has few. Where a range is equally good, its middle is taken.
+    """
     grid = torch.arange(FLOOR, CEILING + 1e-6, 0.01)
     named = scores[None] >= grid[:, None, None]
     hits = (named & truth).sum(1).float()

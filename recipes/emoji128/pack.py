@@ -1,7 +1,7 @@
 """Packs what `train.py` needs on a machine without network: `python pack.py FOLDER`.
 
-Writes `icons.npz`, and `text/` with the tokenizer and the text encoder in fp16, cut to the tokens that captions can hold.
-There: `python train.py --icons FOLDER/icons.npz --text FOLDER/text`.
+Writes `icons.npz`, and `text/` with the tokenizer and the text encoder in fp16, cut to the tokens that captions can
+hold. There: `python train.py --icons FOLDER/icons.npz --text FOLDER/text`.
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ def texts() -> list[str]:
     for held in data.json.loads((data.MODEL / "paraphrases.json").read_text("utf-8")).values():
         out += held
     out += [*v["concepts"], *data.STYLES, *v["professions"], *v["groups"]]
-    out += [
-        "a an the of in on at and with next to beside two three small tiny little male female style drawn as without not"
-    ]
+    out += ["a an the of in on at and with next to beside two three small tiny little male female style as without not"]
     out += ["a picture image photo on a plain background, watermarked picture of it watermark man woman person people"]
     for seed in range(20):  # and a look at what is really drawn
         out += data.table((90_000, seed), 5_000, data.Sampler())[1]

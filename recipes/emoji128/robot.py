@@ -45,7 +45,8 @@ def without_casing(icon_set: str) -> tuple[str, int]:
         '<rect x="54" y="84" width="20" height="18" fill="#111"/>',
         f'<path d="M57 84 v-5 m7 5 v-5 m7 5 v-5 M57 102 v5 m7 -5 v5 m7 -5 v5" stroke="{metal}" stroke-width="2.4"/>',
         # Lenses on stalks, gears between them, loose wires.
-        f'<circle cx="{left + 22}" cy="50" r="13" fill="{metal}"/><circle cx="{left + 22}" cy="50" r="8" fill="{lens}"/>',
+        f'<circle cx="{left + 22}" cy="50" r="13" fill="{metal}"/>'
+        f'<circle cx="{left + 22}" cy="50" r="8" fill="{lens}"/>',
         f'<circle cx="{right - 22}" cy="50" r="13" fill="{metal}"/>'
         f'<circle cx="{right - 22}" cy="50" r="8" fill="{lens}"/>',
         gear(64, 46, 13, 8, brass),

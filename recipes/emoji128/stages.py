@@ -1,7 +1,7 @@
 """The stages of the training, each by the wall clock: autoencoder, eyes, UNet, its twin, FLUX.
 
-Every stage warms up, anneals to zero at its deadline whatever the machine's speed, averages its weights, and resumes from
-its own checkpoint. `train.py` runs them.
+Every stage warms up, anneals to zero at its deadline whatever the machine's speed, averages its weights, and resumes
+from its own checkpoint. `train.py` runs them.
 """
 
 from __future__ import annotations
@@ -259,7 +259,7 @@ def prepare(plan: Plan) -> None:
 
 
 def chunk(plan: Plan) -> int:
-    return 2048 if plan.device.type == "cuda" else 128
+    return 1024 if plan.device.type == "cuda" else 128
 
 
 # ---------------------------------------------------------------- autoencoder
@@ -391,6 +391,8 @@ class Pool:
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 z = vae.encoder.body(x)
             self.latents[k : k + size] = (z.float() * vae.config.scaling_factor).half()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the other stages need the room
         say("pool", f"pictures encoded in {time.time() - start:.0f} s")
 
     def batch(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
