@@ -1,6 +1,6 @@
 """The gates of the 128-pixel models: `python gates.py`.
 
-Figures go to `results/emoji128_gates.json`, sheets of pictures to `--sheets`. Both eyes judge, and the worse one counts.
+Figures go to `results/emoji128_gates.json`, sheets of pictures to `--sheets`. Both eyes judge; the worse one counts.
 Pictures come from test seeds (1,000,000 and up), 20 steps. With `--seconds` the gates stop at that time and name those
 that are missing.
 """
@@ -322,7 +322,9 @@ class Gates:
             print(f"{kind} on other icons: {worst(facts['single'])}", flush=True)
 
     def sheet(self, kind: str, folder: Path) -> None:
-        """64 pictures of random scenes' captions."""
+        """64 pictures of random scenes' captions, and those that the training shows."""
+        if self.late(f"{kind} sheet"):
+            return
         folder.mkdir(parents=True, exist_ok=True)
         _, captions = data.table((123, 4), 64, data.Sampler())
         for name, texts in (("random", captions), ("shown", SHOWN)):

@@ -54,7 +54,8 @@ class Family:
     def about(self) -> str:
         """A line for lists."""
         if not self.cross_attention:
-            return f"CLIP and T5, read beside the picture; {self.methods}"
+            encoders = "bidirectional text encoder" if set(self.pools) <= set(self.bidirectional) else "CLIP and T5"
+            return f"{encoders}, read beside the picture; {self.methods}"
         return "causal text encoder" if self.causal else "bidirectional text encoder"
 
     @property
@@ -105,7 +106,8 @@ FLUX = Family(
     scale="true_cfg_scale",
     unit_time=True,
 )
-FAMILIES = (SD, SDXL, EMOJI, PIXART, SD3, FLUX)
+EMOJI_FLUX = replace(FLUX, name="emoji-flux", bidirectional=("tokenizer", "tokenizer_2"))  # BERT for CLIP and for T5
+FAMILIES = (SD, SDXL, EMOJI, PIXART, SD3, FLUX, EMOJI_FLUX)
 
 
 def family(pipe: DiffusionPipeline) -> Family:
@@ -126,7 +128,7 @@ def family(pipe: DiffusionPipeline) -> Family:
     transformer = parts.get("transformer")
     found, needed = _BY_TRANSFORMER.get(type(getattr(transformer, "_orig_mod", transformer)).__name__, (None, 0))
     if found and len(encoders) >= needed:
-        return found
+        return EMOJI_FLUX if found is FLUX and encoders[0] == "Bert" else found
     known = ", ".join(f.name for f in FAMILIES)
     raise TypeError(
         f"Expected a diffusers text-to-image pipeline of a tested family ({known}), but got {type(pipe).__name__}. "

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from .text import EmojiTextEncoder, EmojiTokenizer
 
-__all__ = ["FLOW_SCHEDULER", "MAX_TOKENS", "MODELS", "SCHEDULER", "SIDE", "load", "text_encoder"]
+__all__ = ["FLOW_SCHEDULER", "MAX_TOKENS", "MODELS", "SCHEDULER", "SIDE", "load", "text_encoder", "with_defaults"]
 
 HERE = Path(__file__).parent
 FOLDER = HERE / "weights"
@@ -126,6 +126,17 @@ def _module(cls: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
+def with_defaults(pipe: Any) -> Any:
+    """Gives a FLUX pipeline on our autoencoder 128 x 128 pixels as its default size; others stay as they are.
+
+    `FluxPipeline` sets 1024 x 1024 in its code and saves no default, so this follows `load`, `from_pretrained` and
+    `from_pipe`. The number of tokens needs no such help: the tokenizer caps it.
+    """
+    if getattr(pipe, "transformer", None) is not None and hasattr(pipe, "default_sample_size"):
+        pipe.default_sample_size = SIDE // pipe.vae_scale_factor
+    return pipe
+
+
 def load(
     model: str = "emoji-128",
     folder: Path | None = None,
@@ -202,6 +213,6 @@ def load(
             tokenizer_2=second_tokenizer,
             transformer=denoiser,
         )
-        pipe.default_sample_size = SIDE // pipe.vae_scale_factor
+        with_defaults(pipe)
     # diffusers prints a warning at `pipe.to("cpu")` with float16 weights, though they work.
     return pipe if torch.device(device).type == "cpu" else pipe.to(device)
