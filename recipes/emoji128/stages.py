@@ -12,7 +12,9 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -350,22 +352,45 @@ def wait_for_vae(plan: Plan) -> EmojiAutoencoder:
 # ---------------------------------------------------------------- denoisers
 
 
+def _part(first: int, n: int, without: bool) -> tuple[np.ndarray, list[str]]:
+    return data.table((POOL_SEED, first), n, Sampler(without))
+
+
+class Scenes:
+    """The scenes of a pool, sampled by other processes where there are cores for it.
+
+    Args:
+        n: how many.
+        without: of the twin, which never sees the seven concepts.
+    """
+
+    def __init__(self, n: int, without: bool) -> None:
+        parts = [(k, min(10_000, n - k), without) for k in range(0, n, 10_000)]
+        self.parts = parts
+        # Before anything runs on the GPU: a process that uses one cannot fork.
+        workers = min(4, (os.cpu_count() or 1) // 4, len(parts))
+        self.executor = ProcessPoolExecutor(workers, get_context("fork")) if workers > 1 else None
+        self.waiting = [self.executor.submit(_part, *part) for part in parts] if self.executor else []
+
+    def collect(self) -> tuple[np.ndarray, list[str]]:
+        found = [future.result() for future in self.waiting] or [_part(*part) for part in self.parts]
+        if self.executor:
+            self.executor.shutdown()
+        return np.concatenate([rows for rows, _ in found]), [text for _, texts in found for text in texts]
+
+
 class Pool:
     """Scenes of a denoiser: latents, text states, and which caption goes with which latent.
 
     Args:
         plan: see there.
-        without: of the twin, which never sees the seven concepts.
+        scenes: of the pool.
     """
 
-    def __init__(self, plan: Plan, without: bool) -> None:
+    def __init__(self, plan: Plan, scenes: Scenes) -> None:
         self.plan, start = plan, time.time()
-        sampler, tables, captions = Sampler(without), [], []
-        for k in range(0, plan.pool, 10_000):
-            rows, texts = data.table((POOL_SEED, k), min(10_000, plan.pool - k), sampler)
-            tables.append(rows)
-            captions += texts
-        self.rows = torch.from_numpy(np.concatenate(tables))
+        rows, captions = scenes.collect()
+        self.rows = torch.from_numpy(rows)
         distinct = ["", *sorted(set(captions))]
         index = {text: k for k, text in enumerate(distinct)}
         self.caption = torch.tensor([index[text] for text in captions], device=plan.device)
@@ -410,6 +435,7 @@ class Pool:
 
 def train_denoiser(plan: Plan, kind: str) -> None:
     """`kind`: "unet", "twin" or "flux"."""
+    scenes = Scenes(plan.pool, without=kind == "twin")
     prepare(plan)
     batch, device = plan.batch or 256, plan.device
     net = nets.build(kind).to(device)
@@ -417,16 +443,16 @@ def train_denoiser(plan: Plan, kind: str) -> None:
         net.to(memory_format=torch.channels_last)
     forward = torch.compile(net) if plan.compiled else net
     loss = (nets.flux_loss if kind == "flux" else nets.unet_loss)(device)
-    pool = Pool(plan, without=kind == "twin")
     if plan.compiled:  # while the autoencoder trains
         start, rng = time.time(), generator(plan, 0, 0)
         z = torch.randn(batch, nets.CHANNELS, nets.SIDE, nets.SIDE, device=device)
-        text = pool.states[torch.zeros(batch, dtype=torch.long, device=device)].float()
+        text = torch.randn(batch, nets.MAX_TOKENS, nets.WIDTH, device=device)
         for _ in range(2):
             loss(forward, z, text, text[:, 0].clone(), rng).backward()
             net.zero_grad(set_to_none=True)
         say(kind, f"compiled in {time.time() - start:.0f} s")
     (plan.work / f"{kind}.ready").touch()
+    pool = Pool(plan, scenes)
     vae = wait_for_vae(plan)
     pool.encode(vae)
     seed = nets.FLUX_SEED if kind == "flux" else nets.SEED

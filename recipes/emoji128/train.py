@@ -217,7 +217,7 @@ def montage(sheets: list[Path], target: Path) -> None:
         whole.paste(image, (x, 0))
         x += image.width + 8
     partial = target.with_name(f".{target.name}")
-    whole.save(partial, "PNG")
+    whole.save(partial, "PNG", optimize=False)
     os.replace(partial, target)
 
 
@@ -241,7 +241,7 @@ def side_by_side(args: argparse.Namespace) -> list[Job]:
     for job in jobs:
         job.start(args)
     collected = started
-    vae_late = next((job.deadline for job in jobs if job.stage == "vae"), started) + 30
+    vae_late = next((job.deadline for job in jobs if job.stage == "vae"), started) + 60
     while time.time() < end and not all(job.done for job in jobs):
         time.sleep(0.25)
         now = time.time()

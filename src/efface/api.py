@@ -48,8 +48,8 @@ def load(model: str | Path, dtype: torch.dtype | None = None, device: str | None
     """A diffusers text-to-image pipeline, ready for erasers.
 
     Args:
-        model: "emoji", "emoji-128" or "emoji-flux" for an embedded model; else a folder written by `save_pretrained`, or
-            a hub id.
+        model: "emoji", "emoji-128" or "emoji-flux" for an embedded model; else a folder written by `save_pretrained`,
+            or a hub id.
         dtype: of the weights; None: float32 for an embedded model, as stored for others.
         device: such as "cuda"; None leaves the pipeline on the CPU.
 

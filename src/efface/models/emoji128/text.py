@@ -1,8 +1,8 @@
 """Tokenizer and text encoder of the 128-pixel models: all-MiniLM-L6-v2, in the shape that both pipelines expect.
 
-`StableDiffusionPipeline` passes the mask of the padding and reads the token states. `FluxPipeline` passes no mask, reads
-`pooler_output` of its first encoder, and asks for 512 tokens. These classes close the gap, so that both pipelines get the
-states that the denoisers were trained on.
+`StableDiffusionPipeline` passes the mask of the padding and reads the token states. `FluxPipeline` passes no mask,
+reads `pooler_output` of its first encoder, and asks for 512 tokens. These classes close the gap, so that both
+pipelines get the states that the denoisers were trained on.
 """
 
 from __future__ import annotations
@@ -44,6 +44,14 @@ class EmojiTextEncoder(BertModel):
     def __init__(self, config: Any) -> None:
         super().__init__(config, add_pooling_layer=False)
 
+    @property
+    def text_model(self) -> Any:
+        """Where CLIP keeps its layers. `StableDiffusionPipeline` looks for it when a call sets `clip_skip`."""
+        raise ValueError(
+            "`clip_skip` takes the states of an earlier CLIP layer, but this text encoder is all-MiniLM-L6-v2, and the "
+            "model was trained on its last layer only: leave `clip_skip` out."
+        )
+
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple[Any, ...]:
@@ -54,8 +62,14 @@ class EmojiTextEncoder(BertModel):
         out = super().forward(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
         states = out.last_hidden_state
         if attention_mask is None:
-            out.pooler_output = states.mean(1)
+            pooled = states.mean(1)
         else:
             own = attention_mask.to(states.dtype)[..., None]
-            out.pooler_output = (states * own).sum(1) / own.sum(1).clamp_min(1)
-        return out.to_tuple() if as_dict is False else out
+            pooled = (states * own).sum(1) / own.sum(1).clamp_min(1)
+        new = BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=states,
+            pooler_output=pooled,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+        )
+        return new.to_tuple() if as_dict is False else new
