@@ -373,7 +373,7 @@ class Scenes:
         self.waiting = [self.executor.submit(_part, *part) for part in parts] if self.executor else []
 
     def collect(self) -> tuple[np.ndarray, list[str]]:
-        found = [future.result() for future in self.waiting] or [_part(*part) for part in self.parts]
+        found = [future.result(timeout=200) for future in self.waiting] or [_part(*part) for part in self.parts]
         if self.executor:
             self.executor.shutdown()
         return np.concatenate([rows for rows, _ in found]), [text for _, texts in found for text in texts]
