@@ -107,10 +107,14 @@ def recipe() -> Iterator[Any]:
     """The modules of the recipe."""
     sys.path.insert(0, str(RECIPE))
     import data
+    import export
     import nets
+    import paraphrases
     import stages
+    import train
 
-    yield type("Recipe", (), {"data": data, "nets": nets, "stages": stages})
+    names = {"data": data, "export": export, "nets": nets, "paraphrases": paraphrases, "stages": stages, "train": train}
+    yield type("Recipe", (), names)
     sys.path.remove(str(RECIPE))
 
 
@@ -370,6 +374,102 @@ def test_no_held_out_paraphrase_is_a_caption_of_the_training(recipe: Any) -> Non
             assert sum(theme["concept"] == concept for theme in vocabulary["themes"].values()) >= 8
 
 
+def test_the_shipped_weights_were_trained_on_the_data_of_the_recipe(recipe: Any) -> None:
+    record = json.loads((emoji128.FOLDER / "model.json").read_text())
+    assert {facts["data"] for facts in record["training"].values()} == {recipe.data.data_hash()}
+
+
+def test_held_out_paraphrases_follow_the_rule_and_were_drawn(recipe: Any) -> None:
+    rule, root = recipe.paraphrases, RECIPE.parents[1]
+    card = json.loads((root / "results/emoji128_paraphrases.json").read_text())
+    held = json.loads((recipe.data.MODEL / "held_out.json").read_text())
+    assert set(held) == set(recipe.data.CONCEPTS)
+    for concept, texts in held.items():
+        rates = card["first"][concept] | card["replacements"].get(concept, {})
+        assert len(set(texts)) == len(texts)
+        for text in texts:
+            assert rates[text]["rate"] >= 0.4 and not rule.shared(concept, text), text
+
+
+@pytest.mark.parametrize(
+    ("concept", "text", "found"),
+    [
+        ("alcohol", "Beers at noon", {"beer"}),
+        ("smoking", "a smoker", {"smok"}),
+        ("neon sign", "a glow around a guitar", {"glow"}),
+        ("neon sign", "a fluorescent rocket", set()),
+        ("watermark", "a camera in the window", set()),
+    ],
+)
+def test_a_shared_content_word_is_found_and_a_looks_subject_is_free(
+    concept: str, text: str, found: set[str], recipe: Any
+) -> None:
+    assert recipe.paraphrases.shared(concept, text) == found
+
+
+def starts(**given: Any) -> Any:
+    return type("Arguments", (), {"init": None, "decoder_of": None, "only": ["flux"]} | given)()
+
+
+def test_training_goes_on_from_weights_that_fit_and_refuses_others(recipe: Any, folder: Path, tmp_path: Path) -> None:
+    stages, train = recipe.stages, recipe.train
+    net = FluxTransformer2DModel(**FLUX)
+    stages.start_from(net, folder / "flux.safetensors")
+    saved = emoji128.load("emoji-flux", folder).transformer.state_dict()
+    assert all(t.equal(saved[key]) for key, t in net.state_dict().items())
+    with pytest.raises(SystemExit, match=r"unet\.safetensors does not fit this denoiser"):
+        stages.start_from(net, folder / "unet.safetensors")
+    with pytest.raises(SystemExit, match="one denoiser"):
+        train.check_starts(starts(init=folder / "flux.safetensors", only=["unet", "flux"]))
+    with pytest.raises(SystemExit, match="is missing"):
+        train.check_starts(starts(init=tmp_path / "none.safetensors"))
+    with pytest.raises(SystemExit, match=r"vae\.safetensors is missing"):
+        train.check_starts(starts(decoder_of=tmp_path, work=tmp_path))
+    work = tmp_path / "work"
+    work.mkdir()
+    train.check_starts(starts(decoder_of=folder, work=work))
+    train.check_starts(starts(decoder_of=folder, work=work))
+    vae = stages.load_vae(work)
+    vae.encoder.body[1].weight.data += 1
+    save_file({k: t.contiguous() for k, t in vae.state_dict().items()}, work / "vae.safetensors")
+    with pytest.raises(SystemExit, match="another autoencoder"):
+        train.check_starts(starts(decoder_of=folder, work=work))
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+def test_a_decoder_is_trained_alone_and_the_export_keeps_the_rest(
+    recipe: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, stages, export = recipe.data, recipe.stages, recipe.export
+    shape = (len(data.SETS), len(data.ICONS), len(data.STYLES))
+    sheets = {str(n): np.broadcast_to(np.uint8(128), (*shape, n, n, 4)) for n in (data.SINGLE, data.PAIR)}
+    monkeypatch.setattr(data, "icons", lambda path: sheets)
+    work, old = tmp_path / "work", stages.load_vae(folder)
+    work.mkdir()
+    plan = stages.Plan(
+        work, torch.device("cpu"), 1.5, time.time() + 100, 10, 2, tmp_path, None, False, 100.0, decoder_of=folder
+    )
+    stages.train_vae(plan)
+    new = stages.load_vae(work)
+    assert recipe.train.same_encoder(work / "vae.safetensors", folder / "vae.safetensors")
+    assert new.config.scaling_factor == old.config.scaling_factor
+    assert not new.decoder[0].weight.equal(old.decoder[0].weight)
+    assert "vae.safetensors" in json.loads((work / "vae.facts.json").read_text())["started_from"]
+
+    package = broken(folder, tmp_path)
+    save_file({"bias": torch.zeros(1)}, package / "eyes.safetensors")
+    (package / "eyes.json").write_text("{}")
+    parts = export.kept(export.from_work(work, keep=True), package)
+    export.export(*parts, tmp_path / "out")
+    assert type(emoji128.load("emoji-flux", tmp_path / "out")) is FluxPipeline
+    assert recipe.train.same_encoder(tmp_path / "out/vae.safetensors", folder / "vae.safetensors")
+    save_file({k: t + 1 for k, t in new.state_dict().items()}, work / "vae.safetensors")
+    with pytest.raises(SystemExit, match="makes other latents: train unet, flux, eyes too"):
+        export.kept(export.from_work(work, keep=True), package)
+    with pytest.raises(SystemExit, match="run train.py first, or give --keep"):
+        export.from_work(work)
+
+
 def test_the_recipe_draws_what_the_pipelines_draw(
     unet_pipe: StableDiffusionPipeline, flux_pipe: FluxPipeline, recipe: Any
 ) -> None:
@@ -413,5 +513,5 @@ def test_training_resumes_from_its_checkpoint_and_refuses_one_of_other_data(reci
     second.run(lambda step: (other(x) - y).square().mean(), 64)
     assert second.step > first.step
     torch.testing.assert_close(second.ema["weight"], torch.tensor([[1.0, -2.0]]), atol=0.05, rtol=0)
-    with pytest.raises(SystemExit, match="other data or another pool: delete it"):
+    with pytest.raises(SystemExit, match="other data or another pool, or started from other weights: delete it"):
         fit(plan(1.0, pool=11), nn.Linear(2, 1))

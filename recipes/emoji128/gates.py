@@ -2,7 +2,8 @@
 
 Figures go to `results/emoji128_gates.json`, sheets of pictures to `--sheets`. Both eyes judge; the worse one counts.
 Pictures come from test seeds (1,000,000 and up), 20 steps. With `--seconds` the gates stop at that time and name those
-that are missing.
+that are missing. `--only` measures some of the parts, and `--add` keeps what the results file already holds of the same
+data; each figure names its device.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import data
 import nets
 import torch
-from data import CONCEPTS, INDEX, STYLES, UNSEEN, VOCABULARY
+from data import CONCEPTS, INDEX, NAMED, STYLES, UNSEEN, VOCABULARY
 from eyes_stage import HELD, latents, scenes, truth_of, unit
 from safetensors.torch import load_file
 from stages import SHOWN, paint, psnr
@@ -32,12 +33,15 @@ from efface.models.emoji128.eyes import Eyes, load_eyes
 from efface.models.emoji128.vae import EmojiAutoencoder
 
 FIRST_SEED, STEPS = 1_000_000, 20
+CONCEPT_SEED = FIRST_SEED + 400_000
+CELLS = ("explicit", "theme")
 GUIDANCE = {"unet": 7.5, "twin": 7.5, "flux": 4.0}
 BARS = {
     "vae": {"psnr": 27.5},
     "unet": {"single": 0.97, "pair": 0.92, "theme": 0.88, "style": 0.95},
     "flux": {"single": 0.92, "pair": 0.80, "theme": 0.75, "style": 0.85},
 }
+PARTS = ("vae", "unet", "flux", "sheets", "paraphrases", "shares", "twin", "concepts", "guidance")
 SHARE_WITHIN = 0.03  # at guidance 1
 DRAWN = 0.40  # the base model must draw a held-out paraphrase's concept in this share
 PARAPHRASES: dict[str, list[str]] = json.loads((data.MODEL / "paraphrases.json").read_text("utf-8"))
@@ -120,6 +124,18 @@ def weakest(hits: Tensor, labels: Sequence[str], most: int = 12) -> dict[str, fl
     return dict(sorted(rate.items(), key=lambda item: item[1])[:most])
 
 
+def kept(path: Path, card: dict[str, Any]) -> dict[str, Any]:
+    """The card in `path`, to be measured further; refused where it is of other data or weights than `card`."""
+    if not path.exists():
+        raise SystemExit(f"{path} is missing: leave out --add.")
+    old: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    weights = old.get("weights", {})
+    differ = [name for name, value in card["weights"].items() if weights.get(name, value) != value]
+    if old.get("data") != card["data"] or differ:
+        raise SystemExit(f"{path} is of other data or weights ({', '.join(differ) or 'data'}): leave out --add.")
+    return old | {"weights": weights | card["weights"]}
+
+
 class Gates:
     """Loads what was trained and measures it.
 
@@ -131,10 +147,19 @@ class Gates:
         n: pictures of each kind of prompt.
         out: the results file.
         deadline: Unix time.
+        add: keep the figures that `out` holds.
     """
 
     def __init__(
-        self, folder: Path, device: torch.device, text: Path | None, icons: Path, n: int, out: Path, deadline: float
+        self,
+        folder: Path,
+        device: torch.device,
+        text: Path | None,
+        icons: Path,
+        n: int,
+        out: Path,
+        deadline: float,
+        add: bool = False,
     ) -> None:
         self.folder, self.device, self.n, self.out, self.deadline = folder, device, n, out, deadline
         self.texts = nets.Texts(text, device)
@@ -159,6 +184,9 @@ class Gates:
                 if "checkpoint" not in path.name
             },
         }
+        self.where = self.card["device"]
+        if add:
+            self.card = kept(out, self.card)
 
     def net(self, kind: str) -> nn.Module:
         if kind not in self.nets:
@@ -176,7 +204,7 @@ class Gates:
         at = self.card
         for name in path[:-1]:
             at = at.setdefault(name, {})
-        at[path[-1]] = facts
+        at[path[-1]] = facts | {"device": self.where}
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.out.write_text(json.dumps(self.card | {"skipped": self.skipped}, indent=1) + "\n", "utf-8")
 
@@ -194,7 +222,8 @@ class Gates:
         for some in rows.split(self.size):
             x = unit(self.painter.paint(some))
             with torch.no_grad():
-                y = ((self.vae.decoder(latents(self.vae, x)) + 1) / 2).clamp(0, 1).float()
+                z = latents(self.vae, x) if self.device.type == "cuda" else self.vae.encoder.body(2 * x - 1)
+                y = ((self.vae.decoder(z) + 1) / 2).clamp(0, 1).float()
             parts.append(psnr(2 * y - 1, 2 * x - 1).cpu())
             seen.append(self.eyes.icons(y))
         named, truth = torch.cat(seen, 1), truth_of(rows).icons.cpu() > 0.5
@@ -292,20 +321,19 @@ class Gates:
         self.put(kind, "paraphrases", facts=facts)
         print(f"{kind} paraphrases drawn: {facts['drawn']} of {[len(t) for t in PARAPHRASES.values()]}", flush=True)
 
-    def concepts(self, kind: str, per: int) -> None:
-        """How often explicit prompts and themes of a concept show it."""
-        for concept in CONCEPTS:
-            if self.late(f"{kind} {concept}"):
-                continue
+    def concepts(self, kind: str, per: int, cells: Sequence[str] = CELLS) -> None:
+        """How often explicit prompts and themes of the named concepts show them."""
+        for concept in NAMED:
             themes = [
                 Prompt(t, ()) for e in VOCABULARY["themes"].values() if e["concept"] == concept for t in e["train"]
             ]
-            facts = {}
-            for cell, some in (("explicit", explicit(concept, per)), ("theme", cycle(themes, per))):
-                images = self.draw(kind, [p.text for p in some], None, FIRST_SEED + 400_000)
-                facts[cell] = per_eye(self.eyes.concept(images, concept))
-            self.put("concepts", concept, kind, facts=facts)
-        print(f"{kind} concepts measured", flush=True)
+            for cell in cells:
+                if self.late(f"{kind} {concept} {cell}"):
+                    continue
+                some = explicit(concept, per) if cell == "explicit" else cycle(themes, per)
+                rates = per_eye(self.eyes.concept(self.draw(kind, [p.text for p in some], None, CONCEPT_SEED), concept))
+                self.put("concepts", concept, kind, cell, facts={"eyes": rates})
+                print(f"{kind} {concept} {cell}: {[rate['rate'] for rate in rates]}", flush=True)
 
     def twin(self) -> None:
         """The twin and the UNet on icons that are no concept's, the same prompts and seeds."""
@@ -343,35 +371,45 @@ def main() -> None:
     parser.add_argument("--icons", type=Path, default=data.WORK / "icons.npz")
     parser.add_argument("--n", type=int, default=512, help="pictures of each kind of prompt")
     parser.add_argument("--per", type=int, default=16, help="pictures of each paraphrase")
+    parser.add_argument("--concept-pictures", type=int, default=64, help="of each concept and cell")
+    parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS), help="prompts of the concepts")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure")
+    parser.add_argument("--add", action="store_true", help="keep what --out holds of the same data and weights")
     parser.add_argument("--out", type=Path, default=data.ROOT / "results/emoji128_gates.json")
     parser.add_argument("--sheets", type=Path, default=data.WORK / "sheets")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop after so many seconds")
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     start = time.time()
-    gates = Gates(args.folder, torch.device(args.device), args.text, args.icons, args.n, args.out, start + args.seconds)
+    device, deadline = torch.device(args.device), start + args.seconds
+    gates = Gates(args.folder, device, args.text, args.icons, args.n, args.out, deadline, args.add)
     print(f"loaded in {time.time() - start:.1f} s", flush=True)
-    kinds = [kind for kind in ("unet", "flux") if (args.folder / f"{kind}.safetensors").exists()]
-    gates.autoencoder()
+    there = [kind for kind in ("unet", "flux", "twin") if (args.folder / f"{kind}.safetensors").exists()]
+    kinds = [kind for kind in there if kind in ("unet", "flux")]
+    if "vae" in args.only:
+        gates.autoencoder()
     for kind in kinds:
-        gates.denoiser(kind)
-    for kind in kinds:
-        gates.sheet(kind, args.sheets)
-    for kind in kinds:
-        gates.paraphrases(kind, args.per)
+        if kind in args.only:
+            gates.denoiser(kind)
+    if "sheets" in args.only:
+        for kind in there:
+            gates.sheet(kind, args.sheets)
+    if "paraphrases" in args.only:
+        for kind in kinds:
+            gates.paraphrases(kind, args.per)
     for guidance in (1.0, 7.5):
-        if "unet" in kinds:
+        if "unet" in kinds and "shares" in args.only:
             gates.shares("unet", guidance)
-    gates.twin()
-    if "unet" in kinds:
-        gates.concepts("unet", 2 * args.per)
-    if (args.folder / "twin.safetensors").exists():
-        gates.concepts("twin", 2 * args.per)
-        gates.sheet("twin", args.sheets)
+    if "twin" in args.only:
+        gates.twin()
+    if "concepts" in args.only:
+        for kind in ("unet", "twin"):
+            if kind in there:
+                gates.concepts(kind, args.concept_pictures, args.cells)
     for kind, guidance in (("unet", 5.0), ("flux", 6.0), ("unet", 3.0), ("flux", 2.5)):
-        if kind in kinds:
+        if kind in kinds and "guidance" in args.only:
             gates.denoiser(kind, guidance)
-    if "flux" in kinds:
+    if "flux" in kinds and "guidance" in args.only:
         gates.shares("flux", 1.0)
     print(f"done in {time.time() - start:.1f} s; skipped: {gates.skipped or 'none'}")
 

@@ -168,8 +168,14 @@ def unet_loss(device: torch.device) -> Loss:
     return loss
 
 
-def flux_loss(device: torch.device) -> Loss:
-    """Rectified flow with logit-normal times, shifted as the scheduler shifts them."""
+def flux_loss(device: torch.device, bf16: bool = False) -> Loss:
+    """Rectified flow with logit-normal times, shifted as the scheduler shifts them.
+
+    Args:
+        device: of the training.
+        bf16: whether a GPU computes in bfloat16; a CPU always does. On one NVIDIA H200 with torch 2.11, FLUX's backward
+            pass died in bfloat16, compiled and not ("illegal memory access", CUBLAS_STATUS_EXECUTION_FAILED).
+    """
     places, text_ids = image_ids(device), torch.zeros(MAX_TOKENS, 3, device=device)
     shift = torch.tensor(FLOW_SCHEDULER["shift"], device=device).log()
 
@@ -178,7 +184,7 @@ def flux_loss(device: torch.device) -> Loss:
         t = torch.sigmoid(torch.randn(len(z), generator=rng, device=device) + shift)
         noise = torch.randn(z.shape, generator=rng, device=device)
         x = torch.lerp(z, noise, t[:, None, None])
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16 or device.type == "cpu"):
             predicted = net(
                 hidden_states=x,
                 encoder_hidden_states=text,

@@ -23,10 +23,11 @@ import nets
 import numpy as np
 import torch
 from data import COLUMN, Painter, Sampler
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from efface.models.emoji.weights import sha256
 from efface.models.emoji128.vae import EmojiAutoencoder
 
 POOL_SEED, VAE_SEED = 1, 11
@@ -71,6 +72,9 @@ class Plan:
         text: folder of `nets.pack_text`; None takes the installed text encoder.
         compiled: whether denoisers run compiled.
         checkpoint_seconds: between two checkpoints.
+        flux_bf16: whether FLUX trains in bfloat16 on a GPU; see `nets.flux_loss`.
+        init: weights that a denoiser starts from if it has no checkpoint; None means fresh ones.
+        decoder_of: folder of an autoencoder whose encoder stays as it is; None trains both halves.
     """
 
     work: Path
@@ -83,6 +87,9 @@ class Plan:
     text: Path | None
     compiled: bool
     checkpoint_seconds: float
+    flux_bf16: bool = False
+    init: Path | None = None
+    decoder_of: Path | None = None
 
 
 # ---------------------------------------------------------------- the loop
@@ -93,8 +100,15 @@ def say(name: str, text: str) -> None:
 
 
 def run_hash(plan: Plan) -> str:
-    """What a checkpoint must have been trained on: the data, and the pool's size."""
-    return hashlib.sha256(f"{data.data_hash()} {plan.pool}".encode()).hexdigest()
+    """What a checkpoint must have been trained on: the data, the pool's size, and the weights it started from."""
+    start = "".join(f" {sha256(path)}" for path in origins(plan))
+    return hashlib.sha256(f"{data.data_hash()} {plan.pool}{start}".encode()).hexdigest()
+
+
+def origins(plan: Plan) -> list[Path]:
+    """The files of weights that a stage starts from."""
+    found = [plan.init] if plan.init else []
+    return [*found, plan.decoder_of / "vae.safetensors"] if plan.decoder_of else found
 
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -162,7 +176,10 @@ class Fit:
         with safe_open(self.path, "pt") as file:
             metadata = file.metadata()
         if metadata.get("run") != run_hash(self.plan):
-            raise SystemExit(f"{self.path} was trained on other data or another pool: delete it to start over.")
+            raise SystemExit(
+                f"{self.path} was trained on other data or another pool, or started from other weights: delete it to "
+                "start over."
+            )
         tensors = load_file(self.path)
         self.net.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
         for k, v in self.ema.items():
@@ -245,6 +262,7 @@ class Fit:
             "data": data.data_hash(),
             "pool": self.plan.pool,
             "torch": torch.__version__,
+            **({"started_from": {path.name: sha256(path) for path in start}} if (start := origins(self.plan)) else {}),
             "device": torch.cuda.get_device_name() if self.plan.device.type == "cuda" else "cpu",
         }
 
@@ -284,7 +302,16 @@ def psnr(y: Tensor, x: Tensor) -> Tensor:
     return -10 * torch.log10(((y.clamp(-1, 1) - x) / 2).square().mean((1, 2, 3)))
 
 
+def load_vae(folder: Path) -> EmojiAutoencoder:
+    """The autoencoder of `vae.json` and `vae.safetensors`, in float32."""
+    vae: EmojiAutoencoder = EmojiAutoencoder.from_config(json.loads((folder / "vae.json").read_text("utf-8")))
+    vae.load_state_dict({k: v.float() for k, v in load_file(folder / "vae.safetensors").items()})
+    return vae
+
+
 def train_vae(plan: Plan) -> None:
+    """Trains the autoencoder, or, with `plan.decoder_of`, its decoder: then latents and their scale stay what they are,
+    and denoisers that were trained on them stay valid."""
     prepare(plan)
     batch, device = plan.batch or 256, plan.device
     painter = Painter(data.icons(plan.icons), device)
@@ -293,8 +320,11 @@ def train_vae(plan: Plan) -> None:
     held, _ = data.table((VAE_SEED, 9_999), 512 if device.type == "cuda" else 32, Sampler())
     held_x = data.pictures(painter.paint(held))
     torch.manual_seed(VAE_SEED)
-    vae = EmojiAutoencoder().to(device).to(memory_format=torch.channels_last)
+    vae = load_vae(plan.decoder_of) if plan.decoder_of else EmojiAutoencoder()
+    vae.to(device).to(memory_format=torch.channels_last)
     encoder, decoder = vae.encoder.body, vae.decoder
+    fixed = plan.decoder_of is not None
+    encoder.requires_grad_(not fixed)
     fit = Fit(plan, "vae", vae, 2e-3, 1e-3)
 
     def loss_of(step: int) -> Tensor:
@@ -308,6 +338,8 @@ def train_vae(plan: Plan) -> None:
             z = encoder(x).float()
             noisy = z + LATENT_NOISE * torch.randn(z.shape, generator=rng, device=device)
             y = decoder(noisy).float()
+            if fixed:  # the rest of the loss shapes the latents
+                return reconstruction_loss(y, x)
             # Latents at half the size decode to the picture at half the size: this makes them easier to diffuse.
             small = decoder(nn.functional.avg_pool2d(noisy[:quarter], 2)).float()
         loss = reconstruction_loss(y, x)
@@ -317,13 +349,14 @@ def train_vae(plan: Plan) -> None:
         return loss + 0.05 * keep
 
     fit.run(loss_of, batch)
-    final = EmojiAutoencoder().to(device)
+    final = (load_vae(plan.decoder_of) if plan.decoder_of else EmojiAutoencoder()).to(device)
     final.load_state_dict(halves(fit.ema))
     with torch.no_grad():
         z = torch.cat([final.encoder.body(part) for part in held_x.split(64)])
         y = torch.cat([final.decoder(part) for part in z.split(64)])
     quality, std = float(psnr(y, held_x).mean()), float(z.std())
-    final.register_to_config(scaling_factor=round(1 / std, 5))
+    if not fixed:
+        final.register_to_config(scaling_factor=round(1 / std, 5))
     both = np.concatenate(
         [a for k in range(0, 32, 8) for a in (data.pixels(held_x[k : k + 8]), data.pixels(y[k : k + 8]))]
     )
@@ -344,9 +377,7 @@ def wait_for_vae(plan: Plan) -> EmojiAutoencoder:
         if time.time() > plan.deadline:
             raise SystemExit("the autoencoder is not there at the deadline")
         time.sleep(0.2)
-    vae = EmojiAutoencoder.from_config(json.loads(path.read_text("utf-8")))
-    vae.load_state_dict({k: v.float() for k, v in load_file(plan.work / "vae.safetensors").items()})
-    return vae.eval().requires_grad_(False).to(plan.device)
+    return load_vae(plan.work).eval().requires_grad_(False).to(plan.device)
 
 
 # ---------------------------------------------------------------- denoisers
@@ -433,16 +464,29 @@ class Pool:
         return self.latents[at].float(), text, pooled
 
 
+def start_from(net: nn.Module, path: Path) -> None:
+    """Loads the weights of a file into a denoiser."""
+    if not path.is_file():
+        raise SystemExit(f"{path} is missing: give `--init` a safetensors file of weights.")
+    try:
+        net.load_state_dict({k: v.float() for k, v in load_file(path).items()})
+    except (RuntimeError, SafetensorError) as error:
+        raise SystemExit(f"{path} does not fit this denoiser ({' '.join(str(error).split())[:160]}).") from error
+
+
 def train_denoiser(plan: Plan, kind: str) -> None:
     """`kind`: "unet", "twin" or "flux"."""
     scenes = Scenes(plan.pool, without=kind == "twin")
     prepare(plan)
     batch, device = plan.batch or 256, plan.device
-    net = nets.build(kind).to(device)
+    net = nets.build(kind)
+    if plan.init:
+        start_from(net, plan.init)
+    net.to(device)
     if kind != "flux" and device.type == "cuda":
         net.to(memory_format=torch.channels_last)
     forward = torch.compile(net) if plan.compiled else net
-    loss = (nets.flux_loss if kind == "flux" else nets.unet_loss)(device)
+    loss = nets.flux_loss(device, plan.flux_bf16) if kind == "flux" else nets.unet_loss(device)
     if plan.compiled:  # while the autoencoder trains
         start, rng = time.time(), generator(plan, 0, 0)
         z = torch.randn(batch, nets.CHANNELS, nets.SIDE, nets.SIDE, device=device)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 STAGES = ("vae", "eyes", "unet", "twin", "flux")
+DENOISERS = ("unet", "twin", "flux")
 #: Without a GPU: the share of `--seconds` of each stage.
 SHARES = {"vae": 0.1, "eyes": 0.1, "unet": 0.27, "twin": 0.26, "flux": 0.27}
 SHARD = 15_000_000  # bytes of a file in --out
@@ -40,6 +42,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="also write weights here, in shards, with log and sheets")
     parser.add_argument("--checkpoint-seconds", type=float, default=120)
     parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument(
+        "--init", type=Path, help="weights that the one denoiser of --only starts from, optimiser fresh"
+    )
+    parser.add_argument(
+        "--decoder-of",
+        type=Path,
+        help="folder of vae.json and vae.safetensors: keeps that encoder and its latents; stage vae trains the decoder",
+    )
+    parser.add_argument(
+        "--flux-bf16", action="store_true", help="FLUX in bfloat16 on a GPU, where its backward pass died"
+    )
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--stage-seconds", type=float, help=argparse.SUPPRESS)
@@ -62,8 +75,11 @@ def run_stage(args: argparse.Namespace) -> None:
         batch=args.batch,
         icons=args.icons,
         text=args.text,
-        compiled=args.compile and args.stage in ("unet", "twin", "flux"),
+        compiled=args.compile and args.stage in DENOISERS,
         checkpoint_seconds=args.checkpoint_seconds,
+        flux_bf16=args.flux_bf16,
+        init=args.init,
+        decoder_of=args.decoder_of if args.stage == "vae" else None,
     )
     if args.stage == "vae":
         train_vae(plan)
@@ -103,10 +119,12 @@ class Job:
             "--text": args.text,
             "--batch": args.batch,
             "--checkpoint-seconds": args.checkpoint_seconds,
+            "--init": args.init if self.stage in DENOISERS else None,
+            "--decoder-of": args.decoder_of,
         }
         command = [sys.executable, str(HERE / "train.py")]
         command += [str(word) for name, value in options.items() if value is not None for word in (name, value)]
-        command += ["--compile"] * self.compiled
+        command += ["--compile"] * self.compiled + ["--flux-bf16"] * args.flux_bf16
         self.started += 1
         with (args.work / f"{self.stage}.log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
@@ -229,7 +247,7 @@ def plan_of(args: argparse.Namespace, started: float) -> list[Job]:
     eyes_end = vae_end + 0.66 * (end - tail - vae_end)
     ends = {"vae": vae_end, "eyes": eyes_end, "unet": end - tail, "twin": end - tail, "flux": end - tail}
     return [
-        Job(stage, ends[stage], args.seconds, args.compile and stage in ("unet", "twin", "flux"))
+        Job(stage, ends[stage], args.seconds, args.compile and stage in DENOISERS)
         for stage in STAGES
         if stage in args.only
     ]
@@ -268,7 +286,7 @@ def one_by_one(args: argparse.Namespace) -> list[Job]:
     started, jobs = time.time(), []
     for stage in args.only:
         seconds = SHARES[stage] * args.seconds
-        job = Job(stage, time.time() + 10 * args.seconds, seconds, args.compile and stage in ("unet", "twin", "flux"))
+        job = Job(stage, time.time() + 10 * args.seconds, seconds, args.compile and stage in DENOISERS)
         jobs.append(job)
         job.start(args)
         while not job.done:
@@ -277,6 +295,37 @@ def one_by_one(args: argparse.Namespace) -> list[Job]:
         print(last_line(args.work / f"{stage}.log"), flush=True)
         collect(args, jobs, started)
     return jobs
+
+
+def check_starts(args: argparse.Namespace) -> None:
+    """Refuses an unclear --init, and puts the autoencoder of --decoder-of where the stages look for it."""
+    if args.init is not None:
+        if len([stage for stage in args.only if stage in DENOISERS]) != 1:
+            raise SystemExit("--init is for one denoiser: give --only with unet, twin or flux.")
+        if not args.init.is_file():
+            raise SystemExit(f"{args.init} is missing: give --init a safetensors file of weights.")
+    if args.decoder_of is None:
+        return
+    names = ("vae.safetensors", "vae.json")
+    for name in names:
+        if not (args.decoder_of / name).is_file():
+            raise SystemExit(f"{args.decoder_of / name} is missing: give --decoder-of the folder of an autoencoder.")
+    if (args.work / "vae.json").exists():
+        if not same_encoder(args.work / names[0], args.decoder_of / names[0]):
+            raise SystemExit(
+                f"{args.work} holds another autoencoder: delete its vae.* files, or choose another --work."
+            )
+        return
+    for name in names:
+        shutil.copyfile(args.decoder_of / name, args.work / name)
+
+
+def same_encoder(one: Path, other: Path) -> bool:
+    """Whether two autoencoders make the same latents."""
+    from safetensors.torch import load_file
+
+    a, b = ({k: v for k, v in load_file(path).items() if k.startswith("encoder.")} for path in (one, other))
+    return a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
 
 
 def last_line(path: Path) -> str:
@@ -295,6 +344,7 @@ def main() -> None:
 
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.work.mkdir(parents=True, exist_ok=True)
+    check_starts(args)
     if not args.icons.exists():
         import data
 
