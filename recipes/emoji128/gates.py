@@ -24,7 +24,7 @@ import torch
 from data import CONCEPTS, INDEX, NAMED, STYLES, UNSEEN, VOCABULARY
 from eyes_stage import HELD, latents, scenes, truth_of, unit
 from safetensors.torch import load_file
-from stages import SHOWN, paint, psnr
+from stages import SHOWN, VAE_SEED, paint, psnr
 from torch import Tensor, nn
 
 from efface.intervals import wilson
@@ -239,6 +239,13 @@ class Gates:
                 "wrong_per_picture": [round(float((eye & ~truth).sum(1).float().mean()), 4) for eye in named],
             },
         }
+        held, _ = data.table((VAE_SEED, 9_999), self.n, data.Sampler())  # those that the training reports on
+        own = []
+        for k in range(0, len(held), self.size):
+            x = data.pictures(self.painter.paint(held[k : k + self.size]))
+            with torch.no_grad():
+                own.append(psnr(self.vae.decoder(self.vae.encoder.body(x)), x).cpu())
+        facts["psnr_of_training_scenes"] = {"n": len(held), "psnr": round(float(torch.cat(own).mean()), 3)}
         self.put("vae", facts=facts)
         print(f"vae {quality:.2f} dB; eyes {facts['eyes_on_reconstructions']}", flush=True)
 
