@@ -35,7 +35,7 @@ from efface.families import EMOJI, FLUX, PIXART, SD, SD3, SDXL, family
 
 CAT = Concept("cat")
 ALL = (EIUP([CAT]), GIE([CAT]), SLD([CAT]), SAFREE([CAT]), NegativePrompt([CAT]))
-TESTED = r"of a tested family \(SD 1.x/2.x, SDXL, emoji, PixArt, SD 3/3.5, FLUX.1\), but got "
+TESTED = r"of a tested family \(SD 1.x/2.x, SDXL, emoji, PixArt, SD 3/3.5, FLUX.1, emoji-flux\), but got "
 PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")
 
 

@@ -51,8 +51,9 @@ def load(model: str | Path, dtype: torch.dtype | None = None, device: str | None
     """A diffusers text-to-image pipeline, ready for erasers.
 
     Args:
-        model: "emoji" for the embedded model; else a folder written by `save_pretrained`, or a hub id.
-        dtype: of the weights; None: float32 for "emoji", as stored for others.
+        model: "emoji", "emoji-128" or "emoji-flux" for an embedded model; else a folder written by `save_pretrained`,
+            or a hub id.
+        dtype: of the weights; None: float32 for an embedded model, as stored for others.
         device: such as "cuda"; None leaves the pipeline on the CPU.
 
     Raises:
@@ -78,10 +79,14 @@ def load(model: str | Path, dtype: torch.dtype | None = None, device: str | None
         from .models import emoji
 
         return emoji.load(dtype=dtype, device=device or "cpu")
+    if str(model) in ("emoji-128", "emoji-flux"):
+        from .models import emoji128
+
+        return emoji128.load(str(model), dtype=dtype, device=device or "cpu")
     path = Path(model)
     index = path / "model_index.json"
     if "/" not in str(model) and not path.exists():
-        hint = registry.near(str(model), ["emoji"])
+        hint = registry.near(str(model), ["emoji", "emoji-128", "emoji-flux"])
         raise FileNotFoundError(
             f'There is no folder {str(model)!r}. {hint}{" " if hint else ""}Give "emoji", a folder that '
             "`save_pretrained` wrote, or a hub id such as owner/name."
@@ -91,8 +96,9 @@ def load(model: str | Path, dtype: torch.dtype | None = None, device: str | None
     written = index.read_text("utf-8") if index.is_file() else ""
     if written and '"_class_name"' not in written:
         raise ValueError(f"{index} names no pipeline class: it is not what `save_pretrained` writes. Save it again.")
-    if "efface.models.emoji.vae" in written:
-        importlib.import_module("efface.models.emoji.vae")  # diffusers finds our VAE only if it is imported
+    ours = [name for name in ("emoji.vae", "emoji128.vae", "emoji128.text") if f"efface.models.{name}" in written]
+    for name in ours:
+        importlib.import_module(f"efface.models.{name}")  # diffusers finds our classes only if they are imported
     from diffusers import DiffusionPipeline
     from safetensors import SafetensorError
 
@@ -108,6 +114,10 @@ def load(model: str | Path, dtype: torch.dtype | None = None, device: str | None
             f"The pipeline in {path} cannot be loaded ({error}). Damaged files: {files}. Only safetensors are read, "
             "never pickles. Save the pipeline again, or download it again."
         ) from error
+    if "emoji128.vae" in ours and "emoji128.text" in ours:
+        from .models.emoji128 import with_defaults
+
+        with_defaults(pipe)
     return pipe if device is None else pipe.to(device)
 
 

