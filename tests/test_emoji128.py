@@ -201,6 +201,15 @@ def test_half_precision_draws(folder: Path) -> None:
     assert np.isfinite(picture(pipe)).all()
 
 
+@pytest.mark.parametrize(("name", "call"), [("emoji-128", {}), ("emoji-flux", {"true_cfg_scale": 4.0})])
+def test_the_shipped_models_draw_what_their_eyes_see(name: str, call: dict[str, Any]) -> None:
+    pipe, eyes = efface.load(name), load_eyes()
+    pipe.set_progress_bar_config(disable=True)
+    drawn = picture(pipe, "a panda", num_inference_steps=10, negative_prompt="", **call)
+    seen = eyes.icons(torch.from_numpy(drawn).permute(2, 0, 1)[None])
+    assert seen[:, 0, ICONS.index("panda")].all() and not seen[:, 0, ICONS.index("rocket")].any()
+
+
 # ---------------------------------------------------------------- texts
 
 
