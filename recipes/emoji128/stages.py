@@ -102,7 +102,7 @@ def say(name: str, text: str) -> None:
 
 
 def run_hash(plan: Plan) -> str:
-    """What a checkpoint must have been trained on: data, pool size, the weights it started from, and the loss's floor."""
+    """What a checkpoint must have been trained on: data, pool size, first weights, and the loss's floor."""
     start = "".join(f" {sha256(path)}" for path in origins(plan))
     start += f" floor {plan.floor}" if plan.floor else ""
     return hashlib.sha256(f"{data.data_hash()} {plan.pool}{start}".encode()).hexdigest()
