@@ -201,6 +201,15 @@ def test_half_precision_draws(folder: Path) -> None:
     assert np.isfinite(picture(pipe)).all()
 
 
+@pytest.mark.parametrize(("name", "call"), [("emoji-128", {}), ("emoji-flux", {"true_cfg_scale": 4.0})])
+def test_the_shipped_models_draw_what_their_eyes_see(name: str, call: dict[str, Any]) -> None:
+    pipe, eyes = efface.load(name), load_eyes()
+    pipe.set_progress_bar_config(disable=True)
+    drawn = picture(pipe, "a panda", num_inference_steps=10, negative_prompt="", **call)
+    seen = eyes.icons(torch.from_numpy(drawn).permute(2, 0, 1)[None])
+    assert seen[:, 0, ICONS.index("panda")].all() and not seen[:, 0, ICONS.index("rocket")].any()
+
+
 # ---------------------------------------------------------------- texts
 
 
@@ -408,7 +417,7 @@ def test_a_shared_content_word_is_found_and_a_looks_subject_is_free(
 
 
 def starts(**given: Any) -> Any:
-    return type("Arguments", (), {"init": None, "decoder_of": None, "only": ["flux"]} | given)()
+    return type("Arguments", (), {"init": None, "decoder_of": None, "only": ["flux"], "floor": 0.0} | given)()
 
 
 def test_training_goes_on_from_weights_that_fit_and_refuses_others(recipe: Any, folder: Path, tmp_path: Path) -> None:
@@ -421,6 +430,8 @@ def test_training_goes_on_from_weights_that_fit_and_refuses_others(recipe: Any, 
         stages.start_from(net, folder / "unet.safetensors")
     with pytest.raises(SystemExit, match="one denoiser"):
         train.check_starts(starts(init=folder / "flux.safetensors", only=["unet", "flux"]))
+    with pytest.raises(SystemExit, match="--floor from 0 to 1, got -1"):
+        train.check_starts(starts(floor=-1.0))
     with pytest.raises(SystemExit, match="is missing"):
         train.check_starts(starts(init=tmp_path / "none.safetensors"))
     with pytest.raises(SystemExit, match=r"vae\.safetensors is missing"):
@@ -483,6 +494,16 @@ def test_the_recipe_draws_what_the_pipelines_draw(
     expected = flux_pipe("a cat", true_cfg_scale=3.0, negative_prompt="", **some).images
     drawn = nets.draw("flux", flux_pipe.transformer, texts(["a cat"]), texts([""]), 7, 3.0, 4)
     torch.testing.assert_close(nets.pack(drawn), expected, atol=2e-2, rtol=0)
+
+
+def test_a_floor_weights_only_the_noise_levels_below_it(recipe: Any) -> None:
+    device, z, text = torch.device("cpu"), torch.zeros(64, 8, 16, 16), torch.zeros(64, 24, 384)
+
+    def net(x: torch.Tensor, t: torch.Tensor, text: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
+        return (torch.zeros_like(x),)
+
+    none, little, much = (float(recipe.nets.unet_loss(device, f)(net, z, text, text, rng())) for f in (0.0, 0.2, 1.0))
+    assert none < little < much
 
 
 def test_packed_latents_unpack(recipe: Any) -> None:

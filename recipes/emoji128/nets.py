@@ -150,12 +150,12 @@ Forward = Callable[..., Any]
 Loss = Callable[[Forward, Tensor, Tensor, Tensor, torch.Generator], Tensor]
 
 
-def unet_loss(device: torch.device) -> Loss:
-    """v-prediction with min-SNR-5 weights."""
+def unet_loss(device: torch.device, floor: float = 0.0) -> Loss:
+    """v-prediction with min-SNR-5 weights, none below `floor`."""
     schedule = DDIMScheduler(**{k: v for k, v in SCHEDULER.items() if k.startswith(("beta", "num", "prediction"))})
     alphas = schedule.alphas_cumprod.to(device)
     snr = alphas / (1 - alphas)
-    weight = snr.clamp(max=5) / (snr + 1)
+    weight = (snr.clamp(max=5) / (snr + 1)).clamp(min=floor)
 
     def loss(net: Forward, z: Tensor, text: Tensor, pooled: Tensor, rng: torch.Generator) -> Tensor:
         t = torch.randint(len(alphas), (len(z),), generator=rng, device=device)

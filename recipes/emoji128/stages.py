@@ -74,6 +74,7 @@ class Plan:
         checkpoint_seconds: between two checkpoints.
         flux_bf16: whether FLUX trains in bfloat16 on a GPU; see `nets.flux_loss`.
         init: weights that a denoiser starts from if it has no checkpoint; None means fresh ones.
+        floor: the least weight of a noise level in the UNet's loss; see `nets.unet_loss`.
         decoder_of: folder of an autoencoder whose encoder stays as it is; None trains both halves.
     """
 
@@ -90,6 +91,7 @@ class Plan:
     flux_bf16: bool = False
     init: Path | None = None
     decoder_of: Path | None = None
+    floor: float = 0.0
 
 
 # ---------------------------------------------------------------- the loop
@@ -100,8 +102,9 @@ def say(name: str, text: str) -> None:
 
 
 def run_hash(plan: Plan) -> str:
-    """What a checkpoint must have been trained on: the data, the pool's size, and the weights it started from."""
+    """What a checkpoint must have been trained on: data, pool size, first weights, and the loss's floor."""
     start = "".join(f" {sha256(path)}" for path in origins(plan))
+    start += f" floor {plan.floor}" if plan.floor else ""
     return hashlib.sha256(f"{data.data_hash()} {plan.pool}{start}".encode()).hexdigest()
 
 
@@ -262,6 +265,7 @@ class Fit:
             "data": data.data_hash(),
             "pool": self.plan.pool,
             "torch": torch.__version__,
+            **({"floor": self.plan.floor} if self.plan.floor else {}),
             **({"started_from": {path.name: sha256(path) for path in start}} if (start := origins(self.plan)) else {}),
             "device": torch.cuda.get_device_name() if self.plan.device.type == "cuda" else "cpu",
         }
@@ -486,7 +490,7 @@ def train_denoiser(plan: Plan, kind: str) -> None:
     if kind != "flux" and device.type == "cuda":
         net.to(memory_format=torch.channels_last)
     forward = torch.compile(net) if plan.compiled else net
-    loss = nets.flux_loss(device, plan.flux_bf16) if kind == "flux" else nets.unet_loss(device)
+    loss = nets.flux_loss(device, plan.flux_bf16) if kind == "flux" else nets.unet_loss(device, plan.floor)
     if plan.compiled:  # while the autoencoder trains
         start, rng = time.time(), generator(plan, 0, 0)
         z = torch.randn(batch, nets.CHANNELS, nets.SIDE, nets.SIDE, device=device)

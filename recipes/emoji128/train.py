@@ -53,6 +53,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--flux-bf16", action="store_true", help="FLUX in bfloat16 on a GPU, where its backward pass died"
     )
+    parser.add_argument(
+        "--floor", type=float, default=0.0, help="least weight of a noise level for unet and twin, 0 to 1"
+    )
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--stage-seconds", type=float, help=argparse.SUPPRESS)
@@ -78,6 +81,7 @@ def run_stage(args: argparse.Namespace) -> None:
         compiled=args.compile and args.stage in DENOISERS,
         checkpoint_seconds=args.checkpoint_seconds,
         flux_bf16=args.flux_bf16,
+        floor=args.floor if args.stage in ("unet", "twin") else 0.0,
         init=args.init,
         decoder_of=args.decoder_of if args.stage == "vae" else None,
     )
@@ -121,6 +125,7 @@ class Job:
             "--checkpoint-seconds": args.checkpoint_seconds,
             "--init": args.init if self.stage in DENOISERS else None,
             "--decoder-of": args.decoder_of,
+            "--floor": args.floor,
         }
         command = [sys.executable, str(HERE / "train.py")]
         command += [str(word) for name, value in options.items() if value is not None for word in (name, value)]
@@ -298,7 +303,9 @@ def one_by_one(args: argparse.Namespace) -> list[Job]:
 
 
 def check_starts(args: argparse.Namespace) -> None:
-    """Refuses an unclear --init, and puts the autoencoder of --decoder-of where the stages look for it."""
+    """Refuses an unclear --init or --floor, and puts the autoencoder of --decoder-of where the stages look for it."""
+    if not 0 <= args.floor <= 1:
+        raise SystemExit(f"Expected --floor from 0 to 1, got {args.floor:g}.")
     if args.init is not None:
         if len([stage for stage in args.only if stage in DENOISERS]) != 1:
             raise SystemExit("--init is for one denoiser: give --only with unet, twin or flux.")
