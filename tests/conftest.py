@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +29,19 @@ def traces(pipe: Any) -> set[str]:
                 kept += [trace for trace in ("_forward_hooks", "_forward_pre_hooks") if getattr(module, trace)]
             found |= {f"{part}.{name}.{trace}" for trace in kept}
     return found
+
+
+@contextlib.contextmanager
+def modules_of(folder: Path) -> Iterator[None]:
+    """Modules of a recipe can be imported by name; afterwards another recipe may have modules of these names."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name, module in list(sys.modules.items()):
+            if Path(getattr(module, "__file__", None) or "/").parent == folder:
+                del sys.modules[name]
 
 
 @functools.cache

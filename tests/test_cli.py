@@ -291,7 +291,7 @@ def test_damaged_weights_end_the_process_without_a_traceback(model: Path, tmp_pa
 
 def test_a_misspelt_model_has_a_near_match(tmp_path: Path) -> None:
     said = call("erase", "a cat", "--concept", "cat", "--model", "emojii", "--out", tmp_path / "out", code=2)
-    assert "There is no folder 'emojii'. Did you mean 'emoji'?" in said
+    assert "There is no folder 'emojii'. Did you mean" in said and "'emoji'" in said
 
 
 def test_an_output_file_is_not_a_folder(tmp_path: Path) -> None:

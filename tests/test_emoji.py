@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import modules_of
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 
@@ -56,11 +57,10 @@ def write_work(work: Path, scale: float = 1.0) -> Path:
 
 @pytest.fixture(scope="module")
 def exporter() -> Iterable[object]:
-    sys.path.insert(0, str(RECIPE))
-    import export
+    with modules_of(RECIPE):
+        import export
 
-    yield export
-    sys.path.remove(str(RECIPE))
+        yield export
 
 
 @pytest.fixture(scope="module")

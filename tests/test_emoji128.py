@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import random
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import modules_of
 from diffusers import (
     DiffusionPipeline,
     FluxImg2ImgPipeline,
@@ -105,17 +105,23 @@ def pipe(request: pytest.FixtureRequest, folder: Path) -> DiffusionPipeline:
 @pytest.fixture(scope="module")
 def recipe() -> Iterator[Any]:
     """The modules of the recipe."""
-    sys.path.insert(0, str(RECIPE))
-    import data
-    import export
-    import nets
-    import paraphrases
-    import stages
-    import train
+    with modules_of(RECIPE):
+        import data
+        import export
+        import nets
+        import paraphrases
+        import stages
+        import train
 
-    names = {"data": data, "export": export, "nets": nets, "paraphrases": paraphrases, "stages": stages, "train": train}
-    yield type("Recipe", (), names)
-    sys.path.remove(str(RECIPE))
+        names = {
+            "data": data,
+            "export": export,
+            "nets": nets,
+            "paraphrases": paraphrases,
+            "stages": stages,
+            "train": train,
+        }
+        yield type("Recipe", (), names)
 
 
 def rng(seed: int = 3) -> torch.Generator:
