@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline, StableDiffusionPipelineSafe
+from diffusers import (
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionPAGPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionPipelineSafe,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import ALCOHOL, CAT, LIMIT, PROMPT, PROMPTS, WORDS, bare, batch, change, drawn, latents, pipeline, untouched
@@ -384,6 +389,14 @@ def test_a_pipeline_that_does_not_tell_its_rows_is_a_type_error(kind: Any, sd1: 
     for eraser in (ERASER, SLD([CAT]), SAFREE([CAT]), NegativePrompt([CAT])):
         with pytest.raises(TypeError, match=f"{kind.__name__} has no `encode_prompt`, .*: use a pipeline that has it"):
             eraser.apply(pipe)
+
+
+def test_pipelines_that_add_rows_of_their_own_are_refused(sd1: Any) -> None:
+    pipe = StableDiffusionPAGPipeline(**sd1.components, requires_safety_checker=False, pag_applied_layers="mid")
+    for eraser in (ERASER, SLD([CAT]), SAFREE([CAT]), NegativePrompt([CAT])):
+        with pytest.raises(ValueError, match="PAGPipeline adds rows of its own .* Use the pipeline without PAG"):
+            eraser.apply(pipe)
+    assert "encode_prompt" not in vars(pipe) and sd1.unet not in SITES
 
 
 def test_fused_projections_are_refused_with_the_cure() -> None:
