@@ -222,8 +222,8 @@ class Site:
     def add(self, pipe: DiffusionPipeline, eraser: Hooked) -> Handle:
         if hasattr(type(pipe), "set_pag_applied_layers"):
             raise ValueError(
-                f"{type(pipe).__name__} adds rows of its own to each denoiser call (perturbed attention guidance), so it "
-                "is not known which rows are conditional. Use the pipeline without PAG, or an editor such as UCE."
+                f"{type(pipe).__name__} adds rows of its own to each denoiser call (perturbed attention guidance), so "
+                "it is not known which rows are conditional. Use the pipeline without PAG, or an editor such as UCE."
             )
         if eraser.edits_attention:
             if not self.layers:
