@@ -117,7 +117,8 @@ def pictures(concept: str, kind: str, n: int, first_seed: int) -> list[Picture]:
     for k in range(n):
         prompt, keep = prompts[k * len(prompts) // n if n < len(prompts) else k % len(prompts)]
         choice = random.Random(f"{concept}, {kind}, {k}")
-        found.append(Picture(prompt, keep, first + k, choice.choice(sorted(keep) or strangers)))
+        named_by_captions = [icon for icon in sorted(keep) if icon in captions]  # professions have names of their own
+        found.append(Picture(prompt, keep, first + k, choice.choice(named_by_captions or strangers)))
     return found
 
 
