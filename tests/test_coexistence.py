@@ -716,6 +716,8 @@ def test_rows_that_are_said_have_to_be_those_of_the_call(sd1: Any) -> None:
                 sd1.unet(**batch(rows=3))
         with pytest.raises(RuntimeError, match=r"conditional_rows\(pipe, \[\.\.\.\]\)"):
             sd1.unet(**batch())
+        with efface.conditional_rows(sd1, [True, True]), pytest.raises(RuntimeError, match="Leave that block first"):
+            latents(sd1)  # it knows its rows better
         for rows in ([], [True, False]):
             with pytest.raises(ValueError, match="unconditional rows first"), efface.conditional_rows(sd1, rows):
                 pass

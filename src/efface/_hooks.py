@@ -171,9 +171,7 @@ class Site:
         self.opening: _Opening | None = None
         self.drawing: int | None = None  # the thread whose call of the pipeline is in its steps
         self.call: _Call | None = None
-        self.given: tuple[int, int] | None = (
-            None  # the first conditional row and how many there are, if the caller says it
-        )
+        self.given: tuple[int, int] | None = None  # the first conditional row and how many rows, if the caller says it
         self.guarded = False  # whether this step of the pipeline came by
         self.stepped = False  # whether one did before
         self._by_the_way = False  # whether this call of the denoiser did
@@ -416,6 +414,11 @@ class Site:
         """The steps of a call of the pipeline begin."""
         if self.call is not None and self.call.thread != threading.get_ident():
             raise RuntimeError(records.TWO_THREADS)
+        if self.given is not None:
+            raise RuntimeError(
+                "The pipeline was called inside `efface.conditional_rows`, which tells the rows of denoiser calls that "
+                "are made without it. Leave that block first: a call of the pipeline tells its rows itself."
+            )
         self.drawing = threading.get_ident()
 
     def step(self) -> None:
@@ -783,9 +786,10 @@ class Site:
         for entry, _, exempt in plan:
             exempt = exempt or entry.eraser.exempt(time)
             if not exempt:
-                rows = {int(r) for term in entry.acting if term.rows is not None for r in term.rows}
-                everywhere = not entry.acting or any(term.rows is None for term in entry.acting)
-                entry.record.add(range(self.last - self.first) if everywhere else sorted(rows))
+                images = [term.images for term in entry.acting]
+                everywhere = range(self.last - self.first)
+                rows = {row for some in images for row in (everywhere if some is None else some)}
+                entry.record.add(sorted(rows) if images else everywhere)
             else:
                 entry.record.add((), exempt)
 
