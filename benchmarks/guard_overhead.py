@@ -25,8 +25,8 @@ from random_model import UNETS, random_pipeline
 
 import efface
 from efface import EIUP
-from efface._attention import CrossAttention, Term
-from efface._hooks import site
+from efface.hooks import CrossAttention, ErasurePrompts
+from efface.hooks.denoiser import site
 
 TARGET = 0.005
 OUT = Path(__file__).parents[1] / "results/guard_overhead.json"
@@ -35,7 +35,7 @@ OUT = Path(__file__).parents[1] / "results/guard_overhead.json"
 class Nothing(EIUP):
     """An eraser that is asked in every layer and changes nothing."""
 
-    def edit(self, out: torch.Tensor, cross: CrossAttention, term: Term) -> torch.Tensor:
+    def edit(self, out: torch.Tensor, cross: CrossAttention, prompts: ErasurePrompts) -> torch.Tensor:
         return out
 
 

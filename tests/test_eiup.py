@@ -16,9 +16,9 @@ from tiny import ALCOHOL, CAT, LIMIT, PROMPTS, add_lora, bare, change, drawn, la
 from torch import Tensor
 
 from efface import EIUP, Concept, NegativePrompt
-from efface._attention import CrossAttention, Term
-from efface._hooks import Site
 from efface.families import SD
+from efface.hooks import CrossAttention, ErasurePrompts
+from efface.hooks.denoiser import Site
 
 FORMS = ("projected", "separate", "gated")
 PACKED, SINGLE = ("beer wine glass", "cat"), ("beer", "wine glass", "cat")
@@ -262,7 +262,7 @@ class Edit:
     eraser: EIUP
     out: Tensor
     cross: CrossAttention
-    term: Term
+    prompts: ErasurePrompts
     edited: Tensor
 
 
@@ -272,9 +272,9 @@ def edits(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Edit]]:
     seen: list[Edit] = []
     original = EIUP.edit
 
-    def spy(self: EIUP, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
-        edited = original(self, out, cross, term)
-        seen.append(Edit(self, out, cross, term, edited))
+    def spy(self: EIUP, out: Tensor, cross: CrossAttention, prompts: ErasurePrompts) -> Tensor:
+        edited = original(self, out, cross, prompts)
+        seen.append(Edit(self, out, cross, prompts, edited))
         return edited
 
     def draw(pipe: Any, eraser: EIUP, prompt: Any = PROMPTS, **options: Any) -> list[Edit]:
@@ -294,7 +294,7 @@ Edits = Callable[..., list[Edit]]
 def directions(edit: Edit) -> tuple[Tensor, Tensor, Tensor]:
     """What the layer puts out for the empty text [B, Q, C]; the last phrase's d; the neutral texts' part."""
     cross = edit.cross
-    nothing, *shared, phrase = cross.with_empty(edit.term.text[-1:])
+    nothing, *shared, phrase = cross.with_empty(edit.prompts.text[-1:])
     shared = torch.stack(shared, -1) - nothing[..., None]
     d = phrase - nothing
     return nothing, d - (shared @ torch.linalg.pinv(shared) @ d[..., None])[..., 0], shared
@@ -355,7 +355,7 @@ def test_the_empty_and_the_neutral_prompts_are_left_alone(sd1: Any) -> None:
 
 def test_a_concept_that_is_nothing_or_neutral_erases_nothing(edits: Edits, sd1: Any) -> None:
     for edit in edits(sd1, eiup(strength=2.0), num_inference_steps=1):
-        empty, neutral = (Term(text, (slice(1, 1),)) for text in edit.cross.neutral[:2, None])
+        empty, neutral = (ErasurePrompts(edit.cross.neutral[k : k + 1], (slice(1, 1),)) for k in (0, 1))
         for form in FORMS:
             unchanged = dataclasses.replace(edit.eraser, normalization=form).edit(edit.out, edit.cross, empty)
             assert change(unchanged, edit.out) < 1e-6, form
@@ -369,7 +369,7 @@ def test_weights_add_up(form: str, edits: Edits, double: Any) -> None:
 
         def at(strength: float, edit: Edit = edit) -> Tensor:
             with torch.no_grad():
-                return dataclasses.replace(edit.eraser, strength=strength).edit(edit.out, edit.cross, edit.term)
+                return dataclasses.replace(edit.eraser, strength=strength).edit(edit.out, edit.cross, edit.prompts)
 
         assert float((at(0.7) + at(1.1) - at(0.0) - at(1.8)).abs().max()) < 1e-10
         assert torch.equal(at(0.0), edit.out) and not torch.equal(at(0.7), edit.out)
@@ -383,12 +383,12 @@ def test_start_end_and_padding_tokens_carry_no_weight(form: str, edits: Edits, s
         def with_other_values(columns: list[int], edit: Edit = edit, genuine: Any = genuine) -> Tensor:
             def keys_values(text: Tensor) -> tuple[Tensor, Tensor]:
                 key, value = genuine(text)
-                if text is edit.term.text:
+                if text is edit.prompts.text.states:
                     value = value.index_fill(2, torch.tensor(columns), 100.0)
                 return key, value
 
             edit.cross.keys_values = keys_values  # type: ignore[method-assign]
-            return edit.eraser.edit(edit.out, edit.cross, edit.term)
+            return edit.eraser.edit(edit.out, edit.cross, edit.prompts)
 
         assert torch.equal(with_other_values([0, *range(4, LIMIT)]), edit.edited)
         for column in (1, 2, 3):
@@ -450,7 +450,7 @@ def test_windows(pipe: Any, family: str) -> None:
     assert torch.equal(at(0.0, 0.0), drawn(family))
     assert change(at(0.0, 0.8), at(0.0, 1.0)) > 1e-4
     assert change(at(0.0, 0.8), drawn(family)) > 1e-3
-    assert EIUP.paper([ALCOHOL], 2.0) == EIUP([ALCOHOL], 2.0, (0.0, 0.8), "separate")
+    assert EIUP.reconstruction([ALCOHOL], 2.0) == EIUP([ALCOHOL], 2.0, (0.0, 0.8), "separate")
 
 
 # ---------------------------------------------------------------- together with other things

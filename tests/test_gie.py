@@ -39,10 +39,10 @@ from tiny import (
 from torch import Tensor, nn
 
 from efface import EIUP, GIE, Concept, load
-from efface._hooks import site
 from efface._weights import layer_names, text_hash
-from efface.erasers._adapter import Adapter
-from efface.erasers._gie_fit import Ladder, Row, train
+from efface.erasers.gie.adapter import Adapter
+from efface.erasers.gie.fit import Ladder, Row, train
+from efface.hooks.denoiser import site
 from efface.models.emoji.weights import FOLDER
 
 ERASED = {"alcohol": "beer wine glass", "cat": "cat"}
@@ -266,7 +266,7 @@ def pndm() -> Iterator[Any]:
 def test_two_trajectories_are_the_public_code(
     values: str, queries: int, pndm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("efface.erasers.gie.QUERIES", queries)  # the layers have 64 and 16
+    monkeypatch.setattr("efface.erasers.gie.method.QUERIES", queries)  # the layers have 64 and 16
     steps, erased = 5, ERASED["alcohol"]  # six calls: four in the window, two with copied self-attention
     reference = Both(pndm, PROMPTS, erased, values == "official", steps, queries)
     assert (reference.end, reference.copied) == (4, 2)
@@ -275,7 +275,7 @@ def test_two_trajectories_are_the_public_code(
     twins: list[Tensor] = []
 
     def watch(pipe: Any, step: int, time: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        twins.append(site(pipe).twin.latents)
+        twins.append(site(pipe).applied[0].memory["trajectory"].latents)
         return {}
 
     with Weighed([ALCOHOL], values=values, trajectories=2, window=(0.0, 0.8)).apply(pndm):
@@ -305,7 +305,7 @@ def test_the_twin_starts_from_the_same_noise_whatever_the_scheduler(sd1: Any) ->
     twins: list[Tensor] = []
 
     def watch(pipe: Any, step: int, time: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        twins.append(site(pipe).twin.latents)
+        twins.append(site(pipe).applied[0].memory["trajectory"].latents)
         return {}
 
     kept = sd1.scheduler

@@ -20,8 +20,8 @@ from tiny import ALCOHOL, CAT, adapter_file, denoiser_of, fitted, pipeline, unto
 from torch import Tensor
 
 from efface import EIUP, GIE, SAFREE, SLD, Delta, NegativePrompt
-from efface._attention import CrossAttention, Term
 from efface.delta import Factors
+from efface.hooks import CrossAttention, ErasurePrompts
 
 PROMPTS = ("a night at the pub", "a big moon")
 OWN_WORDS = ("night", "pub", "moon")  # of the prompts alone: no phrase and no neutral text has them
@@ -281,11 +281,10 @@ def test_eiup_is_active_in_a_part_of_the_queries(family: str, monkeypatch: pytes
     """On both sides of its kink, in conditional rows: 20 to 80 % of phrases and queries. Others have no kink."""
     pipe, seen, original = double(family), {}, EIUP.edit
 
-    def spy(self: EIUP, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
+    def spy(self: EIUP, out: Tensor, cross: CrossAttention, prompts: ErasurePrompts) -> Tensor:
         edited = [out]
-        for k in range(1, len(term.text) + 1):  # the phrases act one after the other
-            mask = None if term.mask is None else term.mask[:k]
-            edited.append(original(self, out, cross, Term(term.text[:k], term.own[:k], mask=mask)))
+        for k in range(1, len(prompts.text) + 1):  # the phrases act one after the other
+            edited.append(original(self, out, cross, ErasurePrompts(prompts.text[:k], prompts.token_columns[:k])))
             acts = (edited[-1] - edited[-2]).norm(dim=-1) > 1e-9 * out.norm(dim=-1)
             seen.setdefault(cross.unconditional, []).append(acts.double().mean())
         return edited[-1]

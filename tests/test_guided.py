@@ -29,8 +29,7 @@ from tiny import (
 from torch import Tensor
 
 from efface import EIUP, SLD, Concept, NegativePrompt
-from efface._hooks import Hooked
-from efface._method import Prediction
+from efface.hooks import Method, Prediction
 
 SAFETY = "beer, wine glass"  # the text of ALCOHOL
 BEER = Concept("beer")
@@ -214,7 +213,7 @@ def test_a_prompt_that_is_the_concept_is_beyond_sld(sd1: Any) -> None:
 
 
 def test_sld_asks_for_the_concept_only_when_it_needs_it(sd1: Any) -> None:
-    def rows(eraser: Hooked) -> list[int]:
+    def rows(eraser: Method) -> list[int]:
         found: list[int] = []
         watch = sd1.unet.conv_in.register_forward_hook(lambda module, args, out: found.append(len(out)))
         with eraser.apply(sd1):
@@ -264,7 +263,7 @@ def test_what_methods_add_is_summed_in_any_order(sd1: Any, seen: list[Prediction
     assert change(seen[0].prompt, plain[1:]) < 1e-5  # each sees the plain prediction
 
 
-def calls_with(pipe: Any, *erasers: Hooked) -> Tensor:
+def calls_with(pipe: Any, *erasers: Method) -> Tensor:
     """The first prediction with these erasers on."""
     handles = [eraser.apply(pipe) for eraser in erasers]
     out = calls(pipe, PROMPT, num_inference_steps=1)[0]["out"]

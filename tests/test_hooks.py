@@ -25,8 +25,8 @@ from torch import Tensor
 from transformers import T5Config, T5EncoderModel
 
 from efface import EIUP, GIE, SAFREE, SLD, Concept, NegativePrompt
-from efface._attention import CrossAttention, Term
 from efface._text import SITES, encode, pack
+from efface.hooks import CrossAttention, ErasurePrompts
 
 ERASER = EIUP([ALCOHOL])
 
@@ -37,11 +37,11 @@ def edited(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     seen: list[Tensor] = []
     original = EIUP.edit
 
-    def spy(self: EIUP, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
+    def spy(self: EIUP, out: Tensor, cross: CrossAttention, prompts: ErasurePrompts) -> Tensor:
         if not cross.unconditional:
             assert len(out) == len(cross.query) == len(cross.prompt)
-            seen.append(cross.prompt)
-        return original(self, out, cross, term)
+            seen.append(cross.prompt.states)
+        return original(self, out, cross, prompts)
 
     monkeypatch.setattr(EIUP, "edit", spy)
     return seen
@@ -208,8 +208,8 @@ def test_encode_gives_what_the_pipeline_gives_and_where_the_words_stand(pipe: An
 def test_concepts_are_encoded_as_the_prompt_is(
     pipe: Any, family: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def check(self: EIUP, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
-        assert torch.allclose(cross.prompt, term.text, atol=1e-6)
+    def check(self: EIUP, out: Tensor, cross: CrossAttention, prompts: ErasurePrompts) -> Tensor:
+        assert torch.allclose(cross.prompt.states, prompts.text.states, atol=1e-6)
         return out
 
     monkeypatch.setattr(EIUP, "edit", check)

@@ -428,7 +428,7 @@ def test_what_needs_cross_attention_names_where_it_works_and_what_works_here(fam
         "flux": ("FLUX.1", "SAFREE, and SLD and NegativePrompt with `true_cfg_scale` above 1 and a negative prompt"),
     }[family]
     tested = ", ".join(each.name for each in FAMILIES[:4])
-    for eraser in (EIUP(CAT), EIUP.paper(CAT), GIE(CAT), GIE(CAT, adapter="emoji"), GIE.official(CAT)):
+    for eraser in (EIUP(CAT), EIUP.reconstruction(CAT), GIE(CAT), GIE(CAT, adapter="emoji"), GIE.official(CAT)):
         said = (
             f"{type(eraser).__name__} works in cross-attention, .*Use it on {tested}; what works on {name} is {works}"
         )

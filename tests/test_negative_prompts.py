@@ -14,8 +14,7 @@ from torch import Tensor
 
 import efface
 from efface import EIUP, SLD, Concept, NegativePrompt
-from efface._attention import CrossAttention, Term
-from efface._method import Prediction
+from efface.hooks import CrossAttention, ErasurePrompts, Prediction
 from efface.models import emoji
 from efface.models.emoji.eyes import load_eyes
 
@@ -46,9 +45,9 @@ def edits(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     seen: list[bool] = []
     original = EIUP.edit
 
-    def spy(self: EIUP, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
+    def spy(self: EIUP, out: Tensor, cross: CrossAttention, prompts: ErasurePrompts) -> Tensor:
         seen.append(cross.unconditional)
-        return original(self, out, cross, term)
+        return original(self, out, cross, prompts)
 
     monkeypatch.setattr(EIUP, "edit", spy)
     return seen

@@ -50,7 +50,7 @@ from transformers import (
 import efface
 from efface import Concept
 from efface._weights import text_hash
-from efface.erasers._adapter import Adapter, network
+from efface.erasers.gie.adapter import Adapter, network
 
 WORDS = ("a", "at", "the", "of", "and", "night", "pub", "cat", "dog", "beer", "wine", "glass", "red", "big", "moon")
 LIMIT = 16  # tokens in a prompt, start and end included

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ._forward import Hidden
 from ._weights import denoiser_of
 from .families import family
 
@@ -39,8 +38,7 @@ class Encoded:
 
 def own_encode(pipe: DiffusionPipeline) -> Any:
     """The pipeline's own `encode_prompt`, without Efface's part."""
-    method = pipe.encode_prompt
-    return method.original if isinstance(method, Hidden) else method
+    return getattr(pipe.encode_prompt, "original", pipe.encode_prompt)
 
 
 def readers(pipe: DiffusionPipeline) -> tuple[str, ...]:
@@ -366,8 +364,8 @@ def condition(pipe: DiffusionPipeline, texts: Sequence[str]) -> Condition:
         ValueError: run-time erasers are on; a text without tokens, or over the encoder's limit.
     """
     present = SITES.get(denoiser_of(pipe))
-    if present is not None and present.entries:
-        names = ", ".join(type(entry.eraser).__name__ for entry in present.entries)
+    if present is not None and present.applied:
+        names = ", ".join(type(applied.method).__name__ for applied in present.applied)
         raise ValueError(f"{names} is on, and would take part in the training: call `handle.remove()` before `fit`.")
     for name in readers(pipe):
         tokenizer = getattr(pipe, name)

@@ -239,9 +239,10 @@ def active(pipe: DiffusionPipeline) -> Handles:
         ...     print(efface.active(pipe))
         EIUP  strength 2.25  alcohol
     """
-    from . import _hooks, delta
+    from . import delta
+    from .hooks.denoiser import handles
 
-    return Handles([*_hooks.handles(pipe), *delta.handles(pipe)])
+    return Handles([*handles(pipe), *delta.handles(pipe)])
 
 
 @contextlib.contextmanager
@@ -270,7 +271,7 @@ def conditional_rows(pipe: DiffusionPipeline, rows: Sequence[bool]) -> Iterator[
         >>> prediction.shape
         torch.Size([2, 8, 8, 8])
     """
-    from . import _hooks
+    from .hooks.denoiser import rows_given
 
     given = [bool(row) for row in rows]
     if not given or given != sorted(given):
@@ -278,7 +279,7 @@ def conditional_rows(pipe: DiffusionPipeline, rows: Sequence[bool]) -> Iterator[
             f"Expected `rows` to be truth values, False for unconditional rows and then True for conditional ones, but "
             f"got {given}. Put the unconditional rows first, as diffusers does."
         )
-    with _hooks.rows_given(pipe, given):
+    with rows_given(pipe, given):
         yield
 
 

@@ -220,7 +220,8 @@ def config(method: Any) -> dict[str, Any]:
     if hasattr(method, "config"):  # a delta says itself what it is: its tensors do not belong into a record
         return dict(method.config())
     fields = json.loads(json.dumps(dataclasses.asdict(method)))
-    return {"method": type(method).__module__.rsplit(".", 1)[-1], **fields}
+    _, _, inside = type(method).__module__.partition(".erasers.")
+    return {"method": inside.split(".")[0] or type(method).__module__.rsplit(".", 1)[-1], **fields}
 
 
 SETTABLE = ("strength", "rows")  # on a handle

@@ -384,7 +384,7 @@ def present(pipe: DiffusionPipeline) -> dict[str, Any]:
     found = {
         "scheduler": {"class": type(pipe.scheduler).__name__, **schedule},
         "deltas": [[delta.hash, delta.strength] for delta in active(pipe)],
-        "erasers": [config(entry.eraser) for entry in site.entries] if site else [],
+        "erasers": [config(applied.method) for applied in site.applied] if site else [],
         "adapters": adapters(pipe),
     }
     return json.loads(json.dumps(found, default=str))

@@ -209,12 +209,13 @@ def run(
     if not rows:
         raise ValueError(f"The suite {suite.name!r} has no rows: nothing to draw.")
     folder = _folder(Path(out))
-    from . import _hooks, api
+    from . import api
     from .delta import active
+    from .hooks.denoiser import handles as erasers_on
 
     name = str(model) if isinstance(model, (str, Path)) else None
     pipe = api.load(model) if isinstance(model, (str, Path)) else model
-    if _hooks.handles(pipe) or active(pipe):
+    if erasers_on(pipe) or active(pipe):
         raise ValueError("The pipeline has an eraser on: remove it, and give it as `eraser=` instead.")
     pipe.set_progress_bar_config(disable=True)
     given = () if eraser is None else eraser

@@ -8,9 +8,8 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from .._attention import CrossAttention, Term
-from .._hooks import Hooked
 from ..core import Concepts, Rows
+from ..hooks import CrossAttention, ErasurePrompts, Method, Text
 
 __all__ = ["EIUP"]
 
@@ -20,7 +19,7 @@ THINGS = ("dog", "tree", "car", "cup", "house", "star", "book", "hat", "flower",
 
 
 @dataclass(frozen=True)
-class EIUP(Hooked):
+class EIUP(Method):
     """Erases concepts while a picture is drawn, without training and without touching weights.
 
     In each cross-attention layer, with `A(q, X)` the softmax of the image queries against the keys of text X, P the
@@ -41,7 +40,7 @@ class EIUP(Hooked):
     given: only the abstract of v1 could be read. `separate` is the best supported reading of it, from its second
     version (GIE, ICLR 2025), whose published code takes the erasure prompt's softmax on its own, weights the concept's
     columns after it and adds the result to the prompt's, with weights that are drawn negative in that version's
-    figure. The weights and the window of v1 are not known; `EIUP.paper()` uses the window of the second version's code.
+    figure. The weights and the window of v1 are not known; `EIUP.reconstruction()` uses the window of that code.
 
     Differs: `projected`, the default, is our variant and is not in the paper: on text encoders without a start token
     that soaks up attention, E1 pushes every prompt away from the concept, the projection only those that move towards
@@ -121,8 +120,8 @@ class EIUP(Hooked):
         object.__setattr__(self, "neutral", tuple(tuple(group) for group in groups))
 
     @classmethod
-    def paper(cls, concepts: Concepts, strength: float = 1.0) -> EIUP:
-        """The paper's form, E1, in the published window (the first 80 % of the trajectory)."""
+    def reconstruction(cls, concepts: Concepts, strength: float = 1.0) -> EIUP:
+        """The form that the abstract of the paper suggests, E1, in the published window (the first 80 %)."""
         return cls(concepts, strength=strength, window=(0.0, 0.8), normalization="separate")
 
     @property
@@ -135,50 +134,75 @@ class EIUP(Hooked):
 
     @property
     def references(self) -> tuple[tuple[str, ...], ...]:  # type: ignore[override]
-        return (("",), *self.neutral) if self.normalization == "projected" else Hooked.references
+        return (("",), *self.neutral) if self.normalization == "projected" else Method.references
 
-    def edit(self, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
+    def edit(self, out: Tensor, cross: CrossAttention, prompts: ErasurePrompts) -> Tensor:
         if self.normalization == "projected":
-            would_be = cross.with_empty(term.text, term.mask)
-            would_be = would_be.to(torch.promote_types(out.dtype, torch.float32))
-            nothing, others = would_be[0], would_be[1:] - would_be[0]
             # More or less than the empty text has of the concept, where guidance pushes away from it, would come back.
             strength = min(self.strength, 1.0) if cross.unconditional else self.strength
-            added = _projected(out - nothing, others, len(self.neutral), strength, cross.unconditional)
-            return (out + added).to(out.dtype)
-        key, value = cross.keys_values(term.text)
-        if self.normalization == "separate":
-            weight = torch.zeros(len(value), 1, value.shape[2], 1, dtype=value.dtype, device=value.device)
-            for n, own in enumerate(term.own):
-                weight[n, :, own] = -self.strength
-            return out + cross.attend_texts(key, weight * value, term.mask).sum(0)
-        prompt_key, _ = cross.keys_values(cross.prompt)
-        added = out
-        for n, own in enumerate(term.own):
-            own_key, own_value = (x[n : n + 1, :, own].expand(len(out), -1, -1, -1) for x in (key, value))
-            own_value = torch.cat([torch.zeros_like(prompt_key), -self.strength * own_value], 2)
-            mask = cross.prompt_mask
-            if mask is not None:
-                mask = torch.cat([mask, mask.new_ones(len(out), own.stop - own.start)], 1)
-            added = added + cross.attend(torch.cat([prompt_key, own_key], 2), own_value, mask)
-        return added
+            added = projected(out, cross, prompts.text, len(self.neutral), strength)
+        else:
+            added = (separate if self.normalization == "separate" else gated)(cross, prompts, self.strength)
+        return (out + added).to(out.dtype)
 
 
-def _projected(out: Tensor, others: Tensor, neutral: int, strength: float, unconditional: bool) -> Tensor:
-    """What the projected form adds [B, Q, C].
+def separate(cross: CrossAttention, prompts: ErasurePrompts, strength: float) -> Tensor:
+    """E1: `sum_{k in C} w A(q, E)_k V_E,k`, summed over the erasure prompts E: [B, Q, C]."""
+    key, value = cross.keys_values(prompts.text.states)
+    return cross.attend_texts(key, prompts.weights(strength) * value, prompts.text.mask).sum(0)
 
-    `out` [B, Q, C] and `others` [neutral + phrases, B, Q, C] are less what the empty text puts out. The result is
-    linear in `others`, so their inner products are all that is needed.
+
+def gated(cross: CrossAttention, prompts: ErasurePrompts, strength: float) -> Tensor:
+    """E1g: `g softmax_C(q K_E) w V_E,C`, summed over the erasure prompts E: [B, Q, C].
+
+    The gate g needs no formula: it is the share of E's own tokens C in one softmax over them and the prompt.
     """
-    others = others.permute(1, 2, 0, 3)  # [B, Q, texts, C]
-    inner, texts = others @ others.mT, others.shape[2]
-    least = inner.diagonal(dim1=-2, dim2=-1) * 1e-6  # of a squared length: where nothing is left, rounding is
-    least = least.clamp_min(torch.finfo(inner.dtype).tiny)
-    parts = torch.eye(texts, dtype=inner.dtype, device=inner.device).expand_as(inner)
-    # A row for each text: its inner products with all, that with `out`, and what it is made of.
-    table = torch.cat([inner, others @ out[..., None], parts], -1)
-    shares = [torch.zeros_like(out[..., 0])] * neutral
-    pivots = [parts[..., k, :] for k in range(neutral)]
+    if cross.prompt is None:
+        raise ValueError("The gated form compares with the prompt, so it edits conditional rows only. Give their text.")
+    key, value = cross.keys_values(prompts.text.states)
+    prompt_key, _ = cross.keys_values(cross.prompt.states)
+    rows, added = len(cross.query), torch.zeros_like(cross.query)
+    for n, columns in enumerate(prompts.token_columns):
+        own_key, own_value = (x[n : n + 1, :, columns].expand(rows, -1, -1, -1) for x in (key, value))
+        own_value = torch.cat([torch.zeros_like(prompt_key), -strength * own_value], 2)
+        mask = cross.prompt.mask
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(rows, columns.stop - columns.start)], 1)
+        added = added + cross.attend(torch.cat([prompt_key, own_key], 2), own_value, mask)
+    return added
+
+
+def projected(out: Tensor, cross: CrossAttention, text: Text, neutral: int, strength: float) -> Tensor:
+    """What the projected form adds to `out`: [B, Q, C], float32 or wider. `neutral` is the number of T.
+
+    With N, T and P what the layer puts out for the empty text, the neutral texts and the phrases:
+
+        d_T = T - N;  d_P = P - N, less its share of every d_T;  o = out - N
+        added = -strength sum_P max(0, <o, d_P> / |d_P|^2) d_P              one after the other
+    """
+    would_be = cross.with_empty(text).to(torch.promote_types(out.dtype, torch.float32))
+    empty, others = would_be[0], would_be[1:] - would_be[0]
+    others = others.permute(1, 2, 0, 3)
+    shares, directions = _shares(out - empty, others, neutral, strength, cross.unconditional)
+    return -((shares[..., None, :] @ directions) @ others).squeeze(-2)
+
+
+def _shares(
+    toward: Tensor, others: Tensor, neutral: int, strength: float, unconditional: bool
+) -> tuple[Tensor, Tensor]:
+    """How much of each direction [B, Q, texts] is taken out, and the directions as sums of `others` [.., texts, texts].
+
+    `toward` [B, Q, C] and `others` [B, Q, neutral + phrases, C] are less what the empty text puts out. All is linear
+    in `others`, so their inner products are all that is needed.
+    """
+    gram, texts = others @ others.mT, others.shape[2]
+    least = gram.diagonal(dim1=-2, dim2=-1) * 1e-6  # of a squared length: where nothing is left, rounding is
+    least = least.clamp_min(torch.finfo(gram.dtype).tiny)
+    identity = torch.eye(texts, dtype=gram.dtype, device=gram.device).expand_as(gram)
+    # A row for each text: its inner products with all, that with `toward`, and what it is made of.
+    table = torch.cat([gram, others @ toward[..., None], identity], -1)
+    shares = [torch.zeros_like(toward[..., 0])] * neutral
+    pivots = [identity[..., k, :] for k in range(neutral)]
     for k in range(texts if unconditional else neutral):  # takes the share of text k out of every text
         pivot = table[..., k : k + 1, :]
         length = pivot[..., k : k + 1].clamp_min(least[..., k, None, None])
@@ -187,10 +211,11 @@ def _projected(out: Tensor, others: Tensor, neutral: int, strength: float, uncon
             pivots.append(pivot[..., 0, texts + 1 :])
         table = table - table[..., k : k + 1] / length * pivot
     if unconditional:
-        return -((torch.stack(shares, -1)[..., None, :] @ torch.stack(pivots, -2)) @ others).squeeze(-2)
-    inner, toward, parts = (x.squeeze(-1) for x in table.split([texts, 1, texts], -1))
+        return torch.stack(shares, -1), torch.stack(pivots, -2)
+    gram, along, parts = table.split([texts, 1, texts], -1)
+    along = along.squeeze(-1)
     for k in range(neutral, texts):  # one after the other: what is taken out counts for those behind
-        length = torch.maximum(inner[..., k, k], least[..., k])
-        shares.append(strength * (toward[..., k] / length).clamp_min(0))
-        toward = toward - shares[k][..., None] * inner[..., k]
-    return -((torch.stack(shares, -1)[..., None, :] @ parts) @ others).squeeze(-2)
+        length = torch.maximum(gram[..., k, k], least[..., k])
+        shares.append(strength * (along[..., k] / length).clamp_min(0))
+        along = along - shares[k][..., None] * gram[..., k]
+    return torch.stack(shares, -1), parts

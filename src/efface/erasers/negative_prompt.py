@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._hooks import Hooked, site
-from .._method import Prediction
 from .._text import fits, own_encode
 from ..core import Concepts, Rows, as_concepts
 from ..families import family
+from ..hooks import Memory, Method, Prediction
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -25,7 +24,7 @@ NEGATIVE = ("negative_prompt", "negative_prompt_2", "negative_prompt_3")
 
 
 @dataclass(frozen=True)
-class NegativePrompt(Hooked):
+class NegativePrompt(Method):
     """Guides away from the concept's phrases: in the user's negative prompt, or with a strength of their own.
 
         strength None:  e = e_n + s (e_p - e_n)                     e_n: the phrases, the negative prompt behind them
@@ -127,7 +126,7 @@ class NegativePrompt(Hooked):
         return -(self.strength or 0.0) / seen.guidance_scale * (seen.concept - seen.negative)
 
     def rewrite(
-        self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], call: BoundArguments, memory: dict[str, Tensor]
+        self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], call: BoundArguments, memory: Memory
     ) -> tuple[Any, ...]:
         if self.strength is not None:
             return encoded
@@ -143,12 +142,12 @@ class NegativePrompt(Hooked):
         places = [k for k, part in enumerate(facts.returns) if part.startswith("negative")]
         return self._added(pipe, encoded, arguments, names, prompts, places)
 
-    def negate(self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], call: BoundArguments) -> tuple[Any, ...]:
-        drawn = site(pipe).call
-        if self.strength is not None or drawn is None:
+    def negate(
+        self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], call: BoundArguments, prompts: int
+    ) -> tuple[Any, ...]:
+        if self.strength is not None:
             return encoded
         names = [n for n in ("prompt", "prompt_2") if n == "prompt" or call.arguments.get(n)]
-        prompts = len(drawn.positive) // call.arguments["num_images_per_prompt"]
         places = [k for k, part in enumerate(family(pipe).returns) if part in ("text", "pooled")]
         return self._added(pipe, encoded, call.arguments, names, prompts, places)
 

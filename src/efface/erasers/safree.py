@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._hooks import Hooked
 from .._text import encode, encode_masked, encoding_settings, own_tokens, places, readers
 from ..core import Concepts, Rows, as_concepts
 from ..families import family
+from ..hooks import Memory, Method
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -25,7 +25,7 @@ STEPS, LONGEST = 50, 10  # of the paper's runs: of 50 steps, the filter acts in 
 
 
 @dataclass(frozen=True)
-class SAFREE(Hooked):
+class SAFREE(Method):
     """Finds the tokens of the prompt that bring it near the concept and takes the concept's part out of them.
 
     Let pool(X) be one vector for a text, P_C the projector on the span of pool(phrase) over the concept's phrases, p_i
@@ -127,7 +127,7 @@ class SAFREE(Hooked):
         return (steps + 1) / STEPS if steps else 0.0
 
     def rewrite(
-        self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], call: BoundArguments, memory: dict[str, Tensor]
+        self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], call: BoundArguments, memory: Memory
     ) -> tuple[Any, ...]:
         prompt, facts = call.arguments["prompt"], family(pipe)
         if prompt is None or call.arguments.get("prompt_embeds") is not None:
@@ -195,9 +195,7 @@ class SAFREE(Hooked):
         other = encode_masked(pipe, text, found, **settings)[1] if facts.pooled else None
         return edit, other, sum(betas) / len(betas)
 
-    def reread(
-        self, text: Tensor, pooled: Tensor | None, time: Tensor, memory: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
+    def reread(self, text: Tensor, pooled: Tensor | None, time: Tensor, memory: Memory) -> tuple[Tensor, Tensor | None]:
         if not memory or len(memory["text"]) != len(text):  # the denoiser was called by itself
             raise RuntimeError(
                 f"SAFREE reads the prompts in `encode_prompt`, but it has read {len(memory.get('text', ()))} of the "

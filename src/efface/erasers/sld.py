@@ -8,15 +8,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._hooks import Hooked
-from .._method import Prediction
 from ..core import Concepts, Rows
+from ..hooks import Method, Prediction
 
 __all__ = ["SLD"]
 
 
 @dataclass(frozen=True)
-class SLD(Hooked):
+class SLD(Method):
     """Safe Latent Diffusion: subtracts a masked, smoothed direction towards the concept from the guidance.
 
     At each step, with e_u the unconditional prediction (or that of the negative prompt), e_p the prompt's, e_S the

@@ -1,22 +1,66 @@
-"""What a run-time method sees of a pipeline's call, and what it may override."""
+"""What a run-time method says of itself, and what it may do in a call of the pipeline."""
 
 from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ._attention import CrossAttention, Term
-from ._text import check_phrases
-from .core import Concept, as_concepts, as_rows, check_strength, check_window
+from .._text import check_phrases
+from ..core import Concept, as_concepts, as_rows, check_strength, check_window
+from .attention import CrossAttention, ErasurePrompts, SelfAttention, Text
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+Memory = dict[str, Any]
+"""What a method keeps from step to step; the engine empties it when a call of the pipeline begins."""
+
+Seen = Callable[[str, CrossAttention | SelfAttention], None]
+"""Gets a layer's name, and what the layer computed on the conditional rows."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What a call of the pipeline encodes.
+
+    Args:
+        prompts: one for each conditional row; None where the caller gave embeddings.
+        settings: further arguments of `encode_prompt`, such as `clip_skip`.
+    """
+
+    prompts: Sequence[str] | None
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class DenoiserCall:
+    """One call of the denoiser, before it runs.
+
+    Args:
+        sample: what the denoiser gets, unconditional rows first: [rows, C, h, w].
+        first: the number of unconditional rows.
+        prompt: what the conditional rows read.
+        timestep: as the denoiser gets it.
+        erasure_prompts: gives those of the method, in `plain` as the layers read them; None if none acts.
+        pipe: the pipeline whose call this is part of; None if the denoiser was called by itself.
+        memory: of the method.
+        plain: calls the denoiser without any method, on another sample if given, and shows what the layers computed.
+    """
+
+    sample: Tensor
+    first: int
+    prompt: Text
+    timestep: Tensor | float
+    erasure_prompts: Callable[[], ErasurePrompts | None]
+    pipe: DiffusionPipeline | None
+    memory: Memory
+    plain: Callable[[Tensor | None, Seen], Tensor]
 
 
 @dataclass(frozen=True)
@@ -24,13 +68,13 @@ class Prediction:
     """What the denoiser predicts in one step, conditional rows only, float32 or wider.
 
     Args:
-        prompt: [B, C, h, w] for the user's prompt, before any eraser changed it.
+        prompt: [B, C, h, w] for the user's prompt, before any method changed it.
         negative: the same rows' unconditional prediction.
         concept: for the concept's text, all else (noise, pooled size, ControlNet, IP-Adapter) as in the prompt's row;
             the mean, if the phrases fill several texts.
         guidance_scale: of the pipeline's call; NaN where pipelines do not tell it.
         time: 0 is pure noise, 1 the picture; it broadcasts over [B, C, h, w].
-        memory: kept from step to step for this eraser, and empty when a call of the pipeline begins.
+        memory: of the method.
     """
 
     prompt: Tensor
@@ -38,30 +82,30 @@ class Prediction:
     concept: Tensor
     guidance_scale: float
     time: Tensor
-    memory: dict[str, Tensor]
+    memory: Memory
 
 
-class Method:
+class Contract:
     """What a run-time method may say of itself and do; here, nothing.
 
-    A subclass is a frozen dataclass with `concepts` and overrides `edit` (attention), `guide` (predicted noise),
-    `rewrite` (text, once) or `rewrite` and `reread` (text, at each step).
+    A subclass is a frozen dataclass with `concepts` and overrides `edit` (cross-attention), `edit_self`
+    (self-attention), `guide` (predicted noise), `rewrite` (text, once), `rewrite` and `reread` (text, at each step),
+    or `around` (a whole denoiser call).
     """
 
     off: ClassVar[dict[str, Any] | None] = None
     touches_uncond: ClassVar[bool] = False  # whether it may change unconditional rows
     edits_attention: ClassVar[bool] = False
+    edits_self_attention = False
     guides: ClassVar[bool] = False  # changes the prediction, which takes guidance
     repels = False  # guidance pushes away from its further predictions, so others edit them as unconditional rows
     negates = False  # changes the negative prompts, which takes guidance
     packs = True  # phrases share erasure prompts; a method may need one prompt per phrase
     references: tuple[tuple[str, ...], ...] = (("",),)  # the mean of each group of texts stands for "some picture"
-    joins = False  # terms come with each prompt and the erasure prompt in one text
-    twins = False  # the plain picture is drawn beside; the eraser keeps its window by the steps of `cross.beside`
-    measures = False  # `weigh` gets features from a plain denoiser call in front of the first one
+    calls_denoiser = False  # `around` makes denoiser calls of its own, which a compiled denoiser does not allow
 
     concepts: tuple[Concept, ...]
-    rows: tuple[tuple[Concept, ...], ...] | None = None
+    rows: tuple[tuple[Concept, ...], ...] | None = None  # the concepts of each prompt, instead of the same for all
     window: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
@@ -88,6 +132,15 @@ class Method:
         """Whether a call without unconditional rows is an error."""
         return self.guides and not self.is_off()
 
+    def weight(self, time: Tensor | float) -> Tensor | float:
+        """How much it acts at a time, 0 (pure noise) to 1 (the picture): 1 inside its window, 0 outside."""
+        start, end = self.window
+        if (start, end) == (0.0, 1.0):
+            return 1.0
+        if torch.compiler.is_compiling() and isinstance(time, Tensor):
+            return ((time >= start) & (time <= end)).float()
+        return float(start <= float(time) <= end)
+
     def exempt(self, time: Tensor) -> str:
         """Why it changes nothing at this time, beside its window; "" if it acts. It is only written into the record."""
         return ""
@@ -100,48 +153,50 @@ class Method:
         concepts = dict.fromkeys([*self.concepts, *itertools.chain(*(self.rows or ()))])
         check_phrases(pipe, list(dict.fromkeys(phrase for concept in concepts for phrase in concept.phrases)))
 
-    def edit(self, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
-        """The attention output [B, Q, C] without the concept of `term`.
+    def prepared(
+        self, pipe: DiffusionPipeline, erasure_prompts: Sequence[str], call: Encoding | None, memory: Memory
+    ) -> None:
+        """Called when the erasure prompts were encoded: by `apply`, in each call of the pipeline, and after changes.
+
+        `call` says what else the pipeline encodes; None outside of a call.
+        """
+
+    def around(self, call: DenoiserCall, forward: Callable[[], Any]) -> Any:
+        """In place of a denoiser call: what `forward()` returns, which runs the methods behind it and the denoiser."""
+        return forward()
+
+    def edit(self, out: Tensor, cross: CrossAttention, prompts: ErasurePrompts) -> Tensor:
+        """The cross-attention output [B, Q, C] without the concept of the erasure prompts.
 
         The rows are conditional. A method with `touches_uncond` also gets those with `cross.unconditional`: the
         unconditional rows that read another text than the empty one, and further rows that guidance pushes away from.
         """
         return out
 
-    def copies(self, step: int, steps: int, queries: int) -> bool:
-        """With a twin: whether self-attention layers of so many queries take its maps in this step."""
-        return False
-
-    def weigh(self, features: Tensor, layers: tuple[str, ...]) -> Tensor:
-        """Weights [B, tokens] of an erasure prompt's own tokens from the attention they get, [B, tokens, layers].
-
-        `layers` are the names of the cross-attention layers in the order in which they ran.
-        """
-        raise NotImplementedError
+    def edit_self(self, out: Tensor, layer: SelfAttention, prompts: ErasurePrompts) -> Tensor:
+        """The self-attention output [B, Q, C] of conditional rows."""
+        return out
 
     def guide(self, seen: Prediction) -> Tensor:
         """What to add to `seen.prompt` [B, C, h, w]. Every method sees the plain one: what they add is summed."""
         return torch.zeros_like(seen.prompt)
 
     def rewrite(
-        self,
-        pipe: DiffusionPipeline,
-        encoded: tuple[Any, ...],
-        call: inspect.BoundArguments,
-        memory: dict[str, Tensor],
+        self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], call: inspect.BoundArguments, memory: Memory
     ) -> tuple[Any, ...]:
         """What `encode_prompt` returned, changed; `memory` is empty and lasts for this call of the pipeline."""
         return encoded
 
     def negate(
-        self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], call: inspect.BoundArguments
+        self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], call: inspect.BoundArguments, prompts: int
     ) -> tuple[Any, ...]:
-        """What `encode_prompt` returned for negative prompts, changed, if they get a call of their own (FLUX)."""
+        """What `encode_prompt` returned for the negative prompts of so many prompts, changed.
+
+        Only where they get an `encode_prompt` of their own (FLUX).
+        """
         return encoded
 
-    def reread(
-        self, text: Tensor, pooled: Tensor | None, time: Tensor, memory: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
+    def reread(self, text: Tensor, pooled: Tensor | None, time: Tensor, memory: Memory) -> tuple[Tensor, Tensor | None]:
         """The text [B, L, D] and pooled text that the conditional rows read at this time."""
         return text, pooled
 

@@ -1,35 +1,35 @@
-"""GIE: EIUP with a weight for each concept token, fixed or predicted by a small adapter from the first step."""
+"""The method itself; its weights, its second picture and its official values stand in files of their own."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from .._attention import CrossAttention, Term
-from .._hooks import Hooked
-from .._weights import layer_names, text_hash
-from ..core import Concepts, Handle, Rows, as_concepts
-from ..delta import unedited
-from ..families import family, without_cross_attention
-from ._adapter import Adapter
-from ._gie_official import afterwards, swapped
+from ..._weights import layer_names, text_hash
+from ...core import Concepts, Handle, Rows, as_concepts
+from ...delta import unedited
+from ...families import family, without_cross_attention
+from ...hooks import CrossAttention, DenoiserCall, Encoding, ErasurePrompts, Memory, Method, SelfAttention
+from .adapter import Adapter
+from .measure import measured
+from .official import afterwards, joined, swapped
+from .trajectory import Trajectory, check_trajectory
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from ._gie_fit import Detectors, Prompts
-
-__all__ = ["GIE"]
+    from .fit import Detectors, Prompts
 
 Values = Literal["paper", "official"]
 COPIED, QUERIES = 0.4, 256  # of the code: self-attention maps are copied in the first 40 % of steps, up to 16 x 16
 
 
 @dataclass(frozen=True)
-class GIE(Hooked):
+class GIE(Method):
     """Inserts the concept's re-weighted attention maps as growth inhibitors beside the prompt's.
 
     In each cross-attention layer, with `A(q, X)` the softmax of the image queries against the keys of text X, P the
@@ -178,24 +178,26 @@ class GIE(Hooked):
             >>> with gie.apply(pipe):
             ...     image = pipe("a cat", num_inference_steps=2).images[0]
         """
-        from ._gie_fit import fit_adapter
+        from .fit import fit_adapter
 
-        return cls(concepts, adapter=fit_adapter(pipe, as_concepts(concepts), prompts, detector, Path(out), **how))
-
-    @property
-    def joins(self) -> bool:  # type: ignore[override]
-        return self.values == "official"
+        adapter = fit_adapter(cls, pipe, as_concepts(concepts), prompts, detector, Path(out), **how)
+        return cls(concepts, adapter=adapter)
 
     @property
-    def twins(self) -> bool:  # type: ignore[override]
+    def measures(self) -> bool:
+        """Whether the weights come from the first denoiser call."""
+        return self.adapter is not None
+
+    @property
+    def edits_self_attention(self) -> bool:  # type: ignore[override]
         return self.trajectories == 2
 
-    def copies(self, step: int, steps: int, queries: int) -> bool:
-        return step < int(COPIED * steps) and queries <= QUERIES
-
     @property
-    def measures(self) -> bool:  # type: ignore[override]
-        return self.adapter is not None
+    def calls_denoiser(self) -> bool:  # type: ignore[override]
+        return self.measures or self.trajectories == 2
+
+    def weight(self, time: Tensor | float) -> Tensor | float:
+        return 1.0 if self.trajectories == 2 else super().weight(time)  # which counts denoiser calls itself
 
     def apply(self, pipe: DiffusionPipeline) -> Handle:
         facts = family(pipe)
@@ -206,33 +208,66 @@ class GIE(Hooked):
                 f"The official values take the prompt's tokens from a longer text, which needs a causal text encoder; "
                 f'that of {facts.name} is bidirectional. Use values="paper".'
             )
+        if self.trajectories == 2:
+            check_trajectory(pipe)
         if self.adapter is not None:
             Adapter.load(self.adapter).check(text_hash(pipe, unedited(pipe)), layer_names(pipe))
         return super().apply(pipe)
 
+    def prepared(
+        self, pipe: DiffusionPipeline, erasure_prompts: Sequence[str], call: Encoding | None, memory: Memory
+    ) -> None:
+        key = (tuple(erasure_prompts), self.rows)
+        if memory.get("measured of") != key:
+            memory.pop("weights", None)
+        memory["measured of"] = key
+        if self.values == "official" and call is not None and call.prompts is not None:
+            memory["joined"] = joined(pipe, call.prompts, erasure_prompts, **call.settings)
+
+    def around(self, call: DenoiserCall, forward: Callable[[], Any]) -> Any:
+        if call.pipe is None:  # nothing is known of the prompts, and each call is a first one
+            for name in ("joined", "weights"):
+                call.memory.pop(name, None)
+        if self.measures and call.erasure_prompts() and len(call.prompt) and "weights" not in call.memory:
+            call.memory["weights"] = measured(call, self.weigh)
+        if self.trajectories == 2:
+            Trajectory.of(call).step()
+        return forward()
+
     def weigh(self, features: Tensor, layers: tuple[str, ...]) -> Tensor:
+        """Weights [B, tokens] of an erasure prompt's own tokens from the attention that they get, [B, tokens, layers].
+
+        `layers` are the names of the cross-attention layers in the order in which they ran.
+        """
         adapter = Adapter.load(str(self.adapter))
         adapter.check(adapter.model, layers, ordered=True)
         return -adapter(features).clamp_min(0)
 
-    def edit(self, out: Tensor, cross: CrossAttention, term: Term) -> Tensor:
-        base, beside = cross, cross.beside
-        if beside is not None:
-            start, end = (int(share * (beside.steps + 1)) for share in self.window)
-            if not start <= beside.step < end:
-                return out + afterwards(cross, term) if self.joins else out
-            out, base = out + beside.shift, CrossAttention(cross.attn, beside.query, cross.prompt, cross.neutral)
-        key, value = cross.keys_values(term.text)
-        if term.weights is None:  # the same in all rows
-            weights = value.new_zeros(len(value), 1, value.shape[2], 1)
-            for n, own in enumerate(term.own):
-                weights[n, :, own] = -self.strength
-            out = out + cross.attend_texts(key, weights * value, term.mask).sum(0)
+    def edit(self, out: Tensor, cross: CrossAttention, prompts: ErasurePrompts) -> Tensor:
+        official, base = self.values == "official", cross
+        if self.trajectories == 2:
+            plain: Trajectory = cross.memory["trajectory"]
+            start, end = (int(share * (plain.steps + 1)) for share in self.window)
+            if not start <= plain.number < end:
+                return out + afterwards(cross, prompts) if official else out
+            base, shift = plain.cross(cross, prompts)
+            out = out + shift
+        key, value = cross.keys_values(prompts.text.states)
+        if not self.measures:  # the same in all rows
+            out = out + cross.attend_texts(key, prompts.weights(self.strength) * value, prompts.text.mask).sum(0)
         else:
-            for n, own in enumerate(term.own):
+            for n, columns in enumerate(prompts.token_columns):
+                of_rows = cross.memory["weights"][prompts.which[n]]
                 weights = value.new_zeros(len(out), 1, value.shape[2], 1)
-                weights[:, 0, own, 0] = (self.strength * term.weights[n]).to(value)
-                mask = None if term.mask is None else term.mask[n : n + 1]
+                weights[:, 0, columns, 0] = (self.strength * prompts.on_rows(of_rows)).to(value)
+                mask = None if prompts.text.mask is None else prompts.text.mask[n : n + 1]
                 key_n = key[n : n + 1].expand(len(out), -1, -1, -1)
                 out = out + cross.attend(key_n, weights * value[n : n + 1], mask)
-        return out + swapped(base, term) if self.joins else out
+        return out + swapped(base, prompts) if official else out
+
+    def edit_self(self, out: Tensor, layer: SelfAttention, prompts: ErasurePrompts) -> Tensor:
+        plain: Trajectory = layer.memory["trajectory"]
+        if plain.number >= int(COPIED * plain.steps) or layer.query.shape[1] > QUERIES or layer.value is None:
+            return out
+        query, key = plain.maps(layer.name, prompts)
+        return layer.attend(query, key, layer.value)

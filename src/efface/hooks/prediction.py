@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._attention import Term
-from ._method import Method, Prediction
-from ._prompts import Entry
-from .families import Family
+from ..families import Family
+from .attention import ErasurePrompts
+from .contract import Contract, Prediction
+from .prompts import Applied
+
+Guiding = Sequence[tuple[Applied, Tensor | float]]
+"""The methods that change this prediction, each with the weight of its window."""
 
 SHARED = ("img_ids", "txt_ids")  # arguments of a denoiser: positions, the same for all rows
 
@@ -30,51 +33,52 @@ def with_pooled(arguments: dict[str, Any], pooled: Tensor) -> dict[str, Any]:
 
 
 def with_concepts(
-    arguments: dict[str, Any], terms: Sequence[Term], rows: Sequence[Tensor], first: int, masked: bool
+    arguments: dict[str, Any], asked: Sequence[ErasurePrompts], rows: Sequence[Tensor], first: int
 ) -> dict[str, Any]:
-    """The denoiser's arguments with further rows: for each text of each term, its rows once more, with that as text.
+    """The denoiser's arguments with further rows: for each text that is asked for, its rows once more with that text.
 
     Rows are counted from the `first` conditional one on.
     """
     text, pooled = arguments["encoder_hidden_states"], pooled_text(arguments)
-    for term in terms:
-        if term.text.shape[1:] != text.shape[1:]:
+    for prompts in asked:
+        if prompts.text.states.shape[1:] != text.shape[1:]:
             raise ValueError(
-                f"The call's text has {text.shape[1]} tokens, but a concept's {term.text.shape[1]}, so they do "
-                "not fit into one batch. Give a prompt of the ordinary length, or use method 'eiup' where it works."
+                f"The call's text has {text.shape[1]} tokens, but a concept's {prompts.text.states.shape[1]}, so they "
+                "do not fit into one batch. Give a prompt of the ordinary length, or use method 'eiup' where it works."
             )
-    again = first + torch.cat([r for term, r in zip(terms, rows, strict=True) for _ in term.text])
+    again = first + torch.cat([r for prompts, r in zip(asked, rows, strict=True) for _ in range(len(prompts.text))])
     own = {name: value for name, value in arguments.items() if name not in SHARED}
     longer = arguments | {name: _with_rows(value, len(text), again) for name, value in own.items()}
 
-    def asked(part: str) -> list[Tensor]:
-        found = ((getattr(term, part), len(r)) for term, r in zip(terms, rows, strict=True))
-        return [values.repeat_interleave(n, 0) for values, n in found]
+    def each(values: Sequence[Tensor | None]) -> list[Tensor]:
+        pairs = zip(values, rows, strict=True)
+        return [value.repeat_interleave(len(r), 0) for value, r in pairs if value is not None]
 
-    longer["encoder_hidden_states"] = torch.cat([text, *asked("text")])
+    longer["encoder_hidden_states"] = torch.cat([text, *each([prompts.text.states for prompts in asked])])
     if pooled is not None:
-        longer = with_pooled(longer, torch.cat([pooled, *asked("pooled")]))
-    if masked:
-        mask = arguments["encoder_attention_mask"]
-        longer["encoder_attention_mask"] = torch.cat([mask, *(each.to(mask) for each in asked("mask"))])
+        longer = with_pooled(longer, torch.cat([pooled, *each([prompts.pooled for prompts in asked])]))
+    mask = arguments.get("encoder_attention_mask")
+    if mask is not None and mask.ndim == 2:
+        masks = each([prompts.text.mask for prompts in asked])
+        longer["encoder_attention_mask"] = torch.cat([mask, *(each.to(mask) for each in masks)])
     return longer
 
 
-def repelled_rows(guiding: Sequence[tuple[Entry, Tensor | float]], prompts: int, first: int) -> dict[int, int]:
+def repelled_rows(guiding: Guiding, conditional: int, first: int) -> dict[int, int]:
     """The further rows, from `first` on, that guidance pushes away from, and the conditional row that each is for."""
     found: dict[int, int] = {}
-    for entry, _ in guiding:
-        for term in entry.acting:
-            owners = range(prompts) if term.images is None else term.images
-            for _ in term.text:
-                found |= {first + k: owner for k, owner in enumerate(owners) if entry.eraser.repels}
+    for applied, _ in guiding:
+        for prompts in applied.acting:
+            owners = range(conditional) if prompts.batch_rows is None else prompts.batch_rows
+            for _ in range(len(prompts.text)):
+                found |= {first + k: owner for k, owner in enumerate(owners) if applied.method.repels}
                 first += len(owners)
     return found
 
 
 def guided(
     out: Tensor,
-    guiding: Sequence[tuple[Entry, Tensor | float]],
+    guiding: Guiding,
     rows: Sequence[Tensor],
     first: int,
     last: int,
@@ -83,24 +87,24 @@ def guided(
 ) -> Tensor:
     """The prediction of the user's rows; the conditional ones, `first` to `last`, changed by what each method adds.
 
-    `guiding`: the methods with the weight of their window; `rows`: those of each of their terms, as `with_concepts` had
-    them. If all of the user's rows are conditional, as many unconditional ones stand right behind them.
+    `rows`: those of each of the methods' erasure prompts, as `with_concepts` had them. If all of the user's rows are
+    conditional, as many unconditional ones stand right behind them.
     """
     wide = out.to(torch.promote_types(out.dtype, torch.float32))
     negative, prompt, further = wide[:first], wide[first:last], wide[last:]
     if not first:
         negative, further = further[:last], further[last:]
     places, changed = iter(rows), prompt
-    for entry, weight in guiding:
+    for applied, weight in guiding:
         concept, count = torch.zeros_like(prompt), prompt.new_zeros(len(prompt), *[1] * (prompt.ndim - 1))
-        for term in entry.acting:
+        for prompts in applied.acting:
             place = next(places)
-            for _ in term.text:
+            for _ in range(len(prompts.text)):
                 concept = concept.index_add(0, place, further[: len(place)])
                 count = count.index_add(0, place, torch.ones_like(count[: len(place)]))
                 further = further[len(place) :]
-        seen = Prediction(prompt, negative, concept / count.clamp(min=1), guidance_scale, time, entry.memory)
-        changed = changed + torch.where(count > 0, weight * entry.eraser.guide(seen), 0)
+        seen = Prediction(prompt, negative, concept / count.clamp(min=1), guidance_scale, time, applied.memory)
+        changed = changed + torch.where(count > 0, weight * applied.method.guide(seen), 0)
     return torch.cat([out[:first], changed.to(out.dtype)])
 
 
@@ -115,9 +119,9 @@ def _with_rows(value: Any, rows: int, again: Tensor) -> Any:
     return value
 
 
-def needs_guidance(eraser: Method, denoiser: nn.Module | None, facts: Family) -> str:
+def needs_guidance(method: Contract, denoiser: nn.Module | None, facts: Family) -> str:
     """What is wrong with a call without unconditional rows, and what to do."""
-    needs, name = f"{type(eraser).__name__} needs guidance", f"`{facts.scale}`"
+    needs, name = f"{type(method).__name__} needs guidance", f"`{facts.scale}`"
     if facts.apart:
         return (
             f"{needs} with an unconditional prediction in each step of a pipeline's call. Set {name} above 1 and give "

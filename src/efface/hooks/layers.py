@@ -9,8 +9,8 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from ._attention import CrossAttention
-from ._forward import Act, Forward
+from .attention import CrossAttention
+from .forward import Act, Forward
 
 
 class Watcher(Protocol):
@@ -125,12 +125,12 @@ def attention(
     if odd or (mask is not None and mask.numel() != len(mask) * mask.shape[-1]):
         return None, None
     query = attn.to_q(hidden_states)
-    cross = CrossAttention(attn, query, None)
+    cross = CrossAttention(attn, query)
     return query, cross.attend(*cross.keys_values(encoder_hidden_states), None if mask is None else mask.flatten(1))
 
 
 class SelfLayer(Layer):
-    """One self-attention module, for erasers that copy its map from a second picture."""
+    """One self-attention module, for methods that edit it."""
 
     seen = ("to_q", "to_k", "to_v")
 

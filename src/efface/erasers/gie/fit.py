@@ -7,14 +7,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .._text import check_phrases
-from .._weights import learning, text_hash
-from ..core import (
+from ..._text import check_phrases
+from ..._weights import learning, text_hash
+from ...core import (
     Concept,
     Detector,
     as_texts,
@@ -25,10 +25,11 @@ from ..core import (
     check_tuning_seeds,
     read_json,
 )
-from ..delta import present, unedited
-from ..pictures import likeness
-from ._adapter import Adapter, network
-from .gie import GIE
+from ...delta import present, unedited
+from ...hooks import DenoiserCall, Method
+from ...pictures import likeness
+from .adapter import Adapter, network
+from .measure import Weigh, measured
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -56,6 +57,7 @@ class Row:
 
 @learning()
 def fit_adapter(
+    gie: type[Any],
     pipe: DiffusionPipeline,
     concepts: Sequence[Concept],
     prompts: Prompts,
@@ -111,7 +113,8 @@ def fit_adapter(
     for concept in concepts:
         mine = [r for r in rows if r.concept == concept]
         for k in range(0, len(mine), batch):
-            ladder.judge(pipe, mine[k : k + batch], strengths, judges[concept.name], like[concept.name], progress, call)
+            some, judge = mine[k : k + batch], judges[concept.name]
+            ladder.judge(gie, pipe, some, strengths, judge, like[concept.name], progress, call)
     if not any(ladder.content["judged"][r.key]["0"][0] for r in rows):
         raise ValueError(
             f"The detector sees the concept in none of {len(rows)} plain pictures, so there is nothing to learn. Give "
@@ -144,6 +147,22 @@ def _by_name(what: str, given: Any, concepts: Sequence[Concept]) -> dict[str, An
     if differing := set(names) ^ given.keys():
         raise ValueError(f"`{what}` and `concepts` should have the same names; they differ in {sorted(differing)}.")
     return dict(given)
+
+
+@dataclass(frozen=True)
+class _Measuring(Method):
+    """Draws the plain picture, and measures what the erasure prompts get in its first denoiser call."""
+
+    concepts: tuple[Concept, ...]
+    see: Weigh
+
+    edits_attention: ClassVar[bool] = True  # so that the layers are watched
+    calls_denoiser = True
+
+    def around(self, call: DenoiserCall, forward: Callable[[], Any]) -> Any:
+        if "seen" not in call.memory and len(call.prompt):
+            call.memory["seen"] = measured(call, self.see)
+        return forward()
 
 
 class Ladder:
@@ -188,6 +207,7 @@ class Ladder:
 
     def judge(
         self,
+        gie: type[Any],
         pipe: DiffusionPipeline,
         rows: Sequence[Row],
         strengths: Sequence[float],
@@ -204,17 +224,12 @@ class Ladder:
         seen: list[Tensor] = []
         names = self.content["layers"]
 
-        class Watch(GIE):
-            """Draws the plain picture, and keeps the features."""
+        def see(features: Tensor, layers: tuple[str, ...]) -> Tensor:
+            seen.append(features.detach().float().cpu())
+            names[:] = layers
+            return features
 
-            measures = True
-
-            def weigh(self, features: Tensor, layers: tuple[str, ...]) -> Tensor:
-                seen.append(features.detach().float().cpu())
-                names[:] = layers
-                return torch.zeros(features.shape[:2])
-
-        def draw(eraser: GIE, what: str) -> Tensor:
+        def draw(eraser: Any, what: str) -> Tensor:
             generators = [torch.Generator().manual_seed(r.seed) for r in rows]
             settings = {"num_inference_steps": 25, "guidance_scale": 7.5, **call}
             with eraser.apply(pipe):
@@ -230,13 +245,13 @@ class Ladder:
                 judged[row.key][f"{strength:g}"] = [float(scores[k]), float(alike[k])]
             self.write()
 
-        plain = draw(Watch([concept]), f"{concept.name}, plain")
+        plain = draw(_Measuring((concept,), see), f"{concept.name}, plain")
         features = torch.cat(seen, 1)
         for k, row in enumerate(rows):
             judged.setdefault(row.key, {})["features"] = features[k].tolist()
         keep(0.0, plain)
         for strength in missing:
-            keep(strength, draw(GIE([concept], strength=strength), f"{concept.name}, strength {strength:g}"))
+            keep(strength, draw(gie([concept], strength=strength), f"{concept.name}, strength {strength:g}"))
 
     def samples(
         self, rows: Sequence[Row], strengths: Sequence[float], fidelity: float

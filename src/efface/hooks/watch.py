@@ -1,7 +1,7 @@
 """What each eraser did in a call of the pipeline, and the words for a call that did not go as planned.
 
 A method plans to act in every denoiser call, on every cross-attention layer or on the prediction, on the rows that it
-has concepts for. `Method.exempt` names the calls in which it does not. The engine compares the plan with what ran and
+has concepts for. `exempt` names the calls in which it does not. The engine compares the plan with what ran and
 raises where they differ.
 """
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 VERSION = "1"
-SHIPPED = {"emoji": Path(__file__).parents[1] / "models/emoji/weights/gie.safetensors"}
+SHIPPED = {"emoji": Path(__file__).parents[2] / "models/emoji/weights/gie.safetensors"}
 """Adapters that come with Efface, by the name of their model."""
 
 

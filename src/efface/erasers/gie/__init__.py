@@ -1,0 +1,5 @@
+"""GIE: EIUP with a weight for each concept token, fixed or predicted by a small adapter from the first step."""
+
+from .method import GIE
+
+__all__ = ["GIE"]

@@ -1,0 +1,31 @@
+"""The attention that erasure prompts get in a picture without erasure, and the weights it gives their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ...hooks import CrossAttention, DenoiserCall, SelfAttention
+
+Weigh = Callable[[Tensor, tuple[str, ...]], Tensor]
+
+
+def measured(call: DenoiserCall, weigh: Weigh) -> tuple[Tensor, ...]:
+    """Weights of each erasure prompt's tokens, N times [B, tokens], from one denoiser call without any method.
+
+    Args:
+        call: the first denoiser call of a picture.
+        weigh: from features [B, tokens, layers], and the layers in the order in which they ran.
+    """
+    masses: dict[str, tuple[Tensor, ...]] = {}
+
+    def see(name: str, layer: CrossAttention | SelfAttention) -> None:
+        prompts = call.erasure_prompts()
+        if isinstance(layer, CrossAttention) and prompts is not None:
+            masses[name] = layer.mass(prompts)
+
+    call.plain(None, see)
+    by_layer = zip(*masses.values(), strict=True)
+    return tuple(weigh(torch.stack(of_one, -1), tuple(masses)) for of_one in by_layer)

@@ -1,0 +1,90 @@
+"""What the public code of GIE takes from the text of prompt and concept joined.
+
+With n tokens of the prompt and m of the concept, the code's text of L columns has the joined text in columns 0 to n,
+the concept's own tokens in n + 1 to n + m, then the joined text's column n + 1 as the end token, then its columns from
+n + m + 2 on. The prompt's maps go with it: column n + 1 is the end token, columns n + 2 to n + m + 1 are dropped.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..._text import cleaned, encode, readers
+from ...hooks import CrossAttention, ErasurePrompts
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """Each prompt with each erasure prompt behind it: `states` [N, B, L, D]; `lengths` [B] of the prompts in tokens."""
+
+    states: Tensor
+    lengths: Tensor
+
+
+def joined(pipe: DiffusionPipeline, prompts: Sequence[str], erasure_prompts: Sequence[str], **settings: Any) -> Joined:
+    """Prompts and erasure prompts joined and encoded.
+
+    Raises:
+        ValueError: two texts whose tokens change when they are joined, or that do not fit into one.
+    """
+    pairs, lengths = [], []
+    for text, prompt in itertools.product(erasure_prompts, prompts):
+        pairs.append(prompt + " " * (not prompt.endswith(" ")) + text)
+        for tokenizer in (getattr(pipe, name) for name in readers(pipe)):
+            three = cleaned(pipe, tokenizer, (prompt, text, pairs[-1]), **settings)
+            n, m, both = (len(tokenizer(each, add_special_tokens=False).input_ids) for each in three)
+            limit = tokenizer.model_max_length - 2
+            if n + m != both or both > limit:
+                raise ValueError(
+                    f"Official values join prompt and erasure prompt into one text, but {pairs[-1]!r} has {both} "
+                    f'tokens (expected {n} + {m}, and at most {limit}). Shorten one of them, or use values="paper".'
+                )
+        lengths.append(n)
+    states = encode(pipe, pairs, differentiable=True, **settings).text.unflatten(0, (len(erasure_prompts), -1))
+    return Joined(states, torch.tensor(lengths[: len(prompts)], device=states.device))
+
+
+def swapped(cross: CrossAttention, prompts: ErasurePrompts) -> Tensor:
+    """What the prompt's maps put out with the official values, less what they do with its own: [B, Q, C]."""
+    prompt, joins, lengths = _official(cross, prompts)
+    key, value = cross.keys_values(prompt)
+    difference = torch.zeros_like(value)
+    for columns, text in zip(prompts.token_columns, joins, strict=True):
+        behind = torch.arange(key.shape[2], device=key.device) - lengths[:, None]  # 1: the end token
+        kept = (behind < 2) | (behind > 1 + columns.stop - columns.start)
+        difference = difference + cross.keys_values(text)[1] * kept[:, None, :, None].to(value) - value
+    return cross.attend(key, difference)
+
+
+def afterwards(cross: CrossAttention, prompts: ErasurePrompts) -> Tensor:
+    """What the text with the concept inserted puts out, less what the prompt does: the code's last steps."""
+    prompt, joins, lengths = _official(cross, prompts)
+    change = torch.zeros_like(cross.query)
+    for text, columns, of_rows in zip(prompts.text.states, prompts.token_columns, joins, strict=True):
+        m = columns.stop - columns.start
+        rows = []
+        for row, n in zip(of_rows, lengths.tolist(), strict=True):  # columns 1 to n are the prompt's
+            rows.append(torch.cat([row[: n + 1], text[columns], row[n + 1 : n + 2], row[n + 2 + m :]]))
+        change = change + cross.attend(*cross.keys_values(torch.stack(rows)))
+        change = change - cross.attend(*cross.keys_values(prompt))
+    return change
+
+
+def _official(cross: CrossAttention, prompts: ErasurePrompts) -> tuple[Tensor, Tensor, Tensor]:
+    """The prompts of the rows [B, L, D], joined with each erasure prompt [N, B, L, D], and their lengths [B]."""
+    if cross.prompt is None or "joined" not in cross.memory:
+        raise ValueError('values="official" needs the text of each prompt. Call the pipeline with `prompt` alone.')
+    found: Joined = cross.memory["joined"]
+    states = found.states[list(prompts.which)]
+    if prompts.at is not None:
+        return cross.prompt.states, states[:, prompts.at], found.lengths[prompts.at]
+    return cross.prompt.states, states, found.lengths

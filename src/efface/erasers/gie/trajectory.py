@@ -1,0 +1,110 @@
+"""The picture without erasure, drawn from the same noise while the erased one is drawn."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...families import family
+from ...hooks import CrossAttention, DenoiserCall, ErasurePrompts, SelfAttention
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+@dataclass(eq=False)
+class Trajectory:
+    """The latents of the other picture, and what the layers computed for it in the present step.
+
+    Args:
+        call: the present denoiser call.
+        latents: [B, C, h, w], before the present step.
+        scheduler: a copy of the pipeline's.
+        number: of this denoiser call, from 0 on; -1 before the first.
+        layers: by name, what each layer computed.
+    """
+
+    call: DenoiserCall
+    latents: Tensor
+    scheduler: Any
+    number: int = -1
+    layers: dict[str, CrossAttention | SelfAttention] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """How many steps the pipeline was asked for."""
+        return int(self.scheduler.num_inference_steps)
+
+    @classmethod
+    def of(cls, call: DenoiserCall) -> Trajectory:
+        """The one that the method's memory has, or a new one that begins where the denoiser's sample is.
+
+        Raises:
+            ValueError: the denoiser was called by itself, without its conditional rows, or with rescaled guidance.
+        """
+        pipe = call.pipe
+        if pipe is None or call.first not in (0, len(call.prompt)):
+            raise ValueError(
+                "Two trajectories need a call of the pipeline, with guidance in the same denoiser call. Use one "
+                "trajectory."
+            )
+        if getattr(pipe, "guidance_rescale", 0.0):
+            raise ValueError("Two trajectories know no `guidance_rescale`. Leave it 0, or use one trajectory.")
+        if "trajectory" not in call.memory:
+            scheduler = copy.deepcopy(pipe.scheduler)
+            scale = copy.deepcopy(scheduler).scale_model_input(torch.ones_like(call.sample[:1]), call.timestep)
+            sample = call.sample[call.first :]
+            latents = sample.clone() if bool((scale == 1).all()) else sample / scale
+            call.memory["trajectory"] = cls(call, latents, scheduler)
+        found: Trajectory = call.memory["trajectory"]
+        found.call = call
+        return found
+
+    def step(self) -> None:
+        """Takes the picture one step further, and keeps what its layers compute."""
+        self.number += 1
+        self.layers.clear()
+        call, time = self.call, self.call.timestep
+        sample = self.scheduler.scale_model_input(self.latents, time)
+        prediction = call.plain(torch.cat([sample] * 2) if call.first else sample, self.layers.__setitem__)
+        if call.first and call.pipe is not None:
+            unconditional, conditional = prediction.chunk(2)
+            prediction = unconditional + call.pipe.guidance_scale * (conditional - unconditional)
+        self.latents = self.scheduler.step(prediction, time, self.latents, return_dict=False)[0]
+
+    def cross(self, present: CrossAttention, prompts: ErasurePrompts) -> tuple[CrossAttention, Tensor]:
+        """A cross-attention layer with the query of the other picture, and what it puts out more there [B, Q, C].
+
+        `present` is the layer in the picture that is erased, on the rows of the erasure prompts.
+        """
+        there = self.layers[present.name]
+        if present.output is None or there.output is None:
+            raise ValueError(f"Layer {present.name!r} has no output. Two trajectories work on conditional rows only.")
+        query, output = prompts.on_rows(there.query), prompts.on_rows(there.output)
+        return replace(present, query=query, output=output), output - present.output
+
+    def maps(self, layer: str, prompts: ErasurePrompts) -> tuple[Tensor, Tensor]:
+        """The query and key [B, Q, C] of a self-attention layer."""
+        there = self.layers[layer]
+        if not isinstance(there, SelfAttention) or there.key is None:
+            raise ValueError(f"Layer {layer!r} was not seen as self-attention. Use one trajectory.")
+        return prompts.on_rows(there.query), prompts.on_rows(there.key)
+
+
+def check_trajectory(pipe: DiffusionPipeline) -> None:
+    """ValueError if a second picture cannot be drawn with this pipeline's."""
+    if not hasattr(type(pipe), "guidance_scale"):
+        raise ValueError(
+            f"Two trajectories need the guidance scale of the call, but {family(pipe).name} pipelines do not tell it. "
+            "Use one trajectory."
+        )
+    if "mask_image" in inspect.signature(type(pipe).__call__).parameters:
+        raise ValueError(
+            f"Two trajectories draw the plain picture beside, but {type(pipe).__name__} puts the given picture back in "
+            "after each step, which would not reach it. Use one trajectory."
+        )

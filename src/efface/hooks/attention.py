@@ -1,0 +1,241 @@
+"""What a method sees of an attention layer, and the erasure prompts that it acts with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Encoded texts: `states` [N, L, D], and a `mask` [N, L] of the columns that the denoiser reads; None: all."""
+
+    states: Tensor
+    mask: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def __getitem__(self, rows: Any) -> Text:
+        """Some of the texts, by a slice, a list or a tensor."""
+        return Text(self.states[rows], None if self.mask is None else self.mask[rows])
+
+    @staticmethod
+    def cat(texts: Sequence[Text]) -> Text:
+        """All texts behind one another; masked if all of them are."""
+        masks = [text.mask for text in texts if text.mask is not None]
+        return Text(torch.cat([text.states for text in texts]), torch.cat(masks) if len(masks) == len(texts) else None)
+
+
+@dataclass(frozen=True, eq=False)
+class ErasurePrompts:
+    """The erasure prompts of some rows of the batch; they act one after the other, in order.
+
+    Args:
+        text: the encoded erasure prompts, N of them.
+        token_columns: of each, the columns of the phrase's own tokens.
+        batch_rows: the conditional rows that they act on, counted from 0; None: all.
+        at: the same on the device, [rows].
+        which: the places of these among all erasure prompts of the method.
+        pooled: [N, P], where the denoiser reads pooled text; for guided predictions.
+    """
+
+    text: Text
+    token_columns: tuple[slice, ...]
+    batch_rows: tuple[int, ...] | None = None
+    at: Tensor | None = None
+    which: tuple[int, ...] = ()
+    pooled: Tensor | None = None
+
+    def of(self, which: Sequence[int], batch_rows: Sequence[int]) -> ErasurePrompts:
+        """Some of the erasure prompts, for some rows."""
+        chosen = list(which)
+        return ErasurePrompts(
+            self.text[chosen],
+            tuple(self.token_columns[k] for k in chosen),
+            tuple(batch_rows),
+            torch.tensor(batch_rows, device=self.text.states.device),
+            tuple(chosen),
+            None if self.pooled is None else self.pooled[chosen],
+        )
+
+    def on_rows(self, values: Tensor) -> Tensor:
+        """Of values of all conditional rows, those of the rows that these erasure prompts act on."""
+        return values if self.at is None else values[self.at]
+
+    def weights(self, strength: float) -> Tensor:
+        """`-strength` at the columns of the own tokens and 0 elsewhere, to multiply values with: [N, 1, L, 1]."""
+        states = self.text.states
+        found = states.new_zeros(len(states), 1, states.shape[1], 1)
+        for n, columns in enumerate(self.token_columns):
+            found[n, :, columns] = -strength
+        return found
+
+
+@dataclass(eq=False)
+class Repelled:
+    """Rows of a denoiser call that guidance pushes away from, and that methods with `touches_uncond` edit.
+
+    They are the unconditional rows with a negative prompt, and further predictions of methods that `repel`.
+
+    Args:
+        rows: their places in the batch.
+        owners: the conditional rows that they are for.
+        at, of: the same on the device.
+    """
+
+    rows: tuple[int, ...]
+    owners: tuple[int, ...]
+    at: Tensor
+    of: Tensor
+    places: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+
+    def rows_of(self, prompts: ErasurePrompts) -> Tensor | None:
+        """Which of them erasure prompts act on, counted from 0; None: all."""
+        if prompts.batch_rows is None:
+            return None
+        if prompts.batch_rows in self.places:
+            return self.places[prompts.batch_rows]
+        found = [k for k, owner in enumerate(self.owners) if owner in prompts.batch_rows]
+        places = torch.tensor(found, dtype=torch.long, device=self.at.device)
+        if not torch.compiler.is_compiling():
+            self.places[prompts.batch_rows] = places
+        return places
+
+
+@dataclass(eq=False)
+class _Layer:
+    """What both kinds of layers have in common; all tensors hold the rows that are edited, and no others.
+
+    Args:
+        attn: the layer, with its own projections.
+        query: [B, Q, C].
+        output: [B, Q, C], what the layer puts out in front of `to_out`, before any method.
+        name: of the layer in the denoiser.
+        memory: of the method; it is empty when a call of the pipeline begins.
+    """
+
+    attn: Attention
+    query: Tensor
+    output: Tensor | None = None
+    name: str = ""
+    memory: Mapping[str, Any] = field(default_factory=dict)
+
+    def at(self, rows: Tensor) -> Self:
+        """The same layer, on some of the rows."""
+        return replace(self, query=self.query[rows], output=None if self.output is None else self.output[rows])
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[B, L, C] to [B, heads, L, C / heads], without a copy."""
+        return x.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        query = self._heads(query)
+        query = query if self.attn.norm_q is None else self.attn.norm_q(query)
+        mask = None if mask is None else mask[:, None, None, :]
+        return F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2)
+
+
+@dataclass(eq=False)
+class SelfAttention(_Layer):
+    """A self-attention layer; `key` and `value` [B, Q, C] are its projections."""
+
+    key: Tensor | None = None
+    value: Tensor | None = None
+
+    def at(self, rows: Tensor) -> Self:
+        key, value = (None if x is None else x[rows] for x in (self.key, self.value))
+        return replace(super().at(rows), key=key, value=value)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Softmax attention of projections [B, Q, C], which may be those of different pictures: [B, Q, C]."""
+        key = self._heads(key)
+        return self._attend(query, key if self.attn.norm_k is None else self.attn.norm_k(key), self._heads(value), None)
+
+
+@dataclass(eq=False)
+class CrossAttention(_Layer):
+    """A cross-attention layer: conditional rows, or (`unconditional`) rows that guidance pushes away from.
+
+    Args:
+        prompt: what the conditional rows read; None for unconditional ones.
+        neutral: R texts that stand for "some picture", the empty prompt first.
+        empty: what unconditional rows read in a call without a negative prompt, one for each row, or one for all. None
+            without guidance; the empty prompt takes its place.
+        unconditional: whether guidance pushes away from these rows: the unconditional ones, and further predictions of
+            methods that `repel`.
+    """
+
+    prompt: Text | None = None
+    neutral: Text | None = None
+    empty: Text | None = None
+    unconditional: bool = False
+
+    def at(self, rows: Tensor) -> Self:
+        prompt, empty = (x if x is None or len(x) == 1 else x[rows] for x in (self.prompt, self.empty))
+        return replace(super().at(rows), prompt=prompt, empty=empty)
+
+    def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """`to_k` and `to_v` of a text's states [B, L, D], in heads [B, heads, L, d]."""
+        if self.attn.norm_cross:
+            states = self.attn.norm_encoder_hidden_states(states)
+        key, value = self._heads(self.attn.to_k(states)), self._heads(self.attn.to_v(states))
+        return (key if self.attn.norm_k is None else self.attn.norm_k(key)), value
+
+    def attend(self, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Softmax attention of the query to `key`, `value` [B, heads, L, d] where `mask` [B, L] allows: [B, Q, C]."""
+        return self._attend(self.query, key, value, mask)
+
+    def attend_texts(self, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Softmax attention of every row to each of N key sets [N, heads, L, d], masked by [N, L]: [N, B, Q, C].
+
+        The batch is folded into the queries: one fused call for all texts and rows, no copy of the keys.
+        """
+        query = self.query.flatten(0, 1).expand(len(key), -1, -1)
+        return self._attend(query, key, value, mask).unflatten(1, self.query.shape[:2])
+
+    def would_be(self, text: Text) -> Tensor:
+        """What the layer would put out for N other texts: [N, B, Q, C]."""
+        return self.attend_texts(*self.keys_values(text.states), text.mask)
+
+    def with_empty(self, text: Text) -> Tensor:
+        """What the layer would put out for the empty text, the neutral texts and N others: [R + N, B, Q, C].
+
+        It never depends on the user's negative prompt.
+        """
+        if self.neutral is None:
+            raise ValueError(
+                f"Layer {self.name!r} has no neutral texts. Give `CrossAttention` some, the empty one first."
+            )
+        empty, others = self.empty or self.neutral[:1], Text.cat([self.neutral[1:], text])
+        if len(empty) == 1:
+            return self.would_be(Text.cat([empty, others]))
+        nothing = self.attend(*self.keys_values(empty.states), empty.mask)
+        return torch.cat([nothing[None], self.would_be(others)])
+
+    def mass(self, prompts: ErasurePrompts) -> tuple[Tensor, ...]:
+        """The softmax over each erasure prompt at its own tokens, mean over heads and queries: N times [B, tokens].
+
+        One-hot values make attention return its own map, a few columns at a time; no map is written out.
+        """
+        key, value = self.keys_values(prompts.text.states)
+        wide = torch.promote_types(self.query.dtype, torch.float32)
+        cross = CrossAttention(self.attn, self.query.to(wide))
+        width, most = value.shape[-1], max(columns.stop - columns.start for columns in prompts.token_columns)
+        found = []
+        for k in range(0, most, width):
+            one_hot = torch.zeros_like(value, dtype=wide)
+            for n, columns in enumerate(prompts.token_columns):
+                for column in range(columns.start + k, min(columns.start + k + width, columns.stop)):
+                    one_hot[n, :, column, column - columns.start - k] = 1.0
+            out = cross.attend_texts(key.to(wide), one_hot, prompts.text.mask)
+            found.append(out.unflatten(-1, (self.attn.heads, -1)).mean((2, 3)))
+        masses = torch.cat(found, -1)
+        pairs = zip(masses, prompts.token_columns, strict=True)
+        return tuple(mass[:, : columns.stop - columns.start] for mass, columns in pairs)

@@ -1,0 +1,122 @@
+"""Which rows of a denoiser call are conditional, and what the rows read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..families import Family
+from . import watch
+from .attention import Repelled, Text
+from .pipeline import Call
+
+
+@dataclass(eq=False)
+class Batch:
+    """The rows of one denoiser call.
+
+    Args:
+        first, last: the conditional rows; unconditional ones stand before them, further predictions behind.
+        rows: of the call that runs, further predictions included.
+        prompt: what the conditional rows read.
+        empty: what unconditional rows read without a negative prompt; one text if all read the same.
+        time: as the denoiser gets it.
+        repelled: rows that guidance pushes away from.
+        encoded_empty: `empty` before any projection.
+        projected: whether the texts are as the layers read them.
+    """
+
+    first: int
+    last: int
+    rows: int
+    prompt: Text
+    empty: Text | None
+    time: Tensor | float
+    repelled: Repelled | None
+    encoded_empty: Text | None
+    projected: bool
+
+    @property
+    def conditional(self) -> int:
+        return self.last - self.first
+
+    def replaced(self, hidden: Tensor, conditional: Tensor) -> Tensor:
+        """All rows, with other conditional ones."""
+        if len(conditional) == len(hidden):
+            return conditional
+        return torch.cat([hidden[: self.first], conditional, hidden[self.last :]])
+
+
+def first_row(text: Tensor, call: Call | None, given: tuple[int, int] | None, facts: Family) -> int:
+    """The number of unconditional rows, found by comparing the call's text [rows, L, D] with what was encoded.
+
+    Args:
+        text: of the denoiser call.
+        call: the call of the pipeline that is going on.
+        given: the number of unconditional rows and of all rows, where the caller says it.
+        facts: of the family.
+
+    Raises:
+        RuntimeError: it cannot be told.
+    """
+    n = len(text)
+    if given is not None:
+        first, expected = given
+        if n != expected:
+            raise RuntimeError(
+                f"`conditional_rows` was given {expected} rows, but the denoiser call has {n}. Give one truth value "
+                "for each row of the call."
+            )
+        return first
+    if call is None:
+        raise RuntimeError(watch.unknown_rows(n, "no call of the pipeline is going on"))
+    positive, negative = call.positive, call.negative
+    p = len(positive)
+    if facts.apart and text is negative:  # which may equal the prompt
+        return n
+    if n == p and torch.equal(text, positive):
+        return 0
+    if negative is not None:
+        if n == 2 * p and torch.equal(text[p:], positive) and torch.equal(text[:p], negative):
+            return p
+        if n == len(negative) and torch.equal(text, negative):
+            return n
+    guidance = f"{p} conditional rows, guidance {'on' if negative is not None else 'off'}"
+    raise RuntimeError(watch.unknown_rows(n, guidance))
+
+
+def compiled_first_row(text: Tensor, call: Call | None, given: tuple[int, int] | None, facts: Family) -> int:
+    """The same inside a compiled denoiser, where nothing can be compared."""
+    if given is not None:
+        return given[0]
+    if call is None:
+        raise RuntimeError(watch.unknown_rows(len(text), "no call of the pipeline is going on"))
+    if call.negative is None:
+        return 0
+    if facts.apart:
+        raise ValueError(
+            f"With `{facts.scale}` above 1, which call of a compiled denoiser is the unconditional one cannot be "
+            "told. Give a pipeline that is not compiled."
+        )
+    return len(text) - len(call.positive)
+
+
+def negated_rows(first: int, call: Call | None, given: tuple[int, int] | None) -> dict[int, int]:
+    """The unconditional rows that may read another text than the empty one, and the conditional row of each."""
+    blind = call is not None and call.blind and call.negative is not None
+    if given is not None or blind:  # not known: to the empty text nothing happens but rounding
+        return {row: row for row in range(first)}
+    empty = call.unconditional if call is not None else None
+    return {row: row for row in empty.others} if empty is not None and first else {}
+
+
+def repelled(owners: dict[int, int], device: torch.device, before: Repelled | None) -> Repelled | None:
+    """The rows that guidance pushes away from, `owners`, on the device; the same object as `before` if it is equal."""
+    rows, of = tuple(owners), tuple(owners.values())
+    if not rows:
+        return None
+    if before is not None and (before.rows, before.owners, before.at.device) == (rows, of, device):
+        return before
+    return Repelled(rows, of, torch.tensor(rows, device=device), torch.tensor(of, device=device))

@@ -1,0 +1,292 @@
+"""A call of the pipeline, followed from `check_inputs` to `maybe_free_model_hooks` by methods that are wrapped."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from .._text import Unconditional, cut_off, encoder_of, encoding_settings, readers, unconditional
+from ..families import Family
+from . import watch
+from .contract import Encoding
+from .copies import Copies, Hidden, hide, show
+from .prompts import Applied, Encoder
+from .watch import Record
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+@dataclass
+class Opening:
+    """A call of the pipeline, from `check_inputs` on."""
+
+    thread: int
+    prompts: bool = False  # whether they were encoded
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What the latest `encode_prompt` said about the batches to come.
+
+    Args:
+        positive: what the conditional rows read.
+        negative: what the unconditional rows read; None without guidance.
+        unconditional: where text is read in cross-attention: the empty text, and the rows that read another one.
+        images_per_prompt: as in the call.
+        encoding: the prompts and the settings.
+        pipe: the pipeline.
+        guidance_scale: of the call; NaN where pipelines do not tell it.
+        inside: whether it belongs to a call of the pipeline, rather than an `encode_prompt` by itself.
+        blind: there is no text encoder any more: what the unconditional rows read cannot be compared with "".
+        negative_pooled: where unconditional predictions have a denoiser call of their own.
+    """
+
+    positive: Tensor
+    negative: Tensor | None
+    unconditional: Unconditional | None
+    images_per_prompt: int
+    encoding: Encoding
+    pipe: weakref.ref[DiffusionPipeline]
+    guidance_scale: float
+    inside: bool
+    blind: bool = False
+    negative_pooled: Tensor | None = None
+    thread: int = field(default_factory=threading.get_ident)
+
+
+class Guarded(Protocol):
+    """The denoiser whose pipelines are followed."""
+
+    facts: Family
+    applied: list[Applied]
+    copies: Copies
+
+    @property
+    def edited_layers(self) -> int: ...
+
+    def alone(self) -> Any: ...
+
+    def check_pipeline(self, pipe: DiffusionPipeline | None) -> None: ...
+
+    def refuse_without_guidance(self) -> None: ...
+
+    def prepare(self, pipe: DiffusionPipeline, applied: Applied, encoder: Encoder, *, blind: bool = False) -> None: ...
+
+    def check_no_rows_given(self) -> None: ...
+
+    def refit(self) -> None: ...
+
+
+class Calls:
+    """Follows the calls of all pipelines that share one denoiser; one of them draws at a time.
+
+    Attributes:
+        opening: a call that has begun.
+        call: what it said about its rows.
+        drawing: the thread whose call is in its steps.
+        guarded: whether the denoiser was called in this step.
+        stepped: whether there was a step before.
+    """
+
+    def __init__(self, site: Guarded) -> None:
+        self.site = site
+        self.pipes: list[tuple[weakref.ref[DiffusionPipeline], dict[str, Hidden]]] = []  # with what hides their methods
+        self.encoders: list[tuple[weakref.ref[DiffusionPipeline], tuple[str, ...]]] = []  # those it had, by tokenizer
+        self.opening: Opening | None = None
+        self.call: Call | None = None
+        self.drawing: int | None = None
+        self.guarded = self.stepped = False
+
+    def follow(self, pipe: DiffusionPipeline) -> None:
+        """Wraps the methods of this pipeline object."""
+        if any(ref() is pipe for ref, _ in self.pipes):
+            return
+        owner, site = weakref.ref(pipe), self.site
+        signature = inspect.signature(type(pipe).encode_prompt.__get__(pipe))
+
+        def begun(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            site.check_pipeline(owner())
+            self.opening = Opening(threading.get_ident())
+            return original(*args, **kwargs)
+
+        def encoded(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            with site.alone():
+                present = owner()
+                site.check_pipeline(present)
+                bound = signature.bind(*args, **kwargs)
+                bound.apply_defaults()
+                return self._encode(present, lambda: original(*args, **kwargs), bound)
+
+        def looped(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            return _Loop(original(*args, **kwargs), self)
+
+        def ended(original: Callable[..., Any]) -> Any:
+            call, self.drawing = self.call, None
+            if call is None or call.thread != threading.get_ident():
+                return original()
+            self.opening = self.call = None
+            for applied in site.applied:
+                applied.memory = {}
+            returned = original()
+            site.refit()  # offloading has put its own hooks on anew
+            if call.inside and not (self.guarded or self.stepped):
+                raise RuntimeError(watch.not_entered(site.facts.denoiser))
+            return returned
+
+        def saved(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            names = ", ".join(type(applied.method).__name__ for applied in site.applied)
+            warnings.warn(
+                f"Erasers act at run time and are not saved: {names} is on now, but the pipeline that is loaded from "
+                "this folder will be unguarded. Apply the erasers again after loading.",
+                stacklevel=3,
+            )
+            return original(*args, **kwargs)
+
+        self.encoders.append((owner, readers(pipe)))
+        acts = {"check_inputs": begun, "encode_prompt": encoded, "progress_bar": looped}
+        acts |= {"maybe_free_model_hooks": ended, "save_pretrained": saved}
+        self.pipes.append((owner, hide(pipe, acts, site.copies)))
+
+    def close(self) -> None:
+        """Puts the pipelines' own methods back."""
+        for _, methods in self.pipes:
+            show(methods)
+        self.pipes.clear()
+        self.encoders.clear()
+        self.call = self.opening = self.drawing = None
+
+    def lacks_encoder(self, pipe: DiffusionPipeline) -> bool:
+        """Whether a text encoder was dropped since a method was applied, as people do to save memory."""
+        had = next((names for ref, names in self.encoders if ref() is pipe), ())
+        return any(encoder_of(pipe, name) is None for name in had)
+
+    def check_thread(self) -> None:
+        """RuntimeError if another thread's call of the pipeline is going on."""
+        if self.call is not None and self.call.thread != threading.get_ident():
+            raise RuntimeError(watch.TWO_THREADS)
+
+    def start(self) -> None:
+        """The steps of a call of the pipeline begin."""
+        self.check_thread()
+        self.site.check_no_rows_given()
+        self.drawing = threading.get_ident()
+
+    def step(self) -> None:
+        """A step of the pipeline is over."""
+        if self.site.applied and self.call is not None and not self.guarded:
+            raise RuntimeError(watch.not_entered(self.site.facts.denoiser))
+        self.guarded, self.stepped = False, True
+
+    # ---- encode_prompt
+
+    def _encode(self, pipe: DiffusionPipeline, encode_prompt: Callable[[], Any], bound: inspect.BoundArguments) -> Any:
+        """`encode_prompt`, and what it says about the rows to come."""
+        facts, applied = self.site.facts, self.site.applied
+        settings, images = encoding_settings(bound), bound.arguments["num_images_per_prompt"]
+        guided = bound.arguments.get("do_classifier_free_guidance", False)
+        if not guided and not facts.apart:
+            self.site.refuse_without_guidance()
+        made = encode_prompt()
+        opening = self.opening if self.opening and self.opening.thread == threading.get_ident() else None
+        if facts.apart and opening is not None and opening.prompts:
+            return self._negated(pipe, made, bound)
+        self.call, self.guarded, self.stepped = None, False, False
+        prompts = _prompts(bound.arguments)
+        _warn_of_cut_prompts(pipe, prompts or (), bound.arguments.get("negative_prompt") or (), settings)
+        given, blind = made, prompts is None and self.lacks_encoder(pipe)
+        encoding = Encoding(prompts, settings)
+        encoder = Encoder(pipe, encoding)
+        for each in applied:
+            each.check_rows(images, len(made[0]))
+            each.memory = {}
+            each.record = Record(layers=self.site.edited_layers if each.method.edits_attention else 0)
+            made = each.method.rewrite(pipe, made, bound, each.memory)
+            self.site.prepare(pipe, each, encoder, blind=blind)
+        parts = dict(zip(facts.returns, made, strict=True))
+        negative, mask = (parts.get(name) if guided else None for name in ("negative", "negative_mask"))
+        empty = None
+        if negative is not None and facts.cross_attention and not blind:
+            untouched = negative is given[facts.returns.index("negative")]
+            empty = unconditional(pipe, bound, negative, mask, untouched)
+        scale, inside = getattr(pipe, facts.scale, math.nan), opening is not None
+        self.call = Call(parts["text"], negative, empty, images, encoding, weakref.ref(pipe), scale, inside, blind)
+        if opening is not None:
+            opening.prompts = True
+        self.site.refit()
+        for each in applied:
+            each.place(images, len(made[0]))
+        return made
+
+    def _negated(self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], bound: inspect.BoundArguments) -> Any:
+        """The negative prompts, which a pipeline of a family with predictions apart encodes after the prompts."""
+        call = self.call
+        if call is None:
+            return encoded
+        prompts = len(call.positive) // bound.arguments["num_images_per_prompt"]
+        for each in self.site.applied:
+            encoded = each.method.negate(pipe, encoded, bound, prompts)
+        parts = dict(zip(self.site.facts.returns, encoded, strict=True))
+        if parts["text"] is call.positive:  # given by the user; the calls are told apart by the object
+            parts["text"] = parts["text"].clone()
+        self.call = replace(call, negative=parts["text"], negative_pooled=parts["pooled"])
+        return tuple(parts.values())
+
+
+class _Loop:
+    """The pipeline's progress bar; while it is open the pipeline draws, and each step of it has to be guarded."""
+
+    def __init__(self, bar: Any, calls: Calls) -> None:
+        self.bar, self.calls = bar, calls
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.bar, name)
+
+    def __enter__(self) -> _Loop:
+        self.calls.start()
+        self.bar.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> Any:
+        self.calls.drawing = None
+        return self.bar.__exit__(kind, error, trace)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.calls.start()
+        try:
+            yield from self.bar
+        finally:
+            self.calls.drawing = None
+
+    def update(self, n: float | None = 1) -> Any:
+        self.calls.step()
+        return self.bar.update(n)
+
+
+def _prompts(arguments: dict[str, Any]) -> list[str] | None:
+    """The texts of a call's prompts, one for each conditional row; None if it gave embeddings."""
+    prompt, others = arguments["prompt"], [arguments.get("prompt_2"), arguments.get("prompt_3")]
+    if prompt is None or arguments.get("prompt_embeds") is not None or any(o not in (None, prompt) for o in others):
+        return None
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    return [text for text in prompts for _ in range(arguments["num_images_per_prompt"])]
+
+
+def _warn_of_cut_prompts(
+    pipe: DiffusionPipeline, prompts: Sequence[str], negatives: str | Sequence[str], settings: dict[str, Any]
+) -> None:
+    texts = [*prompts, *([negatives] if isinstance(negatives, str) else negatives)]
+    for text in dict.fromkeys(texts):
+        if lost := cut_off(pipe, text, **settings):  # Python says the same thing once
+            warnings.warn(f"A prompt is longer than the text encoder takes; not read is {lost!r}.", stacklevel=6)

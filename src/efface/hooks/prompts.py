@@ -1,0 +1,159 @@
+"""One method that is on a pipeline: its erasure prompts, encoded, and placed on the rows of the batch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .._text import Encoded, encode, pack
+from ..core import Concept, Handle
+from .attention import ErasurePrompts, Text
+from .contract import Contract, Encoding, Memory
+from .watch import Record
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+class Encoder:
+    """Encodes texts in one call of the pipeline: the same texts once, however many methods ask for them.
+
+    Args:
+        pipe: the pipeline.
+        call: what else the pipeline encodes; None outside of a call.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, call: Encoding | None) -> None:
+        self.pipe, self.call = pipe, call
+        self.known: dict[tuple[str, ...], Encoded] = {}
+
+    def __call__(self, texts: list[str]) -> Encoded:
+        key, settings = tuple(texts), self.call.settings if self.call else {}
+        if key not in self.known:
+            self.known[key] = encode(self.pipe, texts, **settings)
+        return self.known[key]
+
+
+@dataclass(eq=False)  # each is itself: the same method may be on twice
+class Applied:
+    """A method that is on, and its erasure prompts.
+
+    Args:
+        method: what is on.
+        of: the concepts of each erasure prompt.
+        prompts: all erasure prompts.
+        neutral: the texts that stand for "some picture", the mean of each group.
+        acting: the erasure prompts with the rows of the present batch.
+        memory: of the present call of the pipeline.
+        record: what it did.
+        handle: what its user holds.
+        encoded: the texts as they were encoded, before any projection.
+    """
+
+    method: Contract
+    of: tuple[tuple[Concept, ...], ...] = ()
+    prompts: ErasurePrompts | None = None
+    neutral: Text | None = None
+    acting: tuple[ErasurePrompts, ...] = ()
+    memory: Memory = field(default_factory=dict)
+    record: Record = field(default_factory=Record)
+    handle: Handle | None = None
+    encoded: Tensor | None = None
+    _unprojected: tuple[Text, list[int]] | None = None
+    _images_per_prompt: int = 1
+
+    def prepare(self, pipe: DiffusionPipeline, images_per_prompt: int, encoder: Encoder) -> None:
+        """Encodes the erasure prompts, and the neutral texts with them."""
+        method = self.method
+        if not (method.edits_attention or method.guides):
+            return
+        texts = self.texts(pipe)
+        self.of = tuple(group for group, _ in texts)
+        neutral = () if method.guides else tuple(method.references)
+        if not (texts or neutral):
+            return
+        made = encoder([*itertools.chain(*neutral), *(text for _, text in texts)])
+        sizes, text = [len(group) for group in neutral], Text(made.text, made.mask)
+        n = sum(sizes)
+        self.encoded = made.text
+        pooled = made.pooled if method.guides else None
+        self.prompts = ErasurePrompts(text[n:], made.own[n:], which=tuple(range(len(texts))), pooled=pooled)
+        if neutral:
+            self.neutral, self._unprojected = _means(text[:n], sizes), (text, sizes)
+        self.acting = (self.prompts,)
+        self.place(images_per_prompt)
+        method.prepared(pipe, [text for _, text in texts], encoder.call, self.memory)
+
+    def texts(self, pipe: DiffusionPipeline) -> list[tuple[tuple[Concept, ...], str]]:
+        """The erasure prompts, and the concepts that each is for."""
+        method, found = self.method, []
+        rows, separator = [method.concepts] if method.rows is None else method.rows, ", " if method.guides else " "
+        for group in dict.fromkeys(group for row in rows for group in method.groups(row)):
+            phrases = [phrase for concept in group for phrase in concept.phrases]
+            found += [(group, text) for text in (pack(pipe, phrases, separator) if method.packs else phrases)]
+        return found
+
+    def project(self, projection: Callable[[Tensor], Tensor]) -> None:
+        """Puts the texts through what the denoiser has in front of its layers; once for each encoding."""
+        if self._unprojected is None or self.prompts is None:
+            return
+        (text, sizes), self._unprojected = self._unprojected, None
+        text = Text(projection(text.states), text.mask)
+        self.neutral = _means(text[: sum(sizes)], sizes)
+        self.prompts = replace(self.prompts, text=text[sum(sizes) :])
+        self.acting = (self.prompts,)
+        self.place(self._images_per_prompt)
+
+    def place(self, images_per_prompt: int, batch: int | None = None) -> None:
+        """Gives the erasure prompts of a method with `rows` their rows of the batch, `batch` conditional ones."""
+        row_concepts, self._images_per_prompt = self.method.rows, images_per_prompt
+        self.check_rows(images_per_prompt, batch)
+        if row_concepts is None or self.prompts is None:
+            return
+        alike: dict[tuple[int, ...], list[int]] = {}  # erasure prompts in the order of a row -> its rows of the batch
+        for r, concepts in enumerate(row_concepts):
+            groups = self.method.groups(concepts)
+            which = tuple(k for group in groups for k, of in enumerate(self.of) if of == group)
+            alike.setdefault(which, []).extend(range(r * images_per_prompt, (r + 1) * images_per_prompt))
+        self.acting = tuple(self.prompts.of(which, batch_rows) for which, batch_rows in alike.items() if which)
+
+    def check_rows(self, images_per_prompt: int, batch: int | None) -> None:
+        row_concepts = self.method.rows
+        if row_concepts is not None and batch is not None and len(row_concepts) * images_per_prompt != batch:
+            raise ValueError(
+                f"`rows` has {len(row_concepts)} entries, but the call has {batch // images_per_prompt} prompts. Give "
+                "one list of concepts per prompt."
+            )
+
+    def check_text(self, text: Tensor) -> None:
+        """ValueError if the erasure prompts and the call's text differ in width, device or dtype."""
+        ours = self.encoded
+        if self.prompts is None or ours is None or self.method.is_off() or not len(text):
+            return
+        if ours.shape[-1] != text.shape[-1]:
+            raise ValueError(
+                f"The call's text has width {text.shape[-1]}, but the pipeline's own encoder makes width "
+                f"{ours.shape[-1]}. Give embeddings of this encoder, or a prompt."
+            )
+        mixed = ours.dtype != text.dtype and not torch.is_autocast_enabled(text.device.type)
+        if ours.device != text.device or mixed:
+            raise ValueError(
+                f"The erasure prompts of {type(self.method).__name__} are {ours.dtype} on {ours.device}, but the "
+                f"call's text is {text.dtype} on {text.device}: the model was moved after `apply`. Call the pipeline, "
+                "which encodes them anew, or apply the eraser again."
+            )
+
+
+def _means(text: Text, sizes: list[int]) -> Text:
+    """The mean of each group of texts; where text is masked, of those that have a token in a column."""
+    if text.mask is None:
+        return Text(torch.stack([group.mean(0) for group in text.states.split(sizes)]))
+    seen = [group[..., None].to(text.states.dtype) for group in text.mask.split(sizes)]
+    groups = zip(text.states.split(sizes), seen, strict=True)
+    states = torch.stack([(group * s).sum(0) / s.sum(0).clamp_min(1) for group, s in groups])
+    return Text(states, torch.stack([group.any(0) for group in text.mask.split(sizes)]))
