@@ -5,6 +5,7 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,36 +16,17 @@ ROOT = Path(efface.__file__).parent
 
 # What each part may import, besides itself. `efface` is the package's own `__init__`.
 FACTS = {"registry", "core", "families"}
-INSIDE = {
-    "_weights",
-    "_text",
-    "_attention",
-    "_method",
-    "_prompts",
-    "_guidance",
-    "_layers",
-    "_hooks",
-    "_forward",
-    "_records",
-    "_watch",
-}  # of diffusers
-HOOKS = FACTS | INSIDE | {"delta"}
+TEXTS = FACTS | {"_weights", "_text"}
+HOOKS = TEXTS | {"hooks", "delta", "_watch"}
 MAY_IMPORT: dict[str, set[str]] = {
     "registry": set(),
     "core": {"registry"},
     "families": {"registry", "core"},
-    "_records": set(),
-    "_forward": set(),
     "_weights": FACTS,
-    "_text": FACTS | {"_weights", "_forward"},
-    "_attention": set(),
+    "_text": FACTS | {"_weights"},
     "_watch": set(),
-    "_method": FACTS | {"_attention", "_weights", "_text"},
-    "_prompts": FACTS | {"_weights", "_text", "_attention", "_method", "_records"},
-    "_guidance": FACTS | {"_attention", "_method", "_prompts"},
-    "_layers": {"_forward", "_attention"},
-    "_hooks": FACTS | INSIDE,
-    "delta": FACTS | INSIDE,
+    "hooks": TEXTS,
+    "delta": TEXTS | {"_watch"},
     "erasers": HOOKS | {"pictures"},
     "editors": HOOKS,
     "attacks": HOOKS,
@@ -123,29 +105,26 @@ def test_imports_run_one_way(module: str, path: Path) -> None:
         ("efface.core", "import efface.families as facts\n"),
         ("efface.core", "import efface\n"),
         ("efface.core", "from efface import Concept\n"),
-        ("efface.core", "def late():\n    from efface._hooks import encode\n"),
+        ("efface.core", "def late():\n    from efface.hooks import Method\n"),
         ("efface.core", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from efface.delta import Delta\n"),
         ("efface.registry", "from efface.core import Concept\n"),
-        ("efface.families", "from efface._hooks import encode\n"),
-        ("efface._hooks", "from efface.delta import Delta\n"),
+        ("efface.families", "from efface.hooks import Method\n"),
+        ("efface.hooks.denoiser", "from efface.delta import Delta\n"),
         ("efface._weights", "from efface._text import encode\n"),
-        ("efface._text", "from ._hooks import site\n"),
-        ("efface._attention", "from ._hooks import Site\n"),
-        ("efface._layers", "from ._hooks import Site\n"),
-        ("efface._prompts", "from ._guidance import guided\n"),
-        ("efface._method", "from ._prompts import Entry\n"),
-        ("efface._hooks", "from efface.erasers import eiup\n"),
+        ("efface._text", "from .hooks import Method\n"),
+        ("efface.hooks.denoiser", "from ..erasers import eiup\n"),
+        ("efface.hooks.denoiser", "from efface.erasers import eiup\n"),
         ("efface.delta", "from efface.erasers.eiup import EIUP\n"),
         ("efface.erasers.eiup", "from efface.api import load\n"),
         ("efface.erasers.eiup", "from efface.editors.uce import UCE\n"),
         ("efface.erasers.eiup", "from ..editors import uce\n"),
-        ("efface.models.emoji.vae", "from efface._hooks import encode\n"),
-        ("efface.models.emoji.vae", "from ..._hooks import encode\n"),
+        ("efface.models.emoji.vae", "from efface.hooks import Method\n"),
+        ("efface.models.emoji.vae", "from ...hooks import Method\n"),
         ("efface.metrics.clip", "from efface.erasers.eiup import EIUP\n"),
         ("efface.api", "from efface.erasers.eiup import EIUP\n"),
         ("efface.api", "from efface.cli import app\n"),
         ("efface.cli", "from efface.erasers.eiup import EIUP\n"),
-        ("efface.cli", "from efface._hooks import encode\n"),
+        ("efface.cli", "from efface.hooks import Method\n"),
         ("efface.attic", "x = 1\n"),
     ],
 )
@@ -158,7 +137,7 @@ def test_a_back_edge_is_found(module: str, source: str) -> None:
     [
         ("efface.core", "import torch\nfrom efface import __version__\nfrom efface.registry import near\n"),
         ("efface.core", "from effaced import families\nimport effacement.families\n"),
-        ("efface.erasers.eiup", "from efface import _hooks, families\nfrom efface.core import Concept\n"),
+        ("efface.erasers.eiup", "from efface import hooks, families\nfrom efface.core import Concept\n"),
         ("efface.erasers.gie", "from efface.erasers.eiup import EIUP\nfrom .eiup import EIUP\n"),
         (
             "efface.models.emoji.loader",
@@ -173,7 +152,40 @@ def test_a_downward_import_is_not_a_back_edge(module: str, source: str) -> None:
 
 def test_a_relative_import_in_a_package_starts_at_the_package() -> None:
     assert back_edges("from . import vae\n", "efface.models.emoji", package=True) == []
-    assert back_edges("from .. import _hooks\n", "efface.models", package=True) == ["efface.models:1 imports _hooks"]
+    assert back_edges("from .. import hooks\n", "efface.models", package=True) == ["efface.models:1 imports hooks"]
+
+
+def graph() -> dict[str, set[str]]:
+    """Each module, and the modules that it imports, also inside functions; without the package's own `__init__`."""
+    known = dict(modules())
+    found: dict[str, set[str]] = {}
+    for module, path in known.items():
+        package = path.stem == "__init__"
+        parents = module.split(".") if package else module.split(".")[:-1]
+        names: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                base = parents[: len(parents) - node.level + 1] if node.level else []
+                start = ".".join([*base, node.module] if node.module else base)
+                names |= {name if (name := f"{start}.{alias.name}") in known else start for alias in node.names}
+        found[module] = (names & known.keys()) - {"efface", module}
+    return found
+
+
+def test_no_imports_run_in_a_circle() -> None:
+    """Rooms included: a module of a package imports its siblings in one order."""
+    TopologicalSorter(graph()).prepare()  # CycleError names the circle
+
+
+def test_a_circle_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "efface").mkdir()
+    (tmp_path / "efface/a.py").write_text("def late():\n    from .b import x\n")
+    (tmp_path / "efface/b.py").write_text("from efface import a\n")
+    monkeypatch.setattr("test_imports.ROOT", tmp_path / "efface")
+    with pytest.raises(CycleError):
+        TopologicalSorter(graph()).prepare()
 
 
 def test_registry_imports_the_standard_library_only() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -18,16 +18,15 @@ from ._search import Calibration
 from ._training import State, Training, run
 from .esd import ESD
 
-if TYPE_CHECKING:
-    from .ccrt import CCRT
-
 
 @dataclass(frozen=True)
 class Round:
     """One removal of a sequence: probe, search, fit.
 
     Args:
-        method: with no None left.
+        method: the settings of the training, with no None left.
+        eta, teacher, reg: of `method`, as `CCRT` describes them.
+        search: further arguments of the search for prompts.
         net: the denoiser; its own weights are those of the round before.
         base: the base model's trained tensors.
         name: of the concept.
@@ -36,7 +35,11 @@ class Round:
         folder: of checkpoints.
     """
 
-    method: CCRT
+    method: Training
+    eta: float
+    teacher: str
+    reg: float
+    search: Mapping[str, Any]
     net: Denoiser
     base: Weights
     name: str
@@ -46,10 +49,10 @@ class Round:
 
     def run(self, source: Calibration, fitness: Misalignment, judge: Misalignment) -> tuple[State, dict[str, Any]]:
         """Probe, search, fit; with the prompts and the distances before, of the probe and after."""
-        method, probe = self.method, self.fit("probe").shipped
+        probe = self.fit("probe").shipped
         prompts = source.prompts(
             lambda texts: fitness(texts, probe).tolist(),
-            **{name: getattr(method, name) for name in ("keep", "generations", "mutation")},
+            **self.search,
             seed=self.seed,
             path=self.folder and self.folder / "prompts.json",
             key=digest(probe),
@@ -63,8 +66,8 @@ class Round:
     def fit(self, what: str, prompts: Sequence[str] = ()) -> State:
         """ESD on the concept, and the distillation on `prompts`."""
         method, net = self.method, self.net
-        esd = ESD(eta=method.eta, **{f.name: getattr(method, f.name) for f in fields(Training)})
-        teacher = self.base if method.teacher == "base" else None
+        esd = ESD(eta=self.eta, **{f.name: getattr(method, f.name) for f in fields(Training)})
+        teacher = self.base if self.teacher == "base" else None
         pool = calibration(net, prompts, teacher, method.guidance, self.seed + 2) if prompts else None
 
         def loss(weights: Weights, points: Points, rng: Mapping[str, Generator]) -> Tensor:
@@ -74,7 +77,7 @@ class Round:
             held = pool[torch.randint(len(pool), (len(points),), generator=rng["calibration"]).to(net.device)]
             x, t, both = torch.cat([points.x, held.x]), torch.cat([points.t, held.t]), torch.cat([texts, held.prompt])
             removed, kept = net(x, t, both, weights).chunk(2)
-            return mse(removed, target) + method.reg * mse(kept, held.own)
+            return mse(removed, target) + self.reg * mse(kept, held.own)
 
         return run(
             net,

@@ -160,7 +160,9 @@ class CCRT(Training):
             for k, concept in enumerate(found):
                 rows = torch.arange(1, len(net.condition.text)) if k == 0 else net.add(phrases(pipe, concept)[1])
                 folder = None if checkpoint is None else Path(checkpoint) / str(k + 1)
-                one = Round(method, net, base, concept.name, rows, seed + 10 * k, folder)
+                search = {name: getattr(method, name) for name in ("keep", "generations", "mutation")}
+                settings = (method.eta, method.teacher, method.reg, search)
+                one = Round(method, *settings, net, base, concept.name, rows, seed + 10 * k, folder)
                 state, info = one.run(source, fitness, judge) if method.reg else (one.fit("fit"), {})
                 info = state.info() | info
                 deltas.append(Delta.fitted(method, pipe, net.change(state.shipped), concept, seed=one.seed, info=info))
