@@ -26,7 +26,7 @@ from random_model import UNETS, random_pipeline
 import efface
 from efface import EIUP
 from efface.hooks import CrossAttention, ErasurePrompts
-from efface.hooks.denoiser import site
+from efface.hooks.sites import site
 
 TARGET = 0.005
 OUT = Path(__file__).parents[1] / "results/guard_overhead.json"

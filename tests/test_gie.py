@@ -42,7 +42,7 @@ from efface import EIUP, GIE, Concept, load
 from efface._weights import layer_names, text_hash
 from efface.erasers.gie.adapter import Adapter
 from efface.erasers.gie.fit import Ladder, Row, train
-from efface.hooks.denoiser import site
+from efface.hooks.sites import site
 from efface.models.emoji.weights import FOLDER
 
 ERASED = {"alcohol": "beer wine glass", "cat": "cat"}

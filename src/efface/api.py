@@ -240,7 +240,7 @@ def active(pipe: DiffusionPipeline) -> Handles:
         EIUP  strength 2.25  alcohol
     """
     from . import delta
-    from .hooks.denoiser import handles
+    from .hooks.sites import handles
 
     return Handles([*handles(pipe), *delta.handles(pipe)])
 
@@ -271,7 +271,7 @@ def conditional_rows(pipe: DiffusionPipeline, rows: Sequence[bool]) -> Iterator[
         >>> prediction.shape
         torch.Size([2, 8, 8, 8])
     """
-    from .hooks.denoiser import rows_given
+    from .hooks.sites import rows_given
 
     given = [bool(row) for row in rows]
     if not given or given != sorted(given):

@@ -211,7 +211,7 @@ def run(
     folder = _folder(Path(out))
     from . import api
     from .delta import active
-    from .hooks.denoiser import handles as erasers_on
+    from .hooks.sites import handles as erasers_on
 
     name = str(model) if isinstance(model, (str, Path)) else None
     pipe = api.load(model) if isinstance(model, (str, Path)) else model

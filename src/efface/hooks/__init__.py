@@ -22,7 +22,7 @@ Glossary:
   call raises: nothing is drawn without the methods and without a word.
 
 Imports run from `attention`, `watch`, `copies` and `forward` to `contract`, `prompts`, `layers`, `pipeline`, `batch`,
-`edits`, `prediction`, `denoiser` and `method`.
+`edits`, `prediction`, `step`, `denoiser`, `sites` and `method`.
 """
 
 from .attention import CrossAttention, ErasurePrompts, SelfAttention, Text

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,20 +14,19 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from .._text import SITES, check_width
-from .._weights import check_unfused, denoiser_of
+from .._weights import check_unfused
 from ..core import Handle
-from ..families import Family, family, without_cross_attention
+from ..families import Family, without_cross_attention
 from . import watch
-from .attention import ErasurePrompts, SelfAttention, Text
+from .attention import Text
 from .batch import Batch, compiled_first_row, first_row, negated_rows, repelled
-from .contract import Contract, DenoiserCall, Seen
-from .copies import Copies, wake
-from .edits import cross, edited, edited_self
+from .contract import Contract
+from .copies import Copies
 from .forward import Entered, Forward
 from .layers import Layer, SelfLayer
 from .pipeline import Call, Calls
-from .prediction import guided, needs_guidance, pooled_text, repelled_rows, with_concepts, with_pooled
 from .prompts import Applied, Encoder
+from .step import Step, refuse_without_guidance
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -59,9 +55,7 @@ class Site:
         self.entered: Entered | None = None
         self.given: tuple[int, int] | None = None  # the number of unconditional and of all rows, if the caller says it
         self.train_timesteps = 1000
-        self.batch: Batch | None = None  # while a denoiser call is going on
-        self.acting: list[tuple[Applied, Tensor | float]] = []  # on attention, in this denoiser call
-        self._seen: Seen | None = None  # in a call without methods
+        self.step: Step | None = None  # a denoiser call that is going on
         self._by_the_way = False  # whether this call of the denoiser came by
         self._checked: tuple[Tensor, int] | None = None  # the text whose rows are known, and the first conditional one
         self._repelled: Any = None  # of the call before
@@ -277,26 +271,18 @@ class Site:
             try:
                 return self._denoise(forward, args, kwargs)
             finally:
-                self.batch = None
+                self.step = None
 
     def _denoise(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The text read anew, the methods around the call, the concepts predicted with it, the prediction changed."""
         names = self.parameters[: len(args)]
         arguments = dict(zip(names, args, strict=True)) | kwargs
-        text: Tensor = arguments["encoder_hidden_states"]
-        self.acting = []
-        self.batch = batch = self._begin(arguments["timestep"], text, arguments.get("encoder_attention_mask"))
-        time = 1 - torch.as_tensor(batch.time, dtype=torch.float32, device=text.device) / self.train_timesteps
-        arguments = self._reread(batch, arguments, time)
-        run = partial(self._predict, batch, forward, names, arguments, time)
-        for applied in reversed(self.applied):
-            if applied.method.is_off() or type(applied.method).around is Contract.around:
-                continue
-            if applied.method.calls_denoiser and torch.compiler.is_compiling():
-                raise ValueError(watch.UNCOMPILED)
-            call = self._seen_by(applied, batch, forward, arguments)
-            run = partial(applied.method.around, call, run)
-        return run()
+        first = self.parameters[0]
+        arguments = {first: arguments[first]} | arguments
+        batch = self._begin(
+            arguments["timestep"], arguments["encoder_hidden_states"], arguments.get("encoder_attention_mask")
+        )
+        self.step = Step(self, forward, names, arguments, batch)
+        return self.step.run()
 
     def _begin(self, timestep: Tensor | float, text: Tensor, mask: Tensor | None) -> Batch:
         """Which rows are conditional, what time it is, and what the rows read."""
@@ -349,263 +335,27 @@ class Site:
                 "`pipe.encode_prompt` returns now."
             )
 
-    def _reread(self, batch: Batch, arguments: dict[str, Any], time: Tensor) -> dict[str, Any]:
-        """The arguments with the text that conditional rows read at this time."""
-        text, all_pooled = arguments["encoder_hidden_states"], pooled_text(arguments)
-        given = prompt, pooled = text[batch.first :], None if all_pooled is None else all_pooled[batch.first :]
-        for applied in self.applied if batch.conditional else ():
-            if not applied.method.is_off():
-                prompt, pooled = applied.method.reread(prompt, pooled, time, applied.memory)
-        if prompt is given[0] and pooled is given[1]:
-            return arguments
-        batch.prompt = replace(batch.prompt, states=prompt)
-        arguments = arguments | {"encoder_hidden_states": torch.cat([text[: batch.first], prompt])}
-        if all_pooled is not None and pooled is not None:
-            return with_pooled(arguments, torch.cat([all_pooled[: batch.first], pooled]))
-        return arguments
-
-    def _seen_by(
-        self, applied: Applied, batch: Batch, forward: Callable[..., Any], arguments: dict[str, Any]
-    ) -> DenoiserCall:
-        """The call as a method sees it."""
-        call, noisy = self.calls.call if self.given is None else None, self.parameters[0]
-        others = {name: value for name, value in arguments.items() if name != noisy}
-
-        def plain(sample: Tensor | None, seen: Seen) -> Tensor:
-            return self._plain(batch, lambda: forward(arguments[noisy] if sample is None else sample, **others), seen)
-
-        return DenoiserCall(
-            arguments[noisy],
-            batch.first,
-            batch.prompt,
-            batch.time,
-            lambda: applied.prompts if applied.acting else None,
-            None if call is None else call.pipe(),
-            applied.memory,
-            plain,
-        )
-
-    def _plain(self, batch: Batch, call: Callable[[], Any], seen: Seen) -> Tensor:
-        """A call of the denoiser in which no method acts."""
-        acting, self.acting, self._seen = self.acting, [], seen
-        batch.rows = batch.last
-        try:
-            return self._run(call)[0]
-        finally:
-            self.acting, self._seen = acting, None
-
-    def _plan(self, batch: Batch) -> Plan:
-        time = 1 - batch.time / self.train_timesteps
-        found: Plan = []
-        for applied in self.applied:
-            method, weight, exempt = applied.method, 0.0, ""
-            if method.is_off():
-                exempt = watch.OFF
-            elif not batch.conditional and not self._acts_on_unconditional(batch, method):
-                exempt = watch.NO_CONDITIONAL_ROWS
-            elif (method.edits_attention or method.guides) and not applied.acting:
-                exempt = watch.NO_CONCEPTS
-            else:
-                weight = method.weight(time)
-                if not isinstance(weight, Tensor) and not weight:
-                    exempt = watch.OUTSIDE_WINDOW
-            found.append((applied, weight, exempt))
-        return found
-
-    def _acts_on_unconditional(self, batch: Batch, method: Contract) -> bool:
-        """Whether it has something to do, or to refuse, in a call without conditional rows."""
-        if method.edits_attention:
-            return method.touches_uncond and batch.repelled is not None
-        return method.touches_uncond or (method.guides and not self.facts.apart)
-
-    def _predict(
-        self,
-        batch: Batch,
-        forward: Callable[..., Any],
-        names: Sequence[str],
-        arguments: dict[str, Any],
-        time: Tensor,
-    ) -> Any:
-        """The denoiser's output, with attention edited and the prediction of the conditional rows changed."""
-        beside = self._negatives_beside(batch) if self.facts.apart else []
-        plan = self._plan(batch)
-        self.acting = [(a, weight) for a, weight, exempt in plan if a.method.edits_attention and not exempt]
-        acts = batch.conditional or not self.facts.apart
-        guiding = [(a, weight) for a, weight, exempt in plan if a.method.guides and acts and not exempt]
-        batch.rows = batch.last
-        if not guiding:
-            out = self._run(lambda: _call(forward, names, arguments))
-            self._keep(batch, plan, time)
-            return out
-        if arguments.get("skip_layers") is not None:
-            raise ValueError(
-                f"{type(guiding[0][0].method).__name__} changes the conditional prediction, which "
-                "`skip_guidance_layers` compares with one of its own. Leave them out, or use method 'safree'."
-            )
-        if not 0 < batch.first < batch.last and not beside:
-            raise ValueError(needs_guidance(guiding[0][0].method, self._denoiser(), self.facts))
-        every = torch.arange(batch.conditional, device=time.device)
-        concepts = [prompts for applied, _ in guiding for prompts in applied.acting]
-        rows = [every if prompts.at is None else prompts.at for prompts in concepts]
-        asked, places = [*beside, *concepts], [*(every[k : k + 1] for k in range(len(beside))), *rows]
-        owners = negated_rows(batch.first, self.calls.call, self.given)
-        owners |= repelled_rows(guiding, batch.conditional, batch.last)
-        batch.repelled = self._repelled = repelled(owners, time.device, self._repelled)
-        longer = with_concepts(arguments, asked, places, batch.first)
-        batch.rows = len(longer["encoder_hidden_states"])
-        out = self._run(lambda: _call(forward, names, longer))
-        scale = self.calls.call.guidance_scale if self.calls.call else math.nan
-        if self.calls.call and not torch.compiler.is_compiling():  # a callback may have changed it
-            scale = getattr(self.calls.call.pipe(), self.facts.scale, math.nan)
-        sample = guided(out[0], guiding, rows, batch.first, batch.last, scale, time)
-        self._keep(batch, plan, time)
-        return (sample, *out[1:]) if isinstance(out, tuple) else type(out)(sample=sample)
-
-    def _keep(self, batch: Batch, plan: Plan, time: Tensor) -> None:
-        """After a denoiser call: keeps what ran."""
-        if torch.compiler.is_compiling():
-            return
-        for applied, _, exempt in plan:
-            exempt = exempt or applied.method.exempt(time)
-            if not exempt:
-                batch_rows = [prompts.batch_rows for prompts in applied.acting]
-                everywhere = range(batch.conditional)
-                rows = {row for some in batch_rows for row in (everywhere if some is None else some)}
-                applied.record.add(sorted(rows) if batch_rows else everywhere)
-            else:
-                applied.record.add((), exempt)
-
-    def _negatives_beside(self, batch: Batch) -> list[ErasurePrompts]:
-        """The negative prompt of each conditional row, where unconditional predictions have a call of their own."""
-        call = self.calls.call
-        if call is None or not batch.conditional:
-            return []
-        text, pooled = call.negative, call.negative_pooled
-        if text is None or pooled is None:
-            self.refuse_without_guidance()
-            return []
-        if batch.conditional != len(text):
-            raise ValueError(
-                f"The call has {batch.conditional} rows of prompts, but {len(text)} of negative prompts. Give a list, "
-                "one for each."
-            )
-        return [ErasurePrompts(Text(text[k : k + 1]), (), pooled=pooled[k : k + 1]) for k in range(len(text))]
-
     def refuse_without_guidance(self) -> None:
-        for applied in self.applied:
-            method = applied.method
-            acts = applied.prompts is not None if method.guides else method.negates
-            if acts and not method.is_off():
-                raise ValueError(needs_guidance(method, self._denoiser(), self.facts))
+        refuse_without_guidance(self)
 
-    # ---- layers
-
-    @property
-    def _needed(self) -> bool:
-        """Whether the cross-attention layers have something to do in this denoiser call."""
-        return bool(self.acting) or self._seen is not None
-
-    def _run(self, call: Callable[[], Any]) -> Any:
-        """A call of the denoiser below, in which every layer that is needed comes by, or an error."""
-        out, missed = self._ran(call)
-        if missed and not torch.compiler.is_compiling():  # a processor that skips `to_q` or `to_out`
-            for layer in missed:
-                layer.take_whole()
-            out, missed = self._ran(call)
-        if missed:
-            raise RuntimeError(watch.missed([layer.name for layer in missed], len(self.layers)))
-        return out
-
-    def _ran(self, call: Callable[[], Any]) -> tuple[Any, list[Layer]]:
-        for layer in (*self.layers, *self.self_layers):
-            layer.begin()
-        out = call()
-        return out, [layer for layer in self.layers if not layer.came] if self._needed else []
+    # ---- what the hooks on modules call
 
     def edit(self, layer: Layer, hidden: Tensor) -> Tensor:
-        """The attention output [rows, Q, C] in front of `to_out`, edited by every active method in turn."""
-        batch, query = self.batch, layer.to_q
-        if batch is None:
+        if self.step is None:
             raise RuntimeError(watch.outside(layer.name))
-        if query is None or not self._needed or not batch.projected:
-            return hidden
-        if len(hidden) != batch.rows:
-            raise RuntimeError(watch.other_rows(layer.name, len(hidden), batch.rows))
-        layer.came = True
-        if self._seen is not None:
-            at = slice(batch.first, batch.last)
-            self._seen(layer.name, cross(batch, None, layer, query[at], hidden[at]))
-            return hidden
-        return edited(batch, self.acting, layer, query, hidden)
+        return self.step.edit(layer, hidden)
 
     def edit_self(self, layer: Layer, hidden: Tensor) -> Tensor:
-        """The self-attention output [rows, Q, C] in front of `to_out`."""
-        batch = self.batch
-        if batch is None:
+        if self.step is None:
             raise RuntimeError(watch.outside(layer.name))
-        if not batch.conditional:
-            return hidden
-        if layer.to_q is None or layer.to_k is None or layer.to_v is None:
-            raise RuntimeError(watch.missed([layer.name], len(self.self_layers)))
-        query, output, key, value = (x[batch.first : batch.last] for x in (layer.to_q, hidden, layer.to_k, layer.to_v))
-        seen = SelfAttention(layer.attn, query, output, layer.name, key=key, value=value)
-        if self._seen is not None:
-            self._seen(layer.name, seen)
-            return hidden
-        return edited_self(batch, self.acting, seen, hidden)
+        return self.step.edit_self(layer, hidden)
 
     def _project(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """In place of what projects the text for all layers, where there is such a module (PixArt).
-
-        Our texts are projected while its weights are there: offloading loads them for this moment only.
-        """
-        out, batch = forward(*args, **kwargs), self.batch
-        if batch is not None:
-            batch.prompt, batch.projected = replace(batch.prompt, states=out[batch.first : batch.last]), True
-            with torch.no_grad():
-                if batch.encoded_empty is not None:
-                    batch.empty = replace(batch.encoded_empty, states=forward(batch.encoded_empty.states))
-                for applied in self.applied:
-                    applied.project(forward)
+        """In place of what projects the text for all layers, where there is such a module (PixArt)."""
+        out = forward(*args, **kwargs)
+        if self.step is not None:
+            self.step.project(out, forward)
         return out
-
-
-def _call(function: Callable[..., Any], positional: Sequence[str], arguments: dict[str, Any]) -> Any:
-    """The function with its arguments by position and by keyword, as they were given."""
-    named = {name: value for name, value in arguments.items() if name not in positional}
-    return function(*(arguments[name] for name in positional), **named)
-
-
-def site(pipe: DiffusionPipeline) -> Site:
-    """The site of a pipeline's denoiser; TypeError for a pipeline Efface does not know."""
-    facts = family(pipe)
-    wake(pipe)
-    denoiser = denoiser_of(pipe)
-    if denoiser not in SITES:
-        SITES[denoiser] = Site(denoiser, facts)
-    return SITES[denoiser]
-
-
-def handles(pipe: DiffusionPipeline) -> list[Handle]:
-    """Of the methods that are on, in their order."""
-    facts = family(pipe)
-    wake(pipe)
-    present = getattr(pipe, facts.denoiser)
-    found = SITES.get(getattr(present, "_orig_mod", present))
-    return [applied.handle for applied in found.applied if applied.handle is not None] if found else []
-
-
-@contextmanager
-def rows_given(pipe: DiffusionPipeline, conditional: Sequence[bool]) -> Iterator[None]:
-    """See `efface.conditional_rows`; without methods on there is nothing to tell."""
-    family(pipe)
-    wake(pipe)
-    found = SITES.get(denoiser_of(pipe))
-    if found is None:
-        yield
-        return
-    with found.rows_given(conditional):
-        yield
 
 
 def _apply_all(pipe: DiffusionPipeline, methods: Sequence[Any]) -> None:

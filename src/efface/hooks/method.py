@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..core import Handle
 from .contract import Contract
-from .denoiser import site
+from .sites import site
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -1,0 +1,49 @@
+"""From a pipeline to what Efface keeps about its denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from .._text import SITES
+from .._weights import denoiser_of
+from ..core import Handle
+from ..families import family
+from .copies import wake
+from .denoiser import Site
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+def site(pipe: DiffusionPipeline) -> Site:
+    """The site of a pipeline's denoiser; TypeError for a pipeline Efface does not know."""
+    facts = family(pipe)
+    wake(pipe)
+    denoiser = denoiser_of(pipe)
+    if denoiser not in SITES:
+        SITES[denoiser] = Site(denoiser, facts)
+    return SITES[denoiser]
+
+
+def handles(pipe: DiffusionPipeline) -> list[Handle]:
+    """Of the methods that are on, in their order."""
+    facts = family(pipe)
+    wake(pipe)
+    present = getattr(pipe, facts.denoiser)
+    found = SITES.get(getattr(present, "_orig_mod", present))
+    return [applied.handle for applied in found.applied if applied.handle is not None] if found else []
+
+
+@contextmanager
+def rows_given(pipe: DiffusionPipeline, conditional: Sequence[bool]) -> Iterator[None]:
+    """See `efface.conditional_rows`; without methods on there is nothing to tell."""
+    family(pipe)
+    wake(pipe)
+    found = SITES.get(denoiser_of(pipe))
+    if found is None:
+        yield
+        return
+    with found.rows_given(conditional):
+        yield

@@ -1,0 +1,299 @@
+"""One call of the denoiser: the text read anew, methods around the call, attention edited, the prediction changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..families import Family
+from . import watch
+from .attention import ErasurePrompts, SelfAttention, Text
+from .batch import Batch, negated_rows, repelled
+from .contract import Contract, DenoiserCall, Seen
+from .edits import cross, edited, edited_self
+from .layers import Layer, SelfLayer
+from .pipeline import Calls
+from .prediction import guided, needs_guidance, pooled_text, repelled_rows, with_concepts, with_pooled
+from .prompts import Applied
+
+Plan = list[tuple[Applied, Tensor | float, str]]
+"""Of each method in a denoiser call: the weight of its window, and why it has nothing to do, if so."""
+
+
+class Where(Protocol):
+    """The denoiser that is called."""
+
+    facts: Family
+    applied: list[Applied]
+    calls: Calls
+    layers: list[Layer]
+    self_layers: list[SelfLayer]
+    given: tuple[int, int] | None
+    train_timesteps: int
+
+    @property
+    def denoiser(self) -> nn.Module: ...
+
+
+class Step:
+    """A denoiser call that is going on.
+
+    Args:
+        where: the denoiser.
+        forward: its own `forward`.
+        names: of the arguments that were given by position.
+        arguments: all arguments, by name; the first is the noisy sample.
+        batch: the rows.
+    """
+
+    def __init__(
+        self,
+        where: Where,
+        forward: Callable[..., Any],
+        names: Sequence[str],
+        arguments: dict[str, Any],
+        batch: Batch,
+    ) -> None:
+        self.where, self.batch, self.arguments, self._forward, self._names = where, batch, arguments, forward, names
+        text: Tensor = arguments["encoder_hidden_states"]
+        self.time = 1 - torch.as_tensor(batch.time, dtype=torch.float32, device=text.device) / where.train_timesteps
+        self.acting: list[tuple[Applied, Tensor | float]] = []  # on attention
+        self.seen: Seen | None = None  # in a call without methods
+
+    def run(self) -> Any:
+        """What the denoiser returns."""
+        self._reread()
+        run: Callable[[], Any] = self._predict
+        for applied in reversed(self.where.applied):
+            if applied.method.is_off() or type(applied.method).around is Contract.around:
+                continue
+            if applied.method.calls_denoiser and torch.compiler.is_compiling():
+                raise ValueError(watch.UNCOMPILED)
+            run = partial(applied.method.around, self._as_seen_by(applied), run)
+        return run()
+
+    def _reread(self) -> None:
+        """Puts in the text that conditional rows read at this time."""
+        batch, arguments = self.batch, self.arguments
+        text, all_pooled = arguments["encoder_hidden_states"], pooled_text(arguments)
+        given = prompt, pooled = text[batch.first :], None if all_pooled is None else all_pooled[batch.first :]
+        for applied in self.where.applied if batch.conditional else ():
+            if not applied.method.is_off():
+                prompt, pooled = applied.method.reread(prompt, pooled, self.time, applied.memory)
+        if prompt is given[0] and pooled is given[1]:
+            return
+        batch.prompt = replace(batch.prompt, states=prompt)
+        self.arguments = arguments | {"encoder_hidden_states": torch.cat([text[: batch.first], prompt])}
+        if all_pooled is not None and pooled is not None:
+            self.arguments = with_pooled(self.arguments, torch.cat([all_pooled[: batch.first], pooled]))
+
+    # ---- without methods
+
+    def _as_seen_by(self, applied: Applied) -> DenoiserCall:
+        (_, sample), *others = self.arguments.items()
+        call = self.where.calls.call if self.where.given is None else None
+
+        def plain(other: Tensor | None, seen: Seen) -> Tensor:
+            return self._plain(lambda: self._forward(sample if other is None else other, **dict(others)), seen)
+
+        return DenoiserCall(
+            sample,
+            self.batch.first,
+            self.batch.prompt,
+            self.batch.time,
+            lambda: applied.prompts if applied.acting else None,
+            None if call is None else call.pipe(),
+            applied.memory,
+            plain,
+        )
+
+    def _plain(self, call: Callable[[], Any], seen: Seen) -> Tensor:
+        """A call in which no method acts."""
+        self.acting, self.seen, self.batch.rows = [], seen, self.batch.last
+        try:
+            return self._ran(call)[0]
+        finally:
+            self.seen = None
+
+    # ---- with methods
+
+    def _plan(self) -> Plan:
+        batch, found = self.batch, Plan()
+        time = 1 - batch.time / self.where.train_timesteps
+        for applied in self.where.applied:
+            method, weight, exempt = applied.method, 0.0, ""
+            if method.is_off():
+                exempt = watch.OFF
+            elif not batch.conditional and not self._acts_on_unconditional(method):
+                exempt = watch.NO_CONDITIONAL_ROWS
+            elif (method.edits_attention or method.guides) and not applied.acting:
+                exempt = watch.NO_CONCEPTS
+            else:
+                weight = method.weight(time)
+                if not isinstance(weight, Tensor) and not weight:
+                    exempt = watch.OUTSIDE_WINDOW
+            found.append((applied, weight, exempt))
+        return found
+
+    def _acts_on_unconditional(self, method: Contract) -> bool:
+        """Whether it has something to do, or to refuse, in a call without conditional rows."""
+        if method.edits_attention:
+            return method.touches_uncond and self.batch.repelled is not None
+        return method.touches_uncond or (method.guides and not self.where.facts.apart)
+
+    def _predict(self) -> Any:
+        """The denoiser's output, with attention edited and the prediction of the conditional rows changed."""
+        batch, apart = self.batch, self.where.facts.apart
+        negatives = self._negatives() if apart else []
+        plan = self._plan()
+        self.acting = [(a, weight) for a, weight, exempt in plan if a.method.edits_attention and not exempt]
+        acts = batch.conditional or not apart
+        guiding = [(a, weight) for a, weight, exempt in plan if a.method.guides and acts and not exempt]
+        batch.rows = batch.last
+        out = self._guided(guiding, negatives) if guiding else self._ran(lambda: self._call(self.arguments))
+        self._keep(plan)
+        return out
+
+    def _guided(self, guiding: list[tuple[Applied, Tensor | float]], negatives: list[ErasurePrompts]) -> Any:
+        """The output with the concepts predicted in further rows, which are used and dropped."""
+        batch, where, method = self.batch, self.where, guiding[0][0].method
+        if self.arguments.get("skip_layers") is not None:
+            raise ValueError(
+                f"{type(method).__name__} changes the conditional prediction, which `skip_guidance_layers` compares "
+                "with one of its own. Leave them out, or use method 'safree'."
+            )
+        if not 0 < batch.first < batch.last and not negatives:
+            raise ValueError(needs_guidance(method, where.denoiser, where.facts))
+        every = torch.arange(batch.conditional, device=self.time.device)
+        concepts = [prompts for applied, _ in guiding for prompts in applied.acting]
+        rows = [every if prompts.at is None else prompts.at for prompts in concepts]
+        places = [*(every[k : k + 1] for k in range(len(negatives))), *rows]
+        owners = negated_rows(batch.first, where.calls.call, where.given)
+        owners |= repelled_rows(guiding, batch.conditional, batch.last)
+        batch.repelled = repelled(owners, self.time.device, batch.repelled)
+        longer = with_concepts(self.arguments, [*negatives, *concepts], places, batch.first)
+        batch.rows = len(longer["encoder_hidden_states"])
+        out = self._ran(lambda: self._call(longer))
+        sample = guided(out[0], guiding, rows, batch.first, batch.last, self._guidance_scale(), self.time)
+        return (sample, *out[1:]) if isinstance(out, tuple) else type(out)(sample=sample)
+
+    def _guidance_scale(self) -> float:
+        call = self.where.calls.call
+        if call is None or torch.compiler.is_compiling():
+            return math.nan if call is None else call.guidance_scale
+        return getattr(call.pipe(), self.where.facts.scale, math.nan)  # a callback may have changed it
+
+    def _negatives(self) -> list[ErasurePrompts]:
+        """The negative prompt of each conditional row, where unconditional predictions have a call of their own."""
+        call, conditional = self.where.calls.call, self.batch.conditional
+        if call is None or not conditional:
+            return []
+        text, pooled = call.negative, call.negative_pooled
+        if text is None or pooled is None:
+            refuse_without_guidance(self.where)
+            return []
+        if conditional != len(text):
+            raise ValueError(
+                f"The call has {conditional} rows of prompts, but {len(text)} of negative prompts. Give a list, one "
+                "for each."
+            )
+        return [ErasurePrompts(Text(text[k : k + 1]), (), pooled=pooled[k : k + 1]) for k in range(len(text))]
+
+    def _keep(self, plan: Plan) -> None:
+        """Writes what ran into the records."""
+        if torch.compiler.is_compiling():
+            return
+        for applied, _, exempt in plan:
+            exempt = exempt or applied.method.exempt(self.time)
+            if not exempt:
+                batch_rows = [prompts.batch_rows for prompts in applied.acting]
+                everywhere = range(self.batch.conditional)
+                rows = {row for some in batch_rows for row in (everywhere if some is None else some)}
+                applied.record.add(sorted(rows) if batch_rows else everywhere)
+            else:
+                applied.record.add((), exempt)
+
+    def _call(self, arguments: dict[str, Any]) -> Any:
+        """The denoiser itself, its arguments by position and by keyword as they were given."""
+        named = {name: value for name, value in arguments.items() if name not in self._names}
+        return self._forward(*(arguments[name] for name in self._names), **named)
+
+    # ---- layers
+
+    @property
+    def _needed(self) -> bool:
+        """Whether the cross-attention layers have something to do."""
+        return bool(self.acting) or self.seen is not None
+
+    def _ran(self, call: Callable[[], Any]) -> Any:
+        """A call of the denoiser itself, in which every layer that is needed comes by, or an error."""
+        out, missed = self._once(call)
+        if missed and not torch.compiler.is_compiling():  # a processor that skips `to_q` or `to_out`
+            for layer in missed:
+                layer.take_whole()
+            out, missed = self._once(call)
+        if missed:
+            raise RuntimeError(watch.missed([layer.name for layer in missed], len(self.where.layers)))
+        return out
+
+    def _once(self, call: Callable[[], Any]) -> tuple[Any, list[Layer]]:
+        for layer in (*self.where.layers, *self.where.self_layers):
+            layer.begin()
+        out = call()
+        return out, [layer for layer in self.where.layers if not layer.came] if self._needed else []
+
+    def edit(self, layer: Layer, hidden: Tensor) -> Tensor:
+        """A cross-attention output [rows, Q, C] in front of `to_out`, edited by every active method in turn."""
+        batch, query = self.batch, layer.to_q
+        if query is None or not self._needed or not batch.projected:
+            return hidden
+        if len(hidden) != batch.rows:
+            raise RuntimeError(watch.other_rows(layer.name, len(hidden), batch.rows))
+        layer.came = True
+        if self.seen is not None:
+            at = slice(batch.first, batch.last)
+            self.seen(layer.name, cross(batch, None, layer, query[at], hidden[at]))
+            return hidden
+        return edited(batch, self.acting, layer, query, hidden)
+
+    def edit_self(self, layer: Layer, hidden: Tensor) -> Tensor:
+        """A self-attention output [rows, Q, C] in front of `to_out`."""
+        batch = self.batch
+        if not batch.conditional:
+            return hidden
+        if layer.to_q is None or layer.to_k is None or layer.to_v is None:
+            raise RuntimeError(watch.missed([layer.name], len(self.where.self_layers)))
+        query, output, key, value = (x[batch.first : batch.last] for x in (layer.to_q, hidden, layer.to_k, layer.to_v))
+        layer_seen = SelfAttention(layer.attn, query, output, layer.name, key=key, value=value)
+        if self.seen is not None:
+            self.seen(layer.name, layer_seen)
+            return hidden
+        return edited_self(batch, self.acting, layer_seen, hidden)
+
+    def project(self, projected: Tensor, projection: Callable[[Tensor], Tensor]) -> None:
+        """The text that the denoiser has projected for all layers; our texts are projected while its weights are there.
+
+        Offloading loads them for this moment only.
+        """
+        batch = self.batch
+        batch.prompt, batch.projected = replace(batch.prompt, states=projected[batch.first : batch.last]), True
+        with torch.no_grad():
+            if batch.encoded_empty is not None:
+                batch.empty = replace(batch.encoded_empty, states=projection(batch.encoded_empty.states))
+            for applied in self.where.applied:
+                applied.project(projection)
+
+
+def refuse_without_guidance(where: Where) -> None:
+    """ValueError if a method that is on needs guidance."""
+    for applied in where.applied:
+        method = applied.method
+        acts = applied.prompts is not None if method.guides else method.negates
+        if acts and not method.is_off():
+            raise ValueError(needs_guidance(method, where.denoiser, where.facts))
