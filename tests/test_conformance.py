@@ -30,8 +30,8 @@ from tiny import (
 )
 from torch import Tensor, nn
 
-from efface import registry
-from efface.core import config
+from efface import api, registry
+from efface.core import Concept, config
 from efface.families import family as facts
 
 EFFECT = 1e-3  # a smaller relative change means that a hook is dead
@@ -201,6 +201,8 @@ def test_config_survives_json_and_makes_the_same_eraser(eraser: Any, sd1: Any) -
     assert registry.resolve(name) is type(eraser)
     assert config.keys() == {f.name for f in dataclasses.fields(eraser)}
     assert config["concepts"][0]["phrases"] == ["beer", "wine glass"]
+    concepts = [Concept(**fields) for fields in config.pop("concepts")]
+    assert api.build(name, concepts, **config) == handle.eraser
 
 
 @having("strength")

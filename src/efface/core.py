@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
-from .registry import near
+from .registry import name_of, near
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -216,11 +216,15 @@ class Editor(Protocol):
 
 
 def config(method: Any) -> dict[str, Any]:
-    """What a record stores of a method: its name and its fields, as JSON types."""
+    """What a record stores of a method: its name and its fields, as JSON types.
+
+    The name is the registered one, by which `efface.erase` and `api.build` find the method again. A class that is not
+    registered is named `module:Class`; to rebuild it from a record, register it by an entry point.
+    """
     if hasattr(method, "config"):  # a delta says itself what it is: its tensors do not belong into a record
         return dict(method.config())
     fields = json.loads(json.dumps(dataclasses.asdict(method)))
-    return {"method": type(method).__module__.rsplit(".", 1)[-1], **fields}
+    return {"method": name_of(type(method)), **fields}
 
 
 SETTABLE = ("strength", "rows")  # on a handle

@@ -483,8 +483,7 @@ def _score(fields: dict[str, Any]) -> Score:
 def metric_config(metric: Metric) -> dict[str, Any]:
     """A metric's name and fields; what is no JSON, such as a detector of the user's own, by its representation."""
     fields: dict[str, Any] = dataclasses.asdict(metric) if dataclasses.is_dataclass(metric) else {}
-    name = type(metric).__module__.rsplit(".", 1)[-1]
-    return {"method": name, **json.loads(json.dumps(fields, default=repr))}
+    return {"method": registry.name_of(type(metric)), **json.loads(json.dumps(fields, default=repr))}
 
 
 def make_metrics(configs: Sequence[Mapping[str, Any]]) -> tuple[Metric, ...]:
