@@ -18,7 +18,7 @@ import lazy_loader as _lazy_loader
 __version__ = "0.1.0"
 
 _native, _, _names = _lazy_loader.attach_stub(__name__, __file__)
-__all__ = [*_names, "__version__"]
+__all__ = [*_names, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

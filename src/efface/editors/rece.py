@@ -120,7 +120,8 @@ class RECE:
 
     def resolved(self, pipe: DiffusionPipeline) -> RECE:
         """The same with the family's values where a field is None."""
-        return filled(self, self.defaults, pipe)
+        found: RECE = filled(self, self.defaults, pipe)
+        return found
 
     def uce(self, pipe: DiffusionPipeline) -> UCE:
         """The edit in front of the rounds."""

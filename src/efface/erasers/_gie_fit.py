@@ -256,7 +256,7 @@ class Ladder:
 
             def loss(strength: float, found: list[dict[str, Any]] = found) -> float:
                 pairs = [entry[f"{strength:g}"] for entry in found]
-                return sum(score + fidelity * (1 - alike) for score, alike in pairs) / len(pairs)
+                return float(sum(score + fidelity * (1 - alike) for score, alike in pairs) / len(pairs))
 
             best = min((0.0, *strengths), key=lambda s: (round(loss(s), 9), s))
             for entry in found:

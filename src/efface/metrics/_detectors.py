@@ -441,26 +441,33 @@ def detector(spec: Spec, names: str | Sequence[str] = ()) -> Detector:
         )
     options = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = str(options.pop("name", ""))
-    cls, preset = _kind(name)
-    if cls is NudeNet:
+    make, preset = _kind(name)
+    known = _options(name, make)
+    if name in NUDENET:
         _nudenet()
-    fields = {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
+    if strange := options.keys() - known:
+        raise ValueError(
+            f"The detector {name!r} has no option {', '.join(sorted(strange))}; it has {', '.join(known) or 'none'}."
+        )
+    made: Detector = make(names=asked, **preset | options)
+    check_detector(made)
+    return made
+
+
+def _options(name: str, cls: Any) -> list[str]:
+    """The fields of a detector besides `names`."""
+    fields = [f.name for f in dataclasses.fields(cls)] if hasattr(cls, "__dataclass_fields__") else []
     if "names" not in fields:
         raise TypeError(
             f"Expected the detector {name!r} to be a dataclass with a field `names`, but "
             f"`{cls.__module__}.{cls.__qualname__}` is none. Change it, or uninstall its package."
         )
-    if strange := options.keys() - (fields - {"names"}):
-        known = ", ".join(sorted(fields - {"names"})) or "none"
-        raise ValueError(f"The detector {name!r} has no option {', '.join(sorted(strange))}; it has {known}.")
-    made: Detector = cls(names=asked, **preset | options)
-    check_detector(made)
-    return made
+    return [field for field in fields if field != "names"]
 
 
-def _kind(name: str) -> tuple[type, dict[str, Any]]:
+def _kind(name: str) -> tuple[Callable[..., Any], dict[str, Any]]:
     """The class of a detector, and the options that its name stands for."""
-    native: dict[str, tuple[type, dict[str, Any]]] = {kind: (cls, {}) for kind, cls in KINDS.items()}
+    native: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {kind: (cls, {}) for kind, cls in KINDS.items()}
     native |= {kind: (NudeNet, {"labels": labels, "threshold": at}) for kind, (labels, at) in NUDENET.items()}
     others = registry.about("detectors")
     if name in native and name in others:
