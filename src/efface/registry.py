@@ -1,9 +1,10 @@
 """From a method's name to its class, by file name.
 
-`sld` is the file `efface/erasers/sld.py` and the one class in its `__all__`. There is no list to keep: a new file is a
-new method. Names are unique across the rooms of methods (erasers, editors, attacks); metrics and suites have names of
-their own, so that a suite may be called like the attack it comes from. Other distributions add methods, detectors,
-metrics and suites by an entry point named `<room>.<name>`:
+`sld` is the file `efface/erasers/sld.py` and the one class in its `__all__`. There is no list of methods to keep: a new
+file is a new method. A line in `efface/__init__.pyi` makes its class a public name. Names are unique across the rooms
+of methods (erasers, editors, attacks). Detectors, metrics and suites have names of their own, so that a suite may be
+called like the attack it comes from. Other distributions add methods, detectors, metrics and suites by an entry point
+named `<room>.<name>`:
 
     [project.entry-points."efface.methods"]
     "erasers.mine" = "my_package.mine:Mine"

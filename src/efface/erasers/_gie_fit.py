@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -207,7 +207,9 @@ class Ladder:
         class Watch(GIE):
             """Draws the plain picture, and keeps the features."""
 
-            measures = True
+            @property
+            def measures(self) -> bool:  # type: ignore[override]
+                return True
 
             def weigh(self, features: Tensor, layers: tuple[str, ...]) -> Tensor:
                 seen.append(features.detach().float().cpu())
@@ -218,7 +220,7 @@ class Ladder:
             generators = [torch.Generator().manual_seed(r.seed) for r in rows]
             settings = {"num_inference_steps": 25, "guidance_scale": 7.5, **call}
             with eraser.apply(pipe):
-                out = pipe([r.prompt for r in rows], generator=generators, output_type="pt", **settings)
+                out = cast("Any", pipe)([r.prompt for r in rows], generator=generators, output_type="pt", **settings)
             if progress is not None:
                 progress(what, len(rows))
             return check_pictures(out.images)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -152,7 +152,7 @@ class EIUP(Hooked):
             for n, own in enumerate(term.own):
                 weight[n, :, own] = -self.strength
             return out + cross.attend_texts(key, weight * value, term.mask).sum(0)
-        prompt_key, _ = cross.keys_values(cross.prompt)
+        prompt_key, _ = cross.keys_values(cast("Tensor", cross.prompt))
         added = out
         for n, own in enumerate(term.own):
             own_key, own_value = (x[n : n + 1, :, own].expand(len(out), -1, -1, -1) for x in (key, value))
