@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test test-slow leaderboard lint clean
+.PHONY: help venv install demo test test-slow leaderboard lint types clean
 
 help:
 	@echo "make demo       install if needed, then erase a concept and write before/after pictures"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-slow  the slow tests"
 	@echo "make leaderboard  every method on the emoji suite, into docs/ and README.md; hours, can be stopped and continued"
 	@echo "make lint       ruff and mypy only"
+	@echo "make types      pyright, which fetches itself from npm on first use"
 	@echo "make clean      remove caches and build output (not $(VENV), not efface-out)"
 
 # Also repairs an environment that was left without pip.
@@ -38,6 +39,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+types: $(STAMP)
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal

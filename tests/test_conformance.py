@@ -30,8 +30,8 @@ from tiny import (
 )
 from torch import Tensor, nn
 
-from efface import registry
-from efface.core import config
+from efface import api, registry
+from efface.core import Concept, config
 from efface.families import family as facts
 
 EFFECT = 1e-3  # a smaller relative change means that a hook is dead
@@ -201,6 +201,8 @@ def test_config_survives_json_and_makes_the_same_eraser(eraser: Any, sd1: Any) -
     assert registry.resolve(name) is type(eraser)
     assert config.keys() == {f.name for f in dataclasses.fields(eraser)}
     assert config["concepts"][0]["phrases"] == ["beer", "wine glass"]
+    concepts = [Concept(**fields) for fields in config.pop("concepts")]
+    assert api.build(name, concepts, **config) == handle.eraser
 
 
 @having("strength")
@@ -350,14 +352,52 @@ def test_pipelines_do_not_see_each_others_erasers(eraser: Any, sd1: Any) -> None
 # ---------------------------------------------------------------- what it says of itself
 
 
+def origin(cls: type) -> str:
+    """Where a method comes from: its paper, or its source if there is none; "" if it tells neither."""
+    doc = inspect.getdoc(cls) or ""
+    paper, source = (doc.partition(f"\n{heading}: ")[2].partition("\n\n")[0] for heading in ("Paper", "Source"))
+    if re.search(r"arXiv[ \n]+\d{4}\.\d{5}", paper):
+        return paper
+    return (source or str(getattr(cls, "source", ""))).strip()
+
+
 @pytest.mark.parametrize("name", registry.methods())
 def test_docstring_says_which_paper_what_differs_and_how_to_use_it(name: str) -> None:
     doc = inspect.getdoc(registry.resolve(name)) or ""
-    headings = ("Paper: ", "Differs: ", "Args:\n", "Shapes: ", "Raises:\n", "Example:\n    >>> ")
+    headings = ("Differs: ", "Args:\n", "Shapes: ", "Raises:\n", "Example:\n    >>> ")
     assert [heading for heading in headings if f"\n{heading}" not in doc] == []
-    paper = doc.partition("\nPaper: ")[2].partition("\n\n")[0]
-    assert re.search(r"arXiv[ \n]+\d{4}\.\d{5}", paper)
+    assert origin(registry.resolve(name))
     arguments = doc.partition("\nArgs:\n")[2].partition("\n\n")[0]
     fields = {f.name for f in dataclasses.fields(registry.resolve(name))}
     described = {n for line in re.findall(r"(?m)^    (\w[\w, ]*):", arguments) for n in line.split(", ")}
     assert fields <= described
+
+
+def test_a_method_without_a_paper_names_its_source() -> None:
+    class Paper:
+        """Does something.
+
+        Paper: A. Author, 2026, "Title", arXiv 2601.00001, equation 3.
+        """
+
+    class Journal:
+        """Does something.
+
+        Paper: A. Author, 2026, "Title", in a journal.
+        """
+
+    class Source:
+        """Does something.
+
+        Source: the usual practice in image tools.
+
+        Differs: nothing.
+        """
+
+    class Attribute:
+        source = "https://example.org/method"
+
+    assert origin(Paper).endswith("equation 3.")
+    assert origin(Journal) == ""
+    assert origin(Source) == "the usual practice in image tools."
+    assert origin(Attribute) == "https://example.org/method"

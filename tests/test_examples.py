@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typing_sample
 
 import efface
 from efface.models.emoji.eyes import ConceptEyes
@@ -64,3 +65,9 @@ def test_code_of_a_page_runs(code: str, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(efface, "load", {"emoji": pipe}.__getitem__)
     exec(compile(code, "page", "exec"), {"efface": efface, "pipe": pipe, "ConceptEyes": ConceptEyes})
+
+
+@pytest.mark.skipif(not (FOLDER / "model.json").exists(), reason="the emoji weights are not trained yet")
+def test_the_typed_program_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    typing_sample.main(tmp_path)
+    assert "['eiup', 'sld', 'negative_prompt']" in capsys.readouterr().out

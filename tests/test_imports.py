@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import efface
+from efface import registry
 
 ROOT = Path(efface.__file__).parent
 
@@ -43,7 +45,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": FACTS | {"models", "api", "calibration", "pictures", "runs", "report", "_interrupt"},
     "__main__": {"cli", "_interrupt"},
     "efface": {
-        *("core", "api", "calibration", "erasers", "editors", "attacks", "metrics", "suites", "delta", "runs", "report")
+        *("registry", "core", "api", "calibration", "erasers", "editors", "attacks", "metrics", "suites", "delta"),
+        *("runs", "report"),
     },
 }
 
@@ -85,13 +88,13 @@ def back_edges(source: str, module: str, *, package: bool = False) -> list[str]:
 
 def modules() -> list[tuple[str, Path]]:
     found = []
-    for path in sorted(ROOT.rglob("*.py")):
+    for path in sorted([*ROOT.rglob("*.py"), *ROOT.rglob("*.pyi")]):
         parts = path.relative_to(ROOT.parent).with_suffix("").parts
         found.append((".".join(parts[:-1] if parts[-1] == "__init__" else parts), path))
     return found
 
 
-@pytest.mark.parametrize(("module", "path"), modules(), ids=[module for module, _ in modules()])
+@pytest.mark.parametrize(("module", "path"), modules(), ids=[f"{module}{path.suffix}" for module, path in modules()])
 def test_imports_run_one_way(module: str, path: Path) -> None:
     assert back_edges(path.read_text(), module, package=path.stem == "__init__") == []
 
@@ -221,8 +224,31 @@ def test_every_public_name_resolves(name: str) -> None:
         assert value.__name__ == name
 
 
+def test_dir_shows_the_public_names_and_no_other() -> None:
+    assert set(dir(efface)) == set(efface.__all__)
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    assert (ROOT / "py.typed").is_file() and (ROOT / "__init__.pyi").is_file()
+
+
+@pytest.mark.parametrize("name", registry.methods())
+def test_every_native_method_is_a_public_name(name: str) -> None:
+    cls = registry.resolve(name)
+    assert getattr(efface, cls.__name__) is cls
+
+
+def test_all_public_names_can_be_imported_when_efface_is() -> None:
+    """`EAGER_IMPORT=1` is how lazy names are checked in the libraries that load them as we do."""
+    environment = {**os.environ, "EAGER_IMPORT": "1"}
+    script = "import efface; assert set(efface.__all__) <= set(vars(efface))"
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+
+
 def test_unknown_attributes_are_attribute_errors() -> None:
-    assert not hasattr(efface, "eraze")
+    with pytest.raises(AttributeError, match=r"no attribute 'eraze'\. Did you mean 'erase'"):
+        efface.eraze  # noqa: B018
+    assert not hasattr(efface, "_eraze")
     with pytest.raises(ImportError):
         importlib.import_module("efface.eraze")
 
@@ -231,15 +257,3 @@ def test_no_public_name_is_a_submodule() -> None:
     submodules = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()}
     assert "registry" in submodules
     assert not submodules & set(efface.__all__)
-
-
-def test_lazy_names_and_typed_names_agree() -> None:
-    """What a type checker sees under `if TYPE_CHECKING` is what `__getattr__` finds."""
-    typed = {
-        alias.name: node.module
-        for node in ast.walk(ast.parse((ROOT / "__init__.py").read_text()))
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("efface.")
-        for alias in node.names
-    }
-    assert typed == efface._HOME
-    assert set(typed) | {"__version__"} == set(efface.__all__)

@@ -8,9 +8,10 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -263,6 +264,73 @@ def test_the_eyes_are_a_detector_and_a_look_is_kept(monkeypatch: pytest.MonkeyPa
 def test_an_unknown_detector_or_option_is_named(spec: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         efface.detector(spec, "nudity" if "nudenet" in str(spec) else "cat")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bright:
+    """A detector as another package would write it."""
+
+    names: tuple[str, ...]
+    threshold: float = 0.5
+    anything_unsafe: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        return f"brighter than {self.threshold:g}"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return (images.mean((1, 2, 3)) > self.threshold)[None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Nameless:
+    names: tuple[str, ...]
+
+
+@pytest.fixture
+def add_detectors(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Pretends that another distribution has these detectors."""
+
+    def add(**values: str) -> None:
+        entries = [EntryPoint(f"detectors.{name}", value, registry.GROUP) for name, value in values.items()]
+        monkeypatch.setattr(registry, "entry_points", lambda group: entries)
+
+    return add
+
+
+def test_another_package_brings_a_detector(add_detectors: Callable[..., None]) -> None:
+    add_detectors(bright=f"{__name__}:Bright")
+    judge = efface.detector({"name": "bright", "threshold": 0.7}, "cat")
+    assert judge == Bright(("cat",), 0.7) and registry.name_of(Bright) == "bright"
+    assert [s.value for s in Detection(detector="bright")(shades())] == [
+        s.value for s in Detection(detector=Bright)(shades())
+    ]
+    assert _detectors.judges_anything_unsafe("bright") and not _detectors.judges_anything_unsafe("eyes")
+    with pytest.raises(ValueError, match="The detector 'bright' has no option treshold; it has threshold"):
+        efface.detector({"name": "bright", "treshold": 1})
+    with pytest.raises(ValueError, match=r"Unknown detector 'brihgt'\. Did you mean 'bright'\? There is: .*bright"):
+        efface.detector("brihgt")
+
+
+def test_a_detector_name_is_taken_once(add_detectors: Callable[..., None]) -> None:
+    add_detectors(eyes=f"{__name__}:Bright")
+    with pytest.raises(ValueError, match=r"'eyes' is a detector of Efface and a plugin, .*:Bright\. Rename that one"):
+        efface.detector("eyes", "cat")
+    assert efface.detector("nudenet").name.startswith("NudeNet")
+
+
+def test_what_another_package_registers_has_to_be_a_detector(add_detectors: Callable[..., None]) -> None:
+    add_detectors(odd="collections:OrderedDict", nameless=f"{__name__}:Nameless")
+    with pytest.raises(TypeError, match="'odd' to be a dataclass with a field `names`"):
+        efface.detector("odd")
+    with pytest.raises(TypeError, match="Expected a detector, .* with a text `name`"):
+        efface.detector("nameless", "cat")
+
+
+@pytest.mark.parametrize("spec", [None, 3, ["eyes"]])
+def test_a_detector_is_named_by_a_text_or_a_mapping(spec: Any) -> None:
+    with pytest.raises(TypeError, match="Expected a detector's name, a mapping"):
+        efface.detector(spec)
 
 
 def drawn(k: int) -> Image.Image:

@@ -1,13 +1,16 @@
 """Names, rooms and near matches. Extra methods are written to a folder that joins a room for one test."""
 
+import importlib
 import re
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
+import efface
 import efface.erasers
 from efface import registry
 
@@ -32,14 +35,35 @@ def add_file(tmp_path: Path) -> Iterator[AddFile]:
 
 
 @pytest.fixture
-def add_plugins(monkeypatch: pytest.MonkeyPatch) -> AddPlugins:
+def add_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[AddFile]:
+    """Writes a module of another distribution."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+
+    def add(name: str, source: str) -> None:
+        path = tmp_path / "site" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+        importlib.invalidate_caches()
+
+    yield add
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] in {path.stem for path in (tmp_path / "site").iterdir()}:
+            del sys.modules[name]
+
+
+@pytest.fixture
+def add_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[AddPlugins]:
     """Pretends that another distribution has these entry points."""
 
     def add(**values: str) -> None:
         entries = [EntryPoint(name.replace("__", "."), value, registry.GROUP) for name, value in values.items()]
         monkeypatch.setattr(registry, "entry_points", lambda group: entries if group == registry.GROUP else [])
 
-    return add
+    shown = set(vars(efface))
+    yield add
+    for name in set(vars(efface)) - shown - set(efface.__all__):
+        delattr(efface, name)
 
 
 def test_the_first_methods_are_there() -> None:
@@ -49,7 +73,8 @@ def test_the_first_methods_are_there() -> None:
 @pytest.mark.parametrize("name", sorted(registry.methods()))
 def test_every_method_resolves_to_the_class_in_its_own_file(name: str) -> None:
     found = registry.resolve(name)
-    assert found.__module__ == f"efface.{registry.methods()[name]}.{name}"
+    assert f"{found.__module__}.".startswith(f"efface.{registry.methods()[name]}.{name}.")
+    assert registry.name_of(found) == name
     assert found.__name__.lower() == name.replace("_", "")
 
 
@@ -127,11 +152,94 @@ def test_names_are_unique_across_rooms_and_distributions(add_file: AddFile, add_
         registry.methods()
 
 
-@pytest.mark.parametrize("name", ["mine", "kitchens__mine", "erasers__"])
+@pytest.mark.parametrize("name", ["mine", "kitchens__mine", "erasers__", "erasers__mine__strong", "erasers__mine:Mine"])
 def test_an_entry_point_without_a_room_is_refused(add_plugins: AddPlugins, name: str) -> None:
     add_plugins(**{name: "collections:OrderedDict"})
     with pytest.raises(ValueError, match=r"named <room>\.<name> .* \(collections:OrderedDict\)\. Mend or uninstall it"):
         registry.methods()
+
+
+# ---------------------------------------------------------------- names in records
+
+
+@pytest.mark.parametrize("room", ["metrics", "suites"])
+def test_metrics_and_suites_have_names_too(room: str) -> None:
+    for name in registry.methods(room):
+        assert registry.name_of(registry.resolve(name, room)) == name
+
+
+def test_a_method_may_be_a_package(add_file: AddFile, tmp_path: Path) -> None:
+    (tmp_path / "big").mkdir()
+    add_file("big/inside", "class Big: ...\nclass Helper: ...\n")
+    add_file("big/__init__", '"A big one."\nfrom .inside import Big\n__all__ = ["Big"]\n')
+    found = registry.resolve("big")
+    assert (found.__module__, found.__name__) == ("efface.erasers.big.inside", "Big")
+    assert registry.name_of(found) == "big"
+    assert registry.about("erasers")["big"] == "A big one."
+    helper = sys.modules["efface.erasers.big.inside"].Helper
+    assert registry.name_of(helper) == "efface.erasers.big.inside:Helper"
+
+
+def test_a_plugin_is_known_by_its_entry_point(add_plugins: AddPlugins, add_module: AddFile) -> None:
+    add_module("plugged/inside", "class Mine: ...\nclass Other: ...\nOld = Other\n")
+    add_module("plugged/__init__", "")
+    add_module("plugged/shown", "from .inside import Mine\n")
+    add_module("plugged/unrelated", "raise RuntimeError('imported')\n")
+    add_module("stranger", "raise RuntimeError('imported')\n")
+    add_plugins(
+        erasers__first="stranger:Mine",
+        erasers__second="plugged.unrelated:Third",
+        erasers__mine="plugged.shown:Mine",
+        editors__other="plugged.inside:Old",
+    )
+    inside = importlib.import_module("plugged.inside")
+    assert registry.name_of(inside.Mine) == "mine"
+    assert registry.name_of(inside.Other) == "other"
+    assert registry.resolve("mine") is inside.Mine
+
+
+def test_a_class_that_is_not_registered_has_a_name_that_says_so() -> None:
+    class Mine: ...
+
+    name = registry.name_of(Mine)
+    assert name == f"{__name__}:{Mine.__qualname__}"
+    with pytest.raises(ValueError, match=r"is a class that no package registers, .*Build it in Python, or give"):
+        registry.resolve(name)
+    assert registry.name_of(OrderedDict) == "collections:OrderedDict"
+
+
+# ---------------------------------------------------------------- plug-ins as efface.Name
+
+
+def test_a_plugin_is_an_attribute_of_efface(add_plugins: AddPlugins, add_module: AddFile) -> None:
+    add_module("plugged_eraser", "class Mine: ...\n")
+    add_plugins(erasers__mine="plugged_eraser:Mine", metrics__m="plugged_eraser:Measure")
+    assert "Mine" in dir(efface) and "Measure" not in dir(efface)
+    assert "plugged_eraser" not in sys.modules
+    assert efface.Mine is registry.resolve("mine")
+    with pytest.raises(AttributeError, match="no attribute 'Measure'"):
+        efface.Measure  # noqa: B018
+    with pytest.raises(AttributeError, match=r"no attribute 'Mien'\. Did you mean 'Mine'\?"):
+        efface.Mien  # noqa: B018
+
+
+def test_two_plugins_of_one_class_name_are_both_named(add_plugins: AddPlugins) -> None:
+    add_plugins(erasers__one="first:Mine", editors__two="second:Mine")
+    assert dir(efface).count("Mine") == 1
+    with pytest.raises(ImportError, match=r"`efface\.Mine` is ambiguous: it is first:Mine and second:Mine\. Import"):
+        from efface import Mine  # noqa: F401
+    add_plugins(erasers__one="collections:OrderedDict", editors__two="collections:OrderedDict")
+    assert registry.plugin("OrderedDict") is OrderedDict
+
+
+def test_native_names_win(add_plugins: AddPlugins) -> None:
+    add_plugins(erasers__one="stranger:EIUP", erasers__two="stranger:api", erasers__three="stranger", odd="stranger:O")
+    assert efface.EIUP.__module__ == "efface.erasers.eiup"
+    assert set(dir(efface)) == set(efface.__all__)
+    assert registry.plugin("api") is None
+    from efface import api
+
+    assert api.__name__ == "efface.api"
 
 
 def test_near() -> None:

@@ -8,7 +8,7 @@ import importlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from . import registry
 from .core import Concept, Concepts, Detector, Eraser, Handle, Handles, check_eraser, concept, shipped_concepts
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
+    from .core import Pipeline
     from .delta import Delta
 
 __all__ = [
@@ -47,7 +48,7 @@ def concepts() -> dict[str, Concept]:
     return dict(shipped_concepts())
 
 
-def load(model: str | Path, dtype: torch.dtype | None = None, device: str | None = None) -> DiffusionPipeline:
+def load(model: str | Path, dtype: torch.dtype | None = None, device: str | None = None) -> Pipeline:
     """A diffusers text-to-image pipeline, ready for erasers.
 
     Args:
@@ -75,14 +76,17 @@ def load(model: str | Path, dtype: torch.dtype | None = None, device: str | None
 
         if not isinstance(dtype, torch.dtype):
             raise TypeError(f"Expected `dtype` to be one of torch's, such as torch.float16, but got {dtype!r}.")
+    pipe: Any
     if str(model) == "emoji":
         from .models import emoji
 
-        return emoji.load(dtype=dtype, device=device or "cpu")
+        pipe = emoji.load(dtype=dtype, device=device or "cpu")
+        return cast("Pipeline", pipe)
     if str(model) in ("emoji-128", "emoji-flux"):
         from .models import emoji128
 
-        return emoji128.load(str(model), dtype=dtype, device=device or "cpu")
+        pipe = emoji128.load(str(model), dtype=dtype, device=device or "cpu")
+        return cast("Pipeline", pipe)
     path = Path(model)
     index = path / "model_index.json"
     if "/" not in str(model) and not path.exists():
@@ -118,7 +122,7 @@ def load(model: str | Path, dtype: torch.dtype | None = None, device: str | None
         from .models.emoji128 import with_defaults
 
         with_defaults(pipe)
-    return pipe if device is None else pipe.to(device)
+    return cast("Pipeline", pipe if device is None else pipe.to(device))
 
 
 def damaged(folder: Path) -> list[Path]:
@@ -217,7 +221,8 @@ def erase(pipe: DiffusionPipeline, concepts: Concepts, method: str = "eiup", **f
         >>> len(images)
         1
     """
-    return build(method, concepts, **fields).apply(pipe)
+    eraser: Eraser = build(method, concepts, **fields)
+    return eraser.apply(pipe)
 
 
 def active(pipe: DiffusionPipeline) -> Handles:
@@ -342,7 +347,7 @@ def draw(
         if negative is not None:  # pipelines want as many as prompts
             every = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
             call["negative_prompt"] = every[k : k + batch]
-        out = pipe(list(prompts[k : k + batch]), generator=generators, output_type="pt", **call)
+        out = cast("Pipeline", pipe)(list(prompts[k : k + batch]), generator=generators, output_type="pt", **call)
         pictures.append(out.images.float().cpu())
         broken = [s for s, x in zip(seeds[k : k + batch], pictures[-1], strict=False) if not x.isfinite().all()]
         if broken:

@@ -13,13 +13,18 @@ from contextlib import AbstractContextManager, ExitStack
 from importlib import resources
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, cast
 
-from .registry import near
+from .registry import name_of, near
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import Tensor
+
+    class Pipeline(DiffusionPipeline):
+        """A pipeline that can be called. diffusers declares the call in each kind of pipeline, not in their base."""
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 def as_texts(what: str, texts: Sequence[str]) -> tuple[str, ...]:
@@ -186,12 +191,12 @@ def check_tuning_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
 
 
 class Eraser(Protocol):
-    """Changes what a pipeline draws, reversibly. The object is its own configuration (a frozen dataclass)."""
+    """Changes what a pipeline draws, reversibly. The object is its own configuration (a frozen dataclass).
 
-    off: ClassVar[Mapping[str, Any] | None]
-    """Field values that make it the identity, or None."""
-    touches_uncond: ClassVar[bool]
-    """Whether it may change unconditional rows (EIUP: those with a negative prompt)."""
+    The methods also have, as class attributes or properties, `off`, the field values that make them the identity or
+    None, and `touches_uncond`, whether they may change unconditional rows (EIUP: those with a negative prompt). They
+    are no part of the protocol: type checkers do not take a class attribute and a property for the same.
+    """
 
     def apply(self, pipe: DiffusionPipeline) -> Handle: ...
 
@@ -216,12 +221,15 @@ class Editor(Protocol):
 
 
 def config(method: Any) -> dict[str, Any]:
-    """What a record stores of a method: its name and its fields, as JSON types."""
+    """What a record stores of a method: its name and its fields, as JSON types.
+
+    The name is the registered one, by which `efface.erase` and `api.build` find the method again. A class that is not
+    registered is named `module:Class`; to rebuild it from a record, register it by an entry point.
+    """
     if hasattr(method, "config"):  # a delta says itself what it is: its tensors do not belong into a record
         return dict(method.config())
     fields = json.loads(json.dumps(dataclasses.asdict(method)))
-    _, _, inside = type(method).__module__.partition(".erasers.")
-    return {"method": inside.split(".")[0] or type(method).__module__.rsplit(".", 1)[-1], **fields}
+    return {"method": name_of(type(method)), **fields}
 
 
 SETTABLE = ("strength", "rows")  # on a handle
@@ -305,7 +313,8 @@ class Handle(AbstractContextManager["Handle"]):
 
     @property
     def rows(self) -> tuple[tuple[Concept, ...], ...] | None:
-        return self.eraser.rows
+        rows: tuple[tuple[Concept, ...], ...] | None = self.eraser.rows
+        return rows
 
     @rows.setter
     def rows(self, value: Rows) -> None:
@@ -537,7 +546,7 @@ class Sample:
             ValueError: the file cannot be decoded.
         """
         if self.path is None:
-            return self.pixels
+            return cast("Tensor", self.pixels)
         import numpy
         import torch
         from PIL import Image

@@ -1,17 +1,23 @@
 """From a method's name to its class, by file name.
 
-`sld` is the file `efface/erasers/sld.py` and the one class in its `__all__`. There is no list to keep: a new file is a
-new method. Names are unique across the rooms of methods (erasers, editors, attacks); metrics and suites have names of
-their own, so that a suite may be called like the attack it comes from. Other distributions add methods by an entry
-point named `<room>.<name>`:
+`sld` is the file `efface/erasers/sld.py` and the one class in its `__all__`. There is no list of methods to keep: a new
+file is a new method. A line in `efface/__init__.pyi` makes its class a public name. Names are unique across the rooms
+of methods (erasers, editors, attacks). Detectors, metrics and suites have names of their own, so that a suite may be
+called like the attack it comes from. Other distributions add methods, detectors, metrics and suites by an entry point
+named `<room>.<name>`:
 
     [project.entry-points."efface.methods"]
     "erasers.mine" = "my_package.mine:Mine"
+    "detectors.my_eye" = "my_package.eye:MyEye"
+
+`efface.erase(pipe, "alcohol", method="mine")` and `efface.Mine("alcohol")` then work like those of a native method.
+Records name a method by its registered name, see `name_of`.
 
 Listing imports no method, so it is fast and needs no torch.
 """
 
 import ast
+import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from importlib import import_module
@@ -23,7 +29,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 METHODS = ("erasers", "editors", "attacks")
-ROOMS = (*METHODS, "metrics", "suites")
+ROOMS = (*METHODS, "detectors", "metrics", "suites")
 GROUP = "efface.methods"
 
 
@@ -86,7 +92,8 @@ def resolve(name: str, room: str | None = None) -> type:
         room: the room it must be in; any room of methods if None.
 
     Raises:
-        ValueError: no such method there; the message has near matches and the list.
+        ValueError: no such method there; the message has near matches and the list. Also the `module:Class` by which
+            records name a class that is not registered.
         TypeError: a name that is no text, or the method's file does not export exactly one class.
 
     Example:
@@ -97,6 +104,11 @@ def resolve(name: str, room: str | None = None) -> type:
     _check_text(name)
     known = methods(room)
     if name not in known:
+        if ":" in name:
+            raise ValueError(
+                f"{name!r} is a class that no package registers, and a record never decides what code is imported. "
+                f"Build it in Python, or give its package an entry point of {GROUP!r} and use the name of that."
+            )
         elsewhere = methods().get(name)
         if elsewhere:
             raise ValueError(f"Expected one of the {room}, but {name!r} is one of the {elsewhere}. {_listed(known)}")
@@ -107,6 +119,65 @@ def resolve(name: str, room: str | None = None) -> type:
     path = f"efface.{known[name]}.{name}"
     module = import_module(path)
     return _only_class(path, [getattr(module, each) for each in getattr(module, "__all__", ())])
+
+
+def name_of(cls: type) -> str:
+    """The name by which a class is registered, so that `resolve(name_of(cls))` is `cls`.
+
+    Args:
+        cls: a method, detector, metric or suite.
+
+    Returns:
+        The file name of a native class, wherever in its package the class is defined; the entry point name of a
+        plug-in. A class that is not registered gets `module:Class`. Only such a name has a colon, and `resolve` refuses
+        it: what a record names is never imported on the record's word.
+
+    Example:
+        >>> from efface import registry
+        >>> registry.name_of(registry.resolve("eiup"))
+        'eiup'
+        >>> registry.name_of(dict)
+        'builtins:dict'
+    """
+    for room in ROOMS:
+        for name in _files(room):
+            module = sys.modules.get(f"efface.{room}.{name}")
+            if module and any(getattr(module, each, None) is cls for each in getattr(module, "__all__", ())):
+                return name
+    for (_, name), entry in _plugins():
+        if _loaded(entry, cls) is cls:
+            return name
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def plugin(class_name: str) -> type | None:
+    """The class of a method from another distribution, by its class name, imported now; None if there is none.
+
+    Raises:
+        ImportError: two distributions bring methods with a class of that name.
+        TypeError: what the entry point names is no class.
+    """
+    found = {entry.value: entry for entry in plugin_classes().get(class_name, ())}
+    if len(found) > 1:
+        raise ImportError(
+            f"`efface.{class_name}` is ambiguous: it is {' and '.join(map(_origin, found.values()))}. Import the class "
+            "from its own package, or use the method by its registered name."
+        )
+    return next((_only_class(entry.value, [entry.load()]) for entry in found.values()), None)
+
+
+def plugin_classes() -> dict[str, list[EntryPoint]]:
+    """Class name -> the entry points of methods (erasers, editors, attacks) with that class; imports none of them.
+
+    A class with the name of one of our modules is left out: `from efface import api` must stay ours.
+    """
+    found: dict[str, list[EntryPoint]] = {}
+    for entry in entry_points(group=GROUP):
+        room, _, name = entry.name.partition(".")
+        _, cls = _target(entry)
+        if room in METHODS and name and cls.isidentifier() and find_spec(f"efface.{cls}") is None:
+            found.setdefault(cls, []).append(entry)
+    return found
 
 
 def split(method: str) -> tuple[str, str]:
@@ -165,14 +236,36 @@ def _plugins() -> list[tuple[tuple[str, str], EntryPoint]]:
     found = []
     for entry in entry_points(group=GROUP):
         room, _, name = entry.name.partition(".")
-        if room not in ROOMS or not name:
+        if room not in ROOMS or not name or {".", ":"} & set(name):  # a dot leads to a preset, a colon to a class
             owner = entry.dist.name if entry.dist else "unknown"
             raise ValueError(
-                f"Expected entry points of {GROUP!r} to be named <room>.<name> with a room of {', '.join(ROOMS)}, "
-                f"but the package {owner!r} has {entry.name!r} ({entry.value}). Mend or uninstall it."
+                f"Expected entry points of {GROUP!r} to be named <room>.<name> with a room of {', '.join(ROOMS)} and a "
+                f"name without '.' and ':', but the package {owner!r} has {entry.name!r} ({entry.value}). Mend or "
+                "uninstall it."
             )
         found.append(((room, name), entry))
     return found
+
+
+def _target(entry: EntryPoint) -> tuple[str, str]:
+    """The module and the class that an entry point names; "" for what it leaves out."""
+    module, _, cls = entry.value.partition("[")[0].partition(":")
+    return module.strip(), cls.strip()
+
+
+def _loaded(entry: EntryPoint, cls: type) -> object:
+    """What a plug-in's entry point names, if it can be `cls`; other plug-ins are not imported to find out."""
+    module, name = _target(entry)
+    found: Any = sys.modules.get(module)
+    if found is None and name == cls.__qualname__ and module.partition(".")[0] == cls.__module__.partition(".")[0]:
+        found = import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def _origin(entry: EntryPoint) -> str:
+    return f"{entry.value} of the package {entry.dist.name!r}" if entry.dist else entry.value
 
 
 def _only_class(path: str, exported: list[object]) -> type:

@@ -129,7 +129,8 @@ class Run:
         """The summary that reports read; `efface.score` makes it."""
         if not (self.folder / CARD).is_file():
             raise FileNotFoundError(f"{self.folder} has no {CARD} yet: `efface score {self.folder}` makes it.")
-        return _json(self.folder / CARD)
+        card: dict[str, Any] = _json(self.folder / CARD)
+        return card
 
 
 def make_suite(
@@ -155,7 +156,8 @@ def make_suite(
     """
     cls = registry.resolve(name, "suites")
     _known(name, cls, options)
-    return cls(**options).load(as_concepts(concepts), None if data is None else Path(data), limit)
+    suite: Suite = cls(**options).load(as_concepts(concepts), None if data is None else Path(data), limit)
+    return suite
 
 
 def run(
@@ -218,8 +220,7 @@ def run(
     if erasers_on(pipe) or active(pipe):
         raise ValueError("The pipeline has an eraser on: remove it, and give it as `eraser=` instead.")
     pipe.set_progress_bar_config(disable=True)
-    given = () if eraser is None else eraser
-    erasers = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+    erasers = _several(eraser)
     with api.stack(pipe, *erasers) as handles:  # what does not fit the pipeline is found before anything is drawn
         configs = handles.config()
     plain = {
@@ -474,6 +475,18 @@ def _fields(score: Score) -> dict[str, Any]:
     return fields
 
 
+def _several(eraser: Any) -> tuple[Eraser, ...]:
+    """One eraser, several, or none, as a tuple."""
+    if eraser is None:
+        return ()
+    found: list[Any] = []
+    if isinstance(eraser, Sequence) and not isinstance(eraser, str):
+        found.extend(eraser)
+    else:
+        found.append(eraser)
+    return tuple(found)
+
+
 def _score(fields: dict[str, Any]) -> Score:
     fields = fields | {k: math.nan if fields[k] is None else fields[k] for k in ("value", "low", "high")}
     if fields["per_sample"] is not None:
@@ -484,8 +497,7 @@ def _score(fields: dict[str, Any]) -> Score:
 def metric_config(metric: Metric) -> dict[str, Any]:
     """A metric's name and fields; what is no JSON, such as a detector of the user's own, by its representation."""
     fields: dict[str, Any] = dataclasses.asdict(metric) if dataclasses.is_dataclass(metric) else {}
-    name = type(metric).__module__.rsplit(".", 1)[-1]
-    return {"method": name, **json.loads(json.dumps(fields, default=repr))}
+    return {"method": registry.name_of(type(metric)), **json.loads(json.dumps(fields, default=repr))}
 
 
 def make_metrics(configs: Sequence[Mapping[str, Any]]) -> tuple[Metric, ...]:
@@ -497,7 +509,8 @@ def make_metric(name: str, **fields: Any) -> Metric:
     """A metric by name, with its own fields."""
     cls = registry.resolve(name, "metrics")
     _known(name, cls, fields)
-    return cls(**fields)
+    metric: Metric = cls(**fields)
+    return metric
 
 
 def _known(name: str, cls: Any, fields: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Generator, Tensor, nn
@@ -97,6 +97,8 @@ class Points:
 class _Within(nn.Module):
     """A block of a module, to be called while the whole module has other weights."""
 
+    block: Callable[..., Any]
+
     def __init__(self, module: nn.Module, block: Callable[..., Any]) -> None:
         super().__init__()
         self.module = module
@@ -132,7 +134,7 @@ class Denoiser:
                 f"Expected a pipeline with a UNet, but {type(pipe).__name__} has a transformer, and training that is "
                 f"not tested: use {others if facts.cross_attention else facts.methods}."
             )
-        self.module, self.prefix = part(pipe, name), f"{name}."
+        self.module, self.prefix = cast("Any", part(pipe, name)), f"{name}."
         self.names = trained(self.module, train)
         parameters = dict(self.module.named_parameters())
         if any(p.is_meta or not p.is_floating_point() or p.element_size() < 2 for p in parameters.values()):
@@ -262,9 +264,8 @@ class Denoiser:
             x = scheduler.step(guided, t, x, return_dict=False, **extra)[0]
         times = scheduler.timesteps[stops.to(self.device)]
         points = Points(found, times, prompt.expand_as(times), own if keep else None)
-        return Points(
-            *(None if v is None else v.flatten(0, 1) for v in (points.x, points.t, points.prompt, points.own))
-        )
+        x, t, prompt = (v.flatten(0, 1) for v in (points.x, points.t, points.prompt))
+        return Points(x, t, prompt, None if points.own is None else points.own.flatten(0, 1))
 
     def change(self, weights: Weights) -> dict[str, Tensor]:
         """The difference from the pipeline's own weights."""

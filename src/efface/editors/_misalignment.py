@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Generator, Tensor
@@ -42,7 +43,7 @@ class Misalignment:
         for k in range(0, len(prompts), CHUNK):
             points = Points.cat([self.known[p] for p in prompts[k : k + CHUNK]])
             with torch.no_grad():
-                error = self.net(points.x, points.t, points.prompt, edited) - points.own
+                error = self.net(points.x, points.t, points.prompt, edited) - cast("Tensor", points.own)
             found.append(error.square().flatten(1).mean(1).unflatten(0, (-1, len(self.stops))).mean(1))
         return torch.cat(found)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor
@@ -77,7 +77,7 @@ class Round:
             held = pool[torch.randint(len(pool), (len(points),), generator=rng["calibration"]).to(net.device)]
             x, t, both = torch.cat([points.x, held.x]), torch.cat([points.t, held.t]), torch.cat([texts, held.prompt])
             removed, kept = net(x, t, both, weights).chunk(2)
-            return mse(removed, target) + self.reg * mse(kept, held.own)
+            return mse(removed, target) + self.reg * mse(kept, cast("Tensor", held.own))
 
         return run(
             net,

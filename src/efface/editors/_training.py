@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -137,7 +137,7 @@ class State:
     def __init__(self, net: Denoiser, run: Training, ema: float | None, seed: int, streams: Sequence[str]) -> None:
         self.student = net.student()
         self.average = None if ema is None else {n: w.detach().clone() for n, w in self.student.items()}
-        self.adam = torch.optim.AdamW(self.student.values(), lr=run.lr, weight_decay=run.weight_decay)
+        self.adam = torch.optim.AdamW(self.student.values(), lr=cast("float", run.lr), weight_decay=run.weight_decay)
         self.rng = {name: Generator().manual_seed(seed + k) for k, name in enumerate(streams)}
         self.losses: list[float] = []
         self.done = False
@@ -214,7 +214,8 @@ def look(
     shown = [texts[k % len(texts)] for k in range(LOOK_IMAGES)]
 
     def share(weights: Weights) -> float:
-        shadow = copy.copy(pipe)  # so that scheduler and progress bar of the user's pipeline stay as they are
+        # So that scheduler and progress bar of the user's pipeline stay as they are.
+        shadow = cast("Any", copy.copy(pipe))
         own = {
             "scheduler": copy.deepcopy(pipe.scheduler),
             "safety_checker": None,

@@ -120,7 +120,8 @@ class RECE:
 
     def resolved(self, pipe: DiffusionPipeline) -> RECE:
         """The same with the family's values where a field is None."""
-        return filled(self, self.defaults, pipe)
+        found: RECE = filled(self, self.defaults, pipe)
+        return found
 
     def uce(self, pipe: DiffusionPipeline) -> UCE:
         """The edit in front of the rounds."""
@@ -176,8 +177,10 @@ class RECE:
         anchors = anchors_of(concepts)
         kept = kept_texts(self.preserve, concepts, anchors)
         texts = Texts(pipe, [*anchors, *anchors.values(), *kept])
-        rows = (torch.cat([texts.rows(text) for text in side]) for side in (anchors.keys(), anchors.values()))
-        return *rows, self.preserve_scale * len(anchors) * texts.gram(kept)
+        phrases, targets = (
+            torch.cat([texts.rows(text) for text in side]) for side in (anchors.keys(), anchors.values())
+        )
+        return phrases, targets, self.preserve_scale * len(anchors) * texts.gram(kept)
 
 
 def sum_of_squares(weights: Sequence[Tensor]) -> Tensor:

@@ -32,8 +32,8 @@ class NegativePrompt(Method):
 
     e_p, e_u, e_n are predictions for texts, of noise or (SD 3, FLUX) of velocity; s is the guidance scale.
 
-    Paper: none of its own; the use of the unconditional branch of classifier-free guidance (J. Ho, T. Salimans, 2022,
-    arXiv 2207.12598, equation 6) that Stable Diffusion tools made common.
+    Source: Stable Diffusion tools made it common. It puts a text into the unconditional branch of classifier-free
+    guidance (J. Ho, T. Salimans, 2022, arXiv 2207.12598, equation 6).
 
     Differs: None is diffusers' `negative_prompt`, costs nothing, and its strength is tied to the guidance scale. A
     number is the form with three predictions; with s_n = s it is e_u + s (e_p - e_n). There, phrases that do not fit

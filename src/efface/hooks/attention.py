@@ -8,7 +8,6 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 
@@ -114,14 +113,14 @@ class _Layer:
     """What both kinds of layers have in common; all tensors hold the rows that are edited, and no others.
 
     Args:
-        attn: the layer, with its own projections.
+        attn: the layer, diffusers' `Attention`, with its own projections.
         query: [B, Q, C].
         output: [B, Q, C], what the layer puts out in front of `to_out`, before any method.
         name: of the layer in the denoiser.
         memory: of the method; it is empty when a call of the pipeline begins.
     """
 
-    attn: Attention
+    attn: Any
     query: Tensor
     output: Tensor | None = None
     name: str = ""

@@ -57,7 +57,8 @@ class Copies:
         if id(self) not in memo:
             memo[id(self)] = Waiting(tuple(self.erasers()), self.apply)
             memo.setdefault(id(memo), []).append(self)  # keeps its id until the copy is done
-        return memo[id(self)]
+        found: Waiting = memo[id(self)]
+        return found
 
 
 class Waiting:

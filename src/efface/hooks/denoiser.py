@@ -206,11 +206,11 @@ class Site:
             hook = Forward(projection, self._project)
         self._projecting = hook
 
-    def check_pipeline(self, pipe: DiffusionPipeline | None) -> None:
+    def check_pipeline(self, pipe: DiffusionPipeline | None) -> DiffusionPipeline:
         """In front of a call: the denoiser is still ours, no other thread draws, and all hooks are on top."""
         present = getattr(pipe, self.facts.denoiser, None)
         denoiser = self._denoiser()
-        if getattr(present, "_orig_mod", present) is not denoiser or denoiser is None:
+        if pipe is None or denoiser is None or getattr(present, "_orig_mod", present) is not denoiser:
             raise RuntimeError(watch.swapped(self.facts.denoiser, type(pipe).__name__))
         if self.calls.drawing not in (None, threading.get_ident()):
             raise RuntimeError(watch.TWO_THREADS)
@@ -219,6 +219,7 @@ class Site:
             raise RuntimeError(watch.cached(self.facts.denoiser, cache))
         self._find_layers()
         self._fit()
+        return pipe
 
     def _methods(self) -> list[Contract]:
         return [applied.method for applied in self.applied]

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from .attention import CrossAttention
@@ -27,12 +26,12 @@ class Layer:
     Args:
         site: what edits.
         name: of the module in the denoiser.
-        attn: the module.
+        attn: the module, diffusers' `Attention`.
     """
 
     seen: tuple[str, ...] = ("to_q",)
 
-    def __init__(self, site: Watcher, name: str, attn: Attention) -> None:
+    def __init__(self, site: Watcher, name: str, attn: Any) -> None:
         self.site, self.name, self.attn = site, name, attn
         self.to_q: Tensor | None = None
         self.to_k: Tensor | None = None  # this and the next of self-attention only
@@ -113,7 +112,7 @@ class Layer:
 
 
 def attention(
-    attn: Attention,
+    attn: Any,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor | None = None,
     attention_mask: Tensor | None = None,
@@ -121,8 +120,8 @@ def attention(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The query and what comes in front of `to_out` [B, Q, C], by the module's own projections; None if not plain."""
     mask = attention_mask
-    odd = hidden_states.ndim != 3 or encoder_hidden_states is None or attn.group_norm or attn.spatial_norm
-    if odd or (mask is not None and mask.numel() != len(mask) * mask.shape[-1]):
+    odd = hidden_states.ndim != 3 or attn.group_norm or attn.spatial_norm
+    if odd or encoder_hidden_states is None or (mask is not None and mask.numel() != len(mask) * mask.shape[-1]):
         return None, None
     query = attn.to_q(hidden_states)
     cross = CrossAttention(attn, query)

@@ -76,7 +76,7 @@ class Guarded(Protocol):
 
     def alone(self) -> Any: ...
 
-    def check_pipeline(self, pipe: DiffusionPipeline | None) -> None: ...
+    def check_pipeline(self, pipe: DiffusionPipeline | None) -> DiffusionPipeline: ...
 
     def refuse_without_guidance(self) -> None: ...
 
@@ -112,7 +112,8 @@ class Calls:
         if any(ref() is pipe for ref, _ in self.pipes):
             return
         owner, site = weakref.ref(pipe), self.site
-        signature = inspect.signature(type(pipe).encode_prompt.__get__(pipe))
+        kind: Any = type(pipe)
+        signature = inspect.signature(kind.encode_prompt.__get__(pipe))
 
         def begun(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             site.check_pipeline(owner())
@@ -121,8 +122,7 @@ class Calls:
 
         def encoded(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             with site.alone():
-                present = owner()
-                site.check_pipeline(present)
+                present = site.check_pipeline(owner())
                 bound = signature.bind(*args, **kwargs)
                 bound.apply_defaults()
                 return self._encode(present, lambda: original(*args, **kwargs), bound)

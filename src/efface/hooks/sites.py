@@ -24,7 +24,8 @@ def site(pipe: DiffusionPipeline) -> Site:
     denoiser = denoiser_of(pipe)
     if denoiser not in SITES:
         SITES[denoiser] = Site(denoiser, facts)
-    return SITES[denoiser]
+    found: Site = SITES[denoiser]
+    return found
 
 
 def handles(pipe: DiffusionPipeline) -> list[Handle]:

@@ -3,6 +3,9 @@
 A detector looks at a picture once and decides from what it saw; looks are kept for pictures seen lately, so that
 several questions cost one look. It never swallows an error: a picture that cannot be judged stops the judging, it is
 not "safe".
+
+Another package adds a detector by an entry point, see `efface.registry`. Its class is a dataclass with a field `names`,
+what to look for; its other fields are the options. `Looking` is a base for it, but any `efface.Detector` will do.
 """
 
 from __future__ import annotations
@@ -15,13 +18,14 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efface.core import Detector, Sample, check_pictures
+from efface import registry
+from efface.core import Detector, Sample, check_detector, check_pictures
 from efface.models import emoji
 from efface.registry import near
 
@@ -54,6 +58,9 @@ def looks(detector: Looking, images: Tensor) -> list[Any]:
 
 class Looking(abc.ABC):
     """A detector in two steps: `look` at pictures, which detectors of one `look_name` share, and `decide`."""
+
+    anything_unsafe: ClassVar[bool] = False
+    """Whether it finds unsafe pictures of any kind without a name of what to look for."""
 
     @property
     @abc.abstractmethod
@@ -150,6 +157,7 @@ class NudeNet(Looking):
         store: a JSON-lines file that boxes are read from and added to, one picture a line; "" = none.
     """
 
+    anything_unsafe: ClassVar[bool] = True
     names: tuple[str, ...] = ()
     labels: str = "5"
     threshold: float = 0.5
@@ -274,6 +282,7 @@ class Q16(Looking):
         clip: folder or hub id of the CLIP model that the prompts were learned for.
     """
 
+    anything_unsafe: ClassVar[bool] = True
     names: tuple[str, ...] = ()
     prompts: str = ""
     clip: str = CLIP_LARGE
@@ -406,12 +415,13 @@ def detector(spec: Spec, names: str | Sequence[str] = ()) -> Detector:
         spec: "eyes"; "nudenet" or a protocol such as "nudenet3_any9_t0.45"; or a mapping with the name and options,
             such as {"name": "clip", "labels": ["cat", "dog"], "clip": "FOLDER"}, {"name": "q16", "prompts":
             "q16.safetensors"}, {"name": "classifier", "folder": "FOLDER"}, {"name": "nudenet", "labels": "9",
-            "threshold": 0.6}. A callable is called with the names.
+            "threshold": 0.6}. The name may be one that another package registers. A callable is called with the names.
         names: what to look for; any of them counts. () = whatever the detector knows.
 
     Raises:
-        ValueError: an unknown detector or option, or one that cannot judge these names; when it is called:
-            pictures that are not float [N, 3, H, W] in [0, 1], or not finite.
+        ValueError: an unknown detector or option, a name that is taken twice, or a detector that cannot judge these
+            names; when it is called: pictures that are not float [N, 3, H, W] in [0, 1], or not finite.
+        TypeError: a spec of another type, or a registered class that is no detector.
         ImportError: its package is missing; the message names the pip command.
         FileNotFoundError: its weights are missing.
 
@@ -424,30 +434,62 @@ def detector(spec: Spec, names: str | Sequence[str] = ()) -> Detector:
     asked = (names,) if isinstance(names, str) else tuple(names)
     if callable(spec):
         return spec(asked)
+    if not isinstance(spec, (str, Mapping)):
+        raise TypeError(
+            f"Expected a detector's name, a mapping with its name and options, or a callable, but got {spec!r}. Write "
+            'for example efface.detector("eyes", "cat").'
+        )
     options = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = str(options.pop("name", ""))
+    make, preset = _kind(name)
+    known = _options(name, make)
     if name in NUDENET:
-        labels, threshold = NUDENET[name]
-        cls, options = NudeNet, {"labels": labels, "threshold": threshold} | options
         _nudenet()
-    elif name in KINDS:
-        cls = KINDS[name]
-    else:
-        known = [*KINDS, *NUDENET]
-        hint = near(name, known)
-        raise ValueError(f"Unknown detector {name!r}. {hint}{' ' if hint else ''}There is: {', '.join(known)}.")
-    fields = {f.name for f in dataclasses.fields(cls)} - {"names"}
-    if strange := options.keys() - fields:
+    if strange := options.keys() - known:
         raise ValueError(
-            f"The detector {name!r} has no option {', '.join(sorted(strange))}; it has {', '.join(fields) or 'none'}."
+            f"The detector {name!r} has no option {', '.join(sorted(strange))}; it has {', '.join(known) or 'none'}."
         )
-    return cls(names=asked, **options)
+    made: Detector = make(names=asked, **preset | options)
+    check_detector(made)
+    return made
+
+
+def _options(name: str, cls: Any) -> list[str]:
+    """The fields of a detector besides `names`."""
+    fields = [f.name for f in dataclasses.fields(cls)] if hasattr(cls, "__dataclass_fields__") else []
+    if "names" not in fields:
+        raise TypeError(
+            f"Expected the detector {name!r} to be a dataclass with a field `names`, but "
+            f"`{cls.__module__}.{cls.__qualname__}` is none. Change it, or uninstall its package."
+        )
+    return [field for field in fields if field != "names"]
+
+
+def _kind(name: str) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The class of a detector, and the options that its name stands for."""
+    native: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {kind: (cls, {}) for kind, cls in KINDS.items()}
+    native |= {kind: (NudeNet, {"labels": labels, "threshold": at}) for kind, (labels, at) in NUDENET.items()}
+    others = registry.about("detectors")
+    if name in native and name in others:
+        raise ValueError(
+            f"Expected detector names to be unique, but {name!r} is a detector of Efface and {others[name]}. Rename "
+            "that one, or uninstall its package."
+        )
+    if name in native:
+        return native[name]
+    if name in others:
+        return registry.resolve(name, "detectors"), {}
+    known = [*native, *others]
+    hint = near(name, known)
+    raise ValueError(f"Unknown detector {name!r}. {hint}{' ' if hint else ''}There is: {', '.join(known)}.")
 
 
 def judges_anything_unsafe(spec: Spec) -> bool:
     """Whether a detector needs no name of what to look for."""
-    name = spec if isinstance(spec, str) else "" if callable(spec) else spec.get("name")
-    return name == "q16" or name in NUDENET
+    if callable(spec):
+        return False
+    cls, _ = _kind(spec if isinstance(spec, str) else str(spec.get("name", "")))
+    return bool(getattr(cls, "anything_unsafe", False))
 
 
 def judged(samples: Sequence[Sample], spec: Spec, names: Callable[[Sample], tuple[str, ...]]) -> tuple[Tensor, str]:

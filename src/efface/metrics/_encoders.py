@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ class Clip:
         from transformers import CLIPModel, CLIPTokenizer
 
         try:
-            self.model = CLIPModel.from_pretrained(name, use_safetensors=True).float().eval()
+            self.model = cast("Any", CLIPModel.from_pretrained(name, use_safetensors=True).float().eval())
             self.tokenizer = CLIPTokenizer.from_pretrained(name)
         except OSError as error:
             raise OSError(f"Cannot load the CLIP model {name!r}: give a folder that holds it. {error}") from error

@@ -17,13 +17,15 @@ def clusters(rows: Sequence[Row]) -> np.ndarray:
     """The cluster of each row as a number, 0 ... C - 1; a row without one is its own."""
     names = [(row.cluster, "") if row.cluster else ("", row.id) for row in rows]
     index = {name: k for k, name in enumerate(dict.fromkeys(names))}
-    return np.array([index[name] for name in names], np.int64)
+    found: np.ndarray = np.array([index[name] for name in names], np.int64)
+    return found
 
 
 def weights(n: int, draws: int = DRAWS, seed: int = SEED) -> np.ndarray:
     """How often each of `n` clusters is in each of `draws` resamples: [draws, n]."""
     picked = np.random.default_rng(seed).integers(n, size=(draws, n)) + n * np.arange(draws)[:, None]
-    return np.bincount(picked.ravel(), minlength=draws * n).reshape(draws, n).astype(np.float64)
+    found: np.ndarray = np.bincount(picked.ravel(), minlength=draws * n).reshape(draws, n).astype(np.float64)
+    return found
 
 
 def ratio_interval(

@@ -122,4 +122,5 @@ def deviation(counts: np.ndarray) -> np.ndarray:
     """The ratio for counts [..., K]."""
     k = counts.shape[-1]
     shares = counts / counts.sum(-1, keepdims=True)
-    return np.abs(shares - 1 / k).max(-1) / (1 - 1 / k)
+    ratio: np.ndarray = np.abs(shares - 1 / k).max(-1) / (1 - 1 / k)
+    return ratio

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -233,7 +233,7 @@ class Ladder:
             generators = [torch.Generator().manual_seed(r.seed) for r in rows]
             settings = {"num_inference_steps": 25, "guidance_scale": 7.5, **call}
             with eraser.apply(pipe):
-                out = pipe([r.prompt for r in rows], generator=generators, output_type="pt", **settings)
+                out = cast("Any", pipe)([r.prompt for r in rows], generator=generators, output_type="pt", **settings)
             if progress is not None:
                 progress(what, len(rows))
             return check_pictures(out.images)
@@ -271,7 +271,7 @@ class Ladder:
 
             def loss(strength: float, found: list[dict[str, Any]] = found) -> float:
                 pairs = [entry[f"{strength:g}"] for entry in found]
-                return sum(score + fidelity * (1 - alike) for score, alike in pairs) / len(pairs)
+                return float(sum(score + fidelity * (1 - alike) for score, alike in pairs) / len(pairs))
 
             best = min((0.0, *strengths), key=lambda s: (round(loss(s), 9), s))
             for entry in found:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .concepts import CELLS, names, paraphrases, prompts, themes_of, truth, vocabulary
 from .weights import CURE, FOLDER, check, read_object, recorded, sha256
@@ -112,7 +112,8 @@ def text_encoder(dtype: torch.dtype | None = None) -> tuple[BertTokenizer, BertM
     with torch.random.fork_rng(devices=[]):
         encoder = BertModel(config)
     encoder.load_state_dict(state)
-    return BertTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS), encoder.eval().to(dtype or torch.float32)
+    tokenizer = BertTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)
+    return tokenizer, cast("Any", encoder.eval()).to(dtype or torch.float32)
 
 
 def load(
@@ -156,15 +157,15 @@ def load(
         unet = _model(UNet2DConditionModel, folder, "unet", dtype)
         vae = _model(EmojiVAE, folder, "vae", dtype)
     tokenizer, encoder = text_encoder(dtype)
-    pipe = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=DDIMScheduler(**SCHEDULER),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    parts: dict[str, Any] = {
+        "vae": vae,
+        "text_encoder": encoder,
+        "tokenizer": tokenizer,
+        "unet": unet,
+        "scheduler": DDIMScheduler(**SCHEDULER),
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
+    pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     # diffusers prints a warning at `pipe.to("cpu")` with float16 weights, though they work.
     return pipe if torch.device(device).type == "cpu" else pipe.to(device)

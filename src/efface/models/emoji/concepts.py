@@ -55,7 +55,8 @@ def _plain(name: str) -> str:
 def _captions() -> dict[str, str]:
     """Icon to caption, with the icons of the professions ("a female doctor")."""
     jobs = vocabulary()["professions"].items()
-    return vocabulary()["captions"] | {e[g]: f"a {g} {job}" for job, e in jobs for g in ("male", "female")}
+    captions: dict[str, str] = vocabulary()["captions"]
+    return captions | {e[g]: f"a {g} {job}" for job, e in jobs for g in ("male", "female")}
 
 
 @cache

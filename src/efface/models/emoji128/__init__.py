@@ -205,28 +205,24 @@ def load(
         unet, flux = UNet2DConditionModel, FluxTransformer2DModel
         denoiser = _module(*((unet, folder, "unet") if model == "emoji-128" else (flux, folder, "flux")), dtype)
     tokenizer, encoder = text_encoder(dtype)
+    parts: dict[str, Any] = {"vae": vae, "text_encoder": encoder, "tokenizer": tokenizer}
     if model == "emoji-128":
-        pipe = StableDiffusionPipeline(
-            vae=vae,
-            text_encoder=encoder,
-            tokenizer=tokenizer,
-            unet=denoiser,
-            scheduler=DPMSolverMultistepScheduler(**SCHEDULER),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        parts |= {
+            "unet": denoiser,
+            "scheduler": DPMSolverMultistepScheduler(**SCHEDULER),
+            "safety_checker": None,
+            "feature_extractor": None,
+        }
+        pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     else:
         second_tokenizer, second_encoder = text_encoder(dtype)
-        pipe = FluxPipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(**FLOW_SCHEDULER),
-            vae=vae,
-            text_encoder=encoder,
-            tokenizer=tokenizer,
-            text_encoder_2=second_encoder,
-            tokenizer_2=second_tokenizer,
-            transformer=denoiser,
-        )
+        parts |= {
+            "transformer": denoiser,
+            "scheduler": FlowMatchEulerDiscreteScheduler(**FLOW_SCHEDULER),
+            "text_encoder_2": second_encoder,
+            "tokenizer_2": second_tokenizer,
+        }
+        pipe = FluxPipeline(**parts)
         with_defaults(pipe)
     # diffusers prints a warning at `pipe.to("cpu")` with float16 weights, though they work.
     return pipe if torch.device(device).type == "cpu" else pipe.to(device)

@@ -7,7 +7,7 @@ pipelines get the states that the denoisers were trained on.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -52,14 +52,15 @@ class EmojiTextEncoder(BertModel):
             "model was trained on its last layer only: leave `clip_skip` out."
         )
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple[Any, ...]:
         """As `BertModel.forward`, which see."""
         if attention_mask is None and input_ids is not None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
         as_dict = kwargs.pop("return_dict", None)
-        out = super().forward(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
+        kwargs["return_dict"] = True
+        out: Any = cast("Any", super()).forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         states = out.last_hidden_state
         if attention_mask is None:
             pooled = states.mean(1)

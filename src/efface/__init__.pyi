@@ -1,0 +1,40 @@
+"""The public names of `efface`, and the only list of them: `__init__.py` and type checkers both read this file."""
+
+__version__: str
+
+from .api import active as active
+from .api import concept as concept
+from .api import concepts as concepts
+from .api import conditional_rows as conditional_rows
+from .api import effectiveness as effectiveness
+from .api import erase as erase
+from .api import load as load
+from .api import stack as stack
+from .calibration import calibrate as calibrate
+from .core import Concept as Concept
+from .core import Detector as Detector
+from .core import Editor as Editor
+from .core import Eraser as Eraser
+from .core import Handle as Handle
+from .core import Metric as Metric
+from .core import Row as Row
+from .core import Sample as Sample
+from .core import Score as Score
+from .core import Suite as Suite
+from .delta import Delta as Delta
+from .editors.ccrt import CCRT as CCRT
+from .editors.esd import ESD as ESD
+from .editors.rece import RECE as RECE
+from .editors.sdd import SDD as SDD
+from .editors.uce import UCE as UCE
+from .erasers.eiup import EIUP as EIUP
+from .erasers.gie import GIE as GIE
+from .erasers.negative_prompt import NegativePrompt as NegativePrompt
+from .erasers.safree import SAFREE as SAFREE
+from .erasers.sld import SLD as SLD
+from .metrics._detectors import detector as detector
+from .report import write_report as write_report
+from .runs import Run as Run
+from .runs import make_suite as make_suite
+from .runs import run as run
+from .runs import score as score
