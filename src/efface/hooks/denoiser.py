@@ -209,12 +209,11 @@ class Site:
     def check_pipeline(self, pipe: DiffusionPipeline | None) -> DiffusionPipeline:
         """In front of a call: the denoiser is still ours, no other thread draws, and all hooks are on top."""
         present = getattr(pipe, self.facts.denoiser, None)
-        denoiser = self._denoiser()
-        if pipe is None or denoiser is None or getattr(present, "_orig_mod", present) is not denoiser:
+        if pipe is None or getattr(present, "_orig_mod", present) is not self._denoiser():
             raise RuntimeError(watch.swapped(self.facts.denoiser, type(pipe).__name__))
         if self.calls.drawing not in (None, threading.get_ident()):
             raise RuntimeError(watch.TWO_THREADS)
-        cache = watch.cache_on(denoiser.modules())
+        cache = watch.cache_on(self.denoiser.modules())
         if cache and any((m.edits_attention or m.guides) and not m.is_off() for m in self._methods()):
             raise RuntimeError(watch.cached(self.facts.denoiser, cache))
         self._find_layers()
