@@ -26,7 +26,6 @@ INSIDE = {
     "_hooks",
     "_forward",
     "_records",
-    "_watch",
 }  # of diffusers
 HOOKS = FACTS | INSIDE | {"delta"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -38,7 +37,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_weights": FACTS,
     "_text": FACTS | {"_weights", "_forward"},
     "_attention": set(),
-    "_watch": set(),
     "_method": FACTS | {"_attention", "_weights", "_text"},
     "_prompts": FACTS | {"_weights", "_text", "_attention", "_method", "_records"},
     "_guidance": FACTS | {"_attention", "_method", "_prompts"},
@@ -66,8 +64,12 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 
 
+# The files of a package, in the order in which they may import each other: none imports a later one.
+ORDER = {"delta": ("factors", "watch", "overlay", "applied", "base", "file", "lora", "delta", "__init__")}
+
+
 def imported(source: str, module: str, *, package: bool = False) -> Iterator[tuple[int, str]]:
-    """(line, part) for every import of efface in `source`, also inside functions and `if TYPE_CHECKING`."""
+    """(line, dotted name) for every import of efface in `source`, also inside functions and `if TYPE_CHECKING`."""
     parents = module.split(".") if package else module.split(".")[:-1]
     for node in ast.walk(ast.parse(source)):
         targets = []
@@ -79,10 +81,8 @@ def imported(source: str, module: str, *, package: bool = False) -> Iterator[tup
             targets = [f"{path}.{alias.name}" for alias in node.names]
         for target in targets:
             head, _, rest = target.partition(".")
-            if head != "efface" or rest == "__version__":
-                continue
-            part = rest.partition(".")[0]
-            yield node.lineno, part if is_part(part) else "efface"
+            if head == "efface" and rest != "__version__":
+                yield node.lineno, rest
 
 
 def is_part(name: str) -> bool:
@@ -94,11 +94,19 @@ def back_edges(source: str, module: str, *, package: bool = False) -> list[str]:
     own = module.split(".")[1] if "." in module else "efface"
     if own not in MAY_IMPORT:
         return [f"{module}: say in MAY_IMPORT what {own!r} may import"]
-    return [
-        f"{module}:{line} imports {part}"
-        for line, part in imported(source, module, package=package)
-        if part not in MAY_IMPORT[own] | {own}
-    ]
+    order = ORDER.get(own, ())
+    name = "__init__" if package else module.rpartition(".")[2]
+    found = []
+    for line, target in imported(source, module, package=package):
+        part, _, rest = target.partition(".")
+        part = part if is_part(part) else "efface"
+        inner = rest.partition(".")[0]
+        inner = inner if inner in order else "__init__"
+        if part not in MAY_IMPORT[own] | {own}:
+            found.append(f"{module}:{line} imports {part}")
+        elif part == own and order and order.index(inner) >= order.index(name):
+            found.append(f"{module}:{line} imports {part}.{inner}")
+    return found
 
 
 def modules() -> list[tuple[str, Path]]:
@@ -135,7 +143,12 @@ def test_imports_run_one_way(module: str, path: Path) -> None:
         ("efface._prompts", "from ._guidance import guided\n"),
         ("efface._method", "from ._prompts import Entry\n"),
         ("efface._hooks", "from efface.erasers import eiup\n"),
-        ("efface.delta", "from efface.erasers.eiup import EIUP\n"),
+        ("efface.delta.delta", "from efface.erasers.eiup import EIUP\n"),
+        ("efface.delta.overlay", "from .applied import Applied\n"),
+        ("efface.delta.overlay", "from . import applied\n"),
+        ("efface.delta.file", "from .lora import export\n"),
+        ("efface.delta.lora", "if TYPE_CHECKING:\n    from efface.delta import Delta\n"),
+        ("efface.delta.watch", "import efface.delta.overlay\n"),
         ("efface.erasers.eiup", "from efface.api import load\n"),
         ("efface.erasers.eiup", "from efface.editors.uce import UCE\n"),
         ("efface.erasers.eiup", "from ..editors import uce\n"),
@@ -165,6 +178,8 @@ def test_a_back_edge_is_found(module: str, source: str) -> None:
             "from .vae import EmojiVAE\nfrom .. import emoji\nfrom ...core import Concept\n",
         ),
         ("efface.cli", "from efface import api, registry\n"),
+        ("efface.delta.applied", "from .overlay import Overlay\nfrom efface.delta import watch\n"),
+        ("efface.editors.uce", "from ..delta import Delta\nfrom ..delta.watch import unwatched\n"),
     ],
 )
 def test_a_downward_import_is_not_a_back_edge(module: str, source: str) -> None:
@@ -174,6 +189,11 @@ def test_a_downward_import_is_not_a_back_edge(module: str, source: str) -> None:
 def test_a_relative_import_in_a_package_starts_at_the_package() -> None:
     assert back_edges("from . import vae\n", "efface.models.emoji", package=True) == []
     assert back_edges("from .. import _hooks\n", "efface.models", package=True) == ["efface.models:1 imports _hooks"]
+
+
+def test_the_order_names_every_file_of_its_package() -> None:
+    for part, order in ORDER.items():
+        assert sorted(order) == sorted(path.stem for path in (ROOT / part).glob("*.py"))
 
 
 def test_registry_imports_the_standard_library_only() -> None:
