@@ -140,7 +140,7 @@ class Overlay(Watch):
             )
 
     def strange(self) -> set[str]:
-        """The paths whose tensors do not hold what was written to them, up to LoRAs fused or unfused since."""
+        """The paths whose tensors do not hold what was written, up to casts and LoRAs fused or unfused since."""
         pairs: dict[str, tuple[Seal, Tensor]] = {}
         found: set[str] = set()
         for path, kept in self.kept.items():
@@ -150,14 +150,12 @@ class Overlay(Watch):
                 continue  # it cannot be seen
             except ValueError:
                 found.add(path)
-        differ, cast = differing(pairs)
-        for path in cast:
-            seal, tensor = pairs[path]
-            self._seal(path, Seal.of(tensor, seal.fused))
-        for path in differ:
+        for path in differing(pairs):
             seal, tensor = pairs[path]
             changes, now = _fused_since(self.module(), path, seal.fused)
-            if seal.near(tensor, changes):
+            if seal.cast(tensor):
+                self._seal(path, Seal.of(tensor, seal.fused))
+            elif seal.near(tensor, changes):
                 self._seal(path, Seal.of(tensor, now))
             else:
                 self._seal(path, seal.moved(tensor))

@@ -70,7 +70,7 @@ class Seal:
         return replace(self, other=far if self.other is None else torch.maximum(far, self.other.to(far)))
 
     def cast(self, tensor: Tensor) -> bool:
-        """Whether the tensor holds what was sealed in another precision, or rounded to a narrower one meanwhile."""
+        """Whether the tensor holds what was sealed, in another precision or after a cast to a narrower one and back."""
         if tensor.shape != self.shape:
             return False
         now = sampled(tensor)
@@ -86,11 +86,8 @@ def sampled(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1)[:: max(step, 1)]
 
 
-def differing(pairs: Mapping[str, tuple[Seal, Tensor]]) -> tuple[list[str], list[str]]:
-    """The names of the tensors that no longer match their seals, and of those that a cast explains.
-
-    A cast may go to another precision and back. One synchronisation serves all tensors of a device.
-    """
+def differing(pairs: Mapping[str, tuple[Seal, Tensor]]) -> list[str]:
+    """The names of the tensors that no longer match their seals; one synchronisation serves all of a device."""
     flags, others = {}, []
     for name, (seal, tensor) in pairs.items():
         now, kept = sampled(tensor), seal.sample
@@ -102,8 +99,7 @@ def differing(pairs: Mapping[str, tuple[Seal, Tensor]]) -> tuple[list[str], list
         here = [name for name, flag in flags.items() if flag.device == device]
         differs = torch.stack([flags[name] for name in here]).tolist()
         others += [name for name, different in zip(here, differs, strict=True) if different]
-    cast = [name for name in others if pairs[name][0].cast(pairs[name][1])]
-    return [name for name in others if name not in cast], cast
+    return others
 
 
 def _bits(x: Tensor) -> Tensor:
