@@ -534,7 +534,7 @@ def test_fit_describe_export_merge_and_erase(tmp_path: Path) -> None:
     later = tmp_path / "later.safetensors"
     call("fit", "uce", "--phrase", "beer", "--after", file, "--out", later)
     assert made["hash"][:16] in call("delta", "info", later)
-    assert "apply that first" in call(*draw, "--delta", later, "--out", tmp_path / "o", code=2)
+    assert "Apply that first" in call(*draw, "--delta", later, "--out", tmp_path / "o", code=2)
     call(*draw, "--delta", file, "--delta", later, "--out", tmp_path / "p")
 
 

@@ -524,9 +524,8 @@ CELLS = {
     "swap-denoiser": Cell(
         "another `pipe.unet` between two calls",
         after(swap_denoiser),
-        refuses={NO_DELTA: "`pipe.unet` was replaced after `apply`"},
+        refuses={tuple(METHODS): "`pipe.unet` was replaced after `apply`"},
         restored=None,
-        methods=NO_DELTA,
     ),
     "swap-denoiser-during": Cell(
         "another `pipe.unet` during a call",

@@ -24,10 +24,11 @@ from tiny import ALCOHOL, change, drawn, latents, pipeline
 from torch import Tensor
 
 import efface
-from efface import EIUP, Delta
+from efface import EIUP, Concept, Delta
 from efface._weights import keys_values, weight
 from efface.api import model_hash
-from efface.delta import Factors, active, dense, present, truncate, unedited
+from efface.delta import Factors, active, dense, present, unedited
+from efface.delta.factors import truncate
 
 EFFECT = 1e-3
 CONV = "unet.down_blocks.0.resnets.0.conv1.weight"
@@ -289,6 +290,16 @@ def test_changes_are_finite_and_there_is_one(sd1: Any) -> None:
         handle.strength = -1.0
 
 
+def test_a_delta_prints_as_one_short_line(sd1: Any) -> None:
+    delta = low(sd1)
+    assert repr(delta) == "Delta(test_delta:Noise, alcohol, strength 1, 8 tensors (rank <= 2), base model 'SD 1.x/2.x')"
+    both = replace(delta + low(sd1, 1, conv=True), strength=0.5, concepts=[Concept(name) for name in "abcde"])
+    both = replace(both, weights={**both.weights, BIAS: torch.zeros(16)}, model="")
+    assert repr(both) == (
+        "Delta(test_delta, a, b, c and 2 more, strength 0.5, 10 tensors (rank <= 4 or dense), base model 'unknown')"
+    )
+
+
 # ---------------------------------------------------------------- arithmetic
 
 
@@ -327,8 +338,7 @@ def test_truncation_is_the_nearest_and_knows_its_error(shape: tuple[int, int, in
     assert change(factors.dense(), whole) == pytest.approx(error, abs=1e-9)
     again, less = truncate(Factors(whole, torch.eye(width, dtype=torch.float64)), rank)
     assert less == pytest.approx(error, abs=1e-9) and torch.allclose(again.dense(), factors.dense())
-    thin, lost = truncate(whole, tolerance=0.3)
-    assert lost <= 0.3 and (thin.rank == 1 or float(values[thin.rank - 1 :].norm() / values.norm()) > 0.3)
+    assert truncate(again, again.rank) == (again, 0.0) == truncate(again)
 
 
 def test_a_sum_with_a_delta_that_knows_no_model_is_refused(sd1: Any) -> None:
@@ -479,7 +489,7 @@ def test_whole_changes_need_their_full_rank_and_biases_do_not_fit(sd1: Any, tmp_
 
 def test_merged_weights_are_a_plain_model(sd1: Any, tmp_path: Path) -> None:
     delta, merged = low(sd1, conv=True), pipeline()
-    with low(sd1, 1).apply(merged), pytest.raises(ValueError, match="remove its handle before merging"):
+    with low(sd1, 1).apply(merged), pytest.raises(ValueError, match="Remove its handle before merging"):
         delta.merge(merged)
     delta.merge(merged)
     assert active(merged) == [] and model_hash(merged) != model_hash(sd1)

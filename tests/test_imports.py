@@ -19,16 +19,15 @@ ROOT = Path(efface.__file__).parent
 # What each part may import, besides itself. `efface` is the package's own `__init__`.
 FACTS = {"registry", "core", "families"}
 TEXTS = FACTS | {"_weights", "_text"}
-HOOKS = TEXTS | {"hooks", "delta", "_watch"}
+HOOKS = TEXTS | {"hooks", "delta"}
 MAY_IMPORT: dict[str, set[str]] = {
     "registry": set(),
     "core": {"registry"},
     "families": {"registry", "core"},
     "_weights": FACTS,
     "_text": FACTS | {"_weights"},
-    "_watch": set(),
     "hooks": TEXTS,
-    "delta": TEXTS | {"_watch"},
+    "delta": TEXTS | {"hooks"},
     "erasers": HOOKS | {"pictures"},
     "editors": HOOKS,
     "attacks": HOOKS,
@@ -51,8 +50,18 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 
 
+# The files of a package, in the order in which they may import each other: none imports a later one.
+ORDER = {
+    "hooks": (
+        *("attention", "watch", "copies", "forward", "contract", "prompts", "layers", "pipeline", "batch", "edits"),
+        *("prediction", "step", "denoiser", "sites", "method", "__init__"),
+    ),
+    "delta": ("factors", "watch", "overlay", "applied", "base", "file", "lora", "delta", "__init__"),
+}
+
+
 def imported(source: str, module: str, *, package: bool = False) -> Iterator[tuple[int, str]]:
-    """(line, part) for every import of efface in `source`, also inside functions and `if TYPE_CHECKING`."""
+    """(line, dotted name) for every import of efface in `source`, also inside functions and `if TYPE_CHECKING`."""
     parents = module.split(".") if package else module.split(".")[:-1]
     for node in ast.walk(ast.parse(source)):
         targets = []
@@ -64,10 +73,8 @@ def imported(source: str, module: str, *, package: bool = False) -> Iterator[tup
             targets = [f"{path}.{alias.name}" for alias in node.names]
         for target in targets:
             head, _, rest = target.partition(".")
-            if head != "efface" or rest == "__version__":
-                continue
-            part = rest.partition(".")[0]
-            yield node.lineno, part if is_part(part) else "efface"
+            if head == "efface" and rest != "__version__":
+                yield node.lineno, rest
 
 
 def is_part(name: str) -> bool:
@@ -79,11 +86,19 @@ def back_edges(source: str, module: str, *, package: bool = False) -> list[str]:
     own = module.split(".")[1] if "." in module else "efface"
     if own not in MAY_IMPORT:
         return [f"{module}: say in MAY_IMPORT what {own!r} may import"]
-    return [
-        f"{module}:{line} imports {part}"
-        for line, part in imported(source, module, package=package)
-        if part not in MAY_IMPORT[own] | {own}
-    ]
+    order = ORDER.get(own, ())
+    name = "__init__" if package else module.rpartition(".")[2]
+    found = []
+    for line, target in imported(source, module, package=package):
+        part, _, rest = target.partition(".")
+        part = part if is_part(part) else "efface"
+        inner = rest.partition(".")[0]
+        inner = inner if inner in order else "__init__"
+        if part not in MAY_IMPORT[own] | {own}:
+            found.append(f"{module}:{line} imports {part}")
+        elif part == own and order and order.index(inner) >= order.index(name):
+            found.append(f"{module}:{line} imports {part}.{inner}")
+    return found
 
 
 def modules() -> list[tuple[str, Path]]:
@@ -117,7 +132,14 @@ def test_imports_run_one_way(module: str, path: Path) -> None:
         ("efface._text", "from .hooks import Method\n"),
         ("efface.hooks.denoiser", "from ..erasers import eiup\n"),
         ("efface.hooks.denoiser", "from efface.erasers import eiup\n"),
-        ("efface.delta", "from efface.erasers.eiup import EIUP\n"),
+        ("efface.hooks.attention", "from .denoiser import Site\n"),
+        ("efface.hooks.step", "if TYPE_CHECKING:\n    from .denoiser import Site\n"),
+        ("efface.delta.delta", "from efface.erasers.eiup import EIUP\n"),
+        ("efface.delta.overlay", "from .applied import Applied\n"),
+        ("efface.delta.overlay", "from . import applied\n"),
+        ("efface.delta.file", "from .lora import export\n"),
+        ("efface.delta.lora", "if TYPE_CHECKING:\n    from efface.delta import Delta\n"),
+        ("efface.delta.watch", "import efface.delta.overlay\n"),
         ("efface.erasers.eiup", "from efface.api import load\n"),
         ("efface.erasers.eiup", "from efface.editors.uce import UCE\n"),
         ("efface.erasers.eiup", "from ..editors import uce\n"),
@@ -147,6 +169,8 @@ def test_a_back_edge_is_found(module: str, source: str) -> None:
             "from .vae import EmojiVAE\nfrom .. import emoji\nfrom ...core import Concept\n",
         ),
         ("efface.cli", "from efface import api, registry\n"),
+        ("efface.delta.applied", "from .overlay import Overlay\nfrom efface.delta import watch\n"),
+        ("efface.editors.uce", "from ..delta import Delta\nfrom ..delta.watch import unwatched\n"),
     ],
 )
 def test_a_downward_import_is_not_a_back_edge(module: str, source: str) -> None:
@@ -189,6 +213,11 @@ def test_a_circle_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     monkeypatch.setattr("test_imports.ROOT", tmp_path / "efface")
     with pytest.raises(CycleError):
         TopologicalSorter(graph()).prepare()
+
+
+def test_the_order_names_every_file_of_its_package() -> None:
+    for part, order in ORDER.items():
+        assert sorted(order) == sorted(path.stem for path in (ROOT / part).glob("*.py"))
 
 
 def test_registry_imports_the_standard_library_only() -> None:

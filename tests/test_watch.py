@@ -17,9 +17,10 @@ from torch import Tensor
 
 import efface
 from efface import EIUP, UCE, Delta
-from efface._watch import SAMPLE, Seal, Watch, check_now, differing, near, sampled
 from efface.api import model_hash
 from efface.delta import active, check_written, forget, handles, present, unedited
+from efface.delta.overlay import Overlay
+from efface.delta.watch import SAMPLE, Seal, Watch, differing, sampled
 
 EFFECT = 1e-2
 KEY = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -163,9 +164,9 @@ def test_a_replaced_layer_is_an_error() -> None:
 def test_an_undisturbed_delta_is_checked_once_a_call(sd1: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within a trajectory it is checked again only where that costs a small share of the time since the last check."""
     checked: list[int] = []
-    whole = efface.delta._strange
-    monkeypatch.setattr(efface.delta, "_strange", lambda module: checked.append(1) or whole(module))
-    monkeypatch.setattr("efface._watch.SHARE", 10**9)
+    whole = Overlay.strange
+    monkeypatch.setattr(Overlay, "strange", lambda overlay: checked.append(1) or whole(overlay))
+    monkeypatch.setattr("efface.delta.watch.SHARE", 10**9)
     with DELTA.apply(sd1):
         checked.clear()
         latents(sd1, num_inference_steps=6)
@@ -176,7 +177,7 @@ def test_an_undisturbed_delta_is_checked_once_a_call(sd1: Any, monkeypatch: pyte
         for time in (9, 5, 5, 3):  # from 5 on again: another trajectory
             sd1.unet(torch.zeros(1, 4, 8, 8), time, text)
         assert len(checked) == 4
-        monkeypatch.setattr("efface._watch.SHARE", 0)
+        monkeypatch.setattr("efface.delta.watch.SHARE", 0)
         sd1.unet(torch.zeros(1, 4, 8, 8), 9, text)
         sd1.unet(torch.zeros(1, 4, 8, 8), 8, text)
         assert len(checked) == 6
@@ -483,6 +484,25 @@ def test_a_delta_acts_with_sequential_offload_and_comes_off_when_that_is_off() -
     assert torch.equal(latents(pipe), drawn())
 
 
+@pytest.mark.parametrize("parts", [("unet", "text_encoder"), ("text_encoder", "unet")])
+def test_a_delta_on_two_parts_comes_off_both_or_none(parts: tuple[str, str]) -> None:
+    pipe, changes = pipeline(), {}
+    for part in parts:
+        name, tensor = next((n, w) for n, w in getattr(pipe, part).named_parameters() if w.ndim == 2)
+        changes[f"{part}.{name}"] = torch.ones(tensor.shape)
+    handle = Delta(changes, method="test").apply(pipe)
+    on = latents(pipe)
+    accelerate.cpu_offload(pipe.unet, torch.device("cpu"))
+    with pytest.raises(ValueError, match="is not in memory"):
+        handle.remove()
+    with pytest.raises(ValueError, match="is not in memory"):
+        handle.strength = 0.5
+    assert handle.active and handle.strength == 1 and torch.equal(latents(pipe), on) and change(on, drawn()) > EFFECT
+    accelerate.hooks.remove_hook_from_module(pipe.unet, recurse=True)
+    handle.remove()
+    assert torch.equal(latents(pipe), drawn()) and handles(pipe) == []
+
+
 def test_projections_that_are_fused_keep_the_delta() -> None:
     pipe = pipeline()
     handle = DELTA.apply(pipe)
@@ -520,9 +540,9 @@ def test_a_denoiser_can_be_compiled_with_a_delta_on() -> None:
     assert change(latents(pipe), plain) > EFFECT
     own = weight(pipe).data.clone()
     weight(pipe).data.add_(0.01)
-    for check in (handle.remove, lambda: check_written(pipe), lambda: check_now(pipe.unet._orig_mod)):
+    for check in (handle.remove, lambda: check_written(pipe), lambda: latents(pipe)):
         with pytest.raises(RuntimeError, match="Something else has changed"):
-            check()  # the graph itself has none
+            check()
     weight(pipe).data = own
     handle.remove()
 
@@ -619,7 +639,9 @@ def test_a_pickle_has_the_weights_and_no_delta(sd1: Any) -> None:
     with DELTA.apply(sd1):
         (watch,) = sd1.unet._forward_pre_hooks.values()
         made, given = watch.__reduce__()
-        assert made is Watch and made(*given).check is None
+        assert made is Watch and type(made(*given)) is Watch
+        made, given = sd1.check_inputs.__reduce__()
+        assert made is getattr and given == (sd1, "check_inputs")
 
 
 def test_a_merged_model_is_not_watched() -> None:
@@ -628,6 +650,97 @@ def test_a_merged_model_is_not_watched() -> None:
     assert not pipe.unet._forward_pre_hooks and not pipe.unet._load_state_dict_post_hooks
     weight(pipe).data.add_(0.01)
     latents(pipe)
+
+
+# ---------------------------------------------------------------- another module in the pipeline
+
+
+REPLACED = r"`pipe.unet` was replaced after `apply`, .* Put the old one back, or call `handle.remove\(\)` and apply"
+
+
+def assert_replaced(pipe: Any) -> None:
+    for way in (latents, check_written, DELTA.apply):
+        with pytest.raises(RuntimeError, match=REPLACED):
+            way(pipe)
+
+
+def test_another_denoiser_in_the_pipeline_is_an_error() -> None:
+    pipe = pipeline()
+    handle, old = DELTA.apply(pipe), pipe.unet
+    pipe.unet = pipeline().unet
+    assert_replaced(pipe)
+    assert active(pipe) == [] and [each.eraser for each in handles(pipe)] == [DELTA]
+    pipe.unet = old
+    assert torch.equal(latents(pipe), drawn("sd1", DELTA))
+    pipe.unet, old = pipeline().unet, None
+    assert_replaced(pipe)
+    assert_replaced(copy.deepcopy(pipe))
+    handle.remove()
+    assert torch.equal(latents(pipe), drawn()) and "check_inputs" not in vars(pipe)
+    DELTA.apply(pipe)
+    pipe.unet = None
+    with pytest.raises(RuntimeError, match=REPLACED):
+        check_written(pipe)
+    forget(pipe)
+    assert handles(pipe) == [] and "check_inputs" not in vars(pipe)
+
+
+def test_a_replacement_may_have_the_delta_too() -> None:
+    pipe = pipeline()
+    handle = DELTA.apply(pipe)
+    pipe.unet = copy.deepcopy(pipe.unet)
+    assert torch.equal(latents(pipe), drawn("sd1", DELTA))
+    efface.active(pipe).remove()
+    handle.remove()
+    assert torch.equal(latents(pipe), drawn()) and "check_inputs" not in vars(pipe)
+
+
+@pytest.mark.parametrize("on", [(0, 1, 2), (1, 0, 2)])
+@pytest.mark.parametrize("off", [*itertools.permutations(range(3))])
+def test_another_denoiser_is_noticed_with_erasers_that_come_and_go(on: tuple[int, ...], off: tuple[int, ...]) -> None:
+    """Also in a deep copy; in the end the pipeline has its own method."""
+    pipe, other, erasers = pipeline(), pipeline().unet, (DELTA, EIUP([CAT]), DELTA * 0.5)
+    there = {k: erasers[k].apply(pipe) for k in on}
+    for k in off:
+        want = latents(pipe)
+        for one in (pipe, copy.deepcopy(pipe)):
+            assert torch.equal(latents(one), want) and change(want, drawn()) > 1e-3
+            own, one.unet = one.unet, other
+            with pytest.raises(RuntimeError, match=REPLACED):
+                latents(one)
+            one.unet = own
+            assert torch.equal(latents(one), want)
+        there[k].remove()
+    assert torch.equal(latents(pipe), drawn()) and "check_inputs" not in vars(pipe)
+
+
+def test_a_shallow_copy_draws_with_the_delta_and_after_it() -> None:
+    pipe = pipeline()
+    handle = DELTA.apply(pipe)
+    twin = copy.copy(pipe)
+    (DELTA * 0.5).apply(twin).remove()
+    assert torch.equal(latents(twin), drawn("sd1", DELTA))
+    handle.remove()
+    assert torch.equal(latents(twin), drawn())
+
+
+def test_a_method_that_the_user_has_replaced_is_put_back() -> None:
+    pipe, seen = pipeline(), []
+    own = pipe.check_inputs
+    pipe.check_inputs = mine = lambda *args, **kwargs: seen.append(1) or own(*args, **kwargs)
+    with DELTA.apply(pipe), (DELTA * 0.5).apply(pipe):
+        latents(pipe)
+    assert pipe.check_inputs is mine and len(seen) == 1
+
+
+def test_a_denoiser_compiled_in_place_is_checked() -> None:
+    pipe = pipeline("small")
+    UCE().fit(pipe, CAT).apply(pipe)
+    pipe.unet.compile(backend="eager")
+    latents(pipe)
+    weight(pipe).data.add_(0.01)
+    with pytest.raises(RuntimeError, match="Something else has changed"):
+        latents(pipe)
 
 
 # ---------------------------------------------------------------- with the rest
@@ -662,20 +775,20 @@ def test_a_sample_meets_every_column_and_is_small(shape: tuple[int, ...]) -> Non
     tensor = torch.randn(shape)
     assert 0 < sampled(tensor).numel() <= SAMPLE
     seal = Seal.of(tensor)
-    assert differing({"a": (seal, tensor)}) == ([], []) and near(seal, tensor)
+    assert differing({"a": (seal, tensor)}) == [] and seal.near(tensor)
     last = shape[-1] if shape else 1
     for column in {0, last // 2, last - 1}:
         other = tensor.clone().reshape(-1, last)
         other[:, column] += 1
-        strange, _ = differing({"a": (seal, other.reshape(shape))})
+        strange = differing({"a": (seal, other.reshape(shape))})
         assert strange == (["a"] if len(shape) != 1 or last <= SAMPLE else strange)
-        assert not strange or not near(seal, other.reshape(shape))
+        assert not strange or not seal.near(other.reshape(shape))
     channels = (
         tensor.to(memory_format=torch.channels_last) if len(shape) == 4 else tensor.mT if len(shape) == 2 else tensor
     )
     if len(shape) == 4:
-        assert differing({"a": (seal, channels)}) == ([], [])
-    assert differing({"a": (seal, torch.cat([tensor.reshape(-1)] * 2))}) == (["a"], [])
+        assert differing({"a": (seal, channels)}) == []
+    assert differing({"a": (seal, torch.cat([tensor.reshape(-1)] * 2))}) == ["a"]
 
 
 def test_an_inert_watch_does_nothing() -> None:

@@ -143,7 +143,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
         found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        found.update(value.flatten().view(torch.uint8).numpy())
+        found.update(value.flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

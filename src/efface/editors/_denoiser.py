@@ -18,8 +18,8 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
 from .._text import condition
-from .._watch import unwatched
 from .._weights import part
+from ..delta.watch import unwatched
 from ..families import family
 
 if TYPE_CHECKING:

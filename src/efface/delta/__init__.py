@@ -1,0 +1,7 @@
+"""What editors learn: `Delta`, on and off a pipeline, in arithmetic and in files."""
+
+from .applied import check_written, forget, handles, unedited
+from .delta import Delta, active, present
+from .factors import Change, Factors, dense
+
+__all__ = ["Change", "Delta", "Factors", "active", "check_written", "dense", "forget", "handles", "present", "unedited"]

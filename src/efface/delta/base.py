@@ -1,0 +1,113 @@
+"""Which model a delta belongs to: fingerprints of the model's own values of what the delta changes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .._weights import part, weight
+from ..families import family
+from .applied import unedited
+from .factors import Change
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+PRECISIONS = ("float64", "float32", "float16", "bfloat16")
+Base: TypeAlias = Mapping[str, Mapping[str, str]]
+"""Precision to parameter name to sha256 of the value at that precision."""
+
+
+def model_name(pipe: DiffusionPipeline) -> str:
+    """What to call the model: a hub id, the name of its folder (not where it lies), or its family."""
+    name = pipe.name_or_path
+    return (Path(name).name if name and Path(name).exists() else name) or family(pipe).name
+
+
+def own_values(pipe: DiffusionPipeline, weights: Mapping[str, Change]) -> dict[str, Tensor]:
+    """The model's own values (no delta on) of what `weights` changes.
+
+    Raises:
+        ValueError: the pipeline has no such tensor, or one that cannot be edited, or one of another shape.
+    """
+    overlaid, own = unedited(pipe), {}
+    for name, change in weights.items():
+        prefix, _, path = name.partition(".")
+        own[name] = overlaid.get(name, weight(part(pipe, prefix), path))
+        if own[name].shape != change.shape:
+            raise ValueError(
+                f"{name!r} is changed as {list(change.shape)}, but it is {list(own[name].shape)}. Another architecture "
+                "needs a fit of its own."
+            )
+    return own
+
+
+def base_of(values: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
+    """Fingerprints of these values at their own precision and all narrower ones."""
+    known = PRECISIONS[min(map(_place, values.values())) :]
+    return {precision: _fingerprints(values, precision) for precision in known}
+
+
+def combined(fingerprints: Mapping[str, str]) -> str:
+    """One hash over the fingerprints."""
+    return hashlib.sha256("".join(f"{n} {h}\n" for n, h in sorted(fingerprints.items())).encode()).hexdigest()
+
+
+def base_hash(base: Base) -> str:
+    """One hash over the values at the precision of the fit; "" if the model is not known."""
+    return combined(next(iter(base.values()))) if base else ""
+
+
+def check_base(pipe: DiffusionPipeline, weights: Mapping[str, Change], base: Base, model: str) -> None:
+    """Raises unless the pipeline's model is the one that `base` describes.
+
+    Raises:
+        ValueError: other shapes or values. The message names both models.
+    """
+    try:
+        own = own_values(pipe, weights)
+    except ValueError as error:
+        raise ValueError(
+            f"The delta was fitted on {model!r} (base hash {base_hash(base)[:16]}) and does not fit this pipeline, "
+            f"{model_name(pipe)!r}: {error}"
+        ) from error
+    if not base:
+        return
+    narrow = PRECISIONS[max(map(_place, own.values()))]
+    precision = narrow if narrow in base else next(iter(base))
+    want, got = base[precision], _fingerprints(own, precision)
+    differ = [name for name in got if want.get(name) != got[name]]
+    if differ:
+        raise ValueError(
+            f"The delta was fitted on {model!r} (base hash {combined(want)[:16]}), but this pipeline is "
+            f"{model_name(pipe)!r} ({combined(got)[:16]}): {len(differ)} of {len(want)} weights differ, the first is "
+            f"{differ[0]!r}. Load the model it was fitted on, or fit it again."
+        )
+
+
+def common_base(a: Base, b: Base) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """The base of a sum, at the precisions that both know; and the names in which the two models differ."""
+    both = [precision for precision in a if precision in b]
+    differ = [name for p in both for name, value in b[p].items() if a[p].get(name, value) != value]
+    return {precision: {**a[precision], **b[precision]} for precision in both}, differ
+
+
+def _fingerprints(values: Mapping[str, Tensor], precision: str) -> dict[str, str]:
+    """sha256 of the shape and bytes of each tensor, rounded to a precision."""
+    found = {}
+    for name, value in values.items():
+        rounded = value.detach().to("cpu", getattr(torch, precision)).contiguous()
+        digest = hashlib.sha256(str(list(value.shape)).encode())
+        digest.update(rounded.flatten().view(torch.uint8).numpy().data)
+        found[name] = digest.hexdigest()
+    return found
+
+
+def _place(value: Tensor) -> int:
+    """Where the tensor's precision stands in `PRECISIONS`."""
+    return PRECISIONS.index(str(value.dtype).removeprefix("torch."))

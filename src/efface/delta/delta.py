@@ -1,0 +1,344 @@
+"""`Delta`: what an editor learned, as a value that is an eraser, adds and scales, and lies in one file."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from .. import __version__
+from .._text import SITES
+from .._weights import adapters, denoiser_of
+from ..core import Concepts, Handle, as_concepts, check_strength, config
+from . import file
+from .applied import Applied, check_written, entries, forget
+from .base import Base, base_hash, base_of, check_base, common_base, model_name, own_values
+from .factors import Change, Factors, added, dense, each, scaled, tensors, truncate
+from .lora import Layout, export
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Delta:
+    """What an editor learned: changes of weights, the model they belong to, and how they came about.
+
+    It is an eraser: `apply` adds the changes to the pipeline's weights and returns a handle that takes them off. While
+    it is on, LoRAs may be fused and unfused, and the model cast, moved, compiled and deep-copied. Other changes of the
+    weights are errors, and so is another module in the pipeline: in the pipeline's calls and on any use of the handle.
+
+    Args:
+        weights: canonical parameter name, such as "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight",
+            to its change: `Factors` where it is of low rank (and they are smaller), else a tensor of its shape.
+        method: the editor's name.
+        fields: the editor's fields, as JSON types.
+        concepts: what it erases.
+        seed: the seed of the fit.
+        model: what the base model is called.
+        base: precision to parameter name to sha256 of the model's own value (no delta on), at the precision of the fit
+            and all narrower ones: a delta fitted in float32 fits the same model loaded in float16.
+        after: deltas that were on during the fit, hash to strength: it is of use on top of them only.
+        versions: of the software.
+        info: what else the editor has to say, as JSON types: errors, norms, losses.
+        strength: >= 0, the factor on all changes; 0 is the base model.
+
+    Raises:
+        ValueError: changes that are empty or not finite, or a negative strength; on `apply`: another base model (the
+            error names both), weights that are quantised, fused or offloaded, or a missing delta of `after`.
+        RuntimeError: while a delta is on, from its handle, from `apply` and in the pipeline's calls: something else has
+            changed weights that the delta edits, or replaced their module. Nothing is touched (see `check_written`).
+
+    Example:
+        >>> import efface
+        >>> pipe = efface.load("emoji")
+        >>> delta = efface.UCE().fit(pipe, ["alcohol"])
+        >>> delta
+        Delta(uce, alcohol, strength 1, 14 tensors (dense), base model 'emoji')
+        >>> with delta.apply(pipe) as handle:
+        ...     handle.strength = 0.5
+        ...     image = pipe("a night at the pub", num_inference_steps=2).images[0]
+        >>> image.size
+        (64, 64)
+    """
+
+    off: ClassVar[Mapping[str, Any] | None] = {"strength": 0.0}
+    touches_uncond: ClassVar[bool] = True
+
+    weights: Mapping[str, Change]
+    method: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    concepts: Concepts = ()
+    seed: int = 0
+    model: str = ""
+    base: Base = field(default_factory=dict)
+    after: Mapping[str, float] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "concepts", as_concepts(self.concepts))
+        object.__setattr__(self, "strength", check_strength(self.strength))
+        if not self.weights:
+            raise ValueError("A delta needs at least one changed weight, but got none. Fit one with an editor.")
+        for name, change in self.weights.items():
+            if not all(bool(t.isfinite().all()) for t in tensors(change)):
+                raise ValueError(
+                    f"The change of {name!r} has values that are not finite, and would make the model draw noise. Fit "
+                    "it again with gentler settings."
+                )
+
+    @classmethod
+    def fitted(
+        cls,
+        editor: Any,
+        pipe: DiffusionPipeline,
+        weights: Mapping[str, Change],
+        concepts: Concepts,
+        *,
+        seed: int = 0,
+        info: Mapping[str, Any] | None = None,
+    ) -> Delta:
+        """The delta that an editor hands back.
+
+        Args:
+            editor: the editor, a dataclass.
+            pipe: the pipeline that it was fitted on, with the deltas on that it was fitted on top of.
+            weights: the changes from what `pipe` has now.
+            concepts: what it erases.
+            seed: the seed of the fit.
+            info: what else the editor has to say, as JSON types.
+
+        Raises:
+            ValueError: changes that do not fit the pipeline's weights, or are not finite.
+        """
+        settings = config(editor)
+        return cls(
+            {name: each(change, lambda x: x.detach().cpu().contiguous()) for name, change in weights.items()},
+            method=settings.pop("method"),
+            fields=settings,
+            concepts=concepts,
+            seed=seed,
+            model=model_name(pipe),
+            base=base_of(own_values(pipe, weights)),
+            after={delta.hash: delta.strength for delta in active(pipe) if delta.strength},
+            versions={"efface": __version__} | {p: version(p) for p in ("torch", "diffusers", "transformers")},
+            info=info or {},
+        )
+
+    def __repr__(self) -> str:
+        """One line: method, concepts, strength, number and rank of the changed tensors, base model."""
+        names = [concept.name for concept in as_concepts(self.concepts)]
+        concepts = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        ranks = [change.rank for change in self.weights.values() if isinstance(change, Factors)]
+        kinds = ([f"rank <= {max(ranks)}"] if ranks else []) + (["dense"] if len(ranks) < len(self.weights) else [])
+        size = f"{len(self.weights)} tensors ({' or '.join(kinds)})"
+        shown = (self.method, concepts or "no concepts", f"strength {self.strength:g}", size)
+        return f"Delta({', '.join(shown)}, base model {self.model or 'unknown'!r})"
+
+    # ---- on a pipeline
+
+    def apply(self, pipe: DiffusionPipeline) -> Handle:
+        """Takes effect immediately. The handle takes it off again, and is also a context manager.
+
+        Raises:
+            ValueError: as `check`.
+            RuntimeError: something else has changed what deltas that are on edit (see `check_written`).
+        """
+        check_written(pipe)
+        self.check(pipe)
+        return Applied(self, pipe).put()
+
+    def check(self, pipe: DiffusionPipeline) -> None:
+        """Raises unless the delta belongs to this pipeline's model, and what it was fitted on top of is on.
+
+        Raises:
+            ValueError: another base model, weights that cannot be edited, or a missing delta of `after`.
+        """
+        check_base(pipe, self.weights, self.base, self.model)
+        on = {delta.hash: delta.strength for delta in active(pipe)}
+        for earlier, strength in self.after.items():
+            if on.get(earlier) != strength:
+                state = f"on at {on[earlier]:g}" if earlier in on else "not on"
+                raise ValueError(
+                    f"The delta was fitted on top of the delta {earlier[:16]} at strength {strength:g}, which is "
+                    f"{state}. Apply that first, as in efface.stack(pipe, earlier, this)."
+                )
+
+    def merge(self, pipe: DiffusionPipeline) -> None:
+        """Adds the changes to the pipeline's weights for good; `pipe.save_pretrained` then writes an ordinary model.
+
+        Raises:
+            ValueError: deltas are on (they would be saved too, or lost); otherwise as `apply`.
+        """
+        if active(pipe):
+            raise ValueError("A delta is on. Remove its handle before merging; to merge several, merge their sum.")
+        self.apply(pipe)
+        forget(pipe)
+
+    def config(self) -> dict[str, Any]:
+        """What a record stores: all but the numbers, with their hash."""
+        return self._header() | {"base": self.base_hash, "hash": self.hash}
+
+    # ---- arithmetic on the changes
+
+    def __mul__(self, by: float) -> Delta:
+        if isinstance(by, bool) or not isinstance(by, (int, float)):
+            return NotImplemented
+        return replace(self, weights={name: scaled(change, by) for name, change in self.weights.items()})
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Delta:
+        return self * -1.0
+
+    def __add__(self, other: Delta) -> Delta:
+        """Both changes, at their present strengths, as one delta of strength 1.
+
+        Raises:
+            ValueError: the deltas belong to different models, or one of them does not know its model.
+        """
+        if not isinstance(other, Delta):
+            return NotImplemented
+        if bool(self.base) != bool(other.base):
+            raise ValueError(
+                "One of the deltas does not know which model it belongs to (`base` is empty), and neither would their "
+                "sum. Make it with `Delta.fitted`."
+            )
+        base, differ = common_base(self.base, other.base)
+        if differ:
+            raise ValueError(
+                f"The deltas were fitted on different models, {self.model!r} ({self.base_hash[:16]}) and "
+                f"{other.model!r} ({other.base_hash[:16]}): {differ[0]!r} differs. Fit them on one model."
+            )
+        weights: dict[str, Change] = {}
+        for delta in (self, other):
+            for name, change in delta.weights.items():
+                more = change if delta.strength == 1 else scaled(change, delta.strength)
+                weights[name] = added(weights[name], more) if name in weights else more
+        within = {self.hash: self.strength, other.hash: other.strength}
+        return Delta(
+            weights,
+            method=" + ".join(dict.fromkeys([self.method, other.method])),
+            concepts=tuple(dict.fromkeys([*as_concepts(self.concepts), *as_concepts(other.concepts)])),
+            model=self.model,
+            base=base,
+            after={h: s for h, s in {**self.after, **other.after}.items() if within.get(h) != s},
+            versions=self.versions,
+            info={"sum of": [self.config(), other.config()]},
+        )
+
+    def __sub__(self, other: Delta) -> Delta:
+        return self + -other if isinstance(other, Delta) else NotImplemented
+
+    def truncated(self, rank: int) -> Delta:
+        """Every change at most of this rank; `info["truncated"]` has the relative errors. Vectors stay dense.
+
+        Raises:
+            ValueError: a rank below 1.
+        """
+        made = {n: truncate(c, rank) if len(c.shape) in (2, 4) else (c, 0.0) for n, c in self.weights.items()}
+        sizes = {name: float(dense(change).norm()) for name, change in self.weights.items()}
+        lost = sum((sizes[name] * error) ** 2 for name, (_, error) in made.items())
+        whole = sum(size**2 for size in sizes.values())
+        note = {
+            "rank": rank,
+            "relative error": (lost / whole) ** 0.5 if whole else 0.0,
+            "largest": max(error for _, error in made.values()),
+        }
+        weights = {name: change for name, (change, _) in made.items()}
+        return replace(self, weights=weights, info={**self.info, "truncated": note})
+
+    # ---- files
+
+    @property
+    def base_hash(self) -> str:
+        """One hash over the model's own values of what is changed, at the precision of the fit."""
+        return base_hash(self.base)
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 over names, shapes and values of the changes (not the strength), the base, and `after`."""
+        digest = hashlib.sha256(json.dumps([self.base_hash, sorted(self.after.items())]).encode())
+        for name, change in sorted(self.weights.items()):
+            for tensor in tensors(change):
+                digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def _header(self) -> dict[str, Any]:
+        """All but the numbers, as JSON types."""
+        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "weights"}
+        found["concepts"] = [asdict(c) for c in as_concepts(self.concepts)]
+        as_json: dict[str, Any] = json.loads(json.dumps(found))
+        return as_json
+
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file: the factors or tensors, and everything else as JSON in its header.
+
+        The file appears whole or not at all.
+
+        Raises:
+            OSError: the file cannot be written, as on a full disk. An older one stays.
+        """
+        file.save(path, self.weights, self._header())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Delta:
+        """Reads a file that `save` has written.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is cut short, damaged, of a newer version, something else than a delta, or does not say which
+                model it belongs to.
+        """
+        return file.load(path, cls)
+
+    def export(
+        self, path: str | Path, layout: Layout = "diffusers", rank: int | None = None, dtype: torch.dtype | None = None
+    ) -> float:
+        """Writes a LoRA for other tools, at the present strength, and returns its relative error.
+
+        Args:
+            path: the safetensors file.
+            layout: "diffusers", for `pipe.load_lora_weights` (PEFT), or "kohya", for A1111 and ComfyUI (diffusers reads
+                it too).
+            rank: the largest rank of a change. None loses nothing, but makes a large file of dense changes.
+            dtype: of the file; None: float32 for diffusers, float16 for kohya.
+
+        Raises:
+            ValueError: what a LoRA cannot hold: biases and norms, parts other than the UNet; a delta that needs others
+                under it; an unknown layout or a rank below 1.
+            OSError: the file cannot be written.
+        """
+        if self.after:
+            raise ValueError("This delta needs others under it. Export the sum of all: (earlier + this).export(...).")
+        return export(path, self.weights, self.strength, layout, rank, dtype, self.method)
+
+
+def active(pipe: DiffusionPipeline) -> list[Delta]:
+    """The deltas that are on, in the order in which they were applied."""
+    return [entry.delta for entry in entries(pipe) if isinstance(entry.delta, Delta)]
+
+
+def present(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """What shapes a pipeline's pictures apart from its weights, as JSON types: scheduler, deltas, erasers and LoRAs."""
+    site = SITES.get(denoiser_of(pipe))
+    schedule = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    found = {
+        "scheduler": {"class": type(pipe.scheduler).__name__, **schedule},
+        "deltas": [[delta.hash, delta.strength] for delta in active(pipe)],
+        "erasers": [config(applied.method) for applied in site.applied] if site else [],
+        "adapters": adapters(pipe),
+    }
+    as_json: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return as_json
