@@ -18,7 +18,7 @@ from torch import Tensor
 from efface import EIUP, Concept, NegativePrompt
 from efface._attention import CrossAttention, Term
 from efface._hooks import Site
-from efface.families import SD
+from efface.families.unet import SD
 
 FORMS = ("projected", "separate", "gated")
 PACKED, SINGLE = ("beer wine glass", "cat"), ("beer", "wine glass", "cat")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
@@ -13,7 +14,7 @@ from .._hooks import Hooked
 from .._weights import layer_names, text_hash
 from ..core import Concepts, Handle, Rows, as_concepts
 from ..delta import unedited
-from ..families import family, without_cross_attention
+from ..families import check
 from ._adapter import Adapter
 from ._gie_official import afterwards, swapped
 
@@ -95,6 +96,10 @@ class GIE(Hooked):
     """
 
     off: ClassVar[dict[str, Any] | None] = {"strength": 0.0, "values": "paper"}
+    forms: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        '`values="official"`': {"values": "official"},
+        "`trajectories=2`": {"trajectories": 2},
+    }
     touches_uncond: ClassVar[bool] = False
     edits_attention: ClassVar[bool] = True
 
@@ -183,6 +188,12 @@ class GIE(Hooked):
         return cls(concepts, adapter=fit_adapter(pipe, as_concepts(concepts), prompts, detector, Path(out), **how))
 
     @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Official values take the prompt's tokens from a longer text, so a prefix has to keep its states."""
+        more = {"causal_text": self.joins, "guidance_scale": self.twins}
+        return ("cross_text", *(need for need, needed in more.items() if needed))
+
+    @property
     def joins(self) -> bool:  # type: ignore[override]
         return self.values == "official"
 
@@ -198,14 +209,7 @@ class GIE(Hooked):
         return self.adapter is not None
 
     def apply(self, pipe: DiffusionPipeline) -> Handle:
-        facts = family(pipe)
-        if not facts.cross_attention:
-            raise ValueError(without_cross_attention("GIE", pipe))
-        if self.values == "official" and not facts.causal:
-            raise ValueError(
-                f"The official values take the prompt's tokens from a longer text, which needs a causal text encoder; "
-                f'that of {facts.name} is bidirectional. Use values="paper".'
-            )
+        check(self, pipe)
         if self.adapter is not None:
             Adapter.load(self.adapter).check(text_hash(pipe, unedited(pipe)), layer_names(pipe))
         return super().apply(pipe)
