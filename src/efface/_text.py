@@ -83,10 +83,11 @@ def check_phrases(pipe: DiffusionPipeline, phrases: Sequence[str], **settings: A
 
     A phrase needs tokens, has to fit into the encoder, and may hold only characters that the tokenizer knows.
     """
+    facts = family(pipe)
     for name in readers(pipe):
         tokenizer = getattr(pipe, name)
-        for phrase, text in zip(phrases, cleaned(pipe, tokenizer, phrases, **settings), strict=True):
-            _whole(pipe, name, text, **settings)
+        for phrase, text in zip(phrases, facts.cleaned(pipe, tokenizer, phrases, settings), strict=True):
+            _whole(facts, pipe, name, text, settings)
             if strange := unknown(tokenizer, text):
                 raise ValueError(
                     f"The phrase {_short(phrase)!r} has characters that the pipeline's {name} does not know "
@@ -99,9 +100,9 @@ def _short(text: str, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-def _whole(pipe: DiffusionPipeline, name: str, text: str, **settings: Any) -> Reading:
+def _whole(facts: Family, pipe: DiffusionPipeline, name: str, text: str, settings: Mapping[str, Any]) -> Reading:
     """How an encoder reads a cleaned text; ValueError if the text has no tokens or does not fit."""
-    found, limit = family(pipe).read(pipe, name, text), family(pipe).limit(pipe, name, settings)
+    found, limit = facts.read(pipe, name, text), facts.limit(pipe, name, settings)
     if text and found.own.start == found.own.stop:
         raise ValueError(f"The phrase {text!r} has no tokens for this pipeline: write the concept in other words.")
     if (length := len(found.ids)) > limit:
@@ -125,8 +126,8 @@ def encode(pipe: DiffusionPipeline, texts: Sequence[str], *, differentiable: boo
     """
     facts, found = family(pipe), {}
     for name in readers(pipe):
-        written = cleaned(pipe, getattr(pipe, name), texts, **settings)
-        found[name] = [_whole(pipe, name, text, **settings) for text in written]
+        written = facts.cleaned(pipe, getattr(pipe, name), texts, settings)
+        found[name] = [_whole(facts, pipe, name, text, settings) for text in written]
     for first, *others in facts.texts:
         if any(a.own != b.own for name in others for a, b in zip(found[first], found[name], strict=True)):
             raise ValueError(
@@ -183,7 +184,8 @@ def own_tokens(pipe: DiffusionPipeline, text: str, name: str, **settings: Any) -
 
 def read(pipe: DiffusionPipeline, text: str, name: str, **settings: Any) -> Reading:
     """How one of the pipeline's encoders reads a text. What is too long is cut."""
-    found, limit = _read(pipe, name, text, **settings), family(pipe).limit(pipe, name, settings)
+    facts = family(pipe)
+    found, limit = _read(facts, pipe, name, text, settings), facts.limit(pipe, name, settings)
     if (more := len(found.ids) - limit) <= 0:
         return found
     stop = max(found.own.start, found.own.stop - more)
@@ -191,9 +193,9 @@ def read(pipe: DiffusionPipeline, text: str, name: str, **settings: Any) -> Read
     return found._replace(ids=ids, own=slice(found.own.start, stop))
 
 
-def _read(pipe: DiffusionPipeline, name: str, text: str, **settings: Any) -> Reading:
-    (text,) = cleaned(pipe, getattr(pipe, name), [text], **settings)
-    return family(pipe).read(pipe, name, text)
+def _read(facts: Family, pipe: DiffusionPipeline, name: str, text: str, settings: Mapping[str, Any]) -> Reading:
+    (text,) = facts.cleaned(pipe, getattr(pipe, name), [text], settings)
+    return facts.read(pipe, name, text)
 
 
 def encode_masked(
@@ -331,11 +333,11 @@ def cut_off(pipe: DiffusionPipeline, text: str, **settings: Any) -> str:
 
 
 def _cut_off(pipe: DiffusionPipeline, text: str, **settings: Any) -> list[str]:
-    lost = []
+    facts, lost = family(pipe), []
     for name in readers(pipe):
-        found = _read(pipe, name, text, **settings)
+        found = _read(facts, pipe, name, text, settings)
         own = found.ids[found.own]
-        room = family(pipe).limit(pipe, name, settings) - (len(found.ids) - len(own))
+        room = facts.limit(pipe, name, settings) - (len(found.ids) - len(own))
         lost.append(getattr(pipe, name).decode(own[room:]))
     return lost
 
@@ -378,9 +380,10 @@ def condition(pipe: DiffusionPipeline, texts: Sequence[str]) -> Condition:
     if present is not None and present.entries:
         names = ", ".join(type(entry.eraser).__name__ for entry in present.entries)
         raise ValueError(f"{names} is on, and would take part in the training: call `handle.remove()` before `fit`.")
+    facts = family(pipe)
     for name in readers(pipe):
-        for text in cleaned(pipe, getattr(pipe, name), texts):
-            _whole(pipe, name, text)
+        for text in facts.cleaned(pipe, getattr(pipe, name), texts, {}):
+            _whole(facts, pipe, name, text, {})
     with torch.no_grad():
         out = pipe.encode_prompt(
             prompt=list(texts),
@@ -388,7 +391,6 @@ def condition(pipe: DiffusionPipeline, texts: Sequence[str]) -> Condition:
             num_images_per_prompt=1,
             do_classifier_free_guidance=True,
         )
-    facts = family(pipe)
     made = dict(zip(facts.returns, out, strict=True))
     pairs = {"text": "negative", "pooled": "negative_pooled"}.items()
     parts = {name: torch.cat([made[negative][:1], made[name]]) for name, negative in pairs if name in made}

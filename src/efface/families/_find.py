@@ -7,7 +7,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
-from ._parts import bare, video_argument
+from ._parts import bare, held, video_argument
 from .base import Family
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def _walked() -> tuple[Family, ...]:
 
 
 FAMILIES = _walked()
+_DENOISERS = tuple(dict.fromkeys(each.denoiser for each in FAMILIES))
 
 
 def family(pipe: DiffusionPipeline) -> Family:
@@ -40,9 +41,7 @@ def family(pipe: DiffusionPipeline) -> Family:
 
 def denoiser_name(pipe: DiffusionPipeline) -> str:
     """The pipeline's attribute that predicts the noise; "" if it has none. Text encoders may be missing."""
-    parts = getattr(pipe, "components", {})
-    names = sorted({each.denoiser for each in FAMILIES}, reverse=True)
-    return next((name for name in names if parts.get(name) is not None), "")
+    return next((name for name in _DENOISERS if held(pipe).get(name) is not None), "")
 
 
 def _unknown(pipe: DiffusionPipeline) -> Exception:

@@ -30,6 +30,11 @@ def encoder_name(tokenizer: str) -> str:
     return tokenizer.replace("tokenizer", "text_encoder")
 
 
+def held(pipe: Any) -> dict[str, Any]:
+    """What a pipeline object holds itself, its components among it; faster than its `components`."""
+    return getattr(pipe, "__dict__", {})
+
+
 def bare(part: Any) -> Any:
     """A component without what `torch.compile` wraps around it."""
     return getattr(part, "_orig_mod", part)

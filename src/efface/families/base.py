@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ._parts import Reading, bare, class_names, encoder_name, is_kind, video_argument
+from ._parts import Reading, bare, class_names, encoder_name, held, is_kind, video_argument
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -164,16 +164,16 @@ class Family:
 
     def recognises(self, pipe: DiffusionPipeline) -> bool:
         """Whether a pipeline is of this family, told by its class, its denoiser and its text encoders."""
-        if not hasattr(pipe, "encode_prompt") or video_argument(type(pipe)):
-            return False
         if not self.has_denoiser(pipe) or not self.has_slots(pipe) or self.lost(pipe):
+            return False
+        if not hasattr(pipe, "encode_prompt") or video_argument(type(pipe)):
             return False
         found = (bare(getattr(pipe, slot)) for slot in self.slots)
         return all(is_kind(part, kind) for part, kind in zip(found, self.encoders, strict=True))
 
     def has_denoiser(self, pipe: DiffusionPipeline) -> bool:
         """Whether the pipeline's denoiser is of this family's class."""
-        return self.denoiser_class in class_names(getattr(pipe, self.denoiser, None))
+        return self.denoiser_class in class_names(held(pipe).get(self.denoiser))
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -182,14 +182,13 @@ class Family:
 
     def has_slots(self, pipe: DiffusionPipeline) -> bool:
         """Whether the pipeline's class has room for this family's text encoders, and for no others."""
-        there = {name for name in pipe.components if name.startswith("text_encoder")}
+        there = {name for name in held(pipe) if name.startswith("text_encoder")}
         return set(self.slots) <= there <= {*self.slots, *map(encoder_name, self.tokenizers)}
 
     def lost(self, pipe: DiffusionPipeline) -> list[str]:
         """The text encoders and tokenizers that the pipeline should have and does not have."""
         named = [name for slot in self.slots for name in (slot, slot.replace("text_encoder", "tokenizer"))]
-        parts = pipe.components
-        return [name for name in named if name in parts and parts[name] is None]
+        return [name for name in named if held(pipe).get(name, "") is None]
 
     def cure_for_lost(self, lost: Sequence[str]) -> str:
         """What to do about lost text encoders."""
