@@ -15,7 +15,7 @@ import torch
 from tiny import (
     ALCOHOL,
     CAT,
-    FAMILIES,
+    EACH,
     PROMPT,
     PROMPTS,
     adapter_file,
@@ -70,7 +70,7 @@ PAIRS = list(itertools.combinations_with_replacement(ERASERS, 2))  # one order w
 each = _each(ERASERS)
 
 
-@pytest.fixture(params=(*FAMILIES, "bert", "pixart", "sd3", "flux"))
+@pytest.fixture(params=EACH)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 

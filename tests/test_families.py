@@ -305,3 +305,9 @@ def test_the_pooled_text_of_a_denoiser_call_can_be_replaced(name: str) -> None:
     other = facts.with_pooled(seen[0], pooled + 1)
     assert torch.equal(facts.pooled_text(other), pooled + 1) and torch.equal(facts.pooled_text(seen[0]), pooled)
     assert {*facts.shared_arguments, facts.text_argument, facts.time_argument} <= {*seen[0], "timestep"}
+
+
+def test_each_family_has_tiny_pipelines_that_all_methods_are_tried_on() -> None:
+    assert {family(tiny.untouched(name)).name for name in tiny.EACH} | {"emoji-flux"} == {
+        each.name for each in FAMILIES
+    }

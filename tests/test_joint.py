@@ -13,7 +13,8 @@ import pytest
 import torch
 from test_guided import SAFETY, sld_rule
 from test_safree import written_out as by_formula
-from tiny import ALCOHOL, CAT, LIMIT, PROMPT, PROMPTS, change, drawn, flux, latents, pipeline
+from tiny import ALCOHOL, CAT, LIMIT, PROMPT, PROMPTS, change, drawn, latents, pipeline
+from tiny.flux import flux
 from torch import Tensor
 
 from efface import CCRT, EIUP, ESD, GIE, RECE, SAFREE, SDD, SLD, UCE, Concept, NegativePrompt
