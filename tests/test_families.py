@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +35,8 @@ from diffusers import (
 from tiny import pipeline
 
 from efface import EIUP, ESD, GIE, RECE, SAFREE, SLD, UCE, Concept, NegativePrompt
-from efface.families import FAMILIES, OFFERS, Family, check, family, filled, forms, uncalibrated
+from efface._masking import masked
+from efface.families import FAMILIES, OFFERS, Family, Reading, check, family, filled, forms, uncalibrated
 from efface.families.flux import FLUX
 from efface.families.pixart import PIXART
 from efface.families.sd3 import SD3
@@ -305,6 +307,15 @@ def test_the_pooled_text_of_a_denoiser_call_can_be_replaced(name: str) -> None:
     other = facts.with_pooled(seen[0], pooled + 1)
     assert torch.equal(facts.pooled_text(other), pooled + 1) and torch.equal(facts.pooled_text(seen[0]), pooled)
     assert {*facts.shared_arguments, facts.text_argument, facts.time_argument} <= {*seen[0], "timestep"}
+
+
+def test_tokens_that_the_pipeline_puts_in_front_and_drops_are_counted_when_others_are_masked() -> None:
+    reading = Reading([7, 8, 9, 3], slice(0, 3), dropped=2)
+    ids = torch.tensor([[1, 1, 7, 8, 9, 3]] * 2)
+    given = {"input_ids": ids}
+    made = masked(threading.get_ident(), 0, [(), (0, 2)], SD, "tokenizer", reading, torch.nn.Identity(), (), given)
+    assert made is not None and made[1]["input_ids"].tolist() == [[1, 1, 7, 8, 9, 3], [1, 1, 0, 8, 0, 3]]
+    assert ids.tolist()[1] == ids.tolist()[0] and reading.last == 3
 
 
 def test_each_family_has_tiny_pipelines_that_all_methods_are_tried_on() -> None:

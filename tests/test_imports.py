@@ -19,6 +19,7 @@ FACTS = {"registry", "core", "families"}
 INSIDE = {
     "_weights",
     "_text",
+    "_masking",
     "_attention",
     "_method",
     "_prompts",
@@ -38,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_forward": set(),
     "_weights": FACTS,
     "_text": FACTS | {"_weights", "_forward"},
+    "_masking": FACTS | {"_text"},
     "_attention": set(),
     "_watch": set(),
     "_method": FACTS | {"_attention", "_weights", "_text"},

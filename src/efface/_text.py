@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,10 +53,7 @@ def encoder_of(pipe: DiffusionPipeline, tokenizer: str) -> Any:
 
 
 def places(pipe: DiffusionPipeline, length: int | None = None, **settings: Any) -> dict[str, tuple[slice, slice]]:
-    """Where each encoder's states stand in a text [L, D]: its columns and features, by the tokenizer's name.
-
-    `length` is L, for families whose texts have as many columns as they need.
-    """
+    """Where each encoder's states stand in a text [`length`, D]: columns and features, by the tokenizer's name."""
     return family(pipe).places(pipe, length, settings)
 
 
@@ -133,7 +128,7 @@ def encode(pipe: DiffusionPipeline, texts: Sequence[str], *, differentiable: boo
             raise ValueError(
                 f"The pipeline's tokenizers place the tokens of {list(texts)} differently: use other words."
             )
-    text, pooled, mask = _encode(pipe, texts, settings, differentiable)
+    text, pooled, mask = encode_cut(pipe, texts, settings, differentiable)
     first = facts.texts[0][0]
     shifts = [facts.shift(first, reading, text.shape[1]) for reading in found[first]]
     own = [slice(r.own.start + by, r.own.stop + by) for r, by in zip(found[first], shifts, strict=True)]
@@ -156,7 +151,7 @@ def cleaned(pipe: DiffusionPipeline, tokenizer: Any, texts: Sequence[str], **set
     return family(pipe).cleaned(pipe, tokenizer, texts, settings)
 
 
-def _encode(
+def encode_cut(
     pipe: DiffusionPipeline, texts: Sequence[str], settings: dict[str, Any], differentiable: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Texts [N, L, D], pooled [N, P], and the mask [N, L], where there are any; what is over the limit is cut."""
@@ -196,50 +191,6 @@ def read(pipe: DiffusionPipeline, text: str, name: str, **settings: Any) -> Read
 def _read(facts: Family, pipe: DiffusionPipeline, name: str, text: str, settings: Mapping[str, Any]) -> Reading:
     (text,) = facts.cleaned(pipe, getattr(pipe, name), [text], settings)
     return facts.read(pipe, name, text)
-
-
-def encode_masked(
-    pipe: DiffusionPipeline, text: str, columns: Mapping[str, Sequence[Sequence[int]]], **settings: Any
-) -> tuple[Tensor, Tensor | None]:
-    """A prompt encoded as often as the longest list has sets of columns [N, L, D], and pooled.
-
-    `columns`: by tokenizer, the columns whose tokens are masked for its encoder in the first text, the second, ..., as
-    `own_tokens` counts them. The mask is the tokenizer's own, or "!", the first word of CLIP's vocabulary, which has
-    none.
-    """
-    placed, here, facts = [], threading.get_ident(), family(pipe)
-    for name, sets in columns.items():
-        tokenizer, encoder = getattr(pipe, name), encoder_of(pipe, name)
-        mask = tokenizer.mask_token_id
-        mask = tokenizer.convert_tokens_to_ids("!") if mask is None else mask
-        put = functools.partial(_masked, here, mask, sets, facts, name, read(pipe, text, name, **settings))
-        placed.append(encoder.register_forward_pre_hook(put, with_kwargs=True))
-    try:
-        return _encode(pipe, [text] * max(map(len, columns.values())), settings, differentiable=True)[:2]
-    finally:
-        for handle in placed:
-            handle.remove()
-
-
-def _masked(
-    thread: int,
-    mask: int,
-    sets: Sequence[Sequence[int]],
-    facts: Family,
-    name: str,
-    reading: Reading,
-    encoder: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """The arguments of an encoder's call with masked tokens; None changes nothing."""
-    if threading.get_ident() != thread:  # another pipeline may share the text encoder
-        return None
-    ids = (args[0] if args else kwargs["input_ids"]).clone()
-    more = reading.dropped + facts.shift(name, reading, ids.shape[1] - reading.dropped)
-    for row, columns in enumerate(sets):
-        ids[row, [column + more for column in columns]] = mask
-    return ((ids, *args[1:]), kwargs) if args else (args, {**kwargs, "input_ids": ids})
 
 
 def encoding_settings(call: inspect.BoundArguments) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._hooks import Hooked
-from .._text import encode, encode_masked, encoding_settings, own_tokens, places, read, readers
+from .._masking import encode_masked
+from .._text import encode, encoding_settings, own_tokens, places, read, readers
 from ..core import Concepts, Rows, as_concepts
 from ..families import family
 

@@ -6,7 +6,6 @@ refusals and tables are computed from the two.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ._defaults import filled, uncalibrated
@@ -41,5 +40,4 @@ __all__ = [
 
 
 def without_cross_attention(who: str, pipe: DiffusionPipeline) -> str:  # removed when hooks/ lands: `refusal`
-    needs: Iterable[str] = ("cross_text",)
-    return refusal(who, needs, pipe)
+    return refusal(who, ("cross_text",), pipe)

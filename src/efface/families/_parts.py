@@ -22,7 +22,7 @@ class Reading(NamedTuple):
     @property
     def last(self) -> int:
         """The token whose state a causal encoder made from the whole text: the end token, or the last of its own."""
-        return min(self.own.stop, len(self.ids) - 1)
+        return min(int(self.own.stop), len(self.ids) - 1)
 
 
 def encoder_name(tokenizer: str) -> str:

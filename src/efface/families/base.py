@@ -59,6 +59,9 @@ OFFERS: Mapping[str, Offer] = {
 }
 
 
+_JOINT = ("add_k_proj", "add_v_proj", "to_k", "to_v")
+
+
 @dataclass(frozen=True)
 class Family:
     """What hooks and methods need to know about a family of pipelines.
@@ -224,11 +227,11 @@ class Family:
 
     def limit(self, pipe: DiffusionPipeline, tokenizer: str, settings: Mapping[str, Any]) -> int:
         """How many tokens of a text the pipeline encodes with this tokenizer, start and end included."""
-        most = getattr(pipe, tokenizer).model_max_length
+        most = int(getattr(pipe, tokenizer).model_max_length)
         longest = inspect.signature(type(pipe).encode_prompt).parameters.get("max_sequence_length")
         if longest is None or tokenizer not in self.resizable:
             return most
-        return min(settings.get("max_sequence_length") or longest.default, most)
+        return min(int(settings.get("max_sequence_length") or longest.default), most)
 
     def cleaned(
         self, pipe: DiffusionPipeline, tokenizer: Any, texts: Sequence[str], settings: Mapping[str, Any]
@@ -267,7 +270,7 @@ class Family:
 
     def state_width(self, encoder: Any) -> int:
         """The features of an encoder's states."""
-        return encoder.config.hidden_size
+        return int(encoder.config.hidden_size)
 
     def encoding_arguments(
         self, pipe: DiffusionPipeline, texts: Sequence[str], settings: Mapping[str, Any]
@@ -320,10 +323,14 @@ class Family:
         return getattr(denoiser, self.projection) if self.projection else None
 
     def text_readers(self, denoiser: nn.Module) -> dict[str, nn.Module]:
-        """The projections that make keys and values from the text, by their names in the denoiser."""
+        """The projections that make keys and values from the text, by their names in the denoiser.
+
+        In joint attention they are those of the text alone, or, where there are none, those of text and picture.
+        """
         if not self.cross_attention:
-            named = denoiser.named_modules()
-            return {name: m for name, m in named if name.rpartition(".")[2] in ("add_k_proj", "add_v_proj")}
+            named = {name: m for name, m in denoiser.named_modules() if name.rpartition(".")[2] in _JOINT}
+            alone = {name: m for name, m in named.items() if name.endswith(_JOINT[:2])}
+            return alone or named
         layers = [(n, m) for n, m in denoiser.named_modules() if getattr(m, "is_cross_attention", False)]
         return {f"{name}.{part}": getattr(layer, part) for name, layer in layers for part in ("to_k", "to_v")}
 

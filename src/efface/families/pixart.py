@@ -17,7 +17,7 @@ class _PixArt(Family):
     def cleaned(
         self, pipe: DiffusionPipeline, tokenizer: Any, texts: Sequence[str], settings: Mapping[str, Any]
     ) -> list[str]:
-        return pipe._text_preprocessing(list(texts), clean_caption=settings.get("clean_caption", False))
+        return list(pipe._text_preprocessing(list(texts), clean_caption=settings.get("clean_caption", False)))
 
 
 PIXART = _PixArt(
