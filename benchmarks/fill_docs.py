@@ -268,6 +268,23 @@ def speed() -> str:
     )
 
 
+def families() -> str:
+    """Which method works on which family."""
+    from efface.families import FAMILIES, matrix
+
+    names, notes = [each.name for each in FAMILIES], []
+    lines = [f"| method | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    for (method, form), cells in matrix().items():
+        shown = []
+        for name in names:
+            if (cell := cells[name]) not in ("", "yes"):
+                notes += [cell] * (cell not in notes)
+                cell = f"yes ({'abcdefgh'[notes.index(cell)]})"
+            shown.append(cell or "-")
+        lines.append(f"| `{method}`{f' with {form}' if form else ''} | {' | '.join(shown)} |")
+    return "\n".join([*lines, *(f"\n({'abcdefgh'[k]}) with {note} in the call" for k, note in enumerate(notes))])
+
+
 def interval(p: dict[str, Any]) -> str:
     return f"{100 * p['rate']:.1f} % [{100 * p['low']:.1f}, {100 * p['high']:.1f}]"
 
@@ -281,6 +298,7 @@ def fill(path: Path, marker: str, text: str) -> None:
 
 
 if __name__ == "__main__":
+    fill(ROOT / "README.md", "families", families())
     fill(ROOT / "README.md", "measured", outcome())
     fill(ROOT / "README.md", "negatives", negatives())
     fill(ROOT / "README.md", "speed", speed())

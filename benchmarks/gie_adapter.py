@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from efface.erasers._adapter import Adapter
 from rich.console import Console
 from rich.table import Table
 
 import efface
 from efface.api import draw, model_hash
 from efface.core import config
+from efface.erasers.gie.adapter import Adapter
 from efface.intervals import Rate
 from efface.models import emoji
 from efface.models.emoji.eyes import ConceptEyes, load_eyes

@@ -15,7 +15,7 @@ import torch
 from tiny import (
     ALCOHOL,
     CAT,
-    FAMILIES,
+    EACH,
     PROMPT,
     PROMPTS,
     adapter_file,
@@ -31,7 +31,8 @@ from tiny import (
 from torch import Tensor, nn
 
 from efface import api, registry
-from efface.core import Concept, config
+from efface.core import Concept
+from efface.families import OFFERS, lacking
 from efface.families import family as facts
 
 EFFECT = 1e-3  # a smaller relative change means that a hook is dead
@@ -41,16 +42,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "negative_prompt": ({"strength": 6.0},),
     "safree": ({"validation": (2.5, -5.0)},),
 }
-REFUSALS = (  # what an eraser, with these fields, says on these families, and no other
-    ("gie", {"values": "official"}, ("emoji", "PixArt"), "which needs a causal text encoder"),
-    ("gie", {"trajectories": 2}, ("PixArt",), "Two trajectories need the guidance scale of the call, but PixArt"),
-    ("negative_prompt", {"strength": 6.0}, ("PixArt",), "needs the guidance scale of the call, but PixArt"),
-    ("negative_prompt", {"strength": 6.0}, ("FLUX.1",), "needs the guidance scale of the call, but FLUX.1"),
-    ("eiup", {}, ("SD 3/3.5", "FLUX.1"), "has no cross-attention layers"),
-    ("gie", {}, ("SD 3/3.5", "FLUX.1"), "has no cross-attention layers"),
-)
-
-
 # a mask with an edge turns a rounding error into a difference, which says nothing about rows
 SMOOTH: dict[str, dict[str, Any]] = {"SLD": {"sld_guidance_scale": 5.0, "threshold": 10.0}}
 
@@ -80,7 +71,7 @@ PAIRS = list(itertools.combinations_with_replacement(ERASERS, 2))  # one order w
 each = _each(ERASERS)
 
 
-@pytest.fixture(params=(*FAMILIES, "bert", "pixart", "sd3", "flux"))
+@pytest.fixture(params=EACH)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -95,18 +86,19 @@ def suits(request: pytest.FixtureRequest) -> None:
 
 
 def refusal(eraser: Any, pipe: Any) -> str:
-    """What an eraser refuses a pipeline with, which has to be in the list; "" if it does not."""
-    name, expected = config(eraser)["method"], []
-    for method, fields, families, substance in REFUSALS:
-        if method == name and facts(pipe).name in families and fields.items() <= vars(eraser).items():
-            expected.append(substance)
+    """What an eraser refuses a pipeline with: what it needs and the family does not offer; "" if it does not."""
+    lacks = lacking(eraser.needs, facts(pipe).offers)
     try:
         eraser.apply(pipe).remove()
     except ValueError as error:
-        assert any(substance in str(error) for substance in expected), error
+        assert lacks and says_what_is_missing(str(error), eraser, lacks), error
         return str(error)
-    assert not expected
+    assert not lacks
     return ""
+
+
+def says_what_is_missing(said: str, eraser: Any, lacks: tuple[str, ...]) -> bool:
+    return said.startswith(type(eraser).__name__) and all(OFFERS[need].words in said for need in lacks)
 
 
 def snapshot(pipe: Any) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, int]]:
@@ -212,7 +204,8 @@ def test_strength_can_be_set_while_on(eraser: Any, pipe: Any, family: str) -> No
             handle.strength = 0.5
         except ValueError as error:
             assert eraser.strength is None
-            assert any(substance in str(error) for *_, families, substance in REFUSALS if facts(pipe).name in families)
+            lacks = lacking(dataclasses.replace(eraser, strength=0.5).needs, facts(pipe).offers)
+            assert lacks and says_what_is_missing(str(error), eraser, lacks)
             pytest.skip(str(error))
         assert handle.strength == handle.config()["strength"] == 0.5
         weaker = latents(pipe)

@@ -296,7 +296,8 @@ def test_a_delta_prints_as_one_short_line(sd1: Any) -> None:
     both = replace(delta + low(sd1, 1, conv=True), strength=0.5, concepts=[Concept(name) for name in "abcde"])
     both = replace(both, weights={**both.weights, BIAS: torch.zeros(16)}, model="")
     assert repr(both) == (
-        "Delta(test_delta, a, b, c and 2 more, strength 0.5, 10 tensors (rank <= 4 or dense), base model 'unknown')"
+        "Delta(test_delta:Noise, a, b, c and 2 more, strength 0.5, 10 tensors (rank <= 4 or dense), "
+        "base model 'unknown')"
     )
 
 

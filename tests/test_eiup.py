@@ -16,7 +16,7 @@ from tiny import ALCOHOL, CAT, LIMIT, PROMPTS, add_lora, bare, change, drawn, la
 from torch import Tensor
 
 from efface import EIUP, Concept, NegativePrompt
-from efface.families import SD
+from efface.families.unet import SD
 from efface.hooks import CrossAttention, ErasurePrompts
 from efface.hooks.denoiser import Site
 

@@ -32,7 +32,7 @@ from torch import nn
 import efface
 import efface.api
 from efface import Concept
-from efface.families import family
+from efface.families import about, family
 from efface.models import emoji128
 from efface.models.emoji128.eyes import ICONS, STYLES, Eye, Eyes, load_eyes
 from efface.models.emoji128.vae import EmojiAutoencoder
@@ -317,7 +317,7 @@ def test_emoji_flux_is_a_flux_with_bidirectional_encoders(flux_pipe: FluxPipelin
     found = family(flux_pipe)
     assert found.name == "emoji-flux" and not found.causal and not found.cross_attention
     assert found.scale == "true_cfg_scale" and found.bidirectional == ("tokenizer", "tokenizer_2")
-    assert "bidirectional" in found.about
+    assert "bidirectional" in about(found)
 
 
 @pytest.mark.parametrize("method", ["sld", "safree", "negative_prompt"])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import threading
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,12 +34,18 @@ from diffusers import (
 )
 from tiny import pipeline
 
-from efface import EIUP, GIE, SAFREE, SLD, UCE, Concept, NegativePrompt
-from efface.families import EMOJI, FLUX, PIXART, SD, SD3, SDXL, family
+from efface import EIUP, ESD, GIE, RECE, SAFREE, SLD, UCE, Concept, NegativePrompt
+from efface._masking import masked
+from efface.families import FAMILIES, OFFERS, Family, Reading, check, family, filled, forms, uncalibrated
+from efface.families.flux import FLUX
+from efface.families.pixart import PIXART
+from efface.families.sd3 import SD3
+from efface.families.sdxl import SDXL
+from efface.families.unet import EMOJI, SD
 
 CAT = Concept("cat")
 ALL = (EIUP([CAT]), GIE([CAT]), SLD([CAT]), SAFREE([CAT]), NegativePrompt([CAT]))
-TESTED = r"of a tested family \(SD 1.x/2.x, SDXL, emoji, PixArt, SD 3/3.5, FLUX.1, emoji-flux\), but got "
+TESTED = r"of a tested family \(emoji, emoji-flux, FLUX.1, PixArt, SD 1.x/2.x, SD 3/3.5, SDXL\), but got "
 PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")
 
 
@@ -198,3 +208,117 @@ def test_a_pipeline_that_encodes_otherwise_is_named() -> None:
         ):
             eraser.apply(pipe)
     assert "encode_prompt" not in vars(pipe)
+
+
+# ---------------------------------------------------------------- what families offer and methods need
+
+
+@pytest.mark.parametrize("name", tiny.BUILDERS)
+def test_exactly_one_family_recognises_a_pipeline_and_it_has_what_the_family_offers(name: str) -> None:
+    pipe = tiny.untouched(name)
+    found = [each for each in FAMILIES if each.recognises(pipe)]
+    assert found == [family(pipe)]
+    assert found[0].offered(pipe) == found[0].offers
+
+
+def test_families_and_methods_speak_of_the_same_things() -> None:
+    for each in FAMILIES:
+        assert each.offers <= OFFERS.keys(), each.name
+        assert ("causal_text" in each.offers) == each.causal, each.name
+        assert {*each.bidirectional, *each.resizable, *each.left_padded} <= set(each.tokenizers)
+    needed = {name for form in forms() for need in form.needs for name in need.split("|")}
+    assert needed and needed <= OFFERS.keys()
+
+
+def test_the_table_of_the_readme_is_the_computed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[1]
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    table = importlib.import_module("fill_docs").families()
+    written = (root / "README.md").read_text("utf-8").partition("<!-- families:begin -->\n")[2]
+    assert written.partition("\n<!-- families:end -->")[0] == table, "run `python benchmarks/fill_docs.py`"
+
+
+def test_what_is_filled_in_says_where_it_was_calibrated() -> None:
+    emoji, sd = tiny.untouched("bert"), tiny.untouched("sd1")
+    assert filled(RECE(), emoji).lam == 100.0 and filled(RECE(), sd).lam == 0.1 and filled(RECE(lam=2.0), sd).lam == 2.0
+    for method in (RECE(), ESD(), EIUP([CAT])):
+        assert uncalibrated(method, emoji) == ""
+        assert uncalibrated(method, sd) == "not calibrated for SD 1.x/2.x (calibrated: emoji)"
+    assert uncalibrated(RECE.nudity(), sd) == uncalibrated(SLD([CAT]), sd) == uncalibrated(UCE(), sd) == ""
+    assert "calibrated: SD 1.x/2.x" in uncalibrated(SLD([CAT]), tiny.untouched("sd3"))
+
+
+def test_either_of_two_offers_may_be_enough() -> None:
+    class Joint:
+        needs = ("cross_text|joint_text",)
+
+    class Neither:
+        needs = ("joint_text", "training")
+
+    check(Joint(), tiny.untouched("sd1"))
+    check(Joint(), tiny.untouched("sd3"))
+    with pytest.raises(ValueError, match="Neither needs joint attention layers, but .*Use it on no known family;"):
+        check(Neither(), tiny.untouched("sd1"))
+
+
+# ---------------------------------------------------------------- room for the next families
+
+
+class Words:
+    """A tokenizer without an end token, as decoders have."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> Any:
+        ids = [7 + len(word) for word in text.split()]
+        return SimpleNamespace(input_ids=[1, 2, *ids] if add_special_tokens else ids)
+
+
+def test_padding_in_front_moves_a_texts_tokens() -> None:
+    facts = Family("x", "X", ("",), frozenset(), left_padded=("tokenizer",), padded_to_limit=False)
+    pipe: Any = SimpleNamespace(tokenizer=Words(), text_encoder=SimpleNamespace(config=SimpleNamespace(hidden_size=3)))
+    read = facts.read(pipe, "tokenizer", "a red cat")
+    assert read.ids == [1, 2, 8, 10, 10] and read.own == slice(2, 5) and read.last == 4
+    assert facts.shift("tokenizer", read, 16) == 11 and SD.shift("tokenizer", read, 16) == 0
+    edit = torch.ones(2, 3)
+    assert facts.padded(edit, 4)[:, 0].tolist() == [0, 0, 1, 1] and SD.padded(edit, 4)[:, 0].tolist() == [1, 1, 0, 0]
+
+
+def test_a_masked_text_may_be_lengthened_and_no_other() -> None:
+    text, mask = torch.randn(1, 3, 4), torch.tensor([[True, True, False]])
+    longer = PIXART.lengthened(text, mask, 5)
+    assert longer is not None
+    assert (
+        torch.equal(longer[0][:, :3], text)
+        and longer[1] is not None
+        and longer[1].tolist()[0] == [True, True, *[False] * 3]
+    )
+    assert PIXART.lengthened(text, None, 3) == (text, None)
+    assert PIXART.lengthened(text, mask, 2) is None and SD.lengthened(text, None, 5) is None
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+def test_the_pooled_text_of_a_denoiser_call_can_be_replaced(name: str) -> None:
+    pipe, seen = tiny.pipeline(name), []
+    denoiser = tiny.denoiser_of(pipe)
+    with denoiser.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True):
+        tiny.latents(pipe, num_inference_steps=1)
+    facts = family(pipe)
+    pooled = facts.pooled_text(seen[0])
+    assert pooled is not None and facts.text_mask(seen[0]) is None
+    other = facts.with_pooled(seen[0], pooled + 1)
+    assert torch.equal(facts.pooled_text(other), pooled + 1) and torch.equal(facts.pooled_text(seen[0]), pooled)
+    assert {*facts.shared_arguments, facts.text_argument, facts.time_argument} <= {*seen[0], "timestep"}
+
+
+def test_tokens_that_the_pipeline_puts_in_front_and_drops_are_counted_when_others_are_masked() -> None:
+    reading = Reading([7, 8, 9, 3], slice(0, 3), dropped=2)
+    ids = torch.tensor([[1, 1, 7, 8, 9, 3]] * 2)
+    given = {"input_ids": ids}
+    made = masked(threading.get_ident(), 0, [(), (0, 2)], SD, "tokenizer", reading, torch.nn.Identity(), (), given)
+    assert made is not None and made[1]["input_ids"].tolist() == [[1, 1, 7, 8, 9, 3], [1, 1, 0, 8, 0, 3]]
+    assert ids.tolist()[1] == ids.tolist()[0] and reading.last == 3
+
+
+def test_each_family_has_tiny_pipelines_that_all_methods_are_tried_on() -> None:
+    assert {family(tiny.untouched(name)).name for name in tiny.EACH} | {"emoji-flux"} == {
+        each.name for each in FAMILIES
+    }

@@ -352,7 +352,7 @@ def test_not_a_pipeline_is_a_type_error(other: Any) -> None:
 def test_a_denoiser_without_cross_attention_is_an_error() -> None:
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "mid_block_type": None}
     pipe = tiny.stable_diffusion(tiny.tokenizer(), 32, tiny.denoiser(32, **blocks))
-    with pytest.raises(ValueError, match="EIUP works in cross-attention, but this StableDiffusionPipeline has no"):
+    with pytest.raises(ValueError, match="EIUP needs cross-attention layers, but this StableDiffusionPipeline"):
         ERASER.apply(pipe)
     assert "encode_prompt" not in vars(pipe) and "forward" not in vars(pipe.unet)
     NegativePrompt([CAT]).apply(pipe).remove()
@@ -440,7 +440,7 @@ def test_a_model_that_was_moved_encodes_anew_or_says_so(eraser: Any) -> None:
 def test_other_text_encoders_are_not_taken_for_clip() -> None:
     pipe = pipeline()
     pipe.text_encoder = pipeline("pixart").text_encoder
-    with pytest.raises(TypeError, match="of a tested family .* a UNet with CLIP text encoders"):
+    with pytest.raises(TypeError, match="of a tested family .* with the text encoders of its family"):
         ERASER.apply(pipe)
 
 

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ ROOT = Path(efface.__file__).parent
 
 # What each part may import, besides itself. `efface` is the package's own `__init__`.
 FACTS = {"registry", "core", "families"}
-TEXTS = FACTS | {"_weights", "_text"}
+TEXTS = FACTS | {"_weights", "_text", "_masking"}
 HOOKS = TEXTS | {"hooks", "delta"}
 MAY_IMPORT: dict[str, set[str]] = {
     "registry": set(),
@@ -26,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "families": {"registry", "core"},
     "_weights": FACTS,
     "_text": FACTS | {"_weights"},
+    "_masking": FACTS | {"_text"},
     "hooks": TEXTS,
     "delta": TEXTS | {"hooks"},
     "erasers": HOOKS | {"pictures"},
@@ -114,6 +116,40 @@ def test_imports_run_one_way(module: str, path: Path) -> None:
     assert back_edges(path.read_text(), module, package=path.stem == "__init__") == []
 
 
+def circles(package: str) -> list[str]:
+    """The modules of a package that import themselves, by way of others of it."""
+    files = {path.stem: path for path in (ROOT / package).glob("*.py")}
+    uses: dict[str, set[str]] = {}
+    for name, path in files.items():
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        uses[name] = {node.module or "__init__" for node in nodes if node.level == 1} & files.keys()
+
+    def reached(name: str) -> set[str]:
+        found: set[str] = set()
+        queue = [*uses[name]]
+        while queue:
+            if (step := queue.pop()) not in found:
+                found.add(step)
+                queue += uses[step]
+        return found
+
+    return sorted(name for name in files if name in reached(name))
+
+
+@pytest.mark.parametrize("package", ["families"])
+def test_no_module_of_a_package_imports_itself_through_others(package: str) -> None:
+    assert circles(package) == []
+
+
+def test_a_family_is_one_file_that_nothing_else_names() -> None:
+    files = [path for path in (ROOT / "families").glob("*.py") if not path.stem.startswith("_") and path.stem != "base"]
+    names = "|".join(path.stem for path in files)
+    assert len(files) > 3
+    for module, path in modules():
+        if path not in files:
+            assert not re.search(rf"families\.({names})\b|from \.({names}) import", path.read_text()), module
+
+
 @pytest.mark.parametrize(
     ("module", "source"),
     [
@@ -127,6 +163,8 @@ def test_imports_run_one_way(module: str, path: Path) -> None:
         ("efface.core", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from efface.delta import Delta\n"),
         ("efface.registry", "from efface.core import Concept\n"),
         ("efface.families", "from efface.hooks import Method\n"),
+        ("efface.families.flux", "from .._text import encode\n"),
+        ("efface.families._needs", "from efface.erasers.eiup import EIUP\n"),
         ("efface.hooks.denoiser", "from efface.delta import Delta\n"),
         ("efface._weights", "from efface._text import encode\n"),
         ("efface._text", "from .hooks import Method\n"),
@@ -233,6 +271,7 @@ def test_registry_imports_the_standard_library_only() -> None:
         "import efface",
         "import efface.cli",
         "import efface.registry; efface.registry.methods()",
+        "import efface.families; efface.families.FAMILIES",
         "import efface; dir(efface)",
     ],
 )

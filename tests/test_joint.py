@@ -13,14 +13,14 @@ import pytest
 import torch
 from test_guided import SAFETY, sld_rule
 from test_safree import written_out as by_formula
-from tiny import ALCOHOL, CAT, LIMIT, PROMPT, PROMPTS, change, drawn, flux, latents, pipeline
+from tiny import ALCOHOL, CAT, LIMIT, PROMPT, PROMPTS, change, drawn, latents, pipeline
+from tiny.flux import flux
 from torch import Tensor
 
 from efface import CCRT, EIUP, ESD, GIE, RECE, SAFREE, SDD, SLD, UCE, Concept, NegativePrompt
 from efface._text import SITES, encode, pack
 from efface._weights import keys_values
 from efface.api import model_hash
-from efface.families import FAMILIES
 
 ALL = ("sd3", "sd35", "flux")
 SCALE = 7.5
@@ -385,7 +385,7 @@ def test_one_negative_prompt_for_several_prompts() -> None:
 
 
 def test_the_guidance_scale_that_is_distilled_in_is_not_taken_for_the_true_one() -> None:
-    with pytest.raises(ValueError, match=r"FLUX.1 pipelines do not tell it \(`true_cfg_scale`\). Use strength=None"):
+    with pytest.raises(ValueError, match=r"the guidance scale of the call, but this FluxPipeline \(FLUX.1\)"):
         NegativePrompt(ALCOHOL, strength=3.0).apply(pipeline("flux"))
 
 
@@ -424,25 +424,24 @@ def test_the_hash_of_a_model_tells_two_apart(family: str) -> None:
 def test_what_needs_cross_attention_names_where_it_works_and_what_works_here(family: str) -> None:
     pipe = pipeline(family)
     name, works = {
-        "sd3": ("SD 3/3.5", "SLD, SAFREE and NegativePrompt"),
-        "flux": ("FLUX.1", "SAFREE, and SLD and NegativePrompt with `true_cfg_scale` above 1 and a negative prompt"),
+        "sd3": ("SD 3/3.5", "NegativePrompt, SAFREE and SLD"),
+        "flux": ("FLUX.1", "SAFREE, and NegativePrompt and SLD with `true_cfg_scale` above 1 and a negative prompt"),
     }[family]
-    tested = ", ".join(each.name for each in FAMILIES[:4])
-    for eraser in (EIUP(CAT), EIUP.reconstruction(CAT), GIE(CAT), GIE(CAT, adapter="emoji"), GIE.official(CAT)):
-        said = (
-            f"{type(eraser).__name__} works in cross-attention, .*Use it on {tested}; what works on {name} is {works}"
-        )
+    tested = "emoji, PixArt, SD 1.x/2.x or SDXL"
+    has, here = f"but this {type(pipe).__name__} \\({name}\\) has joint attention", f"what works on {name} is {works}"
+    for eraser in (EIUP(CAT), EIUP.reconstruction(CAT), GIE(CAT), GIE(CAT, adapter="emoji")):
+        said = f"{type(eraser).__name__} needs cross-attention layers, {has} .*Use it on {tested}; {here}"
         with pytest.raises(ValueError, match=said):
             eraser.apply(pipe)
+    with pytest.raises(ValueError, match=f"GIE needs cross-attention layers.*{has}.*{here}"):
+        GIE.official(CAT).apply(pipe)
     for editor in (UCE(), RECE()):
-        with pytest.raises(
-            ValueError, match=f"closed form works in cross-attention, .*what works on {name} is {works}"
-        ):
+        with pytest.raises(ValueError, match=f"needs weights that read the encoded text, {has}.*{here}"):
             editor.fit(pipe, [CAT])
-    for editor in (ESD(), SDD(), CCRT()):
-        with pytest.raises(TypeError, match=f"Expected a pipeline with a UNet, .*not tested: use {works}"):
-            editor.fit(pipe, [CAT])
-    with pytest.raises(ValueError, match="closed form works in cross-attention"):
+    for trained in (ESD(), SDD(), CCRT()):
+        with pytest.raises(ValueError, match=f"needs a denoiser that trains outside .*{has}.*{here}"):
+            trained.fit(pipe, [CAT])
+    with pytest.raises(ValueError, match="in closed form needs cross-attention layers"):
         keys_values(pipe)
     assert "encode_prompt" not in vars(pipe) and "forward" not in vars(pipe.transformer)
 

@@ -19,6 +19,7 @@ from efface import CCRT, EIUP, ESD, RECE, SDD, UCE, Concept
 from efface.delta import dense
 from efface.editors import _training
 from efface.editors._denoiser import Denoiser, trained
+from efface.families import family as facts
 
 QUICK: dict[str, Any] = {"batch": 2, "reuse": 2, "sampler_steps": 4}
 EDITORS = [ESD(steps=4, lr=1e-3, **QUICK), SDD(steps=4, lr=1e-3, ema=0.5, **QUICK), SDD(train="u", steps=2, **QUICK)]
@@ -62,7 +63,7 @@ def same(a: Any, b: Any) -> bool:
 def test_modes_name_the_weights_of_the_paper(pipe: Any) -> None:
     unet = pipe.unet
     names = {name for name, _ in unet.named_parameters()}
-    x, u = set(trained(unet, "x")), set(trained(unet, "u"))
+    x, u = set(trained(unet, "x")), set(trained(unet, "u", facts(pipe).outer_layers))
     assert x == {name for name in names if ".attn2." in name} != set()
     assert set(trained(unet, "x-strict")) == {n for n in x if n.endswith(("to_k.weight", "to_v.weight"))} != set()
     assert set(trained(unet, "self")) == {name for name in names if ".attn1." in name} != set()
@@ -84,7 +85,7 @@ def test_what_cannot_be_trained_is_refused(sd1: Any) -> None:
         ESD().fit(sd1, Concept("long", ("cat " * 20,)))
     with pytest.raises(TypeError, match="tested family"):  # as for SD3 and FLUX
         ESD().fit(object(), CAT)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="has a transformer"):
+    with pytest.raises(ValueError, match="ESD needs a denoiser that trains .*this PixArtAlphaPipeline"):
         ESD().fit(tiny.untouched("pixart"), CAT)
     half = tiny.pipeline().to(dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="precision='bfloat16'"):
@@ -184,7 +185,9 @@ def test_fit_moves_what_it_trains_and_leaves_the_pipeline_as_found(editor: Any, 
     try:
         delta = editor.fit(pipe, [ALCOHOL, CAT], seed=3)
         assert_as_found(pipe, before)
-        assert set(delta.weights) == {f"unet.{name}" for name in trained(pipe.unet, editor.train)}
+        assert set(delta.weights) == {
+            f"unet.{name}" for name in trained(pipe.unet, editor.train, facts(pipe).outer_layers)
+        }
         moved = [name for name, w in delta.weights.items() if dense(w).any()]
         assert len(moved) > 0.8 * len(delta.weights)
         assert same(delta, editor.fit(pipe, [ALCOHOL, CAT], seed=3))

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import efface
-from efface.erasers._adapter import Adapter
+from efface.erasers.gie.adapter import Adapter
 from efface.models import emoji
 from efface.models.emoji.eyes import ConceptEyes, load_eyes
 from efface.models.emoji.weights import FOLDER, record

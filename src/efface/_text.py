@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ._weights import denoiser_of
-from .families import family
+from .families import FAMILIES, Family, Reading, encoder_name, family
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -48,28 +47,12 @@ def readers(pipe: DiffusionPipeline) -> tuple[str, ...]:
 
 def encoder_of(pipe: DiffusionPipeline, tokenizer: str) -> Any:
     """The text encoder that goes with a tokenizer, by its name; None if the pipeline does without."""
-    return getattr(pipe, tokenizer.replace("tokenizer", "text_encoder"), None)
+    return getattr(pipe, encoder_name(tokenizer), None)
 
 
-def _limit(pipe: DiffusionPipeline, name: str, **settings: Any) -> int:
-    """How many tokens of a text the pipeline encodes with this tokenizer, start and end included."""
-    most = getattr(pipe, name).model_max_length
-    longest = inspect.signature(type(pipe).encode_prompt).parameters.get("max_sequence_length")
-    if longest is None or name not in family(pipe).bidirectional:  # CLIP takes what it takes
-        return most
-    return min(settings.get("max_sequence_length") or longest.default, most)
-
-
-def places(pipe: DiffusionPipeline, **settings: Any) -> dict[str, tuple[slice, slice]]:
-    """Where each encoder's states stand in a text [L, D]: its columns and features, by the tokenizer's name."""
-    found, end = {}, 0
-    for group in family(pipe).texts:
-        column, feature = end, 0
-        for name in group:
-            if (encoder := encoder_of(pipe, name)) is not None:
-                end = column + _limit(pipe, name, **settings)
-                found[name] = slice(column, end), slice(feature, feature := feature + encoder.config.hidden_size)
-    return found
+def places(pipe: DiffusionPipeline, length: int | None = None, **settings: Any) -> dict[str, tuple[slice, slice]]:
+    """Where each encoder's states stand in a text [`length`, D]: columns and features, by the tokenizer's name."""
+    return family(pipe).places(pipe, length, settings)
 
 
 def unknown(tokenizer: Any, text: str) -> list[str]:
@@ -93,10 +76,11 @@ def check_phrases(pipe: DiffusionPipeline, phrases: Sequence[str], **settings: A
 
     A phrase needs tokens, has to fit into the encoder, and may hold only characters that the tokenizer knows.
     """
+    facts = family(pipe)
     for name in readers(pipe):
-        tokenizer, limit = getattr(pipe, name), _limit(pipe, name, **settings)
-        for phrase, text in zip(phrases, cleaned(pipe, tokenizer, phrases, **settings), strict=True):
-            _own_columns(tokenizer, text, limit)
+        tokenizer = getattr(pipe, name)
+        for phrase, text in zip(phrases, facts.cleaned(pipe, tokenizer, phrases, settings), strict=True):
+            _whole(facts, pipe, name, text, settings)
             if strange := unknown(tokenizer, text):
                 raise ValueError(
                     f"The phrase {_short(phrase)!r} has characters that the pipeline's {name} does not know "
@@ -109,17 +93,16 @@ def _short(text: str, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-def _own_columns(tokenizer: Any, text: str, limit: int) -> slice:
-    """Where a text's own tokens stand; ValueError if it has none or does not fit."""
-    ids, whole = (tokenizer(text, add_special_tokens=own).input_ids for own in (False, True))
-    if text and not ids:
+def _whole(facts: Family, pipe: DiffusionPipeline, name: str, text: str, settings: Mapping[str, Any]) -> Reading:
+    """How an encoder reads a cleaned text; ValueError if the text has no tokens or does not fit."""
+    found, limit = facts.read(pipe, name, text), facts.limit(pipe, name, settings)
+    if text and found.own.start == found.own.stop:
         raise ValueError(f"The phrase {text!r} has no tokens for this pipeline: write the concept in other words.")
-    if len(whole) > limit:
+    if (length := len(found.ids)) > limit:
         raise ValueError(
-            f"The phrase {text!r} is {len(whole)} tokens long, but the text encoder takes {limit}: write a shorter one."
+            f"The phrase {text!r} is {length} tokens long, but the text encoder takes {limit}: write a shorter one."
         )
-    start = next(k for k in range(len(whole) + 1) if whole[k : k + len(ids)] == ids)
-    return slice(start, start + len(ids))
+    return found
 
 
 def encode(pipe: DiffusionPipeline, texts: Sequence[str], *, differentiable: bool = False, **settings: Any) -> Encoded:
@@ -134,26 +117,27 @@ def encode(pipe: DiffusionPipeline, texts: Sequence[str], *, differentiable: boo
     Raises:
         ValueError: a text without tokens, or over the limit.
     """
-    columns = {}
+    facts, found = family(pipe), {}
     for name in readers(pipe):
-        tokenizer, limit = getattr(pipe, name), _limit(pipe, name, **settings)
-        columns[name] = [_own_columns(tokenizer, t, limit) for t in cleaned(pipe, tokenizer, texts, **settings)]
-    for first, *others in family(pipe).texts:
-        if any(columns[name] != columns[first] for name in others):
+        written = facts.cleaned(pipe, getattr(pipe, name), texts, settings)
+        found[name] = [_whole(facts, pipe, name, text, settings) for text in written]
+    for first, *others in facts.texts:
+        if any(a.own != b.own for name in others for a, b in zip(found[first], found[name], strict=True)):
             raise ValueError(
                 f"The pipeline's tokenizers place the tokens of {list(texts)} differently: use other words."
             )
-    text, pooled, mask = _encode(pipe, texts, settings, differentiable)
-    return Encoded(text, pooled, tuple(columns[family(pipe).texts[0][0]]), mask)
+    text, pooled, mask = encode_cut(pipe, texts, settings, differentiable)
+    first = facts.texts[0][0]
+    shifts = [facts.shift(first, reading, text.shape[1]) for reading in found[first]]
+    own = [slice(r.own.start + by, r.own.stop + by) for r, by in zip(found[first], shifts, strict=True)]
+    return Encoded(text, pooled, tuple(own), mask)
 
 
 def check_width(pipe: DiffusionPipeline) -> None:
     """ValueError unless the encoder makes texts of the width that the denoiser reads."""
-    config = denoiser_of(pipe).config
-    names = ("caption_channels", "joint_attention_dim", "cross_attention_dim")  # the first is projected to the last
-    read = next((config[name] for name in names if config.get(name) is not None), None)
+    read = family(pipe).text_width(denoiser_of(pipe))
     made = encode(pipe, [""]).text.shape[-1]
-    if isinstance(read, int) and made != read:
+    if read is not None and made != read:
         raise ValueError(
             f"The text encoder of this {type(pipe).__name__} makes states of width {made}, but its denoiser reads "
             f"width {read}: load the two from one model."
@@ -162,75 +146,54 @@ def check_width(pipe: DiffusionPipeline) -> None:
 
 def cleaned(pipe: DiffusionPipeline, tokenizer: Any, texts: Sequence[str], **settings: Any) -> list[str]:
     """Texts as the pipeline gives them to a tokenizer."""
-    if family(pipe).masked:
-        return pipe._text_preprocessing(list(texts), clean_caption=settings.get("clean_caption", False))
-    convert = getattr(pipe, "maybe_convert_prompt", None)  # textual inversion: one word, several tokens
-    return [convert(text, tokenizer) for text in texts] if convert else list(texts)
+    return family(pipe).cleaned(pipe, tokenizer, texts, settings)
 
 
-def _encode(
+def encode_cut(
     pipe: DiffusionPipeline, texts: Sequence[str], settings: dict[str, Any], differentiable: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Texts [N, L, D], pooled [N, P], and the mask [N, L], where there are any; what is over the limit is cut."""
-    method = own_encode(pipe)
-    call = {"prompt": list(texts), "prompt_2": None, "prompt_3": None, "num_images_per_prompt": 1, **settings}
-    call |= {"device": pipe._execution_device, "do_classifier_free_guidance": False}
-    taken = inspect.signature(type(pipe).encode_prompt).parameters
+    method, facts = own_encode(pipe), family(pipe)
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-        out = method(**{name: value for name, value in call.items() if name in taken})
-    if len(out) != len(family(pipe).returns):
+        out = method(**facts.encoding_arguments(pipe, texts, settings))
+    if len(out) != len(facts.returns):
         raise TypeError(
-            f"`encode_prompt` of this {type(pipe).__name__} returns {len(out)} values, but pipelines of "
-            f"{family(pipe).name} return {len(family(pipe).returns)}: it is not of a tested family. Use the "
-            "text-to-image pipeline of the family."
+            f"`encode_prompt` of this {type(pipe).__name__} returns {len(out)} values, but pipelines of {facts.name} "
+            f"return {len(facts.returns)}: it is not of a tested family. Use the text-to-image pipeline of the family."
         )
-    parts = dict(zip(family(pipe).returns, out, strict=True))
-    return parts["text"], parts.get("pooled"), parts["mask"].bool() if family(pipe).masked else None
+    parts = dict(zip(facts.returns, out, strict=True))
+    mask = parts.get("mask")
+    return parts["text"], parts.get("pooled"), None if mask is None else mask.bool()
 
 
 def own_tokens(pipe: DiffusionPipeline, text: str, name: str, **settings: Any) -> range:
-    """The columns of a text's own tokens for one tokenizer; the end token is behind them. What is too long is cut."""
-    tokenizer = getattr(pipe, name)
-    (text,) = cleaned(pipe, tokenizer, [text], **settings)
-    cut = {"truncation": True, "max_length": _limit(pipe, name, **settings)}
-    return range(len(tokenizer("").input_ids) - 1, len(tokenizer(text, **cut).input_ids) - 1)
+    """The columns of a text's own tokens for one tokenizer, not counting padding in front. What is too long is cut.
 
-
-def encode_masked(
-    pipe: DiffusionPipeline, text: str, columns: Mapping[str, Sequence[Sequence[int]]], **settings: Any
-) -> tuple[Tensor, Tensor | None]:
-    """A prompt encoded as often as the longest list has sets of columns [N, L, D], and pooled.
-
-    `columns`: by tokenizer, the columns whose tokens are masked for its encoder in the first text, the second, ... The
-    mask is the tokenizer's own, or "!", the first word of CLIP's vocabulary, which has none.
+    The end token, where there is one, stands behind them.
     """
-    placed, here = [], threading.get_ident()
-    for name, sets in columns.items():
-        tokenizer, encoder = getattr(pipe, name), encoder_of(pipe, name)
-        mask = tokenizer.mask_token_id
-        mask = tokenizer.convert_tokens_to_ids("!") if mask is None else mask
+    own = read(pipe, text, name, **settings).own
+    return range(own.start, own.stop)
 
-        def put(
-            module: nn.Module, args: tuple[Any, ...], mask: int = mask, sets: Sequence[Sequence[int]] = sets
-        ) -> tuple[Any, ...]:
-            if threading.get_ident() != here:  # another pipeline may share the text encoder
-                return args
-            ids = args[0].clone()
-            for row, masked in enumerate(sets):
-                ids[row, list(masked)] = mask
-            return (ids, *args[1:])
 
-        placed.append(encoder.register_forward_pre_hook(put))
-    try:
-        return _encode(pipe, [text] * max(map(len, columns.values())), settings, differentiable=True)[:2]
-    finally:
-        for handle in placed:
-            handle.remove()
+def read(pipe: DiffusionPipeline, text: str, name: str, **settings: Any) -> Reading:
+    """How one of the pipeline's encoders reads a text. What is too long is cut."""
+    facts = family(pipe)
+    found, limit = _read(facts, pipe, name, text, settings), facts.limit(pipe, name, settings)
+    if (more := len(found.ids) - limit) <= 0:
+        return found
+    stop = max(found.own.start, found.own.stop - more)
+    ids = found.ids[:stop] + found.ids[found.own.stop :]
+    return found._replace(ids=ids, own=slice(found.own.start, stop))
+
+
+def _read(facts: Family, pipe: DiffusionPipeline, name: str, text: str, settings: Mapping[str, Any]) -> Reading:
+    (text,) = facts.cleaned(pipe, getattr(pipe, name), [text], settings)
+    return facts.read(pipe, name, text)
 
 
 def encoding_settings(call: inspect.BoundArguments) -> dict[str, Any]:
     """The arguments of an `encode_prompt` call that change how any text is encoded."""
-    names = ("clip_skip", "lora_scale", "clean_caption", "max_sequence_length")
+    names = dict.fromkeys(name for each in FAMILIES for name in each.settings)
     return {k: call.arguments[k] for k in names if call.arguments.get(k) is not None}
 
 
@@ -319,13 +282,12 @@ def cut_off(pipe: DiffusionPipeline, text: str, **settings: Any) -> str:
 
 
 def _cut_off(pipe: DiffusionPipeline, text: str, **settings: Any) -> list[str]:
-    lost = []
+    facts, lost = family(pipe), []
     for name in readers(pipe):
-        tokenizer = getattr(pipe, name)
-        (whole,) = cleaned(pipe, tokenizer, [text], **settings)
-        ids = tokenizer(whole, add_special_tokens=False).input_ids
-        room = _limit(pipe, name, **settings) - len(tokenizer("").input_ids)
-        lost.append(tokenizer.decode(ids[room:]))
+        found = _read(facts, pipe, name, text, settings)
+        own = found.ids[found.own]
+        room = facts.limit(pipe, name, settings) - (len(found.ids) - len(own))
+        lost.append(getattr(pipe, name).decode(own[room:]))
     return lost
 
 
@@ -347,18 +309,18 @@ class Condition:
 
     text: Tensor
     added: dict[str, Tensor]
+    facts: Family
 
     def at(self, rows: Tensor) -> dict[str, Any]:
         """Keyword arguments of a denoiser call for these rows."""
         rows = rows.to(self.text.device)
-        return {
-            "encoder_hidden_states": self.text[rows],
-            "added_cond_kwargs": {name: value[rows] for name, value in self.added.items()},
-        }
+        return self.facts.training_arguments(self.text[rows], {name: v[rows] for name, v in self.added.items()})
 
 
 def condition(pipe: DiffusionPipeline, texts: Sequence[str]) -> Condition:
     """Texts as the denoiser gets them in a call of the pipeline, behind the unconditional row of such a call.
+
+    The pipeline is of a family that offers `training`.
 
     Raises:
         ValueError: run-time erasers are on; a text without tokens, or over the encoder's limit.
@@ -367,10 +329,10 @@ def condition(pipe: DiffusionPipeline, texts: Sequence[str]) -> Condition:
     if present is not None and present.applied:
         names = ", ".join(type(applied.method).__name__ for applied in present.applied)
         raise ValueError(f"{names} is on, and would take part in the training: call `handle.remove()` before `fit`.")
+    facts = family(pipe)
     for name in readers(pipe):
-        tokenizer = getattr(pipe, name)
-        for text in cleaned(pipe, tokenizer, texts):
-            _own_columns(tokenizer, text, _limit(pipe, name))
+        for text in facts.cleaned(pipe, getattr(pipe, name), texts, {}):
+            _whole(facts, pipe, name, text, {})
     with torch.no_grad():
         out = pipe.encode_prompt(
             prompt=list(texts),
@@ -378,12 +340,7 @@ def condition(pipe: DiffusionPipeline, texts: Sequence[str]) -> Condition:
             num_images_per_prompt=1,
             do_classifier_free_guidance=True,
         )
-    text = torch.cat([out[1][:1], out[0]])
-    if not family(pipe).pooled:
-        return Condition(text, {})
-    pooled = torch.cat([out[3][:1], out[2]])
-    side = pipe.default_sample_size * pipe.vae_scale_factor
-    size = {"original_size": (side, side), "crops_coords_top_left": (0, 0), "target_size": (side, side)}
-    width = pipe.text_encoder_2.config.projection_dim
-    ids = pipe._get_add_time_ids(*size.values(), dtype=text.dtype, text_encoder_projection_dim=width)
-    return Condition(text, {"text_embeds": pooled, "time_ids": ids.to(text.device).repeat(len(text), 1)})
+    made = dict(zip(facts.returns, out, strict=True))
+    pairs = {"text": "negative", "pooled": "negative_pooled"}.items()
+    parts = {name: torch.cat([made[negative][:1], made[name]]) for name, negative in pairs if name in made}
+    return Condition(parts["text"], facts.training_added(pipe, parts), facts)

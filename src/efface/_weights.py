@@ -11,7 +11,7 @@ import torch
 from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from torch import Tensor, nn
 
-from .families import denoiser_name, family, without_cross_attention
+from .families import denoiser_name, family, refusal
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -124,12 +124,10 @@ def fused_change(layer: Any, names: Iterable[str], path: str) -> Tensor | None:
 
 def keys_values(pipe: DiffusionPipeline) -> dict[str, Tensor]:
     """What reads the text: `to_k` and `to_v` [C, D] of every cross-attention layer, by canonical name."""
-    root, name = denoiser_of(pipe), family(pipe).denoiser
-    layers = [n for n, m in root.named_modules() if isinstance(m, Attention) and m.is_cross_attention]
-    if not layers:
-        raise ValueError(without_cross_attention("Editing keys and values in closed form", pipe))
-    paths = [f"{layer}.{projection}.weight" for layer in layers for projection in ("to_k", "to_v")]
-    return {f"{name}.{path}": weight(root, path) for path in paths}
+    root, facts = denoiser_of(pipe), family(pipe)
+    if not layer_names(pipe):
+        raise ValueError(refusal("An edit of keys and values in closed form", ("cross_text",), pipe))
+    return {f"{facts.denoiser}.{name}.weight": weight(root, f"{name}.weight") for name in facts.text_readers(root)}
 
 
 def check_unfused(attn: Attention, denoiser: str = "unet") -> None:
@@ -150,17 +148,12 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 def text_hash(pipe: DiffusionPipeline, unedited: Mapping[str, Tensor]) -> str:
     """sha256 over sorted (name, shape, dtype, bytes) of the weights of the denoiser that read the text.
 
-    They are the keys and values of cross-attention, or those of the text where text and picture attend at once.
-    `unedited`: the values, by canonical name, of what a delta has changed just now.
+    They are what makes keys and values from the text. `unedited`: the values, by canonical name, of what a delta has
+    changed just now.
     """
-    denoiser, prefix = denoiser_of(pipe), family(pipe).denoiser
-    layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, Attention) and m.is_cross_attention}
-    paths = {f"{name}.{projection}": layers[name] for name in layers for projection in ("to_k", "to_v")}
-    present = {path: getattr(layer, path.rpartition(".")[2]).weight for path, layer in paths.items()}
-    if not layers:
-        named = denoiser.named_modules()
-        present = {n: m.weight for n, m in named if n.rpartition(".")[2] in ("add_k_proj", "add_v_proj")}
-    return digest({path: unedited.get(f"{prefix}.{path}.weight", value) for path, value in present.items()})
+    denoiser, facts = denoiser_of(pipe), family(pipe)
+    present = {name: reader.weight for name, reader in facts.text_readers(denoiser).items()}
+    return digest({name: unedited.get(f"{facts.denoiser}.{name}.weight", w) for name, w in present.items()})
 
 
 def adapters(pipe: DiffusionPipeline) -> dict[str, str]:

@@ -117,7 +117,7 @@ def show(
 ) -> None:
     """Show what there is: methods, concepts, suites, metrics, models, families."""
     from .core import shipped_concepts
-    from .families import FAMILIES
+    from .families import FAMILIES, about
 
     with _bad_input():
         concepts = {name: ", ".join(c.phrases) for name, c in shipped_concepts().items()}
@@ -127,7 +127,7 @@ def show(
         "suites": registry.about("suites"),
         "metrics": registry.about("metrics"),
         "models": {"emoji": "embedded, 64 x 64", "FOLDER or HUB/ID": "any diffusers pipeline of a known family"},
-        "families": {f.name: f.about for f in FAMILIES},
+        "families": {f.name: about(f) for f in FAMILIES} if what in ("all", "families") else {},
     }
     if what != "all" and what not in tables:
         hint = registry.near(what, tables)

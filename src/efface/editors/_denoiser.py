@@ -28,14 +28,13 @@ if TYPE_CHECKING:
 Train = Literal["x", "x-strict", "u", "self", "full"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Weights = Mapping[str, Tensor]  # canonical name -> tensor
-HEADS = ("time_embedding.", "add_embedding.", "conv_norm_out.", "conv_out.")  # left alone by "u"
 
 
 # ---------------------------------------------------------------- which tensors
 
 
-def trained(denoiser: nn.Module, train: str) -> list[str]:
-    """Names of the denoiser's parameters that a mode trains.
+def trained(denoiser: nn.Module, train: str, outer: Sequence[str] = ()) -> list[str]:
+    """Names of the denoiser's parameters that a mode trains; "u" leaves those alone that begin as `outer` says.
 
     Raises:
         ValueError: an unknown mode, one that finds nothing here, or a LoRA in the way.
@@ -52,7 +51,7 @@ def trained(denoiser: nn.Module, train: str) -> list[str]:
     rules: dict[str, Callable[[str], bool]] = {
         "x": lambda name: name.startswith(cross),
         "x-strict": lambda name: name.startswith(cross) and name.endswith((".to_k.weight", ".to_v.weight")),
-        "u": lambda name: not name.startswith((*cross, *HEADS)),
+        "u": lambda name: not name.startswith((*cross, *outer)),
         "self": lambda name: name.startswith(own),
         "full": lambda name: True,
     }
@@ -128,14 +127,8 @@ class Denoiser:
         self, pipe: DiffusionPipeline, texts: Sequence[str], train: str, sampler_steps: int, precision: str = "auto"
     ) -> None:
         facts = family(pipe)
-        name, others = facts.denoiser, "an editor in closed form, such as UCE, or a run-time eraser"
-        if name != "unet":
-            raise TypeError(
-                f"Expected a pipeline with a UNet, but {type(pipe).__name__} has a transformer, and training that is "
-                f"not tested: use {others if facts.cross_attention else facts.methods}."
-            )
-        self.module, self.prefix = cast("Any", part(pipe, name)), f"{name}."
-        self.names = trained(self.module, train)
+        self.module, self.prefix = cast("Any", part(pipe, facts.denoiser)), f"{facts.denoiser}."
+        self.names = trained(self.module, train, facts.outer_layers)
         parameters = dict(self.module.named_parameters())
         if any(p.is_meta or not p.is_floating_point() or p.element_size() < 2 for p in parameters.values()):
             raise ValueError(
@@ -147,7 +140,7 @@ class Denoiser:
                 "training: load the pipeline outside of it. The fit itself may run anywhere."
             )
         config = self.module.config
-        if config.in_channels != config.out_channels or config.get("time_cond_proj_dim") is not None:
+        if config.in_channels != config.out_channels or facts.distilled(self.module):
             raise ValueError(
                 "Expected a text-to-image denoiser with guidance, but this one is for inpainting or distilled to few "
                 "steps: it has no unconditional prediction to train against."

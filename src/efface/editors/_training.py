@@ -25,7 +25,7 @@ from .._text import check_phrases
 from .._weights import digest
 from ..core import Concept, Concepts, Detector, as_concepts, check_pictures
 from ..delta import Delta
-from ..families import filled
+from ..families import check, filled
 from ._denoiser import Denoiser, Points, Precision, Train, Weights
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class Training:
     """
 
     off: ClassVar[Mapping[str, Any] | None] = {"steps": 0}
+    needs: ClassVar[tuple[str, ...]] = ("training",)
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Family -> the values that None stands for; "" for families not named."""
 
@@ -90,8 +91,12 @@ class Training:
             raise ValueError(f"Expected `guidance` to be at least 1 (no guidance), but got {self.guidance!r}.")
 
     def resolved(self, pipe: DiffusionPipeline) -> Self:
-        """The same with the family's values where a field is None; `lr` is a third for "u" and "full"."""
-        method: Self = filled(self, self.defaults, pipe)
+        """The same with the family's values where a field is None; `lr` is a third for "u" and "full".
+
+        ValueError if the pipeline's denoiser cannot be trained.
+        """
+        check(self, pipe)
+        method: Self = filled(self, pipe)
         if self.train in ("u", "full") and self.lr is None and method.lr is not None:
             return replace(method, lr=method.lr / 3)
         return method

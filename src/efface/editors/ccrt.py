@@ -70,7 +70,7 @@ class CCRT(Training):
     Raises:
         ValueError: a field out of range; fewer than two entities left; run-time erasers or a LoRA on the pipeline; a
             text over the encoder's limit; a checkpoint of another fit.
-        TypeError: a pipeline without a UNet (PixArt, SD 3, FLUX).
+        TypeError: a pipeline of another family.
         RuntimeError: the loss is not finite.
 
     Example:

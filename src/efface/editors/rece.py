@@ -13,7 +13,7 @@ from torch import Tensor
 from .._weights import keys_values, learning
 from ..core import Concept, Concepts, as_concepts
 from ..delta import Delta
-from ..families import filled
+from ..families import check, filled
 from ._closed_form import Texts, anchors_of, changes, check_positive, compact, condition, kept_texts, residual, step
 from .uce import UCE, Tokens
 
@@ -71,6 +71,7 @@ class RECE:
         1
     """
 
+    needs: ClassVar[tuple[str, ...]] = ("text_weights",)
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "emoji": {"mu": 1.0, "rounds": 1, "lam": 100.0},
         "": {"mu": 0.1, "rounds": 3, "lam": 0.1},
@@ -120,7 +121,7 @@ class RECE:
 
     def resolved(self, pipe: DiffusionPipeline) -> RECE:
         """The same with the family's values where a field is None."""
-        found: RECE = filled(self, self.defaults, pipe)
+        found: RECE = filled(self, pipe)
         return found
 
     def uce(self, pipe: DiffusionPipeline) -> UCE:
@@ -145,6 +146,7 @@ class RECE:
             seed: for the record.
             on_epoch_end: called with the round (UCE is 0) and the delta so far; True ends the rounds there.
         """
+        check(self, pipe)
         method = self.resolved(pipe)
         mu, count, lam = method.mu or 0.0, method.rounds or 0, method.lam or 0.0
         wanted, weights = as_concepts(concepts), keys_values(pipe)

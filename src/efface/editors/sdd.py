@@ -72,7 +72,7 @@ class SDD(Training):
     Raises:
         ValueError: a field out of range; run-time erasers or a LoRA on the pipeline; a text over the encoder's limit; a
             checkpoint of another fit.
-        TypeError: a pipeline without a UNet (PixArt, SD 3, FLUX).
+        TypeError: a pipeline of another family.
         RuntimeError: the loss is not finite.
 
     Example:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from .._weights import keys_values, learning
 from ..core import Concept, Concepts, as_concepts
 from ..delta import Delta
-from ..families import family
+from ..families import check, family
 from ._closed_form import Texts, anchors_of, changes, check_positive, condition, kept_texts, residual, step
 
 if TYPE_CHECKING:
@@ -76,6 +76,8 @@ class UCE:
         'uce'
     """
 
+    needs: ClassVar[tuple[str, ...]] = ("text_weights",)
+
     mode: Mode = "erase"
     tokens: Tokens | None = None
     preserve: tuple[str, ...] = ("",)
@@ -117,6 +119,7 @@ class UCE:
 
     def transform(self, pipe: DiffusionPipeline, concepts: Sequence[Concept]) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """T - I as factors [D, N] and [N, D] in float64, and what is worth knowing about them."""
+        check(self, pipe)
         tokens = self.tokens or ("tail" if family(pipe).causal else "all")
         anchors = anchors_of(concepts, "" if self.mode == "moderate" else None)
         kept = kept_texts(self.preserve, concepts, anchors)

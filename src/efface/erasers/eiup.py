@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -95,6 +96,8 @@ class EIUP(Method):
     """
 
     off: ClassVar[dict[str, Any] | None] = {"strength": 0.0}
+    needs: ClassVar[tuple[str, ...]] = ("cross_text",)
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}, "emoji": {}}  # the strength's
     edits_attention: ClassVar[bool] = True
 
     concepts: Concepts = ()  # type: ignore[assignment]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from inspect import BoundArguments
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -76,10 +77,15 @@ class NegativePrompt(Method):
     """
 
     off: ClassVar[dict[str, Any] | None] = {"strength": 0.0}
+    forms: ClassVar[Mapping[str, Mapping[str, Any]]] = {"a strength of its own": {"strength": 1.0}}
 
     concepts: Concepts = ()  # type: ignore[assignment]
     strength: float | None = None
     rows: Rows = None  # type: ignore[assignment]
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("guidance", "guidance_scale") if self.strength else ("guidance",)
 
     @property
     def guides(self) -> bool:  # type: ignore[override]
@@ -102,12 +108,6 @@ class NegativePrompt(Method):
         return self.strength is None
 
     def check(self, pipe: DiffusionPipeline) -> None:
-        facts = family(pipe)
-        if self.strength and not hasattr(type(pipe), facts.scale):
-            raise ValueError(
-                "NegativePrompt with a strength of its own needs the guidance scale of the call, but "
-                f"{facts.name} pipelines do not tell it (`{facts.scale}`). Use strength=None, or SLD."
-            )
         for concepts in {self.concepts} if self.rows is None else set(self.rows):
             if self.strength is None and not fits(pipe, words(concepts)):
                 raise ValueError(
@@ -131,7 +131,7 @@ class NegativePrompt(Method):
         if self.strength is not None:
             return encoded
         facts = family(pipe)
-        if facts.apart:
+        if not facts.returns_negative:
             return encoded
         arguments = call.arguments
         # SDXL and SD 3: no second or third one stands for the first
@@ -148,7 +148,7 @@ class NegativePrompt(Method):
         if self.strength is not None:
             return encoded
         names = [n for n in ("prompt", "prompt_2") if n == "prompt" or call.arguments.get(n)]
-        places = [k for k, part in enumerate(family(pipe).returns) if part in ("text", "pooled")]
+        places = [k for k, part in enumerate(family(pipe).returns) if part in ("text", "mask", "pooled")]
         return self._added(pipe, encoded, call.arguments, names, prompts, places)
 
     def _added(

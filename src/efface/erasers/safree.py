@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._text import encode, encode_masked, encoding_settings, own_tokens, places, readers
+from .._masking import encode_masked
+from .._text import encode, encoding_settings, own_tokens, places, read, readers
 from ..core import Concepts, Rows, as_concepts
 from ..families import family
 from ..hooks import Memory, Method
@@ -149,7 +150,8 @@ class SAFREE(Method):
             )
             if concepts and all(tokens.values()):
                 added, other, beta = self._filter(pipe, text, concepts, tokens, settings)
-                edit, end = added.to(states).expand_as(edit), self.until(beta)
+                added = facts.padded(added.to(states), states.shape[1])  # the call's other prompts may be longer
+                edit, end = added.expand_as(edit), self.until(beta)
                 if other is not None and pooled is not None:
                     whole = other - pooled[at]
             edits.append(edit)
@@ -168,7 +170,7 @@ class SAFREE(Method):
 
         `tokens`: for each encoder, by its tokenizer's name, the columns of the prompt's own.
         """
-        facts, spots = family(pipe), places(pipe, **settings)
+        facts = family(pipe)
         masked, whole = encode_masked(
             pipe, text, {n: [(), *((i,) for i in own)] for n, own in tokens.items()}, **settings
         )
@@ -176,17 +178,20 @@ class SAFREE(Method):
         phrases = encode(pipe, texts, **settings)
         edit, betas, found = torch.zeros_like(masked[0]), [], {}
         length, width = edit.shape
+        spots, others = (places(pipe, x.shape[1], **settings) for x in (masked, phrases.text))
         for name, own in tokens.items():
             count, causal = 1 + len(own), name not in facts.bidirectional
             if name in spots:
-                at = (slice(None), *spots[name])
-                ends = [own_tokens(pipe, phrase, name, **settings).stop + 1 for phrase in texts]
-                mine, theirs = masked[:count][at], phrases.text[at]
-                vectors = pool(mine, torch.full_like(mine[:, 0, 0], own.stop + 1), causal)
+                (columns, features), reading = spots[name], read(pipe, text, name, **settings)
+                start = columns.start + facts.shift(name, reading, columns.stop - columns.start)
+                mine = masked[:count, start : columns.stop, features]
+                theirs = phrases.text[(slice(None), *others[name])]
+                readings = [read(pipe, phrase, name, **settings) for phrase in texts]
+                ends = [r.last + 1 + facts.shift(name, r, theirs.shape[1]) for r in readings]
+                vectors = pool(mine, torch.full_like(mine[:, 0, 0], reading.last + 1), causal)
                 concept = pool(theirs, torch.tensor(ends, device=masked.device), causal)
                 part, beta, triggers = project(mine[0], vectors, concept, own, self.alpha)
-                columns, features = spots[name]
-                around = (features.start, width - features.stop, columns.start, length - columns.stop)
+                around = (features.start, width - features.stop, start, length - columns.stop)
                 edit = edit + F.pad(part.to(edit), around)
                 betas.append(beta)
             elif whole is not None and phrases.pooled is not None:  # FLUX reads nothing of this encoder but its pool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -77,6 +78,8 @@ class SLD(Method):
     """
 
     off: ClassVar[dict[str, Any] | None] = {"strength": 0.0}
+    needs: ClassVar[tuple[str, ...]] = ("guidance",)
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}, "SD 1.x/2.x": {}}  # the paper's
     touches_uncond: ClassVar[bool] = False
     guides: ClassVar[bool] = True
 

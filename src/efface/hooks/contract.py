@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._text import check_phrases
 from ..core import Concept, as_concepts, as_rows, check_strength, check_window
+from ..families import check as check_needs
 from .attention import CrossAttention, ErasurePrompts, SelfAttention, Text
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class Contract:
     """
 
     off: ClassVar[dict[str, Any] | None] = None
+    needs: ClassVar[tuple[str, ...]] = ()  # of a pipeline: names from `efface.families.OFFERS`
     touches_uncond: ClassVar[bool] = False  # whether it may change unconditional rows
     edits_attention: ClassVar[bool] = False
     edits_self_attention = False
@@ -148,8 +150,10 @@ class Contract:
     def check(self, pipe: DiffusionPipeline) -> None:
         """ValueError if it cannot work on this pipeline; asked by `apply` and before any change through the handle.
 
-        Here: a phrase that a text encoder cannot read. A method that overrides it calls `super().check(pipe)`.
+        Here: a pipeline without what the method needs, and a phrase that a text encoder cannot read. A method that
+        overrides it calls `super().check(pipe)`.
         """
+        check_needs(self, pipe)
         concepts = dict.fromkeys([*self.concepts, *itertools.chain(*(self.rows or ()))])
         check_phrases(pipe, list(dict.fromkeys(phrase for concept in concepts for phrase in concept.phrases)))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .._text import SITES, check_width
 from .._weights import check_unfused
 from ..core import Handle
-from ..families import Family, without_cross_attention
+from ..families import Family, refusal
 from . import watch
 from .attention import Text
 from .batch import Batch, compiled_first_row, first_row, negated_rows, repelled
@@ -106,13 +106,13 @@ class Site:
 
     def _check(self, pipe: DiffusionPipeline, method: Contract) -> None:
         """ValueError if the method cannot work on this pipeline."""
-        if hasattr(type(pipe), "set_pag_applied_layers"):
+        if self.facts.adds_rows(pipe):
             raise ValueError(
                 f"{type(pipe).__name__} adds rows of its own to each denoiser call (perturbed attention guidance), so "
                 "it is not known which rows are conditional. Use the pipeline without PAG, or an editor such as UCE."
             )
         if method.edits_attention and not self.layers:
-            raise ValueError(without_cross_attention(type(method).__name__, pipe))
+            raise ValueError(refusal(type(method).__name__, ("cross_text",), pipe))
         if method.calls_denoiser and getattr(pipe, self.facts.denoiser) is not self._denoiser():
             raise ValueError(watch.UNCOMPILED)
         for layer in self.layers if method.edits_attention else ():
@@ -140,7 +140,7 @@ class Site:
             applied.place(self.images_per_prompt)
             return
         applied.method.check(pipe)
-        self.train_timesteps = 1 if self.facts.unit_time else pipe.scheduler.config.num_train_timesteps
+        self.train_timesteps = self.facts.train_timesteps(pipe)
         applied.prepare(pipe, self.images_per_prompt, encoder)
 
     @property
@@ -197,7 +197,8 @@ class Site:
             self_layer.fit() if wanted else self_layer.unhook()
 
     def _fit_projection(self, wanted: bool) -> None:
-        projection, hook = getattr(self._denoiser(), "caption_projection", None), self._projecting
+        denoiser, hook = self._denoiser(), self._projecting
+        projection = None if denoiser is None else self.facts.text_projection(denoiser)
         if hook is not None and (not wanted or projection is not self._projection or not hook.on_top()):
             hook.take_off()
             hook = None
@@ -278,9 +279,9 @@ class Site:
         arguments = dict(zip(names, args, strict=True)) | kwargs
         first = self.parameters[0]
         arguments = {first: arguments[first]} | arguments
-        batch = self._begin(
-            arguments["timestep"], arguments["encoder_hidden_states"], arguments.get("encoder_attention_mask")
-        )
+        facts = self.facts
+        text, mask = arguments[facts.text_argument], facts.text_mask(arguments)
+        batch = self._begin(arguments[facts.time_argument], text, mask)
         self.step = Step(self, forward, names, arguments, batch)
         return self.step.run()
 
@@ -298,7 +299,7 @@ class Site:
         reads = call.unconditional if call is not None and given is None else None
         empty = None if reads is None else Text(reads.text, reads.mask)
         self._repelled = repelled(negated_rows(first, call, given), text.device, self._repelled)
-        prompt = Text(text[first:], mask[first:].bool() if mask is not None and mask.ndim == 2 else None)
+        prompt = Text(text[first:], None if mask is None else mask[first:].bool())
         if not compiling:
             for applied in self.applied:
                 applied.check_text(text)

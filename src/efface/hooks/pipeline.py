@@ -48,7 +48,7 @@ class Call:
         guidance_scale: of the call; NaN where pipelines do not tell it.
         inside: whether it belongs to a call of the pipeline, rather than an `encode_prompt` by itself.
         blind: there is no text encoder any more: what the unconditional rows read cannot be compared with "".
-        negative_pooled: where unconditional predictions have a denoiser call of their own.
+        negative_mask, negative_pooled: of `negative`, where there are any.
     """
 
     positive: Tensor
@@ -60,6 +60,7 @@ class Call:
     guidance_scale: float
     inside: bool
     blind: bool = False
+    negative_mask: Tensor | None = None
     negative_pooled: Tensor | None = None
     thread: int = field(default_factory=threading.get_ident)
 
@@ -194,11 +195,11 @@ class Calls:
         facts, applied = self.site.facts, self.site.applied
         settings, images = encoding_settings(bound), bound.arguments["num_images_per_prompt"]
         guided = bound.arguments.get("do_classifier_free_guidance", False)
-        if not guided and not facts.apart:
+        if not guided and facts.returns_negative:
             self.site.refuse_without_guidance()
         made = encode_prompt()
         opening = self.opening if self.opening and self.opening.thread == threading.get_ident() else None
-        if facts.apart and opening is not None and opening.prompts:
+        if not facts.returns_negative and opening is not None and opening.prompts:
             return self._negated(pipe, made, bound)
         self.call, self.guarded, self.stepped = None, False, False
         prompts = _prompts(bound.arguments)
@@ -219,7 +220,10 @@ class Calls:
             untouched = negative is given[facts.returns.index("negative")]
             empty = unconditional(pipe, bound, negative, mask, untouched)
         scale, inside = getattr(pipe, facts.scale, math.nan), opening is not None
-        self.call = Call(parts["text"], negative, empty, images, encoding, weakref.ref(pipe), scale, inside, blind)
+        pooled = parts.get("negative_pooled") if guided else None
+        self.call = Call(
+            *(parts["text"], negative, empty, images, encoding, weakref.ref(pipe), scale, inside, blind, mask, pooled)
+        )
         if opening is not None:
             opening.prompts = True
         self.site.refit()
@@ -228,7 +232,7 @@ class Calls:
         return made
 
     def _negated(self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], bound: inspect.BoundArguments) -> Any:
-        """The negative prompts, which a pipeline of a family with predictions apart encodes after the prompts."""
+        """The negative prompts, which some pipelines encode after the prompts."""
         call = self.call
         if call is None:
             return encoded
@@ -238,7 +242,8 @@ class Calls:
         parts = dict(zip(self.site.facts.returns, encoded, strict=True))
         if parts["text"] is call.positive:  # given by the user; the calls are told apart by the object
             parts["text"] = parts["text"].clone()
-        self.call = replace(call, negative=parts["text"], negative_pooled=parts["pooled"])
+        mask, pooled = parts.get("mask"), parts.get("pooled")
+        self.call = replace(call, negative=parts["text"], negative_mask=mask, negative_pooled=pooled)
         return tuple(parts.values())
 
 

@@ -9,59 +9,49 @@ import torch
 from torch import Tensor, nn
 
 from ..families import Family
-from .attention import ErasurePrompts
+from .attention import ErasurePrompts, Text
 from .contract import Contract, Prediction
 from .prompts import Applied
 
 Guiding = Sequence[tuple[Applied, Tensor | float]]
 """The methods that change this prediction, each with the weight of its window."""
 
-SHARED = ("img_ids", "txt_ids")  # arguments of a denoiser: positions, the same for all rows
-
-
-def pooled_text(arguments: dict[str, Any]) -> Tensor | None:
-    """The pooled text [B, P] among a denoiser's arguments."""
-    pooled = (arguments.get("added_cond_kwargs") or {}).get("text_embeds")
-    return arguments.get("pooled_projections") if pooled is None else pooled
-
-
-def with_pooled(arguments: dict[str, Any], pooled: Tensor) -> dict[str, Any]:
-    """The arguments with another pooled text."""
-    if "pooled_projections" in arguments:
-        return arguments | {"pooled_projections": pooled}
-    return arguments | {"added_cond_kwargs": {**arguments["added_cond_kwargs"], "text_embeds": pooled}}
-
 
 def with_concepts(
-    arguments: dict[str, Any], asked: Sequence[ErasurePrompts], rows: Sequence[Tensor], first: int
+    facts: Family, arguments: dict[str, Any], asked: Sequence[ErasurePrompts], rows: Sequence[Tensor], first: int
 ) -> dict[str, Any]:
     """The denoiser's arguments with further rows: for each text that is asked for, its rows once more with that text.
 
     Rows are counted from the `first` conditional one on.
     """
-    text, pooled = arguments["encoder_hidden_states"], pooled_text(arguments)
-    for prompts in asked:
-        if prompts.text.states.shape[1:] != text.shape[1:]:
-            raise ValueError(
-                f"The call's text has {text.shape[1]} tokens, but a concept's {prompts.text.states.shape[1]}, so they "
-                "do not fit into one batch. Give a prompt of the ordinary length, or use method 'eiup' where it works."
-            )
+    text, mask, pooled = arguments[facts.text_argument], facts.text_mask(arguments), facts.pooled_text(arguments)
+    length = max(text.shape[1], *(prompts.text.states.shape[1] for prompts in asked))
+    given, *texts = [_of_length(facts, Text(text, mask), length), *(_of_length(facts, p.text, length) for p in asked)]
     again = first + torch.cat([r for prompts, r in zip(asked, rows, strict=True) for _ in range(len(prompts.text))])
-    own = {name: value for name, value in arguments.items() if name not in SHARED}
-    longer = arguments | {name: _with_rows(value, len(text), again) for name, value in own.items()}
+    own = {name: value for name, value in arguments.items() if name not in facts.shared_arguments}
+    found = arguments | {name: _with_rows(value, len(text), again) for name, value in own.items()}
 
     def each(values: Sequence[Tensor | None]) -> list[Tensor]:
         pairs = zip(values, rows, strict=True)
         return [value.repeat_interleave(len(r), 0) for value, r in pairs if value is not None]
 
-    longer["encoder_hidden_states"] = torch.cat([text, *each([prompts.text.states for prompts in asked])])
+    found[facts.text_argument] = torch.cat([given.states, *each([more.states for more in texts])])
     if pooled is not None:
-        longer = with_pooled(longer, torch.cat([pooled, *each([prompts.pooled for prompts in asked])]))
-    mask = arguments.get("encoder_attention_mask")
-    if mask is not None and mask.ndim == 2:
-        masks = each([prompts.text.mask for prompts in asked])
-        longer["encoder_attention_mask"] = torch.cat([mask, *(each.to(mask) for each in masks)])
-    return longer
+        found = facts.with_pooled(found, torch.cat([pooled, *each([prompts.pooled for prompts in asked])]))
+    if mask is not None:
+        masks = [given.mask, *each([more.mask for more in texts])]
+        found[facts.mask_argument] = torch.cat([seen.to(mask) for seen in masks if seen is not None])
+    return found
+
+
+def _of_length(facts: Family, text: Text, length: int) -> Text:
+    found = facts.lengthened(text.states, text.mask, length)
+    if found is None:
+        raise ValueError(
+            f"A text of {text.states.shape[1]} tokens and one of {length} do not fit into one batch: those of the call "
+            "and of a concept differ. Give a prompt of the ordinary length, or use method 'eiup' where it works."
+        )
+    return Text(*found)
 
 
 def repelled_rows(guiding: Guiding, conditional: int, first: int) -> dict[int, int]:
@@ -122,7 +112,7 @@ def _with_rows(value: Any, rows: int, again: Tensor) -> Any:
 def needs_guidance(method: Contract, denoiser: nn.Module | None, facts: Family) -> str:
     """What is wrong with a call without unconditional rows, and what to do."""
     needs, name = f"{type(method).__name__} needs guidance", f"`{facts.scale}`"
-    if facts.apart:
+    if facts.guidance_in_two_calls:
         return (
             f"{needs} with an unconditional prediction in each step of a pipeline's call. Set {name} above 1 and give "
             'a `negative_prompt`, for which "" will do (a model that is distilled to do without may draw worse with '
@@ -130,7 +120,7 @@ def needs_guidance(method: Contract, denoiser: nn.Module | None, facts: Family) 
         )
     needs = f"{needs}, with conditional and unconditional rows in one batch of a call"
     other = "eiup" if facts.cross_attention else "safree"
-    if getattr(getattr(denoiser, "config", None), "time_cond_proj_dim", None) is not None:
+    if denoiser is not None and facts.distilled(denoiser):
         return f"{needs}, but this denoiser is distilled to do without ({name} is its input). Use {other!r}."
     return (
         f"{needs} of the pipeline. Set {name} above 1 (a denoiser that is called by itself needs both kinds of rows in "

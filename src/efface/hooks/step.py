@@ -19,7 +19,7 @@ from .contract import Contract, DenoiserCall, Seen
 from .edits import cross, edited, edited_self
 from .layers import Layer, SelfLayer
 from .pipeline import Calls
-from .prediction import guided, needs_guidance, pooled_text, repelled_rows, with_concepts, with_pooled
+from .prediction import guided, needs_guidance, repelled_rows, with_concepts
 from .prompts import Applied
 
 Plan = list[tuple[Applied, Tensor | float, str]]
@@ -61,7 +61,7 @@ class Step:
         batch: Batch,
     ) -> None:
         self.where, self.batch, self.arguments, self._forward, self._names = where, batch, arguments, forward, names
-        text: Tensor = arguments["encoder_hidden_states"]
+        text: Tensor = arguments[where.facts.text_argument]
         self.time = 1 - torch.as_tensor(batch.time, dtype=torch.float32, device=text.device) / where.train_timesteps
         self.acting: list[tuple[Applied, Tensor | float]] = []  # on attention
         self.seen: Seen | None = None  # in a call without methods
@@ -80,8 +80,8 @@ class Step:
 
     def _reread(self) -> None:
         """Puts in the text that conditional rows read at this time."""
-        batch, arguments = self.batch, self.arguments
-        text, all_pooled = arguments["encoder_hidden_states"], pooled_text(arguments)
+        batch, arguments, facts = self.batch, self.arguments, self.where.facts
+        text, all_pooled = arguments[facts.text_argument], facts.pooled_text(arguments)
         given = prompt, pooled = text[batch.first :], None if all_pooled is None else all_pooled[batch.first :]
         for applied in self.where.applied if batch.conditional else ():
             if not applied.method.is_off():
@@ -89,9 +89,9 @@ class Step:
         if prompt is given[0] and pooled is given[1]:
             return
         batch.prompt = replace(batch.prompt, states=prompt)
-        self.arguments = arguments | {"encoder_hidden_states": torch.cat([text[: batch.first], prompt])}
+        self.arguments = arguments | {facts.text_argument: torch.cat([text[: batch.first], prompt])}
         if all_pooled is not None and pooled is not None:
-            self.arguments = with_pooled(self.arguments, torch.cat([all_pooled[: batch.first], pooled]))
+            self.arguments = facts.with_pooled(self.arguments, torch.cat([all_pooled[: batch.first], pooled]))
 
     # ---- without methods
 
@@ -145,11 +145,11 @@ class Step:
         """Whether it has something to do, or to refuse, in a call without conditional rows."""
         if method.edits_attention:
             return method.touches_uncond and self.batch.repelled is not None
-        return method.touches_uncond or (method.guides and not self.where.facts.apart)
+        return method.touches_uncond or (method.guides and not self.where.facts.guidance_in_two_calls)
 
     def _predict(self) -> Any:
         """The denoiser's output, with attention edited and the prediction of the conditional rows changed."""
-        batch, apart = self.batch, self.where.facts.apart
+        batch, apart = self.batch, self.where.facts.guidance_in_two_calls
         negatives = self._negatives() if apart else []
         plan = self._plan()
         self.acting = [(a, weight) for a, weight, exempt in plan if a.method.edits_attention and not exempt]
@@ -177,8 +177,8 @@ class Step:
         owners = negated_rows(batch.first, where.calls.call, where.given)
         owners |= repelled_rows(guiding, batch.conditional, batch.last)
         batch.repelled = repelled(owners, self.time.device, batch.repelled)
-        longer = with_concepts(self.arguments, [*negatives, *concepts], places, batch.first)
-        batch.rows = len(longer["encoder_hidden_states"])
+        longer = with_concepts(where.facts, self.arguments, [*negatives, *concepts], places, batch.first)
+        batch.rows = len(longer[where.facts.text_argument])
         out = self._ran(lambda: self._call(longer))
         sample = guided(out[0], guiding, rows, batch.first, batch.last, self._guidance_scale(), self.time)
         return (sample, *out[1:]) if isinstance(out, tuple) else type(out)(sample=sample)
@@ -194,8 +194,8 @@ class Step:
         call, conditional = self.where.calls.call, self.batch.conditional
         if call is None or not conditional:
             return []
-        text, pooled = call.negative, call.negative_pooled
-        if text is None or pooled is None:
+        text, mask, pooled = call.negative, call.negative_mask, call.negative_pooled
+        if text is None:
             refuse_without_guidance(self.where)
             return []
         if conditional != len(text):
@@ -203,7 +203,10 @@ class Step:
                 f"The call has {conditional} rows of prompts, but {len(text)} of negative prompts. Give a list, one "
                 "for each."
             )
-        return [ErasurePrompts(Text(text[k : k + 1]), (), pooled=pooled[k : k + 1]) for k in range(len(text))]
+        rows = [slice(k, k + 1) for k in range(len(text))]
+        return [
+            ErasurePrompts(Text(text, mask)[row], (), pooled=None if pooled is None else pooled[row]) for row in rows
+        ]
 
     def _keep(self, plan: Plan) -> None:
         """Writes what ran into the records."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..._weights import layer_names, text_hash
 from ...core import Concepts, Handle, Rows, as_concepts
 from ...delta import unedited
-from ...families import family, without_cross_attention
+from ...families import check
 from ...hooks import CrossAttention, DenoiserCall, Encoding, ErasurePrompts, Memory, Method, SelfAttention
 from .adapter import Adapter
 from .measure import measured
@@ -95,6 +95,10 @@ class GIE(Method):
     """
 
     off: ClassVar[dict[str, Any] | None] = {"strength": 0.0, "values": "paper"}
+    forms: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        '`values="official"`': {"values": "official"},
+        "`trajectories=2`": {"trajectories": 2},
+    }
     touches_uncond: ClassVar[bool] = False
     edits_attention: ClassVar[bool] = True
 
@@ -184,6 +188,12 @@ class GIE(Method):
         return cls(concepts, adapter=adapter)
 
     @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Official values take the prompt's tokens from a longer text, so a prefix has to keep its states."""
+        more = {"causal_text": self.values == "official", "guidance_scale": self.trajectories == 2}
+        return ("cross_text", *(need for need, needed in more.items() if needed))
+
+    @property
     def measures(self) -> bool:
         """Whether the weights come from the first denoiser call."""
         return self.adapter is not None
@@ -200,14 +210,7 @@ class GIE(Method):
         return 1.0 if self.trajectories == 2 else super().weight(time)  # which counts denoiser calls itself
 
     def apply(self, pipe: DiffusionPipeline) -> Handle:
-        facts = family(pipe)
-        if not facts.cross_attention:
-            raise ValueError(without_cross_attention("GIE", pipe))
-        if self.values == "official" and not facts.causal:
-            raise ValueError(
-                f"The official values take the prompt's tokens from a longer text, which needs a causal text encoder; "
-                f'that of {facts.name} is bidirectional. Use values="paper".'
-            )
+        check(self, pipe)
         if self.trajectories == 2:
             check_trajectory(pipe)
         if self.adapter is not None:

@@ -1,0 +1,60 @@
+"""A prompt encoded with some of its tokens masked."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ._text import encode_cut, encoder_of, read
+from .families import Family, Reading, family
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+def encode_masked(
+    pipe: DiffusionPipeline, text: str, columns: Mapping[str, Sequence[Sequence[int]]], **settings: Any
+) -> tuple[Tensor, Tensor | None]:
+    """A prompt encoded as often as the longest list has sets of columns [N, L, D], and pooled.
+
+    `columns`: by tokenizer, the columns whose tokens are masked for its encoder in the first text, the second, ..., as
+    `own_tokens` counts them. The mask is the tokenizer's own, or "!", the first word of CLIP's vocabulary, which has
+    none.
+    """
+    placed, here, facts = [], threading.get_ident(), family(pipe)
+    for name, sets in columns.items():
+        tokenizer, encoder = getattr(pipe, name), encoder_of(pipe, name)
+        mask = tokenizer.mask_token_id
+        mask = tokenizer.convert_tokens_to_ids("!") if mask is None else mask
+        put = functools.partial(masked, here, mask, sets, facts, name, read(pipe, text, name, **settings))
+        placed.append(encoder.register_forward_pre_hook(put, with_kwargs=True))
+    try:
+        return encode_cut(pipe, [text] * max(map(len, columns.values())), settings, differentiable=True)[:2]
+    finally:
+        for handle in placed:
+            handle.remove()
+
+
+def masked(
+    thread: int,
+    mask: int,
+    sets: Sequence[Sequence[int]],
+    facts: Family,
+    name: str,
+    reading: Reading,
+    encoder: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The arguments of an encoder's call with masked tokens; None changes nothing."""
+    if threading.get_ident() != thread:  # another pipeline may share the text encoder
+        return None
+    ids = (args[0] if args else kwargs["input_ids"]).clone()
+    more = reading.dropped + facts.shift(name, reading, ids.shape[1] - reading.dropped)
+    for row, columns in enumerate(sets):
+        ids[row, [column + more for column in columns]] = mask
+    return ((ids, *args[1:]), kwargs) if args else (args, {**kwargs, "input_ids": ids})

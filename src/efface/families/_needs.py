@@ -1,0 +1,144 @@
+"""What methods need and families offer, put together: refusals, and the matrix of methods and families.
+
+A method's `needs` are names from `OFFERS`; "cross_text|joint_text" is either of the two. They may depend on its fields:
+its `forms` then say which fields to look at, by the words for them, such as {"`trajectories=2`": {"trajectories": 2}}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .. import registry
+from ..core import Concept
+from ._find import FAMILIES, family
+from .base import OFFERS, Family
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+ROOMS = ("erasers", "editors")
+
+
+class Form(NamedTuple):
+    """A method with its default fields, or one of its forms.
+
+    `method` is its name in the registry, `label` says which form it is ("" for the default one).
+    """
+
+    method: str
+    cls: str
+    label: str
+    needs: tuple[str, ...]
+
+
+def lacking(needs: Iterable[str], offers: Iterable[str]) -> tuple[str, ...]:
+    """The needs that the offers do not meet."""
+    return tuple(need for need in needs if not set(need.split("|")) & set(offers))
+
+
+def forms() -> list[Form]:
+    """Every eraser and editor, its default form first. All are imported; a plugin that lacks a package is left out."""
+    found = []
+    for name, room in registry.methods().items():
+        if room not in ROOMS:
+            continue
+        try:
+            cls = registry.resolve(name)
+        except ImportError:
+            continue
+        named: Mapping[str, Mapping[str, Any]] = {"": {}, **getattr(cls, "forms", {})}
+        found += [Form(name, cls.__name__, label, _needs(cls, fields)) for label, fields in named.items()]
+    return found
+
+
+def _needs(cls: Any, fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a class needs with these fields; only a class whose needs depend on them is made."""
+    if not isinstance(needs := getattr(cls, "needs", ()), property):
+        return tuple(needs)
+    made = cls(Concept("a concept"), **fields) if hasattr(cls, "apply") else cls(**fields)
+    return tuple(made.needs)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def check(method: Any, pipe: DiffusionPipeline) -> None:
+    """ValueError if a method needs what the pipeline does not offer; TypeError for an unknown pipeline."""
+    needs, facts, cls = tuple(getattr(method, "needs", ())), family(pipe), type(method)
+    offers = facts.offered(pipe) if needs else frozenset()
+    if not (lacks := lacking(needs, offers)):
+        return
+    named: Mapping[str, Mapping[str, Any]] = getattr(cls, "forms", {})
+    if named and lacking(_needs(cls, {}), offers):  # the default form does not work here either
+        named = {}
+    labels = [label for label, fields in named.items() if set(lacks) & set(_needs(cls, fields))]
+    raise ValueError(refusal(cls.__name__, needs, pipe, " and ".join(labels)))
+
+
+def refusal(who: str, needs: Iterable[str], pipe: DiffusionPipeline, label: str = "") -> str:
+    """The message for a pipeline that does not offer what somebody needs.
+
+    Args:
+        who: what needs it, such as the name of a method's class.
+        needs: names from `OFFERS`.
+        pipe: a pipeline of a known family.
+        label: which form of the method needs it, if its default form does not.
+    """
+    facts, needs = family(pipe), tuple(needs)
+    offers = facts.offered(pipe)
+    wanted = _listed([" or ".join(OFFERS[n].words for n in need.split("|")) for need in lacking(needs, offers)])
+    has = _listed([offer.words for name, offer in OFFERS.items() if name in offers]) or "none of what methods need"
+    where = _listed([each.name for each in FAMILIES if not lacking(needs, each.offers)], "or") or "no known family"
+    here = f"Use {who} without it, or with it on {where}" if label else f"Use it on {where}"
+    return (
+        f"{who}{f' with {label}' if label else ''} needs {wanted}, but this {type(pipe).__name__} ({facts.name}) has "
+        f"{has}. {here}; what works on {facts.name} is {what_works(facts, offers)}."
+    )
+
+
+def what_works(facts: Family, offers: Iterable[str] | None = None, without: str = "") -> str:
+    """The methods that work in their default form, in words, with what a call has to be given for those that guide.
+
+    Args:
+        facts: the family.
+        offers: of the pipeline; None: of the family.
+        without: leaves out methods that need this, such as "guidance".
+    """
+    offers = set(facts.offers if offers is None else offers)
+    fit = [form for form in forms() if not form.label and not lacking(form.needs, offers) and without not in form.needs]
+    conditional = [form.cls for form in fit if facts.guidance_condition and "guidance" in form.needs]
+    free = _listed([form.cls for form in fit if form.cls not in conditional])
+    if not conditional:
+        return free or "no method"
+    return f"{free + ', and ' if free else ''}{_listed(conditional)} with {facts.guidance_condition}"
+
+
+# ---------------------------------------------------------------- tables
+
+
+def about(facts: Family) -> str:
+    """A line about a family for lists: how its text is read, and which methods work."""
+    kinds = dict.fromkeys("bidirectional" if t in facts.bidirectional else "causal" for t in facts.tokenizers)
+    layers = "cross-attention" if facts.cross_attention else "joint attention"
+    encoders = "encoder" if len(facts.tokenizers) == 1 else "encoders"
+    return f"{_listed(sorted(kinds))} text {encoders}, read in {layers}; {what_works(facts)}"
+
+
+def matrix() -> dict[tuple[str, str], dict[str, str]]:
+    """(method, form) -> family -> "yes", "" for no, or what a call has to be given."""
+    return {
+        (form.method, form.label): {
+            each.name: ""
+            if lacking(form.needs, each.offers)
+            else (each.guidance_condition if "guidance" in form.needs else "") or "yes"
+            for each in FAMILIES
+        }
+        for form in forms()
+    }
+
+
+def _listed(words: Iterable[str], word: str = "and") -> str:
+    """ "a, b and c"."""
+    *others, last = [*words] or [""]
+    return f"{', '.join(others)} {word} {last}" if others else last

@@ -1,0 +1,338 @@
+"""What a family of pipelines is: how it reads texts, how it calls its denoiser, and what it offers to methods.
+
+A new family is one file in this package: it makes one or more `Family` objects, and overrides here what differs. A
+family names no method. What methods may need, and families may offer, is listed in `OFFERS`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ._parts import Reading, bare, class_names, encode_parameters, encoder_name, held, is_kind, video_argument
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from torch import Tensor, nn
+
+
+class Offer(NamedTuple):
+    """Something that a family may offer: its words in messages, and what it means."""
+
+    words: str
+    meaning: str
+
+
+OFFERS: Mapping[str, Offer] = {
+    "cross_text": Offer(
+        "cross-attention layers",
+        "The denoiser reads the text in attention layers whose queries come from the picture, keys and values from the "
+        "text.",
+    ),
+    "joint_text": Offer(
+        "joint attention layers",
+        "Text and picture attend to each other in the same attention layers.",
+    ),
+    "causal_text": Offer(
+        "a causal text encoder",
+        "A text token sees earlier tokens only, so a prefix of a text keeps its states.",
+    ),
+    "guidance": Offer(
+        "guidance",
+        "Each step of a call can have a prediction with the prompt and one without it.",
+    ),
+    "guidance_scale": Offer(
+        "the guidance scale of the call",
+        "The pipeline object tells the guidance scale of its present call.",
+    ),
+    "text_weights": Offer(
+        "weights that read the encoded text",
+        "The denoiser has keys and values that read the states of the text encoder without a projection in front.",
+    ),
+    "training": Offer(
+        "a denoiser that trains outside of the pipeline's call",
+        "The denoiser predicts from latents, time and encoded text alone, on steps of the pipeline's own scheduler.",
+    ),
+}
+
+
+_JOINT = ("add_k_proj", "add_v_proj", "to_k", "to_v")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What hooks and methods need to know about a family of pipelines.
+
+    Args:
+        name: as used in docs and errors.
+        denoiser_class: the denoiser is of this class, or of one derived from it.
+        encoders: how the class names of the text encoders begin that every pipeline of the family has: `text_encoder`,
+            `text_encoder_2`, ...; "" for any class.
+        offers: names from `OFFERS`. `offered` says what one pipeline has.
+        denoiser: the pipeline's attribute that predicts the noise.
+        returns: what `encode_prompt` returns, in order: "text", "pooled", "mask", the same with "negative" ("negative",
+            "negative_pooled", "negative_mask"), or "ids".
+        texts: the tokenizers whose encoders' states the denoiser reads: those of a group stand side by side in the same
+            columns, the groups one behind the other.
+        pools: the tokenizers whose encoders' pooled states stand side by side in "pooled", the text that reaches the
+            denoiser past attention.
+        bidirectional: the tokenizers whose encoders are not causal (BERT, T5).
+        resizable: the tokenizers whose limit the argument `max_sequence_length` of a call sets.
+        left_padded: the tokenizers whose padding stands in front of the text.
+        padded_to_limit: whether all texts have as many columns as the encoder's limit; else as many as the longest text
+            of an `encode_prompt` call needs.
+        settings: the arguments of `encode_prompt` that change how any text is encoded.
+        width_names: where the denoiser's config says how wide the text is that it reads; the first that is set counts.
+        scale: the argument of a call, and with some pipelines their attribute, that is the guidance scale.
+        guidance_in_two_calls: whether predictions without the prompt come from denoiser calls of their own, rather than
+            from further rows of the same call.
+        unit_time: whether the denoiser gets times from 0 to 1, rather than steps of the training.
+        text_argument, time_argument, mask_argument, pooled_argument: the denoiser's arguments for the text, the time,
+            the mask of the text's padding, and the pooled text.
+        shared_arguments: the denoiser's arguments that are the same for all rows of a batch.
+        projection: the denoiser's module that projects the text for all layers; "" if there is none.
+        outer_layers: beginnings of the names of the denoiser's parameters in front of its blocks and behind them.
+    """
+
+    name: str
+    denoiser_class: str
+    encoders: tuple[str, ...]
+    offers: frozenset[str]
+    denoiser: str = "transformer"
+    returns: tuple[str, ...] = ("text", "negative")
+    texts: tuple[tuple[str, ...], ...] = (("tokenizer",),)
+    pools: tuple[str, ...] = ()
+    bidirectional: tuple[str, ...] = ()
+    resizable: tuple[str, ...] = ()
+    left_padded: tuple[str, ...] = ()
+    padded_to_limit: bool = True
+    settings: tuple[str, ...] = ("clip_skip", "lora_scale", "clean_caption", "max_sequence_length")
+    width_names: tuple[str, ...] = ("joint_attention_dim",)
+    scale: str = "guidance_scale"
+    guidance_in_two_calls: bool = False
+    unit_time: bool = False
+    text_argument: str = "encoder_hidden_states"
+    time_argument: str = "timestep"
+    mask_argument: str = "encoder_attention_mask"
+    pooled_argument: str = "pooled_projections"
+    shared_arguments: tuple[str, ...] = ()
+    projection: str = ""
+    outer_layers: tuple[str, ...] = ()
+
+    # ---- what follows from the facts
+
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        """All that see the prompt."""
+        return tuple(dict.fromkeys(itertools.chain(*self.texts, self.pools)))
+
+    @property
+    def cross_attention(self) -> bool:
+        """Whether the denoiser reads text in layers of its own, rather than together with the picture."""
+        return "cross_text" in self.offers
+
+    @property
+    def causal(self) -> bool:
+        """Whether a text token sees only earlier ones, so that a prefix keeps its embedding."""
+        return not self.bidirectional
+
+    @property
+    def pooled(self) -> bool:
+        """Whether a pooled text reaches the denoiser past attention."""
+        return "pooled" in self.returns
+
+    @property
+    def masked(self) -> bool:
+        """Whether the denoiser gets a mask of the text's padding."""
+        return "mask" in self.returns
+
+    @property
+    def returns_negative(self) -> bool:
+        """Whether `encode_prompt` encodes the negative prompts together with the prompts; else it is called again."""
+        return "negative" in self.returns
+
+    @property
+    def guidance_condition(self) -> str:
+        """What a call has to be given so that it has guidance; "" if the pipeline's defaults do."""
+        return "" if self.returns_negative else f"`{self.scale}` above 1 and a negative prompt"
+
+    # ---- which pipelines are of the family
+
+    def recognises(self, pipe: DiffusionPipeline) -> bool:
+        """Whether a pipeline is of this family, told by its class, its denoiser and its text encoders."""
+        if not self.has_denoiser(pipe) or not self.has_slots(pipe) or self.lost(pipe):
+            return False
+        if not hasattr(pipe, "encode_prompt") or video_argument(type(pipe)):
+            return False
+        found = (bare(getattr(pipe, slot)) for slot in self.slots)
+        return all(is_kind(part, kind) for part, kind in zip(found, self.encoders, strict=True))
+
+    def has_denoiser(self, pipe: DiffusionPipeline) -> bool:
+        """Whether the pipeline's denoiser is of this family's class."""
+        return self.denoiser_class in class_names(held(pipe).get(self.denoiser))
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The pipeline's attributes for the text encoders that it has to have."""
+        return tuple("text_encoder" + (f"_{k + 1}" if k else "") for k in range(len(self.encoders)))
+
+    def has_slots(self, pipe: DiffusionPipeline) -> bool:
+        """Whether the pipeline's class has room for this family's text encoders, and for no others."""
+        there = {name for name in held(pipe) if name.startswith("text_encoder")}
+        return set(self.slots) <= there <= {*self.slots, *map(encoder_name, self.tokenizers)}
+
+    def lost(self, pipe: DiffusionPipeline) -> list[str]:
+        """The text encoders and tokenizers that the pipeline should have and does not have."""
+        named = [name for slot in self.slots for name in (slot, slot.replace("text_encoder", "tokenizer"))]
+        return [name for name in named if held(pipe).get(name, "") is None]
+
+    def cure_for_lost(self, lost: Sequence[str]) -> str:
+        """What to do about lost text encoders."""
+        return "Load the pipeline with all its text encoders and tokenizers, and keep them while an eraser is on"
+
+    def offered(self, pipe: DiffusionPipeline) -> frozenset[str]:
+        """What this pipeline offers: `offers`, less what its denoiser or its class lacks."""
+        found = self.offers - {"guidance_scale"}
+        if self.tells_scale(pipe):
+            found |= {"guidance_scale"}
+        layers = getattr(pipe, self.denoiser).modules() if "cross_text" in found else ()
+        if "cross_text" in found and not any(getattr(m, "is_cross_attention", False) for m in layers):
+            found -= {"cross_text", "text_weights"}
+        return found
+
+    def tells_scale(self, pipe: DiffusionPipeline) -> bool:
+        """Whether the pipeline object tells the guidance scale of its call."""
+        return hasattr(type(pipe), self.scale)
+
+    def adds_rows(self, pipe: DiffusionPipeline) -> bool:
+        """Whether the pipeline adds rows of its own to denoiser calls (perturbed attention guidance)."""
+        return hasattr(type(pipe), "set_pag_applied_layers")
+
+    def distilled(self, denoiser: nn.Module) -> bool:
+        """Whether the denoiser takes the guidance scale as an input and does without unconditional predictions."""
+        return False
+
+    def train_timesteps(self, pipe: DiffusionPipeline) -> int:
+        """The time that stands for pure noise, in the denoiser's units."""
+        return 1 if self.unit_time else pipe.scheduler.config.num_train_timesteps
+
+    # ---- texts
+
+    def limit(self, pipe: DiffusionPipeline, tokenizer: str, settings: Mapping[str, Any]) -> int:
+        """How many tokens of a text the pipeline encodes with this tokenizer, start and end included."""
+        most = int(getattr(pipe, tokenizer).model_max_length)
+        longest = encode_parameters(pipe).get("max_sequence_length")
+        if longest is None or tokenizer not in self.resizable:
+            return most
+        return min(int(settings.get("max_sequence_length") or longest.default), most)
+
+    def cleaned(
+        self, pipe: DiffusionPipeline, tokenizer: Any, texts: Sequence[str], settings: Mapping[str, Any]
+    ) -> list[str]:
+        """Texts as the pipeline gives them to a tokenizer."""
+        convert = getattr(pipe, "maybe_convert_prompt", None)  # textual inversion: one word, several tokens
+        return [convert(text, tokenizer) for text in texts] if convert else list(texts)
+
+    def read(self, pipe: DiffusionPipeline, tokenizer: str, text: str) -> Reading:
+        """How an encoder reads a cleaned text; nothing is cut off."""
+        make = getattr(pipe, tokenizer)
+        own, ids = (list(make(text, add_special_tokens=special).input_ids) for special in (False, True))
+        start = next(k for k in range(len(ids) + 1) if ids[k : k + len(own)] == own)
+        return Reading(ids, slice(start, start + len(own)))
+
+    def shift(self, tokenizer: str, reading: Reading, length: int) -> int:
+        """How far a text's tokens move to the right in `length` columns, because padding stands in front of them."""
+        return length - len(reading.ids) if tokenizer in self.left_padded else 0
+
+    def places(
+        self, pipe: DiffusionPipeline, length: int | None, settings: Mapping[str, Any]
+    ) -> dict[str, tuple[slice, slice]]:
+        """Where each encoder's states stand in a text [L, D]: its columns and features, by the tokenizer's name.
+
+        `length` is L, which is needed where texts are not padded to the encoder's limit.
+        """
+        found, end = {}, 0
+        for group in self.texts:
+            column, feature = end, 0
+            for name in group:
+                if (encoder := getattr(pipe, encoder_name(name), None)) is not None:
+                    most = self.limit(pipe, name, settings)
+                    end = column + most if self.padded_to_limit or length is None else length
+                    found[name] = slice(column, end), slice(feature, feature := feature + self.state_width(encoder))
+        return found
+
+    def state_width(self, encoder: Any) -> int:
+        """The features of an encoder's states."""
+        return int(encoder.config.hidden_size)
+
+    def encoding_arguments(
+        self, pipe: DiffusionPipeline, texts: Sequence[str], settings: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Arguments of `encode_prompt` that encode these texts, one row each, without guidance."""
+        call = {"prompt": list(texts), "prompt_2": None, "prompt_3": None, "num_images_per_prompt": 1, **settings}
+        call |= {"device": pipe._execution_device, "do_classifier_free_guidance": False}
+        taken = encode_parameters(pipe)
+        return {name: value for name, value in call.items() if name in taken}
+
+    def text_width(self, denoiser: nn.Module) -> int | None:
+        """How wide the text is that the denoiser reads; None if its config does not say."""
+        config: Any = denoiser.config
+        read = next((config[name] for name in self.width_names if config.get(name) is not None), None)
+        return read if isinstance(read, int) else None
+
+    def lengthened(self, text: Tensor, mask: Tensor | None, length: int) -> tuple[Tensor, Tensor | None] | None:
+        """The same texts [N, L, D] and mask in `length` columns; None if the denoiser would read them differently."""
+        if length == text.shape[1]:
+            return text, mask
+        if length < text.shape[1] or not self.masked:
+            return None
+        seen = text.new_ones(text.shape[:2]).bool() if mask is None else mask
+        return self.padded(text, length), self.padded(seen[..., None], length)[..., 0]
+
+    def padded(self, columns: Tensor, length: int) -> Tensor:
+        """Columns [..., L, D] of a text with zeros where padding would stand in `length` columns."""
+        from torch.nn.functional import pad
+
+        more = length - columns.shape[-2]
+        return pad(columns, (0, 0, more, 0) if self.left_padded else (0, 0, 0, more))
+
+    # ---- the denoiser's call
+
+    def text_mask(self, arguments: Mapping[str, Any]) -> Tensor | None:
+        """The mask of the text's padding [B, L] among a denoiser's arguments."""
+        mask = arguments.get(self.mask_argument)
+        return mask if mask is not None and mask.ndim == 2 else None
+
+    def pooled_text(self, arguments: Mapping[str, Any]) -> Tensor | None:
+        """The pooled text [B, P] among a denoiser's arguments."""
+        return arguments.get(self.pooled_argument)
+
+    def with_pooled(self, arguments: Mapping[str, Any], pooled: Tensor) -> dict[str, Any]:
+        """The arguments with another pooled text."""
+        return {**arguments, self.pooled_argument: pooled}
+
+    def text_projection(self, denoiser: nn.Module) -> nn.Module | None:
+        """The module that projects the text for all layers, where there is one."""
+        return getattr(denoiser, self.projection) if self.projection else None
+
+    def text_readers(self, denoiser: nn.Module) -> dict[str, nn.Module]:
+        """The projections that make keys and values from the text, by their names in the denoiser.
+
+        In joint attention they are those of the text alone, or, where there are none, those of text and picture.
+        """
+        if not self.cross_attention:
+            named = {name: m for name, m in denoiser.named_modules() if name.rpartition(".")[2] in _JOINT}
+            alone = {name: m for name, m in named.items() if name.endswith(_JOINT[:2])}
+            return alone or named
+        layers = [(n, m) for n, m in denoiser.named_modules() if getattr(m, "is_cross_attention", False)]
+        return {f"{name}.{part}": getattr(layer, part) for name, layer in layers for part in ("to_k", "to_v")}
+
+    def training_added(self, pipe: DiffusionPipeline, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the denoiser gets in training besides latents, time and text, from what `encode_prompt` returned."""
+        return {}
+
+    def training_arguments(self, text: Tensor, added: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Keyword arguments of a denoiser call in training, from a text and from rows of `training_added`."""
+        return {self.text_argument: text, **added}

@@ -1,0 +1,37 @@
+"""FLUX.1 and the embedded `emoji-flux`: T5 read in joint attention, CLIP pooled, guidance in a second call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ._parts import is_kind
+from .base import Family
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+@dataclass(frozen=True)
+class _Flux(Family):
+    denoiser_class: str = "FluxTransformer2DModel"
+    encoders: tuple[str, ...] = ("", "")
+    offers: frozenset[str] = frozenset({"joint_text", "guidance"})
+    returns: tuple[str, ...] = ("text", "pooled", "ids")
+    texts: tuple[tuple[str, ...], ...] = (("tokenizer_2",),)
+    pools: tuple[str, ...] = ("tokenizer",)
+    bidirectional: tuple[str, ...] = ("tokenizer_2",)
+    resizable: tuple[str, ...] = ("tokenizer_2",)
+    scale: str = "true_cfg_scale"
+    guidance_in_two_calls: bool = True
+    unit_time: bool = True
+    shared_arguments: tuple[str, ...] = ("img_ids", "txt_ids")  # positions
+
+
+class _Flux1(_Flux):
+    def recognises(self, pipe: DiffusionPipeline) -> bool:
+        return super().recognises(pipe) and not is_kind(pipe.text_encoder, "Bert")
+
+
+FLUX = _Flux1("FLUX.1")
+EMOJI_FLUX = _Flux("emoji-flux", encoders=("Bert", ""), bidirectional=("tokenizer", "tokenizer_2"))  # BERT twice

@@ -1,0 +1,19 @@
+"""SD 3 and 3.5: two CLIP encoders side by side and T5 behind them, or without it, read in joint attention."""
+
+from __future__ import annotations
+
+from .base import Family
+
+_CLIP = ("tokenizer", "tokenizer_2")
+
+SD3 = Family(
+    "SD 3/3.5",
+    denoiser_class="SD3Transformer2DModel",
+    encoders=("", ""),
+    offers=frozenset({"joint_text", "guidance", "guidance_scale"}),
+    returns=("text", "negative", "pooled", "negative_pooled"),
+    texts=(_CLIP, ("tokenizer_3",)),
+    pools=_CLIP,
+    bidirectional=("tokenizer_3",),
+    resizable=("tokenizer_3",),
+)

@@ -1,0 +1,43 @@
+"""SD 1.x and 2.x, and the embedded `emoji` models that share their UNet: one text encoder, read in cross-attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .base import Family
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+OFFERED = frozenset({"cross_text", "guidance", "guidance_scale", "text_weights", "training"})
+OUTER = ("time_embedding.", "add_embedding.", "conv_norm_out.", "conv_out.")
+
+
+@dataclass(frozen=True)
+class UNet(Family):
+    """A family whose denoiser is diffusers' `UNet2DConditionModel`."""
+
+    denoiser_class: str = "UNet2DConditionModel"
+    encoders: tuple[str, ...] = ("CLIPText",)
+    offers: frozenset[str] = OFFERED
+    denoiser: str = "unet"
+    width_names: tuple[str, ...] = ("cross_attention_dim",)
+    outer_layers: tuple[str, ...] = OUTER
+
+    def distilled(self, denoiser: nn.Module) -> bool:
+        return getattr(getattr(denoiser, "config", None), "time_cond_proj_dim", None) is not None
+
+    def pooled_text(self, arguments: Mapping[str, Any]) -> Tensor | None:
+        return (arguments.get("added_cond_kwargs") or {}).get("text_embeds")
+
+    def with_pooled(self, arguments: Mapping[str, Any], pooled: Tensor) -> dict[str, Any]:
+        return {**arguments, "added_cond_kwargs": {**arguments["added_cond_kwargs"], "text_embeds": pooled}}
+
+    def training_arguments(self, text: Tensor, added: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {self.text_argument: text, "added_cond_kwargs": dict(added)}
+
+
+SD = UNet("SD 1.x/2.x", offers=OFFERED | {"causal_text"})
+EMOJI = UNet("emoji", encoders=("Bert",), bidirectional=("tokenizer",))
