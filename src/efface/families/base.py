@@ -6,13 +6,12 @@ family names no method. What methods may need, and families may offer, is listed
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ._parts import Reading, bare, class_names, encoder_name, held, is_kind, video_argument
+from ._parts import Reading, bare, class_names, encoder_name, held, is_kind, parameters, video_argument
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -228,7 +227,7 @@ class Family:
     def limit(self, pipe: DiffusionPipeline, tokenizer: str, settings: Mapping[str, Any]) -> int:
         """How many tokens of a text the pipeline encodes with this tokenizer, start and end included."""
         most = int(getattr(pipe, tokenizer).model_max_length)
-        longest = inspect.signature(type(pipe).encode_prompt).parameters.get("max_sequence_length")
+        longest = parameters(type(pipe).encode_prompt).get("max_sequence_length")
         if longest is None or tokenizer not in self.resizable:
             return most
         return min(int(settings.get("max_sequence_length") or longest.default), most)
@@ -278,7 +277,7 @@ class Family:
         """Arguments of `encode_prompt` that encode these texts, one row each, without guidance."""
         call = {"prompt": list(texts), "prompt_2": None, "prompt_3": None, "num_images_per_prompt": 1, **settings}
         call |= {"device": pipe._execution_device, "do_classifier_free_guidance": False}
-        taken = inspect.signature(type(pipe).encode_prompt).parameters
+        taken = parameters(type(pipe).encode_prompt)
         return {name: value for name, value in call.items() if name in taken}
 
     def text_width(self, denoiser: nn.Module) -> int | None:
