@@ -52,15 +52,16 @@ def is_kind(part: Any, beginning: str) -> bool:
 
 def video_argument(pipeline: Any) -> str:
     """The argument by which a class of pipelines draws videos, such as "num_frames"; "" if it draws pictures."""
-    return _video_argument(pipeline.__call__)
+    taken = parameters(pipeline.__call__)
+    return next((name for name in ("num_frames", "video_length", "video") if name in taken), "")
 
 
 @functools.cache
-def _video_argument(call: Callable[..., Any]) -> str:
-    arguments = inspect.signature(call).parameters
-    return next((name for name in ("num_frames", "video_length", "video") if name in arguments), "")
+def parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """What a function takes, by name."""
+    return inspect.signature(function).parameters
 
 
 def encode_parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
-    """The parameters of a pipeline's own `encode_prompt`."""
-    return inspect.signature(type(pipe).encode_prompt).parameters
+    """What a pipeline's own `encode_prompt` takes."""
+    return parameters(type(pipe).encode_prompt)
