@@ -26,7 +26,14 @@ def with_concepts(
     """
     text, mask, pooled = arguments[facts.text_argument], facts.text_mask(arguments), facts.pooled_text(arguments)
     length = max(text.shape[1], *(prompts.text.states.shape[1] for prompts in asked))
-    given, *texts = [_of_length(facts, Text(text, mask), length), *(_of_length(facts, p.text, length) for p in asked)]
+    made = [facts.lengthened(each.states, each.mask, length) for each in (Text(text, mask), *(p.text for p in asked))]
+    given, *texts = [Text(*each) for each in made if each is not None]
+    if len(texts) < len(asked):
+        other = next(n for p in asked if (n := p.text.states.shape[1]) != text.shape[1])
+        raise ValueError(
+            f"The call's text has {text.shape[1]} tokens, but a concept's {other}, so they do not fit into one batch. "
+            "Give a prompt of the ordinary length, or use method 'eiup' where it works."
+        )
     again = first + torch.cat([r for prompts, r in zip(asked, rows, strict=True) for _ in range(len(prompts.text))])
     own = {name: value for name, value in arguments.items() if name not in facts.shared_arguments}
     found = arguments | {name: _with_rows(value, len(text), again) for name, value in own.items()}
@@ -42,16 +49,6 @@ def with_concepts(
         masks = [given.mask, *each([more.mask for more in texts])]
         found[facts.mask_argument] = torch.cat([seen.to(mask) for seen in masks if seen is not None])
     return found
-
-
-def _of_length(facts: Family, text: Text, length: int) -> Text:
-    found = facts.lengthened(text.states, text.mask, length)
-    if found is None:
-        raise ValueError(
-            f"A text of {text.states.shape[1]} tokens and one of {length} do not fit into one batch: those of the call "
-            "and of a concept differ. Give a prompt of the ordinary length, or use method 'eiup' where it works."
-        )
-    return Text(*found)
 
 
 def repelled_rows(guiding: Guiding, conditional: int, first: int) -> dict[int, int]:

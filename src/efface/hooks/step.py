@@ -124,7 +124,8 @@ class Step:
     # ---- with methods
 
     def _plan(self) -> Plan:
-        batch, found = self.batch, Plan()
+        batch = self.batch
+        found: Plan = []
         time = 1 - batch.time / self.where.train_timesteps
         for applied in self.where.applied:
             method, weight, exempt = applied.method, 0.0, ""
