@@ -80,12 +80,14 @@ def meaning(path: Path) -> str:
 @functools.cache
 def code_hash(eraser: type) -> str:
     """sha256 over the code that erasers of a class draw with: its own file, what that shares with others, the hooks."""
-    own = Path(inspect.getfile(eraser))
-    shared = re.findall(r"^\s*from \.(_\w+) import", own.read_text("utf-8"), re.MULTILINE)
-    files = {own, *(path for name in shared if (path := own.parent / f"{name}.py").is_file())}
+    own, root = Path(inspect.getfile(eraser)), Path(efface.__file__).parent
+    if own.parent.name in ("erasers", "editors"):
+        shared = re.findall(r"^\s*from \.(_\w+) import", own.read_text("utf-8"), re.MULTILINE)
+        files = {own, *(path for name in shared if (path := own.parent / f"{name}.py").is_file())}
+    else:  # a method that is a package
+        files = set(own.parent.glob("*.py"))
     if not issubclass(eraser, efface.Delta):
-        inside = ("_attention", "_guidance", "_hooks", "_layers", "_method", "_prompts", "_text")
-        files |= {Path(efface.__file__).parent / f"{name}.py" for name in inside}
+        files |= {*root.glob("hooks/*.py"), *root.glob("families/*.py"), root / "_text.py", root / "_masking.py"}
     return hashlib.sha256("\n".join(meaning(path) for path in sorted(files)).encode()).hexdigest()
 
 
