@@ -34,6 +34,7 @@ from diffusers import (
 )
 from tiny import pipeline
 
+import efface
 from efface import EIUP, ESD, GIE, RECE, SAFREE, SLD, UCE, Concept, NegativePrompt
 from efface._masking import masked
 from efface.families import FAMILIES, OFFERS, Family, Reading, check, family, filled, forms, uncalibrated
@@ -322,3 +323,11 @@ def test_each_family_has_tiny_pipelines_that_all_methods_are_tried_on() -> None:
     assert {family(tiny.untouched(name)).name for name in tiny.EACH} | {"emoji-flux"} == {
         each.name for each in FAMILIES
     }
+
+
+def test_active_says_where_defaults_were_not_calibrated() -> None:
+    pipe = pipeline("sd1")
+    with efface.EIUP("cat").apply(pipe), efface.NegativePrompt("cat").apply(pipe):
+        eiup, negative = str(efface.active(pipe)).splitlines()
+    assert eiup.endswith("cat  not calibrated for SD 1.x/2.x (calibrated: emoji)")
+    assert negative.endswith("cat")

@@ -255,6 +255,7 @@ class Handle(AbstractContextManager["Handle"]):
         replace: puts a changed eraser in its place.
         remove: takes it off.
         record: what it did.
+        note: what its user should know, shown by `efface.active`.
 
     Raises:
         AttributeError: on setting anything else, such as a misspelt name, or what the eraser lacks.
@@ -275,6 +276,7 @@ class Handle(AbstractContextManager["Handle"]):
     active: bool
     _replace: Callable[[Any], None]
     _remove: Callable[[], None]
+    note: str
     _record: Callable[[], dict[str, Any]]
 
     def __init__(
@@ -283,8 +285,9 @@ class Handle(AbstractContextManager["Handle"]):
         replace: Callable[[Any], None],
         remove: Callable[[], None],
         record: Callable[[], dict[str, Any]] = dict,
+        note: str = "",
     ) -> None:
-        vars(self).update(eraser=eraser, active=True, _replace=replace, _remove=remove, _record=record)
+        vars(self).update(eraser=eraser, active=True, _replace=replace, _remove=remove, _record=record, note=note)
 
     if not TYPE_CHECKING:  # a type checker would take it to allow any name
 
@@ -382,7 +385,7 @@ class Handles(AbstractContextManager["Handles"]):
         return [h.config() for h in self._handles]
 
     def __str__(self) -> str:
-        """A table: a line for each, with its strength and concepts."""
+        """A table: a line for each, with its strength, its concepts, and whether its defaults suit the model."""
         lines = []
         for handle in self._handles:
             eraser = handle.eraser
@@ -390,7 +393,7 @@ class Handles(AbstractContextManager["Handles"]):
             concepts = " | ".join(", ".join(c.name for c in group) or "none" for group in groups)
             strength = getattr(eraser, "strength", None)
             name = getattr(eraser, "method", type(eraser).__name__)
-            lines.append((name, "" if strength is None else f"strength {strength:g}", concepts))
+            lines.append((name, "" if strength is None else f"strength {strength:g}", concepts, handle.note))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)] if lines else []
         joined = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
         return "\n".join(joined) or "nothing is on"

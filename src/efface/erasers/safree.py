@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from inspect import BoundArguments
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -89,6 +90,7 @@ class SAFREE(Method):
     """
 
     off: ClassVar[dict[str, Any] | None] = {"strength": 0.0}
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"SD 1.x/2.x": {}}  # the paper's settings
     touches_uncond: ClassVar[bool] = False
 
     concepts: Concepts = ()  # type: ignore[assignment]

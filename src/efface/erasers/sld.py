@@ -78,8 +78,8 @@ class SLD(Method):
     """
 
     off: ClassVar[dict[str, Any] | None] = {"strength": 0.0}
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"SD 1.x/2.x": {}}  # the paper's settings
     needs: ClassVar[tuple[str, ...]] = ("guidance",)
-    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}, "SD 1.x/2.x": {}}  # the paper's
     touches_uncond: ClassVar[bool] = False
     guides: ClassVar[bool] = True
 

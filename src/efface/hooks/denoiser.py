@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .._text import SITES, check_width
 from .._weights import check_unfused
 from ..core import Handle
-from ..families import Family, refusal
+from ..families import Family, refusal, uncalibrated
 from . import watch
 from .attention import Text
 from .batch import Batch, compiled_first_row, first_row, negated_rows, repelled
@@ -101,7 +101,8 @@ class Site:
             if not self.applied:
                 self._close()
 
-        applied.handle = Handle(method, swap, remove, lambda: applied.record.as_json())
+        note = uncalibrated(method, pipe)
+        applied.handle = Handle(method, swap, remove, lambda: applied.record.as_json(), note)
         return applied.handle
 
     def _check(self, pipe: DiffusionPipeline, method: Contract) -> None:
