@@ -20,7 +20,11 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,11 +32,15 @@ from typing import Any, NamedTuple
 import pytest
 import tiny
 import torch
+from PIL import Image
+from safetensors import safe_open
 from tiny import ALCOHOL, CAT, PROMPTS, latents
 from torch import Tensor
+from typer.testing import CliRunner
 
 import efface
 from efface import CCRT, EIUP, ESD, GIE, RECE, SAFREE, SDD, SLD, UCE, Delta, NegativePrompt
+from efface.cli import app
 
 PINS = Path(__file__).parent / "pins"
 FILES = PINS / "files"
@@ -324,9 +332,258 @@ def test_tiny_pipelines_do_not_depend_on_the_global_random_state() -> None:
         assert torch.equal(latents(other, PROMPTS), latents(double("sd1"), PROMPTS))
 
 
+# ---------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def argv(*args: str) -> Iterator[None]:
+    before, sys.argv = sys.argv, list(args)
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def ran(*args: str) -> Any:
+    """What a command prints as JSON."""
+    done = CliRunner().invoke(app, args)
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def shape(value: Any) -> Any:
+    """The keys of JSON, and the types of what is no mapping; elements of a list are taken together."""
+    if isinstance(value, dict):
+        return {key: shape(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [functools.reduce(_both, map(shape, value))] if value else []
+    return "null" if value is None else type(value).__name__
+
+
+def _both(a: Any, b: Any) -> Any:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return {key: _both(a[key], b[key]) if key in a and key in b else a.get(key, b.get(key)) for key in a | b}
+    if isinstance(a, str) and isinstance(b, str):
+        return " or ".join(sorted({*a.split(" or "), *b.split(" or ")}))
+    return a or b
+
+
+@functools.cache
+def exact(seed: int = 0) -> Any:
+    """A small pipeline whose texts and whose weights that read them have the same bits on every machine.
+
+    Files name their model by a hash of such weights, and a checkpoint of CCRT by one of encoded texts. Random numbers
+    with a bell curve differ in the last bit between CPUs, and so does what a text encoder computes.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("UpBlock2D",)}
+        pipe = tiny.stable_diffusion(tiny.tokenizer(), 16, tiny.denoiser(16, block_out_channels=(8,), **blocks))
+    random = torch.Generator().manual_seed(seed)
+    for name, weight in pipe.unet.named_parameters():
+        if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
+            weight.data = torch.randint(-64, 65, weight.shape, generator=random) / 64
+    table = torch.randint(-32, 33, (len(pipe.tokenizer), 16), generator=random) / 16
+
+    def look_up(module: Any, args: Any, given: Mapping[str, Any], out: Any) -> Any:
+        ids = given["input_ids"] if "input_ids" in given else args[0]
+        out.last_hidden_state = table[ids] + table[ids.roll(1, -1)] / 2
+        return out
+
+    pipe.text_encoder.register_forward_hook(look_up, with_kwargs=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@functools.cache
+def golden_delta() -> Delta:
+    return Delta.load(FILES / "delta.safetensors")
+
+
+ADAPTER = "adapter.safetensors"
+RUN, BASE = Path("run/cat"), Path("run/base")
+BENCH = shlex.split(f"bench emoji --concept cat --limit 3 --batch 2 --out {RUN} --base {BASE}")
+CALIBRATE = shlex.split(
+    "calibrate --concept cat --strength 0.5 --strength 2 --refine 0 --n 2 --steps 8 --target 0.5 --out calibration"
+)
+FITS: dict[str, tuple[Any, dict[str, Any]]] = {  # a checkpoint, of a fit that was interrupted
+    "esd.safetensors": (ESD(**QUICK | {"steps": 22, "train": "x-strict"}), {}),
+    "sdd.safetensors": (SDD(**QUICK | {"steps": 22, "train": "x-strict"}), {}),
+    "ccrt": (
+        CCRT(**QUICK | {"train": "x-strict"}, keep=2, generations=1, template="{}"),
+        {"entities": ("dog", "moon", "pub")},
+    ),
+}
+
+
+def files() -> dict[str, Any]:
+    """Writes the files, and says what is to be made of them."""
+    shutil.rmtree(FILES, ignore_errors=True)
+    FILES.mkdir(parents=True)
+    UCE(lam=1.0).fit(exact(), [ALCOHOL, CAT]).save(FILES / "delta.safetensors")
+    golden_delta.cache_clear()
+    shutil.copyfile(tiny.adapter_file(exact()), FILES / ADAPTER)
+    for name in FITS:
+        interrupt(name)
+    with contextlib.chdir(FILES):
+        for args in (BENCH, CALIBRATE):
+            with argv("efface", *args):
+                done = CliRunner().invoke(app, args)
+            assert done.exit_code == 0, done.output
+    for lock in FILES.rglob(".lock"):
+        lock.unlink()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(shutil.copytree(FILES, Path(folder) / "files"))
+        with contextlib.chdir(place):
+            printed = {args[0]: shape(ran(*args, "--json")) for args in (BENCH, ("report", str(RUN)), CALIBRATE)}
+        return of_files(place) | {f"{verb} --json": keys for verb, keys in printed.items()}
+
+
+def fit(name: str, folder: Path) -> Delta:
+    """The fit of that checkpoint, to its end."""
+    editor, options = FITS[name]
+    return editor.fit(exact(), [ALCOHOL], seed=3, checkpoint=folder / name, **options)
+
+
+def interrupt(name: str) -> None:
+    """Begins a fit, and stops it like Ctrl-C once there is a checkpoint."""
+    path = FILES / name / ("1/prompts.json" if name == "ccrt" else "")
+
+    def stop(*_: Any) -> None:
+        if path.exists():
+            raise KeyboardInterrupt
+
+    hook = exact().unet.register_forward_hook(stop)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            fit(name, FILES)
+            raise AssertionError(f"The fit of {name} ended before it could be interrupted.")
+    finally:
+        hook.remove()
+
+
+def of_files(folder: Path) -> dict[str, Any]:
+    """What the files in a folder, whose checkpoints are used up, say and do today."""
+    pipe, delta, eraser = exact(), Delta.load(folder / "delta.safetensors"), GIE(ALCOHOL, adapter=folder / ADAPTER)
+    on: dict[str, Any] = {"base model": (), "delta": (delta,), "adapter": (eraser,)}
+    on["half a delta and EIUP"] = dataclasses.replace(delta, strength=0.5), EIUP(CAT)
+    on |= {name: (resumed(name, folder),) for name in FITS}
+    found: dict[str, Any] = {}
+    for name, erasers in on.items():
+        with efface.stack(pipe, *erasers):
+            found[name] = {"latents": projections(latents(pipe, PROMPTS, num_inference_steps=3))}
+    found["delta"] |= {"config": {k: v for k, v in delta.config().items() if k != "versions"}}
+    for layout in ("diffusers", "kohya"):
+        delta.export(folder / f"{layout}.lora", layout)
+        found[f"delta as a LoRA for {layout}"] = shapes(folder / f"{layout}.lora")
+    return found
+
+
+def resumed(name: str, folder: Path) -> Delta:
+    """The fit goes on from its checkpoint, and does not begin anew."""
+    calls: list[int] = []
+    hook = exact().unet.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        delta, rest = fit(name, folder), len(calls)
+        calls.clear()
+        fit(name, folder / "anew")
+    finally:
+        hook.remove()
+    assert 0 < rest < 0.7 * len(calls), f"The checkpoint {name} saved {len(calls) - rest} of {len(calls)} calls."
+    return delta
+
+
+def shapes(path: Path) -> dict[str, list[int]]:
+    with safe_open(path, "pt") as file:
+        return {name: list(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
+
+
+def test_deltas_adapters_and_checkpoints_of_today_still_work(tmp_path: Path) -> None:
+    shutil.copytree(FILES, tmp_path / "files")
+    pinned, found = golden("files"), of_files(tmp_path / "files")
+    far = {name: apart(pin["latents"], found[name]["latents"]) for name, pin in pinned.items() if "latents" in pin}
+    assert {name: f for name, f in far.items() if f > 1} == {}
+    clear = {name: apart(pinned[name]["latents"], pinned["base model"]["latents"]) for name in far}
+    assert min(f for name, f in clear.items() if name != "base model") > CLEAR
+    assert_kept({name: without(pin) for name, pin in pinned.items() if "--json" not in name}, found, "files")
+
+
+@pytest.fixture
+def there(tmp_path: Path) -> Iterator[Path]:
+    """A copy of the files, in which commands are run."""
+    shutil.copytree(FILES, tmp_path / "files")
+    with contextlib.chdir(tmp_path / "files"):
+        yield tmp_path / "files"
+
+
+def test_a_run_of_today_is_scored_and_reported(there: Path) -> None:
+    card, found = read(FILES / RUN / "card.json"), ran("report", str(RUN), "--json")
+    assert found["groups"] == [{"runs": [{"label": "eiup", **card}]}]
+    scores, base = efface.Run.open(RUN).scores()
+    assert [(s.metric, s.n, s.protocol) for s in scores] == [
+        (s["metric"], s["n"], s["protocol"]) for s in card["scores"]
+    ]
+    assert [s.metric for s in base] == [s.metric for s in scores] and scores[0].per_sample
+    assert_kept(golden("files")["report --json"], shape(found), "report --json")
+    assert Path("report.html").stat().st_size > 20_000 and read(Path("report.json")) == found
+    scored = ran("score", str(RUN), "--json")
+    assert_kept(golden("files")["bench --json"], shape(scored), "bench --json")
+    assert_same_scores(scored["scores"], card["scores"])
+    assert [s["metric"] for s in read(RUN / "scores.json")["scores"]] == [s["metric"] for s in card["scores"]]
+    removal = [s for s in card["scores"] if s["metric"].startswith("removal")]
+    assert_same_scores(ran("score", str(RUN), "--metric", "removal", "--json")["scores"], removal)
+
+
+def test_a_run_of_today_goes_on(there: Path) -> None:
+    """One picture of the first batch of two is missing: the batch is drawn again, and nothing else."""
+    lines = (RUN / "samples.jsonl").read_text().splitlines(keepends=True)
+    (RUN / "samples.jsonl").write_text("".join(lines[::2]))
+    card = ran(*BENCH, "--json")
+    now = sorted((RUN / "samples.jsonl").read_text().splitlines(keepends=True), key=lambda line: json.loads(line)["k"])
+    assert len(now) == 3 and [a == b for a, b in zip(now, lines, strict=True)] == [False, False, True]
+    assert len(card["sessions"]) == 2
+    assert_kept(golden("files")["bench --json"], shape(card), "bench --json")
+    for line in lines[:2]:
+        file = json.loads(line)["file"]
+        before, after, base = (pixels(folder / file) for folder in (FILES / RUN, RUN, BASE))
+        assert tiny.change(after, before) < 0.02 < 0.1 < tiny.change(base, before)
+    assert all((BASE / f).read_bytes() == (FILES / BASE / f).read_bytes() for f in ("run.json", "samples.jsonl"))
+
+
+def test_a_calibration_of_today_goes_on(there: Path) -> None:
+    """From judgements that are there: nothing is drawn again, and the result is the same."""
+    Path("calibration/calibration.json").unlink()
+    found = ran(*CALIBRATE, "--json")
+    for path in Path("calibration").iterdir():
+        assert read(path) == read(FILES / path), path.name
+    assert found["strength"] == 2.0 and [point["strength"] for point in found["points"]] == [0.5, 2.0]
+    assert_kept(golden("files")["calibrate --json"], shape(found), "calibrate --json")
+
+
+def assert_same_scores(found: Sequence[Mapping[str, Any]], pinned: Sequence[Mapping[str, Any]]) -> None:
+    assert [score["metric"] for score in found] == [score["metric"] for score in pinned]
+    for new, old in zip(found, pinned, strict=True):
+        for key in ("n", "unit", "higher_is_better", "protocol"):
+            assert new[key] == old[key]
+        for a, b in ((new, old), (new["base"], old["base"])):
+            assert all(
+                a[k] == (b[k] if b[k] is None else pytest.approx(b[k], abs=0.01)) for k in ("value", "low", "high")
+            )
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text("utf-8"))
+
+
+def pixels(path: Path) -> Tensor:
+    with Image.open(path) as picture:
+        return torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8).double()
+
+
 # ---------------------------------------------------------------- writing them
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "files": files,
     "pictures": pictures,
 }
 
