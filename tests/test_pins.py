@@ -39,7 +39,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import efface
-from efface import CCRT, EIUP, ESD, GIE, RECE, SAFREE, SDD, SLD, UCE, Delta, NegativePrompt
+from efface import CCRT, EIUP, ESD, GIE, RECE, SAFREE, SDD, SLD, UCE, Concept, Delta, NegativePrompt
 from efface.cli import app
 
 PINS = Path(__file__).parent / "pins"
@@ -580,11 +580,202 @@ def pixels(path: Path) -> Tensor:
         return torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8).double()
 
 
+# ---------------------------------------------------------------- refusals
+
+
+def called(eraser: Any, family: str = "sd1", **call: Any) -> Callable[[], Any]:
+    """A call of the pipeline with the eraser on."""
+
+    def draw() -> None:
+        with eraser.apply(double(family)):
+            latents(double(family), **{"prompt": PROMPTS, "num_inference_steps": 1, **call})
+
+    return draw
+
+
+def set_on(name: str, value: Any, removed: bool = False) -> Callable[[], Any]:
+    """A handle of EIUP that is set."""
+
+    def change() -> None:
+        with EIUP(ALCOHOL).apply(double("sd1")) as handle:
+            if removed:
+                handle.remove()
+            setattr(handle, name, value)
+
+    return change
+
+
+def denoise(eraser: Any, rows: Sequence[bool] | None) -> Callable[[], Any]:
+    """The denoiser called by itself, with two rows of text."""
+
+    def call() -> None:
+        pipe = tiny.untouched("sd1")
+        with eraser.apply(pipe), contextlib.ExitStack() as stack:
+            if rows is not None:
+                stack.enter_context(efface.conditional_rows(pipe, rows))
+            pipe.unet(**tiny.batch("sd1"))
+
+    return call
+
+
+def inside_conditional_rows() -> None:
+    pipe = double("sd1")
+    with EIUP(ALCOHOL).apply(pipe), efface.conditional_rows(pipe, [True]):
+        latents(pipe, num_inference_steps=1)
+
+
+def too_late() -> None:
+    """A delta that belongs on top of another."""
+    with golden_delta().apply(exact()):
+        second = UCE().fit(exact(), CAT)
+    second.apply(exact())
+
+
+def merged_twice() -> None:
+    with golden_delta().apply(exact()):
+        golden_delta().merge(exact())
+
+
+class Nothing:
+    def __repr__(self) -> str:
+        return "Nothing()"
+
+
+LONG = Concept("long", ("beer " * 20,))
+REFUSALS: dict[str, Callable[[], Any]] = {
+    **{
+        f"fit {name} on {family}": functools.partial(lambda name, family: fitted(name, double(family)), name, family)
+        for name in EDITORS
+        for family in ("pixart", "sd3", "flux")
+    },
+    "erase/method": lambda: efface.erase(double("sd1"), CAT, method="eipu"),
+    "erase/no method": lambda: efface.erase(double("sd1"), CAT, method=3),  # type: ignore[arg-type]
+    "erase/editor": lambda: efface.erase(double("sd1"), CAT, method="uce"),
+    "erase/preset": lambda: efface.erase(double("sd1"), CAT, method="sld.medum"),
+    "erase/field": lambda: efface.erase(double("sd1"), CAT, strenght=2.0),
+    "erase/concept": lambda: efface.erase(double("sd1"), "alcohl"),
+    "erase/no concepts": lambda: efface.erase(double("sd1"), []),
+    "erase/no pipeline": lambda: efface.erase(Nothing(), CAT),
+    "stack/class": lambda: efface.stack(double("sd1"), EIUP),  # type: ignore[arg-type]
+    "stack/name": lambda: efface.stack(double("sd1"), "eiup"),  # type: ignore[arg-type]
+    "stack/list": lambda: efface.stack(double("sd1"), [EIUP(CAT)]),  # type: ignore[arg-type]
+    "stack/editor": lambda: efface.stack(double("sd1"), UCE()),  # type: ignore[arg-type]
+    "load/no folder": lambda: efface.load("emojii"),
+    "load/no name": lambda: efface.load(3),  # type: ignore[arg-type]
+    "load/dtype": lambda: efface.load("emoji", dtype="float16"),
+    "concept/name": lambda: efface.concept("alcohl"),
+    "concept/empty": lambda: efface.concept(" "),
+    "Concept/empty": lambda: Concept(""),
+    "Concept/phrase": lambda: Concept("cat", ("cat", " ")),
+    "Concept/phrases": lambda: Concept("cat", "cat"),  # type: ignore[arg-type]
+    "Row/id": lambda: efface.Row("a/b", "a cat", 1),
+    "Row/prompt": lambda: efface.Row("a", " ", 1),
+    "Row/seed": lambda: efface.Row("a", "a cat", -1),
+    "Sample": lambda: efface.Sample(efface.Row("a", "a cat", 1)),
+    "Score": lambda: efface.Score("", 0.0, 1, 0.0, 0.0),
+    "Suite/rows": lambda: efface.Suite("mine", "1", ()),
+    "Suite/twice": lambda: efface.Suite("mine", "1", (efface.Row("a", "a cat", 1),) * 2),
+    "make_suite/name": lambda: efface.make_suite("emojii"),
+    "make_suite/field": lambda: efface.make_suite("emoji", "cat", picture=9),
+    "make_suite/seeds": lambda: efface.make_suite("emoji", "cat", first_seed=9_999),
+    "detector/name": lambda: efface.detector("eye", "cat"),
+    "detector/names": lambda: efface.detector("eyes", "zebra crossing"),
+    "effectiveness": lambda: efface.effectiveness(["a cat"], double("sd1"), efface.detector("eyes", "cat"), n=0),
+    "report/nothing": lambda: efface.write_report([], "report.html"),
+    "calibrate/concept": lambda: efface.calibrate(double("sd1"), EIUP(CAT), ALCOHOL, efface.detector("eyes", "cat")),
+    "calibrate/seeds": lambda: efface.calibrate(
+        double("sd1"), EIUP(CAT), CAT, efface.detector("eyes", "cat"), keep_prompts=["a dog"], first_seed=9_990
+    ),
+    "eiup/strength": lambda: EIUP(CAT, strength=-1.0),
+    "eiup/window": lambda: EIUP(CAT, window=(0.0, 1.5)),
+    "eiup/form": lambda: EIUP(CAT, normalization="project"),  # type: ignore[arg-type]
+    "eiup/neutral": lambda: EIUP(CAT, neutral=("a dog",)),  # type: ignore[arg-type]
+    "eiup/rows": lambda: EIUP(rows="cat"),
+    "eiup/phrase": called(EIUP(LONG)),
+    "eiup/rows of a call": called(EIUP(rows=[[CAT], [], []])),
+    "gie/values": lambda: GIE(CAT, values="code"),  # type: ignore[arg-type]
+    "gie/trajectories": lambda: GIE(CAT, trajectories=3),
+    "gie/adapter": lambda: GIE(CAT, adapter="absent.safetensors"),
+    "gie/adapter of another model": lambda: GIE(CAT, adapter=FILES / ADAPTER).apply(exact(seed=9)),
+    "gie/guidance": called(GIE(CAT, trajectories=2), guidance_rescale=0.7),
+    "safree/alpha": lambda: SAFREE(CAT, alpha=-1.0),
+    "safree/validation": lambda: SAFREE(CAT, validation=(0.0, 1.0)),
+    "safree/prompt_2": called(SAFREE(CAT), "sdxl", prompt_2=["a dog", "a cat"]),
+    "sld/warmup": lambda: SLD(CAT, warmup=2.0),
+    "sld/momentum": lambda: SLD(CAT, momentum_beta=1.5),
+    "sld/scale": lambda: SLD(CAT, sld_guidance_scale=float("inf")),
+    "negative/phrases": lambda: NegativePrompt(Concept("long", ("beer glass " * 4,) * 4)).apply(double("sd1")),
+    "uce/mode": lambda: UCE(mode="remove"),  # type: ignore[arg-type]
+    "uce/attributes": lambda: UCE(mode="debias"),
+    "uce/lam": lambda: UCE(lam=0.0),
+    "uce/anchor": lambda: UCE().fit(exact(), Concept("cat", anchor="cat")),
+    "uce/no concepts": lambda: UCE().fit(exact(), []),
+    "rece/mu": lambda: RECE(mu=0.0),
+    "esd/train": lambda: ESD(train="xattn"),  # type: ignore[arg-type]
+    "esd/lr": lambda: ESD(lr=0.0),
+    "esd/eta": lambda: ESD(eta=-2.0),
+    "esd/phrase": lambda: ESD(**QUICK).fit(exact(), LONG),
+    "sdd/roles": lambda: SDD(prompt_roles="script"),  # type: ignore[arg-type]
+    "sdd/ema": lambda: SDD(ema=2.0),
+    "ccrt/keep": lambda: CCRT(keep=1),
+    "ccrt/template": lambda: CCRT(template="a photo"),
+    "ccrt/entities": lambda: CCRT(**QUICK, keep=2).fit(exact(), CAT, entities=["big cat", "moon"]),
+    "handle/strength": set_on("strength", -1.0),
+    "handle/rows": set_on("rows", "cat"),
+    "handle/window": set_on("window", (0.0, 1.0)),
+    "handle/misspelt": set_on("strenght", 1.0),
+    "handle/removed": set_on("strength", 1.0, removed=True),
+    "conditional_rows/order": denoise(EIUP(CAT), [True, False]),
+    "conditional_rows/none": denoise(EIUP(CAT), []),
+    "conditional_rows/another number": denoise(EIUP(CAT), [True]),
+    "conditional_rows/not given": denoise(EIUP(CAT), None),
+    "conditional_rows/pipeline": inside_conditional_rows,
+    "delta/empty": lambda: Delta({}, method="mine"),
+    "delta/strength": lambda: dataclasses.replace(golden_delta(), strength=-1.0),
+    "delta/absent": lambda: Delta.load("absent.safetensors"),
+    "delta/other file": lambda: Delta.load(FILES / ADAPTER),
+    "delta/another model": lambda: golden_delta().apply(exact(seed=9)),
+    "delta/another architecture": lambda: golden_delta().apply(double("sdxl")),
+    "delta/after": too_late,
+    "delta/merge": merged_twice,
+    "delta/layout": lambda: golden_delta().export("lora.safetensors", "a1111"),  # type: ignore[arg-type]
+    "delta/rank": lambda: golden_delta().truncated(0),
+    "run/eraser on": lambda: _run_with_eraser_on(),
+    "run/no folder": lambda: efface.Run.open("absent"),
+    "score/no folder": lambda: efface.score("absent"),
+    "attribute": lambda: efface.eiup,
+}
+
+
+def _run_with_eraser_on() -> None:
+    with EIUP(CAT).apply(double("sd1")), tempfile.TemporaryDirectory() as folder:
+        efface.run(efface.Suite("mine", "1", (efface.Row("a", "a cat", 1),)), double("sd1"), out=f"{folder}/run")
+
+
+def refused(name: str) -> dict[str, str]:
+    try:
+        REFUSALS[name]()
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is pinned
+        return refusal(error)
+    return {"type": "", "message": ""}
+
+
+def refusals() -> dict[str, Any]:
+    return {name: refused(name) for name in REFUSALS}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_refusal_says_the_pinned_words(name: str) -> None:
+    assert golden("refusals")[name]["type"]
+    assert_kept(golden("refusals")[name], refused(name), name)
+
+
 # ---------------------------------------------------------------- writing them
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "files": files,
     "pictures": pictures,
+    "refusals": refusals,
 }
 
 
