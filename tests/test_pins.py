@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import pytest
 import tiny
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 from safetensors import safe_open
 from tiny import ALCOHOL, CAT, PROMPTS, latents
@@ -770,12 +771,213 @@ def test_a_refusal_says_the_pinned_words(name: str) -> None:
     assert_kept(golden("refusals")[name], refused(name), name)
 
 
+# ---------------------------------------------------------------- commands
+
+
+USES: dict[str, str] = {  # in a folder that `desk` makes; what is behind # happens meanwhile
+    "version": "--version",
+    "no such verb": "erases",
+    "list": "list",
+    "list/methods": "list methods --json",
+    "list/typo": "list method",
+    "erase": "erase 'a red cat' --concept cat --model model --images 1 --steps 1 --out a",
+    "erase/json": "erase 'a red cat' --concept cat --model model --images 2 --steps 1 --negative dog --out b --json",
+    "erase/delta": "erase 'a red cat' --delta delta.safetensors --model model --images 1 --steps 1 --out c --json",
+    "erase/two": "erase cat --delta delta.safetensors --method sld.strong --concept cat --model model --images 1 "
+    "--steps 1 --set warmup=0 --out d --json",
+    "erase/emoji": "erase 'a cat' --concept cat --concept nudity --images 1 --steps 1 --out e --json",
+    "erase/interrupted": "erase 'a cat' --concept cat --model model --steps 1 --out f # KeyboardInterrupt",
+    "erase/out of memory": "erase 'a cat' --concept cat --model model --steps 1 --out f # RuntimeError",
+    "erase/no such option": "erase 'a cat' --concepts cat",
+    "erase/no prompt": "erase",
+    "erase/out of range": "erase 'a cat' --concept cat --images 0",
+    "erase/empty": "erase '' --concept cat",
+    "erase/nothing": "erase 'a cat'",
+    "erase/concept": "erase 'a cat' --concept caat",
+    "erase/method": "erase 'a cat' --concept cat --method eipu",
+    "erase/preset": "erase 'a cat' --concept cat --method sld.medum",
+    "erase/field": "erase 'a cat' --concept cat --set strenght=2",
+    "erase/value": "erase 'a cat' --concept cat --set strength=much",
+    "erase/setting": "erase 'a cat' --concept cat --set strength",
+    "erase/concepts": "erase 'a cat' --concept cat --set concepts=2",
+    "erase/rows": "erase 'a cat' --concept cat --set rows=[]",
+    "erase/guidance": "erase 'a cat' --concept cat --method sld --guidance 1",
+    "erase/seeds": "erase 'a cat' --concept cat --seed 4294967295",
+    "erase/model": "erase 'a cat' --concept cat --model emojii",
+    "erase/no model": "erase 'a cat' --concept cat --model run",
+    "erase/damaged model": "erase 'a cat' --concept cat --model damaged",
+    "erase/full": "erase 'a cat' --concept cat --out full",
+    "erase/a file": "erase 'a cat' --concept cat --out full/mine.txt",
+    "erase/no delta": "erase 'a cat' --delta absent.safetensors",
+    "erase/delta twice": "erase 'a cat' --delta delta.safetensors --delta delta.safetensors",
+    "erase/delta and fields": "erase 'a cat' --delta delta.safetensors --set strength=2",
+    "erase/delta of another model": "erase 'a cat' --delta delta.safetensors --steps 1 --out g",
+    "fit": "fit uce --concept cat --model model --out cat.safetensors",
+    "fit/json": "fit uce --phrase cat --anchor dog --keep moon --model model --out dog.safetensors --json",
+    "fit/interrupted": "fit esd --phrase cat --model model --set steps=2 --out h.safetensors # KeyboardInterrupt",
+    "fit/nothing": "fit uce --out h.safetensors",
+    "fit/eraser": "fit eiup --concept cat --out h.safetensors",
+    "fit/field": "fit uce --concept cat --set lamb=1 --out h.safetensors",
+    "fit/exists": "fit uce --concept cat --model model --out delta.safetensors",
+    "fit/a folder": "fit uce --concept cat --out full",
+    "delta info": "delta info delta.safetensors",
+    "delta info/json": "delta info delta.safetensors --json",
+    "delta info/absent": "delta info absent.safetensors",
+    "delta info/damaged": "delta info damaged.safetensors",
+    "delta info/adapter": "delta info adapter.safetensors",
+    "delta export": "delta export delta.safetensors --out lora.safetensors",
+    "delta export/json": "delta export delta.safetensors --layout kohya --rank 1 --out kohya.safetensors --json",
+    "delta export/layout": "delta export delta.safetensors --layout a1111 --out x.safetensors",
+    "delta export/exists": "delta export delta.safetensors --out adapter.safetensors",
+    "delta merge": "delta merge delta.safetensors --model model --out merged",
+    "delta merge/json": "delta merge delta.safetensors --model model --out merged-json --json",
+    "delta merge/twice": "delta merge delta.safetensors delta.safetensors --model model --out x",
+    "bench": "bench emoji --concept cat --limit 1 --model model --no-score --out bench/d",
+    "bench/json": "bench emoji --concept cat --limit 1 --model model --no-score --out bench/b --json",
+    "bench/interrupted": "bench emoji --concept cat --limit 1 --model model --no-score --out c # KeyboardInterrupt",
+    "bench/out of memory": "bench emoji --concept cat --limit 1 --model model --no-score --out c # RuntimeError",
+    "bench/another": "bench emoji --concept cat --limit 1 --model model --no-score --set strength=1 --out bench/a",
+    "bench/suite": "bench emojii --concept cat --out x",
+    "bench/nothing": "bench emoji --out x",
+    "bench/option": "bench emoji --concept cat --option picture=9 --out x",
+    "bench/data": "bench i2p --concept nudity --out x",
+    "bench/no model": "bench i2p --concept nudity --data . --out x",
+    "bench/judge": "bench emoji --concept cat --judge removl.detector=q16 --out x",
+    "bench/no judge": "bench emoji --concept cat --judge removal.detector=nudenet --out x",
+    "bench/full": "bench emoji --concept cat --limit 1 --model model --no-score --out full",
+    "score/absent": "score nowhere",
+    "score/metric": "score run/cat --metric removl",
+    "score/field": "score run/cat --set removal.detecter=eyes",
+    "score/unfinished": "score bench/half",
+    "report": "report run/cat",
+    "report/absent": "report nowhere",
+    "report/name": "report run/cat --out report.pdf",
+    "report/not scored": "report bench/a",
+    "calibrate/concept": "calibrate --concept caat",
+    "calibrate/not drawn": "calibrate --concept nudity",
+    "calibrate/model": "calibrate --concept cat --model model",
+    "calibrate/strength": "calibrate --concept cat --set strength=1",
+    "calibrate/seeds": "calibrate --concept cat --seed 9999 --out x",
+    "calibrate/another": "calibrate --concept cat --strength 0.5 --n 1 --out calibration",
+}
+
+
+def desk(folder: Path) -> Path:
+    """A folder with what the uses are about."""
+    shutil.copytree(FILES, folder, dirs_exist_ok=True)
+    exact().save_pretrained(folder / "model", safe_serialization=True)
+    for name, file, text in (("full", "mine.txt", "precious"), ("damaged", "model_index.json", "{}")):
+        (folder / name).mkdir()
+        (folder / name / file).write_text(text)
+    (folder / "damaged.safetensors").write_bytes((folder / "delta.safetensors").read_bytes()[:-8])
+    for name in ("a", "half"):
+        use(USES["bench"].replace("bench/d", f"bench/{name}"), folder)
+    (folder / "bench/half/samples.jsonl").write_text("")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uses_desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return desk(tmp_path_factory.mktemp("pins"))
+
+
+def use(line: str, folder: Path) -> dict[str, Any]:
+    """The exit code of a command, its error if it is ours, and the shape of its JSON."""
+    command, _, meanwhile = line.partition(" # ")
+    args = shlex.split(command)
+    with contextlib.chdir(folder), argv("efface", *args), pytest.MonkeyPatch.context() as patch:
+        if meanwhile:
+
+            def stop(*_: Any, **__: Any) -> None:
+                raise KeyboardInterrupt if meanwhile == "KeyboardInterrupt" else RuntimeError("Out of room.")
+
+            patch.setattr(DDIMScheduler, "step", stop)
+            patch.setattr(torch.optim.AdamW, "step", stop)
+        done = CliRunner().invoke(app, args)
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    found: dict[str, Any] = {"exit": done.exit_code}
+    error = " ".join(done.stderr.partition("Error: ")[2].split())
+    if done.exit_code and error:
+        found["error"] = told(error)
+    if not done.exit_code and "--json" in args:
+        found["json"] = shape(json.loads(done.stdout))
+    return found
+
+
+@pytest.mark.parametrize("name", USES)
+def test_a_command_ends_as_pinned(name: str, uses_desk: Path) -> None:
+    assert_kept(golden("commands")[name], use(USES[name], uses_desk), USES[name])
+
+
+class Manual(NamedTuple):
+    """What `--help` of a verb says: name to facts, and name to words, of the verb itself under ""."""
+
+    facts: dict[str, str]
+    words: dict[str, str]
+    verbs: list[str]
+
+
+def manual(verb: str) -> Manual:
+    wide = {"COLUMNS": "500", "TERMINAL_WIDTH": "500", "NO_COLOR": "1"}  # no sentence is wrapped
+    done = CliRunner().invoke(app, [*verb.split()[1:], "--help"], env=wide)
+    assert done.exit_code == 0
+    found, panel, about = Manual({}, {}, []), "", []
+    for line in done.stdout.splitlines():
+        if start := re.match(r"╭─ (\w+) ─", line):
+            panel = start[1]
+        elif line.startswith("│"):
+            cells = re.split(r"\s{2,}", line.strip("│* \n"))
+            bounds = [bound for cell in cells[1:-1] for bound in re.findall(r"\[.*<.*\]|\[.*>.*\]", cell)]
+            text, *facts = re.split(r" (?=\[(?:default: .*|required)\])", cells[-1])
+            found.words[cells[0]] = text
+            if panel == "Commands":
+                found.verbs.append(f"{verb} {cells[0]}")
+            else:
+                found.facts[cells[0]] = " ".join([panel.lower().removesuffix("s"), *bounds, *facts])
+        elif not panel and line.strip() and "Usage:" not in line:
+            about.append(line.strip())
+    found.words[""] = " ".join(about)
+    return found
+
+
+def manuals() -> dict[str, Manual]:
+    found, verbs = {}, ["efface"]
+    for verb in verbs:
+        found[verb] = manual(verb)
+        verbs += found[verb].verbs
+    return found
+
+
+def commands() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for verb, said in manuals().items():
+        found |= {f"{verb} --help": said.facts, f"{verb} --help, words": said.words}
+    with tempfile.TemporaryDirectory() as place:
+        folder = desk(Path(place))
+        found |= {name: use(line, folder) for name, line in USES.items()}
+    return found
+
+
+VERBS = [name.removesuffix(" --help") for name in golden("commands") if name.endswith(" --help")]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_the_pinned_options_and_defaults(verb: str) -> None:
+    assert_kept(golden("commands")[f"{verb} --help"], manual(verb).facts, verb)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_the_pinned_words(verb: str) -> None:
+    assert_kept(golden("commands")[f"{verb} --help, words"], manual(verb).words, verb)
+
+
 # ---------------------------------------------------------------- writing them
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "files": files,
     "pictures": pictures,
     "refusals": refusals,
+    "commands": commands,
 }
 
 
