@@ -18,6 +18,8 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import importlib
+import inspect
 import json
 import re
 import shlex
@@ -40,7 +42,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import efface
-from efface import CCRT, EIUP, ESD, GIE, RECE, SAFREE, SDD, SLD, UCE, Concept, Delta, NegativePrompt
+from efface import CCRT, EIUP, ESD, GIE, RECE, SAFREE, SDD, SLD, UCE, Concept, Delta, NegativePrompt, registry
 from efface.cli import app
 
 PINS = Path(__file__).parent / "pins"
@@ -971,6 +973,128 @@ def test_help_has_the_pinned_words(verb: str) -> None:
     assert_kept(golden("commands")[f"{verb} --help, words"], manual(verb).words, verb)
 
 
+# ---------------------------------------------------------------- names
+
+PLACES = (  # beside those of `efface`: what README, docs, examples in docstrings and messages tell users to import
+    *("registry:methods", "registry:resolve", "registry:presets", "registry:about", "registry:near", "registry:split"),
+    *("runs:run", "runs:score", "runs:make_suite", "runs:Run", "report:write_report", "calibration:calibrate"),
+    *("calibration:Calibration", "calibration:Point", "calibration:same_picture", "api:model_hash", "api:load_delta"),
+    *("core:Handles", "core:config", "core:check_pictures", "delta:forget", "delta:check_written", "delta:Factors"),
+    *("intervals:Rate", "intervals:wilson", "pictures:likeness", "pictures:to_pil", "pictures:grid", "families:family"),
+    *("models.emoji:load", "models.emoji.eyes:ConceptEyes", "models.emoji.eyes:load_eyes", "__main__:main", "cli:app"),
+)
+OF_METHODS = ("apply", "fit", "sequence", "balance", "load", "__call__")
+OPERATORS = ["add", "sub", "mul", "rmul", "neg", "enter", "exit", "iter", "len", "getitem", "str", "call"]
+
+
+def signature(of: Any) -> str:
+    """Without annotations, which may be spelt in other ways."""
+    found = inspect.signature(of)
+    bare = [p.replace(annotation=p.empty) for p in found.parameters.values()]
+    text = str(found.replace(parameters=bare, return_annotation=found.empty))
+    return re.sub(r"<function ([\w.]+) at 0x[0-9a-f]+>", r"\1", text)
+
+
+def described(of: Any) -> dict[str, Any] | str:
+    """A class by its public members, a function by its signature, anything else by its type."""
+    if not inspect.isclass(of):
+        return signature(of) if callable(of) else type(of).__name__
+    found: dict[str, Any] = {}
+    if not getattr(of, "_is_protocol", False):
+        found["()"] = signature(of)
+    ours = [each for each in of.__mro__ if each.__module__.startswith("efface")]
+    names = [name for each in ours for name in (*vars(each), *inspect.get_annotations(each))]
+    method = hasattr(of, "apply") or hasattr(of, "fit")
+    for name in sorted(dict.fromkeys(names)):
+        member = inspect.getattr_static(of, name, None)
+        made = isinstance(member, classmethod)
+        if name.strip("_") in OPERATORS or (
+            not name.startswith("_") and (not method or of is Delta or made or name in OF_METHODS)
+        ):
+            called = callable(getattr(of, name, None))
+            found[name] = signature(getattr(of, name)) if called else "settable" if _settable(member) else "attribute"
+    return found
+
+
+def _settable(member: Any) -> bool:
+    return isinstance(member, property) and member.fset is not None
+
+
+def names() -> dict[str, Any]:
+    public = ["", *sorted(efface.__all__), *PLACES]
+    methods = [
+        f"{room}/{name}" for room in ("erasers", "editors", "metrics", "suites") for name in registry.methods(room)
+    ]
+    suites = [f"suite emoji of {concept}" for concept in ("alcohol", "weapon", "cat", "neon sign")]
+    found = [*(f"efface.{name}".rstrip(".") for name in public), "entry points", "concepts", *methods, *suites]
+    return {name: named(name) for name in found}
+
+
+def named(name: str) -> Any:
+    """What is pinned under a name."""
+    if name == "efface":
+        return dict.fromkeys(sorted(efface.__all__), "public")
+    if name.startswith("efface."):
+        place = name.removeprefix("efface.")
+        return described(at(place) if ":" in place else getattr(efface, place))
+    if name == "entry points":
+        return {"group": registry.GROUP, "rooms": list(registry.ROOMS), "methods": list(registry.METHODS)}
+    if name == "concepts":
+        return {concept: list(about.phrases) for concept, about in efface.concepts().items()}
+    if name.startswith("suite "):
+        suite = efface.make_suite("emoji", name.partition(" of ")[2])
+        facts = {fact: getattr(suite, fact) for fact in ("version", "data_hash", "source", "licence", "call")}
+        return facts | {"metrics": [metric.name for metric in suite.metrics]}
+    room, _, method = name.partition("/")
+    return fields_of(method, room)
+
+
+def at(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(f"efface.{module}"), name)
+
+
+def fields_of(name: str, room: str) -> dict[str, Any]:
+    """Fields and defaults of a method, what its presets set, and what it promises."""
+    cls: Any = registry.resolve(name, room)
+    found: dict[str, Any] = {"class": cls.__name__, "()": signature(cls)}
+    if room in ("erasers", "editors"):
+        found["config"] = core_config(cls(CAT) if room == "erasers" else cls())
+        found["listed presets"] = list(registry.presets(cls))
+        for preset, make in presets(cls).items():
+            found[f"preset {preset}"] = core_config(make(CAT) if room == "erasers" else make())
+    if room == "erasers":
+        found |= {"off": dict(cls.off or {}), "touches_uncond": cls(CAT).touches_uncond}
+    if room == "metrics":
+        found |= {fact: getattr(cls, fact) for fact in ("name", "unit", "higher_is_better")}
+    return found
+
+
+def core_config(method: Any) -> dict[str, Any]:
+    return dict(at("core:config")(method))
+
+
+def presets(cls: Any) -> dict[str, Callable[..., Any]]:
+    """The class methods that make a method with published settings."""
+    named = [name for name, member in vars(cls).items() if isinstance(member, classmethod) and not name.startswith("_")]
+    needed = {name: [p for p in inspect.signature(getattr(cls, name)).parameters.values()] for name in named}
+    return {
+        name: getattr(cls, name)
+        for name, given in needed.items()
+        if all(p.name == "concepts" or p.default is not p.empty or p.kind is p.VAR_KEYWORD for p in given)
+    }
+
+
+@pytest.mark.parametrize("name", golden("names"))
+def test_a_name_is_as_pinned(name: str) -> None:
+    assert_kept(golden("names")[name], named(name), name)
+
+
+def test_every_pinned_name_can_be_seen() -> None:
+    assert golden("names")["efface"].keys() <= set(dir(efface))
+    assert all(hasattr(efface, name) for name in golden("names")["efface"])
+
+
 # ---------------------------------------------------------------- writing them
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -978,6 +1102,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "pictures": pictures,
     "refusals": refusals,
     "commands": commands,
+    "names": names,
 }
 
 
