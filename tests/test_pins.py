@@ -1095,6 +1095,178 @@ def test_every_pinned_name_can_be_seen() -> None:
     assert all(hasattr(efface, name) for name in golden("names")["efface"])
 
 
+# ---------------------------------------------------------------- plug-ins
+
+PLUG_INS = {
+    "pins_dim": """
+        from dataclasses import dataclass
+        from efface import Handle
+
+        @dataclass(frozen=True)
+        class Dim:
+            concepts: tuple = ()
+            strength: float = 0.5
+            off = {"strength": 0.0}
+            touches_uncond = True
+
+            def apply(self, pipe):
+                on = [self]
+                dim = pipe.unet.register_forward_hook(lambda module, args, out: (out[0] * (1 - on[0].strength),))
+                return Handle(self, lambda eraser: on.__setitem__(0, eraser), dim.remove)
+
+            @classmethod
+            def dark(cls, concepts, **fields):
+                return cls(concepts, 0.9, **fields)
+        """,
+    "pins_shift": """
+        from dataclasses import dataclass
+        from efface import Delta
+
+        @dataclass(frozen=True)
+        class Shift:
+            by: float = 0.5
+
+            def fit(self, pipe, concepts, *, seed=0):
+                name = next(n for n, _ in pipe.unet.named_parameters() if n.endswith("attn2.to_v.weight"))
+                change = pipe.unet.get_parameter(name).detach() * self.by
+                return Delta.fitted(self, pipe, {f"unet.{name}": change}, concepts, seed=seed)
+        """,
+    "pins_red": """
+        from dataclasses import dataclass
+        from efface import Score
+
+        @dataclass(frozen=True)
+        class Red:
+            name = "pins_red"
+            unit = "share"
+            higher_is_better = None
+            least: float = 0.5
+
+            def __call__(self, samples, base=None):
+                seen = {s.row.id: float(s.image()[0].mean() > self.least) for s in samples}
+                share = sum(seen.values()) / len(seen)
+                return [Score("pins_red", share, len(seen), 0.0, 1.0, protocol="mean red", per_sample=seen)]
+        """,
+    "pins_moons": """
+        from dataclasses import dataclass
+        from efface import Row, Suite, registry
+
+        @dataclass(frozen=True)
+        class Moons:
+            pictures: int = 2
+
+            def load(self, concepts=(), data=None, limit=None):
+                rows = [Row(f"moon-{k}", "a big moon", 1_000_000 + k, concept="moon") for k in range(self.pictures)]
+                metrics = (registry.resolve("pins_red", "metrics")(),)
+                call = {"num_inference_steps": 1, "guidance_scale": 7.5}
+                return Suite("pins_moons", "1", tuple(rows[:limit]), call=call, metrics=metrics)
+        """,
+}
+ENTRY_POINTS = """[efface.methods]
+erasers.pins_dim = pins_plug_in.pins_dim:Dim
+editors.pins_shift = pins_plug_in.pins_shift:Shift
+metrics.pins_red = pins_plug_in.pins_red:Red
+suites.pins_moons = pins_plug_in.pins_moons:Moons
+"""
+
+
+@pytest.fixture
+def plug_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Another distribution, found by its entry points as an installed one is."""
+    (tmp_path / "pins_plug_in").mkdir()
+    for name, source in PLUG_INS.items():
+        (tmp_path / "pins_plug_in" / f"{name}.py").write_text(inspect.cleandoc(source))
+    (tmp_path / "pins_plug_in-1.dist-info").mkdir()
+    (tmp_path / "pins_plug_in-1.dist-info/METADATA").write_text(
+        "Metadata-Version: 2.1\nName: pins-plug-in\nVersion: 1\n"
+    )
+    (tmp_path / "pins_plug_in-1.dist-info/entry_points.txt").write_text(ENTRY_POINTS)
+    exact().save_pretrained(tmp_path / "model", safe_serialization=True)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    for name in [name for name in sys.modules if name.partition(".")[0] == "pins_plug_in"]:
+        del sys.modules[name]
+
+
+def test_plug_ins_are_found_and_listed(plug_ins: Path) -> None:
+    for room, name in (("erasers", "dim"), ("editors", "shift"), ("metrics", "red"), ("suites", "moons")):
+        assert registry.methods(room)[f"pins_{name}"] == room
+        assert registry.resolve(f"pins_{name}", room).__name__ == name.title()
+    listed = ran("list", "--json")
+    assert listed["methods"]["pins_dim"] == "erasers" and listed["methods"]["pins_shift"] == "editors"
+    assert listed["metrics"]["pins_red"] == "a plugin, pins_plug_in.pins_red:Red" and "pins_moons" in listed["suites"]
+
+
+def test_a_plug_in_eraser_acts_like_one_of_ours(plug_ins: Path) -> None:
+    pipe = exact()
+    before = latents(pipe, num_inference_steps=2)
+    with efface.erase(pipe, "cat", method="pins_dim", strength=0.25) as handle:
+        weak = latents(pipe, num_inference_steps=2)
+        handle.strength = 0.5
+        assert handle.config() == {"method": "pins_dim", "concepts": "cat", "strength": 0.5}
+        assert tiny.change(latents(pipe, num_inference_steps=2), weak) > 0.05 < tiny.change(weak, before)
+        with EIUP(CAT).apply(pipe):
+            assert tiny.change(latents(pipe, num_inference_steps=2), weak) > 0.05
+    assert torch.equal(latents(pipe, num_inference_steps=2), before)
+    with efface.erase(pipe, CAT, method="pins_dim.dark") as handle:
+        assert handle.strength == 0.9
+    with pytest.raises(ValueError, match=r"pins_dim has no field 'strenght'. Did you mean 'strength'\?"):
+        efface.erase(pipe, CAT, method="pins_dim", strenght=1.0)
+
+
+def test_a_plug_in_editor_makes_deltas(plug_ins: Path) -> None:
+    made = ran("fit", "pins_shift", "--concept", "cat", "--set", "by=0.25", "--model", "model", "--out", "d", "--json")
+    assert made["method"] == "pins_shift" and made["fields"] == {"by": 0.25}
+    before = latents(exact(), num_inference_steps=2)
+    with Delta.load("d").apply(exact()) as handle:
+        assert handle.config()["hash"] == made["hash"]
+        assert tiny.change(latents(exact(), num_inference_steps=2), before) > 0.01
+
+
+def test_plug_ins_make_a_run_by_command(plug_ins: Path) -> None:
+    erased = ran(
+        "erase", "cat", "--method", "pins_dim", "--concept", "cat", "--model", "model", "--steps", "1", "--json"
+    )
+    assert erased["eraser"]["method"] == "pins_dim" and erased["complete"]
+    made = ("bench", "pins_moons", "--method", "pins_dim", "--concept", "cat", "--model", "model", "--out", "runs/a")
+    card = ran(*made, "--option", "pictures=3", "--json")
+    assert card["suite"]["name"] == "pins_moons" and card["rows"]["n"] == 3
+    assert [score["metric"] for score in card["scores"]] == ["pins_red"] and card["erasers"][0]["method"] == "pins_dim"
+    scored = ran("score", "runs/a", "--set", "pins_red.least=0", "--json")
+    assert scored["scores"][0]["value"] == 1.0 == scored["scores"][0]["base"]["value"]
+    assert efface.Run.open("runs/a").base is not None
+    ran("report", "runs/a", "--out", "page.html", "--json")
+
+
+def test_plug_ins_make_a_run_in_python(plug_ins: Path) -> None:
+    erasers: list[Any] = [registry.resolve("pins_dim", "erasers")([CAT]), EIUP(CAT)]
+    suite = efface.make_suite("pins_moons", "cat", limit=1)
+    run = efface.run(suite, exact(), eraser=erasers, out="run", base="base")
+    assert run.complete and [each["method"] for each in run.record["erasers"]] == ["pins_dim", "eiup"]
+    assert [score.metric for score in efface.score("run")] == ["pins_red"]
+
+
+def test_a_detector_of_ones_own_is_given_as_an_object(plug_ins: Path) -> None:
+    """There are no entry points for detectors."""
+
+    class Bright:
+        name = "bright"
+
+        def __init__(self, names: tuple[str, ...]) -> None:
+            self.names = names
+
+        def __call__(self, images: Tensor) -> Tensor:
+            return (images.mean((1, 2, 3)) > 0.5)[None]
+
+    assert efface.detector(Bright, "cat").names == ("cat",)  # type: ignore[attr-defined]
+    rows = [efface.Row(f"cat-{k}", "a cat", k, concept="cat") for k in range(2)]
+    base = [efface.Sample(row, pixels=torch.full((3, 8, 8), 0.9)) for row in rows]
+    dark = [efface.Sample(row, pixels=torch.full((3, 8, 8), 0.1 + 0.8 * k)) for k, row in enumerate(rows)]
+    absolute, relative, *_ = registry.resolve("removal", "metrics")(detector=Bright, by=())(dark, base)
+    assert (absolute.value, relative.value, absolute.protocol) == (0.5, 0.5, "bright")
+
+
 # ---------------------------------------------------------------- writing them
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
