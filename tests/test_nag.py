@@ -290,7 +290,7 @@ def first_rows(pipe: Any, negative: str) -> tuple[Tensor, Tensor]:
 
 
 @every_family
-@pytest.mark.parametrize("negative", ["", "beer wine glass", PROMPT])
+@pytest.mark.parametrize("negative", ["", "beer wine glass", "a red beer", PROMPT])
 def test_a_negative_prompt_neither_changes_nor_is_changed(family: str, negative: str) -> None:
     """Also one that names the concept: the unconditional row stays, to the bit, and so does what NAG adds."""
     pipe = double(family)

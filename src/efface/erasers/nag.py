@@ -86,6 +86,7 @@ class NAG(Method):
     needs: ClassVar[tuple[str, ...]] = ("cross_text",)
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}, "SDXL": {}}  # the published ones
     edits_attention: ClassVar[bool] = True
+    references = ()  # it reads no text but the concept's
 
     concepts: Concepts = ()  # type: ignore[assignment]
     strength: float = 4.0
