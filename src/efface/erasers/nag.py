@@ -20,8 +20,8 @@ __all__ = ["NAG"]
 class NAG(Method):
     """Normalized Attention Guidance: moves each cross-attention output away from that of the concept's text.
 
-    In each cross-attention layer, on the conditional rows, with Z+ the layer's output for the text that the row reads,
-    Z- its output for the concept's text, |.|_1 the sum of magnitudes over the channels of one token, s = strength + 1:
+    NAG edits the conditional rows in each cross-attention layer. Z+ is the layer's output for the text that the row
+    reads, Z- its output for the concept's text. |.|_1 sums magnitudes over the channels of one token; s = strength + 1:
 
         G = s Z+ - (s - 1) Z-                           equal to Z+ + strength (Z+ - Z-)
         r = |G|_1 / |Z+|_1                              per token
