@@ -19,7 +19,7 @@ from test_delta import Noise
 from tiny import ALCOHOL, CAT, adapter_file, denoiser_of, fitted, pipeline, untouched
 from torch import Tensor
 
-from efface import EIUP, GIE, SAFREE, SLD, Delta, NegativePrompt
+from efface import EIUP, GIE, NAG, SAFREE, SLD, Delta, NegativePrompt
 from efface.delta import Factors
 from efface.hooks import CrossAttention, ErasurePrompts
 
@@ -46,6 +46,7 @@ ERASERS: dict[str, Any] = {
     "gie-two-trajectories": GIE(TOGETHER, trajectories=2),
     "gie-official": GIE.official(TOGETHER),
     "gie-adapter": GIE(TOGETHER, adapter=adapter_file(untouched("sd1"))),
+    "nag": NAG(TOGETHER),
     "safree": SAFREE(TOGETHER),
     "sld": SLD(TOGETHER, warmup=0.0, sld_guidance_scale=5.0, threshold=0.05),
     "sld-everywhere": SLD(TOGETHER, warmup=0.0, sld_guidance_scale=5.0, threshold=10.0),
@@ -60,7 +61,7 @@ UNCHANGED = {  # what the method adds does not depend on this
     ("negative_prompt", "words"),
     ("negative_prompt-6", "prompt_embeds"),
     ("negative_prompt-6", "words"),
-    *((name, "negative_prompt_embeds") for name in ("eiup-separate", "eiup-gated", "gie", "gie-adapter", "sld")),
+    *((name, "negative_prompt_embeds") for name in ("eiup-separate", "eiup-gated", "gie", "gie-adapter", "nag", "sld")),
     ("sld-everywhere", "negative_prompt_embeds"),
     ("gie-two-trajectories", "negative_prompt_embeds"),
     ("negative_prompt-6", "negative_prompt_embeds"),

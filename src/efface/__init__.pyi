@@ -29,6 +29,7 @@ from .editors.sdd import SDD as SDD
 from .editors.uce import UCE as UCE
 from .erasers.eiup import EIUP as EIUP
 from .erasers.gie import GIE as GIE
+from .erasers.nag import NAG as NAG
 from .erasers.negative_prompt import NegativePrompt as NegativePrompt
 from .erasers.safree import SAFREE as SAFREE
 from .erasers.sld import SLD as SLD

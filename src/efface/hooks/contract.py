@@ -104,7 +104,7 @@ class Contract:
     repels = False  # guidance pushes away from its further predictions, so others edit them as unconditional rows
     negates = False  # changes the negative prompts, which takes guidance
     packs = True  # phrases share erasure prompts; a method may need one prompt per phrase
-    references: tuple[tuple[str, ...], ...] = (("",),)  # the mean of each group of texts stands for "some picture"
+    references: tuple[tuple[str, ...], ...] = (("",),)  # the mean of each group stands for "some picture"; may be ()
     calls_denoiser = False  # `around` makes denoiser calls of its own, which a compiled denoiser does not allow
 
     concepts: tuple[Concept, ...]

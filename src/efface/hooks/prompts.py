@@ -83,7 +83,7 @@ class Applied:
         self.encoded = made.text
         pooled = made.pooled if method.guides else None
         self.prompts = ErasurePrompts(text[n:], made.own[n:], which=tuple(range(len(texts))), pooled=pooled)
-        if neutral:
+        if not method.guides:
             self.neutral, self._unprojected = _means(text[:n], sizes), (text, sizes)
         self.acting = (self.prompts,)
         self.place(images_per_prompt)
@@ -149,8 +149,10 @@ class Applied:
             )
 
 
-def _means(text: Text, sizes: list[int]) -> Text:
-    """The mean of each group of texts; where text is masked, of those that have a token in a column."""
+def _means(text: Text, sizes: list[int]) -> Text | None:
+    """The mean of each group of texts; where text is masked, of those that have a token in a column. None: no group."""
+    if not sizes:
+        return None
     if text.mask is None:
         return Text(torch.stack([group.mean(0) for group in text.states.split(sizes)]))
     seen = [group[..., None].to(text.states.dtype) for group in text.mask.split(sizes)]
