@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 def filled(method: Any, pipe: DiffusionPipeline) -> Any:
     """The method with the values of the pipeline's family where a field is None."""
-    return replace(method, **_missing(method, pipe))
+    missing = _missing(method, pipe)
+    return replace(method, **missing) if missing else method
 
 
 def uncalibrated(method: Any, pipe: DiffusionPipeline) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .._text import SITES, check_width
 from .._weights import check_unfused
 from ..core import Handle
-from ..families import Family, refusal, uncalibrated
+from ..families import Family, filled, refusal, uncalibrated
 from . import watch
 from .attention import Text
 from .batch import Batch, compiled_first_row, first_row, negated_rows, repelled
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 _GUARD = threading.Lock()
-Plan = list[tuple[Applied, Tensor | float, str]]
-"""Of each method in a denoiser call: the weight of its window, and why it has nothing to do, if so."""
 
 
 class Site:
@@ -80,6 +78,7 @@ class Site:
     # ---- the list
 
     def add(self, pipe: DiffusionPipeline, method: Contract) -> Handle:
+        method = filled(method, pipe)
         self._check(pipe, method)
         applied = Applied(method)
         check_width(pipe)
