@@ -96,7 +96,7 @@ def test_a_text_is_padded_in_front_and_the_padding_is_read(pipe: Any) -> None:
     """What these tests are about: what a prompt draws depends on the longest prompt of its call."""
     short, both = encoded(pipe, ["a dog"]), encoded(pipe, LONGER)
     assert short.shape[1] == 16 and both.shape[1] == 32
-    assert change(short[0, -2:], both[1, -2:]) > 1e-3
+    assert change(short[0, -2:], both[1, -2:]) > 1e-2
     plain = latents(pipe, LONGER)
     assert change(plain[1:], latents(pipe, "a dog", seed=1)) > 1e-2
     assert change(plain[:1], latents(pipe, LONG)) < 1e-5
@@ -267,7 +267,7 @@ def test_the_conditional_rows_read_the_filtered_prompt_and_the_padding_stays() -
         want, _, triggers = written_out(states(words, 32), masked, concept, first, 0.01)
         assert 0 < sum(triggers) < len(words)
         for row in (2 * k, 2 * k + 1):
-            assert change(text[row], want) < 1e-3 and change(want, given[row]) > 1e-2
+            assert change(text[row], want) < 1e-6 and change(want, given[row]) > 1e-2
             assert torch.equal(text[row, :first], given[row, :first])
 
 

@@ -13,6 +13,7 @@ import tiny
 import torch
 from diffusers import (
     AnimateDiffPipeline,
+    CogView4ControlPipeline,
     ControlNetModel,
     EulerDiscreteScheduler,
     FluxImg2ImgPipeline,
@@ -126,6 +127,7 @@ def test_variants_of_tested_pipelines_are_taken() -> None:
     kinds += [(StableDiffusion3Img2ImgPipeline.from_pipe(sd3), SD3)]
     kinds += [(kind.from_pipe(flux), FLUX) for kind in (FluxImg2ImgPipeline, FluxKontextPipeline)]
     kinds += [(tiny.untouched("cogview4"), COGVIEW4)]
+    kinds += [(CogView4ControlPipeline(**tiny.untouched("cogview4").components), COGVIEW4)]
     kinds += [(tiny.untouched(name), PIXART) for name in ("pixart", "pixart_sigma")]
     kinds += [(tiny.untouched("bert"), EMOJI), (tiny.untouched("sd35"), SD3)]
     for pipe, facts in kinds:

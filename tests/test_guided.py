@@ -30,6 +30,8 @@ from tiny import (
 from torch import Tensor
 
 from efface import EIUP, SLD, Concept, NegativePrompt
+from efface._text import SITES
+from efface.families.unet import SD
 from efface.hooks import Method, Prediction
 
 SAFETY = "beer, wine glass"  # the text of ALCOHOL
@@ -317,6 +319,26 @@ def test_a_text_of_another_length_has_a_denoiser_call_of_its_own(
     with eraser.apply(sd1):
         latents(sd1, None, num_inference_steps=1, **longer(sd1))
     assert change(seen[0].concept, seen[2].concept) > 1e-3  # it was edited
+
+
+@pytest.mark.parametrize("text", ["", "a red beer"])
+def test_in_two_calls_methods_see_the_unconditional_prediction_as_other_methods_edit_it(
+    text: str, sd1: Any, seen: list[Prediction]
+) -> None:
+    """As if SD 1.x had guidance in two calls: what SLD sees in the conditional call is what the other call returns."""
+
+    def unconditional(*erasers: Method) -> Tensor:
+        with contextlib.ExitStack() as on, torch.no_grad():
+            for each in erasers:
+                on.enter_context(each.apply(sd1))
+            SITES[sd1.unet].facts = dataclasses.replace(SD, guidance_in_two_calls=True)  # it goes with the erasers
+            positive, negative = sd1.encode_prompt(PROMPT, "cpu", 1, True, text)
+            sd1.unet(**{**batch(rows=1), "encoder_hidden_states": positive})
+            return sd1.unet(**{**batch(rows=1), "encoder_hidden_states": negative}).sample
+
+    plain, edited = (unconditional(SLD(ALCOHOL), *more) for more in ((), (EIUP(ALCOHOL, strength=0.5),)))
+    assert (change(edited, plain) > 1e-3) == bool(text)
+    assert change(seen[0].negative, plain) < 1e-5 and change(seen[1].negative, edited) < 1e-5
 
 
 def test_so_it_has_compiled_without_a_graph_break() -> None:
