@@ -605,7 +605,6 @@ CELLS = {
         longer_embeddings,
         tolerance=1e-5,
         refuses={
-            PREDICTION: "tokens, but a concept's",
             ("SAFREE",): "Give the text",
             ("NegativePrompt",): "Give the text",
         },

@@ -112,7 +112,12 @@ def snapshot(pipe: Any) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, in
         for attribute, value in vars(module).items()
     }
     outside = {name: id(value) for name, value in vars(pipe).items() if callable(value)}
-    return weights, dict(denoiser_of(pipe).attn_processors), inside | outside
+    return weights, processors(denoiser_of(pipe)), inside | outside
+
+
+def processors(denoiser: nn.Module) -> dict[str, Any]:
+    """Of the attention layers; not every denoiser lists them itself."""
+    return {name: m.processor for name, m in denoiser.named_modules() if hasattr(m, "processor")}
 
 
 def assert_same(after: Any, before: Any) -> None:

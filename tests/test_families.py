@@ -13,6 +13,7 @@ import tiny
 import torch
 from diffusers import (
     AnimateDiffPipeline,
+    CogView4ControlPipeline,
     ControlNetModel,
     EulerDiscreteScheduler,
     FluxImg2ImgPipeline,
@@ -38,6 +39,7 @@ import efface
 from efface import EIUP, ESD, GIE, RECE, SAFREE, SLD, UCE, Concept, NegativePrompt
 from efface._masking import masked
 from efface.families import FAMILIES, OFFERS, Family, Reading, check, family, filled, forms, uncalibrated
+from efface.families.cogview4 import COGVIEW4
 from efface.families.flux import FLUX
 from efface.families.pixart import PIXART
 from efface.families.sd3 import SD3
@@ -46,7 +48,7 @@ from efface.families.unet import EMOJI, SD
 
 CAT = Concept("cat")
 ALL = (EIUP([CAT]), GIE([CAT]), SLD([CAT]), SAFREE([CAT]), NegativePrompt([CAT]))
-TESTED = r"of a tested family \(emoji, emoji-flux, FLUX.1, PixArt, SD 1.x/2.x, SD 3/3.5, SDXL\), but got "
+TESTED = r"of a tested family \(CogView4, emoji, emoji-flux, FLUX.1, PixArt, SD 1.x/2.x, SD 3/3.5, SDXL\), but got "
 PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")
 
 
@@ -125,13 +127,15 @@ def test_variants_of_tested_pipelines_are_taken() -> None:
     ]
     kinds += [(StableDiffusion3Img2ImgPipeline.from_pipe(sd3), SD3)]
     kinds += [(kind.from_pipe(flux), FLUX) for kind in (FluxImg2ImgPipeline, FluxKontextPipeline)]
+    kinds += [(tiny.untouched("cogview4"), COGVIEW4)]
+    kinds += [(CogView4ControlPipeline(**tiny.untouched("cogview4").components), COGVIEW4)]
     kinds += [(tiny.untouched(name), PIXART) for name in ("pixart", "pixart_sigma")]
     kinds += [(tiny.untouched("bert"), EMOJI), (tiny.untouched("sd35"), SD3)]
     for pipe, facts in kinds:
         assert family(pipe) is facts, type(pipe)
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl", "pixart", "sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "pixart", "sd3", "flux", "cogview4"])
 def test_a_compiled_denoiser_or_encoder_is_what_it_was(name: str) -> None:
     pipe = pipeline(name)
     facts = family(pipe)
@@ -152,6 +156,7 @@ def test_a_compiled_denoiser_or_encoder_is_what_it_was(name: str) -> None:
         ("sd3", ("text_encoder_2", "tokenizer_2")),
         ("flux", ("text_encoder_2",)),
         ("flux", ("text_encoder",)),
+        ("cogview4", ("text_encoder", "tokenizer")),
     ],
 )
 def test_a_missing_text_encoder_is_named(name: str, lost: tuple[str, ...]) -> None:

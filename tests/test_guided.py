@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -29,6 +30,8 @@ from tiny import (
 from torch import Tensor
 
 from efface import EIUP, SLD, Concept, NegativePrompt
+from efface._text import SITES
+from efface.families.unet import SD
 from efface.hooks import Method, Prediction
 
 SAFETY = "beer, wine glass"  # the text of ALCOHOL
@@ -281,6 +284,76 @@ def test_phrases_that_fill_several_texts_are_averaged(pipe: Any, seen: list[Pred
     assert change(both, (first + second) / 2) < 1e-5 and change(first, second) > 1e-2
 
 
+def longer(pipe: Any) -> dict[str, Tensor]:
+    """A prompt in twice as many tokens as the encoder makes."""
+    positive, negative = pipe.encode_prompt(PROMPT, "cpu", 1, True, "a dog")
+    pairs = (("prompt_embeds", positive), ("negative_prompt_embeds", negative))
+    return {name: torch.cat([text, text.flip(1)], 1) for name, text in pairs}
+
+
+@pytest.mark.parametrize("edit", [False, True], ids=["alone", "with EIUP"])
+def test_a_text_of_another_length_has_a_denoiser_call_of_its_own(
+    edit: bool, sd1: Any, seen: list[Prediction], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It predicts what a further row predicts, also where EIUP edits the rows that guidance pushes away from."""
+    rows: list[int] = []
+    eraser = NegativePrompt(ALCOHOL, strength=3.0)
+    original = NegativePrompt.guide
+    monkeypatch.setattr(NegativePrompt, "guide", lambda self, made: [seen.append(made), original(self, made)][1])
+    watch = sd1.unet.conv_in.register_forward_hook(lambda module, args, out: rows.append(len(out)))
+    plain = calls(sd1, None, num_inference_steps=1, **longer(sd1))[0]["out"]
+    with contextlib.ExitStack() as on:
+        handle = on.enter_context(eraser.apply(sd1))
+        others = [on.enter_context(EIUP([BEER], strength=2.0).apply(sd1))] if edit else []
+        erased = calls(sd1, None, num_inference_steps=1, **longer(sd1))[0]["out"]
+        for each in (handle, *others):
+            assert each.record["calls"] == 1 and each.record["rows"] == {"0": 1}
+        latents(sd1, num_inference_steps=1)
+    watch.remove()
+    assert rows == [2, 2, 1, 3]  # the plain call; the prompt's, then the concept's; all in one
+    assert change(erased[1:], plain[1:]) > 1e-2
+    assert change(seen[0].concept, seen[1].concept) < 1e-5
+    if not edit:
+        assert torch.equal(erased[:1], plain[:1])
+        return
+    with eraser.apply(sd1):
+        latents(sd1, None, num_inference_steps=1, **longer(sd1))
+    assert change(seen[0].concept, seen[2].concept) > 1e-3  # it was edited
+
+
+@pytest.mark.parametrize("text", ["", "a red beer"])
+def test_in_two_calls_methods_see_the_unconditional_prediction_as_other_methods_edit_it(
+    text: str, sd1: Any, seen: list[Prediction]
+) -> None:
+    """As if SD 1.x had guidance in two calls: what SLD sees in the conditional call is what the other call returns."""
+
+    def unconditional(*erasers: Method) -> Tensor:
+        with contextlib.ExitStack() as on, torch.no_grad():
+            for each in erasers:
+                on.enter_context(each.apply(sd1))
+            SITES[sd1.unet].facts = dataclasses.replace(SD, guidance_in_two_calls=True)  # it goes with the erasers
+            positive, negative = sd1.encode_prompt(PROMPT, "cpu", 1, True, text)
+            sd1.unet(**{**batch(rows=1), "encoder_hidden_states": positive})
+            return sd1.unet(**{**batch(rows=1), "encoder_hidden_states": negative}).sample
+
+    plain, edited = (unconditional(SLD(ALCOHOL), *more) for more in ((), (EIUP(ALCOHOL, strength=0.5),)))
+    assert (change(edited, plain) > 1e-3) == bool(text)
+    assert change(seen[0].negative, plain) < 1e-5 and change(seen[1].negative, edited) < 1e-5
+
+
+def test_so_it_has_compiled_without_a_graph_break() -> None:
+    torch._dynamo.reset()
+    pipe = pipeline("small")
+    eraser = SLD(ALCOHOL, sld_guidance_scale=5.0, threshold=10.0)
+    with eraser.apply(pipe):
+        want = latents(pipe, None, **longer(pipe))
+    assert change(want, latents(pipe, None, **longer(pipe))) > 1e-2
+    pipe.unet.compile(backend="eager", fullgraph=True)
+    with eraser.apply(pipe):
+        assert change(latents(pipe, None, **longer(pipe)), want) < 1e-4
+    torch._dynamo.reset()
+
+
 def test_strength_and_rows_change_in_the_middle_of_a_call(sd1: Any) -> None:
     def then(change_it: Callable[[Any], None]) -> Tensor:
         with SLD(ALCOHOL).apply(sd1) as handle:
@@ -388,13 +461,6 @@ def test_without_unconditional_rows_it_says_so(eraser: Any, sd1: Any) -> None:
         for text in (positive, negative):
             with pytest.raises(ValueError, match="in one batch of a call of the pipeline"):
                 sd1.unet(**{**batch(rows=1), "encoder_hidden_states": text})
-        long = {
-            name: torch.cat([text, text], 1)
-            for name, text in (("prompt_embeds", positive), ("negative_prompt_embeds", negative))
-        }
-        if not eraser.touches_uncond:
-            with pytest.raises(ValueError, match="The call's text has 32 tokens, but a concept's 16"):
-                latents(sd1, None, **long)
         handle.strength = 0.0
         assert torch.equal(latents(sd1, guidance_scale=1.0), drawn(guidance_scale=1.0))
 

@@ -339,6 +339,24 @@ def test_without_true_guidance_safree_works_and_the_others_say_what_is_missing(e
             assert torch.equal(latents(pipe, PROMPTS, **options), plain)
 
 
+def test_a_text_of_another_length_has_positions_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings in 40 columns; the concept has 24, so it has a denoiser call of its own."""
+    pipe, seen, options = double("flux"), [], {"num_inference_steps": 1}
+    original = SLD.guide
+    monkeypatch.setattr(SLD, "guide", lambda self, made: [seen.append(made), original(self, made)][1])
+    given = {}
+    for name, texts in (("", PROMPTS), ("negative_", ("a dog", "the moon"))):
+        text, given[f"{name}pooled_prompt_embeds"] = encoded(pipe, texts)
+        given[f"{name}prompt_embeds"] = torch.cat([text, text[:, :16]], 1)
+    made = calls(pipe, None, SLD(ALCOHOL, warmup=0.0), **given, **options)
+    plain = calls(pipe, None, **given, **options)
+    shapes = [tuple(call["encoder_hidden_states"].shape[:2]) for call in made]
+    assert shapes == [(4, 40), (2, 24), (2, 40)] and [len(call["txt_ids"]) for call in made] == [40, 24, 40]
+    assert change(seen[0].prompt, plain[0]["out"]) < 1e-9 and change(seen[0].negative, plain[1]["out"]) < 1e-9
+    concept = calls(pipe, (SAFETY, SAFETY), **options)[0]["out"]
+    assert change(seen[0].concept, concept) < 1e-9 and change(concept, plain[0]["out"]) > 1e-2
+
+
 def test_a_prompt_that_equals_the_negative_prompt_keeps_its_two_calls_apart() -> None:
     pipe, same = pipeline("flux"), {"negative_prompt": [PROMPT]}
     plain = calls(pipe, PROMPT, **same)

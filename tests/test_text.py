@@ -26,7 +26,7 @@ RUN_TIME: dict[str, Callable[[Any], Any]] = {
     "negative with a strength": lambda concepts: NegativePrompt(concepts, 3.0),
 }
 WHERE = [(family, name) for family in ("bert", "pixart") for name in RUN_TIME]
-WHERE += [(family, name) for family in ("sd3", "flux") for name in ("safree", "sld", "negative")]
+WHERE += [(family, name) for family in ("sd3", "flux", "cogview4") for name in ("safree", "sld", "negative")]
 WHERE.remove(("pixart", "negative with a strength"))  # a family without a known guidance scale
 
 

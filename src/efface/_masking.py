@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ._text import encode_cut, encoder_of, read
+from ._text import encode_cut, encoder_of, read, readers
 from .families import Family, Reading, family
 
 if TYPE_CHECKING:
@@ -17,10 +17,15 @@ if TYPE_CHECKING:
 
 
 def encode_masked(
-    pipe: DiffusionPipeline, text: str, columns: Mapping[str, Sequence[Sequence[int]]], **settings: Any
+    pipe: DiffusionPipeline,
+    text: str,
+    columns: Mapping[str, Sequence[Sequence[int]]],
+    others: Sequence[str] = (),
+    **settings: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """A prompt encoded as often as the longest list has sets of columns [N, L, D], and pooled.
 
+    `others`: the other prompts of its batch; where texts are padded to the longest, so is this one.
     `columns`: by tokenizer, the columns whose tokens are masked for its encoder in the first text, the second, ..., as
     `own_tokens` counts them. The mask is the tokenizer's own, or "!", the first word of CLIP's vocabulary, which has
     none.
@@ -33,10 +38,18 @@ def encode_masked(
         put = functools.partial(masked, here, mask, sets, facts, name, read(pipe, text, name, **settings))
         placed.append(encoder.register_forward_pre_hook(put, with_kwargs=True))
     try:
-        return encode_cut(pipe, [text] * max(map(len, columns.values())), settings, differentiable=True)[:2]
+        n, more = max(map(len, columns.values())), [] if facts.padded_to_limit else _longest(pipe, others, settings)
+        states, pooled, _ = encode_cut(pipe, [*[text] * n, *more], settings, differentiable=True)
+        return states[:n], None if pooled is None else pooled[:n]
     finally:
         for handle in placed:
             handle.remove()
+
+
+def _longest(pipe: DiffusionPipeline, texts: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
+    """The text that decides how far the others are padded, for each of the pipeline's encoders."""
+    names = readers(pipe) if texts else ()
+    return [max(texts, key=lambda text: len(read(pipe, text, name, **settings).ids)) for name in names]
 
 
 def masked(

@@ -31,7 +31,7 @@ class NegativePrompt(Method):
         strength None:  e = e_n + s (e_p - e_n)                     e_n: the phrases, the negative prompt behind them
         a number s_n:   e = e_u + s (e_p - e_u) - s_n (e_n - e_u)   e_n: the phrases, e_u: the negative prompt
 
-    e_p, e_u, e_n are predictions for texts, of noise or (SD 3, FLUX) of velocity; s is the guidance scale.
+    e_p, e_u, e_n are predictions for texts, of noise or (SD 3, FLUX, CogView4) of velocity; s is the guidance scale.
 
     Source: Stable Diffusion tools made it common. It puts a text into the unconditional branch of classifier-free
     guidance (J. Ho, T. Salimans, 2022, arXiv 2207.12598, equation 6).
@@ -55,7 +55,8 @@ class NegativePrompt(Method):
         rows: one list of concepts per prompt of the batch, instead of `concepts` for all.
 
     Shapes: negative text embeddings [B, L, D]; with a number, predictions [B, C, h, w], one row more per conditional
-    row, so a step costs 1.5 times as much.
+    row, so a step costs 1.5 times as much (CogView4: two rows, twice as much). With None, where L depends on the
+    longest text of a call (CogView4), every row's negative prompt is padded to it, as in diffusers.
 
     Raises:
         ValueError: no concept, a strength below 0; on `apply`: a text encoder of another model, or a phrase with
@@ -63,8 +64,8 @@ class NegativePrompt(Method):
             pipeline that does not tell its guidance scale (PixArt, FLUX);
             during a call: guidance off (`guidance_scale <= 1`, FLUX without true guidance, or a model that is distilled
             to do without), or `rows` that are not as many as the prompts; for None, `negative_prompt_embeds` given;
-            with a number, SD 3's `skip_guidance_layers`, a denoiser called by itself, when no call has set a guidance
-            scale, or embeddings of another number of tokens than the phrases'.
+            with a number, SD 3's `skip_guidance_layers`, or a denoiser called by itself, when no call has set a
+            guidance scale.
         TypeError: a pipeline of another family; `rows` or concepts that are no lists of concepts.
 
     Example:
@@ -175,6 +176,9 @@ class NegativePrompt(Method):
         changed, found = own_encode(pipe)(**arguments), list(encoded)
         ours_at = torch.tensor([bool(text) for text in ours]).repeat_interleave(arguments["num_images_per_prompt"])
         for k in places:
+            if changed[k].shape != encoded[k].shape:  # all rows are padded to the longest negative prompt
+                found[k] = changed[k]
+                continue
             mine = ours_at.to(encoded[k].device).reshape(-1, *[1] * (encoded[k].ndim - 1))
             found[k] = torch.where(mine, changed[k], encoded[k])  # SDXL: no negative prompt is not an empty one
         return tuple(found)

@@ -55,8 +55,10 @@ class SAFREE(Method):
     has triggers, spans, states and columns of its own, beta is the mean of all, and what an encoder adds to the pooled
     text is that of the prompt with its triggers masked (SDXL: only the second adds). FLUX: of CLIP only the pooled text
     is read, so the triggers masked in it come from the pooled texts themselves; beta is T5's. SD 3 and FLUX read the
-    padding behind a text, which has seen all of it, and it stays as it is. Their schedulers shift the times, so that a
-    fraction of the trajectory holds more steps. ControlNet reads the prompt as it is. Projectors come from an SVD.
+    padding behind a text, which has seen all of it, and CogView4 the padding in front, which has seen nothing of it:
+    both stay as they are. CogView4 has no end token, so the last token takes its place. The schedulers of SD 3 and FLUX
+    shift the times, so that a fraction of the trajectory holds more steps. ControlNet reads the prompt as it is.
+    Projectors come from an SVD.
 
     It reads words: a prompt that only hints at the concept is beyond it. Some token is always above the mean, so
     harmless prompts have triggers too; the filter is there to pass them.
@@ -151,9 +153,8 @@ class SAFREE(Method):
                 0.0,
             )
             if concepts and all(tokens.values()):
-                added, other, beta = self._filter(pipe, text, concepts, tokens, settings)
-                added = facts.padded(added.to(states), states.shape[1])  # the call's other prompts may be longer
-                edit, end = added.expand_as(edit), self.until(beta)
+                added, other, beta = self._filter(pipe, text, concepts, tokens, prompts, settings)
+                edit, end = added.to(states).expand_as(edit), self.until(beta)
                 if other is not None and pooled is not None:
                     whole = other - pooled[at]
             edits.append(edit)
@@ -166,15 +167,21 @@ class SAFREE(Method):
         return encoded
 
     def _filter(
-        self, pipe: DiffusionPipeline, text: str, concepts: Concepts, tokens: dict[str, range], settings: dict[str, Any]
+        self,
+        pipe: DiffusionPipeline,
+        text: str,
+        concepts: Concepts,
+        tokens: dict[str, range],
+        prompts: list[str],
+        settings: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None, float]:
         """What to add to the states [L, D] of one prompt, its pooled text without the triggers, and beta.
 
-        `tokens`: for each encoder, by its tokenizer's name, the columns of the prompt's own.
+        `tokens`: for each encoder, by its tokenizer's name, the columns of the prompt's own. `prompts`: of the call.
         """
         facts = family(pipe)
         masked, whole = encode_masked(
-            pipe, text, {n: [(), *((i,) for i in own)] for n, own in tokens.items()}, **settings
+            pipe, text, {n: [(), *((i,) for i in own)] for n, own in tokens.items()}, prompts, **settings
         )
         texts = [p for concept in as_concepts(concepts) for p in concept.phrases]
         phrases = encode(pipe, texts, **settings)
@@ -199,7 +206,7 @@ class SAFREE(Method):
             elif whole is not None and phrases.pooled is not None:  # FLUX reads nothing of this encoder but its pool
                 triggers = triggered(whole[:count], phrases.pooled, self.alpha)
             found[name] = [[i for i, trigger in zip(own, triggers.tolist(), strict=True) if trigger]]
-        other = encode_masked(pipe, text, found, **settings)[1] if facts.pooled else None
+        other = encode_masked(pipe, text, found, prompts, **settings)[1] if facts.pooled else None
         return edit, other, sum(betas) / len(betas)
 
     def reread(self, text: Tensor, pooled: Tensor | None, time: Tensor, memory: Memory) -> tuple[Tensor, Tensor | None]:

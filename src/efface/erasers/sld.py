@@ -36,11 +36,11 @@ class SLD(Method):
     count of steps is for 50 of them: 10 steps are 0.2. `SLD.weak()` has s_S = 20 as diffusers has; the paper's 200 is
     `SLD.weak_paper()`. The concept's text is `concepts`, not the paper's list of harms. Phrases that do not fit into
     one text make several, whose predictions are averaged. Where the network predicts v (SD 2.x), so do e_u, e_p and
-    e_S: a threshold on another scale. SD 3 and FLUX predict a velocity, which guidance and gamma combine the same way;
-    lambda and s_S are in its units there, and nobody has calibrated them. Their schedulers shift the times, so that a
-    warm-up holds more steps: 0.2 is 22 of 50 for SD 3 (shift 3). FLUX needs true guidance (`true_cfg_scale` above 1, a
-    negative prompt); it predicts e_u in a call of its own, and SLD once more beside e_p. `guidance_rescale` takes its
-    target from e_p - strength gamma.
+    e_S: a threshold on another scale. SD 3, FLUX and CogView4 predict a velocity, which guidance and gamma combine the
+    same way; lambda and s_S are in its units there, and nobody has calibrated them. The schedulers of SD 3 and FLUX
+    shift the times, so that a warm-up holds more steps: 0.2 is 22 of 50 for SD 3 (shift 3). FLUX needs true guidance
+    (`true_cfg_scale` above 1, a negative prompt). FLUX and CogView4 predict e_u in a call of its own, and SLD predicts
+    it again in the call of e_p. `guidance_rescale` takes its target from e_p - strength gamma.
 
     If the prompt is the concept's own text, e_p = e_S and SLD does nothing, as in the paper: give it beside EIUP.
     Several SLDs add up, each seeing the plain e_p. In the warm-up the concept is predicted only if s_m > 0 needs it.
@@ -59,13 +59,14 @@ class SLD(Method):
         rows: one list of concepts per prompt of the batch, instead of `concepts` for all.
 
     Shapes: predictions [B, C, h, w] (FLUX: [B, L, C]); one row more per conditional row, so a step costs 1.5 times as
-    much; on FLUX two rows more, so twice as much.
+    much; on FLUX and CogView4 two rows more, so twice as much. A concept's text of another length than the prompt's
+    (CogView4, or embeddings that you give) has a denoiser call of its own.
 
     Raises:
         ValueError: unknown concept, a field out of range, no concept at all; on `apply`: a text encoder of another
             model, a phrase without tokens or over the encoder's limit; during a call: guidance off, a model that is
             distilled to do without, a batch without the unconditional rows, `rows` that are not as many as the prompts,
-            embeddings of another number of tokens than the concept's text, or SD 3's `skip_guidance_layers`.
+            or SD 3's `skip_guidance_layers`.
         TypeError: a pipeline of another family; `rows` or concepts that are no lists of concepts.
 
     Example:

@@ -313,6 +313,10 @@ class Family:
         """The arguments with another pooled text."""
         return {**arguments, self.pooled_argument: pooled}
 
+    def for_length(self, arguments: dict[str, Any], length: int) -> dict[str, Any]:
+        """The denoiser's arguments with what else depends on the text's `length` in columns, such as positions."""
+        return arguments
+
     def text_projection(self, denoiser: nn.Module) -> nn.Module | None:
         """The module that projects the text for all layers, where there is one."""
         return getattr(denoiser, self.projection) if self.projection else None

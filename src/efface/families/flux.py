@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ._parts import is_kind
 from .base import Family
@@ -26,6 +26,10 @@ class _Flux(Family):
     guidance_in_two_calls: bool = True
     unit_time: bool = True
     shared_arguments: tuple[str, ...] = ("img_ids", "txt_ids")  # positions
+
+    def for_length(self, arguments: dict[str, Any], length: int) -> dict[str, Any]:
+        """With as many positions of text; they are all zero."""
+        return {**arguments, "txt_ids": arguments["txt_ids"].new_zeros(length, arguments["txt_ids"].shape[-1])}
 
 
 class _Flux1(_Flux):

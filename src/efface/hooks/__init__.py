@@ -9,8 +9,9 @@ Glossary:
   the pipeline object that are wrapped (`pipeline`). `encode_prompt` says which rows of the batch will be conditional.
 - *Denoiser call*: one call of the denoiser, once or twice a step. `around` runs in place of it.
 - *Batch rows*: the rows of a denoiser call: unconditional ones, then conditional ones, then further predictions that
-  methods ask for. The engine compares the batch with what `encode_prompt` returned (`batch`); a caller without a
-  pipeline says it by `efface.conditional_rows`.
+  methods ask for; where these texts have another length, a further call of the denoiser holds them. The engine
+  compares the batch with what `encode_prompt` returned (`batch`); a caller without a pipeline says it by
+  `efface.conditional_rows`.
 - *Erasure prompts*: texts of the concept that take part in attention. They are encoded in each call of the pipeline,
   the same texts once.
 - *Layer*: an attention module. Its query is seen behind `to_q` and its output is edited in front of `to_out[0]`, on

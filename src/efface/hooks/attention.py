@@ -60,7 +60,7 @@ class ErasurePrompts:
             tuple(self.token_columns[k] for k in chosen),
             tuple(batch_rows),
             torch.tensor(batch_rows, device=self.text.states.device),
-            tuple(chosen),
+            tuple(self.which[k] for k in chosen),
             None if self.pooled is None else self.pooled[chosen],
         )
 

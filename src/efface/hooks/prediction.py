@@ -1,8 +1,9 @@
-"""Predicted noise: further rows of a denoiser call that show the concept, and what methods make of them."""
+"""Predicted noise: further rows of denoiser calls that show the concept, and what methods make of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,92 +18,142 @@ Guiding = Sequence[tuple[Applied, Tensor | float]]
 """The methods that change this prediction, each with the weight of its window."""
 
 
-def with_concepts(
-    facts: Family, arguments: dict[str, Any], asked: Sequence[ErasurePrompts], rows: Sequence[Tensor], first: int
-) -> dict[str, Any]:
-    """The denoiser's arguments with further rows: for each text that is asked for, its rows once more with that text.
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """Texts whose predictions are asked for, for some of the conditional rows.
 
-    Rows are counted from the `first` conditional one on.
+    Args:
+        prompts: N texts; each of them is predicted for all of `rows`.
+        rows: conditional rows, counted from 0, on the device: [R].
+        owners: the same as numbers, if guidance pushes away from these predictions; else none.
     """
-    text, mask, pooled = arguments[facts.text_argument], facts.text_mask(arguments), facts.pooled_text(arguments)
-    length = max(text.shape[1], *(prompts.text.states.shape[1] for prompts in asked))
-    made = [facts.lengthened(each.states, each.mask, length) for each in (Text(text, mask), *(p.text for p in asked))]
-    given, *texts = [Text(*each) for each in made if each is not None]
-    if len(texts) < len(asked):
-        other = next(n for p in asked if (n := p.text.states.shape[1]) != text.shape[1])
-        raise ValueError(
-            f"The call's text has {text.shape[1]} tokens, but a concept's {other}, so they do not fit into one batch. "
-            "Give a prompt of the ordinary length, or use method 'eiup' where it works."
-        )
-    again = first + torch.cat([r for prompts, r in zip(asked, rows, strict=True) for _ in range(len(prompts.text))])
-    own = {name: value for name, value in arguments.items() if name not in facts.shared_arguments}
-    found = arguments | {name: _with_rows(value, len(text), again) for name, value in own.items()}
 
-    def each(values: Sequence[Tensor | None]) -> list[Tensor]:
-        pairs = zip(values, rows, strict=True)
-        return [value.repeat_interleave(len(r), 0) for value, r in pairs if value is not None]
+    prompts: ErasurePrompts
+    rows: Tensor
+    owners: tuple[int, ...] = ()
 
-    found[facts.text_argument] = torch.cat([given.states, *each([more.states for more in texts])])
-    if pooled is not None:
-        found = facts.with_pooled(found, torch.cat([pooled, *each([prompts.pooled for prompts in asked])]))
-    if mask is not None:
-        masks = [given.mask, *each([more.mask for more in texts])]
-        found[facts.mask_argument] = torch.cat([seen.to(mask) for seen in masks if seen is not None])
+    @property
+    def size(self) -> int:
+        """How many rows of a denoiser call the predictions take."""
+        return len(self.prompts.text) * len(self.rows)
+
+
+def concepts_of(guiding: Guiding, every: Tensor) -> list[Asked]:
+    """What the methods ask for, in their order; `every`: all conditional rows, counted from 0."""
+    found = []
+    for applied, _ in guiding:
+        for prompts in applied.acting:
+            rows = every if prompts.at is None else prompts.at
+            owners = range(len(every)) if prompts.batch_rows is None else prompts.batch_rows
+            found.append(Asked(prompts, rows, tuple(owners) if applied.method.repels else ()))
     return found
 
 
-def repelled_rows(guiding: Guiding, conditional: int, first: int) -> dict[int, int]:
+def by_call(facts: Family, arguments: dict[str, Any], asked: Sequence[Asked]) -> list[list[int]]:
+    """Which of the texts share a denoiser call: first those that fit into the present one, then the others by length.
+
+    Texts of several lengths share a call where the family can lengthen them. Elsewhere a text in more columns would be
+    another text.
+    """
+    given = Text(arguments[facts.text_argument], facts.text_mask(arguments))
+    texts = [given, *(each.prompts.text for each in asked)]
+    length = max(text.states.shape[1] for text in texts)
+    if all(facts.lengthened(text.states, text.mask, length) is not None for text in texts):
+        return [list(range(len(asked)))]
+    found: dict[int, list[int]] = {given.states.shape[1]: []}
+    for k, text in enumerate(texts[1:]):
+        found.setdefault(text.states.shape[1], []).append(k)
+    return list(found.values())
+
+
+def with_rows(
+    facts: Family, arguments: dict[str, Any], asked: Sequence[Asked], first: int, *, alone: bool = False
+) -> dict[str, Any]:
+    """The denoiser's arguments with further rows: for each text that is asked for, its rows once more with that text.
+
+    Rows are counted from the `first` conditional one on. `alone` leaves the present rows out; all texts then have one
+    length.
+    """
+    if not asked:
+        return arguments
+    text, mask, pooled = arguments[facts.text_argument], facts.text_mask(arguments), facts.pooled_text(arguments)
+    texts = [*([] if alone else [Text(text, mask)]), *(each.prompts.text for each in asked)]
+    length = max(each.states.shape[1] for each in texts)
+    made = [facts.lengthened(each.states, each.mask, length) for each in texts]
+    lengthened = [Text(*each) for each in made if each is not None]
+    again = first + torch.cat([each.rows for each in asked for _ in range(len(each.prompts.text))])
+    given, further = ([], lengthened) if alone else (lengthened[:1], lengthened[1:])
+
+    def put(value: Tensor) -> Tensor:
+        return value[again] if alone else torch.cat([value, value[again]])
+
+    def each_row(values: Sequence[Tensor | None]) -> list[Tensor]:
+        pairs = zip(values, asked, strict=True)
+        return [value.repeat_interleave(len(each.rows), 0) for value, each in pairs if value is not None]
+
+    own = {name: value for name, value in arguments.items() if name not in facts.shared_arguments}
+    found = arguments | {name: _in_rows(value, len(text), put) for name, value in own.items()}
+    found[facts.text_argument] = torch.cat([*(t.states for t in given), *each_row([t.states for t in further])])
+    if pooled is not None:
+        pools = each_row([each.prompts.pooled for each in asked])
+        found = facts.with_pooled(found, torch.cat(pools if alone else [pooled, *pools]))
+    if mask is not None:
+        masks = [*(t.mask for t in given), *each_row([t.mask for t in further])]
+        found[facts.mask_argument] = torch.cat([seen.to(mask) for seen in masks if seen is not None])
+    return found if length == text.shape[1] else facts.for_length(found, length)
+
+
+def repelled_rows(asked: Sequence[Asked], first: int) -> dict[int, int]:
     """The further rows, from `first` on, that guidance pushes away from, and the conditional row that each is for."""
     found: dict[int, int] = {}
-    for applied, _ in guiding:
-        for prompts in applied.acting:
-            owners = range(conditional) if prompts.batch_rows is None else prompts.batch_rows
-            for _ in range(len(prompts.text)):
-                found |= {first + k: owner for k, owner in enumerate(owners) if applied.method.repels}
-                first += len(owners)
+    for each in asked:
+        for k in range(len(each.prompts.text)):
+            found |= {first + k * len(each.rows) + n: owner for n, owner in enumerate(each.owners)}
+        first += each.size
     return found
 
 
 def guided(
     out: Tensor,
+    negative: Tensor,
+    concepts: Sequence[tuple[Asked, Tensor]],
     guiding: Guiding,
-    rows: Sequence[Tensor],
-    first: int,
-    last: int,
     guidance_scale: float,
     time: Tensor,
 ) -> Tensor:
-    """The prediction of the user's rows; the conditional ones, `first` to `last`, changed by what each method adds.
+    """The prediction of the conditional rows `out` [B, ...], changed by what each method adds.
 
-    `rows`: those of each of the methods' erasure prompts, as `with_concepts` had them. If all of the user's rows are
-    conditional, as many unconditional ones stand right behind them.
+    Args:
+        out: of the conditional rows.
+        negative: the unconditional prediction of the same rows.
+        concepts: what `concepts_of` asks for, each with its prediction [N * R, ...].
+        guiding: the methods.
+        guidance_scale: of the call.
+        time: 0 is pure noise, 1 the picture.
     """
-    wide = out.to(torch.promote_types(out.dtype, torch.float32))
-    negative, prompt, further = wide[:first], wide[first:last], wide[last:]
-    if not first:
-        negative, further = further[:last], further[last:]
-    places, changed = iter(rows), prompt
+    dtype = torch.promote_types(out.dtype, torch.float32)
+    prompt, negative, asked = out.to(dtype), negative.to(dtype), iter(concepts)
+    changed = prompt
     for applied, weight in guiding:
         concept, count = torch.zeros_like(prompt), prompt.new_zeros(len(prompt), *[1] * (prompt.ndim - 1))
-        for prompts in applied.acting:
-            place = next(places)
-            for _ in range(len(prompts.text)):
-                concept = concept.index_add(0, place, further[: len(place)])
-                count = count.index_add(0, place, torch.ones_like(count[: len(place)]))
-                further = further[len(place) :]
+        for _ in applied.acting:
+            each, predicted = next(asked)
+            for made in predicted.to(dtype).split(len(each.rows)):
+                concept = concept.index_add(0, each.rows, made)
+                count = count.index_add(0, each.rows, torch.ones_like(count[: len(made)]))
         seen = Prediction(prompt, negative, concept / count.clamp(min=1), guidance_scale, time, applied.memory)
         changed = changed + torch.where(count > 0, weight * applied.method.guide(seen), 0)
-    return torch.cat([out[:first], changed.to(out.dtype)])
+    return changed.to(out.dtype)
 
 
-def _with_rows(value: Any, rows: int, again: Tensor) -> Any:
-    """An argument of the denoiser with some of its `rows` once more behind; what is not per row stays."""
+def _in_rows(value: Any, rows: int, put: Callable[[Tensor], Tensor]) -> Any:
+    """An argument of the denoiser in other rows than its `rows`; what is not per row stays."""
     if isinstance(value, Tensor):
-        return torch.cat([value, value[again]]) if value.ndim and len(value) == rows else value
+        return put(value) if value.ndim and len(value) == rows else value
     if isinstance(value, dict):
-        return {name: _with_rows(each, rows, again) for name, each in value.items()}
+        return {name: _in_rows(each, rows, put) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_with_rows(each, rows, again) for each in value)
+        return type(value)(_in_rows(each, rows, put) for each in value)
     return value
 
 
@@ -110,10 +161,12 @@ def needs_guidance(method: Contract, denoiser: nn.Module | None, facts: Family) 
     """What is wrong with a call without unconditional rows, and what to do."""
     needs, name = f"{type(method).__name__} needs guidance", f"`{facts.scale}`"
     if facts.guidance_in_two_calls:
+        needs = f"{needs} with an unconditional prediction in each step of a pipeline's call"
+        if facts.returns_negative:
+            return f"{needs}. Set {name} above 1, or use method 'safree'."
         return (
-            f"{needs} with an unconditional prediction in each step of a pipeline's call. Set {name} above 1 and give "
-            'a `negative_prompt`, for which "" will do (a model that is distilled to do without may draw worse with '
-            "it), or use method 'safree'."
+            f'{needs}. Set {name} above 1 and give a `negative_prompt`, for which "" will do (a model that is '
+            "distilled to do without may draw worse with it), or use method 'safree'."
         )
     needs = f"{needs}, with conditional and unconditional rows in one batch of a call"
     other = "eiup" if facts.cross_attention else "safree"

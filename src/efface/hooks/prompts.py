@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._text import Encoded, encode, pack
 from ..core import Concept, Handle
+from ..families import family
 from .attention import ErasurePrompts, Text
 from .contract import Contract, Encoding, Memory
 from .watch import Record
@@ -46,7 +47,7 @@ class Applied:
     Args:
         method: what is on.
         of: the concepts of each erasure prompt.
-        prompts: all erasure prompts.
+        sets: all erasure prompts, those of one length together. Only methods that guide have several sets.
         neutral: the texts that stand for "some picture", the mean of each group.
         acting: the erasure prompts with the rows of the present batch.
         memory: of the present call of the pipeline.
@@ -57,7 +58,7 @@ class Applied:
 
     method: Contract
     of: tuple[tuple[Concept, ...], ...] = ()
-    prompts: ErasurePrompts | None = None
+    sets: tuple[ErasurePrompts, ...] = ()
     neutral: Text | None = None
     acting: tuple[ErasurePrompts, ...] = ()
     memory: Memory = field(default_factory=dict)
@@ -66,6 +67,11 @@ class Applied:
     encoded: Tensor | None = None
     _unprojected: tuple[Text, list[int]] | None = None
     _images_per_prompt: int = 1
+
+    @property
+    def prompts(self) -> ErasurePrompts | None:
+        """All erasure prompts of a method that edits attention, and the first set of one that guides."""
+        return self.sets[0] if self.sets else None
 
     def prepare(self, pipe: DiffusionPipeline, images_per_prompt: int, encoder: Encoder) -> None:
         """Encodes the erasure prompts, and the neutral texts with them."""
@@ -77,15 +83,17 @@ class Applied:
         neutral = () if method.guides else tuple(method.references)
         if not (texts or neutral):
             return
-        made = encoder([*itertools.chain(*neutral), *(text for _, text in texts)])
-        sizes, text = [len(group) for group in neutral], Text(made.text, made.mask)
-        n = sum(sizes)
-        self.encoded = made.text
-        pooled = made.pooled if method.guides else None
-        self.prompts = ErasurePrompts(text[n:], made.own[n:], which=tuple(range(len(texts))), pooled=pooled)
-        if not method.guides:
+        if method.guides:
+            self.sets = _by_length(encoder, [text for _, text in texts], family(pipe).padded_to_limit)
+            self.encoded = self.sets[0].text.states
+        else:
+            made = encoder([*itertools.chain(*neutral), *(text for _, text in texts)])
+            sizes, text = [len(group) for group in neutral], Text(made.text, made.mask)
+            n = sum(sizes)
+            self.encoded = made.text
+            self.sets = (ErasurePrompts(text[n:], made.own[n:], which=tuple(range(len(texts)))),)
             self.neutral, self._unprojected = _means(text[:n], sizes), (text, sizes)
-        self.acting = (self.prompts,)
+        self.acting = self.sets
         self.place(images_per_prompt)
         method.prepared(pipe, [text for _, text in texts], encoder.call, self.memory)
 
@@ -105,8 +113,8 @@ class Applied:
         (text, sizes), self._unprojected = self._unprojected, None
         text = Text(projection(text.states), text.mask)
         self.neutral = _means(text[: sum(sizes)], sizes)
-        self.prompts = replace(self.prompts, text=text[sum(sizes) :])
-        self.acting = (self.prompts,)
+        self.sets = (replace(self.prompts, text=text[sum(sizes) :]),)
+        self.acting = self.sets
         self.place(self._images_per_prompt)
 
     def place(self, images_per_prompt: int, batch: int | None = None) -> None:
@@ -120,7 +128,12 @@ class Applied:
             groups = self.method.groups(concepts)
             which = tuple(k for group in groups for k, of in enumerate(self.of) if of == group)
             alike.setdefault(which, []).extend(range(r * images_per_prompt, (r + 1) * images_per_prompt))
-        self.acting = tuple(self.prompts.of(which, batch_rows) for which, batch_rows in alike.items() if which)
+        self.acting = tuple(
+            some.of(chosen, batch_rows)
+            for which, batch_rows in alike.items()
+            for some in self.sets
+            if (chosen := [some.which.index(k) for k in which if k in some.which])
+        )
 
     def check_rows(self, images_per_prompt: int, batch: int | None) -> None:
         row_concepts = self.method.rows
@@ -147,6 +160,25 @@ class Applied:
                 f"call's text is {text.dtype} on {text.device}: the model was moved after `apply`. Call the pipeline, "
                 "which encodes them anew, or apply the eraser again."
             )
+
+
+def _by_length(encoder: Encoder, texts: list[str], together: bool) -> tuple[ErasurePrompts, ...]:
+    """The texts of a method that guides, those of one length together.
+
+    They are encoded `together` only where all texts have one length. Elsewhere the longest would change the others,
+    which may be for other rows of the batch.
+    """
+    found: dict[int, list[tuple[int, Encoded]]] = {}
+    for k, made in enumerate([encoder(texts)] if together else [encoder([text]) for text in texts]):
+        found.setdefault(made.text.shape[1], []).append((k, made))
+    sets = []
+    for some in found.values():
+        text = Text.cat([Text(made.text, made.mask) for _, made in some])
+        own = tuple(columns for _, made in some for columns in made.own)
+        which = tuple(range(len(texts))) if together else tuple(k for k, _ in some)
+        pools = [made.pooled for _, made in some if made.pooled is not None]
+        sets.append(ErasurePrompts(text, own, which=which, pooled=torch.cat(pools) if pools else None))
+    return tuple(sets)
 
 
 def _means(text: Text, sizes: list[int]) -> Text | None:

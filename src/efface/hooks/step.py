@@ -19,7 +19,7 @@ from .contract import Contract, DenoiserCall, Seen
 from .edits import cross, edited, edited_self
 from .layers import Layer, SelfLayer
 from .pipeline import Calls
-from .prediction import guided, needs_guidance, repelled_rows, with_concepts
+from .prediction import Asked, by_call, concepts_of, guided, needs_guidance, repelled_rows, with_rows
 from .prompts import Applied
 
 Plan = list[tuple[Applied, Tensor | float, str]]
@@ -162,7 +162,7 @@ class Step:
         return out
 
     def _guided(self, guiding: list[tuple[Applied, Tensor | float]], negatives: list[ErasurePrompts]) -> Any:
-        """The output with the concepts predicted in further rows, which are used and dropped."""
+        """The output, with the concepts predicted in further rows or in further calls, which are used and dropped."""
         batch, where, method = self.batch, self.where, guiding[0][0].method
         if self.arguments.get("skip_layers") is not None:
             raise ValueError(
@@ -172,17 +172,55 @@ class Step:
         if not 0 < batch.first < batch.last and not negatives:
             raise ValueError(needs_guidance(method, where.denoiser, where.facts))
         every = torch.arange(batch.conditional, device=self.time.device)
-        concepts = [prompts for applied, _ in guiding for prompts in applied.acting]
-        rows = [every if prompts.at is None else prompts.at for prompts in concepts]
-        places = [*(every[k : k + 1] for k in range(len(negatives))), *rows]
-        owners = negated_rows(batch.first, where.calls.call, where.given)
-        owners |= repelled_rows(guiding, batch.conditional, batch.last)
+        asked = [*self._asked_negatives(negatives, every), *concepts_of(guiding, every)]
+        present, *others = by_call(where.facts, self.arguments, asked)
+        out, predicted = self._with_further(asked, present)
+        for group in others:
+            predicted |= self._further_alone(asked, group)
+        n, sample = len(negatives), out[0]
+        negative = torch.cat([predicted[k] for k in range(n)]) if negatives else sample[: batch.first]
+        changed = guided(
+            sample[batch.first : batch.last],
+            negative,
+            [(each, predicted[n + k]) for k, each in enumerate(asked[n:])],
+            guiding,
+            self._guidance_scale(),
+            self.time,
+        )
+        sample = torch.cat([sample[: batch.first], changed])
+        return (sample, *out[1:]) if isinstance(out, tuple) else type(out)(sample=sample)
+
+    def _with_further(self, asked: Sequence[Asked], which: Sequence[int]) -> tuple[Any, dict[int, Tensor]]:
+        """The denoiser's output with some of what is asked for in further rows, and these predictions by number."""
+        batch, where = self.batch, self.where
+        some = [asked[k] for k in which]
+        owners = negated_rows(batch.first, where.calls.call, where.given) | repelled_rows(some, batch.last)
         batch.repelled = repelled(owners, self.time.device, batch.repelled)
-        longer = with_concepts(where.facts, self.arguments, [*negatives, *concepts], places, batch.first)
+        longer = with_rows(where.facts, self.arguments, some, batch.first)
         batch.rows = len(longer[where.facts.text_argument])
         out = self._ran(lambda: self._call(longer))
-        sample = guided(out[0], guiding, rows, batch.first, batch.last, self._guidance_scale(), self.time)
-        return (sample, *out[1:]) if isinstance(out, tuple) else type(out)(sample=sample)
+        return out, dict(zip(which, out[0][batch.last :].split([each.size for each in some]), strict=True))
+
+    def _further_alone(self, asked: Sequence[Asked], which: Sequence[int]) -> dict[int, Tensor]:
+        """The predictions, by number, of texts that fit into no call with the conditional rows: one call for them."""
+        batch, facts = self.batch, self.where.facts
+        some = [asked[k] for k in which]
+        owners = repelled_rows(some, 0)
+        arguments = with_rows(facts, self.arguments, some, batch.first, alone=True)
+        rows = len(arguments[facts.text_argument])
+        self.batch = replace(batch, first=0, last=0, rows=rows, repelled=repelled(owners, self.time.device, None))
+        try:
+            out = self._ran(lambda: self._call(arguments))
+        finally:
+            self.batch = batch
+        return dict(zip(which, out[0].split([each.size for each in some]), strict=True))
+
+    def _asked_negatives(self, negatives: Sequence[ErasurePrompts], every: Tensor) -> list[Asked]:
+        """The unconditional predictions, which other methods edit where they read another text than the empty one."""
+        where = self.where
+        negated = negated_rows(len(negatives), where.calls.call, where.given)
+        pairs = enumerate(negatives)
+        return [Asked(each, every[k : k + 1], (k,) if k in negated else ()) for k, each in pairs]
 
     def _guidance_scale(self) -> float:
         call = self.where.calls.call
