@@ -27,6 +27,11 @@ if TYPE_CHECKING:
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
+def field_names(method: Any) -> tuple[str, ...]:
+    """The names of the fields of a method, or of its class, in order; none if it is not a dataclass."""
+    return tuple(f.name for f in dataclasses.fields(method)) if dataclasses.is_dataclass(method) else ()
+
+
 def as_texts(what: str, texts: Sequence[str]) -> tuple[str, ...]:
     """Texts as a tuple; TypeError for one text, which would fall apart into letters, and for what is no text."""
     if isinstance(texts, str):
@@ -296,7 +301,7 @@ class Handle(AbstractContextManager["Handle"]):
     def _set(self, **fields: Any) -> None:
         if not self.active:
             raise ValueError("This eraser was already removed: apply it again to change it.")
-        unknown = fields.keys() - {f.name for f in dataclasses.fields(self.eraser)}
+        unknown = fields.keys() - set(field_names(self.eraser))
         if unknown:
             raise AttributeError(f"{type(self.eraser).__name__} has no {', '.join(sorted(unknown))} to set.")
         eraser = dataclasses.replace(self.eraser, **fields)
