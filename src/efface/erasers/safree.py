@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import BoundArguments
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from .._masking import encode_masked
 from .._text import encode, encoding_settings, own_tokens, places, read, readers
-from ..core import Concepts, Rows, as_concepts
+from ..core import Concept, Concepts, ConceptsField, Converted, RowsField
 from ..families import family
 from ..hooks import Memory, Method
 
@@ -91,11 +92,11 @@ class SAFREE(Method):
     off: ClassVar[dict[str, Any] | None] = {"strength": 0.0}
     touches_uncond: ClassVar[bool] = False
 
-    concepts: Concepts = ()  # type: ignore[assignment]
+    concepts: ConceptsField = Converted(())
     strength: float = 1.0
     alpha: float = 0.01
     validation: tuple[float, float] | None = None
-    rows: Rows = None  # type: ignore[assignment]
+    rows: RowsField = Converted(None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -164,7 +165,12 @@ class SAFREE(Method):
         return encoded
 
     def _filter(
-        self, pipe: DiffusionPipeline, text: str, concepts: Concepts, tokens: dict[str, range], settings: dict[str, Any]
+        self,
+        pipe: DiffusionPipeline,
+        text: str,
+        concepts: Sequence[Concept],
+        tokens: dict[str, range],
+        settings: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None, float]:
         """What to add to the states [L, D] of one prompt, its pooled text without the triggers, and beta.
 
@@ -174,7 +180,7 @@ class SAFREE(Method):
         masked, whole = encode_masked(
             pipe, text, {n: [(), *((i,) for i in own)] for n, own in tokens.items()}, **settings
         )
-        texts = [p for concept in as_concepts(concepts) for p in concept.phrases]
+        texts = [p for concept in concepts for p in concept.phrases]
         phrases = encode(pipe, texts, **settings)
         edit, betas, found = torch.zeros_like(masked[0]), [], {}
         length, width = edit.shape
