@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from PIL import Image
 
 import efface
 from efface import EIUP, Concept, Handle, NegativePrompt, Row, Sample, Score, Suite, concept
-from efface.core import Handles, as_concepts, as_rows, check_strength, check_window, shipped_concepts
+from efface.core import Handles, as_concepts, as_rows, check_strength, check_window, field_names, shipped_concepts
+from efface.hooks import ConceptsField, Converted, Method, RowsField, computed
 
 NUMBERS = st.floats(allow_nan=True, allow_infinity=True) | st.integers(-3, 3)
 
@@ -173,6 +175,33 @@ def test_configurations_are_frozen_and_comparable() -> None:
     assert EIUP("cat") == EIUP([concept("cat")]) != EIUP("dog")
     with pytest.raises(dataclasses.FrozenInstanceError):
         EIUP("cat").strength = 2.0  # type: ignore[misc]
+
+
+def test_a_converted_field_is_an_ordinary_field_at_run_time() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Mine(Method):
+        touches_uncond: ClassVar[bool] = computed(lambda self: self.both)
+
+        concepts: ConceptsField = Converted(())
+        both: bool = False
+        rows: RowsField = Converted(None)
+
+    assert field_names(Mine) == field_names(Mine("cat")) == ("concepts", "both", "rows")
+    assert [f.default for f in dataclasses.fields(Mine)] == [(), False, None]
+    mine = dataclasses.replace(Mine("cat", True), rows=["cat", []])
+    assert mine == Mine(concept("cat"), True, [["cat"], ()]) and hash(mine) == hash(Mine("cat", True, ["cat", []]))
+    assert mine.concepts == (concept("cat"),) and mine.rows == ((concept("cat"),), ())
+    assert mine.touches_uncond and not Mine("cat").touches_uncond
+
+
+def test_a_plain_dataclass_derived_from_a_method_keeps_its_fields() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class More(EIUP):
+        more: int = 0
+
+    assert field_names(More) == (*field_names(EIUP), "more") and More("cat").concepts == (concept("cat"),)
+    assert copy.deepcopy(More("cat", more=1)) == More("cat", more=1)
+    assert field_names(object()) == ()
 
 
 # ---------------------------------------------------------------- handles

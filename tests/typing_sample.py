@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar, assert_type
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import efface
+from efface.hooks import ConceptsField, Converted, Method, computed
 from efface.metrics.removal import Removal
 
 
@@ -35,6 +37,58 @@ def handles(model: str | Path) -> dict[str, object]:
         names = [each["method"] for each in together.config()]
         print(efface.active(pipe), len(together), len(pictures), strength, names)
     return record
+
+
+def fields(hat: efface.Concept) -> None:
+    """Constructors take a name, a concept or a list of these; fields hold what their types say."""
+    assert_type(efface.EIUP("alcohol").concepts[0].name, str)
+    assert_type(efface.EIUP([hat, "weapon"]).strength, float)
+    assert_type(efface.EIUP(hat, None).window, tuple[float, float])
+    assert_type(efface.EIUP(hat).touches_uncond, bool)
+    assert_type(efface.GIE(["cat"], strength=0.5).strength + 1, float)
+    assert_type(efface.GIE("cat").needs, tuple[str, ...])
+    assert_type(efface.SLD.strong("cat").rows, tuple[tuple[efface.Concept, ...], ...] | None)
+    assert_type(efface.SAFREE(rows=["cat", [hat, "weapon"], []]).concepts, tuple[efface.Concept, ...])
+    assert_type(replace(efface.NegativePrompt(hat), strength=2.0).strength, float | None)
+
+
+def mistakes() -> None:
+    """Each line is an error to type checkers; mypy reports a comment that is not needed."""
+    efface.EIUP(3)  # type: ignore[arg-type]
+    efface.EIUP("alcohol", "strong")  # type: ignore[arg-type]
+    efface.EIUP("alcohol").strength = 2.0  # type: ignore[misc]
+    efface.SLD("cat").concepts.append("dog")  # type: ignore[attr-defined]
+    efface.GIE("cat", rows=[3])  # type: ignore[list-item]
+
+
+@dataclass(frozen=True)
+class Plain(Method):
+    """A method of the user's own, whose fields take what they hold."""
+
+    touches_uncond: ClassVar[bool] = True
+    edits_attention = True
+
+    concepts: tuple[efface.Concept, ...] = ()
+    strength: float = 1.0
+    rows: tuple[tuple[efface.Concept, ...], ...] | None = None
+
+
+@dataclass(frozen=True)
+class Loose(Method):
+    """Another one, which takes names too, and whose flags depend on its fields."""
+
+    touches_uncond: ClassVar[bool] = computed(lambda self: self.both)
+    window = computed(lambda self: (0.0, 0.5 if self.both else 1.0))
+
+    concepts: ConceptsField = Converted(())
+    both: bool = False
+
+
+def own(hat: efface.Concept) -> None:
+    methods: list[Method] = [Plain((hat,)), Loose("cat", both=True)]
+    assert_type(Loose("cat").concepts, tuple[efface.Concept, ...])
+    assert_type(Loose("cat").touches_uncond, bool)
+    print([(m.concepts[0].name, m.touches_uncond, m.window, m.rows) for m in methods])
 
 
 def deltas(pipe: DiffusionPipeline, folder: Path) -> efface.Delta:
@@ -77,6 +131,9 @@ def measure(pipe: DiffusionPipeline, folder: Path) -> list[efface.Score]:
 
 def main(folder: Path) -> None:
     print(handles("emoji"))
+    hat = efface.Concept("hat", ("red hat", "top hat"))
+    fields(hat)
+    own(hat)
     pipe = efface.load("emoji")
     print(deltas(pipe, folder).method)
     print(judge(torch.zeros(2, 3, 64, 64), [efface.detector("eyes", "cat"), Dark()]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib
 import json
 from collections.abc import Iterator, Sequence
@@ -11,7 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from . import registry
-from .core import Concept, Concepts, Detector, Eraser, Handle, Handles, check_eraser, concept, shipped_concepts
+from .core import (
+    Concept,
+    Concepts,
+    Detector,
+    Eraser,
+    Handle,
+    Handles,
+    check_eraser,
+    concept,
+    field_names,
+    shipped_concepts,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -171,7 +181,7 @@ def editor(method: str, /, **fields: Any) -> Any:
 
 def _checked(method: str, room: str, fields: dict[str, Any]) -> type:
     cls = registry.resolve(method, room)
-    known = [f.name for f in dataclasses.fields(cls) if f.name != "concepts"]
+    known = [name for name in field_names(cls) if name != "concepts"]
     if "concepts" in fields:
         raise ValueError(
             f"The concepts of {method} are not set like its fields: name them by --concept or --phrase, in Python by "

@@ -22,6 +22,7 @@ from .core import (
     check_eraser,
     check_tuning_seeds,
     config,
+    field_names,
     read_json,
 )
 from .intervals import Rate
@@ -296,9 +297,9 @@ def calibrate(
 def _about(eraser: Any, concept: ConceptLike) -> Concept:
     """The concept, if the eraser has a strength and erases it."""
     check_eraser(eraser)
-    names = {f.name for f in dataclasses.fields(eraser)} if dataclasses.is_dataclass(eraser) else set()
+    names = sorted(field_names(eraser))
     if "strength" not in names:
-        raise ValueError(f"{type(eraser).__name__} has no `strength` to calibrate: its fields are {sorted(names)}.")
+        raise ValueError(f"{type(eraser).__name__} has no `strength` to calibrate: its fields are {names}.")
     concepts = as_concepts(concept)
     if len(concepts) != 1:
         raise ValueError(f"Expected one concept, but got {len(concepts)}: calibrate them one at a time.")

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, ExitStack
 from importlib import resources
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar, cast, overload
 
 from .registry import name_of, near
 
@@ -25,6 +25,42 @@ if TYPE_CHECKING:
         """A pipeline that can be called. diffusers declares the call in each kind of pipeline, not in their base."""
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+Given = TypeVar("Given")
+Held = TypeVar("Held")
+
+
+class Converted(Generic[Given, Held]):
+    """The type of a dataclass field whose constructor takes a `Given` and which then holds a `Held`.
+
+    Only type checkers read it. At run time `Converted(default)` is the default, and `__post_init__` converts. In a
+    dataclass derived from the one with the field, mypy shows `Given` again.
+    """
+
+    if TYPE_CHECKING:
+
+        def __init__(self, default: Given) -> None: ...
+
+        @overload
+        def __get__(self, instance: None, owner: Any) -> Given: ...
+
+        @overload
+        def __get__(self, instance: object, owner: Any) -> Held: ...
+
+        def __get__(self, instance: Any, owner: Any) -> Any: ...
+
+        def __set__(self, instance: object, value: Given) -> None: ...
+
+    else:
+
+        def __new__(cls, default):
+            return default
+
+
+def field_names(method: Any) -> tuple[str, ...]:
+    """The names of the fields of a method, or of its class, in order; none if it is not a dataclass."""
+    return tuple(f.name for f in dataclasses.fields(method)) if dataclasses.is_dataclass(method) else ()
 
 
 def as_texts(what: str, texts: Sequence[str]) -> tuple[str, ...]:
@@ -75,6 +111,7 @@ class Concept:
 
 ConceptLike = Concept | str
 Concepts = ConceptLike | Sequence[ConceptLike]
+ConceptsField = Converted[Concepts, tuple[Concept, ...]]
 
 
 @functools.cache
@@ -131,6 +168,7 @@ def as_concepts(concepts: Concepts, known: Sequence[Concept] = ()) -> tuple[Conc
 
 
 Rows = Sequence[Concepts] | None
+RowsField = Converted[Rows, tuple[tuple[Concept, ...], ...] | None]
 
 
 def as_rows(rows: Rows, known: Sequence[Concept]) -> tuple[tuple[Concept, ...], ...] | None:
@@ -299,7 +337,7 @@ class Handle(AbstractContextManager["Handle"]):
     def _set(self, **fields: Any) -> None:
         if not self.active:
             raise ValueError("This eraser was already removed: apply it again to change it.")
-        unknown = fields.keys() - {f.name for f in dataclasses.fields(self.eraser)}
+        unknown = fields.keys() - set(field_names(self.eraser))
         if unknown:
             raise AttributeError(f"{type(self.eraser).__name__} has no {', '.join(sorted(unknown))} to set.")
         eraser = dataclasses.replace(self.eraser, **fields)

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, registry
-from .core import Concepts, Metric, Row, Sample, Score, Suite, as_concepts, rows_hash
+from .core import Concepts, Metric, Row, Sample, Score, Suite, as_concepts, field_names, rows_hash
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -514,7 +514,7 @@ def make_metric(name: str, **fields: Any) -> Metric:
 
 
 def _known(name: str, cls: Any, fields: Mapping[str, Any]) -> None:
-    known = [f.name for f in dataclasses.fields(cls)]
+    known = field_names(cls)
     for field in fields.keys() - set(known):
         hint = registry.near(field, known)
         raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ import torch
 from .. import __version__
 from .._text import SITES
 from .._weights import adapters, denoiser_of
-from ..core import Concepts, Handle, as_concepts, check_strength, config
+from ..core import Concepts, ConceptsField, Converted, Handle, as_concepts, check_strength, config, field_names
 from . import file
 from .applied import Applied, check_written, entries, forget
 from .base import Base, base_hash, base_of, check_base, common_base, model_name, own_values
@@ -76,7 +75,7 @@ class Delta:
     weights: Mapping[str, Change]
     method: str
     fields: Mapping[str, Any] = field(default_factory=dict)
-    concepts: Concepts = ()
+    concepts: ConceptsField = Converted(())
     seed: int = 0
     model: str = ""
     base: Base = field(default_factory=dict)
@@ -137,7 +136,7 @@ class Delta:
 
     def __repr__(self) -> str:
         """One line: method, concepts, strength, number and rank of the changed tensors, base model."""
-        names = [concept.name for concept in as_concepts(self.concepts)]
+        names = [concept.name for concept in self.concepts]
         concepts = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         ranks = [change.rank for change in self.weights.values() if isinstance(change, Factors)]
         kinds = ([f"rank <= {max(ranks)}"] if ranks else []) + (["dense"] if len(ranks) < len(self.weights) else [])
@@ -229,7 +228,7 @@ class Delta:
         return Delta(
             weights,
             method=" + ".join(dict.fromkeys([self.method, other.method])),
-            concepts=tuple(dict.fromkeys([*as_concepts(self.concepts), *as_concepts(other.concepts)])),
+            concepts=tuple(dict.fromkeys([*self.concepts, *other.concepts])),
             model=self.model,
             base=base,
             after={h: s for h, s in {**self.after, **other.after}.items() if within.get(h) != s},
@@ -277,8 +276,8 @@ class Delta:
 
     def _header(self) -> dict[str, Any]:
         """All but the numbers, as JSON types."""
-        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "weights"}
-        found["concepts"] = [asdict(c) for c in as_concepts(self.concepts)]
+        found = {name: getattr(self, name) for name in field_names(self) if name != "weights"}
+        found["concepts"] = [asdict(c) for c in self.concepts]
         as_json: dict[str, Any] = json.loads(json.dumps(found))
         return as_json
 

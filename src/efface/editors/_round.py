@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from .._weights import digest
-from ..core import config
+from ..core import config, field_names
 from ._denoiser import Denoiser, Points, Weights, mse
 from ._misalignment import Misalignment, calibration
 from ._search import Calibration
@@ -66,7 +66,7 @@ class Round:
     def fit(self, what: str, prompts: Sequence[str] = ()) -> State:
         """ESD on the concept, and the distillation on `prompts`."""
         method, net = self.method, self.net
-        esd = ESD(eta=self.eta, **{f.name: getattr(method, f.name) for f in fields(Training)})
+        esd = ESD(eta=self.eta, **{name: getattr(method, name) for name in field_names(Training)})
         teacher = self.base if self.teacher == "base" else None
         pool = calibration(net, prompts, teacher, method.guidance, self.seed + 2) if prompts else None
 

@@ -14,7 +14,7 @@ import torch
 
 from .._text import fits
 from .._weights import learning
-from ..core import Concepts, as_concepts
+from ..core import Concepts
 from ..delta import Delta, active, unedited
 from ._misalignment import Misalignment
 from ._round import Round
@@ -148,7 +148,7 @@ class CCRT(Training):
         """
         found, _ = phrases(pipe, concepts)
         method = self.resolved(pipe)
-        earlier = [concept for delta in active(pipe) for concept in as_concepts(delta.concepts)]
+        earlier = [concept for delta in active(pipe) for concept in delta.concepts]
         removed = [phrase for concept in (*earlier, *found) for phrase in concept.phrases]
         source = Calibration(entities, removed, method.template or "{}", composer, broader, partial(fits, pipe))
         net = method.denoiser(pipe, phrases(pipe, found[0])[1])

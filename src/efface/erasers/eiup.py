@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..core import Concepts, Rows
-from ..hooks import CrossAttention, ErasurePrompts, Method, Text
+from ..core import Concepts, ConceptsField, Converted, RowsField
+from ..hooks import CrossAttention, ErasurePrompts, Method, Text, computed
 
 __all__ = ["EIUP"]
 
@@ -99,13 +99,18 @@ class EIUP(Method):
     needs: ClassVar[tuple[str, ...]] = ("cross_text",)
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}, "emoji": {}}  # the strength's
     edits_attention: ClassVar[bool] = True
+    touches_uncond: ClassVar[bool] = computed(lambda self: self.normalization == "projected")
+    packs: ClassVar[bool] = computed(lambda self: self.normalization != "projected")
+    references: ClassVar[tuple[tuple[str, ...], ...]] = computed(
+        lambda self: (("",), *self.neutral) if self.normalization == "projected" else Method.references
+    )
 
-    concepts: Concepts = ()  # type: ignore[assignment]
-    strength: float = None  # type: ignore[assignment]
+    concepts: ConceptsField = Converted(())
+    strength: Converted[float | None, float] = Converted(None)
     window: tuple[float, float] = (0.0, 1.0)
     normalization: Normalization = "projected"
     neutral: tuple[tuple[str, ...], ...] = (tuple(f"a {thing}" for thing in THINGS),)
-    rows: Rows = None  # type: ignore[assignment]
+    rows: RowsField = Converted(None)
 
     def __post_init__(self) -> None:
         if self.normalization not in get_args(Normalization):
@@ -126,18 +131,6 @@ class EIUP(Method):
     def reconstruction(cls, concepts: Concepts, strength: float = 1.0) -> EIUP:
         """The form that the abstract of the paper suggests, E1, in the published window (the first 80 %)."""
         return cls(concepts, strength=strength, window=(0.0, 0.8), normalization="separate")
-
-    @property
-    def touches_uncond(self) -> bool:  # type: ignore[override]
-        return self.normalization == "projected"
-
-    @property
-    def packs(self) -> bool:  # type: ignore[override]
-        return self.normalization != "projected"
-
-    @property
-    def references(self) -> tuple[tuple[str, ...], ...]:  # type: ignore[override]
-        return (("",), *self.neutral) if self.normalization == "projected" else Method.references
 
     def edit(self, out: Tensor, cross: CrossAttention, prompts: ErasurePrompts) -> Tensor:
         if self.normalization == "projected":

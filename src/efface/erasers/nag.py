@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..core import Concepts, Rows
+from ..core import ConceptsField, Converted, RowsField
 from ..hooks import CrossAttention, ErasurePrompts, Method
 
 __all__ = ["NAG"]
@@ -86,14 +86,14 @@ class NAG(Method):
     needs: ClassVar[tuple[str, ...]] = ("cross_text",)
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}, "SDXL": {}}  # the published ones
     edits_attention: ClassVar[bool] = True
-    references = ()  # it reads no text but the concept's
+    references: ClassVar[tuple[tuple[str, ...], ...]] = ()  # it reads no text but the concept's
 
-    concepts: Concepts = ()  # type: ignore[assignment]
+    concepts: ConceptsField = Converted(())
     strength: float = 4.0
     tau: float = 2.5
     alpha: float = 0.5
     window: tuple[float, float] = (0.0, 1.0)
-    rows: Rows = None  # type: ignore[assignment]
+    rows: RowsField = Converted(None)
 
     def __post_init__(self) -> None:
         super().__post_init__()

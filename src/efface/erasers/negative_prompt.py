@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import BoundArguments
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from .._text import fits, own_encode
-from ..core import Concepts, Rows, as_concepts
+from ..core import Concept, ConceptsField, Converted, RowsField
 from ..families import family
-from ..hooks import Memory, Method, Prediction
+from ..hooks import Memory, Method, Prediction, computed
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -79,34 +79,21 @@ class NegativePrompt(Method):
 
     off: ClassVar[dict[str, Any] | None] = {"strength": 0.0}
     forms: ClassVar[Mapping[str, Mapping[str, Any]]] = {"a strength of its own": {"strength": 1.0}}
+    needs: ClassVar[tuple[str, ...]] = computed(
+        lambda self: ("guidance", "guidance_scale") if self.strength else ("guidance",)
+    )
+    guides: ClassVar[bool] = computed(lambda self: self.strength is not None)
+    repels: ClassVar[bool] = computed(lambda self: self.strength is not None)
+    touches_uncond: ClassVar[bool] = computed(lambda self: self.strength is None)
+    negates: ClassVar[bool] = computed(lambda self: self.strength is None)
 
-    concepts: Concepts = ()  # type: ignore[assignment]
+    concepts: ConceptsField = Converted(())
     strength: float | None = None
-    rows: Rows = None  # type: ignore[assignment]
-
-    @property
-    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
-        return ("guidance", "guidance_scale") if self.strength else ("guidance",)
-
-    @property
-    def guides(self) -> bool:  # type: ignore[override]
-        return self.strength is not None
-
-    @property
-    def touches_uncond(self) -> bool:  # type: ignore[override]
-        return self.strength is None
+    rows: RowsField = Converted(None)
 
     @property
     def wants_guidance(self) -> bool:
         return not self.is_off()
-
-    @property
-    def repels(self) -> bool:  # type: ignore[override]
-        return self.strength is not None
-
-    @property
-    def negates(self) -> bool:  # type: ignore[override]
-        return self.strength is None
 
     def check(self, pipe: DiffusionPipeline) -> None:
         for concepts in {self.concepts} if self.rows is None else set(self.rows):
@@ -184,6 +171,6 @@ class NegativePrompt(Method):
         return tuple(found)
 
 
-def words(concepts: Concepts) -> str:
+def words(concepts: Sequence[Concept]) -> str:
     """The phrases as one text."""
-    return ", ".join(phrase for concept in as_concepts(concepts) for phrase in concept.phrases)
+    return ", ".join(phrase for concept in concepts for phrase in concept.phrases)

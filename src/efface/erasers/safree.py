@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import BoundArguments
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._masking import encode_masked
 from .._text import encode, encoding_settings, own_tokens, places, read, readers
-from ..core import Concepts, Rows, as_concepts
+from ..core import Concept, Concepts, ConceptsField, Converted, RowsField
 from ..families import family
 from ..hooks import Memory, Method
 
@@ -95,11 +95,11 @@ class SAFREE(Method):
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"SD 1.x/2.x": {}}  # the paper's settings
     touches_uncond: ClassVar[bool] = False
 
-    concepts: Concepts = ()  # type: ignore[assignment]
+    concepts: ConceptsField = Converted(())
     strength: float = 1.0
     alpha: float = 0.01
     validation: tuple[float, float] | None = None
-    rows: Rows = None  # type: ignore[assignment]
+    rows: RowsField = Converted(None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -170,7 +170,7 @@ class SAFREE(Method):
         self,
         pipe: DiffusionPipeline,
         text: str,
-        concepts: Concepts,
+        concepts: Sequence[Concept],
         tokens: dict[str, range],
         prompts: list[str],
         settings: dict[str, Any],
@@ -183,7 +183,7 @@ class SAFREE(Method):
         masked, whole = encode_masked(
             pipe, text, {n: [(), *((i,) for i in own)] for n, own in tokens.items()}, prompts, **settings
         )
-        texts = [p for concept in as_concepts(concepts) for p in concept.phrases]
+        texts = [p for concept in concepts for p in concept.phrases]
         phrases = encode(pipe, texts, **settings)
         edit, betas, found = torch.zeros_like(masked[0]), [], {}
         length, width = edit.shape

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..core import Concepts, Rows
-from ..hooks import Method, Prediction
+from ..core import Concepts, ConceptsField, Converted, RowsField
+from ..hooks import Method, Prediction, computed
 
 __all__ = ["SLD"]
 
@@ -83,15 +83,17 @@ class SLD(Method):
     needs: ClassVar[tuple[str, ...]] = ("guidance",)
     touches_uncond: ClassVar[bool] = False
     guides: ClassVar[bool] = True
+    # Before the warm-up is over, the concept has to be predicted only for the momentum.
+    window = computed(lambda self: (0.0 if self.momentum_scale else self.warmup, 1.0))
 
-    concepts: Concepts = ()  # type: ignore[assignment]
+    concepts: ConceptsField = Converted(())
     strength: float = 1.0
     sld_guidance_scale: float = 1000.0
     threshold: float = 0.01
     momentum_scale: float = 0.3
     momentum_beta: float = 0.4
     warmup: float = 0.2
-    rows: Rows = None  # type: ignore[assignment]
+    rows: RowsField = Converted(None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,11 +137,6 @@ class SLD(Method):
 
     def is_off(self) -> bool:
         return super().is_off() or not self.sld_guidance_scale
-
-    @property
-    def window(self) -> tuple[float, float]:  # type: ignore[override]
-        """When the concept has to be predicted: before the warm-up is over only for the momentum."""
-        return (0.0 if self.momentum_scale else self.warmup, 1.0)
 
     def exempt(self, time: Tensor) -> str:
         return "warm-up" if self.warmup and float(time) < self.warmup else ""

@@ -26,11 +26,14 @@ Imports run from `attention`, `watch`, `copies` and `forward` to `contract`, `pr
 `edits`, `prediction`, `step`, `denoiser`, `sites` and `method`.
 """
 
+from ..core import ConceptsField, Converted, RowsField
 from .attention import CrossAttention, ErasurePrompts, SelfAttention, Text
-from .contract import DenoiserCall, Encoding, Memory, Prediction
+from .contract import DenoiserCall, Encoding, Memory, Prediction, computed
 from .method import Method
 
 __all__ = [
+    "ConceptsField",
+    "Converted",
     "CrossAttention",
     "DenoiserCall",
     "Encoding",
@@ -38,6 +41,8 @@ __all__ = [
     "Memory",
     "Method",
     "Prediction",
+    "RowsField",
     "SelfAttention",
     "Text",
+    "computed",
 ]

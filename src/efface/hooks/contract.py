@@ -5,25 +5,37 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from .._text import check_phrases
-from ..core import Concept, as_concepts, as_rows, check_strength, check_window
+from ..core import Concept, as_concepts, as_rows, check_strength, check_window, field_names
 from ..families import check as check_needs
 from .attention import CrossAttention, ErasurePrompts, SelfAttention, Text
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+T = TypeVar("T")
+
 Memory = dict[str, Any]
 """What a method keeps from step to step; the engine empties it when a call of the pipeline begins."""
 
 Seen = Callable[[str, CrossAttention | SelfAttention], None]
 """Gets a layer's name, and what the layer computed on the conditional rows."""
+
+
+def computed(read: Callable[[Any], T]) -> T:
+    """The value of a class attribute of a method that depends on its fields, read by `read(method)`.
+
+    It is a property. Type checkers take it for the attribute that `Method` declares; they refuse `@property` there.
+
+        guides: ClassVar[bool] = computed(lambda self: self.strength > 0)
+    """
+    return cast("T", property(read))
 
 
 @dataclass(frozen=True)
@@ -91,7 +103,7 @@ class Contract:
 
     A subclass is a frozen dataclass with `concepts` and overrides `edit` (cross-attention), `edit_self`
     (self-attention), `guide` (predicted noise), `rewrite` (text, once), `rewrite` and `reread` (text, at each step),
-    or `around` (a whole denoiser call).
+    or `around` (a whole denoiser call). The class attributes are constants, or `computed` from the fields.
     """
 
     off: ClassVar[dict[str, Any] | None] = None
@@ -99,21 +111,26 @@ class Contract:
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # by family, see `efface.families.filled`; {}: no table
     touches_uncond: ClassVar[bool] = False  # whether it may change unconditional rows
     edits_attention: ClassVar[bool] = False
-    edits_self_attention = False
+    edits_self_attention: ClassVar[bool] = False
     guides: ClassVar[bool] = False  # changes the prediction, which takes guidance
-    repels = False  # guidance pushes away from its further predictions, so others edit them as unconditional rows
-    negates = False  # changes the negative prompts, which takes guidance
-    packs = True  # phrases share erasure prompts; a method may need one prompt per phrase
-    references: tuple[tuple[str, ...], ...] = (("",),)  # the mean of each group stands for "some picture"; may be ()
-    calls_denoiser = False  # `around` makes denoiser calls of its own, which a compiled denoiser does not allow
+    # guidance pushes away from its further predictions, so others edit them as unconditional rows
+    repels: ClassVar[bool] = False
+    negates: ClassVar[bool] = False  # changes the negative prompts, which takes guidance
+    packs: ClassVar[bool] = True  # phrases share erasure prompts; a method may need one prompt per phrase
+    # the mean of each group of texts stands for "some picture"; may be ()
+    references: ClassVar[tuple[tuple[str, ...], ...]] = (("",),)
+    # `around` makes denoiser calls of its own, which a compiled denoiser does not allow
+    calls_denoiser: ClassVar[bool] = False
 
-    concepts: tuple[Concept, ...]
-    rows: tuple[tuple[Concept, ...], ...] | None = None  # the concepts of each prompt, instead of the same for all
+    # These two have no annotation: pyright would then refuse subclasses that declare them as `Converted`.
+    if TYPE_CHECKING:
+        concepts = cast("tuple[Concept, ...]", ())
+    rows = cast("tuple[tuple[Concept, ...], ...] | None", None)  # the concepts of each prompt, not the same for all
     window: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         """Checks the fields that methods share: `concepts`, and `strength`, `window` and `rows` where there are any."""
-        concepts, names = as_concepts(self.concepts), {f.name for f in fields(self)}  # type: ignore[arg-type]
+        concepts, names = as_concepts(self.concepts), field_names(self)
         checked: dict[str, Any] = {"concepts": concepts}
         if "rows" in names:
             checked["rows"] = as_rows(self.rows, concepts)

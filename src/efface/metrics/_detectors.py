@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from efface import registry
-from efface.core import Detector, Sample, check_detector, check_pictures
+from efface.core import Detector, Sample, check_detector, check_pictures, field_names
 from efface.models import emoji
 from efface.registry import near
 
@@ -456,7 +456,7 @@ def detector(spec: Spec, names: str | Sequence[str] = ()) -> Detector:
 
 def _options(name: str, cls: Any) -> list[str]:
     """The fields of a detector besides `names`."""
-    fields = [f.name for f in dataclasses.fields(cls)] if hasattr(cls, "__dataclass_fields__") else []
+    fields = field_names(cls)
     if "names" not in fields:
         raise TypeError(
             f"Expected the detector {name!r} to be a dataclass with a field `names`, but "

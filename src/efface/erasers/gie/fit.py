@@ -157,7 +157,7 @@ class _Measuring(Method):
     see: Weigh
 
     edits_attention: ClassVar[bool] = True  # so that the layers are watched
-    calls_denoiser = True
+    calls_denoiser: ClassVar[bool] = True
 
     def around(self, call: DenoiserCall, forward: Callable[[], Any]) -> Any:
         if "seen" not in call.memory and len(call.prompt):

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 from torch import Tensor
 
 from ..._weights import layer_names, text_hash
-from ...core import Concepts, Handle, Rows, as_concepts
+from ...core import Concepts, ConceptsField, Converted, Handle, RowsField, as_concepts
 from ...delta import unedited
 from ...families import check
-from ...hooks import CrossAttention, DenoiserCall, Encoding, ErasurePrompts, Memory, Method, SelfAttention
+from ...hooks import CrossAttention, DenoiserCall, Encoding, ErasurePrompts, Memory, Method, SelfAttention, computed
 from .adapter import Adapter
 from .measure import measured
 from .official import afterwards, joined, swapped
@@ -101,14 +101,16 @@ class GIE(Method):
     }
     touches_uncond: ClassVar[bool] = False
     edits_attention: ClassVar[bool] = True
+    edits_self_attention: ClassVar[bool] = computed(lambda self: self.trajectories == 2)
+    calls_denoiser: ClassVar[bool] = computed(lambda self: self.measures or self.trajectories == 2)
 
-    concepts: Concepts = ()  # type: ignore[assignment]
+    concepts: ConceptsField = Converted(())
     strength: float = 1.0
     window: tuple[float, float] = (0.0, 1.0)
     values: Values = "paper"
     trajectories: int = 1
-    adapter: str | Path | None = None
-    rows: Rows = None  # type: ignore[assignment]
+    adapter: Converted[str | Path | None, str | None] = Converted(None)
+    rows: RowsField = Converted(None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -187,24 +189,17 @@ class GIE(Method):
         adapter = fit_adapter(cls, pipe, as_concepts(concepts), prompts, detector, Path(out), **how)
         return cls(concepts, adapter=adapter)
 
-    @property
-    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+    def _needs(self) -> tuple[str, ...]:
         """Official values take the prompt's tokens from a longer text, so a prefix has to keep its states."""
         more = {"causal_text": self.values == "official", "guidance_scale": self.trajectories == 2}
         return ("cross_text", *(need for need, needed in more.items() if needed))
+
+    needs: ClassVar[tuple[str, ...]] = computed(_needs)
 
     @property
     def measures(self) -> bool:
         """Whether the weights come from the first denoiser call."""
         return self.adapter is not None
-
-    @property
-    def edits_self_attention(self) -> bool:  # type: ignore[override]
-        return self.trajectories == 2
-
-    @property
-    def calls_denoiser(self) -> bool:  # type: ignore[override]
-        return self.measures or self.trajectories == 2
 
     def weight(self, time: Tensor | float) -> Tensor | float:
         return 1.0 if self.trajectories == 2 else super().weight(time)  # which counts denoiser calls itself
