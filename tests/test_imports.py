@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "erasers": HOOKS | {"pictures"},
     "editors": HOOKS,
     "attacks": HOOKS,
+    "testing": TEXTS | {"hooks"},
     "models": FACTS,
     "metrics": FACTS | {"models"},
     "suites": FACTS | {"models"},
@@ -188,6 +189,10 @@ def test_a_family_is_one_file_that_nothing_else_names() -> None:
         ("efface.api", "from efface.cli import app\n"),
         ("efface.cli", "from efface.erasers.eiup import EIUP\n"),
         ("efface.cli", "from efface.hooks import Method\n"),
+        ("efface.testing.conformance", "from ..erasers.eiup import EIUP\n"),
+        ("efface.testing.tiny.flux", "from efface.delta import Delta\n"),
+        ("efface.erasers.eiup", "from efface.testing import check\n"),
+        ("efface.hooks.method", "from ..testing import Trial\n"),
         ("efface.attic", "x = 1\n"),
     ],
 )
@@ -207,6 +212,7 @@ def test_a_back_edge_is_found(module: str, source: str) -> None:
             "from .vae import EmojiVAE\nfrom .. import emoji\nfrom ...core import Concept\n",
         ),
         ("efface.cli", "from efface import api, registry\n"),
+        ("efface.testing.kit", "from ..hooks import Method\nfrom . import conformance\nfrom .tiny import FAMILIES\n"),
         ("efface.delta.applied", "from .overlay import Overlay\nfrom efface.delta import watch\n"),
         ("efface.editors.uce", "from ..delta import Delta\nfrom ..delta.watch import unwatched\n"),
     ],
@@ -311,6 +317,19 @@ def test_all_public_names_can_be_imported_when_efface_is() -> None:
     environment = {**os.environ, "EAGER_IMPORT": "1"}
     script = "import efface; assert set(efface.__all__) <= set(vars(efface))"
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+
+
+def test_nothing_imports_the_conformance_kit() -> None:
+    assert [part for part, allowed in MAY_IMPORT.items() if "testing" in allowed] == []
+    environment = {**os.environ, "EAGER_IMPORT": "1"}
+    script = "import efface, sys; assert 'efface.hooks' in sys.modules and 'efface.testing' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+
+
+def test_the_conformance_kit_needs_no_test_framework() -> None:
+    script = "import efface.testing, sys; print(*sorted({'pytest', '_pytest', 'hypothesis'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
 
 
 def test_unknown_attributes_are_attribute_errors() -> None:

@@ -36,7 +36,7 @@ def double(family: str) -> Any:
 @pytest.fixture(autouse=True)
 def nothing_left() -> Any:
     yield
-    assert [site.entries for site in SITES.values()] == []
+    assert [site.applied for site in SITES.values()] == []
 
 
 def calls(pipe: Any, prompt: Any, *erasers: Any, **options: Any) -> list[dict[str, Any]]:

@@ -1,18 +1,14 @@
-"""Tiny random pipelines of all families, whole and real: tokenizers, text models, denoiser, VAE and scheduler.
+"""The tiny pipelines of `efface.testing`, and what only the tests of this repository need beside them.
 
-Random weights alone test little: attention would be uniform and all text alike. Here the token embeddings and the
-query, key and value projections are scaled so that what a prompt says changes the picture. A family is a file of this
-package, which is found by walking.
+`tiny.flux` is `efface.testing.tiny.flux`, and so on. A family's file that stands in this folder counts as well.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -20,76 +16,61 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
 import efface
-from efface import Concept
 from efface._weights import text_hash
 from efface.erasers.gie.adapter import Adapter, network
+from efface.testing import drawing
+from efface.testing import tiny as builders
+from efface.testing.drawing import (
+    ALCOHOL,
+    CAT,
+    PROMPT,
+    PROMPTS,
+    STEPS,
+    change,
+    denoiser_of,
+    drawn,
+    latents,
+    pipeline,
+    untouched,
+)
+from efface.testing.tiny import BUILDERS
+from efface.testing.tiny.parts import LIMIT, WORDS, denoiser, picture_model, stable_diffusion, t5, tokenizer
 
-from .parts import LIMIT, WORDS, denoiser, picture_model, stable_diffusion, t5, tokenizer
-
-__all__ = ["LIMIT", "WORDS", "denoiser", "picture_model", "stable_diffusion", "t5", "tokenizer"]
-
-# A family's file has BUILDERS, by name, and EACH, the names of those that all methods are tried on. If its pipelines
-# need further arguments in a call, it has PIPELINES, their classes, and `options`, which adds the arguments.
-_FILES = [
-    import_module(f"{__name__}.{found.name}")
-    for found in sorted(iter_modules(__path__), key=lambda each: each.name)
-    if found.name != "parts"
+__all__ = [
+    "ALCOHOL",
+    "BUILDERS",
+    "CAT",
+    "LIMIT",
+    "PROMPT",
+    "PROMPTS",
+    "STEPS",
+    "WORDS",
+    "change",
+    "denoiser",
+    "denoiser_of",
+    "drawn",
+    "latents",
+    "picture_model",
+    "pipeline",
+    "stable_diffusion",
+    "t5",
+    "tokenizer",
+    "untouched",
 ]
-BUILDERS: dict[str, Callable[[], Any]] = {name: make for file in _FILES for name, make in file.BUILDERS.items()}
-EACH = tuple(name for file in _FILES for name in file.EACH)
+
+for _name in [found.name for found in iter_modules(builders.__path__)]:  # `from tiny.flux import flux`
+    _file = import_module(f"{builders.__name__}.{_name}")
+    sys.modules[f"{__name__}.{_name}"] = _file
+    globals().setdefault(_name, _file)
+for _found in iter_modules(__path__):
+    _file = import_module(f"{__name__}.{_found.name}")
+    builders.FILES.append(_file)
+    builders.BUILDERS.update(_file.BUILDERS)
+EACH = tuple(name for file in builders.FILES for name in file.EACH)
 FAMILIES = ("sd1", "sd2", "sdxl")  # with a UNet and CLIP
-STEPS = 3
-PROMPT = "a night at the pub"
-PROMPTS = (PROMPT, "a red cat")
-ALCOHOL = Concept("alcohol", ("beer", "wine glass"))
-CAT = Concept("cat")
-
-
-def pipeline(family: str = "sd1") -> Any:
-    """A new pipeline; the same weights each time."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        pipe = BUILDERS[family]()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def latents(pipe: DiffusionPipeline, prompt: str | Sequence[str] | None = PROMPT, **options: Any) -> Tensor:
-    """What the pipeline draws, before decoding. Picture i of a call has seed i; `seed` shifts them.
-
-    FLUX draws with true guidance, of which `guidance_scale` is the scale.
-    """
-    given = options.get("prompt_embeds")
-    prompt = list(prompt) if isinstance(prompt, tuple) else prompt
-    prompts = len(given) if given is not None else 1 if isinstance(prompt, str) else len(prompt)
-    seed, images = options.pop("seed", 0), prompts * options.get("num_images_per_prompt", 1)
-    generator = [torch.Generator().manual_seed(seed + i) for i in range(images)]
-    for file in _FILES:
-        if isinstance(pipe, getattr(file, "PIPELINES", ())):
-            options = file.options(pipe, options, prompts)
-    options = {"num_inference_steps": STEPS, "generator": generator, "output_type": "latent", **options}
-    return pipe(prompt, **options).images
-
-
-untouched = functools.cache(lambda family: pipeline(family))
-
-
-def drawn(family: str = "sd1", *erasers: Any, prompt: str | tuple[str, ...] = PROMPT, **options: Any) -> Tensor:
-    """What a pipeline draws with these erasers on, and nothing else; the plain picture without one."""
-    return _drawn(family, *erasers, prompt=prompt, **{"num_inference_steps": STEPS, **options})
-
-
-@functools.cache
-def _drawn(family: str, *erasers: Any, prompt: str | tuple[str, ...], **options: Any) -> Tensor:
-    pipe = untouched(family)
-    with contextlib.ExitStack() as on:
-        for eraser in erasers:
-            on.enter_context(eraser.apply(pipe))
-        return latents(pipe, prompt, **options)
 
 
 def add_lora(pipe: Any) -> None:
@@ -100,15 +81,6 @@ def add_lora(pipe: Any) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(5)
         pipe.unet.add_adapter(config)
-
-
-def denoiser_of(pipe: Any) -> Any:
-    return pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
-
-
-def change(a: Tensor, b: Tensor) -> float:
-    """How far `a` is from `b`, relative to the size of `b`."""
-    return float((a - b).norm() / b.norm())
 
 
 @functools.cache
@@ -180,7 +152,8 @@ def adapter_file(pipe: Any) -> str:
 def steps_for(monkeypatch: pytest.MonkeyPatch, *erasers: Any) -> None:
     """More steps where SAFREE's filter is on, which acts in the first fifth of the trajectory only."""
     if any(getattr(eraser, "validation", None) for eraser in erasers):
-        monkeypatch.setattr(sys.modules[__name__], "STEPS", 5)
+        for module in (drawing, sys.modules[__name__]):
+            monkeypatch.setattr(module, "STEPS", 5)
 
 
 def fitted(eraser: Any, pipe: Any) -> Any:

@@ -1,4 +1,7 @@
-"""Where methods meet a pipeline. This package knows no method and no family; it is provisional until version 1.0.
+"""Where methods meet a pipeline. This package knows no method and no family.
+
+The names of `__all__` are public, and provisional until version 1.0: they may change between minor versions, and
+CHANGELOG says how. `Method` is the base class for methods of your own; docs/own_method.md leads through one.
 
 Glossary:
 

@@ -13,7 +13,26 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """Encoded texts: `states` [N, L, D], and a `mask` [N, L] of the columns that the denoiser reads; None: all."""
+    """Encoded texts, as a layer reads them.
+
+    `len(text)` is the number of texts, and `text[rows]` chooses some of them, by a slice, a list or a tensor.
+
+    Args:
+        states: what the text encoder returned for each token.
+        mask: the columns that the denoiser reads; None: all.
+
+    Shapes: `states` [N, L, D], `mask` bool [N, L].
+
+    Raises:
+        IndexError: `text[rows]` for rows that are not there.
+
+    Example:
+        >>> import torch
+        >>> from efface.hooks import Text
+        >>> two = Text(torch.zeros(2, 16, 8))
+        >>> Text.cat([two, two[:1]]).states.shape
+        torch.Size([3, 16, 8])
+    """
 
     states: Tensor
     mask: Tensor | None = None
@@ -27,22 +46,38 @@ class Text:
 
     @staticmethod
     def cat(texts: Sequence[Text]) -> Text:
-        """All texts behind one another; masked if all of them are."""
+        """All texts, one behind the other; masked if each of them is.
+
+        Args:
+            texts: with the same L and D.
+        """
         masks = [text.mask for text in texts if text.mask is not None]
         return Text(torch.cat([text.states for text in texts]), torch.cat(masks) if len(masks) == len(texts) else None)
 
 
 @dataclass(frozen=True, eq=False)
 class ErasurePrompts:
-    """The erasure prompts of some rows of the batch; they act one after the other, in order.
+    """The erasure prompts of some rows of the batch. A method gets one such object for each set of rows.
 
     Args:
         text: the encoded erasure prompts, N of them.
         token_columns: of each, the columns of the phrase's own tokens.
         batch_rows: the conditional rows that they act on, counted from 0; None: all.
-        at: the same on the device, [rows].
+        at: the same on the device.
         which: the places of these among all erasure prompts of the method.
-        pooled: [N, P], where the denoiser reads pooled text; for guided predictions.
+        pooled: the pooled texts, where the denoiser reads them; for guided predictions.
+
+    Shapes: `text.states` [N, L, D], `at` [rows], `pooled` [N, P].
+
+    Raises:
+        IndexError: `of` with a place that is not there.
+
+    Example:
+        >>> import torch
+        >>> from efface.hooks import ErasurePrompts, Text
+        >>> prompts = ErasurePrompts(Text(torch.zeros(1, 5, 8)), (slice(1, 3),))
+        >>> prompts.weights(2.0).flatten().tolist()
+        [0.0, -2.0, -2.0, 0.0, 0.0]
     """
 
     text: Text
@@ -53,7 +88,12 @@ class ErasurePrompts:
     pooled: Tensor | None = None
 
     def of(self, which: Sequence[int], batch_rows: Sequence[int]) -> ErasurePrompts:
-        """Some of the erasure prompts, for some rows."""
+        """Some of the erasure prompts, for some rows.
+
+        Args:
+            which: the places of the erasure prompts.
+            batch_rows: the conditional rows that they act on, counted from 0.
+        """
         chosen = list(which)
         return ErasurePrompts(
             self.text[chosen],
@@ -65,11 +105,22 @@ class ErasurePrompts:
         )
 
     def on_rows(self, values: Tensor) -> Tensor:
-        """Of values of all conditional rows, those of the rows that these erasure prompts act on."""
+        """Of values of all conditional rows, those of the rows that these erasure prompts act on.
+
+        Args:
+            values: [B, ...], one for each conditional row.
+        """
         return values if self.at is None else values[self.at]
 
     def weights(self, strength: float) -> Tensor:
-        """`-strength` at the columns of the own tokens and 0 elsewhere, to multiply values with: [N, 1, L, 1]."""
+        """`-strength` at the columns of the own tokens and 0 elsewhere, to multiply values with.
+
+        Args:
+            strength: of the method.
+
+        Returns:
+            [N, 1, L, 1], which broadcasts over values in heads [N, heads, L, d].
+        """
         states = self.text.states
         found = states.new_zeros(len(states), 1, states.shape[1], 1)
         for n, columns in enumerate(self.token_columns):
@@ -143,7 +194,31 @@ class _Layer:
 
 @dataclass(eq=False)
 class SelfAttention(_Layer):
-    """A self-attention layer; `key` and `value` [B, Q, C] are its projections."""
+    """A self-attention layer, on the conditional rows that a method edits.
+
+    Args:
+        attn: the layer, diffusers' `Attention`, with its own projections.
+        query: its projection of the picture.
+        output: what the layer puts out in front of `to_out`, before any method.
+        name: of the layer in the denoiser.
+        memory: of the method; it is empty when a call of the pipeline begins.
+        key: its projection of the picture.
+        value: its projection of the picture.
+
+    Shapes: `query`, `key`, `value` and `output` [B, Q, C].
+
+    Raises:
+        RuntimeError: `attend` with tensors whose shapes do not fit the layer.
+
+    Example:
+        >>> import torch
+        >>> from diffusers.models.attention_processor import Attention
+        >>> from efface.hooks import SelfAttention
+        >>> x = torch.randn(2, 16, 8)
+        >>> layer = SelfAttention(Attention(query_dim=8, heads=2, dim_head=4), x, key=x, value=x)
+        >>> layer.attend(layer.query, layer.key, layer.value.flip(0)).shape
+        torch.Size([2, 16, 8])
+    """
 
     key: Tensor | None = None
     value: Tensor | None = None
@@ -153,22 +228,48 @@ class SelfAttention(_Layer):
         return replace(super().at(rows), key=key, value=value)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Softmax attention of projections [B, Q, C], which may be those of different pictures: [B, Q, C]."""
+        """Softmax attention of projections, which may be those of different pictures.
+
+        Args:
+            query, key, value: [B, Q, C].
+
+        Returns:
+            [B, Q, C], as `output`.
+        """
         key = self._heads(key)
         return self._attend(query, key if self.attn.norm_k is None else self.attn.norm_k(key), self._heads(value), None)
 
 
 @dataclass(eq=False)
 class CrossAttention(_Layer):
-    """A cross-attention layer: conditional rows, or (`unconditional`) rows that guidance pushes away from.
+    """A cross-attention layer, on the rows that a method edits: conditional ones, or (`unconditional`) others.
 
     Args:
+        attn: the layer, diffusers' `Attention`, with its own projections.
+        query: its projection of the picture.
+        output: what the layer puts out in front of `to_out`, before any method; None for unconditional rows.
+        name: of the layer in the denoiser.
+        memory: of the method; it is empty when a call of the pipeline begins.
         prompt: what the conditional rows read; None for unconditional ones.
         neutral: R texts that stand for "some picture", the empty prompt first.
         empty: what unconditional rows read in a call without a negative prompt, one for each row, or one for all. None
             without guidance; the empty prompt takes its place.
         unconditional: whether guidance pushes away from these rows: the unconditional ones, and further predictions of
             methods that `repel`.
+
+    Shapes: `query` and `output` [B, Q, C]; keys and values in heads [B, heads, L, d].
+
+    Raises:
+        ValueError: `with_empty` on a layer without neutral texts.
+
+    Example:
+        >>> import torch
+        >>> from diffusers.models.attention_processor import Attention
+        >>> from efface.hooks import CrossAttention, Text
+        >>> attn = Attention(query_dim=8, cross_attention_dim=6, heads=2, dim_head=4)
+        >>> cross = CrossAttention(attn, torch.randn(1, 16, 8), neutral=Text(torch.randn(1, 5, 6)))
+        >>> cross.with_empty(Text(torch.randn(3, 5, 6))).shape  # the empty text, and three others
+        torch.Size([4, 1, 16, 8])
     """
 
     prompt: Text | None = None
@@ -181,32 +282,70 @@ class CrossAttention(_Layer):
         return replace(super().at(rows), prompt=prompt, empty=empty)
 
     def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """`to_k` and `to_v` of a text's states [B, L, D], in heads [B, heads, L, d]."""
+        """What the layer's `to_k` and `to_v` make of a text.
+
+        Args:
+            states: [B, L, D].
+
+        Returns:
+            Keys and values in heads, [B, heads, L, d] each.
+        """
         if self.attn.norm_cross:
             states = self.attn.norm_encoder_hidden_states(states)
         key, value = self._heads(self.attn.to_k(states)), self._heads(self.attn.to_v(states))
         return (key if self.attn.norm_k is None else self.attn.norm_k(key)), value
 
     def attend(self, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Softmax attention of the query to `key`, `value` [B, heads, L, d] where `mask` [B, L] allows: [B, Q, C]."""
+        """Softmax attention of the query to one text for each row.
+
+        Args:
+            key, value: [B, heads, L, d], as `keys_values` returns them.
+            mask: bool [B, L], the columns that are read; None: all.
+
+        Returns:
+            [B, Q, C], as `output`.
+        """
         return self._attend(self.query, key, value, mask)
 
     def attend_texts(self, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Softmax attention of every row to each of N key sets [N, heads, L, d], masked by [N, L]: [N, B, Q, C].
+        """Softmax attention of every row to each of N texts.
 
         The batch is folded into the queries: one fused call for all texts and rows, no copy of the keys.
+
+        Args:
+            key, value: [N, heads, L, d].
+            mask: bool [N, L], the columns that are read; None: all.
+
+        Returns:
+            [N, B, Q, C].
         """
         query = self.query.flatten(0, 1).expand(len(key), -1, -1)
         return self._attend(query, key, value, mask).unflatten(1, self.query.shape[:2])
 
     def would_be(self, text: Text) -> Tensor:
-        """What the layer would put out for N other texts: [N, B, Q, C]."""
+        """What the layer would put out for N other texts.
+
+        Args:
+            text: states [N, L, D].
+
+        Returns:
+            [N, B, Q, C].
+        """
         return self.attend_texts(*self.keys_values(text.states), text.mask)
 
     def with_empty(self, text: Text) -> Tensor:
-        """What the layer would put out for the empty text, the neutral texts and N others: [R + N, B, Q, C].
+        """What the layer would put out for the R neutral texts, the empty one first, and for N others.
 
         It never depends on the user's negative prompt.
+
+        Args:
+            text: states [N, L, D].
+
+        Returns:
+            [R + N, B, Q, C].
+
+        Raises:
+            ValueError: the layer has no neutral texts.
         """
         if self.neutral is None:
             raise ValueError(
@@ -219,9 +358,15 @@ class CrossAttention(_Layer):
         return torch.cat([nothing[None], self.would_be(others)])
 
     def mass(self, prompts: ErasurePrompts) -> tuple[Tensor, ...]:
-        """The softmax over each erasure prompt at its own tokens, mean over heads and queries: N times [B, tokens].
+        """The softmax over each erasure prompt at its own tokens, as the mean over heads and queries.
 
         One-hot values make attention return its own map, a few columns at a time; no map is written out.
+
+        Args:
+            prompts: N erasure prompts.
+
+        Returns:
+            N tensors [B, tokens].
         """
         key, value = self.keys_values(prompts.text.states)
         wide = torch.promote_types(self.query.dtype, torch.float32)

@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Memory = dict[str, Any]
-"""What a method keeps from step to step; the engine empties it when a call of the pipeline begins."""
+"""What a method keeps from step to step: a dictionary from a name of yours to any value.
+
+The engine empties it when a call of the pipeline begins. It is the only place for state: a method is a frozen value,
+and may be on several pipelines.
+
+    previous = memory.get("momentum", 0.0)
+"""
 
 Seen = Callable[[str, CrossAttention | SelfAttention], None]
 """Gets a layer's name, and what the layer computed on the conditional rows."""
@@ -40,11 +46,21 @@ def computed(read: Callable[[Any], T]) -> T:
 
 @dataclass(frozen=True)
 class Encoding:
-    """What a call of the pipeline encodes.
+    """What a call of the pipeline encodes; `Method.prepared` gets it.
 
     Args:
-        prompts: one for each conditional row; None where the caller gave embeddings.
+        prompts: of the call, each once, however many images it gets; None where the caller gave embeddings.
         settings: further arguments of `encode_prompt`, such as `clip_skip`.
+
+    Shapes: `prompts` has P texts; the call has P * `num_images_per_prompt` conditional rows.
+
+    Raises:
+        AttributeError: setting a field: it is frozen.
+
+    Example:
+        >>> from efface.hooks import Encoding
+        >>> Encoding(["a cat"], {"clip_skip": 1}).settings
+        {'clip_skip': 1}
     """
 
     prompts: Sequence[str] | None
@@ -53,17 +69,30 @@ class Encoding:
 
 @dataclass(frozen=True, eq=False)
 class DenoiserCall:
-    """One call of the denoiser, before it runs.
+    """One call of the denoiser, before it runs; `Method.around` gets it.
 
     Args:
-        sample: what the denoiser gets, unconditional rows first: [rows, C, h, w].
+        sample: what the denoiser gets, unconditional rows first.
         first: the number of unconditional rows.
         prompt: what the conditional rows read.
         timestep: as the denoiser gets it.
         erasure_prompts: gives those of the method, in `plain` as the layers read them; None if none acts.
         pipe: the pipeline whose call this is part of; None if the denoiser was called by itself.
         memory: of the method.
-        plain: calls the denoiser without any method, on another sample if given, and shows what the layers computed.
+        plain: calls the denoiser without any method, on another sample if given, and shows what the layers computed. A
+            method that uses it says `calls_denoiser = True`.
+
+    Shapes: `sample` [rows, C, h, w] (FLUX: [rows, L, C]); `prompt` holds rows - `first` texts.
+
+    Raises:
+        ValueError: on a compiled denoiser, before `around` runs, for a method that says `calls_denoiser`.
+
+    Example:
+        >>> from efface.hooks import DenoiserCall, Method
+        >>> class Timed(Method):
+        ...     def around(self, call: DenoiserCall, forward):
+        ...         call.memory["steps"] = call.memory.get("steps", 0) + 1
+        ...         return forward()
     """
 
     sample: Tensor
@@ -78,16 +107,29 @@ class DenoiserCall:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the denoiser predicts in one step, conditional rows only, float32 or wider.
+    """What the denoiser predicts in one step, conditional rows only, float32 or wider; `Method.guide` gets it.
 
     Args:
-        prompt: [B, C, h, w] for the user's prompt, before any method changed it.
+        prompt: for the user's prompt, before any method changed it.
         negative: the same rows' unconditional prediction.
         concept: for the concept's text, all else (noise, pooled size, ControlNet, IP-Adapter) as in the prompt's row;
             the mean, if the phrases fill several texts.
         guidance_scale: of the pipeline's call; NaN where pipelines do not tell it.
-        time: 0 is pure noise, 1 the picture; it broadcasts over [B, C, h, w].
+        time: 0 is pure noise, 1 the picture; it broadcasts over the predictions.
         memory: of the method.
+
+    Shapes: `prompt`, `negative` and `concept` [B, C, h, w] (FLUX: [B, L, C]); `time` [].
+
+    Raises:
+        AttributeError: setting a field: it is frozen.
+
+    Example:
+        >>> import torch
+        >>> from efface.hooks import Prediction
+        >>> prompt, negative, concept = torch.zeros(3, 1, 4, 8, 8)
+        >>> seen = Prediction(prompt, negative, concept, 7.5, torch.tensor(0.0), {})
+        >>> (-(seen.concept - seen.negative)).shape
+        torch.Size([1, 4, 8, 8])
     """
 
     prompt: Tensor
