@@ -110,7 +110,9 @@ def snapshot(pipe: Any) -> State:
         for attribute, value in vars(module).items()
     }
     outside = {name: id(value) for name, value in vars(pipe).items() if callable(value)}
-    return weights, dict(denoiser_of(pipe).attn_processors), inside | outside
+    denoiser = denoiser_of(pipe).named_modules()
+    processors = {name: module.processor for name, module in denoiser if hasattr(module, "processor")}
+    return weights, processors, inside | outside
 
 
 def differences(after: State, before: State) -> list[str]:
