@@ -110,8 +110,8 @@ def snapshot(pipe: Any) -> State:
         for attribute, value in vars(module).items()
     }
     outside = {name: id(value) for name, value in vars(pipe).items() if callable(value)}
-    # not every denoiser lists its processors itself
-    processors = {name: m.processor for name, m in denoiser_of(pipe).named_modules() if hasattr(m, "processor")}
+    denoiser = denoiser_of(pipe).named_modules()
+    processors = {name: module.processor for name, module in denoiser if hasattr(module, "processor")}
     return weights, processors, inside | outside
 
 
