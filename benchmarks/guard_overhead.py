@@ -80,14 +80,14 @@ def main() -> None:
         pipe.encode_prompt("a beer mug", given.device, 1, True)
         here = site(pipe)
         hidden = torch.zeros(2, 1, 8, device=given.device, dtype=text.dtype)
-        inner = [module for layer in here.layers for module in (layer.attn.to_q, layer.attn.to_out[0])]
+        inner = [module for layer in here.layers.cross for module in (layer.attn.to_q, layer.attn.to_out[0])]
 
         def below(*_: Any, **__: Any) -> tuple[torch.Tensor]:
             for module in inner:
                 module(hidden)
             return (latents,)
 
-        hooks = [hook for layer in here.layers for hook in layer.hooks.values()]
+        hooks = [hook for layer in here.layers.cross for hook in layer.hooks.values()]
         for hook in hooks:
             hook.below = lambda x, *_: x
         here.hook.below = below

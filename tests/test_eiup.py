@@ -422,7 +422,7 @@ SDXL_BASE = {
 def test_layers_of_the_published_models(config: dict[str, Any], layers: int) -> None:
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config)
-    assert len(Site(unet, SD).layers) == layers
+    assert len(Site(unet, SD).layers.cross) == layers
 
 
 # ---------------------------------------------------------------- time

@@ -56,7 +56,19 @@ MAY_IMPORT: dict[str, set[str]] = {
 # The files of a package, in the order in which they may import each other: none imports a later one.
 ORDER = {
     "hooks": (
-        *("attention", "watch", "copies", "forward", "contract", "prompts", "layers", "pipeline", "batch", "edits"),
+        *(
+            "texts",
+            "attention",
+            "watch",
+            "copies",
+            "forward",
+            "contract",
+            "prompts",
+            "layers",
+            "pipeline",
+            "batch",
+            "edits",
+        ),
         *("prediction", "step", "denoiser", "sites", "method", "__init__"),
     ),
     "delta": ("factors", "watch", "overlay", "applied", "base", "file", "lora", "delta", "__init__"),

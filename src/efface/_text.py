@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ._weights import denoiser_of
-from .families import FAMILIES, Family, Reading, encoder_name, family
+from .families import FAMILIES, Family, Reading, encode_parameters, encoder_name, family
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -240,7 +240,7 @@ def unconditional(
     if nothing and negative.shape[1] == length:
         empty, empty_mask = negative.detach(), mask
     else:  # encoded as the pipeline would, in a batch of the same size, so that it is the same to the bit
-        defaults = {n: p.default for n, p in inspect.signature(type(pipe).encode_prompt).parameters.items()}
+        defaults = {n: p.default for n, p in encode_parameters(pipe).items()}
         texts = ("prompt", "pooled", "negative")  # texts, embeddings and masks
         arguments = {name: defaults[name] if name.startswith(texts) else v for name, v in call.arguments.items()}
         arguments["prompt"] = [""] * (len(negative) // call.arguments["num_images_per_prompt"])

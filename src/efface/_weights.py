@@ -109,12 +109,8 @@ def fused_change(layer: Any, names: Iterable[str], path: str) -> Tensor | None:
     """What fusing these LoRAs adds to a layer's weight; None if that is not known."""
     total: Tensor | None = None
     for name in names:
-        known = (
-            layer is not None
-            and name in getattr(layer, "lora_A", {})
-            and name not in getattr(layer, "lora_variant", {})
-        )
-        if not known or not path.endswith(".weight"):
+        known = name in getattr(layer, "lora_A", {}) and name not in getattr(layer, "lora_variant", {})
+        if layer is None or not known or not path.endswith(".weight"):
             return None
         with torch.no_grad():
             change = layer.get_delta_weight(name)
@@ -152,7 +148,7 @@ def text_hash(pipe: DiffusionPipeline, unedited: Mapping[str, Tensor]) -> str:
     changed just now.
     """
     denoiser, facts = denoiser_of(pipe), family(pipe)
-    present = {name: reader.weight for name, reader in facts.text_readers(denoiser).items()}
+    present: dict[str, Any] = {name: reader.weight for name, reader in facts.text_readers(denoiser).items()}
     return digest({name: unedited.get(f"{facts.denoiser}.{name}.weight", w) for name, w in present.items()})
 
 
@@ -160,7 +156,8 @@ def adapters(pipe: DiffusionPipeline) -> dict[str, str]:
     """The LoRAs (PEFT) that are on, by name, each as a sha256 of its weights and scales."""
     found: dict[str, dict[str, Tensor]] = {}
     for part_name, root in pipe.components.items():
-        for path, module in root.named_modules() if isinstance(root, nn.Module) else ():
+        modules: Any = root.named_modules() if isinstance(root, nn.Module) else ()
+        for path, module in modules:
             on = hasattr(module, "lora_A") and not module.disable_adapters
             for name in module.active_adapters if on else ():
                 if name in module.lora_A:

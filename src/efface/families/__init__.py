@@ -9,7 +9,7 @@ from __future__ import annotations
 from ._defaults import filled, uncalibrated
 from ._find import FAMILIES, denoiser_name, family
 from ._needs import Form, about, check, forms, lacking, matrix, refusal, what_works
-from ._parts import Reading, encoder_name
+from ._parts import Reading, encode_parameters, encoder_name
 from .base import OFFERS, Family, Offer
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "about",
     "check",
     "denoiser_name",
+    "encode_parameters",
     "encoder_name",
     "family",
     "filled",

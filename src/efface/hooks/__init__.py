@@ -25,14 +25,15 @@ Glossary:
 - *Plan and record*: what each method has to do in a denoiser call, and what it did (`watch`). Where the two differ the
   call raises: nothing is drawn without the methods and without a word.
 
-Imports run from `attention`, `watch`, `copies` and `forward` to `contract`, `prompts`, `layers`, `pipeline`, `batch`,
-`edits`, `prediction`, `step`, `denoiser`, `sites` and `method`.
+Imports run from `texts`, `attention`, `watch`, `copies` and `forward` to `contract`, `prompts`, `layers`, `pipeline`,
+`batch`, `edits`, `prediction`, `step`, `denoiser`, `sites` and `method`.
 """
 
 from ..core import ConceptsField, Converted, RowsField
-from .attention import CrossAttention, ErasurePrompts, SelfAttention, Text
+from .attention import CrossAttention, SelfAttention
 from .contract import DenoiserCall, Encoding, Memory, Prediction, computed
 from .method import Method
+from .texts import ErasurePrompts, Text
 
 __all__ = [
     "ConceptsField",

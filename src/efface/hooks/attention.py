@@ -1,8 +1,8 @@
-"""What a method sees of an attention layer, and the erasure prompts that it acts with."""
+"""What a method sees of an attention layer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -10,153 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-@dataclass(frozen=True, eq=False)
-class Text:
-    """Encoded texts, as a layer reads them.
-
-    `len(text)` is the number of texts, and `text[rows]` chooses some of them, by a slice, a list or a tensor.
-
-    Args:
-        states: what the text encoder returned for each token.
-        mask: the columns that the denoiser reads; None: all.
-
-    Shapes: `states` [N, L, D], `mask` bool [N, L].
-
-    Raises:
-        IndexError: `text[rows]` for rows that are not there.
-
-    Example:
-        >>> import torch
-        >>> from efface.hooks import Text
-        >>> two = Text(torch.zeros(2, 16, 8))
-        >>> Text.cat([two, two[:1]]).states.shape
-        torch.Size([3, 16, 8])
-    """
-
-    states: Tensor
-    mask: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.states)
-
-    def __getitem__(self, rows: Any) -> Text:
-        """Some of the texts, by a slice, a list or a tensor."""
-        return Text(self.states[rows], None if self.mask is None else self.mask[rows])
-
-    @staticmethod
-    def cat(texts: Sequence[Text]) -> Text:
-        """All texts, one behind the other; masked if each of them is.
-
-        Args:
-            texts: with the same L and D.
-        """
-        masks = [text.mask for text in texts if text.mask is not None]
-        return Text(torch.cat([text.states for text in texts]), torch.cat(masks) if len(masks) == len(texts) else None)
-
-
-@dataclass(frozen=True, eq=False)
-class ErasurePrompts:
-    """The erasure prompts of some rows of the batch. A method gets one such object for each set of rows.
-
-    Args:
-        text: the encoded erasure prompts, N of them.
-        token_columns: of each, the columns of the phrase's own tokens.
-        batch_rows: the conditional rows that they act on, counted from 0; None: all.
-        at: the same on the device.
-        which: the places of these among all erasure prompts of the method.
-        pooled: the pooled texts, where the denoiser reads them; for guided predictions.
-
-    Shapes: `text.states` [N, L, D], `at` [rows], `pooled` [N, P].
-
-    Raises:
-        IndexError: `of` with a place that is not there.
-
-    Example:
-        >>> import torch
-        >>> from efface.hooks import ErasurePrompts, Text
-        >>> prompts = ErasurePrompts(Text(torch.zeros(1, 5, 8)), (slice(1, 3),))
-        >>> prompts.weights(2.0).flatten().tolist()
-        [0.0, -2.0, -2.0, 0.0, 0.0]
-    """
-
-    text: Text
-    token_columns: tuple[slice, ...]
-    batch_rows: tuple[int, ...] | None = None
-    at: Tensor | None = None
-    which: tuple[int, ...] = ()
-    pooled: Tensor | None = None
-
-    def of(self, which: Sequence[int], batch_rows: Sequence[int]) -> ErasurePrompts:
-        """Some of the erasure prompts, for some rows.
-
-        Args:
-            which: the places of the erasure prompts.
-            batch_rows: the conditional rows that they act on, counted from 0.
-        """
-        chosen = list(which)
-        return ErasurePrompts(
-            self.text[chosen],
-            tuple(self.token_columns[k] for k in chosen),
-            tuple(batch_rows),
-            torch.tensor(batch_rows, device=self.text.states.device),
-            tuple(self.which[k] for k in chosen),
-            None if self.pooled is None else self.pooled[chosen],
-        )
-
-    def on_rows(self, values: Tensor) -> Tensor:
-        """Of values of all conditional rows, those of the rows that these erasure prompts act on.
-
-        Args:
-            values: [B, ...], one for each conditional row.
-        """
-        return values if self.at is None else values[self.at]
-
-    def weights(self, strength: float) -> Tensor:
-        """`-strength` at the columns of the own tokens and 0 elsewhere, to multiply values with.
-
-        Args:
-            strength: of the method.
-
-        Returns:
-            [N, 1, L, 1], which broadcasts over values in heads [N, heads, L, d].
-        """
-        states = self.text.states
-        found = states.new_zeros(len(states), 1, states.shape[1], 1)
-        for n, columns in enumerate(self.token_columns):
-            found[n, :, columns] = -strength
-        return found
-
-
-@dataclass(eq=False)
-class Repelled:
-    """Rows of a denoiser call that guidance pushes away from, and that methods with `touches_uncond` edit.
-
-    They are the unconditional rows with a negative prompt, and further predictions of methods that `repel`.
-
-    Args:
-        rows: their places in the batch.
-        owners: the conditional rows that they are for.
-        at, of: the same on the device.
-    """
-
-    rows: tuple[int, ...]
-    owners: tuple[int, ...]
-    at: Tensor
-    of: Tensor
-    places: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
-
-    def rows_of(self, prompts: ErasurePrompts) -> Tensor | None:
-        """Which of them erasure prompts act on, counted from 0; None: all."""
-        if prompts.batch_rows is None:
-            return None
-        if prompts.batch_rows in self.places:
-            return self.places[prompts.batch_rows]
-        found = [k for k, owner in enumerate(self.owners) if owner in prompts.batch_rows]
-        places = torch.tensor(found, dtype=torch.long, device=self.at.device)
-        if not torch.compiler.is_compiling():
-            self.places[prompts.batch_rows] = places
-        return places
+from .texts import ErasurePrompts, Text
 
 
 @dataclass(eq=False)

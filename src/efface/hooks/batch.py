@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..families import Family
 from . import watch
-from .attention import Repelled, Text
 from .pipeline import Call
+from .texts import Repelled, Text
 
 
 @dataclass(eq=False)

@@ -14,7 +14,8 @@ from torch import Tensor
 from .._text import check_phrases
 from ..core import Concept, as_concepts, as_rows, check_strength, check_window, field_names
 from ..families import check as check_needs
-from .attention import CrossAttention, ErasurePrompts, SelfAttention, Text
+from .attention import CrossAttention, SelfAttention
+from .texts import ErasurePrompts, Text
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from .._text import SITES, check_width
@@ -18,15 +17,15 @@ from .._weights import check_unfused
 from ..core import Handle
 from ..families import Family, filled, refusal, uncalibrated
 from . import watch
-from .attention import Text
 from .batch import Batch, compiled_first_row, first_row, negated_rows, repelled
 from .contract import Contract
 from .copies import Copies
 from .forward import Entered, Forward
-from .layers import Layer, SelfLayer
+from .layers import Layer, Layers
 from .pipeline import Call, Calls
 from .prompts import Applied, Encoder
 from .step import Step, refuse_without_guidance
+from .texts import Text
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -40,11 +39,8 @@ class Site:
     def __init__(self, denoiser: nn.Module, facts: Family) -> None:
         self.facts = facts
         self._denoiser = weakref.ref(denoiser)
-        self.layers: list[Layer] = []
-        self.self_layers: list[SelfLayer] = []
-        self._find_layers()
-        self._projection: nn.Module | None = None
-        self._projecting: Forward | None = None  # on it
+        self.layers = Layers(facts, self, self._project)
+        self.layers.find(denoiser)
         self.parameters = tuple(inspect.signature(type(denoiser).forward).parameters)[1:]
         self.applied: list[Applied] = []
         self.copies = Copies(lambda: [applied.method for applied in self.applied], _apply_all)
@@ -73,7 +69,7 @@ class Site:
     @property
     def edited_layers(self) -> int:
         """How many layers a method edits that edits cross-attention."""
-        return len(self.layers)
+        return len(self.layers.cross)
 
     # ---- the list
 
@@ -111,13 +107,13 @@ class Site:
                 f"{type(pipe).__name__} adds rows of its own to each denoiser call (perturbed attention guidance), so "
                 "it is not known which rows are conditional. Use the pipeline without PAG, or an editor such as UCE."
             )
-        if method.edits_attention and not self.layers:
+        if method.edits_attention and not self.layers.cross:
             raise ValueError(refusal(type(method).__name__, ("cross_text",), pipe))
         if method.calls_denoiser and getattr(pipe, self.facts.denoiser) is not self._denoiser():
             raise ValueError(watch.UNCOMPILED)
-        for layer in self.layers if method.edits_attention else ():
+        for layer in self.layers.cross if method.edits_attention else ():
             check_unfused(layer.attn, self.facts.denoiser)
-        for layer in self.self_layers if method.edits_self_attention else ():
+        for layer in self.layers.own if method.edits_self_attention else ():
             check_unfused(layer.attn, self.facts.denoiser)
 
     def _change(self, pipe: DiffusionPipeline, applied: Applied, changed: Contract) -> None:
@@ -163,17 +159,6 @@ class Site:
 
     # ---- hooks on modules
 
-    def _find_layers(self) -> None:
-        """The attention layers that the denoiser has now; those that it no longer has lose their hooks."""
-        known: dict[nn.Module, Layer] = {layer.attn: layer for layer in (*self.layers, *self.self_layers)}
-        named = [(n, m) for n, m in self.denoiser.named_modules() if isinstance(m, Attention)]
-        kinds = {True: Layer, False: SelfLayer}
-        found = [known.pop(m) if m in known else kinds[bool(m.is_cross_attention)](self, n, m) for n, m in named]
-        for gone in known.values():
-            gone.unhook()
-        self.layers = [layer for layer in found if not isinstance(layer, SelfLayer)]
-        self.self_layers = [layer for layer in found if isinstance(layer, SelfLayer)]
-
     def refit(self) -> None:
         """Hooks on the denoiser while a method is on, and on the attention layers exactly while one needs them."""
         self._checked = None
@@ -188,24 +173,9 @@ class Site:
                 self._hook = weakref.ref(Forward(denoiser, self._enter, self.copies))
             if self.entered is None:
                 self.entered = Entered(denoiser, self._on_entering, self._on_leaving)
-        wanted = any(applied.method.edits_attention for applied in self.applied)
-        self._fit_projection(wanted)
-        for layer in self.layers:
-            layer.fit() if wanted else layer.unhook()
-        wanted = any(applied.method.edits_self_attention for applied in self.applied)
-        for self_layer in self.self_layers:
-            self_layer.fit() if wanted else self_layer.unhook()
-
-    def _fit_projection(self, wanted: bool) -> None:
-        denoiser, hook = self._denoiser(), self._projecting
-        projection = None if denoiser is None else self.facts.text_projection(denoiser)
-        if hook is not None and (not wanted or projection is not self._projection or not hook.on_top()):
-            hook.take_off()
-            hook = None
-        self._projection = projection
-        if wanted and hook is None and projection is not None:
-            hook = Forward(projection, self._project)
-        self._projecting = hook
+        methods = self._methods()
+        cross, own = any(m.edits_attention for m in methods), any(m.edits_self_attention for m in methods)
+        self.layers.fit(denoiser, cross=cross, own=own)
 
     def check_pipeline(self, pipe: DiffusionPipeline | None) -> DiffusionPipeline:
         """In front of a call: the denoiser is still ours, no other thread draws, and all hooks are on top."""
@@ -217,7 +187,7 @@ class Site:
         cache = watch.cache_on(self.denoiser.modules())
         if cache and any((m.edits_attention or m.guides) and not m.is_off() for m in self._methods()):
             raise RuntimeError(watch.cached(self.facts.denoiser, cache))
-        self._find_layers()
+        self.layers.find(self.denoiser)
         self._fit()
         return pipe
 
@@ -303,12 +273,12 @@ class Site:
         if not compiling:
             for applied in self.applied:
                 applied.check_text(text)
-            for layer in self.self_layers if any(m.edits_self_attention for m in self._methods()) else ():
+            for layer in self.layers.own if any(m.edits_self_attention for m in self._methods()) else ():
                 check_unfused(layer.attn, self.facts.denoiser)
         time = timestep.flatten()[0] if isinstance(timestep, Tensor) and timestep.ndim else timestep
         self.calls.guarded = True
         n = len(text)
-        return Batch(first, n, n, prompt, empty, time, self._repelled, empty, self._projection is None)
+        return Batch(first, n, n, prompt, empty, time, self._repelled, empty, not self.layers.projects)
 
     def _first_row(self, text: Tensor, call: Call | None) -> int:
         """The number of unconditional rows; texts are compared once, and the methods get their rows then."""

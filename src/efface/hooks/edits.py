@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .attention import CrossAttention, ErasurePrompts, Repelled, SelfAttention
+from .attention import CrossAttention, SelfAttention
 from .batch import Batch
 from .layers import Layer
 from .prompts import Applied
+from .texts import ErasurePrompts, Repelled
 
 Acting = Sequence[tuple[Applied, Tensor | float]]
 """The methods that edit attention in this denoiser call, each with the weight of its window."""

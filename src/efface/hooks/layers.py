@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from ..families import Family
 from .attention import CrossAttention
 from .forward import Act, Forward
 
@@ -138,3 +140,51 @@ class SelfLayer(Layer):
         hidden = self.site.edit_self(self, hidden)
         self.to_q = self.to_k = self.to_v = None
         return forward(hidden, *others, **kwargs)
+
+
+class Layers:
+    """All attention layers of a denoiser, and the module that projects the text for them, where there is one.
+
+    Args:
+        facts: of the family.
+        site: what edits.
+        project: in place of the projection's `forward`.
+    """
+
+    def __init__(self, facts: Family, site: Watcher, project: Act) -> None:
+        self._facts, self._site, self._project = facts, site, project
+        self.cross: list[Layer] = []
+        self.own: list[SelfLayer] = []
+        self._projection: nn.Module | None = None
+        self._projecting: Forward | None = None
+
+    @property
+    def projects(self) -> bool:
+        """Whether the text is projected before the layers read it."""
+        return self._projection is not None
+
+    def find(self, denoiser: nn.Module) -> None:
+        """Takes the layers that the denoiser has now; those that it no longer has lose their hooks."""
+        known: dict[nn.Module, Layer] = {layer.attn: layer for layer in (*self.cross, *self.own)}
+        named = [(n, m) for n, m in denoiser.named_modules() if isinstance(m, Attention)]
+        kinds = {True: Layer, False: SelfLayer}
+        found = [known.pop(m) if m in known else kinds[bool(m.is_cross_attention)](self._site, n, m) for n, m in named]
+        for gone in known.values():
+            gone.unhook()
+        self.cross = [layer for layer in found if not isinstance(layer, SelfLayer)]
+        self.own = [layer for layer in found if isinstance(layer, SelfLayer)]
+
+    def fit(self, denoiser: nn.Module | None, *, cross: bool, own: bool) -> None:
+        """Hooks the layers that are wanted, and takes the hooks off all others."""
+        hook, projection = self._projecting, None if denoiser is None else self._facts.text_projection(denoiser)
+        if hook is not None and (not cross or projection is not self._projection or not hook.on_top()):
+            hook.take_off()
+            hook = None
+        self._projection = projection
+        if cross and hook is None and projection is not None:
+            hook = Forward(projection, self._project)
+        self._projecting = hook
+        for layer in self.cross:
+            layer.fit() if cross else layer.unhook()
+        for self_layer in self.own:
+            self_layer.fit() if own else self_layer.unhook()

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..families import Family
-from .attention import ErasurePrompts, Text
 from .contract import Contract, Prediction
 from .prompts import Applied
+from .texts import ErasurePrompts, Text
 
 Guiding = Sequence[tuple[Applied, Tensor | float]]
 """The methods that change this prediction, each with the weight of its window."""

@@ -13,8 +13,8 @@ from torch import Tensor
 from .._text import Encoded, encode, pack
 from ..core import Concept, Handle
 from ..families import family
-from .attention import ErasurePrompts, Text
 from .contract import Contract, Encoding, Memory
+from .texts import ErasurePrompts, Text
 from .watch import Record
 
 if TYPE_CHECKING:

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from ..families import Family
 from . import watch
-from .attention import ErasurePrompts, SelfAttention, Text
+from .attention import SelfAttention
 from .batch import Batch, negated_rows, repelled
 from .contract import Contract, DenoiserCall, Seen
 from .edits import cross, edited, edited_self
-from .layers import Layer, SelfLayer
+from .layers import Layer, Layers
 from .pipeline import Calls
 from .prediction import Asked, by_call, concepts_of, guided, needs_guidance, repelled_rows, with_rows
 from .prompts import Applied
+from .texts import ErasurePrompts, Text
 
 Plan = list[tuple[Applied, Tensor | float, str]]
 """Of each method in a denoiser call: the weight of its window, and why it has nothing to do, if so."""
@@ -32,8 +33,7 @@ class Where(Protocol):
     facts: Family
     applied: list[Applied]
     calls: Calls
-    layers: list[Layer]
-    self_layers: list[SelfLayer]
+    layers: Layers
     given: tuple[int, int] | None
     train_timesteps: int
 
@@ -281,14 +281,14 @@ class Step:
                 layer.take_whole()
             out, missed = self._once(call)
         if missed:
-            raise RuntimeError(watch.missed([layer.name for layer in missed], len(self.where.layers)))
+            raise RuntimeError(watch.missed([layer.name for layer in missed], len(self.where.layers.cross)))
         return out
 
     def _once(self, call: Callable[[], Any]) -> tuple[Any, list[Layer]]:
-        for layer in (*self.where.layers, *self.where.self_layers):
+        for layer in (*self.where.layers.cross, *self.where.layers.own):
             layer.begin()
         out = call()
-        return out, [layer for layer in self.where.layers if not layer.came] if self._needed else []
+        return out, [layer for layer in self.where.layers.cross if not layer.came] if self._needed else []
 
     def edit(self, layer: Layer, hidden: Tensor) -> Tensor:
         """A cross-attention output [rows, Q, C] in front of `to_out`, edited by every active method in turn."""
@@ -310,7 +310,7 @@ class Step:
         if not batch.conditional:
             return hidden
         if layer.to_q is None or layer.to_k is None or layer.to_v is None:
-            raise RuntimeError(watch.missed([layer.name], len(self.where.self_layers)))
+            raise RuntimeError(watch.missed([layer.name], len(self.where.layers.own)))
         query, output, key, value = (x[batch.first : batch.last] for x in (layer.to_q, hidden, layer.to_k, layer.to_v))
         layer_seen = SelfAttention(layer.attn, query, output, layer.name, key=key, value=value)
         if self.seen is not None:
