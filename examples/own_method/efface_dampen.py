@@ -3,8 +3,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from efface import Concept
-from efface.hooks import CrossAttention, ErasurePrompts, Method
+from efface.hooks import ConceptsField, Converted, CrossAttention, ErasurePrompts, Method, RowsField
 
 
 @dataclass(frozen=True)
@@ -20,9 +19,9 @@ class Dampen(Method):
     needs: ClassVar[tuple[str, ...]] = ("cross_text",)
     edits_attention: ClassVar[bool] = True
 
-    concepts: tuple[Concept, ...] = ()
+    concepts: ConceptsField = Converted(())
     strength: float = 1.0
-    rows: tuple[tuple[Concept, ...], ...] | None = None
+    rows: RowsField = Converted(None)
 
     def edit(self, out: Tensor, cross: CrossAttention, prompts: ErasurePrompts) -> Tensor:
         empty, *concepts = cross.with_empty(prompts.text)

@@ -50,7 +50,7 @@ class Encoding:
     """What a call of the pipeline encodes; `Method.prepared` gets it.
 
     Args:
-        prompts: of the call, each once, however many images it gets; None where the caller gave embeddings.
+        prompts: one for each conditional row; None where the caller gave embeddings.
         settings: further arguments of `encode_prompt`, such as `clip_skip`.
 
     Shapes: `prompts` has P texts; the call has P * `num_images_per_prompt` conditional rows.

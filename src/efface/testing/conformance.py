@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import registry
-from ..core import Concept, Handle
+from ..core import Concept, Handle, field_names
 from ..families import OFFERS, lacking
 from ..families import family as facts_of
 from . import drawing
@@ -44,13 +44,6 @@ class DoesNotApply(unittest.SkipTest):
 
 class _Stop(KeyboardInterrupt):
     """What a user does in the middle of a call."""
-
-
-def field_names(method: Any) -> tuple[str, ...]:
-    """The names of a method's fields; of its class or of an object, a dataclass or an attrs class."""
-    if dataclasses.is_dataclass(method):
-        return tuple(field.name for field in dataclasses.fields(method))
-    return tuple(field.name for field in getattr(method, "__attrs_attrs__", ()))
 
 
 def changed(method: Any, **fields: Any) -> Any:

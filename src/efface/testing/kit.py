@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from ..core import field_names
 from ..hooks import Method
 from ..registry import near
 from . import conformance, drawing
-from .conformance import ConformanceError, DoesNotApply, Promise, Trial, changed, field_names, refusal
+from .conformance import ConformanceError, DoesNotApply, Promise, Trial, changed, refusal
 from .tiny import BUILDERS, FAMILIES
 
 KEPT, BROKEN, DOES_NOT_APPLY = "kept", "BROKEN", "-"
