@@ -96,7 +96,11 @@ def negatives() -> str:
     rows = {(r["method"], r["variant"]): r for r in found["rows"] if r["complete"]}
     methods = list(dict.fromkeys(method for method, _ in rows))
     variants = list(dict.fromkeys(variant for _, variant in rows))
-    n = max(row["pooled"]["residual"]["n"] for row in rows.values())
+    of_n: dict[int, list[str]] = {}
+    for method in methods:
+        n = max(row["pooled"]["residual"]["n"] for (of, _), row in rows.items() if of == method)
+        of_n.setdefault(n, []).append(f"`{method}`")
+    sizes = "; ".join(f"n = {n}: {', '.join(names)}" for n, names in sorted(of_n.items(), reverse=True))
     lines = ["| negative prompt | base model: residual | `eiup`: residual | base model: any icon | `eiup`: any icon |"]
     lines.append("|---" * 5 + "|")
     for variant in variants:
@@ -108,10 +112,21 @@ def negatives() -> str:
         cells = [rows.get((m, variant)) for m in methods]
         shown = [f"{100 * c['pooled']['residual']['rate']:.1f}" if c else "-" for c in cells]
         lines.append(f"| {variant} | {' | '.join(shown)} |")
+    heads = [f"{whose}: {what}" for what in ("retention", "the object") for whose in ("base model", "`eiup`")]
+    lines += ["", f"| ordinary negative prompt | {' | '.join(heads)} |"]
+    lines.append("|---" * 5 + "|")
+    for variant in ("none", "blur", "object"):
+        pooled = [c["pooled"] if (c := rows.get((m, variant))) else {} for m in ("base", "eiup")]
+        shown = [percent(c["kept"]) if "kept" in c else "-" for c in pooled]
+        shown += [f"{100 * c['pushed']['rate']:.1f} %" if "pushed" in c else "-" for c in pooled]
+        lines.append(f"| {variant} | {' | '.join(shown)} |")
     return "\n".join(
         [
-            f"On `emoji`, test seeds, n = {n} pictures for each method and negative prompt: explicit, implicit and",
-            "pair prompts of alcohol, weapon, cat and neon sign, pooled. The worse of two eyes, with 95 % intervals.",
+            "On `emoji`, test seeds: explicit, implicit and pair prompts of alcohol, weapon, cat and neon sign,",
+            "pooled, with 95 % intervals; the worse of two detectors.",
+            f"Pictures for each negative prompt: {sizes}.",
+            "The last table says how many pictures that have something to retain show it, and how many show the",
+            "object that the negative prompt `object` names for them.",
             "`stacked`: `NegativePrompt` on the same pipeline, without and with a strength.",
             f"Measured {found['date'][:10]} by `{found['command']}` ({found['device']}), card in",
             "`results/negative_prompts.json`.",

@@ -5,9 +5,12 @@
     python benchmarks/negative_prompts.py --device cuda --batch 2048 --budget-seconds 150
     python benchmarks/negative_prompts.py --fit                               # only the deltas of UCE and ESD
 
+Of EIUP's default form, which the aim is about, n is 520 for each kind of negative prompt; of the others 130 or 60.
+
 Prompts name the concept (`explicit`), imply it (`implicit`), or name it with another icon (`pair`). Each of them is
 drawn by each method with each negative prompt of `VARIANTS`: none (the control), attacks, and ordinary ones whose
-effect must be kept. Picture k of a cell has the same prompt and seed in every variant and method.
+effect must be kept. Picture k of a cell has the same prompt and seed in every variant, and in every
+method that draws as many.
 
 `residual`: the concept is seen. `any`: any icon is recognisable. `kept`: what should survive is seen (the other icon of
 a pair, another icon of the theme, the icon in a style). `pushed`: what the ordinary negative prompt `object` names is
@@ -53,6 +56,9 @@ KINDS = {"explicit": "explicit", "implicit": "theme", "pair": "pair"}
 UNITS = [(c, kind) for kind, cell in KINDS.items() for c in CONCEPTS if emoji.prompts(c, cell)]
 CALL = {"num_inference_steps": 25, "guidance_scale": 7.5, "output_type": "pt"}
 AIM = 0.03
+# Pictures of each of the ten cells: 52 make n = 520 a variant, for the method that the aim is about.
+SIZES = {"eiup": 52, "base": 13, "eiup separate": 13}
+OTHERS = 6
 
 METHODS: dict[str, Any] = {
     "eiup": lambda c: efface.EIUP(c),
@@ -143,10 +149,12 @@ class Bench:
     """Draws and judges units."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.n, self.work, self.device, self.batch = args.n, args.work, torch.device(args.device), args.batch
+        self.work, self.device, self.batch = args.work, torch.device(args.device), args.batch
+        self.sizes = {method: args.n or SIZES.get(method, OTHERS) for method in METHODS}
         self.first_seed = TUNING if args.tuning else TEST
-        if not 1 <= self.n <= STRIDES[self.first_seed]:
-            raise SystemExit(f"Expected --n from 1 to {STRIDES[self.first_seed]}, but got {self.n}.")
+        for n in self.sizes.values():
+            if not 1 <= n <= STRIDES[self.first_seed]:
+                raise SystemExit(f"Expected from 1 to {STRIDES[self.first_seed]} pictures a cell, but got {n}.")
         self.work.mkdir(parents=True, exist_ok=True)
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # as exact as on the CPU
         self.pipe, self.eyes = efface.load("emoji", device=args.device), load_eyes()
@@ -201,7 +209,13 @@ class Bench:
 
     def setting(self, method: str, variant: str, concept: str, kind: str) -> dict[str, Any]:
         eraser = self.eraser(method, concept)
-        found = {"model": self.hash, "n": self.n, "first_seed": self.first_seed, "variant": variant, "cell": kind}
+        found = {
+            "model": self.hash,
+            "n": self.sizes[method],
+            "first_seed": self.first_seed,
+            "variant": variant,
+            "cell": kind,
+        }
         found |= {"eraser": config(eraser) if eraser else None, "call": CALL, "device": self.device.type}
         found |= {"code": code_hash(type(eraser))} if eraser else {}
         if variant in STACKED:
@@ -210,7 +224,7 @@ class Bench:
 
     def path(self, method: str, variant: str, concept: str, kind: str) -> Path:
         name = "-".join((method, variant, concept, kind)).replace(" ", "_").replace("'", "")
-        return self.work / f"{'tuning' if self.first_seed < TEST else 'test'}-{self.n}" / f"{name}.json"
+        return self.work / f"{'tuning' if self.first_seed < TEST else 'test'}-{self.sizes[method]}" / f"{name}.json"
 
     def found(self, *unit: str) -> dict[str, Any] | None:
         """What was drawn of a unit before, if it was drawn by this code in this setting."""
@@ -232,14 +246,14 @@ class Bench:
                     for kind in KINDS
                     if (concept, kind) in UNITS and not self.found(method, variant, concept, kind)
                 ]
-                size = max(1, self.batch // self.n)
+                size = max(1, self.batch // self.sizes[method])
                 for k in range(0, len(wanted), size):
                     yield method, concept, group, wanted[k : k + size]
 
     @torch.no_grad()
     def draw(self, method: str, concept: str, group: str, units: list[tuple[str, str]]) -> None:
-        start = time.perf_counter()
-        rows = [(v, p) for v, kind in units for p in pictures(concept, kind, self.n, self.first_seed)]
+        start, n = time.perf_counter(), self.sizes[method]
+        rows = [(v, p) for v, kind in units for p in pictures(concept, kind, n, self.first_seed)]
         erasers = [self.eraser(method, concept)]
         if group in STACKED:
             erasers.append(efface.NegativePrompt(named(concept), strength=STACKED[group]))
@@ -260,7 +274,7 @@ class Bench:
         seconds = time.perf_counter() - start
         self.seconds += seconds
         for k, (variant, kind) in enumerate(units):
-            of = slice(k * self.n, (k + 1) * self.n)
+            of = slice(k * n, (k + 1) * n)
             part = Seen(*(x[:, of] for x in seen))
             result = self.judge(part, concept, kind, [p for _, p in rows[of]])
             result |= {"setting": self.setting(method, variant, concept, kind), "seconds": seconds / len(units)}
@@ -349,7 +363,7 @@ class Bench:
             "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")}
             | {"efface": efface.__version__},
             "call": CALL,
-            "n_per_cell": self.n,
+            "n_per_cell": {m: self.sizes[m] for m in methods},
             "aim": f"eiup: residual <= {AIM} pooled over cells for each attack",
             "attacks": ATTACKS,
             "opposites": OPPOSITES,
@@ -394,9 +408,7 @@ def show(card: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--n", type=int, default=52, help="pictures per cell; there are 10 cells, so 52 makes 520 for each variant"
-    )
+    parser.add_argument("--n", type=int, help="pictures per cell of every method; by default those of SIZES")
     parser.add_argument("--tuning", action="store_true", help="tuning seeds, and no card")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
@@ -427,7 +439,8 @@ def main() -> None:
         took = time.perf_counter() - start
         pace = max(took, pace)
         print(f"{spent:5.0f} s: {method}, {group}, {concept}: {len(units)} units in {took:.1f} s", flush=True)
-    command = f"python benchmarks/negative_prompts.py --n {args.n} --device {args.device} --batch {args.batch}"
+    size = f" --n {args.n}" if args.n else ""
+    command = f"python benchmarks/negative_prompts.py{size} --device {args.device} --batch {args.batch}"
     card = bench.card(args.methods, command)
     show(card)
     if not args.tuning:
