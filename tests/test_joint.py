@@ -35,8 +35,9 @@ def double(family: str) -> Any:
 
 @pytest.fixture(autouse=True)
 def nothing_left() -> Any:
+    before = set(SITES)  # of other tests' pipelines
     yield
-    assert [site.applied for site in SITES.values()] == []
+    assert [site.applied for denoiser, site in SITES.items() if denoiser not in before] == []
 
 
 def calls(pipe: Any, prompt: Any, *erasers: Any, **options: Any) -> list[dict[str, Any]]:
