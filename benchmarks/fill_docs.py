@@ -129,7 +129,7 @@ def negatives() -> str:
             "object that the negative prompt `object` names for them.",
             "`stacked`: `NegativePrompt` on the same pipeline, without and with a strength.",
             f"Measured {found['date'][:10]} by `{found['command']}` ({found['device']}), card in",
-            "`results/negative_prompts.json`.",
+            f"`results/negative_prompts.json`, drawn by the code of {found['commit'][:7]}.",
             "",
             *lines,
         ]

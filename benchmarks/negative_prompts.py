@@ -29,6 +29,7 @@ import hashlib
 import itertools
 import json
 import random
+import subprocess
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -347,6 +348,7 @@ class Bench:
         return {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": command,
+            "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip(),
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU",
             "model": {"name": "emoji", "text_hash": self.hash},
             "detector": {
@@ -388,6 +390,13 @@ def rates(cells: list[dict[str, Any]]) -> dict[str, Any]:
         value, hits, n = rate(eyes, worst)
         found[key] = {"rate": value, "n": n, "interval": wilson(hits, n)}
     return found
+
+
+def as_text(card: dict[str, Any]) -> str:
+    """The card as JSON, one line for each row."""
+    rows = ",\n".join(json.dumps(row) for row in card["rows"])
+    rest = json.dumps({name: value for name, value in card.items() if name != "rows"}, indent=1)
+    return f'{rest[:-2]},\n "rows": [\n{rows}\n]}}\n'
 
 
 def show(card: dict[str, Any]) -> None:
@@ -444,7 +453,7 @@ def main() -> None:
     card = bench.card(args.methods, command)
     show(card)
     if not args.tuning:
-        args.out.write_text(json.dumps(card, indent=1) + "\n")
+        args.out.write_text(as_text(card))
 
 
 if __name__ == "__main__":

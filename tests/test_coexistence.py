@@ -491,7 +491,7 @@ CELLS = {
         "a processor that computes something else",
         after(processor(Elsewhere("to_q", "to_out"))),
         lambda family, eraser: drawn(family, eraser),
-        refuses={ATTENTION: "cross-attention layers ran without the erasers"},
+        refuses={ATTENTION: "attention layers ran without the erasers"},
         restored=None,
         methods=ATTENTION,
     ),
@@ -539,7 +539,7 @@ CELLS = {
     "swap-layers-during": Cell(
         "attention modules replaced during a call",
         during(swap_layers),
-        refuses={ATTENTION: "cross-attention layers ran without the erasers"},
+        refuses={ATTENTION: "attention layers ran without the erasers"},
         methods=NO_DELTA,
     ),
     "forward-after": Cell(
@@ -555,7 +555,7 @@ CELLS = {
         "the text projection's `forward` replaced during a denoiser call (PixArt)",
         projection_during,
         family="pixart",
-        refuses={ATTENTION: "cross-attention layers ran without the erasers"},
+        refuses={ATTENTION: "attention layers ran without the erasers"},
         methods=ATTENTION,
     ),
     "rows-inside": Cell(

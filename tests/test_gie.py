@@ -336,6 +336,28 @@ def test_two_trajectories_say_what_they_cannot_do(sd1: Any) -> None:
         GIE([CAT], trajectories=2).apply(pipe)
 
 
+class Direct:
+    """A processor that uses the weights of `to_q` and `to_out` without calling these modules."""
+
+    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Any = None, **_: Any) -> Tensor:
+        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query = nn.functional.linear(hidden_states, attn.to_q.weight)
+        q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, attn.to_k(text), attn.to_v(text)))
+        out = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return nn.functional.linear(out, attn.to_out[0].weight, attn.to_out[0].bias) / attn.rescale_output_factor
+
+
+def test_a_self_attention_layer_that_does_not_come_by_is_an_error(sd1: Any) -> None:
+    """Or the maps of the other picture would silently not be copied."""
+    plain = latents(sd1)
+    with replaced(sd1, Direct(), "attn1"):
+        assert change(latents(sd1), plain) < 1e-5  # the processor computes the same
+        with GIE([CAT], trajectories=2).apply(sd1), pytest.raises(RuntimeError, match="attention layers ran without"):
+            latents(sd1)
+        with GIE([CAT]).apply(sd1):  # which does not edit them
+            assert change(latents(sd1), plain) > 1e-3
+
+
 def test_two_trajectories_that_take_nothing_out_are_plain_from_a_picture_on() -> None:
     base = pipeline()
     pipe = StableDiffusionImg2ImgPipeline(**base.components, requires_safety_checker=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import weakref
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from transformers import T5Config, T5EncoderModel
 
 from efface import EIUP, GIE, SAFREE, SLD, Concept, NegativePrompt
 from efface._text import SITES, encode, pack
-from efface.hooks import CrossAttention, ErasurePrompts
+from efface.hooks import CrossAttention, ErasurePrompts, Method
 
 ERASER = EIUP([ALCOHOL])
 
@@ -528,3 +529,20 @@ def test_pipelines_that_share_a_denoiser_share_its_erasers() -> None:
     for pipe in (first, second):
         assert "encode_prompt" not in vars(pipe) and torch.equal(latents(pipe), drawn())
     assert first.unet not in SITES
+
+
+def test_around_has_to_go_on_to_the_methods_behind_it(sd1: Any) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Plain(Method):
+        """Draws the base model instead of what the other methods make."""
+
+        concepts: tuple[Any, ...]
+
+        def around(self, call: Any, forward: Any) -> Any:
+            return (call.plain(None, lambda *_: None),)
+
+    with Plain([CAT]).apply(sd1), pytest.raises(RuntimeError, match=r"`around` of a method \(Plain\) did not call"):
+        latents(sd1)
+    with ERASER.apply(sd1), Plain([CAT]).apply(sd1), pytest.raises(RuntimeError, match="Call it once"):
+        latents(sd1)
+    assert torch.equal(latents(sd1), drawn())

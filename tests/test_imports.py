@@ -186,7 +186,7 @@ def test_a_family_is_one_file_that_nothing_else_names() -> None:
         ("efface.hooks.attention", "from .denoiser import Site\n"),
         ("efface.hooks.step", "if TYPE_CHECKING:\n    from .denoiser import Site\n"),
         ("efface.delta.delta", "from efface.erasers.eiup import EIUP\n"),
-        ("efface.delta.overlay", "from .applied import Applied\n"),
+        ("efface.delta.overlay", "from .applied import AppliedDelta\n"),
         ("efface.delta.overlay", "from . import applied\n"),
         ("efface.delta.file", "from .lora import export\n"),
         ("efface.delta.lora", "if TYPE_CHECKING:\n    from efface.delta import Delta\n"),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import efface.testing
 from efface import Concept
+from efface._text import SITES
 from efface.core import Handle
 from efface.hooks import CrossAttention, ErasurePrompts, Method, Prediction
 from efface.testing import ConformanceError, DoesNotApply, conformance, drawing
@@ -206,6 +207,7 @@ def test_a_broken_promise_is_found(method: Any, promise: str, said: str) -> None
     with pytest.raises(ConformanceError, match=said) as caught:
         check(method("cat"))
     assert two_sentences(str(caught.value)) and str(caught.value).startswith(f"{method.__name__} on sd1: ")
+    assert not [site for site in SITES.values() if site.applied]
     check(Good("cat"))  # the next one gets pipelines that nobody has spoilt
 
 

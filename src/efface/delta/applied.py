@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 FIRST = "check_inputs"  # the method that a call of a pipeline begins with
 
 
-class Applied(Hidden):
+class AppliedDelta(Hidden):
     """A delta that is on a pipeline.
 
     It stands in for the pipeline's first method, below what run-time erasers and earlier deltas put there. So each call
@@ -151,9 +151,9 @@ class Applied(Hidden):
         self.check()
         return original(*args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Applied:
+    def __deepcopy__(self, memo: dict[int, Any]) -> AppliedDelta:
         pipe = memo.get(id(self.pipe()))
-        made = Applied(self.delta, pipe)  # copies of its modules add themselves
+        made = AppliedDelta(self.delta, pipe)  # copies of its modules add themselves
         made.listed, made.hidden = self.listed, None if pipe is None else deepcopy(self.hidden, memo)
         return made
 
@@ -177,15 +177,15 @@ def overlays(pipe: DiffusionPipeline) -> list[Overlay]:
     return [OVERLAYS[module] for module in modules if module in OVERLAYS]
 
 
-def entries(pipe: DiffusionPipeline) -> list[Applied]:
+def entries(pipe: DiffusionPipeline) -> list[AppliedDelta]:
     """The deltas that are on the pipeline's modules, in the order in which they were applied."""
-    found = [entry for overlay in overlays(pipe) for entry in overlay.on if isinstance(entry, Applied)]
+    found = [entry for overlay in overlays(pipe) for entry in overlay.on if isinstance(entry, AppliedDelta)]
     return list(dict.fromkeys(found))
 
 
-def _all(pipe: DiffusionPipeline) -> list[Applied]:
+def _all(pipe: DiffusionPipeline) -> list[AppliedDelta]:
     """Also those whose modules the pipeline no longer has."""
-    return list(dict.fromkeys([*entries(pipe), *(each for each in stand_ins(pipe) if isinstance(each, Applied))]))
+    return list(dict.fromkeys([*entries(pipe), *(each for each in stand_ins(pipe) if isinstance(each, AppliedDelta))]))
 
 
 def check_written(pipe: DiffusionPipeline) -> None:
@@ -199,7 +199,7 @@ def check_written(pipe: DiffusionPipeline) -> None:
             else has written to an edited tensor. The message names it, with the cure.
     """
     for each in stand_ins(pipe):
-        if isinstance(each, Applied):
+        if isinstance(each, AppliedDelta):
             each.check()
     for overlay in overlays(pipe):
         overlay.check()

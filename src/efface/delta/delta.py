@@ -18,7 +18,7 @@ from .._text import SITES
 from .._weights import adapters, denoiser_of
 from ..core import Concepts, ConceptsField, Converted, Handle, as_concepts, check_strength, config, field_names
 from . import file
-from .applied import Applied, check_written, entries, forget
+from .applied import AppliedDelta, check_written, entries, forget
 from .base import Base, base_hash, base_of, check_base, common_base, model_name, own_values
 from .factors import Change, Factors, added, dense, each, scaled, tensors, truncate
 from .lora import Layout, export
@@ -155,7 +155,7 @@ class Delta:
         """
         check_written(pipe)
         self.check(pipe)
-        return Applied(self, pipe).put()
+        return AppliedDelta(self, pipe).put()
 
     def check(self, pipe: DiffusionPipeline) -> None:
         """Raises unless the delta belongs to this pipeline's model, and what it was fitted on top of is on.

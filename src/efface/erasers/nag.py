@@ -30,8 +30,8 @@ class NAG(Method):
     strength = 0, alpha = 0 or Z- = Z+ leaves Z+. In all cases |Z|_1 <= (1 + alpha (tau - 1)) |Z+|_1.
 
     Paper: D.-Y. Chen, H. Bandyopadhyay, K. Zou, Y.-Z. Song, 2025, "Normalized Attention Guidance: Universal Negative
-    Guidance for Diffusion Models", arXiv 2505.21179. Equation numbers are not given: the formula is that of the
-    authors' public code.
+    Guidance for Diffusion Models", arXiv 2505.21179. Equation numbers cannot be given: written from a
+    description of the method and of the authors' code.
 
     Differs: the negative text is the concept's, not the user's `negative_prompt`. Each concept has a text of its own,
     its phrases separated by spaces. Several concepts, or phrases that need several texts, add their pushes under one

@@ -65,6 +65,7 @@ class Step:
         self.time = 1 - torch.as_tensor(batch.time, dtype=torch.float32, device=text.device) / where.train_timesteps
         self.acting: list[tuple[Applied, Tensor | float]] = []  # on attention
         self.seen: Seen | None = None  # in a call without methods
+        self._predicted = False  # whether all methods have had their turn
 
     def run(self) -> Any:
         """What the denoiser returns."""
@@ -76,7 +77,11 @@ class Step:
             if applied.method.calls_denoiser and torch.compiler.is_compiling():
                 raise ValueError(watch.UNCOMPILED)
             run = partial(applied.method.around, self._as_seen_by(applied), run)
-        return run()
+        out = run()
+        if not self._predicted:
+            kinds = [type(applied.method) for applied in self.where.applied]
+            raise RuntimeError(watch.not_forwarded([m.__name__ for m in kinds if m.around is not Contract.around]))
+        return out
 
     def _reread(self) -> None:
         """Puts in the text that conditional rows read at this time."""
@@ -159,6 +164,7 @@ class Step:
         batch.rows = batch.last
         out = self._guided(guiding, negatives) if guiding else self._ran(lambda: self._call(self.arguments))
         self._keep(plan)
+        self._predicted = True
         return out
 
     def _guided(self, guiding: list[tuple[Applied, Tensor | float]], negatives: list[ErasurePrompts]) -> Any:
@@ -281,14 +287,21 @@ class Step:
                 layer.take_whole()
             out, missed = self._once(call)
         if missed:
-            raise RuntimeError(watch.missed([layer.name for layer in missed], len(self.where.layers.cross)))
+            raise RuntimeError(watch.missed([layer.name for layer in missed], len(self._wanted)))
         return out
 
     def _once(self, call: Callable[[], Any]) -> tuple[Any, list[Layer]]:
         for layer in (*self.where.layers.cross, *self.where.layers.own):
             layer.begin()
         out = call()
-        return out, [layer for layer in self.where.layers.cross if not layer.came] if self._needed else []
+        return out, [layer for layer in self._wanted if not layer.came]
+
+    @property
+    def _wanted(self) -> list[Layer]:
+        """The layers that have to come by in this call."""
+        cross, own = self.where.layers.cross if self._needed else [], self.where.layers.own
+        edits = any(a.method.edits_self_attention and not a.method.is_off() for a in self.where.applied)
+        return [*cross, *own] if edits and self._needed and self.batch.conditional else cross
 
     def edit(self, layer: Layer, hidden: Tensor) -> Tensor:
         """A cross-attention output [rows, Q, C] in front of `to_out`, edited by every active method in turn."""
@@ -311,6 +324,7 @@ class Step:
             return hidden
         if layer.to_q is None or layer.to_k is None or layer.to_v is None:
             raise RuntimeError(watch.missed([layer.name], len(self.where.layers.own)))
+        layer.came = True
         query, output, key, value = (x[batch.first : batch.last] for x in (layer.to_q, hidden, layer.to_k, layer.to_v))
         layer_seen = SelfAttention(layer.attn, query, output, layer.name, key=key, value=value)
         if self.seen is not None:

@@ -87,10 +87,18 @@ def not_entered(name: str) -> str:
     )
 
 
-def missed(layers: Sequence[str], of: int) -> str:
-    """Cross-attention layers that did not do what the erasers need."""
+def not_forwarded(names: Sequence[str]) -> str:
+    """A method's `around` that did not go on to the methods behind it."""
     return (
-        f"{len(layers)} of {of} cross-attention layers ran without the erasers, the first of them {layers[0]!r}. "
+        f"`around` of a method ({', '.join(names)}) did not call `forward()`, so this step would be drawn without the "
+        "other methods. Call it once, and return what it returns or a change of that."
+    )
+
+
+def missed(layers: Sequence[str], of: int) -> str:
+    """Attention layers that did not do what the erasers need."""
+    return (
+        f"{len(layers)} of {of} attention layers ran without the erasers, the first of them {layers[0]!r}. "
         "Likely causes: an attention processor that uses the weights of `to_q` or `to_out` directly (fused kernels), "
         "modules replaced during the call, or a cache that skips layers. Use a processor that calls these modules, "
         "such as "

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..core import field_names
 from ..hooks import Method
+from ..hooks.sites import handles
 from ..registry import near
 from . import conformance, drawing
 from .conformance import ConformanceError, DoesNotApply, Promise, Trial, changed, refusal
@@ -51,6 +52,8 @@ class Check:
             trial.require_restored(before)
         except BaseException:
             drawing.forget()  # a broken method may leave traces on the kit's pipelines
+            for handle in reversed(handles(trial.pipe)):
+                handle.remove()
             raise
         if skipped is not None:
             raise skipped
