@@ -40,12 +40,12 @@ from rich.console import Console
 from rich.table import Table
 
 import efface
-from efface.api import draw, model_hash
 from efface.core import check_tuning_seeds, config
 from efface.intervals import wilson
 from efface.models import emoji
 from efface.models.emoji.eyes import load_eyes
 from efface.pictures import grid, to_pil
+from efface.pipelines import draw, model_hash
 
 ROOT = Path(__file__).parents[1]
 CONCEPTS = ("alcohol", "weapon", "cat", "neon sign")

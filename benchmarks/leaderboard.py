@@ -26,7 +26,7 @@ import fill_docs
 from editors_outcome import stem
 
 import efface
-from efface import api, registry
+from efface import api, pipelines, registry
 from efface.report import number, pareto, span
 from efface.runs import Run, run
 
@@ -116,7 +116,7 @@ def measure(concepts: Sequence[str], limit: int | None, out: Path, only: Sequenc
         "n": sum(len(s.rows) for s in suites.values()),
         "suite": next(iter(suites.values())).version,
         "data_hash": {name: s.data_hash for name, s in suites.items()},
-        "model": {"name": "emoji", "text_hash": api.model_hash(pipe)},
+        "model": {"name": "emoji", "text_hash": pipelines.model_hash(pipe)},
         "rows": [plain, *rows],
         "refused": refused,
     }
