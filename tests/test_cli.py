@@ -161,7 +161,7 @@ def test_ctrl_c_in_the_middle_keeps_the_pictures_before_erasing(
 
 @needs_weights
 def test_rows_go_with_their_pictures_over_several_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("efface.cli.BATCH", 2)
+    monkeypatch.setattr("efface.cli.erase.BATCH", 2)
     args = ["erase", "a cat", "--concept", "cat", "--images", "3", "--steps", "2", "--out", tmp_path / "out"]
     call(*args, "--set", 'rows=[["cat"], [], ["cat"]]')
     same = [
