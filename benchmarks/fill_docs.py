@@ -322,7 +322,7 @@ def summary() -> str:
         [
             *lines,
             "",
-            f"{edits['n_per_cell']} pictures per cell, 95 % intervals, each method at settings that tuning seeds chose; cards {by}.",
+            f"{edits['n_per_cell']} pictures per cell, 95 % intervals, settings chosen on tuning seeds; cards {by}.",
         ]
     )
 
