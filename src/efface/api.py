@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from . import registry
+from . import checks, registry
 from .core import (
     Concept,
     Concepts,
@@ -19,7 +19,6 @@ from .core import (
     Handles,
     check_eraser,
     concept,
-    field_names,
     shipped_concepts,
 )
 
@@ -166,7 +165,9 @@ def build(method: str, concepts: Concepts, /, **fields: Any) -> Any:
     known = registry.presets(cls)
     if preset not in known:
         hint, there = registry.near(preset, known), ", ".join(known) or "none"
-        raise ValueError(f"{name} has no preset {preset!r}. {hint}{' ' if hint else ''}Its presets: {there}.")
+        raise ValueError(
+            f"{name} has no preset {checks.shown(preset)}. {hint}{' ' if hint else ''}Its presets: {there}."
+        )
     return known[preset](concepts, **fields)
 
 
@@ -181,15 +182,12 @@ def editor(method: str, /, **fields: Any) -> Any:
 
 def _checked(method: str, room: str, fields: dict[str, Any]) -> type:
     cls = registry.resolve(method, room)
-    known = [name for name in field_names(cls) if name != "concepts"]
     if "concepts" in fields:
         raise ValueError(
-            f"The concepts of {method} are not set like its fields: name them by --concept or --phrase, in Python by "
-            f"the argument for concepts. Its fields: {', '.join(known)}."
+            f"The concepts of {method} are not set like its fields. Name them by --concept or --phrase, in Python by "
+            "the argument for concepts."
         )
-    for name in fields.keys() - set(known):
-        hint = registry.near(name, known)
-        raise ValueError(f"{method} has no field {name!r}. {hint}{' ' if hint else ''}Its fields: {', '.join(known)}.")
+    checks.fields(method, cls, fields, hidden=("concepts",))
     return cls
 
 
@@ -349,7 +347,9 @@ def draw(
     import torch
 
     if len(prompts) != len(seeds):
-        raise ValueError(f"Expected one seed per prompt, but got {len(prompts)} prompts and {len(seeds)} seeds.")
+        raise ValueError(
+            f"Expected one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds. Give as many."
+        )
     pictures, call = [], {"num_inference_steps": 25, "guidance_scale": 7.5, **call}
     negative = call.pop("negative_prompt", None)
     for k in range(0, len(prompts), batch):
@@ -401,8 +401,7 @@ def effectiveness(
         >>> efface.effectiveness(["a cat"], pipe, efface.detector("eyes", "cat"), n=1, num_inference_steps=1)
         [0.0]
     """
-    if n < 1 or not 0 <= seed <= seed + n <= 2**32:
-        raise ValueError(f"Expected n >= 1 and seeds in 0 ... 2**32 - 1, but got n = {n}, seed = {seed}.")
+    checks.seed("seed", seed, checks.whole("n", n))
     pipe = load(model) if isinstance(model, (str, Path)) else model
     texts = [p for p in prompts for _ in range(n)]
     hits: list[bool] = []
