@@ -39,7 +39,8 @@ from rich.console import Console
 from rich.table import Table
 
 import efface
-from efface.core import check_tuning_seeds, config
+from efface import checks
+from efface.core import config
 from efface.intervals import wilson
 from efface.models import emoji
 from efface.models.emoji.eyes import load_eyes
@@ -127,7 +128,7 @@ class Bench:
         if not 1 <= n <= self.stride:
             raise SystemExit(f"Expected n from 1 to {self.stride}, for cells would share seeds, but got {n}.")
         if first_seed < TEST:
-            check_tuning_seeds([first_seed, first_seed + self.stride * (len(CELLS) - 1) + n - 1])
+            checks.tuning_seeds("first_seed", [first_seed, first_seed + self.stride * (len(CELLS) - 1) + n - 1])
         work.mkdir(parents=True, exist_ok=True)
         self.pipe, self.eyes = efface.load("emoji"), load_eyes()
         self.pipe.set_progress_bar_config(disable=True)

@@ -149,20 +149,20 @@ def test_it_goes_on_where_it_was_killed(tmp_path: Path) -> None:
         ({"target": 3}, "Expected `target`"),
         ({"keep": -0.1}, "Expected `keep`"),
         ({"strengths": 1.0}, "Expected `strengths`"),
-        ({"n": 0}, "Expected `n` to be a whole number >= 1, but got 0"),
-        ({"refine": -1}, "Expected `refine`"),
-        ({"batch": 0}, "Expected `batch`"),
+        ({"n": 0}, "Expected a whole number `n` >= 1, got 0"),
+        ({"refine": -1}, "number `refine` >= 0"),
+        ({"batch": 0}, "number `batch` >= 1"),
         ({"plot": True}, "A plot needs a place"),
-        ({"prompts": "a cat"}, r"`prompts` should be a sequence of texts, .* write \('a cat',\)"),
-        ({"keep_prompts": "a dog"}, "`keep_prompts` should be a sequence of texts"),
+        ({"prompts": "a cat"}, r"`prompts` to be a sequence of texts, .* Write \('a cat',\)"),
+        ({"keep_prompts": "a dog"}, "`keep_prompts` to be a sequence of texts"),
         ({"detector": green}, "with a text `name` by which records know it"),
         ({"detector": Red}, "Expected a detector"),
-        ({"concept": ["cat", "alcohol"]}, "Expected one concept, but got 2"),
+        ({"concept": ["cat", "alcohol"]}, "Expected one concept, got 2"),
         ({"concept": "cat", "eraser": efface.EIUP("alcohol")}, "EIUP erases 'alcohol', but 'cat' is what is judged"),
         ({"eraser": efface.EIUP(rows=[["cat"]])}, "EIUP erases by rows, but"),
-        ({"eraser": efface.EIUP}, r"got the class: write EIUP\('alcohol'\)"),
-        ({"eraser": "eiup"}, "but got 'eiup': efface.erase takes methods by name"),
-        ({"eraser": [Weaken()]}, r"but got \[Weaken.*: give several one by one"),
+        ({"eraser": efface.EIUP}, r"got the class EIUP. Write for example EIUP\('alcohol'\)"),
+        ({"eraser": "eiup"}, "got 'eiup'. Use efface.erase, which takes methods by name"),
+        ({"eraser": [Weaken()]}, r"got \[Weaken.*\. Give several one by one"),
         ({"out": __file__}, "Expected `out` to be a folder, but .* is a file"),
     ],
 )
@@ -236,7 +236,7 @@ def test_wilson_knows_the_textbook_and_its_bounds() -> None:
     assert wilson(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)  # Newcombe 1998, table I, method 3
     assert wilson(0, 0) == (0.0, 1.0)
     for hits, n in ((-1, 3), (4, 3)):
-        with nullcontext(), pytest.raises(ValueError, match="Expected `hits`"):
+        with nullcontext(), pytest.raises(ValueError, match="number `hits`"):
             wilson(hits, n)
 
 

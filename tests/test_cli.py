@@ -53,7 +53,7 @@ def test_the_command_ends_without_a_traceback_too(tmp_path: Path) -> None:
         (["a cat", "--concept", "cat", "--set", "strength=much"], "Expected `strength`"),
         (["a cat", "--concept", "cat", "--set", "window=[0, 1.5]"], "Expected `window`"),
         (["a cat", "--concept", "cat", "--set", "window=0.5"], "Expected `window`"),
-        (["a cat", "--phrase", " "], "needs a name"),
+        (["a cat", "--phrase", " "], "`name` to be a text that is not empty"),
         (["a cat", "--concept", "cat", "--method", "sld.medum"], "sld has no preset 'medum'. Did you mean 'medium'?"),
         (["a cat", "--concept", "cat", "--method", "gie.fit"], "Its presets: paper, official."),
         (

@@ -18,13 +18,14 @@ from efface import registry
 ROOT = Path(efface.__file__).parent
 
 # What each part may import, besides itself. `efface` is the package's own `__init__`.
-FACTS = {"registry", "core", "families"}
+FACTS = {"registry", "checks", "core", "families"}
 TEXTS = FACTS | {"_weights", "_text", "_masking"}
 HOOKS = TEXTS | {"hooks", "delta"}
 MAY_IMPORT: dict[str, set[str]] = {
     "registry": set(),
-    "core": {"registry"},
-    "families": {"registry", "core"},
+    "checks": {"registry"},
+    "core": {"registry", "checks"},
+    "families": {"registry", "checks", "core"},
     "_weights": FACTS,
     "_text": FACTS | {"_weights"},
     "_masking": FACTS | {"_text"},
@@ -37,8 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": FACTS,
     "metrics": FACTS | {"models"},
     "suites": FACTS | {"models"},
-    "pictures": set(),
-    "intervals": set(),
+    "pictures": {"checks"},
+    "intervals": {"checks"},
     "pipelines": TEXTS | {"delta", "models"},
     "api": HOOKS | {"pipelines"},
     "calibration": FACTS | {"api", "pipelines", "delta", "intervals", "pictures"},

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import registry
+from . import checks, registry
 from .core import (
     Concept,
     Concepts,
@@ -16,7 +16,6 @@ from .core import (
     Handles,
     check_eraser,
     concept,
-    field_names,
     shipped_concepts,
 )
 from .pipelines import cut_off as cut_off
@@ -67,7 +66,9 @@ def build(method: str, concepts: Concepts, /, **fields: Any) -> Any:
     known = registry.presets(cls)
     if preset not in known:
         hint, there = registry.near(preset, known), ", ".join(known) or "none"
-        raise ValueError(f"{name} has no preset {preset!r}. {hint}{' ' if hint else ''}Its presets: {there}.")
+        raise ValueError(
+            f"{name} has no preset {checks.shown(preset)}. {hint}{' ' if hint else ''}Its presets: {there}."
+        )
     return known[preset](concepts, **fields)
 
 
@@ -82,15 +83,12 @@ def editor(method: str, /, **fields: Any) -> Any:
 
 def _checked(method: str, room: str, fields: dict[str, Any]) -> type:
     cls = registry.resolve(method, room)
-    known = [name for name in field_names(cls) if name != "concepts"]
     if "concepts" in fields:
         raise ValueError(
-            f"The concepts of {method} are not set like its fields: name them by --concept or --phrase, in Python by "
-            f"the argument for concepts. Its fields: {', '.join(known)}."
+            f"The concepts of {method} are not set like its fields. Name them by --concept or --phrase, in Python by "
+            "the argument for concepts."
         )
-    for name in fields.keys() - set(known):
-        hint = registry.near(name, known)
-        raise ValueError(f"{method} has no field {name!r}. {hint}{' ' if hint else ''}Its fields: {', '.join(known)}.")
+    checks.fields(method, cls, fields, hidden=("concepts",))
     return cls
 
 

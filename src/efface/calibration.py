@@ -7,20 +7,18 @@ import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from efface import checks
 
 from .core import (
     Concept,
     ConceptLike,
     Detector,
     as_concepts,
-    as_texts,
-    check_count,
     check_detector,
     check_eraser,
-    check_tuning_seeds,
     config,
     field_names,
     read_json,
@@ -206,12 +204,12 @@ def calibrate(
 
     about = _about(eraser, concept)
     check_detector(detector)
-    prompts = as_texts("`prompts`", prompts) or about.phrases
-    keep_prompts = as_texts("`keep_prompts`", keep_prompts) or about.keep
+    prompts = checks.texts("prompts", prompts) or about.phrases
+    keep_prompts = checks.texts("keep_prompts", keep_prompts) or about.keep
     _check(about, keep_prompts, strengths, target, keep)
     for name, value, least in (("n", n, 1), ("refine", refine, 0), ("first_seed", first_seed, 0), ("batch", batch, 1)):
-        check_count(name, value, least)
-    seeds = check_tuning_seeds(range(first_seed, first_seed + 2 * n))
+        checks.whole(name, value, least)
+    seeds = checks.tuning_seeds("first_seed", range(first_seed, first_seed + 2 * n))
     folder = None if out is None else Path(out)
     if plot:
         check_plot()
@@ -303,7 +301,7 @@ def _about(eraser: Any, concept: ConceptLike) -> Concept:
         raise ValueError(f"{type(eraser).__name__} has no `strength` to calibrate: its fields are {names}.")
     concepts = as_concepts(concept)
     if len(concepts) != 1:
-        raise ValueError(f"Expected one concept, but got {len(concepts)}: calibrate them one at a time.")
+        raise ValueError(f"Expected one concept, got {len(concepts)}. Calibrate them one at a time.")
     erased = [getattr(c, "name", c) for c in getattr(eraser, "concepts", concepts)]
     if concepts[0].name not in erased:
         raise ValueError(
@@ -319,12 +317,12 @@ def _check(about: Concept, keep_prompts: Sequence[str], strengths: Sequence[floa
             f"Nothing says what must survive the erasure of {about.name!r}: give `keep_prompts`, or a Concept with "
             "`keep`."
         )
-    numbers = isinstance(strengths, Sequence) and all(isinstance(s, (int, float)) and 0 < s < inf for s in strengths)
-    if not numbers or not strengths:
-        raise ValueError(f"Expected `strengths` to be numbers > 0, but got {strengths!r}.")
+    if not isinstance(strengths, Sequence) or not strengths:
+        raise ValueError(f"Expected `strengths` to be numbers > 0, got {checks.shown(strengths)}. Give (0.5, 1, 2).")
+    for strength in strengths:
+        checks.number("strengths", strength, 0, above=True)
     for name, share in (("target", target), ("keep", keep)):
-        if not isinstance(share, (int, float)) or not 0 <= share <= 1:
-            raise ValueError(f"Expected `{name}` to be a share from 0 to 1, but got {share!r}.")
+        checks.share(name, share)
 
 
 def _rows(found: Tensor) -> list[list[int]]:

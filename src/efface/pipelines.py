@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from . import registry
+from . import checks, registry
 from .core import Detector
 
 if TYPE_CHECKING:
@@ -407,7 +407,9 @@ def draw(
     import torch
 
     if len(prompts) != len(seeds):
-        raise ValueError(f"Expected one seed per prompt, but got {len(prompts)} prompts and {len(seeds)} seeds.")
+        raise ValueError(
+            f"Expected one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds. Give as many."
+        )
     pictures, call = [], {"num_inference_steps": 25, **guided(pipe, guidance), **call}
     negative = call.pop("negative_prompt", None)
     for k in range(0, len(prompts), batch):
@@ -461,8 +463,7 @@ def effectiveness(
         >>> efface.effectiveness(["a cat"], pipe, efface.detector("eyes", "cat"), n=1, num_inference_steps=1)
         [0.0]
     """
-    if n < 1 or not 0 <= seed <= seed + n <= 2**32:
-        raise ValueError(f"Expected n >= 1 and seeds in 0 ... 2**32 - 1, but got n = {n}, seed = {seed}.")
+    checks.seed("seed", seed, checks.whole("n", n))
     pipe = load(model) if isinstance(model, (str, Path)) else model
     texts = [p for p in prompts for _ in range(n)]
     hits: list[bool] = []

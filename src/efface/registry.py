@@ -112,7 +112,7 @@ def resolve(name: str, room: str | None = None) -> type:
         elsewhere = methods().get(name)
         if elsewhere:
             raise ValueError(f"Expected one of the {room}, but {name!r} is one of the {elsewhere}. {_listed(known)}")
-        raise ValueError(_unknown("method", name, known))
+        raise ValueError(_unknown(_word(room), name, known))
     for (where, plugin), entry in _plugins():
         if (where, plugin) == (known[name], name):
             return _only_class(entry.value, [entry.load()])
@@ -278,7 +278,12 @@ def _only_class(path: str, exported: list[object]) -> type:
 
 def _check_text(method: object) -> None:
     if not isinstance(method, str):
-        raise TypeError(f"Expected the name of a method, such as 'eiup', but got {method!r}.")
+        raise TypeError(f"Expected the name of a method, got {method!r:.80}. Give a text, such as 'eiup'.")
+
+
+def _word(room: str | None) -> str:
+    """What a message calls something of the room."""
+    return "method" if room in (None, *METHODS) else room.removesuffix("s")
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -287,4 +292,4 @@ def _listed(names: Iterable[str]) -> str:
 
 def _unknown(kind: str, name: str, names: Iterable[str]) -> str:
     names = list(names)
-    return " ".join(filter(None, [f"Unknown {kind} {name!r}.", near(name, names), _listed(names)]))
+    return " ".join(filter(None, [f"Unknown {kind} {name!r:.80}.", near(name, names), _listed(names)]))

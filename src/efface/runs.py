@@ -30,8 +30,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, registry
-from .core import Concepts, Metric, Row, Sample, Score, Suite, as_concepts, field_names, rows_hash
+from . import __version__, checks, registry
+from .core import Concepts, Metric, Row, Sample, Score, Suite, as_concepts, rows_hash
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -152,10 +152,10 @@ def make_suite(
         >>> import efface
         >>> efface.make_suite("emojii")
         Traceback (most recent call last):
-        ValueError: Unknown method 'emojii'. ...
+        ValueError: Unknown suite 'emojii'. ...
     """
     cls = registry.resolve(name, "suites")
-    _known(name, cls, options)
+    checks.fields(name, cls, options)
     suite: Suite = cls(**options).load(as_concepts(concepts), None if data is None else Path(data), limit)
     return suite
 
@@ -204,9 +204,9 @@ def run(
         >>> efface.run(suite, "emoji", eraser=efface.EIUP("cat"), out=tempfile.mkdtemp() + "/cats").complete
         True
     """
-    for field, number in (("batch", batch), ("limit", 1 if limit is None else limit)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ValueError(f"Expected `{field}` to be a whole number of at least 1, but got {number!r}.")
+    checks.whole("batch", batch)
+    if limit is not None:
+        checks.whole("limit", limit)
     rows = suite.rows[:limit]
     if not rows:
         raise ValueError(f"The suite {suite.name!r} has no rows: nothing to draw.")
@@ -508,18 +508,9 @@ def make_metrics(configs: Sequence[Mapping[str, Any]]) -> tuple[Metric, ...]:
 def make_metric(name: str, **fields: Any) -> Metric:
     """A metric by name, with its own fields."""
     cls = registry.resolve(name, "metrics")
-    _known(name, cls, fields)
+    checks.fields(name, cls, fields)
     metric: Metric = cls(**fields)
     return metric
-
-
-def _known(name: str, cls: Any, fields: Mapping[str, Any]) -> None:
-    known = field_names(cls)
-    for field in fields.keys() - set(known):
-        hint = registry.near(field, known)
-        raise ValueError(
-            f"{name} has no field {field!r}. {hint}{' ' if hint else ''}Its fields: {', '.join(known) or 'none'}."
-        )
 
 
 def _versions() -> dict[str, str]:

@@ -47,14 +47,18 @@ def load(path: str | Path, make: Callable[..., T]) -> T:
         raise FileNotFoundError(f"There is no delta {path}: make one with `efface fit`.")
     try:
         with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get(HEADER, "null"))
+            text = (file.metadata() or {}).get(HEADER, "null")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is damaged, cut short, or no safetensors file ({error}): make it anew.") from error
+        raise ValueError(f"{path} is damaged, cut short, or no safetensors file ({error}). Make it anew.") from error
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError):
+        header = None  # such as that of a GIE adapter
     if not isinstance(header, dict):
         raise ValueError(
-            f"{path} is a safetensors file, but not a delta of Efface: its header has no {HEADER!r} entry. Load a LoRA "
-            "with pipe.load_lora_weights."
+            f"{path} is a safetensors file, but not a delta of Efface. Give what `efface fit` wrote; load a LoRA "
+            "with pipe.load_lora_weights, and an adapter with GIE(adapter=...)."
         )
     if (found := header.pop("format", None)) != FORMAT:
         raise ValueError(f"{path} has format {found}, but this version reads {FORMAT}: update Efface.")

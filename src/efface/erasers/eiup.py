@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..core import Concepts, ConceptsField, Converted, RowsField
 from ..hooks import CrossAttention, ErasurePrompts, Method, Text, computed
 
@@ -112,18 +113,14 @@ class EIUP(Method):
     rows: RowsField = Converted(None)
 
     def __post_init__(self) -> None:
-        if self.normalization not in get_args(Normalization):
-            raise ValueError(
-                f"Expected `normalization` to be one of {get_args(Normalization)}, but got {self.normalization!r}."
-            )
+        checks.choice("normalization", self.normalization, get_args(Normalization))
         if self.strength is None:
             object.__setattr__(self, "strength", STRENGTHS[self.normalization])
         super().__post_init__()
         groups = self.neutral if isinstance(self.neutral, (tuple, list)) else ("",)
         if not all(isinstance(g, (tuple, list)) and g and all(isinstance(t, str) for t in g) for g in groups):
-            raise ValueError(
-                f"Expected `neutral` to be groups of texts, such as (('a dog', 'a tree'),), but got {self.neutral!r}."
-            )
+            cure = "Write for example (('a dog', 'a tree'),)."
+            raise ValueError(checks.refusal("`neutral` to be groups of texts", self.neutral, cure))
         object.__setattr__(self, "neutral", tuple(tuple(group) for group in groups))
 
     @classmethod

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from efface import checks
 from efface.core import Row, Sample
 
 from ._encoders import encoder
@@ -39,10 +40,12 @@ def extractor(features: str | Extract) -> tuple[Extract, str]:
     if features == "inception":
         net = _inception()
         return (lambda x: net(_bytes(x))[None].float()), "Inception-v3 pool3 (2,048) of torch-fidelity, resized by it"
-    if features.startswith("clip:"):
+    if str(features).startswith("clip:"):
         judge = encoder(features.removeprefix("clip:"))
         return judge.images, judge.name.replace("raw cosine", "projected features of length 1")
-    raise ValueError(f'Expected `features` to be "eye", "inception" or "clip:FOLDER", but got {features!r}.')
+    raise ValueError(
+        checks.refusal("`features` to be 'eye', 'inception' or 'clip:FOLDER'", features, "Give one of these.")
+    )
 
 
 def _bytes(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from efface import checks
 from efface.core import Row, Sample
 
 BATCH = 64
@@ -25,8 +26,7 @@ def groups(samples: Sequence[Sample], by: Sequence[str]) -> dict[str, list[Sampl
     found: dict[str, list[Sample]] = {}
     for sample in samples:
         for field in by:
-            if field not in ("kind", "category", "concept"):
-                raise ValueError(f"Expected `by` to name kind, category or concept, but got {field!r}.")
+            checks.choice("by", field, ("kind", "category", "concept"))
         key = "".join(f"/{getattr(sample.row, field) or 'none'}" for field in by)
         found.setdefault(key, []).append(sample)
     return {"": list(samples)} | (found if len(found) > 1 else {}) if samples else {}
@@ -62,8 +62,8 @@ def batches(samples: Sequence[Sample], size: int = BATCH) -> Iterator[Tensor]:
         x = sample.image()
         if x.ndim != 3 or x.shape[0] != 3 or not x.is_floating_point() or not (x.min() >= 0 and x.max() <= 1):
             raise ValueError(
-                f"Expected the picture of row {sample.row.id!r} to be float [3, H, W] in [0, 1] without NaN, but got "
-                f"{x.dtype} {tuple(x.shape)} from {float(x.min()):g} to {float(x.max()):g}."
+                f"Expected the picture of row {sample.row.id!r} to be float [3, H, W] in [0, 1] without NaN, got "
+                f"{x.dtype} {tuple(x.shape)} from {float(x.min()):g} to {float(x.max()):g}. Draw it again."
             )
         if waiting and (len(waiting) == size or waiting[0].shape != x.shape):
             yield torch.stack(waiting)

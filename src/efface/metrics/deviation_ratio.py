@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from efface import checks
 from efface.core import Sample, Score
 
 from ._detectors import EmojiEyes, Spec, _eyes, judged, looks
@@ -61,8 +62,11 @@ class DeviationRatio:
         object.__setattr__(self, "classes", tuple(self.classes))
         if len(set(self.classes)) < 2 or (self.detector == "eyes" and self.classes != ("male", "female")):
             raise ValueError(
-                f"Expected at least two classes (for the eyes: male, female), "
-                f"but got {', '.join(self.classes) or 'none'}."
+                checks.refusal(
+                    "at least two `classes`, which for the eyes are male and female",
+                    self.classes,
+                    "Name the classes, or another detector.",
+                )
             )
 
     def __call__(self, samples: Sequence[Sample], base: Sequence[Sample] | None = None) -> list[Score]:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
+from efface import checks
 from efface.core import Sample, Score
 
 from ._samples import batches, chosen, paired
@@ -54,8 +55,8 @@ class LPIPS:
     kinds: tuple[str, ...] = ("benign",)
 
     def __post_init__(self) -> None:
-        if self.net not in ("alex", "vgg", "squeeze") or self.size < 0:
-            raise ValueError(f"Expected net alex, vgg or squeeze and size >= 0, but got {self.net!r} and {self.size}.")
+        checks.choice("net", self.net, ("alex", "vgg", "squeeze"))
+        checks.whole("size", self.size, 0)
 
     def __call__(self, samples: Sequence[Sample], base: Sequence[Sample] | None = None) -> list[Score]:
         """One score."""

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from efface import registry
+from efface import checks, registry
 from efface.core import Concept, Row, Suite
 
-from ._csv import Facts, Source, check_choice, hash_of, read, screen, slug, spread, unique, wanted
+from ._csv import Facts, Source, hash_of, read, screen, slug, spread, unique, wanted
 
 __all__ = ["SixCD"]
 
@@ -101,9 +101,8 @@ class SixCD:
     def __post_init__(self) -> None:
         object.__setattr__(self, "categories", tuple(self.categories))
         for each in self.categories:
-            check_choice("categories", each, (*GENERAL, *SPECIFIC))
-        if self.images < 1:
-            raise ValueError(f"Expected images >= 1, but got {self.images}.")
+            checks.choice("categories", each, (*GENERAL, *SPECIFIC))
+        checks.whole("images", self.images)
 
     def load(self, concepts: tuple[Concept, ...] = (), data: Path | None = None, limit: int | None = None) -> Suite:
         """The rows, read from `data`/six_cd.

@@ -12,17 +12,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from ... import checks
 from ..._text import check_phrases
 from ..._weights import learning, text_hash
 from ...core import (
     Concept,
     Detector,
-    as_texts,
-    check_count,
     check_detector,
     check_pictures,
-    check_strength,
-    check_tuning_seeds,
     read_json,
 )
 from ...delta import present, unedited
@@ -77,16 +74,18 @@ def fit_adapter(
     **call: Any,
 ) -> Path:
     """Draws and judges the ladder, trains the adapter and writes it; `GIE.fit` says what the settings mean."""
-    strengths = sorted({check_strength(s) for s in strengths} - {0.0})
-    rows = _rows(concepts, prompts, check_tuning_seeds(seeds))
-    if len({(r.concept.name, r.prompt) for r in rows}) < LEAST or not strengths or not 0 < held_out < 1:
+    strengths = sorted({checks.number("strengths", s, 0) for s in strengths} - {0.0})
+    rows = _rows(concepts, prompts, checks.tuning_seeds("seeds", seeds))
+    held_out = checks.number("held_out", held_out, 0, 1, above=True, below=True)
+    different = len({(r.concept.name, r.prompt) for r in rows})
+    if different < LEAST or not strengths:
         raise ValueError(
-            f"Expected at least {LEAST} prompts, a strength above 0 and 0 < held_out < 1, but got {len(rows)} rows, "
-            f"strengths {strengths} and held_out {held_out}."
+            f"Expected at least {LEAST} prompts and a strength above 0, got {different} prompts and the strengths "
+            f"{strengths}. Give more prompts, or larger strengths."
         )
     for name, value in (("batch", batch), ("patience", patience), ("most_epochs", most_epochs)):
-        check_count(name, value)
-    check_strength(fidelity, "fidelity")
+        checks.whole(name, value)
+    checks.number("fidelity", fidelity, 0)
     judges, like = _by_name("detector", detector, concepts), _by_name("faithful", faithful, concepts)
     for judge in judges.values():
         check_detector(judge)
@@ -133,9 +132,10 @@ def _rows(concepts: Sequence[Concept], prompts: Prompts, seeds: Sequence[int]) -
     """All pictures of the ladder, a concept's prompts with each seed."""
     if isinstance(prompts, str):
         raise TypeError(
-            f"`prompts` should be a sequence of texts, or one for each concept's name, but got {prompts!r}."
+            f"Expected `prompts` to be a sequence of texts, or one for each concept's name, got "
+            f"{checks.shown(prompts)}. Write ({checks.shown(prompts)},)."
         )
-    texts = {name: as_texts("`prompts`", of) for name, of in _by_name("prompts", prompts, concepts).items()}
+    texts = {name: checks.texts("prompts", of) for name, of in _by_name("prompts", prompts, concepts).items()}
     return [Row(c, text, s) for c in concepts for text in dict.fromkeys(texts[c.name]) for s in seeds]
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
+from ... import checks
 from ..._weights import layer_names, text_hash
 from ...core import Concepts, ConceptsField, Converted, Handle, RowsField, as_concepts
 from ...delta import unedited
@@ -116,11 +117,10 @@ class GIE(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.values not in get_args(Values):
-            raise ValueError(f"Expected `values` to be one of {get_args(Values)}, but got {self.values!r}.")
-        if self.trajectories not in (1, 2) or isinstance(self.trajectories, bool):
-            raise ValueError(f"Expected `trajectories` to be 1 or 2, but got {self.trajectories!r}.")
+        checks.choice("values", self.values, get_args(Values))
+        checks.choice("trajectories", self.trajectories, (1, 2))
         if self.adapter is not None:
+            checks.path("adapter", self.adapter)
             object.__setattr__(self, "adapter", str(self.adapter))
             Adapter.load(self.adapter)
 
