@@ -55,6 +55,7 @@ class Training:
         weight_decay: of AdamW, towards zero.
         clip: largest norm of a gradient; 0 does not clip.
         precision: "float32", "bfloat16" (autocast, trained tensors in float32), or "auto" by the pipeline's own.
+        biases: whether biases and the scales of norms train too. A delta that changes them has no LoRA.
     """
 
     off: ClassVar[Mapping[str, Any] | None] = {"steps": 0}
@@ -73,6 +74,7 @@ class Training:
     weight_decay: float = 0.0
     clip: float = 0.0
     precision: Precision = "auto"
+    biases: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in (("train", get_args(Train)), ("precision", get_args(Precision))):
@@ -85,6 +87,8 @@ class Training:
                 check_integer(name, getattr(self, name), least)
         for name in ("guidance", "weight_decay", "clip"):
             check_number(name, getattr(self, name))
+        if type(self.biases) is not bool:
+            raise ValueError(f"Expected `biases` to be True or False, but got {self.biases!r}. Give one of the two.")
         if self.lr is not None and not check_number("lr", self.lr) > 0:
             raise ValueError(f"Expected `lr` to be above 0, but got {self.lr!r}.")
         if self.guidance < 1:
@@ -103,7 +107,7 @@ class Training:
 
     def denoiser(self, pipe: DiffusionPipeline, texts: Sequence[str]) -> Denoiser:
         """The pipeline's denoiser, for a fit with these settings, which have no None left."""
-        return Denoiser(pipe, texts, self.train, self.sampler_steps or 1, self.precision)
+        return Denoiser(pipe, texts, self.train, self.sampler_steps or 1, self.precision, self.biases)
 
 
 def check_integer(name: str, value: Any, least: int) -> None:
@@ -186,9 +190,11 @@ class State:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is not a checkpoint of a fit ({error}): move it away.") from error
-        theirs, ours = json.loads(header.get("fit", "{}")), json.loads(json.dumps(identity))
-        if theirs != ours:
-            other = [key for key in ours if theirs.get(key) != ours[key]]
+        ours, written = json.loads(json.dumps(identity)), json.loads(header.get("fit", "{}"))
+        same = {f"student/{name}" for name in self.student} == {name for name in tensors if name[:8] == "student/"}
+        theirs = EARLIER | {"biases": ours.get("biases") if same else True} | written
+        other = [key for key in ours | written if key not in ours or theirs.get(key) != ours[key]]
+        if other:
             raise ValueError(
                 f"{path} is the checkpoint of another fit (different: {', '.join(other)}): move it away, or run "
                 "the command that began it."
@@ -207,6 +213,8 @@ class State:
 
 
 ADAM = ("step", "exp_avg", "exp_avg_sq")
+EARLIER = {"drawn_by": "student", "search_guidance": 1.0}
+"""What a fit did whose checkpoint is older than the field."""
 
 
 # ---------------------------------------------------------------- the detector
