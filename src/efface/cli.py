@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from torch import Tensor
 
-    from .core import Concept, Metric
+    from .core import Concept
+    from .records import Metric
     from .runs import Run
 
 app = typer.Typer(
@@ -862,7 +863,7 @@ def score(
         from . import runs
 
         found = runs.Run.open(run)
-        configs = [{"method": name} for name in metric or []] or found.record["metrics"]
+        configs = [{"method": name} for name in metric or []] or runs.recorded(found, _fields(set_ or []))
         metrics = _judges(configs, set_ or [])
     with _job() as tell:
         runs.score(found, metrics, progress=tell)

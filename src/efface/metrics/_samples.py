@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from efface.core import Row, Sample
+from efface.records import Row, Sample
 
 BATCH = 64
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from efface.core import Sample, Score
+from efface.records import Sample, Score
 
 from ._detectors import EmojiEyes, Spec, _eyes, judged, looks
 from ._samples import batches, chosen, groups

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from efface.core import Sample, Score
+from efface.records import Sample, Score
 
 from ._detectors import Spec, judged, judges_anything_unsafe
 from ._samples import groups

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from efface.core import Sample, Score
+from efface.records import Sample, Score
 
 from ._samples import batches, chosen, paired
 from ._stats import mean
