@@ -10,9 +10,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .. import __version__
+from .. import __version__, files
 from .factors import Change, Factors, dense, truncate
-from .file import write
 
 Layout = Literal["diffusers", "kohya"]
 
@@ -60,7 +59,7 @@ def export(
     header = {"format": "pt", "software": f"efface {__version__}", "method": method}
     if layout == "diffusers":
         header["lora_adapter_metadata"] = json.dumps(_peft(ranks), sort_keys=True)
-    write(tensors, Path(path), header)
+    files.write_tensors(Path(path), tensors, header)
     return (lost / whole) ** 0.5 if whole else 0.0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -104,13 +103,12 @@ def preprocessed(images: Tensor, folder: Path) -> Tensor:
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: it says how pictures are prepared for this classifier.")
-    try:
-        facts = json.loads(path.read_text("utf-8"))
-        size = facts["size"]
-        size = {"height": size, "width": size} if isinstance(size, int) else size
-        crop = facts.get("crop_size") if facts.get("do_center_crop") else None
-        crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
-        x = resized(images, size, crop)
-        return normalised(x, facts["image_mean"], facts["image_std"]) if facts.get("do_normalize", True) else x
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not understood ({type(error).__name__}: {error}).") from error
+    from efface import schema
+
+    facts = schema.read(path, schema.Preprocessor, "Save the classifier again, with its image processor.")
+    size = facts["size"]
+    size = {"height": size, "width": size} if isinstance(size, int) else size
+    crop = facts.get("crop_size") if facts.get("do_center_crop") else None
+    crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+    x = resized(images, size, crop)
+    return normalised(x, facts["image_mean"], facts["image_std"]) if facts.get("do_normalize", True) else x
