@@ -45,18 +45,19 @@ def load(path: str | Path, make: Callable[..., T]) -> T:
     from .. import schema
 
     path = Path(path)
-    if not path.exists():
+    if not files.there(path):
         raise FileNotFoundError(f"There is no delta {path}: make one with `efface fit`.")
     metadata, tensors = files.read_tensors(path, ANEW)
-    header = files.json_of(metadata.get(HEADER, "null"), f"the header of {path}", ANEW, nan=True)
-    if not isinstance(header, dict):
+    said = metadata.get(HEADER, "")
+    if not said.startswith("{"):
         raise ValueError(
-            f"{path} is a safetensors file, but not a delta of Efface: its header has no {HEADER!r} entry. Load a LoRA "
-            "with pipe.load_lora_weights."
+            f"{path} is a safetensors file, but not a delta of Efface: its header has no {HEADER!r} entry of one. "
+            "Load a LoRA with pipe.load_lora_weights."
         )
+    header = files.json_of(said, f"the header of {path}", ANEW, nan=True)
     if header.get("format") != FORMAT:
         found = files.shown(repr(header.get("format")))
-        raise ValueError(f"{path} has format {found}, but this version reads {FORMAT}: update Efface.")
+        raise ValueError(f"{path} has format {found}, but this version reads {FORMAT}. Update Efface.")
     schema.check(header, schema.DeltaHeader, path, ANEW)
     del header["format"]
     if strange := [name for name, t in tensors.items() if str(t.dtype).removeprefix("torch.") not in DTYPES]:

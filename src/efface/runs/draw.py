@@ -178,7 +178,9 @@ def _fill(
 ) -> dict[str, Any]:
     from .. import schema
 
-    schema.check(files.as_json(record), schema.RunFile, "the record of this run", "Shorten the suite, or mend its texts.")
+    schema.check(
+        files.as_json(record), schema.RunFile, "the record of this run", "Shorten the suite, or mend its texts."
+    )
     earlier = _agree(folder, record)
     size, total = record["batch"], len(rows)
     with disk(folder, 0 if earlier is None else None, total):
@@ -265,7 +267,7 @@ def several(eraser: Any) -> tuple[Eraser, ...]:
 
 def _agree(folder: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
     """The record of an earlier process, or None; ValueError if it is one of another run."""
-    if not (folder / RUN).exists():
+    if not files.there(folder / RUN):
         return None
     earlier = Run.open(folder).record
     now = {key: record[key] for key in DECIDES}

@@ -38,7 +38,7 @@ def claim(path: Path) -> Path:
 def lines(folder: Path) -> list[bytes]:
     """The lines of samples.jsonl; the last one may be torn."""
     path = files.inside(folder, SAMPLES)
-    return files.read(path, LINES).splitlines(keepends=True) if path.exists() else []
+    return files.read(path, LINES).splitlines(keepends=True) if files.there(path) else []
 
 
 def kept(folder: Path, total: int, size: int) -> dict[int, tuple[bytes, dict[str, Any]]]:

@@ -76,8 +76,8 @@ def recorded(run: Run, given: Collection[str] = ()) -> list[dict[str, Any]]:
                 continue
             if place := _place(value, native and field in LABELS):
                 raise ValueError(
-                    f"{run.folder / RUN} has `{name}.{field}` name {shown(repr(place))}, which may be a file or a model "
-                    f"of a hub. If you trust it, set it yourself: `efface score {run.folder} --set "
+                    f"{run.folder / RUN} has `{name}.{field}` name {shown(repr(place))}, which may be a file or a "
+                    f"model of a hub. If you trust it, set it yourself: `efface score {run.folder} --set "
                     f"{name}.{field}=VALUE`."
                 )
     return configs

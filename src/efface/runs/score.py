@@ -29,8 +29,8 @@ def score(
 
     Raises:
         FileNotFoundError: no run in the folder, or its base is gone.
-        ValueError: the run is not complete, a file of it is damaged or not what it says by SHA-256, its metrics name files
-            or models of a hub, or there is nothing to measure.
+        ValueError: the run is not complete, a file of it is damaged or not what it says by SHA-256, its metrics name
+            files or models of a hub, or there is nothing to measure.
 
     Returns:
         The scores of the run.

@@ -123,7 +123,8 @@ def verify(
     Example:
         >>> import tempfile
         >>> import efface
-        >>> suite = efface.Suite("cats", "1", (efface.Row("cat-0", "a cat", 1_000_000),), call={"num_inference_steps": 1})
+        >>> cat = efface.Row("cat-0", "a cat", 1_000_000)
+        >>> suite = efface.Suite("cats", "1", (cat,), call={"num_inference_steps": 1})
         >>> run = efface.run(suite, "emoji", eraser=efface.EIUP("cat"), out=tempfile.mkdtemp() + "/cats")
         >>> print(efface.verify(run))
         2 of 2 pictures are the same to the bit.
@@ -161,8 +162,8 @@ def _model(run: Run, model: str | Path | DiffusionPipeline | None) -> DiffusionP
     recorded = run.record["model"]
     if model is None and recorded["name"] not in EMBEDDED:
         raise ValueError(
-            f"{run.folder / RUN} names the model {files.shown(repr(recorded['name']))}, which does not come with Efface. If "
-            "you trust it, give it as `model=`."
+            f"{run.folder / RUN} names the model {files.shown(repr(recorded['name']))}, which does not come with Efface. "
+            "If you trust it, give it as `model=`."
         )
     model = recorded["name"] if model is None else model
     pipe = api.load(model) if isinstance(model, (str, Path)) else model

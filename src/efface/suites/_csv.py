@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from efface.core import Concept
-from efface.files import check_ordinary, read_text
+from efface.files import check_ordinary, read_text, shown, there
 from efface.records import MAX_SEED, Row
 
 T = TypeVar("T")
@@ -59,7 +59,7 @@ class Source:
                 f"{self.folder}/ as `data` (--data FOLDER). {where}"
             )
         path = Path(data) / self.folder / name
-        if not path.exists():
+        if not there(path):
             raise FileNotFoundError(f"{path} is missing. {where}")
         check_ordinary(path)
         return path
@@ -142,8 +142,8 @@ def _lines(path: Path, reader: Any, columns: Sequence[str]) -> Iterator[Line]:
         missing = [c for c in columns if c not in header]
         if missing:
             raise ValueError(
-                f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}: "
-                f"its header has {', '.join(header) or 'nothing'}."
+                f"{path} lacks the column{'s' * (len(missing) > 1)} {shown(', '.join(missing))}. "
+                f"Its header has {shown(', '.join(header)) or 'nothing'}."
             )
         start = reader.line_num + 1
         for record in reader:
