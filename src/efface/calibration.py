@@ -235,7 +235,7 @@ def calibrate(
 
     def judged(strength: float) -> dict[str, list[list[int]]]:
         path = None if folder is None else folder / f"{f'strength-{strength:g}' if strength else 'plain'}.json"
-        if path is not None and path.exists():
+        if path is not None and files.there(path):
             return _judgements(path, n, ("left", "kept") if strength else ("left",))
         found = {"left": _rows(detector(pictures(strength, 0)))}
         if strength:
@@ -346,7 +346,7 @@ def _same_setting(folder: Path, setting: dict[str, Any]) -> None:
     path, cure = folder / "setting.json", f"Name a new folder, or delete {folder}."
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"Expected `out` to be a folder, but {folder} is a file: name another one.")
-    if path.exists():
+    if files.there(path):
         found = schema.read(files.inside(folder, path.name), schema.Setting, cure)
         wanted = {"format": FORMAT, **setting}
         files.check_same({"format": FORMAT, **found}, wanted, f"{folder} holds another calibration", cure)

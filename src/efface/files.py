@@ -209,6 +209,11 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
+def there(path: Path) -> bool:
+    """Whether there is anything of this name, also a link to nothing."""
+    return os.path.lexists(path)
+
+
 def check_ordinary(path: Path, most: int = TEXT) -> None:
     """Raises unless a path is a file of at most `most` bytes.
 
@@ -245,9 +250,14 @@ def read(path: Path, most: int = TEXT) -> bytes:
         FileNotFoundError: there is none.
         ValueError: a folder, a pipe or a device, or a file of more than `most` bytes.
     """
-    with _opened(path), os.fdopen(os.open(path, os.O_RDONLY | NO_WAIT), "rb") as file:
-        _check(os.fstat(file.fileno()), path, most)
-        return file.read(most)
+    with _opened(path):
+        handle = os.open(path, os.O_RDONLY | NO_WAIT)
+    try:
+        _check(os.fstat(handle), path, most)
+        with os.fdopen(handle, "rb", closefd=False) as file:
+            return file.read(most)
+    finally:
+        os.close(handle)
 
 
 def read_text(path: Path, most: int = TEXT) -> str:

@@ -45,7 +45,7 @@ def load(path: str | Path, make: Callable[..., T]) -> T:
     from .. import schema
 
     path = Path(path)
-    if not path.exists():
+    if not files.there(path):
         raise FileNotFoundError(f"There is no delta {path}: make one with `efface fit`.")
     metadata, tensors = files.read_tensors(path, ANEW)
     text = metadata.get(HEADER, "")
@@ -57,7 +57,7 @@ def load(path: str | Path, make: Callable[..., T]) -> T:
     header = files.json_of(text, f"the header of {path}", ANEW, nan=True)
     if header.get("format") != FORMAT:
         found = files.shown(repr(header.get("format")))
-        raise ValueError(f"{path} has format {found}, but this version reads {FORMAT}: update Efface.")
+        raise ValueError(f"{path} has format {found}, but this version reads {FORMAT}. Update Efface.")
     schema.check(header, schema.DeltaHeader, path, ANEW)
     del header["format"]
     if strange := [name for name, t in tensors.items() if str(t.dtype).removeprefix("torch.") not in DTYPES]:

@@ -159,7 +159,7 @@ class Calibration:
         key: str = "",
     ) -> list[str]:
         """The prompts of the fittest; kept in the file `path`, and read from there if it was written for `key`."""
-        if path and path.exists():
+        if path and files.there(path):
             from .. import schema
 
             kept = schema.read(path, schema.Prompts, "Delete it, and the search begins anew.")

@@ -205,7 +205,7 @@ def _stored(store: str) -> dict[str, list[Any]]:
     from efface import schema
 
     found: dict[str, list[Any]] = {}
-    if not store or not Path(store).exists():
+    if not store or not files.there(Path(store)):
         return found
     lines = files.read_text(Path(store)).splitlines()
     for number, line in enumerate(lines, 1):

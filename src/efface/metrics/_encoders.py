@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from efface.files import there
+
 CLIP_LARGE = "openai/clip-vit-large-patch14"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's own
 
@@ -101,7 +103,7 @@ def preprocessed(images: Tensor, folder: Path) -> Tensor:
         FileNotFoundError, ValueError: no such file, or not of that form.
     """
     path = folder / "preprocessor_config.json"
-    if not path.is_file():
+    if not there(path):
         raise FileNotFoundError(f"{path} is missing: it says how pictures are prepared for this classifier.")
     from efface import schema
 

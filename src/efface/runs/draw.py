@@ -267,7 +267,7 @@ def several(eraser: Any) -> tuple[Eraser, ...]:
 
 def _agree(folder: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
     """The record of an earlier process, or None; ValueError if it is one of another run."""
-    if not (folder / RUN).exists():
+    if not files.there(folder / RUN):
         return None
     earlier = Run.open(folder).record
     now = {key: record[key] for key in DECIDES}

@@ -64,11 +64,11 @@ class Run:
         from .. import schema
 
         path = files.inside(Path(folder), RUN)
-        if not path.exists():
+        if not files.there(path):
             raise FileNotFoundError(f"{folder} is not a run folder: it has no {RUN}. `efface bench` makes one.")
         record = files.read_json(path, RESTORE)
         if not isinstance(record, dict) or record.get("format") != FORMAT:
-            raise ValueError(f"{path} is not a record of format {FORMAT}: run it again with this version of Efface.")
+            raise ValueError(f"{path} is not a record of format {FORMAT}. Run it again with this version of Efface.")
         return cls(Path(folder), schema.check(record, schema.RunFile, path, RESTORE))
 
     @property
@@ -164,7 +164,7 @@ class Run:
         from .. import schema
 
         path = files.inside(self.folder, name)
-        if not path.exists():
+        if not files.there(path):
             raise FileNotFoundError(f"{self.folder} has no {what} yet: `efface score {self.folder}` makes {them}.")
         found: dict[str, Any] = schema.read(path, form, f"`efface score {self.folder}` makes it anew.")
         return found

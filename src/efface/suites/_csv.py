@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from efface import checks
 from efface.core import Concept
-from efface.files import check_ordinary, read_text
+from efface.files import check_ordinary, read_text, shown, there
 from efface.records import Row
 
 T = TypeVar("T")
@@ -60,7 +60,7 @@ class Source:
                 f"{self.folder}/ as `data` (--data FOLDER). {where}"
             )
         path = Path(data) / self.folder / name
-        if not path.exists():
+        if not there(path):
             raise FileNotFoundError(f"{path} is missing. {where}")
         check_ordinary(path)
         return path
@@ -143,8 +143,8 @@ def _lines(path: Path, reader: Any, columns: Sequence[str]) -> Iterator[Line]:
         missing = [c for c in columns if c not in header]
         if missing:
             raise ValueError(
-                f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}: "
-                f"its header has {', '.join(header) or 'nothing'}."
+                f"{path} lacks the column{'s' * (len(missing) > 1)} {shown(', '.join(missing))}. "
+                f"Its header has {shown(', '.join(header)) or 'nothing'}."
             )
         start = reader.line_num + 1
         for record in reader:

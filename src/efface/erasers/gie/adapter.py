@@ -88,12 +88,13 @@ class Adapter:
             ValueError: not an adapter, or a damaged one.
         """
         name, path = str(path), SHIPPED.get(str(path), Path(path))
-        if not path.is_file():
+        if not files.there(path):
             if name in SHIPPED:
                 raise FileNotFoundError(f"{path} is missing: install efface again.")
             raise FileNotFoundError(
                 f"There is no adapter {path}. Make one with GIE.fit, or name a shipped one ({', '.join(SHIPPED)})."
             )
+        files.check_ordinary(path, files.TENSORS)
         return _read(str(path), path.stat().st_mtime_ns)
 
 

@@ -174,7 +174,7 @@ class Ladder:
     def __init__(self, path: Path, setting: dict[str, Any]) -> None:
         self.path = path
         self.content: dict[str, Any] = {"setting": files.as_json(setting), "layers": [], "judged": {}}
-        if path.exists():
+        if files.there(path):
             from ... import schema
 
             cure = "Delete it, and the same call draws the ladder again."
