@@ -46,9 +46,10 @@ class SAFREE(Method):
     Differs: by default the filter is off and triggers are edited from the first step to the last; `SAFREE.paper()` has
     it. Its k and t0 were found for the text encoder of SD 1.4; on `emoji` they let the concept pass. Latent
     re-attention, the paper's third part, is left out (in the authors' released script it never runs). Their published
-    runs have the phrases as negative prompt besides: stack `NegativePrompt` for that. Steps are fractions of the
-    trajectory: with t' > 0 the filter acts until (t' + 1) / 50, which is their steps 0 to t'; with t' = 0 the prompt is
-    untouched, where theirs edits the first step. A prompt of one token has no others to compare with: it is a trigger
+    runs have the phrases as negative prompt besides: stack `NegativePrompt` for that. Steps are fractions of the call's
+    steps: with t' > 0 the filter acts until (t' + 1) / 50, which is their steps 0 to t'; with t' = 0 the prompt is
+    untouched, where theirs edits the first step. Schedulers that call the denoiser twice in a step (PNDM, Heun, DPM2)
+    do not shorten it. A prompt of one token has no others to compare with: it is a trigger
     if d_1 >= (1 + alpha) |(I - P_C) pool(prompt)|, where theirs always is. pool is the state at CLIP's end token, as
     the denoiser sees it; the mean over tokens where the encoder is not causal (`emoji`; T5 in PixArt, SD 3 and FLUX). A
     token is masked by the tokenizer's mask token, or else by "!" (CLIP, T5), as in their code. SDXL, SD 3: each encoder
@@ -56,8 +57,7 @@ class SAFREE(Method):
     text is that of the prompt with its triggers masked (SDXL: only the second adds). FLUX: of CLIP only the pooled text
     is read, so the triggers masked in it come from the pooled texts themselves; beta is T5's. SD 3 and FLUX read the
     padding behind a text, which has seen all of it, and CogView4 the padding in front, which has seen nothing of it:
-    both stay as they are. CogView4 has no end token, so the last token takes its place. The schedulers of SD 3 and FLUX
-    shift the times, so that a fraction of the trajectory holds more steps. ControlNet reads the prompt as it is.
+    both stay as they are. CogView4 has no end token, so the last token takes its place. ControlNet reads the prompt as it is.
     Projectors come from an SVD.
 
     It reads words: a prompt that only hints at the concept is beyond it. Some token is always above the mean, so
@@ -94,6 +94,7 @@ class SAFREE(Method):
     off: ClassVar[dict[str, Any] | None] = {"strength": 0.0}
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"SD 1.x/2.x": {}}  # the paper's settings
     touches_uncond: ClassVar[bool] = False
+    counts_steps: ClassVar[bool] = True
 
     concepts: ConceptsField = Converted(())
     strength: float = 1.0
@@ -124,7 +125,7 @@ class SAFREE(Method):
         return cls(concepts, **{"validation": (3.5, 5.5), **fields})
 
     def until(self, beta: float) -> float:
-        """The fraction of the trajectory in which the prompt is edited."""
+        """The fraction of the steps in which the prompt is edited."""
         if self.validation is None:
             return math.inf
         k, t0 = self.validation
