@@ -116,11 +116,12 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show what there is: methods, concepts, suites, metrics, models, families."""
-    from .core import shipped_concepts
+    from .core import concept_sources, shipped_concepts
     from .families import FAMILIES, about
 
     with _bad_input():
         concepts = {name: ", ".join(c.phrases) for name, c in shipped_concepts().items()}
+        concepts |= {name: f"{concepts[name]} (source: {source})" for name, source in concept_sources().items()}
     tables: dict[str, dict[str, str]] = {
         "methods": registry.methods(),
         "concepts": concepts,
