@@ -190,7 +190,7 @@ def test_the_pipelines_of_other_families_are_checked(family: str) -> None:
     named = dict(getattr(pipe, prefix).named_parameters())
     path = next(n for n in named if n.endswith((".attn2.to_v.weight", ".add_v_proj.weight")))
     tensor = named[path]
-    handle = Delta({f"{prefix}.{path}": 0.5 * torch.randn(tensor.shape)}, method="test").apply(pipe)
+    handle = Delta.fitted(UCE(), pipe, {f"{prefix}.{path}": 0.5 * torch.randn(tensor.shape)}, CAT).apply(pipe)
     assert change(latents(pipe), plain) > 1e-3
     own = tensor.data.clone()
     tensor.data.add_(0.01)
