@@ -20,7 +20,7 @@ from efface._text import encode
 from efface._weights import keys_values
 from efface.delta import Delta, Factors, dense
 from efface.editors._closed_form import Texts, anchors_of, residual, step
-from efface.editors.rece import derive, sum_of_squares
+from efface.editors.rece import derive, sum_of_products
 
 DOG = Concept("cat", anchor="dog", keep=("moon", "a big pub"))
 TAIL = 1  # where a one-word text has its last token
@@ -33,6 +33,10 @@ def rows(texts: Sequence[str]) -> Tensor:
 
 def originals() -> dict[str, Tensor]:
     return {n: w.detach().double() for n, w in keys_values(tiny.untouched("sd1")).items()}
+
+
+def squares(weights: Sequence[Tensor]) -> Tensor:
+    return sum_of_products(weights, weights)
 
 
 def edited(delta: Delta) -> dict[str, Tensor]:
@@ -228,7 +232,7 @@ def after_uce() -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
 
 def test_the_derived_embedding_is_the_minimum_over_all_layers() -> None:
     left, right, concept, now = after_uce()
-    s, old = sum_of_squares(list(originals().values())), originals()
+    s, old = squares(list(originals().values())), originals()
     for mu in (1e-3, 0.1):
         x = derive(s, left, right, concept, mu).requires_grad_()
         start = concept.clone().requires_grad_()
@@ -241,14 +245,14 @@ def test_the_derived_embedding_is_the_minimum_over_all_layers() -> None:
 
 def test_an_unedited_model_has_nothing_to_recover() -> None:
     left, right, concept, _ = after_uce()
-    s = sum_of_squares(list(originals().values()))
+    s = squares(list(originals().values()))
     gaps = [change(derive(s, 0 * left, right, concept, mu), concept) for mu in (1.0, 1e-3, 1e-9)]
     assert gaps == sorted(gaps, reverse=True) and gaps[-1] < 1e-6
 
 
 def test_it_recovers_what_uce_erased_the_more_the_smaller_mu() -> None:
     left, right, concept, now = after_uce()
-    old, s = originals(), sum_of_squares(list(originals().values()))
+    old, s = originals(), squares(list(originals().values()))
     made = [derive(s, left, right, concept, mu) for mu in (10.0, 0.1, 1e-3, 1e-6)]
 
     def gap(x: Tensor) -> float:
@@ -259,9 +263,10 @@ def test_it_recovers_what_uce_erased_the_more_the_smaller_mu() -> None:
     assert sizes == sorted(sizes)
 
 
-def literal_rece(editor: RECE) -> dict[str, Tensor]:
-    """Sums over layers and explicit inverses; `DOG`."""
-    now, old = literal_uce(UCE(preserve_scale=editor.preserve_scale, lam=editor.lam), originals()), originals()
+def literal_rece(editor: RECE, now: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Sums over layers and explicit inverses; `DOG`. `now`: what UCE has edited before."""
+    own, old = UCE(preserve_scale=editor.preserve_scale, lam=editor.lam), originals()
+    now = literal_uce(own, originals()) if now is None else now
     concept, anchor, *kept = rows(["cat", "dog", "", *DOG.keep])
     c, g, p = concept.T, anchor.T, torch.cat(kept).T
     eye = torch.eye(len(c), dtype=torch.float64)
@@ -281,14 +286,14 @@ def test_the_shared_form_is_the_literal_one(rounds: int, sd1: Any) -> None:
     editor = RECE(rounds=rounds).resolved(sd1)
     delta, want = editor.fit(sd1, DOG), literal_rece(editor)
     assert all(change(w, want[n]) < 1e-5 for n, w in edited(delta).items())
-    uce = edited(editor.uce(sd1).fit(sd1, DOG))
+    uce = edited(editor.front(sd1).fit(sd1, DOG))
     assert all(change(w, uce[n]) > 1e-3 for n, w in edited(delta).items())
     assert len(delta.info["rounds"]) == rounds and all(r["norm"] > 0.1 for r in delta.info["rounds"])
 
 
 def test_a_round_takes_the_derived_embedding_to_the_anchor() -> None:
     left, right, concept, now = after_uce()
-    x = derive(sum_of_squares(list(originals().values())), left, right, concept, 1e-3)
+    x = derive(squares(list(originals().values())), left, right, concept, 1e-3)
     anchor = rows(["dog"])[0]
     more = step(x, anchor, torch.zeros(len(left), len(left), dtype=torch.float64), 1.0, 0.1)
     for w in now.values():
@@ -298,7 +303,7 @@ def test_a_round_takes_the_derived_embedding_to_the_anchor() -> None:
 
 def test_no_rounds_are_uce_to_the_bit(sd1: Any) -> None:
     editor = RECE(rounds=0)
-    one, other = editor.fit(sd1, DOG), editor.uce(sd1).fit(sd1, DOG)
+    one, other = editor.fit(sd1, DOG), editor.front(sd1).fit(sd1, DOG)
     assert all(torch.equal(dense(w), dense(other.weights[n])) for n, w in one.weights.items())
 
 
@@ -344,3 +349,68 @@ def test_what_is_not_given_suits_the_family(sd1: Any) -> None:
 
 def test_anchors_come_from_the_concept() -> None:
     assert anchors_of([DOG]) == {"cat": "dog"}
+
+
+# ---------------------------------------------------------------- RECE from a UCE file
+
+
+def distance(a: Delta, b: Delta) -> float:
+    return max(change(dense(w), dense(b.weights[n])) for n, w in a.weights.items())
+
+
+@pytest.mark.parametrize("given", ["delta", "path", "text"])
+def test_rece_goes_on_from_a_uce_file(given: str, sd1: Any, tmp_path: Any) -> None:
+    """With the UCE that RECE would fit itself, it is RECE; with the published one, the rounds written out from there."""
+    path, own = tmp_path / "uce.safetensors", RECE(rounds=2).resolved(sd1)
+    for uce in (own.front(sd1), UCE(preserve_scale=1.0, lam=0.5)):
+        first = uce.fit(sd1, DOG)
+        first.save(path)
+        editor = replace(own, uce={"delta": first, "path": path, "text": str(path)}[given])
+        delta = editor.fit(sd1, DOG)
+        assert (distance(delta, own.fit(sd1, DOG)) < 1e-4) == (uce == own.front(sd1))
+        want = literal_rece(own, literal_uce(uce, originals()))
+        assert all(change(w, want[n]) < 1e-4 for n, w in edited(delta).items())
+        assert distance(delta, first) > 1e-2
+        assert delta.fields["uce"] == first.hash and delta.after == {} and len(delta.info["rounds"]) == 2
+    assert distance(replace(own, rounds=0, uce=first).fit(sd1, DOG), first) < 1e-6
+
+
+def test_rece_takes_a_uce_at_its_strength(sd1: Any) -> None:
+    first = UCE().fit(sd1, DOG)
+    made = [RECE(rounds=1, uce=uce).fit(sd1, DOG) for uce in (replace(first, strength=0.5), 0.5 * first)]
+    assert distance(*made) < 1e-5 < 1e-2 < distance(made[0], RECE(rounds=1, uce=first).fit(sd1, DOG))
+
+
+def test_a_uce_of_something_else_is_refused(sd1: Any, tmp_path: Any) -> None:
+    first = UCE().fit(sd1, DOG)
+    for concept, words in (
+        (Concept("dog", anchor="moon"), "has no 'dog', and what is to be erased now reads 'dog' as 'moon'"),
+        (CAT, "reads 'cat' as 'dog', and what is to be erased now reads 'cat' as ''"),
+        (Concept("pets", ("cat", "moon"), anchor="dog"), "has no 'moon', and what .* reads 'moon' as 'dog'"),
+    ):
+        with pytest.raises(ValueError, match=f"but it {words}") as refused:
+            RECE(uce=first).fit(sd1, concept)
+        assert "Give the same concepts, or fit another UCE." in str(refused.value)
+    other = tiny.pipeline()
+    next(iter(keys_values(other).values())).data.add_(0.1)
+    with pytest.raises(ValueError, match=r"was fitted on .* but this pipeline is .* weights differ"):
+        RECE(uce=first).fit(other, DOG)
+    with pytest.raises(ValueError, match=r"does not say which model"):
+        RECE(uce=replace(first, base={})).fit(sd1, DOG)
+    with first.apply(sd1):
+        on_top = UCE().fit(sd1, Concept("moon"))
+    attributes: Any = (("red", 0.5), ("big", -0.5))
+    for uce in (RECE().fit(sd1, DOG), on_top, UCE(mode="debias", attributes=attributes).fit(sd1, CAT), 2 * first + on_top):
+        with pytest.raises(ValueError, match="Expected `uce` to be an erasure that UCE fitted on the base model"):
+            RECE(uce=uce)
+    more = replace(first, weights={**first.weights, "unet.conv_in.weight": torch.zeros(16, 4, 3, 3)})
+    spread = Delta.fitted(UCE(), sd1, more.weights, DOG)
+    with pytest.raises(ValueError, match=r"keys and values of cross-attention only.*'unet.conv_in.weight'"):
+        RECE(uce=spread).fit(sd1, DOG)
+    with pytest.raises(ValueError, match="`tokens` or `uce`"):
+        RECE(uce=first, tokens="last")
+    with pytest.raises(TypeError, match="`uce` to be a delta or its file"):
+        RECE(uce=3)  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError, match="There is no delta"):
+        efface.api.editor("rece", uce=str(tmp_path / "absent.safetensors"))
+    assert RECE(uce=UCE(mode="moderate").fit(sd1, CAT), rounds=0).fit(sd1, CAT).method == "rece"
