@@ -378,6 +378,21 @@ def test_a_delta_that_does_not_know_its_model_changes_none(forget: Any, sd1: Any
     assert active(sd1) == [] and same(state(sd1), before)
 
 
+def test_a_sum_of_three_rounds_needs_none_of_them_under_it(sd1: Any) -> None:
+    """Each fitted on top of those before; scaled sums and other strengths still do."""
+    first = low(sd1)
+    with first.apply(sd1):
+        second = low(sd1, 1)
+        with second.apply(sd1):
+            third = low(sd1, 2)
+    assert len(third.after) == 2 and (first + second + third).after == {} == (first + (second + third)).after
+    assert ((first + second) * 2 + third).after == third.after
+    assert (replace(first, strength=0.5) + second).after == second.after
+    assert ((first + second) * 0.5 * 2 + third).after == {}
+    with (first + second + third).apply(sd1):
+        assert len(active(sd1)) == 1
+
+
 def test_no_change_counts_twice(sd1: Any, tmp_path: Path) -> None:
     """Alone, read from a file, at another strength, or in a sum; on a pipeline, merged, or added up."""
     before, a, b = state(sd1), low(sd1), low(sd1, 1)

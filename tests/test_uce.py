@@ -169,6 +169,88 @@ def test_balance_measures_corrects_and_stops(sd1: Any) -> None:
     assert shares[-1] == pytest.approx([0.5, 0.5], abs=0.05)
 
 
+def literal_debias(weights: dict[str, Tensor], shifts: Sequence[float]) -> dict[str, Tensor]:
+    """The published code of 2023, layer by layer: two phrases, two attributes, sizes of whole blocks of tokens."""
+    made = {}
+    blocks = {phrase: rows([phrase, "red", "big moon"])[:, :] for phrase in ("cat", "big cat")}
+    blank = rows([""])[0].T
+    for name, w in weights.items():
+        top, bottom = 0.5 * w, 0.5 * torch.eye(w.shape[1], dtype=torch.float64)
+        for phrase, (concept, *attributes) in blocks.items():
+            starts, far = (len(phrase.split()), 1, 2), 2
+            cut = [x[i : len(x) - (far - i)] for x, i in zip((concept, *attributes), starts, strict=True)]
+            c, value = cut[0], cut[0] @ w.T
+            for s, a in zip(shifts, cut[1:], strict=True):
+                out = a @ w.T
+                value = value + s * (c @ w.T).norm() * out / out.norm()
+            top, bottom = top + value.T @ c, bottom + c.T @ c
+        made[name] = (top + 0.1 * w @ blank @ blank.T) @ torch.linalg.inv(bottom + 0.1 * blank @ blank.T)
+    return made
+
+
+PETS = Concept("pet", ("cat", "big cat"))
+
+
+def test_debiasing_of_2023_is_the_published_one(sd1: Any) -> None:
+    """Its theorem: each layer's output goes to the concept's, plus the attributes' at the concept's own size."""
+    editor = UCE.debias_2023(["red", "big moon"])
+    assert (editor.mode, editor.shift, editor.tokens, editor.lam, editor.erase_scale) == (
+        "debias", "layer", "tail", 0.5, 1.0)  # fmt: skip
+    shifted = replace(editor, attributes=(("red", 0.3), ("big moon", -0.2)))
+    delta, want = shifted.fit(sd1, PETS), literal_debias(originals(), (0.3, -0.2))
+    assert all(change(w, want[n]) < 1e-5 for n, w in edited(delta).items())
+    assert all(change(w, originals()[n]) > 1e-2 for n, w in edited(delta).items())
+    token = replace(shifted, shift="token").fit(sd1, PETS)
+    assert all(change(w, edited(token)[n]) > 1e-3 for n, w in edited(delta).items())
+    exact = replace(shifted, lam=1e-9, preserve=(), tokens="last").fit(sd1, CAT)
+    cat, red, moon = rows(["cat", "red", "big moon"])[[0, 1, 2], [1, 1, 2]]
+    for name, new in edited(exact).items():
+        w = originals()[name]
+        parts = [s * (w @ cat).norm() * (w @ a) / (w @ a).norm() for s, a in ((0.3, red), (-0.2, moon))]
+        assert change(new @ cat, w @ cat + sum(parts)) < 1e-5
+    still = editor.fit(sd1, PETS)  # shifts of 0
+    assert not any(dense(w).any() for w in still.weights.values())
+
+
+def test_balance_of_2023_edits_what_it_has_edited(sd1: Any) -> None:
+    """Rounds compound on the weights, with a tenth of what is missing; the pipeline is left as found."""
+    editor, seen = UCE.debias_2023(["red", "big moon"]), []
+    planned = [[0.9, 0.1], [0.7, 0.3], [0.6, 0.4], [0.52, 0.48]]
+
+    def measure(pipe: Any) -> list[float]:
+        seen.append({n: w.detach().double().clone() for n, w in keys_values(pipe).items()})
+        return planned[len(seen) - 1]
+
+    before = originals()
+    delta = editor.balance(sd1, PETS, measure)
+    assert delta.info["shares"] == planned and len(seen) == 4
+    now = before
+    for shares, found in zip([None, *planned], seen, strict=False):
+        now = now if shares is None else literal_debias(now, [0.1 * (0.5 - share) for share in shares])
+        assert all(change(found[n], w) < 1e-5 for n, w in now.items())
+    assert all(change(w, now[n]) < 1e-5 for n, w in edited(delta).items())
+    assert all(torch.equal(w, before[n]) for n, w in originals().items())
+    assert (delta.method, delta.after, delta.fields["shift"]) == ("uce", {}, "layer")
+    assert dict(delta.fields["attributes"]) == pytest.approx({"red": -0.07, "big moon": 0.07})
+    with delta.apply(sd1):
+        assert latents(sd1).isfinite().all()
+
+
+def test_balance_says_what_does_not_fit(sd1: Any) -> None:
+    editor = UCE.debias_2023(["red", "big moon"])
+    with pytest.raises(ValueError, match="a share for each of 2 attributes, but got 3 measured and 2 wanted"):
+        editor.balance(sd1, CAT, lambda pipe: [0.3, 0.3, 0.4])
+    with pytest.raises(ValueError, match="but got 2 measured and 1 wanted"):
+        editor.balance(sd1, CAT, lambda pipe: [0.5, 0.5], wanted=[1.0])
+    with pytest.raises(ValueError, match="Expected mode 'debias' to balance, but got 'erase'"):
+        UCE().balance(sd1, CAT, lambda pipe: [])
+    with pytest.raises(ValueError, match="`shift`"):
+        UCE(shift="norm")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="`attributes` should be a sequence of texts"):
+        UCE.debias_2023("male, female")
+    assert efface.delta.active(sd1) == []
+
+
 def test_which_tokens_are_edited(sd1: Any) -> None:
     def edit(tokens: Any, text: str = "red cat", anchor: str = "dog") -> dict[str, Any]:
         return UCE(tokens=tokens).fit(sd1, Concept(text, anchor=anchor)).info

@@ -203,7 +203,10 @@ class Delta:
     def __mul__(self, by: float) -> Delta:
         if isinstance(by, bool) or not isinstance(by, (int, float)):
             return NotImplemented
-        return replace(self, weights={name: scaled(change, by) for name, change in self.weights.items()})
+        info = dict(self.info)
+        if "sum of" in info:
+            info["sum of"] = [{**part, "strength": by * part["strength"]} for part in info["sum of"]]
+        return replace(self, weights={name: scaled(change, by) for name, change in self.weights.items()}, info=info)
 
     __rmul__ = __mul__
 
@@ -240,7 +243,7 @@ class Delta:
             for name, change in delta.weights.items():
                 more = change if delta.strength == 1 else scaled(change, delta.strength)
                 weights[name] = added(weights[name], more) if name in weights else more
-        within = {self.hash: self.strength, other.hash: other.strength}
+        within = _within(self.config()) | _within(other.config())
         return Delta(
             weights,
             method=" + ".join(dict.fromkeys([self.method, other.method])),
@@ -340,9 +343,12 @@ class Delta:
         return export(path, self.weights, self.strength, layout, rank, dtype, self.method)
 
 
-def _within(config: Mapping[str, Any]) -> set[str]:
-    """The hashes of a delta and of all that it is a sum of, from what records store."""
-    return {config["hash"]}.union(*map(_within, config["info"].get("sum of", ())))
+def _within(config: Mapping[str, Any]) -> dict[str, float]:
+    """The hash of a delta and of all that it is a sum of, with their strengths, from what records store."""
+    found = {config["hash"]: config["strength"]}
+    for part in config["info"].get("sum of", ()):
+        found |= {name: config["strength"] * strength for name, strength in _within(part).items()}
+    return found
 
 
 def active(pipe: DiffusionPipeline) -> list[Delta]:
