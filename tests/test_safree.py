@@ -157,6 +157,45 @@ def by_hand(pipe: Any, prompt: str) -> tuple[Tensor, Tensor | None]:
     return torch.cat(parts, -1), pooled
 
 
+def test_the_authors_form_for_sdxl_edits_the_second_encoder_by_pooled_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: subspaces of projected pooled texts, applied to hidden states; all else stays, in every step."""
+    pipe, read = pipeline("sdxl"), []
+    reread = SAFREE.reread
+
+    def spy(self: SAFREE, *args: Any) -> Any:
+        read.append(reread(self, *args))
+        return read[-1]
+
+    monkeypatch.setattr(SAFREE, "reread", spy)
+    eraser = dataclasses.replace(SAFREE.official_sdxl(ALCOHOL), alpha=0.0)
+    with eraser.apply(pipe):
+        latents(pipe, PROMPTS, num_inference_steps=2)
+    plain, _, pooled, _ = pipe.encode_prompt(list(PROMPTS), device="cpu")
+    assert len(read) == 2 and all(torch.equal(one, other) for one, other in zip(*read, strict=True))
+    text, other = read[0]
+    assert torch.equal(other, pooled) and change(text, plain) > 1e-3
+    for k, prompt in enumerate(PROMPTS):
+        words = prompt.split()
+        without = [[*words[:i], "!", *words[i + 1 :]] for i in range(len(words))]
+        masked = torch.stack([states_of(pipe, some, "_2")[1].text_embeds[0].double() for some in (words, *without)])
+        phrases = [states_of(pipe, phrase.split(), "_2")[1].text_embeds[0].double() for phrase in ALCOHOL.phrases]
+        states = states_of(pipe, words, "_2")[0]
+        want, _, triggers = written_out(states, masked, torch.stack(phrases), 1, 0.0)
+        first = plain.shape[-1] - states.shape[-1]
+        assert any(triggers) and torch.equal(text[k, :, :first], plain[k, :, :first])
+        assert change(text[k, :, first:].double(), want) < 1e-4
+    encoders = dataclasses.replace(eraser, form="encoders")
+    assert change(drawn("sdxl", eraser), drawn("sdxl", encoders)) > 1e-4
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd3", "flux", "pixart"])
+def test_the_form_of_pooled_texts_is_refused_where_there_are_none(family: str) -> None:
+    with pytest.raises(ValueError, match="form 'pooled' needs a text encoder .* has none. Use form 'encoders'"):
+        SAFREE.official_sdxl(ALCOHOL).apply(pipeline(family))
+    with pytest.raises(ValueError, match="Expected `form`"):
+        SAFREE(ALCOHOL, form="sdxl")  # type: ignore[arg-type]
+
+
 def test_the_conditional_rows_read_the_filtered_prompt(pipe: Any, family: str) -> None:
     with ALWAYS.apply(pipe):
         call = calls(pipe, PROMPTS, num_images_per_prompt=2)[-1]

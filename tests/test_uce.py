@@ -442,7 +442,7 @@ def distance(a: Delta, b: Delta) -> float:
 
 @pytest.mark.parametrize("given", ["delta", "path", "text"])
 def test_rece_goes_on_from_a_uce_file(given: str, sd1: Any, tmp_path: Any) -> None:
-    """With the UCE that RECE would fit itself, it is RECE; with the published one, the rounds written out from there."""
+    """With the UCE that RECE would fit itself, it is RECE; with another, it is the rounds written out from there."""
     path, own = tmp_path / "uce.safetensors", RECE(rounds=2).resolved(sd1)
     for uce in (own.front(sd1), UCE(preserve_scale=1.0, lam=0.5)):
         first = uce.fit(sd1, DOG)
@@ -482,7 +482,8 @@ def test_a_uce_of_something_else_is_refused(sd1: Any, tmp_path: Any) -> None:
     with first.apply(sd1):
         on_top = UCE().fit(sd1, Concept("moon"))
     attributes: Any = (("red", 0.5), ("big", -0.5))
-    for uce in (RECE().fit(sd1, DOG), on_top, UCE(mode="debias", attributes=attributes).fit(sd1, CAT), 2 * first + on_top):
+    debiased = UCE(mode="debias", attributes=attributes).fit(sd1, CAT)
+    for uce in (RECE().fit(sd1, DOG), on_top, debiased, 2 * first + on_top):
         with pytest.raises(ValueError, match="Expected `uce` to be an erasure that UCE fitted on the base model"):
             RECE(uce=uce)
     more = replace(first, weights={**first.weights, "unet.conv_in.weight": torch.zeros(16, 4, 3, 3)})

@@ -51,9 +51,9 @@ class Delta:
         strength: >= 0, the factor on all changes; 0 is the base model.
 
     Raises:
-        ValueError: changes that are empty or not finite, or a negative strength; on `apply`: no base, another base model
-            (the error names both), weights that are quantised, fused or offloaded, a missing delta of `after`, or the
-            delta is on already.
+        ValueError: changes that are empty or not finite, or a negative strength; on `apply`: no base, another base
+            model (the error names both), weights that are quantised, fused or offloaded, a missing delta of `after`, or
+            the delta is on already.
         RuntimeError: while a delta is on, from its handle, from `apply` and in the pipeline's calls: something else has
             changed weights that the delta edits, or replaced their module. Nothing is touched (see `check_written`).
 

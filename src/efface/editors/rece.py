@@ -17,8 +17,8 @@ from ..core import Concept, Concepts, Converted, as_concepts
 from ..delta import Change, Delta, dense
 from ..delta.factors import added, scaled
 from ..families import check, filled
-from ._closed_form import Texts, anchors_of, changes, check_positive, compact, condition, kept_texts, residual, step
 from ..registry import name_of
+from ._closed_form import Texts, anchors_of, changes, check_positive, compact, condition, kept_texts, residual, step
 from .uce import UCE, Tokens
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ class RECE:
         derive:  c' = argmin_x  sum ||W_0 T_k x - W_0 c||^2 + mu ||x||^2 = (mu I + T_k^T S T_k)^-1 T_k^T S c
         erase:   T_k+1 = T_k (I + (G - C')^T C' K^-1)                      K = C'^T C' + b P^T P + lam I
 
-    Only the last T touches the layers, as one pair of factors each. With `uce`, the rounds begin at weights W_1 that UCE
-    has edited before: then S is sum W_1^T W_1, T_0 = I, and the right side has sum W_1^T W_0 in place of S.
+    Only the last T touches the layers, as one pair of factors each. With `uce`, the rounds begin at weights W_1 that
+    UCE has edited before: then S is sum W_1^T W_1, T_0 = I, and the right side has sum W_1^T W_0 in place of S.
 
     Paper: C. Gong, K. Chen, Z. Wei, J. Chen, Y.-G. Jiang, 2024, "Reliable and Efficient Concept Erasure of
     Text-to-Image Diffusion Models", ECCV, arXiv 2407.12383. Equation numbers cannot be given: the paper's text could
@@ -68,8 +68,8 @@ class RECE:
     Shapes: S, T [D, D]; c, c', g [N, D], one row for each position of each phrase.
 
     Raises:
-        ValueError: an option out of range; `uce` of another editor, mode, model, or of other concepts; a file that is not
-            a delta; otherwise as `UCE`.
+        ValueError: an option out of range; `uce` of another editor, mode, model, or of other concepts; a file that is
+            not a delta; otherwise as `UCE`.
         FileNotFoundError: `uce` names no file.
         TypeError: `uce` is neither a delta nor a path.
 
@@ -111,10 +111,10 @@ class RECE:
             raise TypeError(f"Expected `uce` to be a delta or its file, but got {str(given)[:80]!r}. Fit one with UCE.")
         uce = given if isinstance(given, Delta) else Delta.load(given)
         if uce.method != "uce" or uce.fields.get("mode") == "debias" or uce.after:
-            got = f"on top of another delta by {uce.method!r}" if uce.after else f"by {uce.method!r}"
+            got = f"{uce.method!r} (mode {uce.fields.get('mode')!r}){' on top of others' if uce.after else ''}"
             raise ValueError(
-                f"Expected `uce` to be an erasure that UCE fitted on the base model, but got a delta that was fitted {got} "
-                f"(mode {uce.fields.get('mode')!r}). Fit one with UCE, or leave `uce` out."
+                f"Expected `uce` to be an erasure that UCE fitted on the base model, but got a delta of {got}. Fit one "
+                "with UCE, or leave `uce` out."
             )
         if self.tokens is not None:
             raise ValueError(
@@ -229,17 +229,17 @@ class RECE:
         uce.check(pipe)
         if others := sorted(uce.weights.keys() - weights.keys()):
             raise ValueError(
-                f"Expected `uce` to change keys and values of cross-attention only, but it changes {others[0]!r}. Fit it "
-                "with UCE on this pipeline."
+                f"Expected `uce` to change keys and values of cross-attention only, but it changes {others[0]!r}. Fit "
+                "it with UCE on this pipeline."
             )
         anchor = "" if uce.fields.get("mode") == "moderate" else None
         ours, theirs = anchors_of(concepts), anchors_of(uce.concepts, anchor)
         if ours != theirs:
             odd = next(phrase for phrase in ours | theirs if ours.get(phrase) != theirs.get(phrase))
-            said = (f"reads {odd!r} as {x[odd]!r}" if odd in x else f"has no {odd!r}" for x in (theirs, ours))
+            it, now = (f"reads {odd!r} as {x[odd]!r}" if odd in x else f"has no {odd!r}" for x in (theirs, ours))
             raise ValueError(
-                "Expected `uce` to erase the same phrases towards the same anchors, but it {}, and what is to be erased "
-                "now {}. Give the same concepts, or fit another UCE.".format(*said)
+                f"Expected `uce` to erase the same phrases towards the same anchors, but it {it}, and what is to be "
+                f"erased now {now}. Give the same concepts, or fit another UCE."
             )
         return {name: scaled(change, uce.strength) for name, change in uce.weights.items()}
 
@@ -262,9 +262,7 @@ def sum_of_products(weights: Sequence[Tensor], others: Sequence[Tensor]) -> Tens
     return s
 
 
-def derive(
-    s: Tensor, left: Tensor, right: Tensor, concept: Tensor, mu: float, cross: Tensor | None = None
-) -> Tensor:
+def derive(s: Tensor, left: Tensor, right: Tensor, concept: Tensor, mu: float, cross: Tensor | None = None) -> Tensor:
     """What the edited model reads as the original reads `concept`: rows c' [N, D], with T = I + left right.
 
     `cross`: sum W_1^T W_0, if T edits other weights W_1 than the original ones.

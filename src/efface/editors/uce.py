@@ -62,7 +62,8 @@ class UCE:
     target is left out. `tokens="all"` is ours, for text encoders that are not causal. The empty text is preserved, as
     in the code of 2023; its 1,734 artists are not, unless you give them. SDXL's pooled text is not edited, so part of
     the concept gets past. Debiasing takes what measures the shares from you, where the script of 2023 has CLIP, five
-    templates for each profession, and a list of professions to preserve. A LoRA that is loaded stays as it is: only the base weights are edited.
+    templates for each profession, and a list of professions to preserve. A LoRA that is loaded stays as it is: only the
+    base weights are edited.
 
     Args:
         mode: "erase" onto each concept's `anchor`; "moderate": onto the empty text, whatever the anchor; "debias":
@@ -247,8 +248,8 @@ class UCE:
                 history.append([float(share) for share in measure(pipe)])
                 if not len(history[-1]) == len(aim) == len(texts):
                     raise ValueError(
-                        f"Expected a share for each of {len(texts)} attributes, but got {len(history[-1])} measured and "
-                        f"{len(aim)} wanted. Give one for each, in the order of `attributes`."
+                        f"Expected a share for each of {len(texts)} attributes, but got {len(history[-1])} measured "
+                        f"and {len(aim)} wanted. Give one for each, in the order of `attributes`."
                     )
                 gaps = [want - share for want, share in zip(aim, history[-1], strict=True)]
                 if max(map(abs, gaps)) < tolerance or k == rounds - 1:

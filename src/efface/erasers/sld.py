@@ -34,11 +34,11 @@ class SLD(Method):
     direction). `strength` is ours: 1 is the paper's form; s_S is no such scale, because mu reaches 1 where |e_p - e_S|
     is 1 / s_S, so that above some 1000 it changes nothing. The warm-up is a fraction of the steps, the paper's count of
     steps is for 50 of them: 10 steps are 0.2. Schedulers that call the denoiser twice in a step (PNDM, Heun, DPM2) do
-    not shorten it, as in the authors' code, which counts calls. `SLD.weak()` has s_S = 20 as diffusers has; the paper's 200 is
-    `SLD.weak_paper()`. The concept's text is `concepts`, not the paper's list of harms. Phrases that do not fit into
-    one text make several, whose predictions are averaged. Where the network predicts v (SD 2.x), so do e_u, e_p and
-    e_S: a threshold on another scale. SD 3, FLUX and CogView4 predict a velocity, which guidance and gamma combine the
-    same way; lambda and s_S are in its units there, and nobody has calibrated them. FLUX needs true guidance
+    not shorten it; the authors' code counts calls. `SLD.weak()` has s_S = 20 as diffusers has; the paper's
+    200 is `SLD.weak_paper()`. The concept's text is `concepts`, not the paper's list of harms. Phrases that do not fit
+    into one text make several, whose predictions are averaged. Where the network predicts v (SD 2.x), so do e_u, e_p
+    and e_S: a threshold on another scale. SD 3, FLUX and CogView4 predict a velocity, which guidance and gamma combine
+    the same way; lambda and s_S are in its units there, and nobody has calibrated them. FLUX needs true guidance
     (`true_cfg_scale` above 1, a negative prompt). FLUX and CogView4 predict e_u in a call of its own, and SLD predicts
     it again in the call of e_p. `guidance_rescale` takes its target from e_p - strength gamma.
 
