@@ -143,14 +143,14 @@ class UCE:
     @learning()
     def fit(self, pipe: DiffusionPipeline, concepts: Concepts, *, seed: int = 0) -> Delta:
         """The delta that edits `concepts`. `pipe` is only read; nothing is random, `seed` goes into the record."""
-        wanted, weights = as_concepts(concepts), keys_values(pipe)
+        wanted = as_concepts(concepts)
         if self.shift == "layer" and self.attributes:
             phrases, gram, info = self._prepared(pipe, wanted)
             shifts = [shift for _, shift in self.attributes]
-            made = layered(weights, phrases, shifts, gram, self.erase_scale, self.lam)
+            made = layered(keys_values(pipe), phrases, shifts, gram, self.erase_scale, self.lam)
         else:
             left, right, info = self.transform(pipe, wanted)
-            made = changes(weights, left, right)
+            made = changes(keys_values(pipe), left, right)
         return Delta.fitted(self, pipe, made, wanted, seed=seed, info=info)
 
     def transform(self, pipe: DiffusionPipeline, concepts: Sequence[Concept]) -> tuple[Tensor, Tensor, dict[str, Any]]:
