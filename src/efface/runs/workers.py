@@ -118,8 +118,8 @@ class Workers:
             raise error.cause from error
         except self._ray.exceptions.RayActorError as error:
             raise RuntimeError(
-                f"A worker died {RESTARTS + 1} times ({files.shown(' '.join(str(error).split()))}). What was finished stays. "
-                "Look for lack of memory in Ray's logs, then run the same command: it continues."
+                f"A worker died {RESTARTS + 1} times ({files.shown(' '.join(str(error).split()))}). What was finished "
+                "stays. Look for lack of memory in Ray's logs, then run the same command: it continues."
             ) from error
 
 
