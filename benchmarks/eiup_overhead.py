@@ -236,7 +236,7 @@ def help_seconds(runs: int = 11) -> list[float]:
     found = []
     for _ in range(runs):
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "efface.cli", "--help"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, "-m", "efface", "--help"], check=True, stdout=subprocess.DEVNULL)
         found.append(time.perf_counter() - start)
     return found
 

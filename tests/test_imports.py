@@ -19,17 +19,18 @@ ROOT = Path(efface.__file__).parent
 
 # What each part may import, besides itself. `efface` is the package's own `__init__`.
 FILES = {"files", "schema", "pictures", "records"}
-FACTS = {"registry", "core", "families"} | FILES
+FACTS = {"registry", "checks", "core", "families"} | FILES
 TEXTS = FACTS | {"_weights", "_text", "_masking"}
 HOOKS = TEXTS | {"hooks", "delta"}
 MAY_IMPORT: dict[str, set[str]] = {
     "registry": set(),
-    "core": {"registry"},
-    "files": set(),
+    "checks": {"registry"},
+    "core": {"registry", "checks"},
+    "files": {"checks"},
     "schema": {"files"},
-    "pictures": {"files"},
-    "records": {"files", "pictures"},
-    "families": {"registry", "core"},
+    "pictures": {"checks", "files"},
+    "records": {"checks", "files", "pictures"},
+    "families": {"registry", "checks", "core"},
     "_weights": FACTS,
     "_text": FACTS | {"_weights"},
     "_masking": FACTS | {"_text"},
@@ -42,17 +43,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": FACTS,
     "metrics": FACTS | {"models"},
     "suites": FACTS | {"models"},
-    "intervals": set(),
-    "api": HOOKS | {"models"},
-    "calibration": FACTS | {"api", "delta", "intervals"},
-    "runs": HOOKS | {"models", "api", "metrics"},
+    "intervals": {"checks"},
+    "pipelines": TEXTS | {"delta", "models"},
+    "api": HOOKS | {"pipelines"},
+    "calibration": FACTS | {"api", "pipelines", "delta", "intervals"},
+    "runs": HOOKS | {"api", "pipelines", "metrics"},
     "report": FACTS | {"runs"},
     "_interrupt": set(),
-    "cli": FACTS | {"models", "api", "calibration", "runs", "report", "_interrupt"},
+    "cli": FACTS | {"models", "api", "pipelines", "calibration", "runs", "report", "_interrupt"},
     "__main__": {"cli", "_interrupt"},
     "efface": {
         *("registry", "core", "api", "calibration", "erasers", "editors", "attacks", "metrics", "suites", "delta"),
-        *("records", "runs", "report"),
+        *("records", "pipelines", "runs", "report"),
     },
 }
 

@@ -365,13 +365,13 @@ def test_runs_share_their_plain_pictures(sd1: Any, tmp_path: Path, monkeypatch: 
 def test_what_cannot_run_is_refused_before_drawing(sd1: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has an eraser on"), ALCOHOL.apply(sd1):
         efface.run(SUITE, sd1, out=tmp_path / "a")
-    with pytest.raises(ValueError, match="`batch` to be a whole number"):
+    with pytest.raises(ValueError, match="a whole number `batch`"):
         efface.run(SUITE, sd1, out=tmp_path / "a", batch=0)
-    with pytest.raises(ValueError, match="`limit` to be a whole number"):
+    with pytest.raises(ValueError, match="whole number `limit`"):
         efface.run(SUITE, sd1, out=tmp_path / "a", limit=0)
     with pytest.raises(ValueError, match="one folder"):
         efface.run(SUITE, sd1, out=tmp_path / "a", base=tmp_path / "a", eraser=ALCOHOL)
-    with pytest.raises(TypeError, match="but got 'eiup': efface.erase takes methods by name"):
+    with pytest.raises(TypeError, match="got 'eiup'. Use efface.erase, which takes methods by name"):
         efface.run(SUITE, sd1, out=tmp_path / "b", eraser="eiup")
     assert not [p for p in tmp_path.rglob("*.png")]
 

@@ -6,21 +6,18 @@ import dataclasses
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import files
+from efface import checks, files
+
 from .core import (
     Concept,
     ConceptLike,
     Detector,
     as_concepts,
-    as_texts,
-    check_count,
     check_detector,
     check_eraser,
-    check_tuning_seeds,
     config,
     field_names,
 )
@@ -33,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Calibration", "Point", "calibrate", "same_picture"]
 
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-SHOWN = 0.30  # what the plain model has to show of the concept, or nothing can be told
+SHOWN = 0.30  # what the base model has to show of the concept, or nothing can be told
 LIKE = 0.9
 FORMAT = 1  # of the files in `out`
 Kept = Callable[["Tensor", "Tensor"], "Tensor"]
@@ -66,7 +63,7 @@ class Calibration:
         strength: the smallest one tried that reaches both goals; None if none does.
         best: the point of that strength, or the one that comes closest: the smallest sum of what the two goals lack.
         points: every strength tried, ascending.
-        plain: the concept in the plain model's pictures, by the judge that sees less of it.
+        plain: the concept in the base model's pictures, by the judge that sees less of it.
         target, keep: the goals.
     """
 
@@ -122,7 +119,7 @@ class Calibration:
             bars = [[max(v, 0.0) for v in bar] for bar in bars]
             axes.errorbar([p.strength for p in self.points], y, bars, fmt="o-", capsize=3, color=colour, label=name)
             axes.axhline(100 * goal, linestyle=":", color=colour)
-        axes.axhline(100 * self.plain.rate, color="grey", linestyle="--", label="left, plain model")
+        axes.axhline(100 * self.plain.rate, color="grey", linestyle="--", label="left, base model")
         axes.set(xlabel="strength", ylabel="%", ylim=(-3, 103), title="Tuning seeds, 95 % intervals")
         axes.legend()
         figure.tight_layout()
@@ -173,7 +170,8 @@ def calibrate(
         keep: least of the other pictures that must be kept.
         prompts: prompts that draw the concept; the concept's phrases if left out.
         keep_prompts: prompts whose pictures must stay; the concept's `keep` if left out.
-        kept: from erased and plain pictures [N, 3, H, W] to whether each is kept, [judges, N]; -1: does not count.
+        kept: from erased pictures and the base model's [N, 3, H, W] to whether each is kept, [judges, N]; -1: does not
+            count.
         strengths: the ladder, each > 0.
         refine: how often to halve the gap below the first strength that reaches the target.
         n: pictures for each of the two rates, from prompts in turn.
@@ -186,9 +184,9 @@ def calibrate(
 
     Raises:
         ValueError: an eraser without strength or of another concept, several concepts, no prompts, a number out of
-            range, seeds that are not tuning seeds, a plain model that shows the concept in fewer than 30 % of the
-            pictures, or an `out` that is a file, damaged, or a calibration of other settings.
-        TypeError: no eraser, a detector without a name, or prompts that are no sequence of texts.
+            range, or seeds that are not tuning seeds. A base model that shows the concept in fewer than 30 % of the
+            pictures. An `out` that is a file, damaged, or a calibration of other settings.
+        TypeError: no eraser, a detector without a name, or prompts that are not a sequence of texts.
         ImportError: a plot without matplotlib.
 
     Example:
@@ -205,12 +203,12 @@ def calibrate(
 
     about = _about(eraser, concept)
     check_detector(detector)
-    prompts = as_texts("`prompts`", prompts) or about.phrases
-    keep_prompts = as_texts("`keep_prompts`", keep_prompts) or about.keep
+    prompts = checks.texts("prompts", prompts) or about.phrases
+    keep_prompts = checks.texts("keep_prompts", keep_prompts) or about.keep
     _check(about, keep_prompts, strengths, target, keep)
     for name, value, least in (("n", n, 1), ("refine", refine, 0), ("first_seed", first_seed, 0), ("batch", batch, 1)):
-        check_count(name, value, least)
-    seeds = check_tuning_seeds(range(first_seed, first_seed + 2 * n))
+        checks.whole(name, value, least)
+    seeds = checks.tuning_seeds("first_seed", range(first_seed, first_seed + 2 * n))
     folder = None if out is None else Path(out)
     if plot:
         check_plot()
@@ -265,7 +263,7 @@ def calibrate(
     plain = _rate(judged(0.0)["left"], min)
     if plain.rate < SHOWN:
         raise ValueError(
-            f"The plain model shows {about.name!r} in {plain.hits} of {plain.n} pictures, fewer than {SHOWN:.0%}: "
+            f"The base model shows {about.name!r} in {plain.hits} of {plain.n} pictures, fewer than {SHOWN:.0%}: "
             "nothing can be told about its erasure. Give `prompts` that draw it, and a detector that knows it."
         )
     tried: dict[float, Point] = {}
@@ -302,7 +300,7 @@ def _about(eraser: Any, concept: ConceptLike) -> Concept:
         raise ValueError(f"{type(eraser).__name__} has no `strength` to calibrate: its fields are {names}.")
     concepts = as_concepts(concept)
     if len(concepts) != 1:
-        raise ValueError(f"Expected one concept, but got {len(concepts)}: calibrate them one at a time.")
+        raise ValueError(f"Expected one concept, got {len(concepts)}. Calibrate them one at a time.")
     erased = [getattr(c, "name", c) for c in getattr(eraser, "concepts", concepts)]
     if concepts[0].name not in erased:
         raise ValueError(
@@ -318,12 +316,12 @@ def _check(about: Concept, keep_prompts: Sequence[str], strengths: Sequence[floa
             f"Nothing says what must survive the erasure of {about.name!r}: give `keep_prompts`, or a Concept with "
             "`keep`."
         )
-    numbers = isinstance(strengths, Sequence) and all(isinstance(s, (int, float)) and 0 < s < inf for s in strengths)
-    if not numbers or not strengths:
-        raise ValueError(f"Expected `strengths` to be numbers > 0, but got {strengths!r}.")
+    if not isinstance(strengths, Sequence) or not strengths:
+        raise ValueError(f"Expected `strengths` to be numbers > 0, got {checks.shown(strengths)}. Give (0.5, 1, 2).")
+    for strength in strengths:
+        checks.number("strengths", strength, 0, above=True)
     for name, share in (("target", target), ("keep", keep)):
-        if not isinstance(share, (int, float)) or not 0 <= share <= 1:
-            raise ValueError(f"Expected `{name}` to be a share from 0 to 1, but got {share!r}.")
+        checks.share(name, share)
 
 
 def _rows(found: Tensor) -> list[list[int]]:
@@ -336,7 +334,7 @@ def _rate(rows: list[list[int]], worse: Callable[..., Rate]) -> Rate:
     rates = [Rate(sum(x for x in row if x > 0), sum(x >= 0 for x in row)) for row in rows]
     if any(r.n == 0 for r in rates):
         raise ValueError(
-            "A judge counts none of the plain pictures, so nothing can be kept: give other `keep_prompts`."
+            "A judge counts none of the base model's pictures, so nothing can be kept: give other `keep_prompts`."
         )
     return worse(rates, key=lambda r: r.rate)
 

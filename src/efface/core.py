@@ -12,6 +12,7 @@ from importlib import resources
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar, overload
 
+from . import checks
 from .registry import name_of, near
 
 if TYPE_CHECKING:
@@ -60,15 +61,6 @@ def field_names(method: Any) -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(method)) if dataclasses.is_dataclass(method) else ()
 
 
-def as_texts(what: str, texts: Sequence[str]) -> tuple[str, ...]:
-    """Texts as a tuple; TypeError for one text, which would fall apart into letters, and for what is no text."""
-    if isinstance(texts, str):
-        raise TypeError(f"{what} should be a sequence of texts, but got one text, {texts!r}: write ({texts!r},).")
-    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"{what} should be a sequence of texts, but got {texts!r}.")
-    return tuple(texts)
-
-
 @dataclasses.dataclass(frozen=True)
 class Concept:
     """Something that must not be drawn.
@@ -95,15 +87,16 @@ class Concept:
     keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str):
-            raise TypeError(f"A concept's name should be a text, but got {self.name!r}.")
-        phrases, keep = (as_texts(f"Concept `{field}`", getattr(self, field)) for field in ("phrases", "keep"))
-        if not self.name.strip():
-            raise ValueError("A concept needs a name, but got an empty one: write what to erase, for example 'beer'.")
+        checks.text("name", self.name)
+        checks.text("anchor", self.anchor, empty=True)
+        phrases, keep = (checks.texts(field, getattr(self, field)) for field in ("phrases", "keep"))
         object.__setattr__(self, "phrases", phrases or (self.name,))
         object.__setattr__(self, "keep", keep)
         if not all(p.strip() for p in self.phrases):
-            raise ValueError(f"Concept {self.name!r} has an empty phrase: remove it, an empty text erases nothing.")
+            raise ValueError(
+                f"Expected the phrases of {checks.shown(self.name)} to be texts, got an empty one. Remove it: an empty "
+                "text erases nothing."
+            )
 
 
 ConceptLike = Concept | str
@@ -141,15 +134,18 @@ def concept(name: str) -> Concept:
     """
     known = shipped_concepts()
     if not isinstance(name, str):
-        raise TypeError(f"Expected the name of a shipped concept, such as 'alcohol', but got {name!r}.")
+        raise TypeError(
+            f"Expected the name of a shipped concept, got {checks.shown(name)}. Give a text, such as 'alcohol'."
+        )
     if not name.strip():
-        raise ValueError("The concept is empty: name what to erase. `efface list concepts` shows the shipped ones.")
+        raise ValueError(
+            "Expected the name of a shipped concept, got an empty text. Choose one from `efface list concepts`."
+        )
     if name not in known:
         hint = near(name, known)
         raise ValueError(
-            f"{name!r} is not a shipped concept. {hint}{' ' if hint else ''}"
-            f"`efface list concepts` shows all; for a text of your own write Concept({name!r}), "
-            f"on the command line --phrase."
+            f"{checks.shown(name)} is not a shipped concept. {hint}{' ' if hint else ''}`efface list concepts` shows "
+            f"all. Write a text of your own as Concept({checks.shown(name)}), on the command line as --phrase."
         )
     return known[name]
 
@@ -160,7 +156,10 @@ def as_concepts(concepts: Concepts, known: Sequence[Concept] = ()) -> tuple[Conc
         concepts = (concepts,)
     names = {c.name: c for c in known}
     if not isinstance(concepts, Sequence) or not all(isinstance(c, (Concept, str)) for c in concepts):
-        raise TypeError(f"Expected a Concept, a shipped name, or a sequence of these, but got {concepts!r}.")
+        raise TypeError(
+            f"Expected a Concept, a shipped name, or a sequence of these, got {checks.shown(concepts)}. "
+            "Write for example ['alcohol', Concept('neon sign')]."
+        )
     return tuple(c if isinstance(c, Concept) else names[c] if c in names else concept(c) for c in concepts)
 
 
@@ -173,48 +172,11 @@ def as_rows(rows: Rows, known: Sequence[Concept]) -> tuple[tuple[Concept, ...], 
     if rows is None:
         return None
     if isinstance(rows, (str, Concept)) or not isinstance(rows, Sequence):
-        raise TypeError(f"`rows` should hold one list of concepts per prompt, but got {rows!r}.")
+        raise TypeError(
+            f"Expected `rows` to hold one list of concepts per prompt, got {checks.shown(rows)}. "
+            "Write for example [['alcohol'], []] for two prompts."
+        )
     return tuple(as_concepts(row, known) for row in rows)
-
-
-def check_strength(strength: float, name: str = "strength") -> float:
-    """A strength as float; ValueError unless it is finite and >= 0."""
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength < float("inf"):
-        raise ValueError(f"Expected `{name}` to be a finite number >= 0, but got {strength!r}.")
-    return float(strength)
-
-
-def check_window(window: Sequence[float]) -> tuple[float, float]:
-    """A window (start, end) as fractions of the trajectory; ValueError unless 0 <= start <= end <= 1."""
-    numbers = isinstance(window, (tuple, list)) and all(
-        isinstance(x, (int, float)) and not isinstance(x, bool) for x in window
-    )
-    if not numbers or len(window) != 2 or not 0 <= window[0] <= window[1] <= 1:
-        raise ValueError(
-            f"Expected `window` to be two numbers with 0 <= start <= end <= 1 (0 is pure noise, 1 the finished "
-            f"picture), but got {window!r}."
-        )
-    return float(window[0]), float(window[1])
-
-
-def check_count(name: str, value: int, least: int = 1) -> int:
-    """A whole number; ValueError if it is none, or less than `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"Expected `{name}` to be a whole number >= {least}, but got {value!r}.")
-    return value
-
-
-TUNING_SEEDS = 10_000
-
-
-def check_tuning_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
-    """Seeds for choosing settings; ValueError unless all are below 10,000, where no test seed is."""
-    if not len(seeds) or min(seeds) < 0 or max(seeds) >= TUNING_SEEDS:
-        raise ValueError(
-            f"Expected tuning seeds from 0 to {TUNING_SEEDS - 1}, but got {list(seeds[:1])} to {list(seeds[-1:])}: "
-            "what is chosen on test seeds cannot be measured on them."
-        )
-    return tuple(seeds)
 
 
 class Eraser(Protocol):
@@ -231,12 +193,16 @@ class Eraser(Protocol):
 def check_eraser(eraser: Any) -> None:
     """TypeError unless it is an eraser, with what to write instead."""
     if isinstance(eraser, type):
-        raise TypeError(f"Expected an eraser, but got the class: write {eraser.__name__}('alcohol'), for example.")
+        raise TypeError(
+            f"Expected an eraser, got the class {eraser.__name__}. Write for example {eraser.__name__}('alcohol')."
+        )
     if not callable(getattr(eraser, "apply", None)):
-        cure = "efface.erase takes methods by name" if isinstance(eraser, str) else "see efface.Eraser"
-        cure = "give several one by one" if isinstance(eraser, (list, tuple)) else cure
-        cure = "fit it to a pipeline first, which gives a delta" if hasattr(eraser, "fit") else cure
-        raise TypeError(f"Expected an eraser, such as efface.EIUP('alcohol') or a delta, but got {eraser!r}: {cure}.")
+        cure = "Use efface.erase, which takes methods by name" if isinstance(eraser, str) else "See efface.Eraser"
+        cure = "Give several one by one" if isinstance(eraser, (list, tuple)) else cure
+        cure = "Fit it to a pipeline first, which gives a delta" if hasattr(eraser, "fit") else cure
+        raise TypeError(
+            f"Expected an eraser, such as efface.EIUP('alcohol') or a delta, got {checks.shown(eraser)}. {cure}."
+        )
 
 
 class Editor(Protocol):
@@ -266,7 +232,7 @@ def _unsettable(name: str, owner: str, handle: str) -> str:
     hint = near(name, SETTABLE)
     names = " and ".join(f"{handle}.{each}" for each in SETTABLE)
     return (
-        f"`{name}` of {owner} cannot be set. {hint}{' ' if hint else ''}Settable: {names}; for all else call "
+        f"`{name}` of {owner} cannot be set. {hint}{' ' if hint else ''}Settable: {names}. For all else, call "
         "`remove()` and apply another eraser."
     )
 
@@ -325,7 +291,7 @@ class Handle(AbstractContextManager["Handle"]):
 
     def _set(self, **fields: Any) -> None:
         if not self.active:
-            raise ValueError("This eraser was already removed: apply it again to change it.")
+            raise ValueError("This eraser was already removed. Apply it again to change it.")
         unknown = fields.keys() - set(field_names(self.eraser))
         if unknown:
             raise AttributeError(f"{type(self.eraser).__name__} has no {', '.join(sorted(unknown))} to set.")
@@ -452,7 +418,7 @@ def check_detector(detector: Any) -> None:
     if isinstance(detector, type) or not callable(detector) or not isinstance(getattr(detector, "name", None), str):
         raise TypeError(
             "Expected a detector, pictures [N, 3, H, W] to bool [J, N], with a text `name` by which records know it, "
-            f"but got {detector!r}: see efface.Detector, or efface.detector for those that come with Efface."
+            f"got {checks.shown(detector)}. See efface.Detector, or efface.detector for those that come with Efface."
         )
 
 
@@ -466,23 +432,21 @@ def check_pictures(images: Tensor) -> Tensor:
     """
     expected = "Expected pictures as a float tensor [N, 3, H, W] in [0, 1]"
     if not callable(getattr(images, "is_floating_point", None)):
-        raise TypeError(
-            f"{expected}, but got {type(images).__name__}. Give what a pipeline returns as output_type='pt'."
-        )
+        raise TypeError(f"{expected}, got {type(images).__name__}. Give what a pipeline returns as output_type='pt'.")
     if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:] or not images.is_floating_point():
         cure = (
             "Give what a pipeline returns as output_type='pt'" if images.is_floating_point() else "Divide bytes by 255"
         )
-        raise ValueError(f"{expected}, but got {images.dtype} {tuple(images.shape)}. {cure}.")
+        raise ValueError(f"{expected}, got {images.dtype} {tuple(images.shape)}. {cure}.")
     pictures = images.detach().float().cpu()
     if not bool(pictures.isfinite().all()):
         raise ValueError(
-            f"{expected}, but some values are not finite: the model left its range of numbers. Lower the strength or "
+            f"{expected}, got values that are not finite: the model left its range of numbers. Lower the strength or "
             "the guidance scale, or load the model in float32."
         )
     if len(pictures) and not (float(pictures.min()) >= 0 and float(pictures.max()) <= 1):
         raise ValueError(
-            f"{expected}, but the values reach from {float(pictures.min()):g} to {float(pictures.max()):g}. Scale them "
+            f"{expected}, got values from {float(pictures.min()):g} to {float(pictures.max()):g}. Scale them "
             "to [0, 1] first."
         )
     return pictures

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import sqrt
 
+from efface import checks
+
 Z = 1.959964  # 95 %
 
 
@@ -24,8 +26,7 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
         >>> low, round(high, 3)
         (0.0, 0.057)
     """
-    if not 0 <= hits <= n:
-        raise ValueError(f"Expected `hits` from 0 to n = {n}, but got {hits}.")
+    checks.whole("hits", hits, 0, checks.whole("n", n, 0))
     if n == 0:
         return 0.0, 1.0
     p, d = hits / n, 1 + Z * Z / n

@@ -98,7 +98,9 @@ def grid(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str] = (),
     """
     lengths = {len(pictures) for pictures in rows.values()}
     if len(lengths) != 1 or 0 in lengths:
-        raise ValueError(f"Expected rows of one length with at least one picture, but got {sorted(lengths)}.")
+        raise ValueError(
+            f"Expected rows of one length with at least one picture, got lengths {sorted(lengths)}. Fill the rows up."
+        )
     scaled = {name: [_scaled(p, side) for p in pictures] for name, pictures in rows.items()}
     width = max(p.width for line in scaled.values() for p in line) + MARGIN
     height = max(p.height for line in scaled.values() for p in line) + MARGIN

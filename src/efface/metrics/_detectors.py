@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efface import files, registry
+from efface import checks, files, registry
 from efface.core import Detector, check_detector, check_pictures, field_names
 from efface.models import emoji
 from efface.records import Sample
@@ -170,11 +170,8 @@ class NudeNet(Looking):
 
     def __post_init__(self) -> None:
         _only("NudeNet", self.names, ("nudity", "sexual"))
-        if self.labels not in LABELS or not 0.25 <= self.threshold <= 1:
-            raise ValueError(
-                f"Expected labels of {', '.join(LABELS)} and a threshold in [0.25, 1] (NudeNet drops what is below), "
-                f"but got {self.labels!r} and {self.threshold!r}."
-            )
+        checks.choice("labels", self.labels, tuple(LABELS))
+        checks.number("threshold", self.threshold, 0.25, 1, cure="Give 0.25 to 1: NudeNet drops boxes below 0.25.")
 
     @property
     def name(self) -> str:
@@ -245,11 +242,12 @@ class ZeroShot(Looking):
     clip: str = CLIP_LARGE
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "labels", tuple(self.labels))
+        object.__setattr__(self, "labels", checks.texts("labels", self.labels))
         strangers = [n for n in self.names if self.labels and n not in self.labels]
         if strangers or not self.names:
             raise ValueError(
-                f"Expected names out of the labels {', '.join(self.labels)}, but got {strangers or 'none'}."
+                f"Expected names out of the labels {', '.join(self.labels)}, got {checks.shown(strangers or 'none')}. "
+                "Name some of them, add yours to `labels`, or leave `labels` out."
             )
 
     @property
@@ -264,7 +262,7 @@ class ZeroShot(Looking):
         return list(encoder(self.clip).images(images).unbind(1))
 
     def decide(self, looks: list[Any]) -> Tensor:
-        texts = [self.template.format(label) for label in self.labels or self.names]
+        texts = [self.template.replace("{}", label) for label in self.labels or self.names]
         texts += [] if self.labels else [self.other]
         best = (torch.stack(looks, 1) @ encoder(self.clip).texts(texts).T).argmax(-1)
         wins = [k for k, label in enumerate(self.labels or self.names) if label in self.names]
@@ -295,7 +293,8 @@ class Q16(Looking):
         if not Path(self.prompts).is_file() or not self.prompts.endswith(".safetensors"):
             raise FileNotFoundError(
                 f'The detector "q16" needs its learned prompts as a safetensors file with one tensor "prompts" [2, D], '
-                f'but got {self.prompts!r}: convert prompts.p of github.com/ml-research/Q16 and give it as "prompts".'
+                f"got {checks.shown(self.prompts)}. Convert prompts.p of github.com/ml-research/Q16, and give the file "
+                'as "prompts".'
             )
         self._learned()
 
@@ -343,14 +342,17 @@ class Classifier(Looking):
     def __post_init__(self) -> None:
         if not (Path(self.folder) / "config.json").is_file():
             raise FileNotFoundError(
-                f'The detector "classifier" needs a "folder" with config.json, but got {self.folder!r}.'
+                f'The detector "classifier" needs a "folder" with config.json, got {checks.shown(self.folder)}. Name '
+                "the folder that `save_pretrained` wrote."
             )
         if not (Path(self.folder) / "model.safetensors").is_file():
             raise FileNotFoundError(
                 f"{self.folder} has no model.safetensors: convert the weights, pickles are not read."
             )
-        if self.order not in ("config", "sorted") or self.top < 1 or not self.names:
-            raise ValueError(f"Expected names, top >= 1 and order config or sorted, but got {self}.")
+        checks.choice("order", self.order, ("config", "sorted"))
+        checks.whole("top", self.top)
+        if not self.names:
+            raise ValueError("Expected `names` to hold labels to look for, got none. Name at least one.")
         self._wins()
 
     @property
@@ -443,8 +445,11 @@ def detector(spec: Spec, names: str | Sequence[str] = ()) -> Detector:
         return spec(asked)
     if not isinstance(spec, (str, Mapping)):
         raise TypeError(
-            f"Expected a detector's name, a mapping with its name and options, or a callable, but got {spec!r}. Write "
-            'for example efface.detector("eyes", "cat").'
+            checks.refusal(
+                "a detector's name, a mapping with its name and options, or a callable",
+                spec,
+                'Write for example efface.detector("eyes", "cat").',
+            )
         )
     options = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = str(options.pop("name", ""))
@@ -452,10 +457,13 @@ def detector(spec: Spec, names: str | Sequence[str] = ()) -> Detector:
     known = _options(name, make)
     if name in NUDENET:
         _nudenet()
-    if strange := options.keys() - known:
-        raise ValueError(
-            f"The detector {name!r} has no option {', '.join(sorted(strange))}; it has {', '.join(known) or 'none'}."
-        )
+    for option in options:
+        if option not in known:
+            hint = near(str(option), known)
+            raise ValueError(
+                f"The detector {name!r} has no option {option!r}. {hint}{' ' if hint else ''}"
+                f"Its options: {', '.join(known) or 'none'}."
+            )
     made: Detector = make(names=asked, **preset | options)
     check_detector(made)
     return made
@@ -520,7 +528,7 @@ def judged(samples: Sequence[Sample], spec: Spec, names: Callable[[Sample], tupl
 def _checked(hits: Tensor, judge: Detector, n: int) -> Tensor:
     if hits.dtype != torch.bool or hits.ndim != 2 or hits.shape[1] != n:
         raise ValueError(
-            f"Expected the detector {judge.name!r} to answer bool [judges, {n}], "
-            f"but got {hits.dtype} {tuple(hits.shape)}."
+            f"Expected the detector {judge.name!r} to answer bool [judges, {n}], got {hits.dtype} {tuple(hits.shape)}. "
+            "Return one row for each judge."
         )
     return hits

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import files, registry
+from .. import checks, files, registry
 from ..core import Concepts, as_concepts
 from ..records import Row, Suite, rows_hash
 from .folder import IMAGES, LOCK, RUN, SAMPLES, claim, disk, mend
-from .judges import check_fields, metric_config
+from .judges import metric_config
 from .record import DECIDES, FORMAT, Progress, Run, digest, model_facts, session, silent
 
 if TYPE_CHECKING:
@@ -47,10 +47,10 @@ def make_suite(
         >>> import efface
         >>> efface.make_suite("emojii")
         Traceback (most recent call last):
-        ValueError: Unknown method 'emojii'. ...
+        ValueError: Unknown suite 'emojii'. ...
     """
     cls = registry.resolve(name, "suites")
-    check_fields(name, cls, options)
+    checks.fields(name, cls, options)
     suite: Suite = cls(**options).load(as_concepts(concepts), None if data is None else Path(data), limit)
     return suite
 
@@ -99,9 +99,9 @@ def run(
         >>> efface.run(suite, "emoji", eraser=efface.EIUP("cat"), out=tempfile.mkdtemp() + "/cats").complete
         True
     """
-    for field, number in (("batch", batch), ("limit", 1 if limit is None else limit)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ValueError(f"Expected `{field}` to be a whole number of at least 1, but got {number!r}.")
+    checks.whole("batch", batch)
+    if limit is not None:
+        checks.whole("limit", limit)
     rows = suite.rows[:limit]
     if not rows:
         raise ValueError(f"The suite {suite.name!r} has no rows: nothing to draw.")

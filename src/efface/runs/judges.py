@@ -7,8 +7,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from .. import registry
-from ..core import field_names
+from .. import checks, registry
 from ..files import shown
 from ..records import Metric
 from .folder import RUN
@@ -36,19 +35,9 @@ def make_metrics(configs: Sequence[Mapping[str, Any]]) -> tuple[Metric, ...]:
 def make_metric(name: str, **fields: Any) -> Metric:
     """A metric by name, with its own fields."""
     cls = registry.resolve(name, "metrics")
-    check_fields(name, cls, fields)
+    checks.fields(name, cls, fields)
     metric: Metric = cls(**fields)
     return metric
-
-
-def check_fields(name: str, cls: Any, fields: Mapping[str, Any]) -> None:
-    """ValueError for a field that a class has not."""
-    known = field_names(cls)
-    for field in fields.keys() - set(known):
-        hint = registry.near(field, known)
-        raise ValueError(
-            f"{name} has no field {field!r}. {hint}{' ' if hint else ''}Its fields: {', '.join(known) or 'none'}."
-        )
 
 
 def recorded(run: Run, given: Collection[str] = ()) -> list[dict[str, Any]]:

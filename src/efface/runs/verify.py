@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import files, registry
-from ..core import Concept, check_count, config, field_names
+from .. import checks, files, registry
+from ..core import Concept, config, field_names
 from ..pictures import read_picture
+from ..pipelines import EMBEDDED
 from ..records import Sample
 from .draw import Paint, calls, painter, several
 from .folder import RUN
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from ..core import Eraser
-
-EMBEDDED = ("emoji", "emoji-128", "emoji-flux")
-"""The models that a record may name: they come with Efface."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +127,7 @@ def verify(
         >>> print(efface.verify(run))
         2 of 2 pictures are the same to the bit.
     """
-    check_count("redraw", redraw)
+    checks.whole("redraw", redraw)
     run = run if isinstance(run, Run) else Run.open(run)
     base = run.base
     drawn, plain = run.finished(), base.finished() if base else []
@@ -162,8 +160,8 @@ def _model(run: Run, model: str | Path | DiffusionPipeline | None) -> DiffusionP
     recorded = run.record["model"]
     if model is None and recorded["name"] not in EMBEDDED:
         raise ValueError(
-            f"{run.folder / RUN} names the model {files.shown(repr(recorded['name']))}, which does not come with Efface. "
-            "If you trust it, give it as `model=`."
+            f"{run.folder / RUN} names the model {files.shown(repr(recorded['name']))}, which does not come with "
+            "Efface. If you trust it, give it as `model=`."
         )
     model = recorded["name"] if model is None else model
     pipe = api.load(model) if isinstance(model, (str, Path)) else model

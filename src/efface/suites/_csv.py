@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from efface import checks
 from efface.core import Concept
 from efface.files import check_ordinary, read_text, shown, there
-from efface.records import MAX_SEED, Row
+from efface.records import Row
 
 T = TypeVar("T")
 
@@ -102,13 +103,13 @@ class Line(dict[str, str]):
             raise self.wrong(column, "expected a text, but it is empty")
         return value
 
-    def whole(self, column: str, top: int = MAX_SEED) -> int:
+    def whole(self, column: str, top: int = checks.SEEDS) -> int:
         """An integer >= 0 and below `top`; "7.0" counts, as pandas writes it."""
         value = self[column].strip()
         match = re.fullmatch(r"(\d{1,20})(\.0*)?", value)
         if not match or int(match[1]) >= top:
-            bound = "2**32" if top == MAX_SEED else str(top)
-            raise self.wrong(column, f"expected a whole number from 0 to below {bound}, but got {value[:40]!r}")
+            bound = "2**32" if top == checks.SEEDS else str(top)
+            raise self.wrong(column, f"expected a whole number from 0 to below {bound}, got {checks.shown(value)}")
         return int(match[1])
 
     def number_in(self, column: str, low: float, high: float) -> float:
@@ -117,7 +118,7 @@ class Line(dict[str, str]):
         except ValueError:
             value = float("nan")
         if not low <= value <= high:
-            raise self.wrong(column, f"expected a number in [{low:g}, {high:g}], but got {self[column][:40]!r}")
+            raise self.wrong(column, f"expected a number in [{low:g}, {high:g}], got {checks.shown(self[column])}")
         return value
 
 
@@ -186,10 +187,8 @@ def screen(lines: Sequence[Line], texts: Sequence[str], sexual: Callable[[Line],
 
 def spread(items: Sequence[T], limit: int | None) -> list[T]:
     """At most `limit` of the items, evenly spread over all, in order."""
-    if limit is None or limit >= len(items):
+    if limit is None or checks.whole("limit", limit) >= len(items):
         return list(items)
-    if limit < 1:
-        raise ValueError(f"Expected a limit of at least 1 row, but got {limit}.")
     return [items[k * len(items) // limit] for k in range(limit)]
 
 
@@ -218,11 +217,6 @@ def wanted(concepts: Sequence[Concept], known: Mapping[str, Sequence[str]], suit
             "Without concepts it loads all its sets."
         )
     return found
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"Expected `{name}` to be one of {', '.join(choices)}, but got {value!r}.")
 
 
 def unique(rows: Sequence[Row]) -> tuple[Row, ...]:

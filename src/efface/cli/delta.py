@@ -1,0 +1,111 @@
+"""`efface delta`: look at deltas, and bring them to other tools."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import bad_input
+from .folders import check_folder, output_file, output_folder
+from .options import AsJson, ModelName, load_deltas
+from .output import escaped
+
+delta_app = typer.Typer(help="Look at deltas, and bring them to other tools.", no_args_is_help=True)
+DeltaFile = Annotated[Path, typer.Argument(help="A file made by `efface fit`.")]
+
+
+@delta_app.command()
+def info(
+    file: DeltaFile,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a delta erases, how it was made, and which model it belongs to."""
+    with bad_input():
+        from .. import api
+
+        delta = api.load_delta(file)
+    if as_json:
+        typer.echo(json.dumps(delta.config(), indent=1))
+    else:
+        describe(file, delta)
+
+
+@delta_app.command()
+def export(
+    file: DeltaFile,
+    out: Annotated[Path, typer.Option(help="The file to write.")],
+    layout: Annotated[
+        str, typer.Option(help="diffusers (pipe.load_lora_weights) or kohya (A1111, ComfyUI).")
+    ] = "diffusers",
+    rank: Annotated[int | None, typer.Option(min=1, help="At most this rank; if left out, nothing is lost.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a delta as a LoRA."""
+    with bad_input(), ExitStack() as ends:
+        from .. import api
+
+        delta = api.load_delta(file)
+        ends.enter_context(output_folder(output_file(out, overwrite).parent))
+        error = delta.export(out, layout, rank)  # type: ignore[arg-type]
+    if as_json:
+        facts = {"out": str(out), "layout": layout, "rank": rank, "relative_error": error, "delta": delta.hash}
+        typer.echo(json.dumps(facts, indent=1))
+    else:
+        typer.echo(f"{out}: relative error {error:.1e}")
+
+
+@delta_app.command()
+def merge(
+    files: Annotated[list[Path], typer.Argument(help="Files made by `efface fit`; several are added up.")],
+    out: Annotated[Path, typer.Option(help="The folder to write the whole model to.")],
+    model: ModelName = "emoji",
+    as_json: AsJson = False,
+) -> None:
+    """Write a whole model with deltas added to its weights for good."""
+    with bad_input(), ExitStack() as ends:
+        from functools import reduce
+        from operator import add
+
+        from .. import api
+
+        delta = reduce(add, load_deltas(files))
+        check_folder(out, overwrite=False)
+        pipe = api.load(model)
+        delta.merge(pipe)
+        pipe.save_pretrained(ends.enter_context(output_folder(out)))
+    if as_json:
+        facts = {"out": str(out), "model": model, "text_hash": api.model_hash(pipe), "delta": delta.config()}
+        typer.echo(json.dumps(facts, indent=1))
+    else:
+        typer.echo(f"{out}")
+
+
+def describe(file: Path, delta: Any) -> None:
+    """A delta in a few lines."""
+    from rich.console import Console
+    from rich.table import Table
+
+    config = delta.config()
+    ranks = [change.rank for change in delta.weights.values() if hasattr(change, "rank")]
+    whole = len(delta.weights) - len(ranks)
+    kinds = [f"{len(ranks)} of rank {min(ranks)} to {max(ranks)}"] if ranks else []
+    kinds += [f"{whole} whole"] if whole else []
+    rows = {
+        "erases": ", ".join(c["name"] for c in config["concepts"]),
+        "method": " ".join([config["method"], *(f"{k}={v}" for k, v in config["fields"].items())]),
+        "model": f"{config['model']}, base hash {config['base'][:16]}",
+        "after": ", ".join(f"{h[:16]} at strength {s:g}" for h, s in config["after"].items()) or "-",
+        "weights": f"{len(delta.weights)}: {', '.join(kinds)}",
+        "hash": config["hash"][:16],
+        **{name: json.dumps(value) for name, value in config["info"].items()},
+    }
+    table = Table(show_header=False, box=None)
+    for name, text in rows.items():
+        table.add_row(escaped(name), escaped(text))
+    Console(soft_wrap=True, highlight=False).print(table)
+    Console(soft_wrap=True, highlight=False).print(escaped(str(file)))
