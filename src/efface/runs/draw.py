@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
 import time
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import checks, files, registry
 from ..core import Concepts, as_concepts
+from ..pictures import png, to_pil
 from ..records import Row, Suite, rows_hash
 from .folder import IMAGES, LOCK, RUN, SAMPLES, claim, disk, mend
 from .judges import metric_config
@@ -210,7 +210,7 @@ def _fill(
             with disk(folder, done, total):
                 for k, (picture, notes) in zip(group, painted, strict=True):
                     file = f"{IMAGES}/{rows[k].id}.png"
-                    content = _png(picture)
+                    content = png(picture)
                     files.create(folder / file, content)  # it counts only once samples.jsonl names it
                     entries[k] = {"k": k, "file": file, "bytes": len(content), "sha256": files.sha256(content)}
                     entries[k] |= {"seconds": each, **notes, "row": dataclasses.asdict(rows[k])}
@@ -220,12 +220,6 @@ def _fill(
         done += len(numbers)
         progress(what, done, total)
     return record
-
-
-def _png(picture: Image) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, format="PNG")
-    return file.getvalue()
 
 
 def calls(
@@ -241,7 +235,6 @@ def calls(
 
 def painter(pipe: DiffusionPipeline) -> Paint:
     from ..api import draw
-    from ..pictures import to_pil
 
     def paint(rows: Sequence[Row], call: Mapping[str, Any]) -> Iterator[tuple[Image, dict[str, Any]]]:
         pictures = draw(pipe, [r.prompt for r in rows], [r.seed for r in rows], batch=len(rows), **call)
