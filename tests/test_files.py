@@ -10,9 +10,9 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def read_checkpoint(folder: Path) -> None:
 class Unfitted:
     """A fit that takes what a checkpoint holds."""
 
-    student: ClassVar[dict[str, torch.Tensor]] = {}
+    student: Mapping[str, torch.Tensor] = {}
 
     def _take(self, done: bool, tensors: dict[str, torch.Tensor]) -> None:
         assert isinstance(done, bool) and tensors["losses"].tolist() is not None

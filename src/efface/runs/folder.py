@@ -38,11 +38,8 @@ def claim(path: Path) -> Path:
 def lines(folder: Path, total: int) -> list[bytes]:
     """The lines of samples.jsonl of a run of `total` rows; the last one may be torn."""
     path = files.inside(folder, SAMPLES)
-    return (
-        files.read(path, min(files.MIB + total * LINE, 2 * 1024 * files.MIB)).splitlines(keepends=True)
-        if files.there(path)
-        else []
-    )
+    most = min(files.MIB + total * LINE, 2 * 1024 * files.MIB)
+    return files.read(path, most).splitlines(keepends=True) if files.there(path) else []
 
 
 def kept(folder: Path, total: int, size: int) -> dict[int, tuple[bytes, dict[str, Any]]]:
