@@ -15,9 +15,11 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 import efface
 from efface import Row, Sample, Score, Suite, files, pipelines, runs
+from efface.cli import app
 from efface.models.emoji.weights import FOLDER
 from efface.records import rows_hash
 from efface.runs.folder import claim
@@ -26,6 +28,7 @@ STUB = """
 import hashlib, os, random, signal, sys, time
 from pathlib import Path
 from PIL import Image
+from typer.testing import CliRunner
 from efface import runs
 from efface.records import Row, rows_hash
 
@@ -621,6 +624,8 @@ def test_what_cannot_be_drawn_again_is_refused(sd1: Any, tmp_path: Path) -> None
     with pytest.raises(ValueError, match="(?s)The erasers are not those of .*strength: 2.25 there, 0.5 here"):
         efface.verify(run, model=sd1, eraser=efface.EIUP(tiny.ALCOHOL, strength=0.5))
     assert efface.verify(run, model=sd1, eraser=ALCOHOL).same
+    with pytest.raises(ValueError, match="(?s)The erasers are not those of "):
+        efface.verify(run, model=sd1, eraser=[ALCOHOL, efface.EIUP(tiny.CAT)])
     with pytest.raises(ValueError, match="`redraw`"):
         efface.verify(run, 0, model=sd1)
     eiup = run.record["erasers"][0]
@@ -635,3 +640,33 @@ def test_what_cannot_be_drawn_again_is_refused(sd1: Any, tmp_path: Path) -> None
     ):
         with pytest.raises(ValueError, match=r"cannot be made from its record|is damaged"):
             efface.verify(edited(run.folder, erasers=[config]), model=sd1)
+
+
+def test_deltas_are_given_and_other_erasers_made_by_name(sd1: Any, tmp_path: Path) -> None:
+    delta = efface.UCE().fit(sd1, tiny.CAT)
+    run = efface.run(SUITE, sd1, eraser=[delta, ALCOHOL], out=tmp_path / "a", batch=2)
+    with pytest.raises(ValueError, match=r"The eraser 'uce' .* cannot be made from its record .*--delta for a delta"):
+        efface.verify(run, model=sd1)
+    assert efface.verify(run, model=sd1, eraser=delta).same
+
+
+@pytest.mark.skipif(not (FOLDER / "model.json").exists(), reason="the emoji weights are not trained yet")
+def test_the_command_says_of_each_picture_whether_it_is_the_same(tmp_path: Path) -> None:
+    rows = tuple(Row(f"r{k}", "a cat", 1_900_000 + k) for k in range(3))
+    suite = Suite("cats", "1", rows, call={"num_inference_steps": 1, "guidance_scale": 7.5})
+    run = efface.run(suite, "emoji", eraser=efface.EIUP("cat"), out=tmp_path / "a", batch=2)
+    done = CliRunner().invoke(app, ["verify", str(run.folder), "--json"])
+    found = json.loads(done.stdout)
+    assert done.exit_code == 0 and found["same"] and len(found["rows"]) == 6
+    Image.new("RGB", (64, 64)).save(run.folder / "images/r0.png")
+
+    def forge(entry: dict[str, Any]) -> None:
+        content = (run.folder / entry["file"]).read_bytes()
+        entry.update(bytes=len(content), sha256=files.sha256(content))
+
+    lines(run.folder, forge)
+    done = CliRunner().invoke(app, ["verify", str(run.folder)])
+    assert done.exit_code == 3 and "5 of 6 pictures are the same to the bit." in done.stdout
+    assert [line.split()[:2] for line in done.stdout.splitlines() if "pixels differ" in line] == [["r0", "run"]]
+    done = CliRunner().invoke(app, ["verify", str(tmp_path / "none")])
+    assert done.exit_code == 2 and "is not a run folder" in done.stderr

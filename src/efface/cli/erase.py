@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import time
 from contextlib import ExitStack, suppress
@@ -220,18 +219,14 @@ def _part(eraser: Any, start: int, n: int) -> Any:
 
 def _save(file: Path, made: Image | str) -> None:
     """Writes a picture or a text, whole or not at all; an error names the file."""
-    partial = file.with_name(f".{file.name}.partial")
+    from .. import files
+    from ..pictures import png
+
     try:
-        with partial.open("wb") as out:
-            out.write(made.encode()) if isinstance(made, str) else made.save(out, "PNG")
-            out.flush()
-            os.fsync(out.fileno())  # some file systems tell only now that they are full
-        partial.replace(file)
+        files.write(file, made if isinstance(made, str) else png(made))
     except OSError as error:
         why = error.strerror or str(error)
         raise OSError(f"{file} cannot be written ({why}): free some space, or name another folder by --out.") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _write(folder: Path, record: dict[str, Any]) -> None:

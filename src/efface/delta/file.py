@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from .. import files
+from .. import checks, files
 from ..core import Concept
 from .base import lacks
 from .factors import Change, Factors
@@ -57,7 +57,7 @@ def load(path: str | Path, make: Callable[..., T]) -> T:
         )
     header = files.json_of(text, f"the header of {path}", ANEW, nan=True)
     if header.get("format") != FORMAT:
-        found = files.shown(repr(header.get("format")))
+        found = checks.shown(header.get("format"))
         raise ValueError(f"{path} has format {found}, but this version reads {FORMAT}. Update Efface.")
     schema.check(header, schema.DeltaHeader, path, ANEW)
     del header["format"]

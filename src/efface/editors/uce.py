@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import checks
 from .._weights import keys_values, learning
-from ..core import Concept, Concepts, as_concepts, as_texts, config
+from ..core import Concept, Concepts, as_concepts, config
 from ..delta import Delta
 from ..families import check, family
 from ._closed_form import (
@@ -137,7 +137,7 @@ class UCE:
         Args:
             attributes: texts such as "male" and "female", whose shares are to be balanced.
         """
-        pairs = tuple((text, 0.0) for text in as_texts("`attributes`", attributes))
+        pairs = tuple((text, 0.0) for text in checks.texts("attributes", attributes))
         return cls(mode="debias", shift="layer", tokens="tail", attributes=pairs, preserve_scale=0.1)
 
     @learning()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import files
+from ..pictures import png, to_pil
 from ..records import Row
 from .folder import IMAGES, LOCK, RUN, SAMPLES, disk, mend
 from .record import DECIDES, Progress, Run
@@ -115,13 +115,7 @@ def timed(paint: Paint, rows: Sequence[Row], call: Mapping[str, Any]) -> Picture
     seconds = round((time.perf_counter() - began) / len(rows), 6)
     if len(painted) != len(rows):
         raise RuntimeError(f"The pipeline made {len(painted)} pictures of {len(rows)} prompts. Draw one per prompt.")
-    return [(_png(picture), notes) for picture, notes in painted], seconds
-
-
-def _png(picture: Image) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, format="PNG")
-    return file.getvalue()
+    return [(png(picture), notes) for picture, notes in painted], seconds
 
 
 def calls(
@@ -137,7 +131,6 @@ def calls(
 
 def painter(pipe: DiffusionPipeline) -> Paint:
     from ..families import family
-    from ..pictures import to_pil
     from ..pipelines import draw
 
     def paint(rows: Sequence[Row], call: Mapping[str, Any]) -> Iterator[tuple[Image, dict[str, Any]]]:
