@@ -29,10 +29,10 @@ from rich.table import Table
 
 import efface
 from efface import CCRT, Concept, Delta
-from efface.api import draw, model_hash
 from efface.core import config
 from efface.intervals import wilson
 from efface.models.emoji.eyes import load_eyes
+from efface.pipelines import draw, model_hash
 
 REMOVED = ("cat", "guitar", "beer mug", "rocket", "rose")
 KEPT = ("octopus", "robot", "helicopter", "strawberry", "sunglasses", "trophy")

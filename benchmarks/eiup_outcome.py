@@ -3,7 +3,6 @@
     python benchmarks/eiup_outcome.py sweep      # tuning seeds: left versus kept over strengths; names one by a rule
     python benchmarks/eiup_outcome.py measure    # test seeds: plain, EIUP, negative prompt; writes results/
     python benchmarks/eiup_outcome.py bystanders # test seeds: every other icon on its own; writes results/
-    python benchmarks/eiup_outcome.py examples   # the first pictures of three cells of `measure`, into docs/eiup.png
 
 Cells: explicit, theme (implicit, trained), paraphrase (implicit, never seen), pair. `left`: the concept is still seen;
 `kept`: the named other icon (pair), any icon of the theme outside the concept (implicit), the drawn icon (style) is
@@ -41,12 +40,12 @@ from rich.table import Table
 
 import efface
 from efface import checks
-from efface.api import draw, model_hash
 from efface.core import config
 from efface.intervals import wilson
 from efface.models import emoji
 from efface.models.emoji.eyes import load_eyes
 from efface.pictures import grid, to_pil
+from efface.pipelines import draw, model_hash
 
 ROOT = Path(__file__).parents[1]
 CONCEPTS = ("alcohol", "weapon", "cat", "neon sign")
@@ -370,30 +369,9 @@ def bystanders(bench: Bench, strengths: list[float], out: Path) -> None:
     out.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
 
 
-def examples(bench: Bench, path: Path, n: int = 6) -> None:
-    """The first pictures of three cells, plain and erased: an implied concept, one of two things, a style."""
-    from PIL import Image
-
-    parts = []
-    for concept, cell in (("alcohol", "theme"), ("cat", "pair"), ("neon sign", "explicit")):
-        step = 1 if cell == "theme" else 2  # pairs come in both orders, styles in two wordings
-        picked = range(0, step * n, step)
-        prompts = [emoji.prompts(concept, cell)[k][0] for k in picked]
-        seeds = [bench.first_seed + bench.stride * CELLS.index((concept, cell)) + k for k in picked]
-        plain = draw(bench.pipe, prompts, seeds)
-        with efface.EIUP(concept).apply(bench.pipe):
-            erased = draw(bench.pipe, prompts, seeds)
-        headings = [prompt.removesuffix(", neon sign style") for prompt in prompts]
-        parts.append(grid({"plain": to_pil(plain), "erased": to_pil(erased)}, headings, side=152))
-    out = Image.new("RGB", (max(p.width for p in parts), sum(p.height for p in parts)), "white")
-    for k, part in enumerate(parts):
-        out.paste(part, (0, sum(p.height for p in parts[:k])))
-    out.save(path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["sweep", "measure", "bystanders", "examples"])
+    parser.add_argument("what", choices=["sweep", "measure", "bystanders"])
     parser.add_argument("--n", type=int, help="pictures per cell (sweep 32, else 128)")
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.5, 1.0, 1.5, 2.0, 2.25, 2.5, 3.0])
     parser.add_argument("--strength", type=float, default=efface.EIUP("cat").strength)
@@ -407,8 +385,6 @@ def main() -> None:
         bystanders(
             Bench(args.work / "bystanders", BYSTANDERS, 1), [1.5, args.strength], ROOT / "results/eiup_bystanders"
         )
-    elif args.what == "examples":
-        examples(Bench(args.work / "measure", TEST, 8), ROOT / "docs/eiup.png")
     else:
         bench = Bench(args.work / "measure", TEST, args.n or 128)
         measure(bench, erasers(args.strength), ROOT / "results/eiup_outcome", {"strength": args.strength})

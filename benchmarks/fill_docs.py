@@ -1,4 +1,4 @@
-"""Copies measured figures from `results/*.json` into README.md and the model card, between their markers.
+"""Copies measured figures from `results/*.json` into README.md, docs and the model card, between their markers.
 
 python benchmarks/fill_docs.py
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "src/efface/models/emoji/MODEL_CARD.md")
 
 
 def card(name: str) -> dict[str, Any] | None:
@@ -304,20 +305,52 @@ def interval(p: dict[str, Any]) -> str:
     return f"{100 * p['rate']:.1f} % [{100 * p['low']:.1f}, {100 * p['high']:.1f}]"
 
 
-def fill(path: Path, marker: str, text: str) -> None:
+def summary() -> str:
+    """README's few lines: what the base model and each method leave, and what else is there."""
+    run_time, edits = card("pareto"), card("editors_outcome")
+    if not run_time or not edits:
+        return "Not measured yet."
+    lines = ["| | residual rate, implied prompts | retention | any object recognisable |", "|---|---|---|---|"]
+    for p in run_time["test"]:
+        name = "base model" if p["method"] == "plain" else f"`{p['method']}`"
+        lines.append(f"| {name} | {' | '.join(percent(p[key]) for key in ('implicit', 'kept', 'any'))} |")
+    for name in edits["fits"]:
+        rates = (percent(edits["pooled"][f"{name} {key}"]) for key in ("implicit left", "kept", "any"))
+        lines.append(f"| `{name}`, weights edited | {' | '.join(rates)} |")
+    by = f"`results/pareto.json` ({run_time['date'][:10]}) and `results/editors_outcome.json` ({edits['date'][:10]})"
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{edits['n_per_cell']} pictures per cell, 95 % intervals, settings chosen on tuning seeds; cards {by}.",
+        ]
+    )
+
+
+def fill(marker: str, text: str) -> None:
+    """Puts text between the markers on every page that has them.
+
+    Raises:
+        SystemExit: no page has them.
+    """
     pattern = re.compile(f"(<!-- {marker}:begin -->).*?(<!-- {marker}:end -->)", re.DOTALL)
-    old = path.read_text()
-    if not pattern.search(old):
-        raise SystemExit(f"{path} has no markers {marker!r}")
-    path.write_text(pattern.sub(lambda m: f"{m[1]}\n{text}\n{m[2]}", old))
+    pages = [page for page in PAGES if pattern.search(page.read_text("utf-8"))]
+    if not pages:
+        raise SystemExit(f"No page has the markers {marker!r}: put them where the text should stand.")
+    for page in pages:
+        page.write_text(pattern.sub(lambda m: f"{m[1]}\n{text}\n{m[2]}", page.read_text("utf-8")), "utf-8")
 
 
 if __name__ == "__main__":
-    fill(ROOT / "README.md", "families", families())
-    fill(ROOT / "README.md", "measured", outcome())
-    fill(ROOT / "README.md", "negatives", negatives())
-    fill(ROOT / "README.md", "speed", speed())
-    fill(ROOT / "README.md", "editors", editors())
-    fill(ROOT / "README.md", "sequence", sequence())
-    fill(ROOT / "README.md", "fits", fits())
-    fill(ROOT / "src/efface/models/emoji/MODEL_CARD.md", "gates", gates())
+    for name, block in (
+        ("summary", summary),
+        ("families", families),
+        ("measured", outcome),
+        ("negatives", negatives),
+        ("speed", speed),
+        ("editors", editors),
+        ("sequence", sequence),
+        ("fits", fits),
+        ("gates", gates),
+    ):
+        fill(name, block())

@@ -23,13 +23,13 @@ from rich.console import Console
 from rich.table import Table
 
 import efface
-from efface.api import draw, model_hash
 from efface.core import config
 from efface.erasers.gie.adapter import Adapter
 from efface.intervals import Rate
 from efface.models import emoji
 from efface.models.emoji.eyes import ConceptEyes, load_eyes
 from efface.models.emoji.weights import FOLDER, sha256
+from efface.pipelines import draw, model_hash
 
 ROOT = Path(__file__).parents[1]
 UNSEEN = ("dog", "food")

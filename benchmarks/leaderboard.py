@@ -1,6 +1,6 @@
 """Every method on the same rows: runs all erasers and editors over the `emoji` suite, and writes table and figure.
 
-python benchmarks/leaderboard.py                # all, then README.md, docs/leaderboard.* and results/leaderboard.json
+python benchmarks/leaderboard.py                # all, then docs/leaderboard.* and results/leaderboard.json
 python benchmarks/leaderboard.py --limit 12     # a trial: the same, but written into --out only
 python benchmarks/leaderboard.py --methods uce,esd  # a share of the work, for one of several processes; into --out only
 python benchmarks/leaderboard.py --update eiup  # these and the plain model anew, the rest from the card
@@ -26,7 +26,7 @@ import fill_docs
 from editors_outcome import stem
 
 import efface
-from efface import api, registry
+from efface import api, pipelines, registry
 from efface.report import number, pareto, span
 from efface.runs import Run, run
 
@@ -116,7 +116,7 @@ def measure(concepts: Sequence[str], limit: int | None, out: Path, only: Sequenc
         "n": sum(len(s.rows) for s in suites.values()),
         "suite": next(iter(suites.values())).version,
         "data_hash": {name: s.data_hash for name, s in suites.items()},
-        "model": {"name": "emoji", "text_hash": api.model_hash(pipe)},
+        "model": {"name": "emoji", "text_hash": pipelines.model_hash(pipe)},
         "rows": [plain, *rows],
         "refused": refused,
     }
@@ -186,9 +186,9 @@ def figure(card: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concepts", default=",".join(CONCEPTS), help="names, separated by commas")
-    parser.add_argument("--methods", default="", help="draw only these; README and docs stay as they are")
+    parser.add_argument("--methods", default="", help="draw only these; docs stay as they are")
     parser.add_argument("--update", default="", help="draw only these; the others stay as the card has them")
-    parser.add_argument("--limit", type=int, help="rows a concept; README and docs stay as they are")
+    parser.add_argument("--limit", type=int, help="rows a concept; docs stay as they are")
     parser.add_argument("--out", type=Path, default=Path("runs/leaderboard"), help="where the runs go")
     given = parser.parse_args()
     only = [m for m in (given.methods or given.update).split(",") if m]
@@ -202,8 +202,7 @@ def main() -> None:
     if trial:
         print(table(card))
         return
-    fill_docs.fill(ROOT / "docs/leaderboard.md", "leaderboard", table(card))
-    fill_docs.fill(ROOT / "README.md", "leaderboard", f"![Removed against kept](docs/leaderboard.svg)\n\n{table(card)}")
+    fill_docs.fill("leaderboard", table(card))
 
 
 if __name__ == "__main__":

@@ -46,12 +46,12 @@ from rich.console import Console
 from rich.table import Table
 
 import efface
-from efface.api import model_hash
 from efface.core import config
 from efface.editors._training import Training
 from efface.intervals import wilson
 from efface.models import emoji
 from efface.models.emoji.eyes import ICONS, Seen, load_eyes
+from efface.pipelines import model_hash
 
 KINDS = {"explicit": "explicit", "implicit": "theme", "pair": "pair"}
 UNITS = [(c, kind) for kind, cell in KINDS.items() for c in CONCEPTS if emoji.prompts(c, cell)]

@@ -158,7 +158,7 @@ def markdown(card: dict[str, Any], rows: list[Point]) -> str:
             else []
         ),
         "",
-        "![Left against kept, over strengths](results/pareto.png)",
+        "![Left against kept, over strengths](../results/pareto.png)",
         "",
         "| method | setting | left | left, implicit prompts | kept | any icon recognisable |",
         "|---|---|---|---|---|---|",
@@ -227,7 +227,7 @@ def main() -> None:
     }
     path.write_text(json.dumps(card, indent=1) + "\n")
     plot(curves, (plain, rows[0]), finals, ROOT / "results/pareto.png")
-    fill_docs.fill(ROOT / "README.md", "pareto", markdown(card, rows))
+    fill_docs.fill("pareto", markdown(card, rows))
     console.print(markdown(card, rows))
 
 

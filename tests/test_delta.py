@@ -26,9 +26,9 @@ from torch import Tensor
 import efface
 from efface import EIUP, Concept, Delta
 from efface._weights import keys_values, weight
-from efface.api import model_hash
 from efface.delta import Factors, active, dense, present, unedited
 from efface.delta.factors import truncate
+from efface.pipelines import model_hash
 
 EFFECT = 1e-3
 CONV = "unet.down_blocks.0.resnets.0.conv1.weight"

@@ -20,7 +20,7 @@ from torch import Tensor
 from efface import CCRT, EIUP, ESD, GIE, RECE, SAFREE, SDD, SLD, UCE, Concept, NegativePrompt
 from efface._text import SITES, encode, pack
 from efface._weights import keys_values
-from efface.api import model_hash
+from efface.pipelines import model_hash
 
 ALL = ("sd3", "sd35", "flux")
 SCALE = 7.5

@@ -258,7 +258,7 @@ def outcome(eraser: Any, prompt: str, negative: str) -> Callable[[str], int]:
     """Of the pictures, how many show an icon or a concept; the eye that sees it more often."""
     eyes = load_eyes()
     with efface.stack(model(), *filter(None, [eraser])):
-        images = efface.api.draw(
+        images = efface.pipelines.draw(
             model(), [prompt] * len(SEEDS), SEEDS, negative_prompt=negative, num_inference_steps=20
         )
     seen = eyes.see(images)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 import efface
-from efface.api import draw
 from efface.models import emoji
 from efface.models.emoji.aligned import load_aligned
 from efface.models.emoji.eyes import INDEX, Eyes, load_eyes
 from efface.models.emoji.weights import FOLDER
+from efface.pipelines import draw
 
 pytestmark = pytest.mark.skipif(not (FOLDER / "model.json").exists(), reason="the emoji weights are not trained yet")
 SEEDS = range(1_500_000, 1_500_032)

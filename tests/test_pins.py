@@ -665,7 +665,7 @@ REFUSALS: dict[str, Callable[[], Any]] = {
     "stack/editor": lambda: efface.stack(double("sd1"), UCE()),  # type: ignore[arg-type]
     "load/no folder": lambda: efface.load("emojii"),
     "load/no name": lambda: efface.load(3),  # type: ignore[arg-type]
-    "load/dtype": lambda: efface.load("emoji", dtype="float16"),
+    "load/dtype": lambda: efface.load("emoji", dtype="half precision"),
     "concept/name": lambda: efface.concept("alcohl"),
     "concept/empty": lambda: efface.concept(" "),
     "Concept/empty": lambda: Concept(""),

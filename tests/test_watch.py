@@ -17,10 +17,10 @@ from torch import Tensor
 
 import efface
 from efface import EIUP, UCE, Delta
-from efface.api import model_hash
 from efface.delta import active, check_written, forget, handles, present, unedited
 from efface.delta.overlay import Overlay
 from efface.delta.watch import SAMPLE, Seal, Watch, differing, sampled
+from efface.pipelines import model_hash
 
 EFFECT = 1e-2
 KEY = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"

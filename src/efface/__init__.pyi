@@ -6,9 +6,7 @@ from .api import active as active
 from .api import concept as concept
 from .api import concepts as concepts
 from .api import conditional_rows as conditional_rows
-from .api import effectiveness as effectiveness
 from .api import erase as erase
-from .api import load as load
 from .api import stack as stack
 from .calibration import calibrate as calibrate
 from .core import Concept as Concept
@@ -34,6 +32,8 @@ from .erasers.negative_prompt import NegativePrompt as NegativePrompt
 from .erasers.safree import SAFREE as SAFREE
 from .erasers.sld import SLD as SLD
 from .metrics._detectors import detector as detector
+from .pipelines import effectiveness as effectiveness
+from .pipelines import load as load
 from .report import write_report as write_report
 from .runs import Run as Run
 from .runs import make_suite as make_suite

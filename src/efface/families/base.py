@@ -158,6 +158,18 @@ class Family:
         """What a call has to be given so that it has guidance; "" if the pipeline's defaults do."""
         return "" if self.returns_negative else f"`{self.scale}` above 1 and a negative prompt"
 
+    def guided(self, guidance: float) -> dict[str, Any]:
+        """The arguments of a call whose guidance scale is `guidance`; 1 is no guidance."""
+        return {self.scale: guidance} if self.returns_negative else {self.scale: guidance, "negative_prompt": ""}
+
+    def protocol(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a suite's protocol, as this family takes them.
+
+        A suite's `guidance_scale` is that of predictions with and without the prompt. Where `guidance_scale` means
+        another thing (FLUX: an input of the distilled denoiser), the pipeline's own default stands.
+        """
+        return {name: value for name, value in call.items() if name != "guidance_scale" or self.scale == name}
+
     # ---- which pipelines are of the family
 
     def recognises(self, pipe: DiffusionPipeline) -> bool:

@@ -32,7 +32,7 @@ class Adapter:
         net: from standardised features [..., layers] to a strength [..., 1].
         mean, std: of the features in training, [layers].
         layers: names of the cross-attention layers, in the order in which they run.
-        model: `efface.api.model_hash` of the pipeline that it was trained on.
+        model: `efface.pipelines.model_hash` of the pipeline that it was trained on.
         text_encoder: class name of its text encoder, to be told apart in errors.
         facts: what training measured.
     """

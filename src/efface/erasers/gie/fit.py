@@ -231,7 +231,7 @@ class Ladder:
 
         def draw(eraser: Any, what: str) -> Tensor:
             generators = [torch.Generator().manual_seed(r.seed) for r in rows]
-            settings = {"num_inference_steps": 25, "guidance_scale": 7.5, **call}
+            settings = {"num_inference_steps": 25, **call}
             with eraser.apply(pipe):
                 out = cast("Any", pipe)([r.prompt for r in rows], generator=generators, output_type="pt", **settings)
             if progress is not None:
