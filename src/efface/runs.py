@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__, checks, registry
 from .core import Concepts, Metric, Row, Sample, Score, Suite, as_concepts, rows_hash
+from .progress import Tell, shows
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -46,8 +47,6 @@ FORMAT = 1
 DECIDES = ("format", "suite", "rows", "call", "batch", "model", "erasers")
 """The entries of run.json that decide the pictures: a folder continues only if all of them agree."""
 
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how many pictures are done, and of how many."""
 Paint = Callable[[Sequence[Row], Mapping[str, Any]], Iterable[tuple["Image", dict[str, Any]]]]
 """Rows and their common pipeline arguments to one picture per row, each with what there is to note about it."""
 
@@ -160,16 +159,18 @@ def make_suite(
     return suite
 
 
+@shows
 def run(
     suite: Suite,
     model: str | Path | DiffusionPipeline,
     *,
+    name: str | None = None,
     eraser: Eraser | Sequence[Eraser] | None = None,
     out: str | Path,
     base: str | Path | Run | None = None,
     limit: int | None = None,
     batch: int = 8,
-    progress: Progress | None = None,
+    progress: bool | Tell | None = None,
     command: str | None = None,
 ) -> Run:
     """Draws every row of a suite into a run folder, or continues where an earlier call ended.
@@ -180,12 +181,13 @@ def run(
     Args:
         suite: what to draw and how.
         model: a name as `efface.load` takes it, or a pipeline without active erasers.
+        name: what the record calls a pipeline; None: its class.
         eraser: what to apply, or several in order; None draws the plain model.
         out: the run folder; made if it does not exist.
         base: the folder of the plain pictures; None: `base-SUITE-HASH` beside `out`.
         limit: only the first so many rows, at least 1.
         batch: pictures per pipeline call, at least 1. It bounds the memory.
-        progress: called after each batch with what is drawn, how many pictures are done, and of how many.
+        progress: True shows a bar with the time left. A callable gets what is drawn, how many are done, of how many.
         command: what to write down as the command; None: this process's own.
 
     Returns:
@@ -215,7 +217,7 @@ def run(
     from .delta import active
     from .hooks.sites import handles as erasers_on
 
-    name = str(model) if isinstance(model, (str, Path)) else None
+    name = str(model) if isinstance(model, (str, Path)) else name
     pipe = api.load(model) if isinstance(model, (str, Path)) else model
     if erasers_on(pipe) or active(pipe):
         raise ValueError("The pipeline has an eraser on: remove it, and give it as `eraser=` instead.")
@@ -235,7 +237,7 @@ def run(
         "base": None,
     }
     session = {"started": _now(), "command": command or this_command(), "versions": _versions(), "machine": _machine()}
-    paint, done = _painter(pipe), progress or _silent
+    paint, done = _painter(pipe), progress if callable(progress) else _silent
     if not erasers:
         record = work(folder, plain | {"sessions": [session]}, rows, paint, done, "plain")
         return Run(folder, record, suite.metrics)
@@ -254,8 +256,9 @@ def run(
     return Run(folder, record, suite.metrics)
 
 
+@shows
 def score(
-    run: Run | str | Path, metrics: Sequence[Metric] | None = None, progress: Progress | None = None
+    run: Run | str | Path, metrics: Sequence[Metric] | None = None, progress: bool | Tell | None = None
 ) -> list[Score]:
     """Scores a finished run and writes scores.json and card.json into its folder; draws nothing.
 
@@ -264,7 +267,7 @@ def score(
     Args:
         run: a run, or its folder.
         metrics: what to measure; None: the suite's metrics.
-        progress: called before each metric with its name, how many are done, and of how many.
+        progress: True shows a bar. A callable gets each metric's name, how many are done, and of how many.
 
     Raises:
         FileNotFoundError: no run in the folder, or its base is gone.
@@ -291,13 +294,14 @@ def score(
             raise ValueError(
                 f"{name} is not finished: {len(drawn)} of {n} pictures. Run the command that made it, it continues."
             )
+    tell = progress if callable(progress) else _silent
     measured: list[list[Score]] = [[], []]
     began = time.perf_counter()
     for k, metric in enumerate(chosen):
-        (progress or _silent)(metric.name, k, len(chosen))
+        tell(metric.name, k, len(chosen))
         measured[0] += metric(samples, base)
         measured[1] += metric(base, base) if plain else measured[0][len(measured[1]) :]
-    (progress or _silent)("scored", len(chosen), len(chosen))
+    tell("scored", len(chosen), len(chosen))
     scores, base_scores = measured
     configs = [metric_config(m) for m in chosen]
     _write(
@@ -362,7 +366,7 @@ def work(
     record: dict[str, Any],
     rows: Sequence[Row],
     paint: Paint,
-    progress: Progress,
+    progress: Tell,
     what: str = "",
     wait: bool = False,
 ) -> dict[str, Any]:
@@ -382,7 +386,7 @@ def work(
 
 
 def _fill(
-    folder: Path, record: dict[str, Any], rows: Sequence[Row], paint: Paint, progress: Progress, what: str
+    folder: Path, record: dict[str, Any], rows: Sequence[Row], paint: Paint, progress: Tell, what: str
 ) -> dict[str, Any]:
     earlier = _agree(folder, record)
     size, total = record["batch"], len(rows)
