@@ -504,10 +504,10 @@ def test_files_that_are_no_adapter_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a GIE adapter"):
         GIE([CAT], adapter=path)
     save_file({"x": torch.zeros(1)}, path, {"efface": "gie adapter", "version": "1", "adapter": "{}"})
-    with pytest.raises(ValueError, match="is a damaged GIE adapter"):
+    with pytest.raises(ValueError, match="is damaged: it has no `layers`"):
         GIE([CAT], adapter=path)
     path.write_bytes(b"no tensors here")
-    with pytest.raises(ValueError, match="is not a safetensors file"):
+    with pytest.raises(ValueError, match="no safetensors file"):
         GIE([CAT], adapter=path)
 
 
@@ -596,9 +596,9 @@ def test_a_killed_fit_loses_one_batch(sd1: Any, tmp_path: Path) -> None:
     assert again.calls == 0
     with EIUP([ALCOHOL]).apply(sd1), pytest.raises(ValueError, match="eiup is on, and would take part in the ladder"):
         GIE.fit(sd1, CAT, TEXTS, detector=Bright(), out=out, **QUICK)
-    with low(sd1).apply(sd1), pytest.raises(ValueError, match="judged with another present"):
+    with low(sd1).apply(sd1), pytest.raises(ValueError, match="present.deltas: "):
         GIE.fit(sd1, CAT, TEXTS, detector=Bright(), out=out, **QUICK)
-    with pytest.raises(ValueError, match="judged with another call, rows"):
+    with pytest.raises(ValueError, match="(?s)rows: .*call.num_inference_steps: "):
         GIE.fit(sd1, CAT, TEXTS[:5], detector=Bright(), out=out, **{**QUICK, "num_inference_steps": 3})
 
 
@@ -656,7 +656,7 @@ def test_a_damaged_ladder_is_named_with_its_cure(damage: Any, sd1: Any, tmp_path
     GIE.fit(sd1, CAT, TEXTS, detector=Bright(), out=tmp_path / "a", **QUICK)
     ladder = tmp_path / "a.ladder.json"
     ladder.write_text(damage(ladder.read_text()))
-    with pytest.raises(ValueError, match="a.ladder.json is damaged: delete it, and the same call draws the ladder"):
+    with pytest.raises(ValueError, match="a.ladder.json is damaged: .* Delete it, and the same call draws the ladder"):
         GIE.fit(sd1, CAT, TEXTS, detector=Bright(), out=tmp_path / "a", **QUICK)
 
 

@@ -17,19 +17,24 @@ import torch
 from PIL import Image
 
 import efface
-from efface import Row, Sample, Score, Suite, api, runs
+from efface import Row, Sample, Score, Suite, api, files, runs
 from efface.models.emoji.weights import FOLDER
+from efface.records import rows_hash
+from efface.runs.folder import claim
 
 STUB = """
 import hashlib, os, random, signal, sys, time
 from pathlib import Path
 from PIL import Image
 from efface import runs
-from efface.core import Row
+from efface.records import Row, rows_hash
 
 ROWS = [Row(f"row-{k}", f"a cat {k}", 1_000_000 + k, call={"guidance_scale": k % 2}) for k in range(157)]
-RECORD = {"format": 1, "suite": {}, "rows": {"n": len(ROWS)}, "call": {}, "batch": 4, "model": {}, "erasers": [],
-          "metrics": [], "base": None, "sessions": [{}]}
+SUITE = dict.fromkeys(("name", "version", "source", "licence", "data_hash"), "cats")
+MODEL = dict.fromkeys(("name", "text_hash", "pipeline", "dtype", "device"), "stub") | {"scheduler": {}}
+RECORD = {"format": 1, "suite": SUITE, "rows": {"n": len(ROWS), "sha256": rows_hash(ROWS)}, "call": {}, "batch": 4,
+          "model": MODEL, "erasers": [], "metrics": [], "base": None,
+          "sessions": [{"started": "now", "command": "c", "versions": {}}]}
 
 def paint(rows, call):
     assert len({r.call["guidance_scale"] for r in rows}) == 1 and call == rows[0].call
@@ -89,20 +94,22 @@ def test_twenty_kills_lose_nothing_and_double_nothing(tmp_path: Path) -> None:
 ROWS = tuple(Row(f"r{k}", f"a cat {k}", 1_000_000 + k) for k in range(10))
 
 
-def record(n: int = 10, batch: int = 4, **changed: Any) -> dict[str, Any]:
-    return {
+def record(rows: Sequence[Row] = ROWS, batch: int = 4, **changed: Any) -> dict[str, Any]:
+    names = dict.fromkeys(("version", "source", "licence", "data_hash"), "")
+    facts = {"pipeline": "Stub", "scheduler": {}, "dtype": "float32", "device": "cpu"}
+    found: dict[str, Any] = {
         "format": 1,
-        "suite": {"name": "cats"},
-        "rows": {"n": n},
+        "suite": names | {"name": "cats"},
+        "rows": {"n": len(rows), "sha256": rows_hash(rows)},
         "call": {},
         "batch": batch,
-        "model": {"name": "stub", "text_hash": "0a"},
+        "model": facts | {"name": "stub", "text_hash": "0a"},
         "erasers": [],
         "metrics": [],
         "base": None,
-        "sessions": [{}],
-        **changed,
+        "sessions": [{"started": "now", "command": "efface bench", "versions": {}}],
     }
+    return found | {key: found[key] | value if isinstance(value, dict) else value for key, value in changed.items()}
 
 
 class Stub:
@@ -132,7 +139,7 @@ def silent(*_: Any) -> None:
 def finish(folder: Path, rows: Sequence[Row] = ROWS, **changed: Any) -> Stub:
     stub = Stub()
     folder.mkdir(exist_ok=True)
-    runs.work(folder, record(len(rows), **changed), rows, stub, silent)
+    runs.work(folder, record(rows, **changed), rows, stub, silent)
     return stub
 
 
@@ -206,39 +213,40 @@ def test_a_damaged_batch_is_drawn_again_whole_and_the_others_stay(harm: str, tmp
 
 def test_a_failing_pipeline_loses_its_batch_only(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
-        runs.work(runs._folder(tmp_path / "a"), record(), ROWS, Stub(fail_at=1), silent)
+        runs.work(claim(tmp_path / "a"), record(), ROWS, Stub(fail_at=1), silent)
     assert finish(tmp_path / "a").painted == [r.id for r in ROWS[4:]]
 
 
-@pytest.mark.parametrize("where", ["_save", "_append", "_write"])
+@pytest.mark.parametrize(("where", "nth"), [("create", 1), ("create", 7), ("append", 2)])
 def test_a_full_disk_stops_with_a_message_and_continues(
-    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: str, nth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = getattr(runs, where), []
+    """The first file that is created is the record, the others are pictures."""
+    real, calls = getattr(files, where), []
 
     def full(path: Path, what: Any) -> Any:
         calls.append(path)
-        if len(calls) == {"_save": 6, "_append": 2, "_write": 1}[where]:
-            if where == "_append":
+        if len(calls) == nth:
+            if where == "append":
                 real(path, what[: len(what) // 2])
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(path, what)
 
-    monkeypatch.setattr(runs, where, full)
-    kept = 0 if where == "_write" else 4
+    monkeypatch.setattr(files, where, full)
+    kept = 0 if nth == 1 else 4
     with pytest.raises(OSError, match=f"The disk is full. {kept} of 10 pictures stayed in .*same command") as caught:
         finish(tmp_path / "a")
     assert caught.value.errno == errno.ENOSPC
     monkeypatch.undo()
     assert finish(tmp_path / "a").painted == [r.id for r in ROWS[kept:]]
-    assert runs.Run.open(tmp_path / "a").complete
+    assert runs.Run.open(tmp_path / "a").complete and not list((tmp_path / "a").glob(".*.partial"))
 
 
 def test_two_processes_cannot_work_in_one_folder(tmp_path: Path) -> None:
     finish(tmp_path / "a")
     hold = (
-        "import sys; from pathlib import Path; from efface import runs\n"
-        "with runs._locked(Path(sys.argv[1])):\n    print('locked', flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path; from efface import files\n"
+        "with files.lock(Path(sys.argv[1]) / '.lock'):\n    print('locked', flush=True); sys.stdin.read()"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", hold, tmp_path / "a"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -272,9 +280,9 @@ def test_a_folder_of_another_run_is_refused(changed: dict[str, Any], message: st
 def test_other_folders_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(ValueError, match="holds other files"):
-        runs._folder(tmp_path)
+        claim(tmp_path)
     with pytest.raises(ValueError, match="is a file"):
-        runs._folder(tmp_path / "mine.txt")
+        claim(tmp_path / "mine.txt")
     with pytest.raises(FileNotFoundError, match="not a run folder"):
         runs.Run.open(tmp_path)
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from efface import checks
-
+from . import checks, files
 from .core import (
     Concept,
     ConceptLike,
@@ -21,7 +19,6 @@ from .core import (
     check_eraser,
     config,
     field_names,
-    read_json,
 )
 from .intervals import Rate
 
@@ -34,6 +31,7 @@ __all__ = ["Calibration", "Point", "calibrate", "same_picture"]
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 SHOWN = 0.30  # what the plain model has to show of the concept, or nothing can be told
 LIKE = 0.9
+FORMAT = 1  # of the files in `out`
 Kept = Callable[["Tensor", "Tensor"], "Tensor"]
 
 
@@ -235,7 +233,7 @@ def calibrate(
 
     def judged(strength: float) -> dict[str, list[list[int]]]:
         path = None if folder is None else folder / f"{f'strength-{strength:g}' if strength else 'plain'}.json"
-        if path is not None and path.exists():
+        if path is not None and files.there(path):
             return _judgements(path, n, ("left", "kept") if strength else ("left",))
         found = {"left": _rows(detector(pictures(strength, 0)))}
         if strength:
@@ -243,7 +241,7 @@ def calibrate(
                 shown.append(pictures(0.0, 1))
             found["kept"] = _rows(kept(pictures(strength, 1), shown[0]))
         if path is not None:
-            _write(path, found)
+            files.write_json(path, {"format": FORMAT, **found})
         return found
 
     if folder is not None:
@@ -286,7 +284,7 @@ def calibrate(
     best = min(good or points, key=lambda p: (max(p.left.rate - target, 0) + max(keep - p.kept.rate, 0), p.strength))
     result = Calibration(best.strength if good else None, best, points, plain, target, keep)
     if folder is not None:
-        _write(folder / "calibration.json", setting | result.record())
+        files.write_json(folder / "calibration.json", {"format": FORMAT, **setting, **result.record()})
         if plot:
             result.plot(folder / "calibration.png")
     return result
@@ -341,53 +339,29 @@ def _rate(rows: list[list[int]], worse: Callable[..., Rate]) -> Rate:
 
 def _same_setting(folder: Path, setting: dict[str, Any]) -> None:
     """Writes the setting into a new folder; ValueError if the folder has another one."""
-    path, wanted = folder / "setting.json", json.loads(json.dumps(setting))
+    from . import schema
+
+    path, cure = folder / "setting.json", f"Name a new folder, or delete {folder}."
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"Expected `out` to be a folder, but {folder} is a file: name another one.")
-    if path.exists():
-        found = read_json(path)
-        if not isinstance(found, dict):
-            raise ValueError(f"{path} is damaged: delete {folder}, or name a new folder.")
-        if found != wanted:
-            raise ValueError(
-                f"{folder} holds a calibration with another {', '.join(_differing(found, wanted))}: name a new folder, "
-                "or delete that one."
-            )
+    if files.there(path):
+        found = schema.read(files.inside(folder, path.name), schema.Setting, cure)
+        wanted = {"format": FORMAT, **setting}
+        files.check_same({"format": FORMAT, **found}, wanted, f"{folder} holds another calibration", cure)
         return
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no calibration: name another folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    _write(path, wanted)
+    files.write_json(path, {"format": FORMAT, **setting})
 
 
 def _judgements(path: Path, n: int, names: Sequence[str]) -> dict[str, list[list[int]]]:
     """Judgements of n pictures each that were written earlier."""
-    found = read_json(path)
-    try:
-        rows = [row for name in names for row in found[name]]
-        whole = all(found[name] for name in names) and all(
-            len(row) == n and all(isinstance(x, int) for x in row) for row in rows
-        )
-    except (TypeError, KeyError):
-        whole = False
-    if not whole:
-        raise ValueError(f"{path} is damaged: delete it, and the same call draws its pictures again.")
-    return dict(found)
+    from . import schema
 
-
-def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """The keys under which two settings differ, those of mappings inside them too."""
-    names = []
-    for key in sorted(found.keys() | wanted.keys()):
-        one, other = found.get(key), wanted.get(key)
-        if isinstance(one, dict) and isinstance(other, dict):
-            names += [f"{key}.{inside}" for inside in _differing(one, other)]
-        elif one != other:
-            names.append(key)
-    return names
-
-
-def _write(path: Path, content: Any) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
+    cure = "Delete it, and the same call draws its pictures again."
+    form = schema.Judgements if "kept" in names else schema.PlainJudgements
+    found = schema.read(files.inside(path.parent, path.name), form, cure)
+    if any(len(row) != n for name in names for row in found[name]):
+        raise ValueError(f"{path} is damaged: it has not {n} judgements of each judge. {cure}")
+    return {name: found[name] for name in names}

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from .core import Suite
     from .delta import Delta
+    from .records import Suite
 
 SHOWN = 8  # pictures in the grid
 BATCH = 8
@@ -162,7 +162,7 @@ class Erasure:
         self, when: str, seeds: Sequence[int], erasers: Sequence[Any]
     ) -> list[tuple[int, str, Image, dict[str, Any]]]:
         """Seed, "before" or "after", picture, and what there is to note about it."""
-        call = {"num_inference_steps": self.steps, "negative_prompt": self.negative or None}
+        call: dict[str, Any] = {"num_inference_steps": self.steps, "negative_prompt": self.negative or None}
         began = time.perf_counter()
         with api.stack(self.pipe, *(erasers if when == "after" else ())):
             pictures = api.draw(self.pipe, [self.prompt] * len(seeds), seeds, guidance=self.guidance, **call)

@@ -2,15 +2,59 @@
 
 from __future__ import annotations
 
+import io
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
+
+from . import checks, files
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MARGIN, LABEL = 4, 64
+FORMATS = ("PNG", "JPEG", "WEBP")  # all that is read: other formats of Pillow run programs or are seldom tested
+BROKEN = OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError
+AGAIN = "Delete it; the command that made it draws it again."
+BYTES, PIXELS = 64 * files.MIB, 8192 * 8192
+
+
+def read_picture(path: Path, sha256: str = "") -> Image.Image:
+    """The picture in a PNG, JPEG or WebP file, as RGB.
+
+    Args:
+        path: the file.
+        sha256: what its bytes must hash to; "" = not known.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: another file than the one with this hash, another format, a damaged picture, or more than 64 MiB or
+            8,192 x 8,192 pixels.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "red.png"
+        >>> Image.new("RGB", (8, 8), "red").save(path)
+        >>> read_picture(path).getpixel((0, 0))
+        (255, 0, 0)
+    """
+    content = files.read(path, BYTES)
+    if sha256 and files.sha256(content) != sha256:
+        raise ValueError(f"{path} is not the picture that was drawn: its SHA-256 is another one. Draw the run again.")
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+            if picture.width * picture.height > PIXELS:
+                raise ValueError(f"{picture.width} x {picture.height} pixels, and at most {PIXELS:,} are read")
+            return picture.convert("RGB")
+    except Image.UnidentifiedImageError as error:
+        raise ValueError(f"{path} cannot be read as a PNG, JPEG or WebP picture: it is none. {AGAIN}") from error
+    except BROKEN as error:
+        why = files.shown(str(error), 160)
+        raise ValueError(f"{path} cannot be read as a PNG, JPEG or WebP picture ({why}). {AGAIN}") from error
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:

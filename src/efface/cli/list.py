@@ -33,7 +33,6 @@ def show(
         elif format_ is not None:
             from ..tables import render
 
-            how = checks.choice("--format", format_, ("csv", "md", "latex"))
             if len(chosen) == 1:
                 typer.echo(render(["name", "about"], list(chosen[what].items()), format_), nl=False)
             else:

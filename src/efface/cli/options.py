@@ -7,7 +7,7 @@ import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -15,7 +15,8 @@ from .. import checks, registry
 from .output import quiet
 
 if TYPE_CHECKING:
-    from ..core import Concept, Metric, Pipeline
+    from ..core import Concept, Pipeline
+    from ..records import Metric
 
 ConceptNames = Annotated[list[str] | None, typer.Option("--concept", help="A shipped concept; may be repeated.")]
 Phrases = Annotated[list[str] | None, typer.Option("--phrase", help="A text of your own to erase; may be repeated.")]
@@ -34,7 +35,9 @@ DeltaFiles = Annotated[list[Path] | None, typer.Option("--delta", help="A file m
 Settings = Annotated[list[str] | None, typer.Option("--set", help="A field of the method, NAME=VALUE.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")]
-Format = Annotated[str | None, typer.Option("--format", help="Print tables as csv, md or latex.")]
+Format = Annotated[
+    Literal["csv", "md", "latex"] | None, typer.Option("--format", help="Print the table in this format.")
+]
 
 LOADING: dict[str, Any] = {
     "device": Annotated[str | None, typer.Option(help="Where the model computes, such as cuda. Default: the CPU.")],

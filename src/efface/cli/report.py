@@ -31,7 +31,7 @@ def report(
         if format_ is not None:
             from ..tables import table
 
-            typer.echo(table(run, checks.choice("--format", format_, ("csv", "md", "latex"))), nl=False)
+            typer.echo(table(run, format_), nl=False)
             return
         checks.path("--out", out)
         from ..report import write_report

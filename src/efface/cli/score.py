@@ -14,7 +14,7 @@ import typer
 
 from .. import checks
 from .errors import NOT_JUDGED, NOT_MET, fail, told
-from .options import AsJson, Format, judges
+from .options import AsJson, Format, judges, parse_fields
 from .output import print_table, say, telling
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def score(
 
         bars = parse_bars(bar)
         found = runs.Run.open(run)
-        configs = [{"method": name} for name in metric or []] or found.record["metrics"]
+        configs = [{"method": name} for name in metric or []] or runs.recorded(found, parse_fields(set_))
         metrics = judges(configs, set_, "--set")
         with telling():
             runs.score(found, metrics)
@@ -84,14 +84,14 @@ def parse_bars(texts: Sequence[str] | None) -> list[Bar]:
 
 def print_scores(run: Run, as_json: bool, how: Format, bars: Sequence[Bar]) -> None:
     """The scores of a run and of the base model; exit code 3 or 4 if a bar is not met, or not judged."""
-    from ..tables import render, score_cells
+    from ..tables import render, score_cells, score_numbers
 
     scores, base = run.scores()
-    headings, rows = score_cells(scores, base)
+    headings, rows = (score_numbers if how == "csv" else score_cells)(scores, base)
     if as_json:
         typer.echo(json.dumps({"out": str(run.folder), **run.card()}, indent=1))
     elif how is not None:
-        typer.echo(render(headings, rows, checks.choice("--format", how, ("csv", "md", "latex"))), nl=False)
+        typer.echo(render(headings, rows, how), nl=False)
     else:
         some = [row for row in rows if "/" not in row[0]]
         print_table(headings, some, box=None, caption="95 % intervals", caption_justify="left")

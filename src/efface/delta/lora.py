@@ -9,9 +9,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .. import __version__
+from .. import __version__, files
 from .factors import Change, Factors, dense, truncate
-from .file import write
 
 Layout = Literal["diffusers", "kohya"]
 
@@ -48,7 +47,7 @@ def export(
         exact = strength * dense(change).double()
         lost += float((Factors(b.double(), a.double()).dense() - exact).norm()) ** 2
         whole += float(exact.norm()) ** 2
-    write(tensors, Path(path), {"format": "pt", "software": f"efface {__version__}", "method": method})
+    files.write_tensors(Path(path), tensors, {"format": "pt", "software": f"efface {__version__}", "method": method})
     return (lost / whole) ** 0.5 if whole else 0.0
 
 

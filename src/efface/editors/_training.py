@@ -18,11 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
-from .. import progress
+from .. import files, progress
 from .._text import check_phrases
 from .._weights import digest
 from ..core import Concept, Concepts, Detector, as_concepts, check_pictures
@@ -168,7 +166,7 @@ class State:
             raise RuntimeError(f"The weights are not finite after {self.step} updates. Lower `lr`, or clip gradients.")
 
     def save(self, path: Path, identity: Mapping[str, Any]) -> None:
-        """Writes beside `path` and moves it there, so that a broken write leaves the last checkpoint as it was."""
+        """Writes a checkpoint, whole or not at all."""
         tensors = {f"student/{n}": w.detach() for n, w in self.student.items()}
         tensors |= {f"average/{n}": w for n, w in (self.average or {}).items()}
         for name, w in self.student.items():
@@ -176,26 +174,25 @@ class State:
         tensors |= {f"rng/{name}": rng.get_state() for name, rng in self.rng.items()}
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
         header = {"fit": json.dumps(identity, sort_keys=True), "done": json.dumps(self.done)}
-        save_file({n: w.contiguous() for n, w in tensors.items()}, partial, header)
-        partial.replace(path)
+        files.write_tensors(path, tensors, header)
 
     def load(self, path: Path, identity: Mapping[str, Any]) -> None:
+        from .. import schema
+
+        away = "Move it away, and the fit begins anew."
+        said, tensors = files.read_tensors(path, away)
+        header = {name: files.json_of(said.get(name, "null"), f"`{name}` in {path}", away) for name in ("fit", "done")}
+        schema.check(header, schema.Checkpoint, path, away)
+        cure = "Move it away, or run the command that began it."
+        files.check_same(header["fit"], identity, f"{path} is the checkpoint of another fit", cure)
         try:
-            with safe_open(path, "pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a checkpoint of a fit ({error}): move it away.") from error
-        theirs, ours = json.loads(header.get("fit", "{}")), json.loads(json.dumps(identity))
-        if theirs != ours:
-            other = [key for key in ours if theirs.get(key) != ours[key]]
-            raise ValueError(
-                f"{path} is the checkpoint of another fit (different: {', '.join(other)}): move it away, or run "
-                "the command that began it."
-            )
-        self.done, self.losses = json.loads(header["done"]), tensors.pop("losses").tolist()
+            self._take(header["done"], tensors)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is a damaged checkpoint ({error}). {away}") from error
+
+    def _take(self, done: bool, tensors: dict[str, Tensor]) -> None:
+        self.done, self.losses = done, tensors.pop("losses").tolist()
         with torch.no_grad():
             for name, w in self.student.items():
                 w.copy_(tensors[f"student/{name}"])

@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efface import checks, registry
-from efface.core import Detector, Sample, check_detector, check_pictures, field_names
+from efface import checks, files, registry
+from efface.core import Detector, check_detector, check_pictures, field_names
 from efface.models import emoji
+from efface.records import Sample
 from efface.registry import near
 
 from ._encoders import CLIP_LARGE, encoder, preprocessed
@@ -190,8 +191,7 @@ class NudeNet(Looking):
                 fresh.append(json.dumps({"sha256": key, "detector": "nudenet3_320n", "boxes": stored[key]}))
             out.append(stored[key])
         if self.store and fresh:
-            with Path(self.store).open("a", encoding="utf-8") as file:
-                file.writelines(line + "\n" for line in fresh)
+            files.append(Path(self.store), "".join(line + "\n" for line in fresh))
         return out
 
     def decide(self, looks: list[Any]) -> Tensor:
@@ -202,18 +202,20 @@ class NudeNet(Looking):
 
 def _stored(store: str) -> dict[str, list[Any]]:
     """Boxes by picture; a last line that was cut off is left out, and its picture looked at again."""
+    from efface import schema
+
     found: dict[str, list[Any]] = {}
-    if not store or not Path(store).is_file():
+    if not store or not files.there(Path(store)):
         return found
-    lines = Path(store).read_text("utf-8").splitlines()
+    lines = files.read_text(Path(store)).splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            entry = json.loads(line)
+            entry = schema.check(files.parse(line), schema.Boxes, f"{store}, line {number}", "Delete the file.")
             found[entry["sha256"]] = [(label, float(score), tuple(box)) for label, score, box in entry["boxes"]]
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             if number < len(lines):
                 raise ValueError(
-                    f"{store}, line {number} is not a line of boxes ({error}): delete the file."
+                    f"{store}, line {number}, is not a line of boxes ({error}). Delete the file."
                 ) from error
     return found
 
@@ -362,7 +364,7 @@ class Classifier(Looking):
         return f"classifier {self.folder}"
 
     def _wins(self) -> list[int]:
-        labels = json.loads((Path(self.folder) / "config.json").read_text("utf-8")).get("id2label", {})
+        labels = _labels(Path(self.folder) / "config.json")
         by_index = {int(k): v for k, v in labels.items()}
         order = sorted(by_index, key=str) if self.order == "sorted" else sorted(by_index)
         wins = [k for k, index in enumerate(order) if by_index[index] in self.names]
@@ -383,6 +385,13 @@ class Classifier(Looking):
         return torch.isin(best, torch.tensor(self._wins())).any(-1)[None]
 
 
+def _labels(path: Path) -> dict[str, str]:
+    from efface import schema
+
+    found: dict[str, str] = schema.read(path, schema.Classifier, "Save the classifier again.").get("id2label", {})
+    return found
+
+
 @functools.cache
 def _classifier(folder: str) -> Any:
     from transformers import AutoModelForImageClassification
@@ -392,9 +401,7 @@ def _classifier(folder: str) -> Any:
 
 @functools.cache
 def _safetensors(path: str) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
+    return files.read_tensors(Path(path), "Convert the weights again.")[1]
 
 
 def _only(judge: str, names: Sequence[str], known: Sequence[str]) -> None:

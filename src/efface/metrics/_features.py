@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from efface import checks
-from efface.core import Row, Sample
+from efface.records import Row, Sample
 
 from ._encoders import encoder
 from ._samples import batches
 
 Extract = Callable[[Tensor], Tensor]
 """Pictures [N, 3, H, W] in [0, 1] to features [J, N, D], one row per judge."""
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def extractor(features: str | Extract) -> tuple[Extract, str]:

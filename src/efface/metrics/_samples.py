@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from efface import checks
-from efface.core import Row, Sample
+from efface.records import Row, Sample
 
 BATCH = 64
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from efface.core import Sample, Score
+from efface.records import Sample, Score
 
 from ._detectors import Spec, judged
 from ._samples import chosen

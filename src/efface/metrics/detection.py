@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from efface.core import Sample, Score
+from efface.records import Sample, Score
 
 from ._detectors import Spec, judged
 from ._samples import batches, chosen, groups

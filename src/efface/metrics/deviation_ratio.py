@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from efface import checks
-from efface.core import Sample, Score
+from efface.records import Sample, Score
 
 from ._detectors import EmojiEyes, Spec, _eyes, judged, looks
 from ._samples import batches, chosen, groups

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from efface.core import Sample, Score
+from efface.records import Sample, Score
 
 from ._features import Extract, extractor, folder_of, named, of
 from ._samples import chosen, paired

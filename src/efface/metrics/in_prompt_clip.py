@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from efface.core import Sample, Score
+from efface.records import Sample, Score
 
 from ._encoders import encoder
 from ._samples import batches, chosen, paired

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from efface import checks
-from efface.core import Sample, Score
+from efface.records import Sample, Score
 
 from ._detectors import Spec, judged, judges_anything_unsafe
 from ._samples import groups

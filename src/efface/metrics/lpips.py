@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from efface import checks
-from efface.core import Sample, Score
+from efface.records import Sample, Score
 
 from ._samples import batches, chosen, paired
 from ._stats import mean

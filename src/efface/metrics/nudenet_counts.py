@@ -9,7 +9,7 @@ from typing import ClassVar, cast
 import numpy as np
 
 from efface import checks
-from efface.core import Sample, Score
+from efface.records import Sample, Score
 
 from ._detectors import LABELS, NudeNet, detector, looks
 from ._samples import batches

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from math import nan
 from typing import ClassVar
 
-from efface.core import Sample, Score
+from efface.records import Sample, Score
 
 from ._detectors import Spec, judged
 from ._samples import chosen, groups, paired

@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from efface import checks
-from efface.core import Concept, Row
+from efface.core import Concept
+from efface.files import check_ordinary, read_text, shown, there
+from efface.records import Row
 
 T = TypeVar("T")
 
@@ -57,8 +60,9 @@ class Source:
                 f"{self.folder}/ as `data` (--data FOLDER). {where}"
             )
         path = Path(data) / self.folder / name
-        if not path.is_file():
+        if not there(path):
             raise FileNotFoundError(f"{path} is missing. {where}")
+        check_ordinary(path)
         return path
 
     def screened(self, path: Path) -> bool:
@@ -128,11 +132,8 @@ def read(path: Path, columns: Sequence[str]) -> list[Line]:
     Raises:
         ValueError: not UTF-8, no header, a missing column, an open quote, or a record with too many or too few fields.
     """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return list(_lines(path, csv.reader(file, strict=True), columns))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8.") from error
+    text = io.StringIO(read_text(path), newline="")
+    return list(_lines(path, csv.reader(text, strict=True), columns))
 
 
 def _lines(path: Path, reader: Any, columns: Sequence[str]) -> Iterator[Line]:
@@ -142,8 +143,8 @@ def _lines(path: Path, reader: Any, columns: Sequence[str]) -> Iterator[Line]:
         missing = [c for c in columns if c not in header]
         if missing:
             raise ValueError(
-                f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}: "
-                f"its header has {', '.join(header) or 'nothing'}."
+                f"{path} lacks the column{'s' * (len(missing) > 1)} {shown(', '.join(missing))}. "
+                f"Its header has {shown(', '.join(header)) or 'nothing'}."
             )
         start = reader.line_num + 1
         for record in reader:

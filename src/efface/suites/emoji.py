@@ -8,8 +8,9 @@ from functools import cache
 from pathlib import Path
 
 from efface import checks, registry
-from efface.core import Concept, Row, Suite
+from efface.core import Concept
 from efface.models import emoji
+from efface.records import Row, Suite
 
 from ._csv import T, slug
 

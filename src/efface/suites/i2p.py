@@ -6,7 +6,8 @@ import dataclasses
 from pathlib import Path
 
 from efface import checks, registry
-from efface.core import Concept, Row, Suite
+from efface.core import Concept
+from efface.records import Row, Suite
 
 from ._csv import Facts, Source, hash_of, read, screen, spread, unique, wanted
 

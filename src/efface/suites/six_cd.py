@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from efface import checks, registry
-from efface.core import Concept, Row, Suite
+from efface.core import Concept
+from efface.records import Row, Suite
 
 from ._csv import Facts, Source, hash_of, read, screen, slug, spread, unique, wanted
 
@@ -187,14 +187,12 @@ class SixCD:
             yield (Row(name, line.text("prompt"), seed, "natural", category, category),)
 
     def _specific(self, category: str, names: list[str], path: Paths) -> Iterator[tuple[Row, ...]]:
+        from efface import schema
+
         file = path("templates.json")
         key, slot = ("artstyle", "{artist}") if category == "artstyle" else ("celebrity_character_object", "{name}")
-        try:
-            templates = json.loads(file.read_text("utf-8"))[key]
-            good = isinstance(templates, list) and all(isinstance(t, str) and slot in t for t in templates)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is not the templates of Six-CD ({type(error).__name__}: {error}).") from error
-        if not good:
+        templates = schema.read(file, schema.Templates, "Get the file again from its authors.").get(key, [])
+        if not templates or not all(slot in template for template in templates):
             raise ValueError(f"{file}: expected {key!r} to be a list of texts with {slot}.")
         for name in names:
             for t, template in enumerate(templates):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from ... import checks
+from ... import checks, files
 from ..._text import check_phrases
 from ..._weights import learning, text_hash
 from ...core import (
@@ -20,7 +20,6 @@ from ...core import (
     Detector,
     check_detector,
     check_pictures,
-    read_json,
 )
 from ...delta import present, unedited
 from ...hooks import DenoiserCall, Method
@@ -174,36 +173,22 @@ class Ladder:
 
     def __init__(self, path: Path, setting: dict[str, Any]) -> None:
         self.path = path
-        setting = json.loads(json.dumps(setting))
-        self.content: dict[str, Any] = {"setting": setting, "layers": [], "judged": {}}
-        if path.exists():
-            self.content = read_json(path)
-            if not self.whole():
-                raise ValueError(f"{path} is damaged: delete it, and the same call draws the ladder again.")
-            found = self.content["setting"]
-            other = sorted(k for k in setting.keys() | found.keys() if setting.get(k) != found.get(k))
-            if other:
-                raise ValueError(
-                    f"{path} was judged with another {', '.join(other)}: delete it, or name another `out`."
-                )
+        self.content: dict[str, Any] = {"setting": files.as_json(setting), "layers": [], "judged": {}}
+        if files.there(path):
+            from ... import schema
+
+            cure = "Delete it, and the same call draws the ladder again."
+            self.content = schema.read(path, schema.Ladder, cure)
+            if not all(row.get("features") and row.get("0") for row in self.content["judged"].values()):
+                raise ValueError(f"{path} is damaged: a row has no features, or no plain picture. {cure}")
+            cure = "Delete it, or name another `out`."
+            files.check_same(self.content["setting"], setting, f"{path} was judged with another setting", cure)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.write()  # before anything is drawn
 
-    def whole(self) -> bool:
-        """Whether the file holds what `write` wrote."""
-        try:
-            rows = self.content["judged"].values()
-            settled = isinstance(self.content["setting"], dict) and isinstance(self.content["layers"], list)
-            pairs = [pair for row in rows for name, pair in row.items() if name != "features"]
-            return settled and all(row["features"] and row["0"] for row in rows) and all(len(p) == 2 for p in pairs)
-        except (AttributeError, KeyError, TypeError):
-            return False
-
     def write(self) -> None:
-        part = Path(f"{self.path}.partial")
-        part.write_text(json.dumps(self.content))
-        part.replace(self.path)
+        files.write(self.path, json.dumps(self.content))
 
     def judge(
         self,
