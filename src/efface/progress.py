@@ -152,18 +152,16 @@ def bar() -> Iterator[Listener]:
 
         def listen(now: Progress) -> None:
             nonlocal last, said
-            left = "" if now.seconds_left is None else f"{timedelta(seconds=round(now.seconds_left))} left"
-            drawn.update(
-                task,
-                description=" ".join(filter(None, [now.what, now.note])),
-                completed=now.done,
-                total=now.total or None,
-                left=left,
-            )
+            left = now.seconds_left
+            hint = f"{timedelta(seconds=round(left))} left" if left is not None and now.done < now.total else ""
+            words = " ".join(filter(None, [now.what, now.note]))
+            drawn.update(task, description=words, completed=now.done, total=now.total or None, left=hint)
             clock = time.monotonic()
-            if not console.is_terminal and (now.what != last or now.done == now.total or clock - said >= EVERY):
+            if now.what != last:
                 last, said = now.what, clock
-                told = [f"{now.what} {now.done}/{now.total}", *([left] if left else [])]
-                console.print(", ".join(told), soft_wrap=True, highlight=False, markup=False)
+            if not console.is_terminal and now.total and (now.done == now.total or clock - said >= EVERY):
+                said = clock
+                line = ", ".join(filter(None, [f"{now.what} {now.done}/{now.total}", hint]))
+                console.print(line, soft_wrap=True, highlight=False, markup=False)
 
         yield listen

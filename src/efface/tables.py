@@ -98,11 +98,13 @@ def render(headings: Sequence[str], rows: Sequence[Sequence[str]], format: Forma
         out = io.StringIO()
         csv.writer(out, lineterminator="\n").writerows([headings, *rows])
         return out.getvalue()
+    numbers = [all(not cell or cell[0] in "0123456789-–" for cell in column) for column in zip(*rows, strict=True)]
+    numbers = numbers or [False] * len(headings)
     if format == "md":
-        lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+        lines = [headings, ["---:" if right else "---" for right in numbers], *rows]
         return "".join(f"| {' | '.join(_escaped(cell, {'|': '&#124;'}) for cell in line)} |\n" for line in lines)
     head, *body = [" & ".join(_escaped(cell, _TEX) for cell in line) + r" \\" for line in (headings, *rows)]
-    columns = "l" + "r" * (len(headings) - 1)
+    columns = "".join("r" if right else "l" for right in numbers)
     lines = [
         rf"\begin{{tabular}}{{{columns}}}",
         r"\toprule",

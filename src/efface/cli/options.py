@@ -7,7 +7,7 @@ import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -59,15 +59,16 @@ def loads(verb: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(verb)
     def wrapped(**given: Any) -> None:
-        verb(**given, loading={name: given.pop(name) for name in LOADING})
+        loading = {name: given.pop(name) for name in LOADING}
+        verb(**given, loading=loading)
 
-    signature = inspect.signature(verb)
+    signature, types = inspect.signature(verb), get_type_hints(verb, include_extras=True) | LOADING
     own = [each for each in signature.parameters.values() if each.name != "loading"]
     defaults: dict[str, Any] = {**dict.fromkeys(LOADING), "allow_hub": False}
     more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=it) for name, it in defaults.items()]
-    types = {name: kind for name, kind in verb.__annotations__.items() if name != "loading"}
-    wrapped.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
-    wrapped.__annotations__ = types | LOADING
+    typed = [each.replace(annotation=types[each.name]) for each in (*own, *more)]
+    wrapped.__signature__ = signature.replace(parameters=typed)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = types
     return wrapped
 
 
