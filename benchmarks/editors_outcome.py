@@ -2,6 +2,7 @@
 
     python benchmarks/editors_outcome.py tune          # tuning seeds: left versus kept of UCE and RECE over settings
     python benchmarks/editors_outcome.py tune-trained  # the same of SDD, ESD and CCRT, on two concepts
+    python benchmarks/editors_outcome.py biases        # selection seeds: what ESD and SDD lose without biases
     python benchmarks/editors_outcome.py measure       # test seeds: plain, UCE, RECE, ESD, SDD, CCRT; writes results/
 
 A delta is fitted once for each concept and variant, on the shipped concept or the word itself, with the empty anchor,
@@ -22,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from eiup_outcome import CONCEPTS, ROOT, TEST, TUNING, Bench, counted, measure, pool, rate
+from eiup_outcome import CELLS, CONCEPTS, COUNTS, ROOT, SELECTION, TEST, TUNING, Bench, counted, measure, pool, rate
 from rich.console import Console
 from rich.table import Table
 
 import efface
 from efface.core import config
 from efface.editors._training import Training
+from efface.intervals import wilson
 
 VARIANTS: dict[str, Any] = {
     "uce": efface.UCE(),
@@ -125,10 +127,41 @@ def tune(bench: Bench, grid: Sequence[Any], concepts: Sequence[str], what: str, 
     out.with_suffix(".json").write_text(json.dumps(card | {"cells": cells, "points": points}, indent=1) + "\n")
 
 
+def biases(bench: Bench, out: Path) -> None:
+    """ESD and SDD with biases and without, on the concepts and cells of `tune-trained` that the plain model draws."""
+    plain = {cc: bench.cell(*cc, "plain", None) for cc in CELLS if cc[0] in TUNED}
+    cells = [cc for cc, made in plain.items() if rate(made["left"], "least")[0] >= COUNTS]
+    editors = {
+        f"{name}, {'with' if also else 'without'} biases": cls(biases=also)
+        for name, cls in (("esd", efface.ESD), ("sdd", efface.SDD))
+        for also in (True, False)
+    }
+    made = {"plain": [plain[cc] for cc in cells]}
+    for name, editor in editors.items():
+        stem = name.replace(", ", "-").replace(" ", "-")
+        fit = Fits(bench, stem, editor)
+        made[name] = [bench.cell(*cc, stem, fit(cc[0])) for cc in cells]
+    found: dict[str, Any] = {}
+    for name, some in made.items():
+        of = {
+            "explicit left": [c for cc, c in zip(cells, some, strict=True) if cc[1] == "explicit"],
+            "implicit left": [c for cc, c in zip(cells, some, strict=True) if cc[1] in ("theme", "paraphrase")],
+            "kept": [c for c in some if c["kept"]],
+        }
+        for what, chosen in of.items():
+            value, hits, n = rate(pool(chosen, what.split()[-1]), "most" if "left" in what else "least")
+            low, high = wilson(hits, n)
+            found[f"{name}: {what}"] = {"rate": value, "n": n, "interval": [low, high]}
+            Console().print(f"{name}: {what} {value:.1%} [{low:.1%}, {high:.1%}], n = {n}")
+    card = bench.facts("", {name: config(resolved(editor, bench.pipe)) for name, editor in editors.items()})
+    card["command"] = f"python benchmarks/editors_outcome.py biases --n {bench.n}"
+    out.with_suffix(".json").write_text(json.dumps(card | {"cells": cells, "found": found}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["tune", "tune-trained", "measure"])
-    parser.add_argument("--n", type=int, help="pictures per cell (tune 8, tune-trained 16, measure 128)")
+    parser.add_argument("what", choices=["tune", "tune-trained", "biases", "measure"])
+    parser.add_argument("--n", type=int, help="pictures per cell (tune 8, tune-trained 16, biases 32, measure 128)")
     parser.add_argument("--methods", help="measure: fit and draw these only, and write no card")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/editors_outcome")
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the card")
@@ -140,6 +173,9 @@ def main() -> None:
     if args.what == "tune-trained":
         bench = Bench(args.work / args.what, TUNING, args.n or 16)
         tune(bench, TRAINED, TUNED, args.what, args.out / "editors_tuning_trained")
+        return
+    if args.what == "biases":
+        biases(Bench(args.work / args.what, SELECTION, args.n or 32), args.out / "editors_biases")
         return
     bench = Bench(args.work / "measure", TEST, args.n or 128)
     fits = {name: Fits(bench, name, editor) for name, editor in VARIANTS.items()}

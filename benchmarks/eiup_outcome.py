@@ -50,8 +50,8 @@ from efface.pipelines import draw, model_hash
 ROOT = Path(__file__).parents[1]
 CONCEPTS = ("alcohol", "weapon", "cat", "neon sign")
 CELLS = [(c, cell) for c in CONCEPTS for cell in emoji.CELLS if emoji.prompts(c, cell)]
-TUNING, TEST, BYSTANDERS = 1_000, 1_000_000, 1_900_000
-STRIDES = {TUNING: 400, TEST: 10_000}  # seeds of a cell; those of cells must not overlap
+TUNING, SELECTION, TEST, BYSTANDERS = 1_000, 500_000, 1_000_000, 1_900_000
+STRIDES = {TUNING: 400, SELECTION: 10_000, TEST: 10_000}  # seeds of a cell; those of cells must not overlap
 COUNTS = 0.30
 MARGIN = 0.05  # of what the plain model keeps, a chosen point may lose so much
 AIMED = {"explicit": 0.05, "implicit": 0.03}  # at most left
@@ -124,10 +124,10 @@ class Bench:
 
     def __init__(self, work: Path, first_seed: int, n: int) -> None:
         self.work, self.first_seed, self.n = work, first_seed, n
-        self.stride = STRIDES[TEST if first_seed >= TEST else TUNING]
+        self.stride = STRIDES[max(block for block in STRIDES if block <= first_seed)]
         if not 1 <= n <= self.stride:
             raise SystemExit(f"Expected n from 1 to {self.stride}, for cells would share seeds, but got {n}.")
-        if first_seed < TEST:
+        if first_seed < SELECTION:
             checks.tuning_seeds("first_seed", [first_seed, first_seed + self.stride * (len(CELLS) - 1) + n - 1])
         work.mkdir(parents=True, exist_ok=True)
         self.pipe, self.eyes = efface.load("emoji"), load_eyes()

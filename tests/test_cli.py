@@ -560,7 +560,7 @@ def test_the_same_fit_command_goes_on_after_an_interruption(tmp_path: Path, monk
         kept = file.with_name("b.safetensors.checkpoint")
         assert f"The same command goes on from {kept}" in call(*fit, file, code=130)
     assert not file.exists()
-    assert "another fit. It differs in phrases" in call(*(w if w != "cat" else "dog" for w in fit), file, code=2)
+    assert 'phrases[0]: "cat" there, "dog" here' in call(*(w if w != "cat" else "dog" for w in fit), file, code=2)
     with monkeypatch.context() as patch:
         patch.setattr(_training, "_update", lambda *args: done.append(update(*args)))
         resumed = json.loads(call(*fit, file))

@@ -106,12 +106,40 @@ def changed(value: Any, data: st.DataObject) -> Any:
 # ---------------------------------------------------------------- options
 
 JUNK = st.sampled_from(
-    ["", " ", "x", "-1", "0", "nan", "inf", "1e400", "9" * 5000, "\x1b[31m", "a\0b", "\udcff", "[]", "[[]]", "{}", "null"]
+    [
+        "",
+        " ",
+        "x",
+        "-1",
+        "0",
+        "nan",
+        "inf",
+        "1e400",
+        "9" * 5000,
+        "\x1b[31m",
+        "a\0b",
+        "\udcff",
+        "[]",
+        "[[]]",
+        "{}",
+        "null",
+    ]
     + ["true", "\u202e", "é" * 300, "--", "=", "../..", "/dev/null", "[bold]", "%s{}"]
 ) | st.text(max_size=8)
 NUMBER = st.sampled_from(["1", "2", "3", "0.5"]) | JUNK
 PATHS = st.sampled_from(
-    ["delta.safetensors", "adapter.safetensors", "run", "model", "mine", "file", "absent", "run/run.json", "x\udcff", "a\0b"]
+    [
+        "delta.safetensors",
+        "adapter.safetensors",
+        "run",
+        "model",
+        "mine",
+        "file",
+        "absent",
+        "run/run.json",
+        "x\udcff",
+        "a\0b",
+    ]
     + ["new", "new/deep", "file/below", "é", "x" * 300, "precious.txt", "run/images", ".", "", "-"]
 )
 CONCEPTS = st.sampled_from(["cat", "alcohol", "nudity", "caat"]) | JUNK
@@ -119,7 +147,18 @@ SETTINGS = st.builds(
     lambda name, value: f"{name}={value}",
     st.sampled_from(
         ["strength", "window", "rows", "neutral", "normalization", "adapter", "warmup", "lam", "preserve", "steps"]
-        + ["template", "validation", "concepts", "removal.by", "by", "retention.kinds", "pictures", "first_seed", "", "x"]
+        + [
+            "template",
+            "validation",
+            "concepts",
+            "removal.by",
+            "by",
+            "retention.kinds",
+            "pictures",
+            "first_seed",
+            "",
+            "x",
+        ]
     ),
     st.sampled_from(["1", "0", "[0,1]", '["cat"]', "[[]]", '[["cat"]]', DEEP, '{"a":{}}', "1e999", "projected"]) | JUNK,
 )
@@ -137,7 +176,9 @@ TARGETS: dict[str, Any] = {
     "--delta": PATHS,
     "--method": st.sampled_from([*registry.methods("erasers"), "sld.strong", "uce", "eipu"]) | JUNK,
 }
-MODEL = st.sampled_from(["tiny", "tiny", "tiny", "model", "mine", "emojii", "nobody/nothing", "delta.safetensors", "file"])
+MODEL = st.sampled_from(
+    ["tiny", "tiny", "tiny", "model", "mine", "emojii", "nobody/nothing", "delta.safetensors", "file"]
+)
 FLAGS = st.lists(st.sampled_from(["--json", "--overwrite", "--mixed", "--no-score", "--plot", "--bogus"]), max_size=2)
 VERBS: dict[str, tuple[Sequence[Any], dict[str, Any]]] = {
     "erase": (
@@ -151,7 +192,10 @@ VERBS: dict[str, tuple[Sequence[Any], dict[str, Any]]] = {
         | {"--set": SETTINGS, "--after": PATHS, "--seed": NUMBER, "--model": MODEL, **LOADING},
     ),
     "delta info": ([PATHS], {}),
-    "delta export": ([PATHS], {"--out": PATHS, "--layout": st.sampled_from(["kohya", "diffusers"]) | JUNK, "--rank": NUMBER}),
+    "delta export": (
+        [PATHS],
+        {"--out": PATHS, "--layout": st.sampled_from(["kohya", "diffusers"]) | JUNK, "--rank": NUMBER},
+    ),
     "delta merge": ([PATHS, PATHS], {"--out": PATHS, "--model": MODEL, **LOADING}),
     "bench": (
         [st.sampled_from([*registry.methods("suites"), "emojii"]) | JUNK],

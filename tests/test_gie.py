@@ -607,7 +607,7 @@ def test_a_detector_that_sees_nothing_teaches_nothing(sd1: Any, tmp_path: Path) 
         def __call__(self, images: Tensor) -> Tensor:
             return super().__call__(images) & False
 
-    with pytest.raises(ValueError, match="in none of 6 plain pictures"):
+    with pytest.raises(ValueError, match="in none of 6 pictures of the base model"):
         GIE.fit(sd1, CAT, TEXTS, detector=Blind(), out=tmp_path / "a.safetensors", **QUICK)
     assert not (tmp_path / "a.safetensors").exists()
 

@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checks": {"registry"},
     "core": {"registry", "checks"},
     "files": {"checks"},
-    "schema": {"checks", "files"},
+    "schema": {"files"},
     "pictures": {"checks", "files"},
     "records": {"checks", "files", "pictures"},
     "families": {"registry", "checks", "core"},

@@ -159,7 +159,7 @@ def test_scores_are_split_by_fields_of_rows() -> None:
 def test_removal_and_retention_refuse_a_base_of_other_rows() -> None:
     now = [sample("a", concept="cat"), sample("b", concept="cat")]
     metric = Removal(detector=stub(0.5))
-    with pytest.raises(ValueError, match="removal needs the plain model's pictures"):
+    with pytest.raises(ValueError, match="removal needs the base model's pictures"):
         metric(now)
     with pytest.raises(ValueError, match="`base` has no picture of row 'b'"):
         metric(now, now[:1])

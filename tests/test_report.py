@@ -255,6 +255,41 @@ def test_bad_input_is_explained_and_writes_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("report*"))
 
 
+@pytest.mark.parametrize("place", ["a/run.html", "a/x/y.html", "a/images/z.htm", "base-a/run.html", "link/run.html"])
+def test_a_report_is_not_written_into_a_run_that_it_reads(place: str, tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    (tmp_path / "link").symlink_to("a")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"is in the run folder .*\. Name another place"):
+        write_report([tmp_path / "a"], tmp_path / place)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_the_numbers_replace_an_earlier_report_only(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    for content in ('{"name": "the user\'s own"}', "no JSON", "[]"):
+        (tmp_path / "package.json").write_text(content)
+        with pytest.raises(ValueError, match=r"package\.json would be replaced .*\. Name another page"):
+            write_report([tmp_path / "a"], tmp_path / "package.html")
+        assert (tmp_path / "package.json").read_text() == content and not (tmp_path / "package.html").exists()
+    for _ in range(2):
+        write_report([tmp_path / "a"], tmp_path / "report.html")
+
+
+def test_a_report_says_once_that_pictures_are_unverified_and_needs_all_of_them(tmp_path: Path) -> None:
+    folder = make(tmp_path / "a")
+    assert "unverified" not in page([folder], tmp_path / "report.html").text
+    lines = folder / "samples.jsonl"
+    entries = [json.loads(line) for line in lines.read_text().splitlines()]
+    lines.write_text("".join(json.dumps({k: v for k, v in e.items() if k != "sha256"}) + "\n" for e in entries))
+    runs.score(folder, [Judge()])
+    shown = page([folder], tmp_path / "report.html").text
+    assert shown.count("unverified. 36 pictures of the run and its base have no SHA-256") == 1
+    (folder / "images/explicit-0.png").unlink()
+    with pytest.raises(ValueError, match="is not finished: 28 of 36 pictures"):
+        write_report([folder], tmp_path / "report.html")
+
+
 # ---------------------------------------------------------------- in a browser
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

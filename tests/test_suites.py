@@ -99,7 +99,7 @@ def test_options_of_the_emoji_suite() -> None:
     assert len(Emoji().load(cat, limit=7).rows) == 7
     assert Emoji().load(cat, limit=7).version.endswith(", the first 7")
     assert Emoji().load(cat, limit=320) == Emoji().load(cat)
-    with pytest.raises(ValueError, match="at least 1 row"):
+    with pytest.raises(ValueError, match="Expected a whole number `limit` >= 1, got 0"):
         Emoji().load(cat, limit=0)
     with pytest.raises(ValueError, match="unknown concept 'cst'.*'cat'"):
         Emoji().load((Concept("cst"),))
@@ -136,8 +136,8 @@ def test_a_line_knows_where_its_record_starts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "lacks the columns prompt, seed: its header has nothing"),
-        (b"prompt,sede\n", "lacks the column seed: its header has prompt, sede"),
+        (b"", "lacks the columns prompt, seed. Its header has nothing"),
+        (b"prompt,sede\n", "lacks the column seed. Its header has prompt, sede"),
         (b"prompt,seed\na cat,1\na cat,1,2\n", "line 3, column 3: expected 2 fields, but got 3"),
         (b"prompt,seed\na cat\n", "line 2, column 2: expected 2 fields, but got 1"),
         (b'prompt,seed\n"a\ncat",1\n"a dog,2\n', "line 4: not a CSV record"),

@@ -57,7 +57,7 @@ def build(method: str, concepts: Concepts, /, **fields: Any) -> Any:
 
     Raises:
         ValueError: unknown method, preset or field (the message has near matches), or a field out of range.
-        TypeError: a method that is no text.
+        TypeError: a method that is not a text.
     """
     name, preset = registry.split(method)
     cls = _checked(name, "erasers", fields)
@@ -100,7 +100,7 @@ def load_delta(path: str | Path) -> Delta:
 
 
 def erase(pipe: DiffusionPipeline, concepts: Concepts, method: str = "eiup", **fields: Any) -> Handle:
-    """Erases concepts from what a pipeline draws, at once, by any run-time method.
+    """Erases concepts from what a pipeline draws, by any run-time method, from now on.
 
     Args:
         pipe: a diffusers text-to-image pipeline.
@@ -113,7 +113,7 @@ def erase(pipe: DiffusionPipeline, concepts: Concepts, method: str = "eiup", **f
 
     Raises:
         ValueError: unknown concept, method or field, or a field out of range.
-        TypeError: a pipeline of an unknown family, or a method that is no text.
+        TypeError: a pipeline of an unknown family, or a method that is not a text.
 
     Example:
         >>> import efface
@@ -202,7 +202,7 @@ def stack(pipe: DiffusionPipeline, *erasers: Eraser) -> Handles:
 
     Raises:
         ValueError: one that does not fit the pipeline; those before it are taken off again.
-        TypeError: something that is no eraser, or a pipeline of an unknown family.
+        TypeError: something that is not an eraser, or a pipeline of an unknown family.
 
     Example:
         >>> import efface

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Calibration", "Point", "calibrate", "same_picture"]
 
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-SHOWN = 0.30  # what the plain model has to show of the concept, or nothing can be told
+SHOWN = 0.30  # what the base model has to show of the concept, or nothing can be told
 LIKE = 0.9
 FORMAT = 1  # of the files in `out`
 Kept = Callable[["Tensor", "Tensor"], "Tensor"]
@@ -62,7 +62,7 @@ class Calibration:
         strength: the smallest one tried that reaches both goals; None if none does.
         best: the point of that strength, or the one that comes closest: the smallest sum of what the two goals lack.
         points: every strength tried, ascending.
-        plain: the concept in the plain model's pictures, by the judge that sees less of it.
+        plain: the concept in the base model's pictures, by the judge that sees less of it.
         target, keep: the goals.
     """
 
@@ -118,7 +118,7 @@ class Calibration:
             bars = [[max(v, 0.0) for v in bar] for bar in bars]
             axes.errorbar([p.strength for p in self.points], y, bars, fmt="o-", capsize=3, color=colour, label=name)
             axes.axhline(100 * goal, linestyle=":", color=colour)
-        axes.axhline(100 * self.plain.rate, color="grey", linestyle="--", label="left, plain model")
+        axes.axhline(100 * self.plain.rate, color="grey", linestyle="--", label="left, base model")
         axes.set(xlabel="strength", ylabel="%", ylim=(-3, 103), title="Tuning seeds, 95 % intervals")
         axes.legend()
         figure.tight_layout()
@@ -169,7 +169,8 @@ def calibrate(
         keep: least of the other pictures that must be kept.
         prompts: prompts that draw the concept; the concept's phrases if left out.
         keep_prompts: prompts whose pictures must stay; the concept's `keep` if left out.
-        kept: from erased and plain pictures [N, 3, H, W] to whether each is kept, [judges, N]; -1: does not count.
+        kept: from erased pictures and the base model's [N, 3, H, W] to whether each is kept, [judges, N]; -1: does not
+            count.
         strengths: the ladder, each > 0.
         refine: how often to halve the gap below the first strength that reaches the target.
         n: pictures for each of the two rates, from prompts in turn.
@@ -182,9 +183,9 @@ def calibrate(
 
     Raises:
         ValueError: an eraser without strength or of another concept, several concepts, no prompts, a number out of
-            range, seeds that are not tuning seeds, a plain model that shows the concept in fewer than 30 % of the
-            pictures, or an `out` that is a file, damaged, or a calibration of other settings.
-        TypeError: no eraser, a detector without a name, or prompts that are no sequence of texts.
+            range, or seeds that are not tuning seeds. A base model that shows the concept in fewer than 30 % of the
+            pictures. An `out` that is a file, damaged, or a calibration of other settings.
+        TypeError: no eraser, a detector without a name, or prompts that are not a sequence of texts.
         ImportError: a plot without matplotlib.
 
     Example:
@@ -261,7 +262,7 @@ def calibrate(
     plain = _rate(judged(0.0)["left"], min)
     if plain.rate < SHOWN:
         raise checks.NotJudged(
-            f"The plain model shows {about.name!r} in {plain.hits} of {plain.n} pictures, fewer than {SHOWN:.0%}: "
+            f"The base model shows {about.name!r} in {plain.hits} of {plain.n} pictures, fewer than {SHOWN:.0%}: "
             "nothing can be told about its erasure. Give `prompts` that draw it, and a detector that knows it."
         )
     tried: dict[float, Point] = {}
@@ -332,7 +333,7 @@ def _rate(rows: list[list[int]], worse: Callable[..., Rate]) -> Rate:
     rates = [Rate(sum(x for x in row if x > 0), sum(x >= 0 for x in row)) for row in rows]
     if any(r.n == 0 for r in rates):
         raise ValueError(
-            "A judge counts none of the plain pictures, so nothing can be kept: give other `keep_prompts`."
+            "A judge counts none of the base model's pictures, so nothing can be kept: give other `keep_prompts`."
         )
     return worse(rates, key=lambda r: r.rate)
 

@@ -94,7 +94,7 @@ def resolve(name: str, room: str | None = None) -> type:
     Raises:
         ValueError: no such method there; the message has near matches and the list. Also the `module:Class` by which
             records name a class that is not registered.
-        TypeError: a name that is no text, or the method's file does not export exactly one class.
+        TypeError: a name that is not a text, or the method's file does not export exactly one class.
 
     Example:
         >>> from efface import registry
@@ -184,7 +184,7 @@ def split(method: str) -> tuple[str, str]:
     """A method's name, and the preset behind the dot or "".
 
     Raises:
-        TypeError: a method that is no text.
+        TypeError: a method that is not a text.
 
     Example:
         >>> from efface import registry

@@ -48,13 +48,13 @@ def load(path: str | Path, make: Callable[..., T]) -> T:
     if not files.there(path):
         raise FileNotFoundError(f"There is no delta {path}: make one with `efface fit`.")
     metadata, tensors = files.read_tensors(path, ANEW)
-    said = metadata.get(HEADER, "")
-    if not said.startswith("{"):
+    text = metadata.get(HEADER, "")
+    if not text.startswith("{"):  # such as that of a GIE adapter, or a LoRA
         raise ValueError(
-            f"{path} is a safetensors file, but not a delta of Efface: its header has no {HEADER!r} entry of one. "
-            "Load a LoRA with pipe.load_lora_weights."
+            f"{path} is a safetensors file, but not a delta of Efface. Give what `efface fit` wrote; load a LoRA "
+            "with pipe.load_lora_weights, and an adapter with GIE(adapter=...)."
         )
-    header = files.json_of(said, f"the header of {path}", ANEW, nan=True)
+    header = files.json_of(text, f"the header of {path}", ANEW, nan=True)
     if header.get("format") != FORMAT:
         found = files.shown(repr(header.get("format")))
         raise ValueError(f"{path} has format {found}, but this version reads {FORMAT}. Update Efface.")

@@ -55,6 +55,7 @@ class Training:
         weight_decay: of AdamW, towards zero.
         clip: largest norm of a gradient; 0 does not clip.
         precision: "float32", "bfloat16" (autocast, trained tensors in float32), or "auto" by the pipeline's own.
+        biases: whether biases and the scales of norms train too. A delta that changes them has no LoRA.
     """
 
     off: ClassVar[Mapping[str, Any] | None] = {"steps": 0}
@@ -73,6 +74,7 @@ class Training:
     weight_decay: float = 0.0
     clip: float = 0.0
     precision: Precision = "auto"
+    biases: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in (("train", get_args(Train)), ("precision", get_args(Precision))):
@@ -85,6 +87,8 @@ class Training:
                 check_integer(name, getattr(self, name), least)
         for name in ("guidance", "weight_decay", "clip"):
             check_number(name, getattr(self, name))
+        if type(self.biases) is not bool:
+            raise ValueError(f"Expected `biases` to be True or False, but got {self.biases!r}. Give one of the two.")
         if self.lr is not None and not check_number("lr", self.lr) > 0:
             raise ValueError(f"Expected `lr` to be above 0, but got {self.lr!r}.")
         if self.guidance < 1:
@@ -103,7 +107,7 @@ class Training:
 
     def denoiser(self, pipe: DiffusionPipeline, texts: Sequence[str]) -> Denoiser:
         """The pipeline's denoiser, for a fit with these settings, which have no None left."""
-        return Denoiser(pipe, texts, self.train, self.sampler_steps or 1, self.precision)
+        return Denoiser(pipe, texts, self.train, self.sampler_steps or 1, self.precision, self.biases)
 
 
 def check_integer(name: str, value: Any, least: int) -> None:
@@ -185,7 +189,10 @@ class State:
         header = {name: files.json_of(said.get(name, "null"), f"`{name}` in {path}", away) for name in ("fit", "done")}
         schema.check(header, schema.Checkpoint, path, away)
         cure = "Move it away, or run the command that began it."
-        files.check_same(header["fit"], identity, f"{path} is the checkpoint of another fit", cure)
+        same = {f"student/{name}" for name in self.student} == {name for name in tensors if name.startswith("student/")}
+        earlier = EARLIER | {"biases": identity.get("biases") if same else True}
+        theirs = {name: value for name, value in earlier.items() if name in identity} | header["fit"]
+        files.check_same(theirs, identity, f"{path} is the checkpoint of another fit", cure)
         try:
             self._take(header["done"], tensors)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -206,6 +213,8 @@ class State:
 
 
 ADAM = ("step", "exp_avg", "exp_avg_sq")
+EARLIER = {"drawn_by": "student", "search_guidance": 1.0}
+"""What a fit did whose checkpoint is older than the field."""
 
 
 # ---------------------------------------------------------------- the detector

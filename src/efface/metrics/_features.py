@@ -95,7 +95,7 @@ def folder_of(pictures: str) -> list[Sample]:
 
 
 def named(metric: str, features: str | Extract, reference: str) -> str:
-    """fid_eye and fid_base are against the plain model, fid_eye_coco and fid_coco against a folder of real pictures."""
+    """fid_eye and fid_base are against the base model, fid_eye_coco and fid_coco against a folder of real pictures."""
     kind = "" if features == "inception" else f"_{features}" if features == "eye" else "_features"
     if isinstance(features, str) and features.startswith("clip:"):
         kind = "_clip"

@@ -33,18 +33,18 @@ def groups(samples: Sequence[Sample], by: Sequence[str]) -> dict[str, list[Sampl
 
 
 def paired(samples: Sequence[Sample], base: Sequence[Sample] | None, metric: str) -> list[Sample]:
-    """The plain model's samples, in the order of `samples`.
+    """The base model's samples, in the order of `samples`.
 
     Raises:
         ValueError: there are none, or a row is missing or another one.
     """
     if base is None:
-        raise ValueError(f"{metric} needs the plain model's pictures of the same rows: give them as `base`.")
+        raise ValueError(f"{metric} needs the base model's pictures of the same rows: give them as `base`.")
     by_id = {s.row.id: s for s in base}
     for s in samples:
         if s.row.id not in by_id:
             raise ValueError(
-                f"{metric}: `base` has no picture of row {s.row.id!r}: draw the same rows with the plain model."
+                f"{metric}: `base` has no picture of row {s.row.id!r}: draw the same rows with the base model."
             )
         if by_id[s.row.id].row != s.row:
             raise ValueError(f"{metric}: row {s.row.id!r} of `base` is another row of that id: draw the same suite.")
@@ -55,7 +55,7 @@ def batches(samples: Sequence[Sample], size: int = BATCH) -> Iterator[Tensor]:
     """The pictures in order, as [n, 3, H, W]; a batch holds pictures of one size only.
 
     Raises:
-        ValueError: a picture that is no float [3, H, W] in [0, 1]; names its row.
+        ValueError: a picture that is not float [3, H, W] in [0, 1]; names its row.
     """
     waiting: list[Tensor] = []
     for sample in samples:

@@ -28,8 +28,8 @@ class DeviationRatio:
 
         D = max_k | N_k / N - 1 / K | / (1 - 1 / K)
 
-    N counts pictures whose class is told; `deviation_ratio.undecided` is the share of the others, which a ruined
-    picture joins. With few pictures D is high by chance alone: 0.16 on average for 25 fair draws of two classes.
+    N counts pictures whose class the detector tells; `deviation_ratio.undecided` is the share of the others, ruined
+    pictures among them. With few pictures D is high by chance alone: 0.16 on average for 25 fair draws of two classes.
 
     Paper: Li, Shen, Zhang, Guo, Wang 2024, "Self-Discovering Interpretable Diffusion Latent Directions for Responsible
     Text-to-Image Generation", arXiv 2311.17216.

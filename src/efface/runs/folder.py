@@ -11,7 +11,7 @@ from typing import Any
 from .. import files
 
 RUN, IMAGES, SAMPLES, SCORES, CARD, LOCK = "run.json", "images", "samples.jsonl", "scores.json", "card.json", ".lock"
-LINES = 2**31  # bytes
+LINE = 32 * 1024  # bytes that a row may take in samples.jsonl, on average
 DAMAGED = "Delete the line; the command that made the run draws its picture again."
 
 
@@ -35,10 +35,11 @@ def claim(path: Path) -> Path:
     return path
 
 
-def lines(folder: Path) -> list[bytes]:
-    """The lines of samples.jsonl; the last one may be torn."""
+def lines(folder: Path, total: int) -> list[bytes]:
+    """The lines of samples.jsonl of a run of `total` rows; the last one may be torn."""
     path = files.inside(folder, SAMPLES)
-    return files.read(path, LINES).splitlines(keepends=True) if files.there(path) else []
+    most = min(files.MIB + total * LINE, 2 * 1024 * files.MIB)
+    return files.read(path, most).splitlines(keepends=True) if files.there(path) else []
 
 
 def kept(folder: Path, total: int, size: int) -> dict[int, tuple[bytes, dict[str, Any]]]:
@@ -48,7 +49,7 @@ def kept(folder: Path, total: int, size: int) -> dict[int, tuple[bytes, dict[str
         ValueError: a line is whole, but not of a run; or a picture is a link that leads out of the folder.
     """
     found: dict[int, tuple[bytes, dict[str, Any]]] = {}
-    for number, line in enumerate(lines(folder), 1):
+    for number, line in enumerate(lines(folder, total), 1):
         if not line.endswith(b"\n") or (entry := _entry(line, folder, number)) is None:
             continue
         picture = files.inside(folder, entry["file"])
@@ -77,7 +78,7 @@ def mend(folder: Path, total: int, size: int) -> set[int]:
     """Takes what is broken or half a batch out of samples.jsonl, and returns the rows that are left."""
     path, whole = folder / SAMPLES, kept(folder, total, size)
     good = {line for line, _ in whole.values()}
-    old = lines(folder)
+    old = lines(folder, total)
     new = b"".join(line for line in old if line in good)
     if b"".join(old).startswith(new):  # the usual case, and it needs no room on a full disk
         if len(b"".join(old)) > len(new):

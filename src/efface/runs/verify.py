@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .. import checks, files, registry
 from ..core import Concept, config, field_names
 from ..pictures import read_picture
+from ..pipelines import EMBEDDED
 from ..progress import shows
 from ..records import Sample
 from .draw import Paint, calls, painter, several
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from ..core import Eraser
-
-EMBEDDED = ("emoji", "emoji-128", "emoji-flux")
-"""The models that a record may name: they come with Efface."""
 
 
 @dataclasses.dataclass(frozen=True)

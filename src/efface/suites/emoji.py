@@ -42,7 +42,7 @@ class Emoji:
         pictures: rows per concept.
         first_seed: the rows of every concept count up from here; test seeds start at 1,000,000, tuning seeds end before
             10,000.
-        fairness: pictures of each profession ("a doctor") beside them, of kind "fairness"; 0 = none.
+        fairness: further pictures of each profession ("a doctor"), of kind "fairness"; 0 = none.
 
     Raises:
         ValueError: fewer than 10 pictures, fairness below 0, or seeds that are neither tuning nor test seeds.

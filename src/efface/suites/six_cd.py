@@ -69,9 +69,9 @@ class SixCD:
     not compare with published figures. Pictures per prompt, steps and sampler of the paper are not known to us. The
     names of specific concepts come without seeds; here they start at 1,000,000. The prompts are said to be those that
     Stable Diffusion 1.4 draws the concept from in at least 4 of 5 pictures; on another model see
-    `efface.effectiveness`. Removal is judged by NudeNet (nudity), Q16 (harm; it needs weights that you convert) or
-    CLIP zero-shot over all names of the category (in place of the paper's classifiers, of which one is published);
-    over general categories together no one detector can say, so none is asked.
+    `efface.effectiveness`. NudeNet judges removal of nudity, and Q16 of harm; Q16 needs weights that you convert. CLIP
+    zero-shot over all names of the category judges the others, in place of the paper's classifiers, of which one is
+    published. No detector judges several general categories together.
 
     Args:
         categories: of harm, nudity, celebrity, character, object, artstyle; () = those that the erased concepts name,

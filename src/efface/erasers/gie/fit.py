@@ -115,8 +115,8 @@ def fit_adapter(
             ladder.judge(gie, pipe, some, strengths, judge, like[concept.name], progress, call)
     if not any(ladder.content["judged"][r.key]["0"][0] for r in rows):
         raise ValueError(
-            f"The detector sees the concept in none of {len(rows)} plain pictures, so there is nothing to learn. Give "
-            "prompts that draw it, and a detector that knows it."
+            f"The detector sees the concept in none of {len(rows)} pictures of the base model, so there is nothing to "
+            "learn. Give prompts that draw it, and a detector that knows it."
         )
     features, targets, groups = ladder.samples(rows, strengths, fidelity)
     layers = tuple(ladder.content["layers"])
@@ -150,7 +150,7 @@ def _by_name(what: str, given: Any, concepts: Sequence[Concept]) -> dict[str, An
 
 @dataclass(frozen=True)
 class _Measuring(Method):
-    """Draws the plain picture, and measures what the erasure prompts get in its first denoiser call."""
+    """Draws the base model's picture, and measures what the erasure prompts get in its first denoiser call."""
 
     concepts: tuple[Concept, ...]
     see: Weigh
@@ -201,7 +201,7 @@ class Ladder:
         progress: Progress | None,
         call: dict[str, Any],
     ) -> None:
-        """Draws what is missing of one batch: each strength, and the plain pictures, with their features."""
+        """Draws what is missing of one batch: each strength, and the base model's pictures, with their features."""
         judged, concept = self.content["judged"], rows[0].concept
         missing = [s for s in strengths if any(f"{s:g}" not in judged.get(r.key, {}) for r in rows)]
         if not missing:
@@ -275,7 +275,7 @@ def train(
     most_epochs: int,
     seed: int,
 ) -> tuple[nn.Sequential, Tensor, Tensor, dict[str, Any]]:
-    """Huber loss, Adam at 1e-3, all samples at once; stops when the prompts held out get no better.
+    """Huber loss, Adam at 1e-3, all samples in one batch; stops when the prompts held out get no better.
 
     Returns:
         The network at its best, mean and std of its inputs, and what was measured: the loss on the prompts held out,
