@@ -52,9 +52,17 @@ def told(kept: Callable[[], str] | None = None) -> Iterator[None]:
     except RecursionError:
         end("An option or a file is nested too deeply. Give one of less depth.", BAD_INPUT)
     except (ValueError, TypeError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        end(str(error), BAD_INPUT)
+        end(_words(error), BAD_INPUT)
     except _failures() as error:
-        end(str(error) or "Out of memory. Give a smaller --batch, or fewer pictures.", FAILED)
+        end(_words(error), FAILED)
+
+
+def _words(error: BaseException) -> str:
+    """The message; for one of the system's own, which file it is about and what to do."""
+    if isinstance(error, OSError) and str(error).startswith("[Errno"):
+        file = f"{error.filename2 or error.filename}: " if error.filename else ""
+        return f"{file}{error.strerror}. Correct that, or name another file or folder."
+    return str(error) or f"{type(error).__name__}. Give a smaller --batch, or fewer pictures."
 
 
 def _failures() -> tuple[type[BaseException], ...]:
