@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import checks, files, registry
 from ..core import Concepts, as_concepts
+from ..progress import shows
 from ..records import Suite, rows_hash
 from .draw import agree, fill, locally, painter, several, work
 from .folder import LOCK, claim
@@ -51,16 +52,18 @@ def make_suite(
     return suite
 
 
+@shows
 def run(
     suite: Suite,
     model: str | Path | DiffusionPipeline,
     *,
+    name: str | None = None,
     eraser: Eraser | Sequence[Eraser] | None = None,
     out: str | Path,
     base: str | Path | Run | None = None,
     limit: int | None = None,
     batch: int = 8,
-    progress: Progress | None = None,
+    progress: bool | Progress | None = None,
     command: str | None = None,
     guidance: float | None = None,
     ray: str | Cluster | None = None,
@@ -73,12 +76,13 @@ def run(
     Args:
         suite: what to draw and how.
         model: a name as `efface.load` takes it, or a pipeline without active erasers.
+        name: what the record calls a pipeline; None: its class.
         eraser: what to apply, or several in order; None draws the plain model.
         out: the run folder; made if it does not exist.
         base: the folder of the plain pictures; None: `base-SUITE-HASH` beside `out`.
         limit: only the first so many rows, at least 1.
         batch: pictures per pipeline call, at least 1. It bounds the memory.
-        progress: called after each batch with what is drawn, how many pictures are done, and of how many.
+        progress: True shows a bar with the time left; a callable gets what is drawn, how many are done, of how many.
         command: what to write down as the command; None: this process's own.
         guidance: the guidance scale of all rows, as `efface.pipelines.guided` takes it. None: the suite's, which holds
             for predictions with and without the prompt; on FLUX the pipeline's own default.
@@ -106,6 +110,7 @@ def run(
     checks.whole("batch", batch)
     if limit is not None:
         checks.whole("limit", limit)
+    checks.path("out", out)
     rows = suite.rows[:limit]
     if not rows:
         raise ValueError(f"The suite {suite.name!r} has no rows. Name another concept, or another data folder.")
@@ -117,7 +122,7 @@ def run(
     from ..hooks.sites import handles as erasers_on
     from ..pipelines import guided, load
 
-    name = str(model) if isinstance(model, (str, Path)) else None
+    name = str(model) if isinstance(model, (str, Path)) else name
     pipe = load(model, **(cluster.loading if cluster else {})) if isinstance(model, (str, Path)) else model
     if erasers_on(pipe) or active(pipe):
         raise ValueError("The pipeline has an eraser on. Remove it, and give it as `eraser=` instead.")
@@ -142,7 +147,7 @@ def run(
         "base": None,
         "sessions": [session(command)],
     }
-    done, suited = progress or silent, suite.metrics
+    done, suited = progress if callable(progress) else silent, suite.metrics
     if isinstance(base, Run):
         base = base.folder
     mark = digest({key: plain[key] for key in DECIDES})[:8]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import files
+from .. import checks, files
 from .draw import Batch, Draw, Drawn, painter, timed
 from .record import model_facts
 
@@ -118,7 +118,7 @@ class Workers:
             raise error.cause from error
         except self._ray.exceptions.RayActorError as error:
             raise RuntimeError(
-                f"A worker died {RESTARTS + 1} times ({files.shown(' '.join(str(error).split()))}). What was finished "
+                f"A worker died {RESTARTS + 1} times ({checks.shown(' '.join(str(error).split()))}). What was finished "
                 "stays. Look for lack of memory in Ray's logs, then run the same command: it continues."
             ) from error
 
