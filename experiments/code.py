@@ -26,6 +26,7 @@ def commit() -> str:
     return found.stdout.strip() + "+" * bool(dirty)
 
 
+@functools.cache
 def meaning(path: Path) -> str:
     """A source file's syntax tree, without docstrings."""
     tree = ast.parse(path.read_text("utf-8"))
@@ -46,8 +47,14 @@ def code_hash(*used: Any) -> str:
         path = todo.pop()
         if path not in seen:
             seen.add(path)
-            todo += _imported(path)
+            todo += imported(path)
     return hashlib.sha256("\n".join(meaning(path) for path in sorted(seen)).encode()).hexdigest()
+
+
+@functools.cache
+def imported(path: Path) -> tuple[Path, ...]:
+    """The files of this project that a file imports, anywhere in it."""
+    return tuple(_imported(path))
 
 
 def _imported(path: Path) -> Iterator[Path]:

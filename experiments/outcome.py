@@ -90,15 +90,22 @@ NEGATIVES: dict[str, Callable[[Picture], str] | None] = {
 }
 
 
-def embeddings(pipe: Any, variant: str, prompts: Sequence[str], first: int) -> dict[str, torch.Tensor]:
-    """What a caller gives who encodes the texts."""
-    text, empty = (pipe.encode_prompt(texts, pipe.device, 1, False)[0] for texts in (list(prompts), [""]))
-    noise = torch.stack(
-        [torch.randn(text.shape[1:], generator=torch.Generator().manual_seed(first + k)) for k in range(len(text))]
-    )
-    noise = NEAR * text.norm(dim=(1, 2), keepdim=True) / noise.norm(dim=(1, 2), keepdim=True) * noise
-    made = {"equal embeddings": text.clone(), "nearly equal embeddings": text + noise}
-    return {"prompt_embeds": text, "negative_prompt_embeds": made.get(variant, 2 * empty - text)}
+def embedded(plan: Plan, made: tuple[Any, ...], variant: str, prompts: Sequence[str], numbers: range) -> torch.Tensor:
+    """Pictures of a caller who encodes the texts, before the erasers are on."""
+    pipe, parts = plan.world.pipe, []
+    call = {**plan.call, "guidance_scale": plan.call["guidance"], "output_type": "pt"}
+    del call["guidance"]
+    for k in range(0, len(prompts), 32):
+        text, empty = (pipe.encode_prompt(t, pipe.device, 1, False)[0] for t in (list(prompts[k : k + 32]), [""]))
+        generators = [torch.Generator().manual_seed(seed) for seed in numbers[k : k + 32]]
+        noise = torch.stack([torch.randn(text.shape[1:], generator=g) for g in generators]).to(text)
+        noise *= NEAR * text.norm(dim=(1, 2), keepdim=True) / noise.norm(dim=(1, 2), keepdim=True)
+        negative = {"equal embeddings": text.clone(), "nearly equal embeddings": text + noise}
+        given = {"prompt_embeds": text, "negative_prompt_embeds": negative.get(variant, 2 * empty - text)}
+        generators = [torch.Generator().manual_seed(seed) for seed in numbers[k : k + 32]]
+        with efface.stack(pipe, *made):
+            parts.append(pipe(generator=generators, **given, **call).images.float().cpu())
+    return torch.cat(parts)
 
 
 # ---------------------------------------------------------------- editors
@@ -178,7 +185,7 @@ class Outcome(Experiment):
             for concept in self.concepts:
                 cells = [cell for cell in self.cells if plan.world.prompts(concept, cell, plan.block)]
                 fitted = None
-                if cells and hasattr(arm.make, "fit"):
+                if cells and not callable(arm.make):
                     fitted = delta_unit(plan, row, arm.make, named(concept))
                     found.append(fitted)
                 found += [self._unit(plan, row, arm, concept, cell, fitted) for cell in cells]
@@ -207,10 +214,10 @@ class Outcome(Experiment):
 
         def pictures(some: int) -> torch.Tensor:
             made = (efface.Delta.load(delta_file(plan, fitted)),) if fitted else erased
+            if NEGATIVES[arm.negative] is None:
+                return embedded(plan, made, arm.negative, prompts[:some], numbers[:some])
             given = {k: v[:some] if isinstance(v, list) else v for k, v in call.items()}
             with efface.stack(world.pipe, *made):
-                if NEGATIVES[arm.negative] is None:
-                    return self._embedded(plan, arm.negative, prompts[:some], numbers[:some])
                 return draw(world.pipe, prompts[:some], numbers[:some], **given)
 
         def measure() -> dict[str, Any]:
@@ -244,17 +251,6 @@ class Outcome(Experiment):
         made = [Picture(named(concept), p, s, o, OPPOSITES.get(concept, "a dog, a tree, a house")) for p, s, o in given]
         return {"negative_prompt": [write(each) for each in made]}
 
-    @staticmethod
-    def _embedded(plan: Plan, variant: str, prompts: Sequence[str], numbers: range) -> torch.Tensor:
-        pipe, parts = plan.world.pipe, []
-        call = {**plan.call, "guidance_scale": plan.call["guidance"], "output_type": "pt"}
-        del call["guidance"]
-        for k in range(0, len(prompts), 32):
-            some = numbers[k : k + 32]
-            given = embeddings(pipe, variant, prompts[k : k + 32], some.start)
-            parts.append(pipe(generator=[torch.Generator().manual_seed(s) for s in some], **given, **call).images)
-        return torch.cat(parts).float().cpu()
-
     # ---- the card
 
     def rows(self, plan: Plan, found: Sequence[tuple[Unit, dict[str, Any]]]) -> dict[str, Any]:
@@ -274,9 +270,10 @@ class Outcome(Experiment):
             known["first_seed"] = s["seeds"][0]
             pictures.setdefault(unit.row, {})[name] = {key: packed(raw[key]) for key in SOURCES}
             erasers.setdefault(unit.row, {})[s["concept"]] = s["erasers"]
-        judged = {name for name, raw in pictures["base"].items() if _share(raw["outcome"], CONCEPT, min) >= COUNTS}
+        shown = {name: _share(raw["outcome"], CONCEPT, min) for name, raw in pictures["base"].items()}
         for name, cell in cells.items():
-            cell |= {"removal judged": name in judged, "named by a phrase": _named_by_phrase(cell)}
+            cell |= {"base rate": shown[name], "named by a phrase": _named_by_phrase(cell)}
+            cell["removal judged"] = shown[name] >= COUNTS and cell["cell"] != "bystander"
         rows = [
             {"row": row, **self.rates(row, pictures[row], cells), "erasers": erasers[row]}
             | ({"fits": fits[row]} if row in fits else {})
@@ -308,9 +305,10 @@ class Outcome(Experiment):
         of_rest = [each for each in compared[len(self.primary) :] if each]
         for each, p in zip(of_rest, holm([each["p"] for each in of_rest]), strict=True):
             each["p, Holm"] = p
-        unjudged = [name for name, cell in cells.items() if not cell["removal judged"]]
+        asked = {name: cell for name, cell in cells.items() if cell["cell"] != "bystander"}
+        unjudged = [name for name, cell in asked.items() if not cell["removal judged"]]
         verdict = [_aim(rows, *aim) for aim in self.aims]
-        verdict += [f"Removal is not judged in {', '.join(unjudged)}: the base rate is under 30 %."] if unjudged else []
+        verdict += [f"Removal is not judged in {'; '.join(unjudged)}: the base rate is under 30 %."] if unjudged else []
         return {"comparisons": [each for each in compared if each], "not judged": unjudged, "verdict": verdict}
 
     @staticmethod
@@ -491,6 +489,11 @@ class Sweep(Outcome):
 
     def derived(self, card: dict[str, Any]) -> dict[str, Any]:
         rows, chosen = {row["row"]: row for row in card["rows"]}, {}
+        if not {"residual", "retention"} <= rows["base"].keys():
+            raise ValueError(
+                f"Expected cells of `{self.name}` where the base model shows the concept in 30 % of its pictures, and "
+                "cells with something to retain, got none of one kind. Draw other cells, or with more steps."
+            )
         for method, of in self.points.items():
             points = [rows[f"{method} {setting}"] for setting in of]
             chosen[method] = list(of)[self.rule(points, rows["base"])]

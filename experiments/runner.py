@@ -26,7 +26,7 @@ from efface.runs import _locked as locked
 from efface.runs import _write as write_json
 
 from .code import ROOT, code_hash, commit
-from .worlds import SEEDS, World
+from .worlds import SEEDS, World, world
 
 FORM = 2  # of cards; those of the runners before this one have no `form`
 
@@ -53,9 +53,9 @@ class Plan:
     device: str = "cpu"
     call: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"num_inference_steps": 25, "guidance": 7.5})
 
-    @functools.cached_property
+    @property
     def world(self) -> World:
-        return World(self.model, self.device)
+        return world(self.model, self.device)
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
@@ -161,6 +161,14 @@ class Experiment:
 
     def units(self, plan: Plan) -> list[Unit]:
         raise NotImplementedError
+
+    def names(self, units: Sequence[Unit]) -> list[str]:
+        """The rows of the card."""
+        return list(dict.fromkeys(unit.row for unit in units))
+
+    def redrawn(self, plan: Plan, units: Sequence[Unit], update: Sequence[str]) -> list[Unit]:
+        """The units that an update measures: the base model's, which have to be those of the card, and the rows'."""
+        return [unit for unit in units if unit.row in {"base", *update}]
 
     def rows(self, plan: Plan, found: Sequence[tuple[Unit, dict[str, Any]]]) -> dict[str, Any]:
         """What the card says of the measurements: `rows`, each with its name as `row`, and what else is raw."""
@@ -286,8 +294,8 @@ def run(
         if update:
             if old is None or old.get("form") != FORM:
                 raise ValueError(f"{out} is no card of this runner, so no row can be kept. Leave `--update` out.")
-            units = [unit for unit in units if unit.row in {"base", *update}]
-        missing = [unit for unit in units if store.found(unit) is None]
+            units = experiment.redrawn(plan, units, update)
+        missing = [unit for unit in {unit.digest: unit for unit in units}.values() if store.found(unit) is None]
         if missing and old and old.get("form") == FORM and not update and plan.block == "test" and not only_estimate:
             raise ValueError(
                 f"{out} was drawn by {old['code']['commit'][:12] or 'other code'}, and the test block is drawn once "
@@ -313,7 +321,7 @@ def run(
         found = [(unit, each) for unit in units if (each := store.found(unit))]
         card = _head(experiment, plan, command, found, first, spent) | experiment.rows(plan, found)
         for row in card["rows"]:
-            own = [(unit, each) for unit, each in found if unit.row == row["row"]]
+            own = [(unit, each) for unit, each in found if unit.row == row["row"] and unit.kind == "cell"] or found
             row |= {"code": own[0][0].setting["code"], "commit": first["commit"]}
             row["date"] = max(each["date"] for _, each in own)
         if update and old:

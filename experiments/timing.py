@@ -61,6 +61,13 @@ class Timing(Experiment):
     blocks: ClassVar[tuple[str, ...]] = ("none",)
     same: ClassVar[tuple[str, ...]] = ("experiment", "n", "machine", "against")
 
+    def names(self, units: Sequence[Unit]) -> list[str]:
+        return list(self.variants)
+
+    def redrawn(self, plan: Plan, units: Sequence[Unit], update: Sequence[str]) -> list[Unit]:
+        """New rounds of the alternative and these variants."""
+        return dataclasses.replace(self, only=tuple(update), count=None).units(plan)
+
     def units(self, plan: Plan) -> list[Unit]:
         facts = {"machine": machine(), "code": code_hash(*self.used, Timing), "versions": plan.facts["versions"]}
         names = [name for name in self.variants if not self.only or name in (self.against, *self.only)]
@@ -131,8 +138,9 @@ class Timing(Experiment):
                 if limit := self.targets.get((scene, name)):
                     cell["target"] = {"limit": limit, "met": cell["ratio"]["median"] <= limit}
                 rows.setdefault(name, {"row": name, "scenes": {}})["scenes"][scene] = cell
+        order = [rows[name] for name in self.variants if name in rows]
         counted = [e["raw"] for u, e in found if u.kind == "count"]
-        return {"rows": list(rows.values()), "against": self.against} | ({"counted": counted[0]} if counted else {})
+        return {"rows": order, "against": self.against} | ({"counted": counted[0]} if counted else {})
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

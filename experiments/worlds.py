@@ -211,3 +211,9 @@ class World:
         """Per eye and picture, whether one icon is there."""
         found = self.eyes.icons(self.eyes.see(images))
         return [[int(found[eye, k, self.icons[icon]]) for k, icon in enumerate(icons)] for eye in range(2)]
+
+
+@functools.cache
+def world(model: str, device: str = "cpu") -> World:
+    """Loaded once per process."""
+    return World(model, device)
