@@ -50,7 +50,8 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
 leaderboard: $(STAMP)
-	$(BIN)/python benchmarks/leaderboard.py
+	$(BIN)/python -m experiments leaderboard
+	$(BIN)/python -m experiments docs
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""`python -m experiments NAME`: measures an experiment and writes its card. `list`, `table` and `docs` go beside it."""
+"""`python -m experiments NAME`: measures an experiment and writes its card. Also: `list`, `table CARD`, `pictures`, `docs`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import docs, tables
+from . import docs, pictures, tables
 from .catalogue import CATALOGUE
 from .code import ROOT
 from .runner import Plan, outdated, run
@@ -17,9 +17,9 @@ from .runner import Plan, outdated, run
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
-    made.add_argument("name", help="an experiment, or: list; table CARD; docs")
+    made.add_argument("name", help="an experiment, or: list, table CARD, pictures, docs")
     made.add_argument("card", nargs="?", type=Path, help="of `table`")
-    made.add_argument("--format", choices=tables.FORMATS, default="markdown", help="of `table`")
+    made.add_argument("--format", choices=(*tables.FORMATS, "svg"), default="markdown", help="of `table`")
     made.add_argument("--estimate", action="store_true", help="time a few pictures per row, and stop")
     made.add_argument("--update", nargs="+", default=[], metavar="ROW", help="redraw these rows; the others stay")
     made.add_argument("--block", help="tuning, selection or test")
@@ -49,12 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     if given.name == "list":
         show()
+    elif given.name == "pictures":
+        pictures.write(ROOT / "docs/eiup.png")
     elif given.name == "docs":
         docs.fill_all()
     elif given.name == "table":
         if given.card is None:
             parser().error("`table` needs the path of a card.")
-        print(tables.of_card(json.loads(given.card.read_text("utf-8"))).text(given.format))
+        card = json.loads(given.card.read_text("utf-8"))
+        print(docs.figure(card) if given.format == "svg" else tables.of_card(card).text(given.format))
     elif given.name not in CATALOGUE:
         parser().error(f"{given.name!r} is not an experiment. There is: {', '.join(CATALOGUE)}.")
     elif given.one:

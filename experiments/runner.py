@@ -287,7 +287,7 @@ def run(
     plan = dataclasses.replace(plan, folder=store.folder)
     with locked(store.folder):
         units = experiment.units(plan)
-        known = list(dict.fromkeys(unit.row for unit in units))
+        known = experiment.names(units)
         if strange := [row for row in update if row not in known]:
             raise ValueError(f"{strange[0]!r} is not a row of `{experiment.name}`. There is: {', '.join(known)}.")
         old = json.loads(out.read_text("utf-8")) if out.is_file() else None

@@ -40,9 +40,15 @@ SMALL: dict[str, Any] = {"concepts": ("alcohol",), "cells": ("explicit", "bystan
 
 
 @pytest.fixture(autouse=True)
-def every_cell_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a step, the base model shows nothing yet."""
+def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a step, the base model shows nothing yet, so every cell counts. Only tests of each kind draw for real."""
     monkeypatch.setattr(outcome, "COUNTS", 0.0)
+    if "kind" not in request.fixturenames:
+        monkeypatch.setattr(outcome, "draw", noise)
+
+
+def noise(pipe: Any, prompts: Sequence[str], numbers: Sequence[int], **call: Any) -> torch.Tensor:
+    return torch.stack([torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(s)) for s in numbers])
 
 
 def plan(folder: Path, experiment: Experiment, **more: Any) -> Plan:
@@ -78,7 +84,9 @@ KINDS: dict[str, Callable[[], Experiment]] = {
             "two": Arm(lambda c: (efface.EIUP(c), efface.NegativePrompt(c, strength=3.75))),
         },
     ),
-    "editors": lambda: Outcome(**ABOUT, **SMALL, arms={"uce": Arm(efface.UCE()), "esd": Arm(efface.ESD(steps=1))}),
+    "editors": lambda: Outcome(
+        **ABOUT, **SMALL, arms={"uce": Arm(efface.UCE()), "esd": Arm(efface.ESD(steps=1, sampler_steps=2, batch=1))}
+    ),
     "sweep": lambda: Sweep(**ABOUT, **SMALL, points={"eiup": strengths(efface.EIUP, 0.5, 1.0)}),
     "sequence": lambda: Sequenced(
         **ABOUT, editors={"in rounds": InRounds()}, removed=("cat", "rose"), kept=("robot",), n=1
@@ -130,10 +138,26 @@ def without(card: Mapping[str, Any], *keys: str) -> Any:
 # ---------------------------------------------------------------- every kind, end to end
 
 
+def says_how_it_was_made(made: dict[str, Any], kind: Experiment) -> None:
+    assert made["form"] == runner.FORM and made["command"] == "a command" and made["n"] == kind.n
+    assert made["core_hours"].keys() == {"cap", "estimate", "spent"} and made["core_hours"]["estimate"] > 0
+    assert len(made["data_sha256"]) == len(made["detector"]["thresholds_sha256"]) == 64
+    assert made["detector"]["threshold"] and made["machine"] and made["code"]["commit"] and made["versions"]["torch"]
+    assert all(len(row["code"]) == 64 and row["date"] and row["commit"] for row in made["rows"])
+    for form in tables.FORMATS:
+        text = tables.of_card(made).text(form)
+        assert all(
+            row["row"].replace("_", "\\_") in text or row["row"] in text or row["row"] == "base" for row in made["rows"]
+        )
+    assert "a command" in tables.caption(made, "trial") and "core-hours" in tables.caption(made, "trial")
+
+
 def test_an_interrupted_run_goes_on_to_the_identical_card(
     kind: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(kind, tmp_path / "whole")
+    assert whole == json.loads((tmp_path / "whole/trial.json").read_text())
+    says_how_it_was_made(whole, kind)
     measured: list[Unit] = []
     measure = Store.measure
 
@@ -160,27 +184,19 @@ def test_an_interrupted_run_goes_on_to_the_identical_card(
     assert file.read_bytes() == before and len(measured) == number
 
 
-def test_a_card_says_how_it_was_made(kind: Experiment, tmp_path: Path) -> None:
-    made = run(kind, tmp_path)
-    assert made == json.loads((tmp_path / "trial.json").read_text())
-    assert made["form"] == runner.FORM and made["command"] == "a command" and made["n"] == kind.n
-    assert made["core_hours"].keys() == {"cap", "estimate", "spent"} and made["core_hours"]["estimate"] > 0
-    assert len(made["data_sha256"]) == len(made["detector"]["thresholds_sha256"]) == 64
-    assert made["detector"]["threshold"] and made["machine"] and made["code"]["commit"] and made["versions"]["torch"]
-    assert all(len(row["code"]) == 64 and row["date"] and row["commit"] for row in made["rows"])
-    for form in tables.FORMATS:
-        text = tables.of_card(made).text(form)
-        assert all(
-            row["row"].replace("_", "\\_") in text or row["row"] in text or row["row"] == "base" for row in made["rows"]
-        )
-    assert "a command" in tables.caption(made, "trial") and "core-hours" in tables.caption(made, "trial")
-
-
 def test_an_estimate_above_the_cap_is_refused_and_nothing_is_measured(kind: Experiment, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"at most 1e-09 core-hours, the estimate is \S+ \(.*Lower `--n`.*raise `cap`"):
         run(dataclasses.replace(kind, cap=1e-9), tmp_path)
     assert not list((tmp_path / "work/trial").glob("*.json")) and not (tmp_path / "trial.json").exists()
-    assert run(kind, tmp_path, only_estimate=True) is None and not (tmp_path / "trial.json").exists()
+
+
+def test_an_estimate_draws_nothing_else(tmp_path: Path) -> None:
+    said: list[str] = []
+    experiment = KINDS["outcome"]()
+    where = plan(tmp_path, experiment)
+    assert runner.run(experiment, where, tmp_path / "card.json", "", only_estimate=True, say=said.append) is None
+    assert [line.split(":")[0].strip() for line in said] == ["trial", "base", "eiup", "negative_prompt"]
+    assert not list(tmp_path.rglob("*.json"))
 
 
 def test_a_run_stops_where_the_cap_is_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
