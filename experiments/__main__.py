@@ -1,4 +1,4 @@
-"""`python -m experiments NAME`: measures an experiment and writes its card. Also: `list`, `table CARD`, `pictures`, `docs`."""
+"""`python -m experiments NAME`: measures it, writes its card. Also: `list`, `table CARD`, `pictures`, `docs`."""
 
 from __future__ import annotations
 

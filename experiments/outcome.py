@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -111,30 +112,53 @@ def embedded(plan: Plan, made: tuple[Any, ...], variant: str, prompts: Sequence[
 # ---------------------------------------------------------------- editors
 
 
-def delta_unit(plan: Plan, row: str, editor: Any, concept: Concept, seed: int = 0) -> Unit:
-    """The fit of an editor's delta, which is kept beside the outcomes."""
+def delta_unit(plan: Plan, row: str, editor: Any, concept: Concept, seed: int = 0, before: Any = None) -> Unit:
+    """The fit of an editor's delta, which is kept beside the outcomes.
+
+    Args:
+        plan, row, editor, concept: what is fitted.
+        seed: of the fit.
+        before: in a sequence, the fits of earlier rounds, whose deltas are on.
+    """
     pipe = plan.world.pipe
     settled = editor.resolved(pipe) if hasattr(editor, "resolved") else editor
     setting = {"fit": config(settled), "concept": config(concept), "seed": seed, "model": plan.facts["model"]}
     setting |= {"versions": plan.facts["versions"], "code": code_hash(type(editor))}
+    setting |= {} if before is None else {"before": [unit.digest for unit in before]}
     unit = Unit(row, setting, lambda: fit(), 1.0, lambda: pilot(), "fit")
 
+    def made(some: Any, **options: Any) -> efface.Delta:
+        if before is None:
+            return some.fit(pipe, concept, seed=seed, **options)
+        return some.sequence(pipe, concept, seed=seed, **options)[0]
+
     def fit() -> dict[str, Any]:
-        file, options = delta_file(plan, unit), {}
+        file = delta_file(plan, unit)
         file.parent.mkdir(exist_ok=True)
-        if isinstance(editor, Training):
-            options["checkpoint"] = file.with_suffix("")
-        began = time.perf_counter()
-        editor.fit(pipe, concept, seed=seed, **options).save(file)
-        return {"seconds": time.perf_counter() - began, "bytes": file.stat().st_size}
+        options = {"checkpoint": file.with_suffix("")} if isinstance(editor, Training) else {}
+        with deltas_on(plan, before or ()):
+            began = time.perf_counter()
+            delta = made(editor, **options)
+            seconds = time.perf_counter() - began
+        delta.save(file)
+        return {"seconds": seconds, "bytes": file.stat().st_size, "info": dict(delta.info)}
 
     def pilot() -> float:
         if not isinstance(editor, Training):
-            return timed(lambda: editor.fit(pipe, concept, seed=seed))[1]
-        few = [timed(lambda k=k: dataclasses.replace(editor, steps=k).fit(pipe, concept, seed=seed))[1] for k in (1, 3)]
+            return timed(lambda: made(editor))[1]
+        few = [timed(lambda k=k: made(dataclasses.replace(editor, steps=k)))[1] for k in (1, 3)]
         return few[0] + (settled.steps - 1) * max(few[1] - few[0], 0.0) / 2
 
     return unit
+
+
+@contextlib.contextmanager
+def deltas_on(plan: Plan, fits: Sequence[Unit]) -> Iterator[None]:
+    """The pipeline with fitted deltas, in order."""
+    with contextlib.ExitStack() as stack:
+        for unit in fits:
+            stack.enter_context(efface.Delta.load(delta_file(plan, unit)).apply(plan.world.pipe))
+        yield
 
 
 def erasers_of(make: Callable[[Concept], Any], concept: str) -> tuple[Any, ...]:

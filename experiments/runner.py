@@ -122,7 +122,7 @@ class Store:
         return json.loads(path.read_text("utf-8")) if path.is_file() else None
 
     def begin(self, units: Sequence[Unit], hours: float) -> dict[str, Any]:
-        found = {"hours": round(hours, 4), "commit": commit()}
+        found = {"hours": float(f"{hours:.3g}"), "commit": commit()}
         write_json(self._first(units), found)
         return found
 
@@ -215,7 +215,7 @@ def timed(call: Callable[[], Any]) -> tuple[Any, float]:
     """What a call returns, and the core-seconds it took: of all threads and finished child processes."""
 
     def spent() -> float:
-        return sum(os.times()[:4])
+        return time.process_time() + sum(os.times()[2:4])
 
     began = spent()
     return call(), spent() - began
@@ -352,6 +352,6 @@ def _head(
         **plan.facts,
         "code": {"commit": first["commit"], "efface": efface.__version__},
         "machine": machine(),
-        "core_hours": {"cap": experiment.cap, "estimate": first["hours"], "spent": round(spent, 4)},
+        "core_hours": {"cap": experiment.cap, "estimate": first["hours"], "spent": float(f"{spent:.3g}")},
         "columns": dict(experiment.columns),
     }

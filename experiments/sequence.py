@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 
-import efface
-from efface.core import Concept, config
+from efface.core import Concept
 from efface.intervals import wilson
 from efface.pipelines import draw
 
 from .code import code_hash
-from .outcome import PILOT, delta_file
+from .outcome import PILOT, delta_unit, deltas_on
 from .runner import Experiment, Plan, Unit, timed
 from .worlds import SEEDS
 
@@ -47,33 +45,9 @@ class Sequenced(Experiment):
         for row, editor in self.editors.items():
             fits: list[Unit] = []
             for k, name in enumerate(self.removed):
-                fits.append(self._fit(plan, row, editor, k, name, list(fits)))
+                fits.append(delta_unit(plan, row, editor, Concept(name, (f"a {name}",)), 100 * k, list(fits)))
                 found += [fits[-1], self._judged(plan, row, list(fits), k + 1)]
         return found
-
-    def _fit(self, plan: Plan, row: str, editor: Any, k: int, name: str, before: list[Unit]) -> Unit:
-        pipe = plan.world.pipe
-        settled = editor.resolved(pipe)
-        setting = {"fit": config(settled), "concept": name, "round": k, "before": [unit.digest for unit in before]}
-        setting |= {"model": plan.facts["model"], "versions": plan.facts["versions"], "code": code_hash(type(editor))}
-        unit = Unit(row, setting, lambda: fit(), 1.0, lambda: pilot(), "fit")
-
-        def fit() -> dict[str, Any]:
-            file = delta_file(plan, unit)
-            file.parent.mkdir(exist_ok=True)
-            with on(plan, before):
-                (delta,), seconds = timed(lambda: made(editor, file.with_suffix("")))
-            delta.save(file)
-            return {"core_seconds": seconds, "info": dict(delta.info)}
-
-        def made(some: Any, checkpoint: Any = None) -> list[efface.Delta]:
-            return some.sequence(pipe, Concept(name, (f"a {name}",)), seed=100 * k, checkpoint=checkpoint)
-
-        def pilot() -> float:
-            few = [timed(lambda n=n: made(dataclasses.replace(editor, steps=n)))[1] for n in (1, 3)]
-            return few[0] + (settled.steps - 1) * max(few[1] - few[0], 0.0) / 2
-
-        return unit
 
     def _judged(self, plan: Plan, row: str, fits: list[Unit], rounds: int) -> Unit:
         """All things that are removed by now (for the base model: ever), and all bystanders."""
@@ -88,7 +62,7 @@ class Sequenced(Experiment):
             return draw(world.pipe, [prompt] * n, range(first[name], first[name] + n), **plan.call)
 
         def measure() -> dict[str, Any]:
-            with on(plan, fits):
+            with deltas_on(plan, fits):
                 seen = {name: world.eyes.see(pictures(name, plan.n)) for name in things}
             return {name: world.eyes.concept(each, name).int().tolist() for name, each in seen.items()}
 
@@ -103,7 +77,7 @@ class Sequenced(Experiment):
             row = rows.setdefault(unit.row, {"row": unit.row, "rounds": []})
             if unit.kind == "fit":
                 row["rounds"].append(
-                    {"concept": unit.setting["concept"], **each["raw"], "settings": unit.setting["fit"]}
+                    {"concept": unit.setting["concept"]["name"], **each["raw"], "settings": unit.setting["fit"]}
                 )
                 continue
             if not row["rounds"]:
@@ -120,12 +94,3 @@ class Sequenced(Experiment):
 def rated(eye: Sequence[int]) -> dict[str, Any]:
     """One prompt's pictures: new seeds are all that the interval speaks of."""
     return {"rate": sum(eye) / len(eye), "hits": sum(eye), "n": len(eye), "interval": list(wilson(sum(eye), len(eye)))}
-
-
-@contextlib.contextmanager
-def on(plan: Plan, fits: Sequence[Unit]) -> Any:
-    """Earlier rounds' deltas, in order."""
-    with contextlib.ExitStack() as stack:
-        for unit in fits:
-            stack.enter_context(efface.Delta.load(delta_file(plan, unit)).apply(plan.world.pipe))
-        yield

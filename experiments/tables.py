@@ -115,8 +115,11 @@ def caption(card: Mapping[str, Any], name: str) -> str:
         facts.append(f"{prompts} prompts; 95 % intervals, clustered by prompt. Judges: {card['detector']['name']}.")
     facts += card.get("verdict", [])
     facts.append(
-        f"Measured {card['date'][:10]} by `{card['command']}` ({hours['spent']:.2g} core-hours, estimate "
-        f"{hours['estimate']:.2g}, cap {hours['cap']:g}), card in `results/{name}.json`, code {card['code']['commit'][:7]}."
+        f"Measured {card['date'][:10]} by `{card['command']}`, code {card['code']['commit'][:7]}, on {card['machine']}."
+    )
+    facts.append(
+        f"It took {hours['spent']:.2g} core-hours (estimate {hours['estimate']:.2g}, cap {hours['cap']:g}); card in "
+        f"`results/{name}.json`."
     )
     for note in card.get("updates", []):
         facts.append(f"Redrawn {note['date'][:10]} by `{note['command']}`: {', '.join(note['rows'])}.")

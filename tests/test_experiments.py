@@ -77,7 +77,7 @@ KINDS: dict[str, Callable[[], Experiment]] = {
     "outcome": lambda: Outcome(**ABOUT, **SMALL, arms=arms()),
     "negative prompts": lambda: Outcome(
         **ABOUT,
-        **SMALL,
+        **SMALL | {"n": 1},
         arms={
             **{variant: Arm(efface.EIUP, variant, 1) for variant in ("the prompt", "object", "opposite embeddings")},
             "nearly": Arm(lambda c: None, "nearly equal embeddings"),
@@ -87,7 +87,7 @@ KINDS: dict[str, Callable[[], Experiment]] = {
     "editors": lambda: Outcome(
         **ABOUT, **SMALL, arms={"uce": Arm(efface.UCE()), "esd": Arm(efface.ESD(steps=1, sampler_steps=2, batch=1))}
     ),
-    "sweep": lambda: Sweep(**ABOUT, **SMALL, points={"eiup": strengths(efface.EIUP, 0.5, 1.0)}),
+    "sweep": lambda: Sweep(**ABOUT, **SMALL | {"n": 1}, points={"eiup": strengths(efface.EIUP, 0.5, 1.0)}),
     "sequence": lambda: Sequenced(
         **ABOUT, editors={"in rounds": InRounds()}, removed=("cat", "rose"), kept=("robot",), n=1
     ),
@@ -635,12 +635,20 @@ def test_the_documents_are_filled_from_the_cards(tmp_path: Path) -> None:
         docs.filled("text", "x", "y")
 
 
-def test_a_card_of_this_runner_fills_its_block(drawn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_of_this_runner_fills_its_block_and_a_changed_earlier_one_does_not(drawn: Any, tmp_path: Path) -> None:
     _, _, card = drawn
-    monkeypatch.setattr(docs, "card", lambda name: card)
-    text = docs.block("eiup_outcome", docs.outcome)
+    (tmp_path / "results").mkdir()
+    file = tmp_path / "results/eiup_outcome.json"
+    file.write_text(json.dumps(card))
+    text = docs.block("measured", tmp_path)
     assert "Does the runner run?" in text and "`a command`" in text and "| `eiup` |" in text
     assert "eiup" in docs.figure(card)
+    earlier = (ROOT / "results/eiup_outcome.json").read_text()
+    file.write_text(earlier)
+    assert "21 min of drawing" in docs.block("measured", tmp_path)
+    file.write_text(earlier.replace("0.9", "0.8", 1))
+    with pytest.raises(ValueError, match="Expected the cards eiup_outcome as an earlier runner left them, got others"):
+        docs.block("measured", tmp_path)
 
 
 def test_tables_in_three_forms() -> None:
