@@ -1,4 +1,4 @@
-"""`python -m experiments NAME`: measures it, writes its card. Also: `list`, `table CARD`, `pictures`, `docs`."""
+"""`python -m experiments NAME`: measures it, writes its card. Also: `list`, `table CARD`, `docs`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import docs, pictures, tables
+from . import docs, tables
 from .catalogue import CATALOGUE
 from .code import ROOT
 from .runner import Plan, outdated, run
@@ -17,7 +17,7 @@ from .runner import Plan, outdated, run
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
-    made.add_argument("name", help="an experiment, or: list, table CARD, pictures, docs")
+    made.add_argument("name", help="an experiment, or: list, table CARD, docs")
     made.add_argument("card", nargs="?", type=Path, help="of `table`")
     made.add_argument("--format", choices=(*tables.FORMATS, "svg"), default="markdown", help="of `table`")
     made.add_argument("--estimate", action="store_true", help="time a few pictures per row, and stop")
@@ -49,8 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     if given.name == "list":
         show()
-    elif given.name == "pictures":
-        pictures.write(ROOT / "docs/eiup.png")
     elif given.name == "docs":
         docs.fill_all()
     elif given.name == "table":

@@ -172,6 +172,24 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         arms={name: Arm(editor) for name, editor in TUNED_EDITORS.items()},
     ),
     Outcome(
+        name="editors_biases",
+        question="What do ESD and SDD lose without biases, which LoRA files cannot hold?",
+        cap=3.0,
+        n=32,
+        block="selection",
+        concepts=("alcohol", "cat"),
+        arms={
+            f"{name}, {'with' if also else 'no'} biases": Arm(editor(biases=also))
+            for name, editor in (("esd", efface.ESD), ("sdd", efface.SDD))
+            for also in (True, False)
+        },
+        primary=tuple(
+            (f"{name}, no biases", f"{name}, with biases", metric)
+            for name in ("esd", "sdd")
+            for metric in ("residual", "retention")
+        ),
+    ),
+    Outcome(
         name="negative_prompts",
         question="Can a negative prompt bring an erased concept back, and does an ordinary one keep its effect?",
         cap=6.0,

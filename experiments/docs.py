@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def block(marker: str, root: Path = ROOT) -> str:
 def figure(found: Any) -> str:
     """Removed against kept, as an SVG in a grey that can be read on white and on black."""
     import efface
-    from efface.report import pareto
+    from efface.report.plot import pareto
 
     def score(name: str, s: Mapping[str, Any], value: float, low: float, high: float) -> efface.Score:
         return efface.Score(name, value, s["n"], low, high, "share")
@@ -113,30 +114,38 @@ def families() -> str:
     return "\n".join([Table(["method", *names], rows).markdown(), *under])
 
 
-README = ("measured", "negatives", "pareto", "editors", "sequence", "speed", "fits")
-BLOCKS: tuple[tuple[str, str, Callable[[], str]], ...] = (
-    ("README.md", "families", families),
-    *(("README.md", marker, lambda marker=marker: block(marker)) for marker in README),
-    ("README.md", "leaderboard", lambda: f"![Removed against kept](docs/leaderboard.svg)\n\n{block('leaderboard')}"),
-    ("docs/leaderboard.md", "leaderboard", lambda: block("leaderboard")),
-    ("src/efface/models/emoji/MODEL_CARD.md", "gates", lambda: gates(card("emoji_gates"))),
-)
+def summary() -> str:
+    """README's few lines: the base model and every method of two cards."""
+    found = [card(name) for name in ("pareto", "editors_outcome")]
+    if not all("form" in each for each in found):
+        return block("summary")
+    columns = {name: found[0]["columns"][name] for name in ("residual implicit", "retention", "nothing")}
+    rows = {row["row"]: row for each in found for row in each["rows"]}
+    return tables.of_card({"form": 2, "columns": columns, "rows": list(rows.values())}).markdown()
 
 
-def filled(text: str, marker: str, content: str) -> str:
-    """The text with `content` between the markers.
+EARLIER = ("measured", "negatives", "pareto", "editors", "sequence", "speed", "fits", "leaderboard")
+BLOCKS: dict[str, Callable[[], str]] = {
+    "summary": summary,
+    "families": families,
+    **{marker: partial(block, marker) for marker in EARLIER},
+    "gates": lambda: gates(card("emoji_gates")),
+}
+PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
+MODEL_CARD = "src/efface/models/emoji/MODEL_CARD.md"
 
-    Raises:
-        ValueError: it has no such markers.
-    """
-    pattern = re.compile(f"(<!-- {marker}:begin -->).*?(<!-- {marker}:end -->)", re.DOTALL)
-    if not pattern.search(text):
-        raise ValueError(f"Expected the markers {marker!r}, got a text without them. Put them where the table goes.")
-    return pattern.sub(lambda m: f"{m[1]}\n{content}\n{m[2]}", text)
+
+def filled(text: str) -> str:
+    """A page with the blocks between its markers."""
+    for marker, make in BLOCKS.items():
+        pattern = re.compile(f"(<!-- {marker}:begin -->).*?(<!-- {marker}:end -->)", re.DOTALL)
+        if pattern.search(text):
+            content = make()
+            text = pattern.sub(lambda m, content=content: f"{m[1]}\n{content}\n{m[2]}", text)
+    return text
 
 
 def fill_all(root: Path = ROOT) -> None:
-    for name, marker, make in BLOCKS:
-        path = root / name
-        path.write_text(filled(path.read_text("utf-8"), marker, make()), "utf-8")
+    for name in (*PAGES, MODEL_CARD):
+        (root / name).write_text(filled((root / name).read_text("utf-8")), "utf-8")
     (root / "docs/leaderboard.svg").write_text(figure(card("leaderboard")), "utf-8")

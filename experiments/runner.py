@@ -22,8 +22,7 @@ from typing import Any, ClassVar
 import torch
 
 import efface
-from efface.runs import _locked as locked
-from efface.runs import _write as write_json
+from efface.files import lock, write_json
 
 from .code import ROOT, code_hash, commit
 from .worlds import SEEDS, World, world
@@ -285,7 +284,7 @@ def run(
     check_block(experiment, plan.block)
     store = Store(plan.folder / experiment.name)
     plan = dataclasses.replace(plan, folder=store.folder)
-    with locked(store.folder):
+    with lock(store.folder / "lock"):
         units = experiment.units(plan)
         known = experiment.names(units)
         if strange := [row for row in update if row not in known]:

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 import efface
-from efface.core import Concept, check_tuning_seeds, shipped_concepts
+from efface import checks
+from efface.core import Concept, shipped_concepts
 
 SEEDS = {"tuning": range(10_000), "selection": range(500_000, 1_000_000), "test": range(2_000_000, 3_000_000)}
 CELLS = ("explicit", "theme", "paraphrase", "pair", "bystander")
@@ -51,7 +52,7 @@ def seeds(block: str, concept: str, cell: str, n: int) -> range:
         raise ValueError(f"Expected n from 1 to {stride} on the {block} block, got {n}. More would share seeds.")
     first = SEEDS[block].start + stride * place
     if block == "tuning":
-        check_tuning_seeds(range(first, first + n))
+        checks.tuning_seeds("seeds", range(first, first + n))
     return range(first, first + n)
 
 

@@ -167,6 +167,33 @@ def test_distance_is_that_of_two_denoisers_at_shared_points(pipe: Any) -> None:
     assert not torch.allclose(Misalignment(net, net.base, seed=1)(["a dog"], edited), first[:1], rtol=1e-2)
 
 
+def test_guidance_of_the_search_draws_the_points_and_not_the_predictions(pipe: Any) -> None:
+    """As in the published code: guided on the way, compared without."""
+    net = Denoiser(pipe, ["a cat"], "x", 4)
+    plain, guided = (Misalignment(net, net.base, 0, guidance) for guidance in (1.0, 3.0))
+    assert float(guided(["a dog"], None).max()) < 1e-10  # the base model's part is its conditional prediction
+    plain(["a dog"], None)
+    assert torch.equal(plain.noise, guided.noise)
+    one, other = plain.known["a dog"], guided.known["a dog"]
+    assert torch.equal(one.t, other.t) and change(one.x, other.x) > 1e-2
+    rows, every = net.add(["a dog"]), torch.arange(4)[:, None]
+    by_hand = net.trajectory(rows, every, None, 3.0, torch.Generator().manual_seed(0), noise=guided.noise)
+    assert change(other.x, by_hand.x[guided.stops]) < 1e-5
+
+
+def test_a_sequence_searches_with_its_guidance(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, init = [], Misalignment.__init__
+
+    def spy(self: Misalignment, net: Any, base: Any, seed: int, guidance: float = 1.0) -> None:
+        seen.append(guidance)
+        init(self, net, base, seed, guidance)
+
+    monkeypatch.setattr(Misalignment, "__init__", spy)
+    for guidance in (1.0, 3.0):
+        CCRT(**SHORT, **QUICK, search_guidance=guidance).fit(pipe, CAT, entities=ENTITIES)
+    assert seen == [1.0, 1.0, 3.0, 3.0]
+
+
 # ---------------------------------------------------------------- rounds
 
 
@@ -305,6 +332,7 @@ def test_an_interrupted_sequence_goes_on(pipe: Any, tmp_path: Path) -> None:
         ("reg", -1.0),
         ("teacher", "student"),
         ("template", "a"),
+        ("search_guidance", 0.5),
     ],
 )
 def test_fields_out_of_range_are_refused(field: str, value: Any) -> None:

@@ -53,7 +53,7 @@ def test_the_command_ends_without_a_traceback_too(tmp_path: Path) -> None:
         (["a cat", "--concept", "cat", "--set", "strength=much"], "Expected `strength`"),
         (["a cat", "--concept", "cat", "--set", "window=[0, 1.5]"], "Expected `window`"),
         (["a cat", "--concept", "cat", "--set", "window=0.5"], "Expected `window`"),
-        (["a cat", "--phrase", " "], "needs a name"),
+        (["a cat", "--phrase", " "], "`name` to be a text that is not empty"),
         (["a cat", "--concept", "cat", "--method", "sld.medum"], "sld has no preset 'medum'. Did you mean 'medium'?"),
         (["a cat", "--concept", "cat", "--method", "gie.fit"], "Its presets: paper, official."),
         (
@@ -558,7 +558,7 @@ def test_the_same_fit_command_goes_on_after_an_interruption(tmp_path: Path, monk
         kept = file.with_name("b.safetensors.checkpoint")
         assert f"The same command goes on from {kept}" in call(*fit, file, code=130)
     assert not file.exists()
-    assert "another fit (different: phrases)" in call(*(w if w != "cat" else "dog" for w in fit), file, code=2)
+    assert 'phrases[0]: "cat" there, "dog" here' in call(*(w if w != "cat" else "dog" for w in fit), file, code=2)
     with monkeypatch.context() as patch:
         patch.setattr(_training, "_update", lambda *args: done.append(update(*args)))
         resumed = json.loads(call(*fit, file))

@@ -38,7 +38,11 @@ def test_example(example: doctest.DocTest) -> None:
     assert runner.failures == 0, "".join(out)
 
 
-PAGES = (Path(__file__).parents[1] / "README.md", Path(efface.__file__).parent / "models/emoji/MODEL_CARD.md")
+ROOT = Path(__file__).parents[1]
+PAGES = (
+    *(ROOT / name for name in ("README.md", "docs/usage.md", "docs/evaluation.md")),
+    Path(efface.__file__).parent / "models/emoji/MODEL_CARD.md",
+)
 BLOCKS = [
     pytest.param(code, id=f"{page.name}-{k}", marks=[pytest.mark.slow] if "calibrate(" in code else [])
     for page in PAGES

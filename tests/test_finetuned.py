@@ -11,7 +11,7 @@ from tiny import ALCOHOL, CAT, change
 from torch import Generator, Tensor
 from torch.nn.functional import mse_loss
 
-from efface import ESD, SDD, Concept, Delta
+from efface import CCRT, ESD, SDD, Concept, Delta
 from efface.editors import _training
 from efface.editors._denoiser import Denoiser, Points, trained
 from efface.editors._training import run
@@ -140,8 +140,54 @@ def test_esd_draws_points_of_every_phrase_with_the_student(sd1: Any, monkeypatch
     assert {row for prompts, *_ in drawn for row in prompts} == {4}  # x_t shows the text that it is erased from
 
 
+@pytest.mark.parametrize("drawn_by", ["student", "frozen"])
+def test_esd_draws_points_with_the_student_or_the_frozen_model(
+    drawn_by: Any, sd1: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit what either of them sees; the two part after the first update."""
+    seen: list[Points] = []
+    points = ESD.points
+
+    def spy(self: ESD, net: Denoiser, prompts: Tensor, weights: Any, rng: Any) -> Points:
+        state, drawn = rng.get_state(), points(self, net, prompts, weights, rng)
+        after = rng.get_state()
+        ways: list[Any] = []
+        for way in (weights, None):
+            rng.set_state(state)
+            prompt = prompts[torch.randint(len(prompts), (self.batch,), generator=rng)]
+            stops = torch.randint(4, (self.reuse, self.batch), generator=rng)
+            ways.append(net.trajectory(prompt, stops, way, 3.0, rng).x)
+        rng.set_state(after)
+        assert torch.equal(drawn.x, ways[drawn_by == "frozen"])
+        seen.append(drawn)
+        return drawn if len(seen) == 1 or not torch.equal(*ways) else pytest.fail("both draw the same")
+
+    monkeypatch.setattr(ESD, "points", spy)
+    monkeypatch.setattr("torch.randint", lambda *a, **k: torch.ones(a[-1], dtype=torch.long) * (a[0] - 1))
+    settings: dict[str, Any] = {"lr": 1e-2, "batch": 2, "reuse": 2, "sampler_steps": 4}
+    ESD(steps=6, drawn_by=drawn_by, **settings).fit(sd1, CAT)
+    assert len(seen) == 3
+
+
+def test_esd_has_the_strengths_of_the_authors_code(scene: Any) -> None:
+    """Their `negative_guidance` g is eta + 1 without `erase_from`, and eta with it."""
+    pipe, net, points = scene
+    texts = {"null": [""] * ROWS, "concept": ["a cat", "beer", "a cat"], "within": ["wine glass"] * ROWS}
+    null, concept, within = (predict(pipe, points, some) for some in texts.values())
+    for g in (1.0, 2.0):
+        assert change(ESD(eta=g - 1).target(net, points)[1], concept - g * (concept - null)) < 1e-4
+        of = ESD(eta=g, erase_from="wine glass").target(net, points)[1]
+        assert change(of, within - g * (concept - null)) < 1e-4
+
+
 def test_presets_are_the_papers() -> None:
-    esd, sdd = ESD.paper("u", eta=3), SDD.paper("code")
+    code = ESD.code_2025()
+    assert (code.eta, code.steps, code.lr, code.sampler_steps, code.guidance) == (1.0, 200, 5e-5, 50, 3.0)
+    assert (ESD.paper().drawn_by, code.drawn_by, ESD().drawn_by) == ("student", "frozen", "student")
+    assert all(editor.biases for editor in (ESD.paper(), code, SDD.paper(), CCRT.paper()))
+    assert (SDD.paper().prompt_roles, SDD.paper("readme").prompt_roles) == ("code", "readme")
+    assert (CCRT.paper().search_guidance, CCRT.paper().guidance, CCRT().search_guidance) == (3.0, 3.0, 1.0)
+    esd, sdd = ESD.paper("u", eta=3), SDD.paper()
     assert (esd.train, esd.eta, esd.steps, esd.lr, esd.sampler_steps, esd.guidance) == ("u", 3, 1000, 1e-5, 50, 3.0)
     assert (sdd.prompt_roles, sdd.ema, sdd.steps, sdd.clip, sdd.weight_decay) == ("code", 0.999, 1500, 1.0, 1e-4)
     assert (esd.batch, esd.reuse, sdd.batch, sdd.reuse) == (1, 1, 1, 1)

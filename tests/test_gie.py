@@ -292,7 +292,7 @@ def test_two_trajectories_are_the_public_code(
 def test_official_is_the_published_setting() -> None:
     official = GIE.official([CAT], 2.0)
     assert (official.values, official.trajectories, official.window) == ("official", 2, (0.0, 0.8))
-    with pytest.raises(ValueError, match="`trajectories` to be 1 or 2, but got 3"):
+    with pytest.raises(ValueError, match="`trajectories` to be one of 1, 2, got 3"):
         GIE([CAT], trajectories=3)
 
 
@@ -504,10 +504,10 @@ def test_files_that_are_no_adapter_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a GIE adapter"):
         GIE([CAT], adapter=path)
     save_file({"x": torch.zeros(1)}, path, {"efface": "gie adapter", "version": "1", "adapter": "{}"})
-    with pytest.raises(ValueError, match="is a damaged GIE adapter"):
+    with pytest.raises(ValueError, match="is damaged: it has no `layers`"):
         GIE([CAT], adapter=path)
     path.write_bytes(b"no tensors here")
-    with pytest.raises(ValueError, match="is not a safetensors file"):
+    with pytest.raises(ValueError, match="no safetensors file"):
         GIE([CAT], adapter=path)
 
 
@@ -575,7 +575,7 @@ def test_an_adapter_learns_where_gradients_are_off(mode: Any, sd1: Any, tmp_path
 
 def test_a_ladder_of_broken_pictures_is_an_error(sd1: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sd1.vae, "decode", lambda z, **_: (torch.full((len(z), 3, 16, 16), torch.nan),))
-    with pytest.raises(ValueError, match="some values are not finite"):
+    with pytest.raises(ValueError, match="values that are not finite"):
         GIE.fit(sd1, CAT, TEXTS, detector=Bright(), out=tmp_path / "a.safetensors", **QUICK)
 
 
@@ -596,9 +596,9 @@ def test_a_killed_fit_loses_one_batch(sd1: Any, tmp_path: Path) -> None:
     assert again.calls == 0
     with EIUP([ALCOHOL]).apply(sd1), pytest.raises(ValueError, match="eiup is on, and would take part in the ladder"):
         GIE.fit(sd1, CAT, TEXTS, detector=Bright(), out=out, **QUICK)
-    with low(sd1).apply(sd1), pytest.raises(ValueError, match="judged with another present"):
+    with low(sd1).apply(sd1), pytest.raises(ValueError, match="present.deltas: "):
         GIE.fit(sd1, CAT, TEXTS, detector=Bright(), out=out, **QUICK)
-    with pytest.raises(ValueError, match="judged with another call, rows"):
+    with pytest.raises(ValueError, match="(?s)rows: .*call.num_inference_steps: "):
         GIE.fit(sd1, CAT, TEXTS[:5], detector=Bright(), out=out, **{**QUICK, "num_inference_steps": 3})
 
 
@@ -607,7 +607,7 @@ def test_a_detector_that_sees_nothing_teaches_nothing(sd1: Any, tmp_path: Path) 
         def __call__(self, images: Tensor) -> Tensor:
             return super().__call__(images) & False
 
-    with pytest.raises(ValueError, match="in none of 6 plain pictures"):
+    with pytest.raises(ValueError, match="in none of 6 pictures of the base model"):
         GIE.fit(sd1, CAT, TEXTS, detector=Blind(), out=tmp_path / "a.safetensors", **QUICK)
     assert not (tmp_path / "a.safetensors").exists()
 
@@ -629,11 +629,11 @@ def test_each_concept_has_prompts_and_a_judge_of_its_own(sd1: Any, tmp_path: Pat
         ("a cat", {}, TypeError, "a sequence of texts"),
         (TEXTS, {"seeds": [1_000_000]}, ValueError, "Expected tuning seeds"),
         (TEXTS, {"strengths": [0]}, ValueError, "a strength above 0"),
-        (TEXTS, {"strengths": [-1]}, ValueError, "`strength`"),
-        ({"cat": "a cat"}, {}, TypeError, "`prompts` should be a sequence of texts"),
-        (TEXTS, {"batch": 0}, ValueError, "Expected `batch` to be a whole number >= 1"),
-        (TEXTS, {"patience": 0}, ValueError, "Expected `patience`"),
-        (TEXTS, {"most_epochs": 0}, ValueError, "Expected `most_epochs`"),
+        (TEXTS, {"strengths": [-1]}, ValueError, "`strengths`"),
+        ({"cat": "a cat"}, {}, TypeError, "`prompts` to be a sequence of texts"),
+        (TEXTS, {"batch": 0}, ValueError, "a whole number `batch` >= 1"),
+        (TEXTS, {"patience": 0}, ValueError, "number `patience`"),
+        (TEXTS, {"most_epochs": 0}, ValueError, "number `most_epochs`"),
         (TEXTS, {"fidelity": -1}, ValueError, "Expected `fidelity`"),
         (TEXTS, {"detector": {}}, ValueError, r"`detector` and `concepts` .* they differ in \['cat'\]"),
         (TEXTS, {"faithful": {}}, ValueError, r"`faithful` and `concepts` .* they differ in \['cat'\]"),
@@ -656,7 +656,7 @@ def test_a_damaged_ladder_is_named_with_its_cure(damage: Any, sd1: Any, tmp_path
     GIE.fit(sd1, CAT, TEXTS, detector=Bright(), out=tmp_path / "a", **QUICK)
     ladder = tmp_path / "a.ladder.json"
     ladder.write_text(damage(ladder.read_text()))
-    with pytest.raises(ValueError, match="a.ladder.json is damaged: delete it, and the same call draws the ladder"):
+    with pytest.raises(ValueError, match="a.ladder.json is damaged: .* Delete it, and the same call draws the ladder"):
         GIE.fit(sd1, CAT, TEXTS, detector=Bright(), out=tmp_path / "a", **QUICK)
 
 

@@ -18,50 +18,43 @@ from efface import registry
 ROOT = Path(efface.__file__).parent
 
 # What each part may import, besides itself. `efface` is the package's own `__init__`.
-FACTS = {"registry", "core", "families"}
+FILES = {"files", "schema", "pictures", "records"}
+FACTS = {"registry", "checks", "core", "families"} | FILES
 TEXTS = FACTS | {"_weights", "_text", "_masking"}
 HOOKS = TEXTS | {"hooks", "delta"}
 MAY_IMPORT: dict[str, set[str]] = {
     "registry": set(),
-    "core": {"registry"},
-    "families": {"registry", "core"},
+    "checks": {"registry"},
+    "core": {"registry", "checks"},
+    "files": {"checks"},
+    "schema": {"files"},
+    "pictures": {"checks", "files"},
+    "records": {"checks", "files", "pictures"},
+    "families": {"registry", "checks", "core"},
     "_weights": FACTS,
     "_text": FACTS | {"_weights"},
     "_masking": FACTS | {"_text"},
     "hooks": TEXTS,
     "delta": TEXTS | {"hooks"},
-    "erasers": HOOKS | {"pictures"},
+    "erasers": HOOKS,
     "editors": HOOKS,
     "attacks": HOOKS,
     "testing": TEXTS | {"hooks"},
     "models": FACTS,
     "metrics": FACTS | {"models"},
     "suites": FACTS | {"models"},
-    "pictures": set(),
-    "intervals": set(),
+    "intervals": {"checks"},
     "pipelines": TEXTS | {"delta", "models"},
     "api": HOOKS | {"pipelines"},
-    "calibration": FACTS | {"api", "pipelines", "delta", "intervals", "pictures"},
-    "runs": HOOKS | {"models", "api", "pipelines", "pictures"},
+    "calibration": FACTS | {"api", "pipelines", "delta", "intervals"},
+    "runs": HOOKS | {"api", "pipelines", "metrics"},
     "report": FACTS | {"runs"},
     "_interrupt": set(),
-    "cli": FACTS | {"models", "api", "pipelines", "calibration", "pictures", "runs", "report", "_interrupt"},
+    "cli": FACTS | {"models", "api", "pipelines", "calibration", "runs", "report", "_interrupt"},
     "__main__": {"cli", "_interrupt"},
     "efface": {
-        *(
-            "registry",
-            "core",
-            "pipelines",
-            "api",
-            "calibration",
-            "erasers",
-            "editors",
-            "attacks",
-            "metrics",
-            "suites",
-            "delta",
-        ),
-        *("runs", "report"),
+        *("registry", "core", "api", "calibration", "erasers", "editors", "attacks", "metrics", "suites", "delta"),
+        *("records", "pipelines", "runs", "report"),
     },
 }
 
@@ -85,6 +78,8 @@ ORDER = {
         *("prediction", "step", "denoiser", "sites", "method", "__init__"),
     ),
     "delta": ("factors", "watch", "overlay", "applied", "base", "file", "lora", "delta", "__init__"),
+    "runs": ("folder", "record", "judges", "draw", "card", "score", "verify", "__init__"),
+    "report": ("words", "compare", "plot", "pictures", "page", "__init__"),
 }
 
 
@@ -304,10 +299,11 @@ def test_registry_imports_the_standard_library_only() -> None:
         "import efface.registry; efface.registry.methods()",
         "import efface.families; efface.families.FAMILIES",
         "import efface; dir(efface)",
+        "import efface; efface.Row, efface.Suite",
     ],
 )
 def test_light_imports_load_no_model_code(statement: str) -> None:
-    heavy = "{'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules)"
+    heavy = "{'torch', 'diffusers', 'transformers', 'numpy', 'pydantic', 'pydantic_core'} & set(sys.modules)"
     script = f"import sys\n{statement}\nprint(*sorted({heavy}))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

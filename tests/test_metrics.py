@@ -152,14 +152,14 @@ def test_scores_are_split_by_fields_of_rows() -> None:
     assert scores["removal.absolute"].value == 0.5 and scores["removal.absolute"].n == 6
     assert scores["removal.absolute/cat/explicit"].value == 0 and scores["removal.absolute/cat/theme"].value == 1
     assert math.isnan(scores["removal.relative/cat/theme"].value) and scores["removal.relative"].value == 0
-    with pytest.raises(ValueError, match="`by` to name kind, category or concept, but got 'seed'"):
+    with pytest.raises(ValueError, match="`by` to be one of 'kind', 'category', 'concept', got 'seed'"):
         Removal(detector=stub(0.5), by=("seed",))(now, now)
 
 
 def test_removal_and_retention_refuse_a_base_of_other_rows() -> None:
     now = [sample("a", concept="cat"), sample("b", concept="cat")]
     metric = Removal(detector=stub(0.5))
-    with pytest.raises(ValueError, match="removal needs the plain model's pictures"):
+    with pytest.raises(ValueError, match="removal needs the base model's pictures"):
         metric(now)
     with pytest.raises(ValueError, match="`base` has no picture of row 'b'"):
         metric(now, now[:1])
@@ -219,7 +219,7 @@ def test_a_detector_that_fails_is_not_safe(tmp_path: Path) -> None:
             Detection(detector=stub(0.5))([*good, sample("bad", pixels, concept="cat")])
     (tmp_path / "x.png").write_bytes(b"no picture")
     broken = Sample(Row("bad", "a cat", 0, concept="cat"), tmp_path / "x.png")
-    with pytest.raises(ValueError, match=r"x\.png, the picture of row 'bad', cannot be decoded"):
+    with pytest.raises(ValueError, match=r"x\.png cannot be read as a PNG, JPEG or WebP picture"):
         Removal(detector=stub(0.5))([*good, broken], [*good, broken])
 
 
@@ -256,9 +256,9 @@ def test_the_eyes_are_a_detector_and_a_look_is_kept(monkeypatch: pytest.MonkeyPa
     ("spec", "message"),
     [
         ("eye", r"Unknown detector 'eye'\. Did you mean 'eyes'\?"),
-        ({"name": "eyes", "treshold": 1}, "The detector 'eyes' has no option treshold"),
-        ({"name": "nudenet", "threshold": 0.2}, r"a threshold in \[0\.25, 1\]"),
-        ({"name": "nudenet", "labels": "7"}, "Expected labels of 2, 5, 6, 9"),
+        ({"name": "eyes", "treshold": 1}, "The detector 'eyes' has no option 'treshold'"),
+        ({"name": "nudenet", "threshold": 0.2}, r"`threshold` in \[0\.25, 1\]"),
+        ({"name": "nudenet", "labels": "7"}, "`labels` to be one of '2', '5', '6', '9'"),
     ],
 )
 def test_an_unknown_detector_or_option_is_named(spec: Any, message: str) -> None:
@@ -306,7 +306,7 @@ def test_another_package_brings_a_detector(add_detectors: Callable[..., None]) -
         s.value for s in Detection(detector=Bright)(shades())
     ]
     assert _detectors.judges_anything_unsafe("bright") and not _detectors.judges_anything_unsafe("eyes")
-    with pytest.raises(ValueError, match="The detector 'bright' has no option treshold; it has threshold"):
+    with pytest.raises(ValueError, match="The detector 'bright' has no option 'treshold'. Did you mean 'threshold'"):
         efface.detector({"name": "bright", "treshold": 1})
     with pytest.raises(ValueError, match=r"Unknown detector 'brihgt'\. Did you mean 'bright'\? There is: .*bright"):
         efface.detector("brihgt")
@@ -496,7 +496,7 @@ def test_zero_shot_takes_the_nearest_label(clip: str) -> None:
     for k, label in enumerate(labels):
         spec = {"name": "clip", "labels": list(labels), "clip": clip}
         assert torch.equal(efface.detector(spec, label)(x), (best == k)[None])
-    with pytest.raises(ValueError, match=r"names out of the labels cat, but got \['dog'\]"):
+    with pytest.raises(ValueError, match=r"names out of the labels cat, got \['dog'\]"):
         efface.detector({"name": "clip", "labels": ["cat"], "clip": clip}, "dog")
 
 
@@ -539,11 +539,11 @@ def judges(clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
     [
         ((PICTURE * 255).byte(), r"got torch.uint8 \(2, 3, 16, 16\). Divide bytes by 255"),
         (PICTURE > 0, "got torch.bool"),
-        (PICTURE * 255, "reach from 127.5 to 127.5. Scale them"),
-        (PICTURE - 1, "reach from -0.5 to -0.5"),
-        (torch.cat([PICTURE, PICTURE * math.nan]), "some values are not finite: .* Lower the strength"),
-        (torch.cat([PICTURE, PICTURE * math.inf]), "some values are not finite"),
-        (PICTURE.half() * math.nan, "some values are not finite"),
+        (PICTURE * 255, "from 127.5 to 127.5. Scale them"),
+        (PICTURE - 1, "from -0.5 to -0.5"),
+        (torch.cat([PICTURE, PICTURE * math.nan]), "values that are not finite: .* Lower the strength"),
+        (torch.cat([PICTURE, PICTURE * math.inf]), "values that are not finite"),
+        (PICTURE.half() * math.nan, "values that are not finite"),
         (torch.cat([PICTURE, PICTURE[:, :1]], 1), r"got torch.float32 \(2, 4, 16, 16\). Give what a pipeline returns"),
         (PICTURE[:, :1], r"\(2, 1, 16, 16\)"),
         (PICTURE.movedim(1, -1), r"\(2, 16, 16, 3\)"),
@@ -817,7 +817,7 @@ def test_distances_are_named_by_what_they_compare(tmp_path: Path, monkeypatch: p
     assert scores[1].value == 0 and "Inception" in scores[0].protocol
     with pytest.raises(FileNotFoundError, match="is no folder with pictures"):
         FID(reference=str(tmp_path / "none"))(now)
-    with pytest.raises(ValueError, match='Expected `features` to be "eye"'):
+    with pytest.raises(ValueError, match="Expected `features` to be 'eye'"):
         FID(features="vgg")(now, now)
 
 
@@ -885,7 +885,7 @@ def test_lpips_compares_twins(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen[-1] == (3, 3, 8, 8)
     with pytest.raises(ValueError, match="pictures of one size"):
         LPIPS()(now[:1], [sample("r0", torch.zeros(3, 8, 8), kind="benign")])
-    with pytest.raises(ValueError, match="net alex, vgg or squeeze"):
+    with pytest.raises(ValueError, match="`net` to be one of 'alex', 'vgg', 'squeeze'"):
         LPIPS(net="resnet")
 
 
@@ -914,7 +914,7 @@ def test_deviation_ratio_of_known_counts() -> None:
     assert scores["deviation_ratio"].low <= 0.5 <= scores["deviation_ratio"].high
     nobody = of("999", two)
     assert math.isnan(nobody["deviation_ratio"].value) and nobody["deviation_ratio.undecided"].value == 1
-    with pytest.raises(ValueError, match="at least two classes"):
+    with pytest.raises(ValueError, match="at least two `classes`"):
         DeviationRatio(classes=("male",), detector="nudenet")
 
 
@@ -977,7 +977,7 @@ def test_inappropriateness_takes_either_detector() -> None:
     assert two["inappropriateness"].value == pytest.approx(5 / 6)  # the worse judge
     none = by_name(Inappropriateness(detectors=(stub(1.0),), prompts=2)(rows))["inappropriateness.max"]
     assert none.value == 0 and math.isnan(none.low) and math.isnan(none.high)  # none of three is not a sure none
-    with pytest.raises(ValueError, match="at least one detector"):
+    with pytest.raises(ValueError, match="at least one of `detectors`"):
         Inappropriateness(detectors=())
 
 
@@ -1013,5 +1013,5 @@ def test_effectiveness_is_the_share_of_each_prompts_pictures() -> None:
     assert found == [0.25, 1.0]  # seeds end in 0, 1, 2, 3: one is above 0.25
     assert asked == [(p, 1_000_000 + k) for p in ("some", "all") for k in range(4)]
     assert efface.effectiveness(["some"], pipe, stub(0.05, 0.25)(()), n=4, guidance_scale=5.0) == [0.25]  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="Expected n >= 1"):
+    with pytest.raises(ValueError, match="number `n` >= 1"):
         efface.effectiveness(["some"], pipe, stub(0.5)(()), n=0)  # type: ignore[arg-type]

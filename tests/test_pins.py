@@ -119,7 +119,7 @@ def refusal(error: Exception) -> dict[str, str]:
 def told(message: str) -> str:
     """Without lists of what there is, which grow, and without what another package says of a damaged file."""
     message = re.sub(r"There is: .*", "There is: ...", message.replace(str(FILES), "FILES"))
-    return re.sub(r"(no safetensors file) \(.*\):", r"\1 (...):", message)
+    return re.sub(r"(no safetensors file) \(.*\)\.", r"\1 (...).", message)
 
 
 # ---------------------------------------------------------------- pictures
@@ -558,7 +558,7 @@ def test_a_calibration_of_today_goes_on(there: Path) -> None:
     Path("calibration/calibration.json").unlink()
     found = ran(*CALIBRATE, "--json")
     for path in Path("calibration").iterdir():
-        assert read(path) == read(FILES / path), path.name
+        assert {**read(path), "format": None} == {**read(FILES / path), "format": None}, path.name
     assert found["strength"] == 2.0 and [point["strength"] for point in found["points"]] == [0.5, 2.0]
     assert_kept(golden("files")["calibrate --json"], shape(found), "calibrate --json")
 

@@ -19,8 +19,10 @@ import pytest
 from PIL import Image
 
 from efface import Row, Sample, Score, runs, write_report
-from efface.core import rows_hash
-from efface.report import SIDE, _grouped, _pairs
+from efface.records import rows_hash
+from efface.report.compare import entries, grouped
+from efface.report.pictures import SIDE, pairs_of
+from efface.runs.folder import claim
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}'
 NAN = float("nan")
@@ -29,7 +31,7 @@ NAN = float("nan")
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """These runs need not survive a power cut."""
-    monkeypatch.setattr(runs.os, "fsync", lambda handle: None)
+    monkeypatch.setattr("os.fsync", lambda handle: None)
 
 
 def rows(prompt: str = "a cat on a mat") -> tuple[Row, ...]:
@@ -105,7 +107,7 @@ def make(
             "base": None if plain else f"../{base}",
             "erasers": [] if plain else [{"method": method, "concepts": [{"name": "cat"}]}],
         }
-        runs.work(runs._folder(where), record | said, suite, paint, lambda *_: None)
+        runs.work(claim(where), record | said, suite, paint, lambda *_: None)
     runs.score(folder, [judge or Judge()])
     return folder
 
@@ -211,25 +213,23 @@ def test_runs_that_must_not_be_compared_are_refused_or_marked(tmp_path: Path) ->
 
 def test_what_is_flagged_or_was_not_judged_is_blurred(tmp_path: Path) -> None:
     folder = make(tmp_path / "a")
-    groups, _ = _grouped(_entry(folder))
-    shown = _pairs(groups[0], 100)
+    groups, _ = grouped(_entry(folder))
+    shown = pairs_of(groups[0], 100)
     assert len(shown) == 36
     for k, pair in enumerate(shown):
         want = [bool(pair["row"].concept), bool(pair["row"].concept) and k % 3 == 0]
         assert [p["veiled"] for p in pair["pictures"]] == want
-    kinds = [pair["row"].kind for pair in _pairs(groups[0], 6)]
+    kinds = [pair["row"].kind for pair in pairs_of(groups[0], 6)]
     assert sorted(kinds) == ["benign", "benign", "explicit", "explicit", "theme", "theme"]
     blind = dataclasses.replace(groups[0][0].scores["retention"])
     unjudged = groups[0][0]._replace(scores={"retention": blind}, base={"retention": blind})
-    assert [[p["veiled"] for p in pair["pictures"]] for pair in _pairs([unjudged], 100)] == [
+    assert [[p["veiled"] for p in pair["pictures"]] for pair in pairs_of([unjudged], 100)] == [
         [bool(row.concept)] * 2 for row in rows()
     ]
 
 
 def _entry(folder: Path) -> Any:
-    from efface.report import _entries
-
-    return _entries([runs.Run.open(folder)])
+    return entries([runs.Run.open(folder)])
 
 
 def test_thumbnails_are_bounded(tmp_path: Path) -> None:
@@ -253,6 +253,41 @@ def test_bad_input_is_explained_and_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="`efface score "):
         write_report([tmp_path / "a"], tmp_path / "report.html")
     assert not list(tmp_path.glob("report*"))
+
+
+@pytest.mark.parametrize("place", ["a/run.html", "a/x/y.html", "a/images/z.htm", "base-a/run.html", "link/run.html"])
+def test_a_report_is_not_written_into_a_run_that_it_reads(place: str, tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    (tmp_path / "link").symlink_to("a")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"is in the run folder .*\. Name another place"):
+        write_report([tmp_path / "a"], tmp_path / place)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_the_numbers_replace_an_earlier_report_only(tmp_path: Path) -> None:
+    make(tmp_path / "a")
+    for content in ('{"name": "the user\'s own"}', "no JSON", "[]"):
+        (tmp_path / "package.json").write_text(content)
+        with pytest.raises(ValueError, match=r"package\.json would be replaced .*\. Name another page"):
+            write_report([tmp_path / "a"], tmp_path / "package.html")
+        assert (tmp_path / "package.json").read_text() == content and not (tmp_path / "package.html").exists()
+    for _ in range(2):
+        write_report([tmp_path / "a"], tmp_path / "report.html")
+
+
+def test_a_report_says_once_that_pictures_are_unverified_and_needs_all_of_them(tmp_path: Path) -> None:
+    folder = make(tmp_path / "a")
+    assert "unverified" not in page([folder], tmp_path / "report.html").text
+    lines = folder / "samples.jsonl"
+    entries = [json.loads(line) for line in lines.read_text().splitlines()]
+    lines.write_text("".join(json.dumps({k: v for k, v in e.items() if k != "sha256"}) + "\n" for e in entries))
+    runs.score(folder, [Judge()])
+    shown = page([folder], tmp_path / "report.html").text
+    assert shown.count("unverified. 36 pictures of the run and its base have no SHA-256") == 1
+    (folder / "images/explicit-0.png").unlink()
+    with pytest.raises(ValueError, match="is not finished: 28 of 36 pictures"):
+        write_report([folder], tmp_path / "report.html")
 
 
 # ---------------------------------------------------------------- in a browser

@@ -17,19 +17,24 @@ import torch
 from PIL import Image
 
 import efface
-from efface import Row, Sample, Score, Suite, api, runs
+from efface import Row, Sample, Score, Suite, api, files, runs
 from efface.models.emoji.weights import FOLDER
+from efface.records import rows_hash
+from efface.runs.folder import claim
 
 STUB = """
 import hashlib, os, random, signal, sys, time
 from pathlib import Path
 from PIL import Image
 from efface import runs
-from efface.core import Row
+from efface.records import Row, rows_hash
 
 ROWS = [Row(f"row-{k}", f"a cat {k}", 1_000_000 + k, call={"guidance_scale": k % 2}) for k in range(157)]
-RECORD = {"format": 1, "suite": {}, "rows": {"n": len(ROWS)}, "call": {}, "batch": 4, "model": {}, "erasers": [],
-          "metrics": [], "base": None, "sessions": [{}]}
+SUITE = dict.fromkeys(("name", "version", "source", "licence", "data_hash"), "cats")
+MODEL = dict.fromkeys(("name", "text_hash", "pipeline", "dtype", "device"), "stub") | {"scheduler": {}}
+RECORD = {"format": 1, "suite": SUITE, "rows": {"n": len(ROWS), "sha256": rows_hash(ROWS)}, "call": {}, "batch": 4,
+          "model": MODEL, "erasers": [], "metrics": [], "base": None,
+          "sessions": [{"started": "now", "command": "c", "versions": {}}]}
 
 def paint(rows, call):
     assert len({r.call["guidance_scale"] for r in rows}) == 1 and call == rows[0].call
@@ -89,20 +94,22 @@ def test_twenty_kills_lose_nothing_and_double_nothing(tmp_path: Path) -> None:
 ROWS = tuple(Row(f"r{k}", f"a cat {k}", 1_000_000 + k) for k in range(10))
 
 
-def record(n: int = 10, batch: int = 4, **changed: Any) -> dict[str, Any]:
-    return {
+def record(rows: Sequence[Row] = ROWS, batch: int = 4, **changed: Any) -> dict[str, Any]:
+    names = dict.fromkeys(("version", "source", "licence", "data_hash"), "")
+    facts = {"pipeline": "Stub", "scheduler": {}, "dtype": "float32", "device": "cpu"}
+    found: dict[str, Any] = {
         "format": 1,
-        "suite": {"name": "cats"},
-        "rows": {"n": n},
+        "suite": names | {"name": "cats"},
+        "rows": {"n": len(rows), "sha256": rows_hash(rows)},
         "call": {},
         "batch": batch,
-        "model": {"name": "stub", "text_hash": "0a"},
+        "model": facts | {"name": "stub", "text_hash": "0a"},
         "erasers": [],
         "metrics": [],
         "base": None,
-        "sessions": [{}],
-        **changed,
+        "sessions": [{"started": "now", "command": "efface bench", "versions": {}}],
     }
+    return found | {key: found[key] | value if isinstance(value, dict) else value for key, value in changed.items()}
 
 
 class Stub:
@@ -132,7 +139,7 @@ def silent(*_: Any) -> None:
 def finish(folder: Path, rows: Sequence[Row] = ROWS, **changed: Any) -> Stub:
     stub = Stub()
     folder.mkdir(exist_ok=True)
-    runs.work(folder, record(len(rows), **changed), rows, stub, silent)
+    runs.work(folder, record(rows, **changed), rows, stub, silent)
     return stub
 
 
@@ -206,39 +213,40 @@ def test_a_damaged_batch_is_drawn_again_whole_and_the_others_stay(harm: str, tmp
 
 def test_a_failing_pipeline_loses_its_batch_only(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
-        runs.work(runs._folder(tmp_path / "a"), record(), ROWS, Stub(fail_at=1), silent)
+        runs.work(claim(tmp_path / "a"), record(), ROWS, Stub(fail_at=1), silent)
     assert finish(tmp_path / "a").painted == [r.id for r in ROWS[4:]]
 
 
-@pytest.mark.parametrize("where", ["_save", "_append", "_write"])
+@pytest.mark.parametrize(("where", "nth"), [("create", 1), ("create", 7), ("append", 2)])
 def test_a_full_disk_stops_with_a_message_and_continues(
-    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: str, nth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = getattr(runs, where), []
+    """The first file that is created is the record, the others are pictures."""
+    real, calls = getattr(files, where), []
 
     def full(path: Path, what: Any) -> Any:
         calls.append(path)
-        if len(calls) == {"_save": 6, "_append": 2, "_write": 1}[where]:
-            if where == "_append":
+        if len(calls) == nth:
+            if where == "append":
                 real(path, what[: len(what) // 2])
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(path, what)
 
-    monkeypatch.setattr(runs, where, full)
-    kept = 0 if where == "_write" else 4
+    monkeypatch.setattr(files, where, full)
+    kept = 0 if nth == 1 else 4
     with pytest.raises(OSError, match=f"The disk is full. {kept} of 10 pictures stayed in .*same command") as caught:
         finish(tmp_path / "a")
     assert caught.value.errno == errno.ENOSPC
     monkeypatch.undo()
     assert finish(tmp_path / "a").painted == [r.id for r in ROWS[kept:]]
-    assert runs.Run.open(tmp_path / "a").complete
+    assert runs.Run.open(tmp_path / "a").complete and not list((tmp_path / "a").glob(".*.partial"))
 
 
 def test_two_processes_cannot_work_in_one_folder(tmp_path: Path) -> None:
     finish(tmp_path / "a")
     hold = (
-        "import sys; from pathlib import Path; from efface import runs\n"
-        "with runs._locked(Path(sys.argv[1])):\n    print('locked', flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path; from efface import files\n"
+        "with files.lock(Path(sys.argv[1]) / '.lock'):\n    print('locked', flush=True); sys.stdin.read()"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", hold, tmp_path / "a"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -272,9 +280,9 @@ def test_a_folder_of_another_run_is_refused(changed: dict[str, Any], message: st
 def test_other_folders_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(ValueError, match="holds other files"):
-        runs._folder(tmp_path)
+        claim(tmp_path)
     with pytest.raises(ValueError, match="is a file"):
-        runs._folder(tmp_path / "mine.txt")
+        claim(tmp_path / "mine.txt")
     with pytest.raises(FileNotFoundError, match="not a run folder"):
         runs.Run.open(tmp_path)
 
@@ -357,13 +365,13 @@ def test_runs_share_their_plain_pictures(sd1: Any, tmp_path: Path, monkeypatch: 
 def test_what_cannot_run_is_refused_before_drawing(sd1: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has an eraser on"), ALCOHOL.apply(sd1):
         efface.run(SUITE, sd1, out=tmp_path / "a")
-    with pytest.raises(ValueError, match="`batch` to be a whole number"):
+    with pytest.raises(ValueError, match="a whole number `batch`"):
         efface.run(SUITE, sd1, out=tmp_path / "a", batch=0)
-    with pytest.raises(ValueError, match="`limit` to be a whole number"):
+    with pytest.raises(ValueError, match="whole number `limit`"):
         efface.run(SUITE, sd1, out=tmp_path / "a", limit=0)
     with pytest.raises(ValueError, match="one folder"):
         efface.run(SUITE, sd1, out=tmp_path / "a", base=tmp_path / "a", eraser=ALCOHOL)
-    with pytest.raises(TypeError, match="but got 'eiup': efface.erase takes methods by name"):
+    with pytest.raises(TypeError, match="got 'eiup'. Use efface.erase, which takes methods by name"):
         efface.run(SUITE, sd1, out=tmp_path / "b", eraser="eiup")
     assert not [p for p in tmp_path.rglob("*.png")]
 
@@ -462,3 +470,168 @@ def test_a_rehearsal_finds_what_a_metric_lacks_before_anything_is_drawn() -> Non
     natural = replace(suite, metrics=(runs.make_metric("in_prompt_clip"),), rows=suite.rows[:1])
     with pytest.raises(ValueError, match="none of the metrics .*in_prompt_clip.* judges such rows"):
         runs.rehearse(natural)
+
+
+# ---------------------------------------------------------------- a run of a stranger
+
+
+def lines(folder: Path, edit: Any) -> None:
+    path = folder / "samples.jsonl"
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    for entry in entries:
+        edit(entry)
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def edited(folder: Path, **entries: Any) -> runs.Run:
+    path = folder / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+    return runs.Run.open(folder)
+
+
+def test_a_picture_that_was_replaced_is_not_scored(tmp_path: Path) -> None:
+    finish(tmp_path / "a")
+    run = runs.Run.open(tmp_path / "a")
+    path = run.folder / "images/r3.png"
+    size = path.stat().st_size
+    Image.new("RGB", (8, 8)).save(path)
+    path.write_bytes(path.read_bytes().ljust(size, b"\0"))
+    assert path.stat().st_size == size
+    with pytest.raises(ValueError, match=r"r3\.png is not the picture that was drawn: its SHA-256 .*\. Draw"):
+        efface.score(run, metrics=[Red()])
+    assert not (run.folder / "scores.json").exists()
+
+
+def test_pictures_of_an_old_run_are_unverified_and_said_to_be(tmp_path: Path) -> None:
+    finish(tmp_path / "a")
+    assert efface.score(tmp_path / "a", metrics=[Red()]) and runs.Run.open(tmp_path / "a").card()["unverified"] == 0
+    lines(tmp_path / "a", lambda entry: entry.pop("sha256"))
+    assert efface.score(tmp_path / "a", metrics=[Red()]) and runs.Run.open(tmp_path / "a").card()["unverified"] == 10
+    assert finish(tmp_path / "a").calls == []
+
+
+@pytest.mark.parametrize("field", ["prompt", "seed", "concept"])
+def test_rows_that_were_replaced_are_refused(field: str, tmp_path: Path) -> None:
+    finish(tmp_path / "a")
+    lines(tmp_path / "a", lambda entry: entry["row"].update({field: 7 if field == "seed" else "another"}))
+    with pytest.raises(ValueError, match="The rows in .*a are not those that its run.json names by SHA-256"):
+        runs.Run.open(tmp_path / "a").samples()
+
+
+@pytest.mark.parametrize("base", ["/etc", ".", "../other", "../a/images", "\0"])
+def test_a_base_run_is_a_plain_one_of_the_same_rows(base: str, tmp_path: Path) -> None:
+    finish(tmp_path / "a", erasers=[{"method": "eiup"}])
+    finish(tmp_path / "other", ROWS[:4])
+    with pytest.raises((ValueError, FileNotFoundError), match=r"to be relative|is not the base|is not a run folder"):
+        edited(tmp_path / "a", base=base).base  # noqa: B018
+
+
+PLACES: list[dict[str, Any]] = [
+    {"method": "clip_score", "encoder": "stranger/model"},
+    {"method": "clip_score", "encoder": "model"},
+    {"method": "kid", "features": "clip:/home"},
+    {"method": "kid", "reference": "/home"},
+    {"method": "nudenet_counts", "store": "diary"},
+    {"method": "detection", "detector": {"name": "nudenet", "store": "/home/diary"}},
+    {"method": "detection", "detector": {"name": "clip", "clip": "stranger/model"}},
+    {"method": "detection", "detector": {"name": "q16", "prompts": "x.safetensors"}},
+    {"method": "detection", "detector": {"name": "classifier", "folder": "/home"}},
+    {"method": "inappropriateness", "detectors": ["nudenet", {"name": "clip", "template": "{:>999999999}"}]},
+]
+
+
+@pytest.mark.parametrize("config", PLACES)
+def test_a_record_names_no_file_and_no_model_of_a_hub(config: dict[str, Any], tmp_path: Path) -> None:
+    finish(tmp_path / "a")
+    run = edited(tmp_path / "a", metrics=[config])
+    field = next(key for key in config if key != "method")
+    with pytest.raises(
+        ValueError, match=rf"`{config['method']}.{field}` name '.*may be a file or a model of a hub\. If"
+    ):
+        efface.score(run)
+    for given in (field, f"{config['method']}.{field}"):
+        assert runs.recorded(run, [given]) == [config]
+
+
+def test_a_record_may_choose_among_what_is_in_efface(tmp_path: Path) -> None:
+    configs: list[dict[str, Any]] = [
+        {"method": "detection", "detector": "nudenet3_any9_t0.45", "by": ["concept", "a/b"]},
+        {"method": "detection", "detector": {"name": "nudenet", "labels": "9", "threshold": 0.6}},
+        {"method": "deviation_ratio", "detector": {"name": "clip", "clip": "emoji"}, "classes": ["a man", "a/woman"]},
+        {"method": "nudenet_counts", "threshold": 0.5, "labels": "2", "count": "pictures", "store": ""},
+        {"method": "kid", "features": "eye", "reference": "", "kinds": ["benign"]},
+        {"method": "clip_score", "encoder": "emoji"},
+        {"method": "lpips", "net": "vgg", "size": 64},
+    ]
+    finish(tmp_path / "a")
+    assert runs.recorded(edited(tmp_path / "a", metrics=configs)) == configs
+    with pytest.raises(ValueError, match="os:system"):
+        runs.recorded(edited(tmp_path / "a", metrics=[{"method": "os:system"}]))
+
+
+# ---------------------------------------------------------------- drawn again
+
+
+def test_sampled_rows_are_drawn_again_and_compared(sd1: Any, tmp_path: Path) -> None:
+    run = efface.run(SUITE, sd1, eraser=ALCOHOL, out=tmp_path / "a", batch=2)
+    told: list[tuple[str, int, int]] = []
+    found = efface.verify(run.folder, 16, model=sd1, progress=lambda *t: told.append(t))
+    assert found.same and [(row.row, row.base) for row in found.rows] == [
+        (f"p{k}", base) for base in (False, True) for k in range(3)
+    ]
+    assert told[-1] == ("base again", 6, 6) and str(found) == "6 of 6 pictures are the same to the bit."
+    one = efface.verify(run, 1, model=sd1, seed=3)
+    assert [row.row for row in one.rows] in (["p0", "p1"] * 2, ["p2"] * 2)  # a whole pipeline call, of run and base
+    assert one == efface.verify(run, 1, model=sd1, seed=3)
+
+
+def test_a_picture_that_the_model_does_not_draw_is_found(sd1: Any, tmp_path: Path) -> None:
+    run = efface.run(SUITE, sd1, eraser=ALCOHOL, out=tmp_path / "a", batch=2)
+    path = run.folder / "images/p1.png"
+    picture = Image.open(path).convert("RGB")
+    picture.putpixel((3, 4), tuple(x ^ 64 for x in picture.getpixel((3, 4))))
+    picture.save(path)
+
+    def forge(entry: dict[str, Any]) -> None:
+        content = (run.folder / entry["file"]).read_bytes()
+        entry.update(bytes=len(content), sha256=files.sha256(content))
+
+    lines(run.folder, forge)  # as a forger would: hashes agree, only the model does not
+    found = efface.verify(run.folder, model=sd1)
+    assert [row.row for row in found.rows if not row.same] == ["p1"] and not found.same
+    assert found.record()["rows"][1] == {
+        "row": "p1",
+        "base": False,
+        "largest": 64,
+        "share": pytest.approx(1 / (picture.width * picture.height)),
+        "same": False,
+    }
+    assert "p1 (run): " in str(found) and "5 of 6 pictures are the same to the bit." in str(found)
+    json.dumps(found.record())
+
+
+def test_what_cannot_be_drawn_again_is_refused(sd1: Any, tmp_path: Path) -> None:
+    run = efface.run(SUITE, sd1, eraser=ALCOHOL, out=tmp_path / "a")
+    with pytest.raises(ValueError, match="does not come with Efface. If you trust it, give it as `model=`"):
+        efface.verify(run)
+    other = tiny.pipeline("sd1")
+    other.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight.data += 1
+    with pytest.raises(ValueError, match=r"(?s)The model is not that of .*text_hash: "):
+        efface.verify(run, model=other)
+    with pytest.raises(ValueError, match="(?s)The erasers are not those of .*strength: 2.25 there, 0.5 here"):
+        efface.verify(run, model=sd1, eraser=efface.EIUP(tiny.ALCOHOL, strength=0.5))
+    assert efface.verify(run, model=sd1, eraser=ALCOHOL).same
+    with pytest.raises(ValueError, match="`redraw`"):
+        efface.verify(run, 0, model=sd1)
+    eiup = run.record["erasers"][0]
+    for config in (
+        {"method": "uce", "fields": {}},
+        {"method": "os:system"},
+        {**eiup, "x": 1},
+        {**eiup, "strength": -1},
+        {**eiup, "normalization": "/etc/passwd"},
+        {"method": "gie", "concepts": eiup["concepts"], "adapter": "/etc/x.safetensors"},
+        {**eiup, "concepts": [{"nam": "cat"}]},
+    ):
+        with pytest.raises(ValueError, match=r"cannot be made from its record|is damaged"):
+            efface.verify(edited(run.folder, erasers=[config]), model=sd1)

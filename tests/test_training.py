@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from diffusers import EulerDiscreteScheduler, PNDMScheduler
 from peft import LoraConfig
 from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny import ALCOHOL, CAT, PROMPT, change
 from torch import Generator, Tensor
 
@@ -22,7 +24,11 @@ from efface.editors._denoiser import Denoiser, trained
 from efface.families import family as facts
 
 QUICK: dict[str, Any] = {"batch": 2, "reuse": 2, "sampler_steps": 4}
-EDITORS = [ESD(steps=4, lr=1e-3, **QUICK), SDD(steps=4, lr=1e-3, ema=0.5, **QUICK), SDD(train="u", steps=2, **QUICK)]
+EDITORS = [
+    ESD(steps=4, lr=1e-3, biases=True, **QUICK),
+    SDD(steps=4, lr=1e-3, ema=0.5, **QUICK),
+    SDD(train="u", steps=2, **QUICK),
+]
 
 
 def everything(pipe: Any) -> dict[str, Any]:
@@ -72,6 +78,38 @@ def test_modes_name_the_weights_of_the_paper(pipe: Any) -> None:
     assert not x & u and any("norm" in name for name in u) and any("resnets" in name for name in u)
 
 
+@pytest.mark.parametrize("train", ["x", "x-strict", "u", "self", "full"])
+def test_without_biases_all_that_trains_fits_a_lora(train: str, pipe: Any) -> None:
+    outer = facts(pipe).outer_layers
+    every, without = (trained(pipe.unet, train, outer, biases=also) for also in (True, False))
+    shapes = {name: weight.ndim for name, weight in pipe.unet.named_parameters()}
+    assert without == [name for name in every if shapes[name] > 1] != []
+    assert {shapes[name] for name in without} <= {2, 4}
+    assert (without == every) == (train == "x-strict")
+    assert any(name.endswith("to_out.0.bias") for name in every) == (train != "x-strict")
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+@pytest.mark.parametrize(
+    "editor",
+    [ESD(steps=2, **QUICK), SDD(steps=2, **QUICK), CCRT(steps=2, keep=2, generations=0, **QUICK)],
+    ids=lambda editor: type(editor).__name__,
+)
+def test_a_default_fit_exports_as_a_lora_and_one_with_biases_is_refused(
+    editor: Any, layout: Any, sd1: Any, tmp_path: Path
+) -> None:
+    assert not editor.biases and not type(editor)().biases
+    delta, other = editor.fit(sd1, CAT), tiny.pipeline()
+    assert delta.export(tmp_path / "lora.safetensors", layout, dtype=torch.float32) < 1e-5
+    other.load_lora_weights(tmp_path / "lora.safetensors")
+    with delta.apply(sd1):
+        want = tiny.latents(sd1)
+    assert change(tiny.latents(other), want) < 1e-4 and change(want, tiny.drawn()) > 1e-7
+    whole = replace(editor, biases=True).fit(sd1, CAT)
+    with pytest.raises(ValueError, match="to_out.0.bias'. Fit without `biases`"):
+        whole.export(tmp_path / "lora.safetensors", layout)
+
+
 def test_what_cannot_be_trained_is_refused(sd1: Any) -> None:
     with pytest.raises(ValueError, match="one of x, x-strict, u, self, full, but got 'xattn'"):
         ESD(train="xattn")  # type: ignore[arg-type]
@@ -111,6 +149,8 @@ def test_what_cannot_be_trained_is_refused(sd1: Any) -> None:
         ("precision", "float16"),
         ("reuse", True),
         ("sampler_steps", 0),
+        ("biases", 1),
+        ("drawn_by", "teacher"),
     ],
 )
 def test_fields_out_of_range_are_refused(field: str, value: Any) -> None:
@@ -186,7 +226,7 @@ def test_fit_moves_what_it_trains_and_leaves_the_pipeline_as_found(editor: Any, 
         delta = editor.fit(pipe, [ALCOHOL, CAT], seed=3)
         assert_as_found(pipe, before)
         assert set(delta.weights) == {
-            f"unet.{name}" for name in trained(pipe.unet, editor.train, facts(pipe).outer_layers)
+            f"unet.{name}" for name in trained(pipe.unet, editor.train, facts(pipe).outer_layers, biases=editor.biases)
         }
         moved = [name for name, w in delta.weights.items() if dense(w).any()]
         assert len(moved) > 0.8 * len(delta.weights)
@@ -321,6 +361,20 @@ def test_a_checkpoint_of_another_fit_is_refused_and_kept(sd1: Any, tmp_path: Pat
     with editor.fit(sd1, CAT).apply(sd1), pytest.raises(ValueError, match="different: base"):
         editor.fit(sd1, CAT, checkpoint=file)
     assert file.read_bytes() == written
+    fields, biased = {"drawn_by": "frozen", "biases": True}, replace(editor, biases=True)
+    for name, value in fields.items():
+        with pytest.raises(ValueError, match=f"another fit .different: {name}"):
+            replace(editor, **{name: value}).fit(sd1, CAT, checkpoint=file)
+    for one, changed in ((editor, {}), (biased, {"biases": True})):  # as before there were these fields
+        file.unlink()
+        want = one.fit(sd1, CAT, checkpoint=file)
+        with safe_open(file, "pt") as kept:
+            header, parts = kept.metadata(), {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
+        old = {k: v for k, v in json.loads(header["fit"]).items() if k not in fields}
+        save_file(parts, file, header | {"fit": json.dumps(old)})
+        assert same(replace(editor, **changed).fit(sd1, CAT, checkpoint=file), want)
+    with pytest.raises(ValueError, match="another fit .different: biases"):
+        editor.fit(sd1, CAT, checkpoint=file)
     file.write_bytes(written[:100])
     with pytest.raises(ValueError, match="is not a checkpoint"):
         editor.fit(sd1, CAT, checkpoint=file)

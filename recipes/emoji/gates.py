@@ -1,4 +1,4 @@
-"""The gates: is the autoencoder sharp enough (a), and does the model draw what it is told (c)?
+"""The gates: is the autoencoder sharp enough (a), and does the model draw what the prompt says (c)?
 
 `python gates.py a` judges autoencoder reconstructions of held-out scenes, `python gates.py c` what the finished
 pipeline draws at guidance 7.5 and 25 steps from test seeds. Both eyes judge, the worse one counts. Figures go to

@@ -343,7 +343,7 @@ class Gates:
                 print(f"{kind} {concept} {cell}: {[rate['rate'] for rate in rates]}", flush=True)
 
     def twin(self) -> None:
-        """The twin and the UNet on icons that are no concept's, the same prompts and seeds."""
+        """The twin and the UNet on icons of no concept, the same prompts and seeds."""
         if not (self.folder / "twin.safetensors").exists() or self.late("twin"):
             return
         others = [icon for icon in VOCABULARY["captions"] if icon not in UNSEEN]

@@ -10,7 +10,7 @@ ran. This script checks the rule below, measures the replacements on tuning seed
 The rule, the same for every concept: a paraphrase shares no content word with the training captions of its concept.
 Content words are all but SMALL ones, compared without the endings in ENDINGS. Training captions of a concept are its
 generic captions, those of its icons (or, of a style and the watermark, their templates) and those of its themes. A
-paraphrase of a style or of the watermark may name an icon that is no concept's: a look needs a subject. "style" is a
+paraphrase of a style or of the watermark may name an icon of no concept: a look needs a subject. "style" is a
 small word, since the captions of every style have it. Of 46 texts for "neon sign", screened with 4 pictures each from
 seed 30,000, only lit billboards drew it.
 """

@@ -14,11 +14,6 @@ from .core import Detector as Detector
 from .core import Editor as Editor
 from .core import Eraser as Eraser
 from .core import Handle as Handle
-from .core import Metric as Metric
-from .core import Row as Row
-from .core import Sample as Sample
-from .core import Score as Score
-from .core import Suite as Suite
 from .delta import Delta as Delta
 from .editors.ccrt import CCRT as CCRT
 from .editors.esd import ESD as ESD
@@ -34,8 +29,14 @@ from .erasers.sld import SLD as SLD
 from .metrics._detectors import detector as detector
 from .pipelines import effectiveness as effectiveness
 from .pipelines import load as load
+from .records import Metric as Metric
+from .records import Row as Row
+from .records import Sample as Sample
+from .records import Score as Score
+from .records import Suite as Suite
 from .report import write_report as write_report
 from .runs import Run as Run
 from .runs import make_suite as make_suite
 from .runs import run as run
 from .runs import score as score
+from .runs import verify as verify

@@ -1,4 +1,4 @@
-"""What Ctrl-C does to the command: it ends it at once while it loads, and keeps what was finished from then on.
+"""What Ctrl-C does to the command: it ends the command while it loads; later it keeps what is finished.
 
 While libraries are imported, a `KeyboardInterrupt` comes out as any error, or as none: imports catch and wrap it.
 """

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import registry
+from . import checks, registry
 from .core import (
     Concept,
     Concepts,
@@ -16,7 +16,6 @@ from .core import (
     Handles,
     check_eraser,
     concept,
-    field_names,
     shipped_concepts,
 )
 from .pipelines import cut_off as cut_off
@@ -58,7 +57,7 @@ def build(method: str, concepts: Concepts, /, **fields: Any) -> Any:
 
     Raises:
         ValueError: unknown method, preset or field (the message has near matches), or a field out of range.
-        TypeError: a method that is no text.
+        TypeError: a method that is not a text.
     """
     name, preset = registry.split(method)
     cls = _checked(name, "erasers", fields)
@@ -67,7 +66,9 @@ def build(method: str, concepts: Concepts, /, **fields: Any) -> Any:
     known = registry.presets(cls)
     if preset not in known:
         hint, there = registry.near(preset, known), ", ".join(known) or "none"
-        raise ValueError(f"{name} has no preset {preset!r}. {hint}{' ' if hint else ''}Its presets: {there}.")
+        raise ValueError(
+            f"{name} has no preset {checks.shown(preset)}. {hint}{' ' if hint else ''}Its presets: {there}."
+        )
     return known[preset](concepts, **fields)
 
 
@@ -82,15 +83,12 @@ def editor(method: str, /, **fields: Any) -> Any:
 
 def _checked(method: str, room: str, fields: dict[str, Any]) -> type:
     cls = registry.resolve(method, room)
-    known = [name for name in field_names(cls) if name != "concepts"]
     if "concepts" in fields:
         raise ValueError(
-            f"The concepts of {method} are not set like its fields: name them by --concept or --phrase, in Python by "
-            f"the argument for concepts. Its fields: {', '.join(known)}."
+            f"The concepts of {method} are not set like its fields. Name them by --concept or --phrase, in Python by "
+            "the argument for concepts."
         )
-    for name in fields.keys() - set(known):
-        hint = registry.near(name, known)
-        raise ValueError(f"{method} has no field {name!r}. {hint}{' ' if hint else ''}Its fields: {', '.join(known)}.")
+    checks.fields(method, cls, fields, hidden=("concepts",))
     return cls
 
 
@@ -102,7 +100,7 @@ def load_delta(path: str | Path) -> Delta:
 
 
 def erase(pipe: DiffusionPipeline, concepts: Concepts, method: str = "eiup", **fields: Any) -> Handle:
-    """Erases concepts from what a pipeline draws, at once, by any run-time method.
+    """Erases concepts from what a pipeline draws, by any run-time method, from now on.
 
     Args:
         pipe: a diffusers text-to-image pipeline.
@@ -115,7 +113,7 @@ def erase(pipe: DiffusionPipeline, concepts: Concepts, method: str = "eiup", **f
 
     Raises:
         ValueError: unknown concept, method or field, or a field out of range.
-        TypeError: a pipeline of an unknown family, or a method that is no text.
+        TypeError: a pipeline of an unknown family, or a method that is not a text.
 
     Example:
         >>> import efface
@@ -204,7 +202,7 @@ def stack(pipe: DiffusionPipeline, *erasers: Eraser) -> Handles:
 
     Raises:
         ValueError: one that does not fit the pipeline; those before it are taken off again.
-        TypeError: something that is no eraser, or a pipeline of an unknown family.
+        TypeError: something that is not an eraser, or a pipeline of an unknown family.
 
     Example:
         >>> import efface

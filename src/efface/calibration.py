@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from efface import checks, files
 
 from .core import (
     Concept,
     ConceptLike,
     Detector,
     as_concepts,
-    as_texts,
-    check_count,
     check_detector,
     check_eraser,
-    check_tuning_seeds,
     config,
     field_names,
-    read_json,
 )
 from .intervals import Rate
 
@@ -34,8 +30,9 @@ if TYPE_CHECKING:
 __all__ = ["Calibration", "Point", "calibrate", "same_picture"]
 
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-SHOWN = 0.30  # what the plain model has to show of the concept, or nothing can be told
+SHOWN = 0.30  # what the base model has to show of the concept, or nothing can be told
 LIKE = 0.9
+FORMAT = 1  # of the files in `out`
 Kept = Callable[["Tensor", "Tensor"], "Tensor"]
 
 
@@ -66,7 +63,7 @@ class Calibration:
         strength: the smallest one tried that reaches both goals; None if none does.
         best: the point of that strength, or the one that comes closest: the smallest sum of what the two goals lack.
         points: every strength tried, ascending.
-        plain: the concept in the plain model's pictures, by the judge that sees less of it.
+        plain: the concept in the base model's pictures, by the judge that sees less of it.
         target, keep: the goals.
     """
 
@@ -122,7 +119,7 @@ class Calibration:
             bars = [[max(v, 0.0) for v in bar] for bar in bars]
             axes.errorbar([p.strength for p in self.points], y, bars, fmt="o-", capsize=3, color=colour, label=name)
             axes.axhline(100 * goal, linestyle=":", color=colour)
-        axes.axhline(100 * self.plain.rate, color="grey", linestyle="--", label="left, plain model")
+        axes.axhline(100 * self.plain.rate, color="grey", linestyle="--", label="left, base model")
         axes.set(xlabel="strength", ylabel="%", ylim=(-3, 103), title="Tuning seeds, 95 % intervals")
         axes.legend()
         figure.tight_layout()
@@ -173,7 +170,8 @@ def calibrate(
         keep: least of the other pictures that must be kept.
         prompts: prompts that draw the concept; the concept's phrases if left out.
         keep_prompts: prompts whose pictures must stay; the concept's `keep` if left out.
-        kept: from erased and plain pictures [N, 3, H, W] to whether each is kept, [judges, N]; -1: does not count.
+        kept: from erased pictures and the base model's [N, 3, H, W] to whether each is kept, [judges, N]; -1: does not
+            count.
         strengths: the ladder, each > 0.
         refine: how often to halve the gap below the first strength that reaches the target.
         n: pictures for each of the two rates, from prompts in turn.
@@ -186,9 +184,9 @@ def calibrate(
 
     Raises:
         ValueError: an eraser without strength or of another concept, several concepts, no prompts, a number out of
-            range, seeds that are not tuning seeds, a plain model that shows the concept in fewer than 30 % of the
-            pictures, or an `out` that is a file, damaged, or a calibration of other settings.
-        TypeError: no eraser, a detector without a name, or prompts that are no sequence of texts.
+            range, or seeds that are not tuning seeds. A base model that shows the concept in fewer than 30 % of the
+            pictures. An `out` that is a file, damaged, or a calibration of other settings.
+        TypeError: no eraser, a detector without a name, or prompts that are not a sequence of texts.
         ImportError: a plot without matplotlib.
 
     Example:
@@ -205,12 +203,12 @@ def calibrate(
 
     about = _about(eraser, concept)
     check_detector(detector)
-    prompts = as_texts("`prompts`", prompts) or about.phrases
-    keep_prompts = as_texts("`keep_prompts`", keep_prompts) or about.keep
+    prompts = checks.texts("prompts", prompts) or about.phrases
+    keep_prompts = checks.texts("keep_prompts", keep_prompts) or about.keep
     _check(about, keep_prompts, strengths, target, keep)
     for name, value, least in (("n", n, 1), ("refine", refine, 0), ("first_seed", first_seed, 0), ("batch", batch, 1)):
-        check_count(name, value, least)
-    seeds = check_tuning_seeds(range(first_seed, first_seed + 2 * n))
+        checks.whole(name, value, least)
+    seeds = checks.tuning_seeds("first_seed", range(first_seed, first_seed + 2 * n))
     folder = None if out is None else Path(out)
     if plot:
         check_plot()
@@ -237,7 +235,7 @@ def calibrate(
 
     def judged(strength: float) -> dict[str, list[list[int]]]:
         path = None if folder is None else folder / f"{f'strength-{strength:g}' if strength else 'plain'}.json"
-        if path is not None and path.exists():
+        if path is not None and files.there(path):
             return _judgements(path, n, ("left", "kept") if strength else ("left",))
         found = {"left": _rows(detector(pictures(strength, 0)))}
         if strength:
@@ -245,7 +243,7 @@ def calibrate(
                 shown.append(pictures(0.0, 1))
             found["kept"] = _rows(kept(pictures(strength, 1), shown[0]))
         if path is not None:
-            _write(path, found)
+            files.write_json(path, {"format": FORMAT, **found})
         return found
 
     if folder is not None:
@@ -265,7 +263,7 @@ def calibrate(
     plain = _rate(judged(0.0)["left"], min)
     if plain.rate < SHOWN:
         raise ValueError(
-            f"The plain model shows {about.name!r} in {plain.hits} of {plain.n} pictures, fewer than {SHOWN:.0%}: "
+            f"The base model shows {about.name!r} in {plain.hits} of {plain.n} pictures, fewer than {SHOWN:.0%}: "
             "nothing can be told about its erasure. Give `prompts` that draw it, and a detector that knows it."
         )
     tried: dict[float, Point] = {}
@@ -288,7 +286,7 @@ def calibrate(
     best = min(good or points, key=lambda p: (max(p.left.rate - target, 0) + max(keep - p.kept.rate, 0), p.strength))
     result = Calibration(best.strength if good else None, best, points, plain, target, keep)
     if folder is not None:
-        _write(folder / "calibration.json", setting | result.record())
+        files.write_json(folder / "calibration.json", {"format": FORMAT, **setting, **result.record()})
         if plot:
             result.plot(folder / "calibration.png")
     return result
@@ -302,7 +300,7 @@ def _about(eraser: Any, concept: ConceptLike) -> Concept:
         raise ValueError(f"{type(eraser).__name__} has no `strength` to calibrate: its fields are {names}.")
     concepts = as_concepts(concept)
     if len(concepts) != 1:
-        raise ValueError(f"Expected one concept, but got {len(concepts)}: calibrate them one at a time.")
+        raise ValueError(f"Expected one concept, got {len(concepts)}. Calibrate them one at a time.")
     erased = [getattr(c, "name", c) for c in getattr(eraser, "concepts", concepts)]
     if concepts[0].name not in erased:
         raise ValueError(
@@ -318,12 +316,12 @@ def _check(about: Concept, keep_prompts: Sequence[str], strengths: Sequence[floa
             f"Nothing says what must survive the erasure of {about.name!r}: give `keep_prompts`, or a Concept with "
             "`keep`."
         )
-    numbers = isinstance(strengths, Sequence) and all(isinstance(s, (int, float)) and 0 < s < inf for s in strengths)
-    if not numbers or not strengths:
-        raise ValueError(f"Expected `strengths` to be numbers > 0, but got {strengths!r}.")
+    if not isinstance(strengths, Sequence) or not strengths:
+        raise ValueError(f"Expected `strengths` to be numbers > 0, got {checks.shown(strengths)}. Give (0.5, 1, 2).")
+    for strength in strengths:
+        checks.number("strengths", strength, 0, above=True)
     for name, share in (("target", target), ("keep", keep)):
-        if not isinstance(share, (int, float)) or not 0 <= share <= 1:
-            raise ValueError(f"Expected `{name}` to be a share from 0 to 1, but got {share!r}.")
+        checks.share(name, share)
 
 
 def _rows(found: Tensor) -> list[list[int]]:
@@ -336,60 +334,36 @@ def _rate(rows: list[list[int]], worse: Callable[..., Rate]) -> Rate:
     rates = [Rate(sum(x for x in row if x > 0), sum(x >= 0 for x in row)) for row in rows]
     if any(r.n == 0 for r in rates):
         raise ValueError(
-            "A judge counts none of the plain pictures, so nothing can be kept: give other `keep_prompts`."
+            "A judge counts none of the base model's pictures, so nothing can be kept: give other `keep_prompts`."
         )
     return worse(rates, key=lambda r: r.rate)
 
 
 def _same_setting(folder: Path, setting: dict[str, Any]) -> None:
     """Writes the setting into a new folder; ValueError if the folder has another one."""
-    path, wanted = folder / "setting.json", json.loads(json.dumps(setting))
+    from . import schema
+
+    path, cure = folder / "setting.json", f"Name a new folder, or delete {folder}."
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"Expected `out` to be a folder, but {folder} is a file: name another one.")
-    if path.exists():
-        found = read_json(path)
-        if not isinstance(found, dict):
-            raise ValueError(f"{path} is damaged: delete {folder}, or name a new folder.")
-        if found != wanted:
-            raise ValueError(
-                f"{folder} holds a calibration with another {', '.join(_differing(found, wanted))}: name a new folder, "
-                "or delete that one."
-            )
+    if files.there(path):
+        found = schema.read(files.inside(folder, path.name), schema.Setting, cure)
+        wanted = {"format": FORMAT, **setting}
+        files.check_same({"format": FORMAT, **found}, wanted, f"{folder} holds another calibration", cure)
         return
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no calibration: name another folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    _write(path, wanted)
+    files.write_json(path, {"format": FORMAT, **setting})
 
 
 def _judgements(path: Path, n: int, names: Sequence[str]) -> dict[str, list[list[int]]]:
     """Judgements of n pictures each that were written earlier."""
-    found = read_json(path)
-    try:
-        rows = [row for name in names for row in found[name]]
-        whole = all(found[name] for name in names) and all(
-            len(row) == n and all(isinstance(x, int) for x in row) for row in rows
-        )
-    except (TypeError, KeyError):
-        whole = False
-    if not whole:
-        raise ValueError(f"{path} is damaged: delete it, and the same call draws its pictures again.")
-    return dict(found)
+    from . import schema
 
-
-def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """The keys under which two settings differ, those of mappings inside them too."""
-    names = []
-    for key in sorted(found.keys() | wanted.keys()):
-        one, other = found.get(key), wanted.get(key)
-        if isinstance(one, dict) and isinstance(other, dict):
-            names += [f"{key}.{inside}" for inside in _differing(one, other)]
-        elif one != other:
-            names.append(key)
-    return names
-
-
-def _write(path: Path, content: Any) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
+    cure = "Delete it, and the same call draws its pictures again."
+    form = schema.Judgements if "kept" in names else schema.PlainJudgements
+    found = schema.read(files.inside(path.parent, path.name), form, cure)
+    if any(len(row) != n for name in names for row in found[name]):
+        raise ValueError(f"{path} is damaged: it has not {n} judgements of each judge. {cure}")
+    return {name: found[name] for name in names}

@@ -1,20 +1,18 @@
-"""The words everything else is written in: `Concept`, `Handle`, `Row`, `Suite`, `Score`, and what an eraser, a detector
-and a metric are. No model code."""
+"""The words everything else is written in: `Concept`, `Handle`, and what an eraser, an editor and a detector are. No
+model code."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from importlib import resources
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar, overload
 
+from . import checks
 from .registry import name_of, near
 
 if TYPE_CHECKING:
@@ -63,15 +61,6 @@ def field_names(method: Any) -> tuple[str, ...]:
     return tuple(f.name for f in dataclasses.fields(method)) if dataclasses.is_dataclass(method) else ()
 
 
-def as_texts(what: str, texts: Sequence[str]) -> tuple[str, ...]:
-    """Texts as a tuple; TypeError for one text, which would fall apart into letters, and for what is no text."""
-    if isinstance(texts, str):
-        raise TypeError(f"{what} should be a sequence of texts, but got one text, {texts!r}: write ({texts!r},).")
-    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"{what} should be a sequence of texts, but got {texts!r}.")
-    return tuple(texts)
-
-
 @dataclasses.dataclass(frozen=True)
 class Concept:
     """Something that must not be drawn.
@@ -98,15 +87,16 @@ class Concept:
     keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str):
-            raise TypeError(f"A concept's name should be a text, but got {self.name!r}.")
-        phrases, keep = (as_texts(f"Concept `{field}`", getattr(self, field)) for field in ("phrases", "keep"))
-        if not self.name.strip():
-            raise ValueError("A concept needs a name, but got an empty one: write what to erase, for example 'beer'.")
+        checks.text("name", self.name)
+        checks.text("anchor", self.anchor, empty=True)
+        phrases, keep = (checks.texts(field, getattr(self, field)) for field in ("phrases", "keep"))
         object.__setattr__(self, "phrases", phrases or (self.name,))
         object.__setattr__(self, "keep", keep)
         if not all(p.strip() for p in self.phrases):
-            raise ValueError(f"Concept {self.name!r} has an empty phrase: remove it, an empty text erases nothing.")
+            raise ValueError(
+                f"Expected the phrases of {checks.shown(self.name)} to be texts, got an empty one. Remove it: an empty "
+                "text erases nothing."
+            )
 
 
 ConceptLike = Concept | str
@@ -144,15 +134,18 @@ def concept(name: str) -> Concept:
     """
     known = shipped_concepts()
     if not isinstance(name, str):
-        raise TypeError(f"Expected the name of a shipped concept, such as 'alcohol', but got {name!r}.")
+        raise TypeError(
+            f"Expected the name of a shipped concept, got {checks.shown(name)}. Give a text, such as 'alcohol'."
+        )
     if not name.strip():
-        raise ValueError("The concept is empty: name what to erase. `efface list concepts` shows the shipped ones.")
+        raise ValueError(
+            "Expected the name of a shipped concept, got an empty text. Choose one from `efface list concepts`."
+        )
     if name not in known:
         hint = near(name, known)
         raise ValueError(
-            f"{name!r} is not a shipped concept. {hint}{' ' if hint else ''}"
-            f"`efface list concepts` shows all; for a text of your own write Concept({name!r}), "
-            f"on the command line --phrase."
+            f"{checks.shown(name)} is not a shipped concept. {hint}{' ' if hint else ''}`efface list concepts` shows "
+            f"all. Write a text of your own as Concept({checks.shown(name)}), on the command line as --phrase."
         )
     return known[name]
 
@@ -163,7 +156,10 @@ def as_concepts(concepts: Concepts, known: Sequence[Concept] = ()) -> tuple[Conc
         concepts = (concepts,)
     names = {c.name: c for c in known}
     if not isinstance(concepts, Sequence) or not all(isinstance(c, (Concept, str)) for c in concepts):
-        raise TypeError(f"Expected a Concept, a shipped name, or a sequence of these, but got {concepts!r}.")
+        raise TypeError(
+            f"Expected a Concept, a shipped name, or a sequence of these, got {checks.shown(concepts)}. "
+            "Write for example ['alcohol', Concept('neon sign')]."
+        )
     return tuple(c if isinstance(c, Concept) else names[c] if c in names else concept(c) for c in concepts)
 
 
@@ -176,56 +172,11 @@ def as_rows(rows: Rows, known: Sequence[Concept]) -> tuple[tuple[Concept, ...], 
     if rows is None:
         return None
     if isinstance(rows, (str, Concept)) or not isinstance(rows, Sequence):
-        raise TypeError(f"`rows` should hold one list of concepts per prompt, but got {rows!r}.")
+        raise TypeError(
+            f"Expected `rows` to hold one list of concepts per prompt, got {checks.shown(rows)}. "
+            "Write for example [['alcohol'], []] for two prompts."
+        )
     return tuple(as_concepts(row, known) for row in rows)
-
-
-def check_strength(strength: float, name: str = "strength") -> float:
-    """A strength as float; ValueError unless it is finite and >= 0."""
-    if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength < float("inf"):
-        raise ValueError(f"Expected `{name}` to be a finite number >= 0, but got {strength!r}.")
-    return float(strength)
-
-
-def check_window(window: Sequence[float]) -> tuple[float, float]:
-    """A window (start, end) as fractions of the trajectory; ValueError unless 0 <= start <= end <= 1."""
-    numbers = isinstance(window, (tuple, list)) and all(
-        isinstance(x, (int, float)) and not isinstance(x, bool) for x in window
-    )
-    if not numbers or len(window) != 2 or not 0 <= window[0] <= window[1] <= 1:
-        raise ValueError(
-            f"Expected `window` to be two numbers with 0 <= start <= end <= 1 (0 is pure noise, 1 the finished "
-            f"picture), but got {window!r}."
-        )
-    return float(window[0]), float(window[1])
-
-
-def check_count(name: str, value: int, least: int = 1) -> int:
-    """A whole number; ValueError if it is none, or less than `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"Expected `{name}` to be a whole number >= {least}, but got {value!r}.")
-    return value
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds; None if it is damaged."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError:
-        return None
-
-
-TUNING_SEEDS = 10_000
-
-
-def check_tuning_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
-    """Seeds for choosing settings; ValueError unless all are below 10,000, where no test seed is."""
-    if not len(seeds) or min(seeds) < 0 or max(seeds) >= TUNING_SEEDS:
-        raise ValueError(
-            f"Expected tuning seeds from 0 to {TUNING_SEEDS - 1}, but got {list(seeds[:1])} to {list(seeds[-1:])}: "
-            "what is chosen on test seeds cannot be measured on them."
-        )
-    return tuple(seeds)
 
 
 class Eraser(Protocol):
@@ -242,12 +193,16 @@ class Eraser(Protocol):
 def check_eraser(eraser: Any) -> None:
     """TypeError unless it is an eraser, with what to write instead."""
     if isinstance(eraser, type):
-        raise TypeError(f"Expected an eraser, but got the class: write {eraser.__name__}('alcohol'), for example.")
+        raise TypeError(
+            f"Expected an eraser, got the class {eraser.__name__}. Write for example {eraser.__name__}('alcohol')."
+        )
     if not callable(getattr(eraser, "apply", None)):
-        cure = "efface.erase takes methods by name" if isinstance(eraser, str) else "see efface.Eraser"
-        cure = "give several one by one" if isinstance(eraser, (list, tuple)) else cure
-        cure = "fit it to a pipeline first, which gives a delta" if hasattr(eraser, "fit") else cure
-        raise TypeError(f"Expected an eraser, such as efface.EIUP('alcohol') or a delta, but got {eraser!r}: {cure}.")
+        cure = "Use efface.erase, which takes methods by name" if isinstance(eraser, str) else "See efface.Eraser"
+        cure = "Give several one by one" if isinstance(eraser, (list, tuple)) else cure
+        cure = "Fit it to a pipeline first, which gives a delta" if hasattr(eraser, "fit") else cure
+        raise TypeError(
+            f"Expected an eraser, such as efface.EIUP('alcohol') or a delta, got {checks.shown(eraser)}. {cure}."
+        )
 
 
 class Editor(Protocol):
@@ -277,7 +232,7 @@ def _unsettable(name: str, owner: str, handle: str) -> str:
     hint = near(name, SETTABLE)
     names = " and ".join(f"{handle}.{each}" for each in SETTABLE)
     return (
-        f"`{name}` of {owner} cannot be set. {hint}{' ' if hint else ''}Settable: {names}; for all else call "
+        f"`{name}` of {owner} cannot be set. {hint}{' ' if hint else ''}Settable: {names}. For all else, call "
         "`remove()` and apply another eraser."
     )
 
@@ -336,7 +291,7 @@ class Handle(AbstractContextManager["Handle"]):
 
     def _set(self, **fields: Any) -> None:
         if not self.active:
-            raise ValueError("This eraser was already removed: apply it again to change it.")
+            raise ValueError("This eraser was already removed. Apply it again to change it.")
         unknown = fields.keys() - set(field_names(self.eraser))
         if unknown:
             raise AttributeError(f"{type(self.eraser).__name__} has no {', '.join(sorted(unknown))} to set.")
@@ -463,7 +418,7 @@ def check_detector(detector: Any) -> None:
     if isinstance(detector, type) or not callable(detector) or not isinstance(getattr(detector, "name", None), str):
         raise TypeError(
             "Expected a detector, pictures [N, 3, H, W] to bool [J, N], with a text `name` by which records know it, "
-            f"but got {detector!r}: see efface.Detector, or efface.detector for those that come with Efface."
+            f"got {checks.shown(detector)}. See efface.Detector, or efface.detector for those that come with Efface."
         )
 
 
@@ -477,235 +432,21 @@ def check_pictures(images: Tensor) -> Tensor:
     """
     expected = "Expected pictures as a float tensor [N, 3, H, W] in [0, 1]"
     if not callable(getattr(images, "is_floating_point", None)):
-        raise TypeError(
-            f"{expected}, but got {type(images).__name__}. Give what a pipeline returns as output_type='pt'."
-        )
+        raise TypeError(f"{expected}, got {type(images).__name__}. Give what a pipeline returns as output_type='pt'.")
     if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:] or not images.is_floating_point():
         cure = (
             "Give what a pipeline returns as output_type='pt'" if images.is_floating_point() else "Divide bytes by 255"
         )
-        raise ValueError(f"{expected}, but got {images.dtype} {tuple(images.shape)}. {cure}.")
+        raise ValueError(f"{expected}, got {images.dtype} {tuple(images.shape)}. {cure}.")
     pictures = images.detach().float().cpu()
     if not bool(pictures.isfinite().all()):
         raise ValueError(
-            f"{expected}, but some values are not finite: the model left its range of numbers. Lower the strength or "
+            f"{expected}, got values that are not finite: the model left its range of numbers. Lower the strength or "
             "the guidance scale, or load the model in float32."
         )
     if len(pictures) and not (float(pictures.min()) >= 0 and float(pictures.max()) <= 1):
         raise ValueError(
-            f"{expected}, but the values reach from {float(pictures.min()):g} to {float(pictures.max()):g}. Scale them "
+            f"{expected}, got values from {float(pictures.min()):g} to {float(pictures.max()):g}. Scale them "
             "to [0, 1] first."
         )
     return pictures
-
-
-MAX_SEED = 2**32
-_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One picture to draw.
-
-    Args:
-        id: unique within the suite, and safe as a file name: letters, digits, `.`, `_` and `-`.
-        prompt: what to draw.
-        seed: 0 <= seed < 2**32.
-        kind: what the row asks: "explicit", "theme", "paraphrase", "benign", "dual", ...
-        category: group shown in reports.
-        concept: name of the concept whose presence is judged in this row; "" = none.
-        keep: things of which at least one should survive.
-        cluster: rows with the same value share a target, and the bootstrap resamples whole clusters; "" = its own.
-        call: pipeline arguments of this row alone, such as {"guidance_scale": 7.5}.
-
-    Raises:
-        ValueError: an empty prompt, a seed out of range, or an id that is no file name.
-
-    Example:
-        >>> from efface import Row
-        >>> Row("cat-0", "a cat", 1_000_000, kind="explicit", concept="cat").seed
-        1000000
-    """
-
-    id: str
-    prompt: str
-    seed: int
-    kind: str = ""
-    category: str = ""
-    concept: str = ""
-    keep: tuple[str, ...] = ()
-    cluster: str = ""
-    call: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
-
-    def __post_init__(self) -> None:
-        if not _FILE_NAME.fullmatch(self.id):
-            raise ValueError(
-                f"Expected the id of a row to be a file name of letters, digits, '.', '_' and '-', but got {self.id!r}."
-            )
-        if not self.prompt.strip():
-            raise ValueError(f"Row {self.id!r} has an empty prompt: remove the row, or write what to draw.")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < MAX_SEED:
-            raise ValueError(f"Expected the seed of row {self.id!r} to be in 0 ... 2**32 - 1, but got {self.seed!r}.")
-        if isinstance(self.keep, str):
-            raise TypeError(f"`keep` of row {self.id!r} should be a sequence of names, but got {self.keep!r}.")
-        object.__setattr__(self, "keep", tuple(self.keep))
-        object.__setattr__(self, "call", dict(self.call))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Sample:
-    """A row and the picture that was drawn for it.
-
-    Args:
-        row: the row.
-        path: a picture file, loaded on demand.
-        pixels: or the picture itself, float [3, H, W] in [0, 1].
-
-    Raises:
-        ValueError: neither of them, or both.
-
-    Example:
-        >>> import torch
-        >>> from efface import Row, Sample
-        >>> Sample(Row("cat-0", "a cat", 1_000_000), pixels=torch.zeros(3, 64, 64)).image().shape
-        torch.Size([3, 64, 64])
-    """
-
-    row: Row
-    path: Path | None = None
-    pixels: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        if (self.path is None) == (self.pixels is None):
-            raise ValueError(f"Expected either `path` or `pixels` for row {self.row.id!r}, but got neither or both.")
-
-    def image(self) -> Tensor:
-        """The picture, float [3, H, W] in [0, 1].
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file cannot be decoded.
-        """
-        if self.path is None:
-            return cast("Tensor", self.pixels)
-        import numpy
-        import torch
-        from PIL import Image
-
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{self.path}, the picture of row {self.row.id!r}, is missing: draw it again.")
-        try:
-            with Image.open(self.path) as picture:
-                pixels = numpy.array(picture.convert("RGB"))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(
-                f"{self.path}, the picture of row {self.row.id!r}, cannot be decoded ({error}): "
-                "delete it, and the command that made the run draws it again."
-            ) from error
-        return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
-
-
-@dataclasses.dataclass(frozen=True)
-class Score:
-    """One number that an auditor can defend.
-
-    Args:
-        metric: what was measured, such as "removal.absolute" or "detection/cat".
-        value: the number; NaN where it is not defined, such as a removal rate where the plain model draws nothing.
-        n: of how many pictures (or pairs).
-        low, high: the 95 % interval.
-        unit: "share", "cosine", ...
-        higher_is_better: None where neither is.
-        protocol: detector, label set, threshold, in words.
-        per_sample: row id to value, where there is one value per row.
-
-    Raises:
-        ValueError: no name, or a negative n.
-
-    Example:
-        >>> from efface import Score
-        >>> Score("removal.absolute", 0.9, 320, 0.86, 0.93, higher_is_better=True).value
-        0.9
-    """
-
-    metric: str
-    value: float
-    n: int
-    low: float
-    high: float
-    unit: str = "share"
-    higher_is_better: bool | None = None
-    protocol: str = ""
-    per_sample: Mapping[str, float] | None = dataclasses.field(default=None, hash=False)
-
-    def __post_init__(self) -> None:
-        if not self.metric or self.n < 0:
-            raise ValueError(f"Expected a metric's name and n >= 0, but got {self.metric!r} and n = {self.n}.")
-
-
-class Metric(Protocol):
-    """Pictures to scores. The object is its own configuration (a frozen dataclass)."""
-
-    name: ClassVar[str]
-    unit: ClassVar[str]
-    higher_is_better: ClassVar[bool | None]
-
-    def __call__(self, samples: Sequence[Sample], base: Sequence[Sample] | None = None) -> list[Score]:
-        """Scores of `samples`; `base` are the plain model's pictures of the same rows."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Suite:
-    """Rows to draw and how to score them.
-
-    Args:
-        name: of the suite.
-        version: changes whenever the rows do.
-        rows: at least one, with unique ids.
-        source: where the data comes from.
-        licence: of the data.
-        data_hash: sha256 of the data files; over the rows if left empty.
-        call: pipeline arguments of all rows; a row's own `call` goes before them.
-        metrics: what is measured unless others are asked for.
-
-    Raises:
-        ValueError: no rows, or an id used twice.
-
-    Example:
-        >>> from efface import Row, Suite
-        >>> len(Suite("mine", "1", (Row("cat-0", "a cat", 1_000_000), Row("dog-0", "a dog", 1_000_001))).rows)
-        2
-    """
-
-    name: str
-    version: str
-    rows: tuple[Row, ...]
-    source: str = ""
-    licence: str = ""
-    data_hash: str = ""
-    call: Mapping[str, Any] = dataclasses.field(
-        default_factory=lambda: {"num_inference_steps": 25, "guidance_scale": 7.5}, hash=False
-    )
-    metrics: tuple[Metric, ...] = ()
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rows", tuple(self.rows))
-        object.__setattr__(self, "call", dict(self.call))
-        object.__setattr__(self, "metrics", tuple(self.metrics))
-        if not self.rows:
-            raise ValueError(f"The suite {self.name!r} has no rows: raise its limit, or choose others.")
-        ids = [row.id for row in self.rows]
-        if len(set(ids)) < len(ids):
-            twice = next(i for i in ids if ids.count(i) > 1)
-            raise ValueError(f"Expected row ids of the suite {self.name!r} to be unique, but {twice!r} is there twice.")
-        if not self.data_hash:
-            object.__setattr__(self, "data_hash", rows_hash(self.rows))
-
-
-def rows_hash(rows: Sequence[Row]) -> str:
-    """sha256 over the rows: one line of JSON each, keys sorted."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(dataclasses.asdict(row), sort_keys=True).encode() + b"\n")
-    return digest.hexdigest()

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
+from efface import checks
+
 Z = 1.959964  # 95 %
 
 
@@ -29,8 +31,7 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
         >>> low, round(high, 3)
         (0.0, 0.057)
     """
-    if not 0 <= hits <= n:
-        raise ValueError(f"Expected `hits` from 0 to n = {n}, but got {hits}.")
+    checks.whole("hits", hits, 0, checks.whole("n", n, 0))
     if n == 0:
         return 0.0, 1.0
     low, high = _score(hits / n, n, Z)

@@ -2,15 +2,59 @@
 
 from __future__ import annotations
 
+import io
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
+
+from . import files
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MARGIN, LABEL = 4, 64
+FORMATS = ("PNG", "JPEG", "WEBP")  # all that is read: other formats of Pillow run programs or are seldom tested
+BROKEN = OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError
+AGAIN = "Delete it; the command that made it draws it again."
+BYTES, PIXELS = 64 * files.MIB, 8192 * 8192
+
+
+def read_picture(path: Path, sha256: str = "") -> Image.Image:
+    """The picture in a PNG, JPEG or WebP file, as RGB.
+
+    Args:
+        path: the file.
+        sha256: what its bytes must hash to; "" = not known.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: another file than the one with this hash, another format, a damaged picture, or more than 64 MiB or
+            8,192 x 8,192 pixels.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "red.png"
+        >>> Image.new("RGB", (8, 8), "red").save(path)
+        >>> read_picture(path).getpixel((0, 0))
+        (255, 0, 0)
+    """
+    content = files.read(path, BYTES)
+    if sha256 and files.sha256(content) != sha256:
+        raise ValueError(f"{path} is not the picture that was drawn: its SHA-256 is another one. Draw the run again.")
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+            if picture.width * picture.height > PIXELS:
+                raise ValueError(f"{picture.width} x {picture.height} pixels, and at most {PIXELS:,} are read")
+            return picture.convert("RGB")
+    except Image.UnidentifiedImageError as error:
+        raise ValueError(f"{path} cannot be read as a PNG, JPEG or WebP picture: it is none. {AGAIN}") from error
+    except BROKEN as error:
+        why = files.shown(str(error), 160)
+        raise ValueError(f"{path} cannot be read as a PNG, JPEG or WebP picture ({why}). {AGAIN}") from error
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
@@ -54,7 +98,9 @@ def grid(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str] = (),
     """
     lengths = {len(pictures) for pictures in rows.values()}
     if len(lengths) != 1 or 0 in lengths:
-        raise ValueError(f"Expected rows of one length with at least one picture, but got {sorted(lengths)}.")
+        raise ValueError(
+            f"Expected rows of one length with at least one picture, got lengths {sorted(lengths)}. Fill the rows up."
+        )
     scaled = {name: [_scaled(p, side) for p in pictures] for name, pictures in rows.items()}
     width = max(p.width for line in scaled.values() for p in line) + MARGIN
     height = max(p.height for line in scaled.values() for p in line) + MARGIN

@@ -7,12 +7,11 @@ imported nor that a hub is contacted, and code that comes with a model is not ru
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from . import registry
+from . import checks, files, registry
 from .core import Detector
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ __all__ = ["EMBEDDED", "Offload", "cut_off", "draw", "effectiveness", "guided", 
 EMBEDDED = {"emoji": "64 x 64 pixels", "emoji-128": "128 x 128 pixels", "emoji-flux": "128 x 128 pixels, FLUX-shaped"}
 """The models that come with the package, and what they draw."""
 Offload = Literal["model", "sequential", "group"]
-PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 LIBRARIES = ("diffusers", "transformers")
 """The packages that model_index.json may name, besides diffusers' own pipeline modules and our embedded models."""
@@ -87,6 +85,7 @@ def load(
         raise TypeError(f'Expected the model to be "emoji", a folder or a hub id, but got {model!r}.')
     kind, target = _dtype(dtype), _device(device, offload)
     path = Path(model)
+    files.refuse_pickle(path)
     if str(model) in EMBEDDED:
         for name, given in (("variant", variant), ("config", config)):
             if given is not None:
@@ -94,10 +93,6 @@ def load(
                     f"Expected no `{name}` for the embedded model {str(model)!r}, but got {str(given)!r}. Leave it out."
                 )
         pipe = _embedded(str(model), kind)
-    elif path.suffix in PICKLES:
-        raise ValueError(
-            f"{path} is a pickle, which can run code when it is read. {ONLY_SAFETENSORS}: convert it to .safetensors."
-        )
     elif path.suffix == ".safetensors":
         pipe = _single_file(path, kind, config, allow_hub)
     else:
@@ -240,10 +235,7 @@ def _check_index(file: Path) -> list[str]:
     """
     from diffusers import pipelines
 
-    try:
-        index = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be read ({error}). Save the pipeline again, or download it again.") from error
+    index = files.read_json(file, "Save the pipeline again, or download it again.")
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise ValueError(f"{file} names no pipeline class: it is not what `save_pretrained` writes. Save it again.")
     ours = []
@@ -280,9 +272,9 @@ def _cannot_load(folder: Path, variant: str | None, error: Exception) -> str:
         return f"{folder} has {which}. Give one of its variants: {', '.join(map(repr, variants))}."
     if variant is not None and not variants:
         return f"{folder} has no variant {variant!r}, only weights without a variant. Leave `variant` out."
-    files = ", ".join(map(str, damaged(folder))) or "one that it needs is missing"
+    broken = ", ".join(map(str, damaged(folder))) or "one that it needs is missing"
     return (
-        f"The pipeline in {folder} cannot be loaded ({error}). Damaged files: {files}. {ONLY_SAFETENSORS}. Save the "
+        f"The pipeline in {folder} cannot be loaded ({error}). Damaged files: {broken}. {ONLY_SAFETENSORS}. Save the "
         "pipeline again, or download it again."
     )
 
@@ -298,8 +290,8 @@ def damaged(folder: Path) -> list[Path]:
                 with safe_open(file, "pt"):
                     pass
             elif file.suffix == ".json":
-                json.loads(file.read_text("utf-8"))
-        except (SafetensorError, OSError, ValueError, RecursionError):
+                files.read_json(file, "")
+        except (SafetensorError, OSError, ValueError):
             found.append(file)
     return found
 
@@ -327,7 +319,7 @@ def _single_file(file: Path, dtype: torch.dtype | None, config: str | Path | Non
                     "`save_pretrained` wrote for a model of this kind."
                 )
             _check_index(index)
-            named = json.loads(index.read_text("utf-8"))["_class_name"]
+            named = files.read_json(index, "")["_class_name"]
         else:
             named = KINDS.get(infer_diffusers_model_type(load_file(file)), "")
         cls = getattr(diffusers, named, None)
@@ -407,7 +399,9 @@ def draw(
     import torch
 
     if len(prompts) != len(seeds):
-        raise ValueError(f"Expected one seed per prompt, but got {len(prompts)} prompts and {len(seeds)} seeds.")
+        raise ValueError(
+            f"Expected one seed per prompt, got {len(prompts)} prompts and {len(seeds)} seeds. Give as many."
+        )
     pictures, call = [], {"num_inference_steps": 25, **guided(pipe, guidance), **call}
     negative = call.pop("negative_prompt", None)
     for k in range(0, len(prompts), batch):
@@ -461,8 +455,7 @@ def effectiveness(
         >>> efface.effectiveness(["a cat"], pipe, efface.detector("eyes", "cat"), n=1, num_inference_steps=1)
         [0.0]
     """
-    if n < 1 or not 0 <= seed <= seed + n <= 2**32:
-        raise ValueError(f"Expected n >= 1 and seeds in 0 ... 2**32 - 1, but got n = {n}, seed = {seed}.")
+    checks.seed("seed", seed, checks.whole("n", n))
     pipe = load(model) if isinstance(model, (str, Path)) else model
     texts = [p for p in prompts for _ in range(n)]
     hits: list[bool] = []

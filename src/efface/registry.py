@@ -94,7 +94,7 @@ def resolve(name: str, room: str | None = None) -> type:
     Raises:
         ValueError: no such method there; the message has near matches and the list. Also the `module:Class` by which
             records name a class that is not registered.
-        TypeError: a name that is no text, or the method's file does not export exactly one class.
+        TypeError: a name that is not a text, or the method's file does not export exactly one class.
 
     Example:
         >>> from efface import registry
@@ -112,7 +112,7 @@ def resolve(name: str, room: str | None = None) -> type:
         elsewhere = methods().get(name)
         if elsewhere:
             raise ValueError(f"Expected one of the {room}, but {name!r} is one of the {elsewhere}. {_listed(known)}")
-        raise ValueError(_unknown("method", name, known))
+        raise ValueError(_unknown(_word(room), name, known))
     for (where, plugin), entry in _plugins():
         if (where, plugin) == (known[name], name):
             return _only_class(entry.value, [entry.load()])
@@ -184,7 +184,7 @@ def split(method: str) -> tuple[str, str]:
     """A method's name, and the preset behind the dot or "".
 
     Raises:
-        TypeError: a method that is no text.
+        TypeError: a method that is not a text.
 
     Example:
         >>> from efface import registry
@@ -278,7 +278,12 @@ def _only_class(path: str, exported: list[object]) -> type:
 
 def _check_text(method: object) -> None:
     if not isinstance(method, str):
-        raise TypeError(f"Expected the name of a method, such as 'eiup', but got {method!r}.")
+        raise TypeError(f"Expected the name of a method, got {method!r:.80}. Give a text, such as 'eiup'.")
+
+
+def _word(room: str | None) -> str:
+    """What a message calls something of the room."""
+    return "method" if room in (None, *METHODS) else room.removesuffix("s")
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -287,4 +292,4 @@ def _listed(names: Iterable[str]) -> str:
 
 def _unknown(kind: str, name: str, names: Iterable[str]) -> str:
     names = list(names)
-    return " ".join(filter(None, [f"Unknown {kind} {name!r}.", near(name, names), _listed(names)]))
+    return " ".join(filter(None, [f"Unknown {kind} {name!r:.80}.", near(name, names), _listed(names)]))

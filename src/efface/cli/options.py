@@ -12,7 +12,8 @@ import typer
 from .. import registry
 
 if TYPE_CHECKING:
-    from ..core import Concept, Metric
+    from ..core import Concept
+    from ..records import Metric
 
 ConceptNames = Annotated[list[str] | None, typer.Option("--concept", help="A shipped concept; may be repeated.")]
 Phrases = Annotated[list[str] | None, typer.Option("--phrase", help="A text of your own to erase; may be repeated.")]

@@ -10,7 +10,7 @@ import typer
 
 from .errors import bad_input
 from .job import job
-from .options import AsJson, judges
+from .options import AsJson, judges, parse_fields
 from .output import escaped
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def score(
         from .. import runs
 
         found = runs.Run.open(run)
-        configs = [{"method": name} for name in metric or []] or found.record["metrics"]
+        configs = [{"method": name} for name in metric or []] or runs.recorded(found, parse_fields(set_ or []))
         metrics = judges(configs, set_ or [])
     with job() as tell:
         runs.score(found, metrics, progress=tell)

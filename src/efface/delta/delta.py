@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from .. import __version__
+from .. import __version__, checks
 from .._text import SITES
 from .._weights import adapters, denoiser_of
-from ..core import Concepts, ConceptsField, Converted, Handle, as_concepts, check_strength, config, field_names
+from ..core import Concepts, ConceptsField, Converted, Handle, as_concepts, config, field_names
 from . import file
 from .applied import AppliedDelta, check_written, entries, forget
 from .base import Base, base_hash, base_of, check_base, common_base, model_name, own_values
@@ -86,7 +86,7 @@ class Delta:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "concepts", as_concepts(self.concepts))
-        object.__setattr__(self, "strength", check_strength(self.strength))
+        object.__setattr__(self, "strength", checks.number("strength", self.strength, 0))
         if not self.weights:
             raise ValueError("A delta needs at least one changed weight, but got none. Fit one with an editor.")
         for name, change in self.weights.items():

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .. import files
 from ..core import Concept
 from .factors import Change, Factors
 
 HEADER, FORMAT = "efface", 1
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+ANEW = "Make it anew with `efface fit`."
 T = TypeVar("T")
 
 
@@ -31,7 +31,7 @@ def save(path: str | Path, weights: Mapping[str, Change], header: Mapping[str, A
             tensors[f"{name}:B"], tensors[f"{name}:A"] = change.B, change.A
         else:
             tensors[name] = change
-    write(tensors, Path(path), {HEADER: json.dumps({**header, "format": FORMAT})})
+    files.write_tensors(Path(path), tensors, {HEADER: json.dumps({**header, "format": FORMAT})})
 
 
 def load(path: str | Path, make: Callable[..., T]) -> T:
@@ -42,22 +42,28 @@ def load(path: str | Path, make: Callable[..., T]) -> T:
         ValueError: it is cut short, damaged, of a newer version or not a delta, or does not say which model it belongs
             to.
     """
+    from .. import schema
+
     path = Path(path)
-    if not path.is_file():
+    if not files.there(path):
         raise FileNotFoundError(f"There is no delta {path}: make one with `efface fit`.")
-    try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get(HEADER, "null"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is damaged, cut short, or no safetensors file ({error}): make it anew.") from error
-    if not isinstance(header, dict):
+    metadata, tensors = files.read_tensors(path, ANEW)
+    text = metadata.get(HEADER, "")
+    if not text.startswith("{"):  # such as that of a GIE adapter, or a LoRA
         raise ValueError(
-            f"{path} is a safetensors file, but not a delta of Efface: its header has no {HEADER!r} entry. Load a LoRA "
-            "with pipe.load_lora_weights."
+            f"{path} is a safetensors file, but not a delta of Efface. Give what `efface fit` wrote; load a LoRA "
+            "with pipe.load_lora_weights, and an adapter with GIE(adapter=...)."
         )
-    if (found := header.pop("format", None)) != FORMAT:
-        raise ValueError(f"{path} has format {found}, but this version reads {FORMAT}: update Efface.")
+    header = files.json_of(text, f"the header of {path}", ANEW, nan=True)
+    if header.get("format") != FORMAT:
+        found = files.shown(repr(header.get("format")))
+        raise ValueError(f"{path} has format {found}, but this version reads {FORMAT}. Update Efface.")
+    schema.check(header, schema.DeltaHeader, path, ANEW)
+    del header["format"]
+    if strange := [name for name, t in tensors.items() if str(t.dtype).removeprefix("torch.") not in DTYPES]:
+        raise ValueError(
+            f"Expected {', '.join(DTYPES)} in {path}, got {tensors[strange[0]].dtype} in {strange[0]!r}. {ANEW}"
+        )
     try:
         header["concepts"] = tuple(Concept(**c) for c in header["concepts"])
         names = dict.fromkeys(key.removesuffix(":B").removesuffix(":A") for key in tensors)
@@ -65,8 +71,8 @@ def load(path: str | Path, make: Callable[..., T]) -> T:
         made = make(weights, **header)
         base = header.get("base", {})
         unknown = [name for hashes in base.values() for name in weights.keys() - hashes.keys()]
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a whole delta ({error}): make it anew.") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a whole delta ({error}). {ANEW}") from error
     if not base or unknown:
         what = f"the value of {min(unknown)!r} in it" if unknown else "its weights"
         raise ValueError(
@@ -74,21 +80,3 @@ def load(path: str | Path, make: Callable[..., T]) -> T:
             "model. Make it anew with `efface fit`."
         )
     return made
-
-
-def write(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Writes a safetensors file whole or not at all.
-
-    Raises:
-        OSError: the file cannot be written. An older one stays.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        save_file({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, partial, metadata)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except SafetensorError as error:
-        raise OSError(f"Cannot write {path} ({error}). What was there before is still there.") from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .. import __version__
+from .. import __version__, files
 from .factors import Change, Factors, dense, truncate
-from .file import write
 
 Layout = Literal["diffusers", "kohya"]
 
@@ -36,30 +36,55 @@ def export(
     wrong = [n for n, c in weights.items() if not (n.startswith("unet.") and len(c.shape) in (2, 4))]
     if wrong:
         raise ValueError(
-            f"A LoRA cannot hold {len(wrong)} of the {len(weights)} changes, such as {wrong[0]!r}: it has matrices and "
-            "convolutions of the UNet only. Merge the delta and save the whole model."
+            f"A LoRA holds matrices and convolutions of the UNet, but {len(wrong)} of the {len(weights)} changes are "
+            f"others, such as {wrong[0]!r}. Fit without `biases`, or merge the delta and save the whole model."
+        )
+    if layout == "kohya" and (unread := next((n for n in weights if ".add_embedding." in n), None)):
+        raise ValueError(
+            f"Diffusers reads no change of {unread!r} from a file with kohya's names. Export with `layout` 'diffusers'."
         )
     dtype = dtype or (torch.float32 if layout == "diffusers" else torch.float16)
+    factors = {name.removesuffix(".weight"): truncate(change, rank)[0] for name, change in weights.items()}
+    ranks = {module.removeprefix("unet."): each.rank for module, each in factors.items()}
+    alpha = float(torch.tensor(max(ranks.values()), dtype=dtype))  # as the file will say
     tensors: dict[str, Tensor] = {}
     lost = whole = 0.0
-    for name, change in weights.items():
-        b, a = (t.to(dtype) for t in _balanced(truncate(change, rank)[0], strength))
-        tensors |= _named(name.removesuffix(".weight"), b, a, layout)
-        exact = strength * dense(change).double()
-        lost += float((Factors(b.double(), a.double()).dense() - exact).norm()) ** 2
+    for (module, change), given in zip(factors.items(), weights.values(), strict=True):
+        scale = 1.0 if layout == "diffusers" else alpha / change.rank
+        b, a = (t.to(dtype) for t in _balanced(change, strength / scale))
+        tensors |= _named(module, b, a, layout, alpha)
+        exact = strength * dense(given).double()
+        lost += float((Factors(b.double() * scale, a.double()).dense() - exact).norm()) ** 2
         whole += float(exact.norm()) ** 2
-    write(tensors, Path(path), {"format": "pt", "software": f"efface {__version__}", "method": method})
+    header = {"format": "pt", "software": f"efface {__version__}", "method": method}
+    if layout == "diffusers":
+        header["lora_adapter_metadata"] = json.dumps(_peft(ranks), sort_keys=True)
+    files.write_tensors(Path(path), tensors, header)
     return (lost / whole) ** 0.5 if whole else 0.0
 
 
-def _named(module: str, b: Tensor, a: Tensor, layout: Layout) -> dict[str, Tensor]:
-    """The factors of one module under the layout's names."""
+def _named(module: str, b: Tensor, a: Tensor, layout: Layout, alpha: float) -> dict[str, Tensor]:
+    """The factors of one module under the layout's names.
+
+    kohya: every module has the same `alpha`, because diffusers takes one for all; a tool scales by alpha / rank.
+    """
     up = b if a.ndim == 2 else b[:, :, None, None]
     if layout == "diffusers":
         return {f"{module}.lora_B.weight": up, f"{module}.lora_A.weight": a}
     key = f"lora_{module.replace('.', '_')}"
-    alpha = torch.tensor(float(b.shape[1]), dtype=b.dtype)
-    return {f"{key}.alpha": alpha, f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": a}
+    return {
+        f"{key}.alpha": torch.tensor(alpha, dtype=b.dtype),
+        f"{key}.lora_up.weight": up,
+        f"{key}.lora_down.weight": a,
+    }
+
+
+def _peft(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The fields of PEFT's `LoraConfig`, as diffusers keeps them in a file: every module has its rank as alpha."""
+    r = max(ranks.values())
+    others = {module: rank for module, rank in ranks.items() if rank != r}
+    config = {"r": r, "lora_alpha": r, "rank_pattern": others, "alpha_pattern": others, "target_modules": sorted(ranks)}
+    return {f"unet.{name}": value for name, value in config.items()}
 
 
 def _balanced(change: Factors, strength: float) -> tuple[Tensor, Tensor]:

@@ -33,15 +33,17 @@ Weights = Mapping[str, Tensor]  # canonical name -> tensor
 # ---------------------------------------------------------------- which tensors
 
 
-def trained(denoiser: nn.Module, train: str, outer: Sequence[str] = ()) -> list[str]:
+def trained(denoiser: nn.Module, train: str, outer: Sequence[str] = (), *, biases: bool = True) -> list[str]:
     """Names of the denoiser's parameters that a mode trains; "u" leaves those alone that begin as `outer` says.
+
+    Without `biases`, only matrices and convolutions train, which a LoRA can hold.
 
     Raises:
         ValueError: an unknown mode, one that finds nothing here, or a LoRA in the way.
     """
     if train not in get_args(Train):
         raise ValueError(f"Expected `train` to be one of {', '.join(get_args(Train))}, but got {train!r}.")
-    names = [name for name, _ in denoiser.named_parameters()]
+    names = [name for name, weight in denoiser.named_parameters() if biases or weight.ndim > 1]
     if any(".base_layer." in name or ".lora_" in name for name in names):
         raise ValueError("A LoRA is loaded: unload it (`pipe.unload_lora_weights()`) or fuse it before `fit`.")
     attention = [
@@ -114,6 +116,7 @@ class Denoiser:
         pipe: the pipeline; nothing of it is changed.
         texts: row k of the condition is texts[k - 1]; row 0 is the unconditional one.
         train: which parameters may differ.
+        biases: whether biases and the scales of norms may differ too.
         sampler_steps: steps of a full trajectory of the pipeline's own scheduler.
         precision: "auto" follows the weights: float32 weights are trained in float32, half precision by bfloat16
             autocast with float32 copies of the trained tensors.
@@ -124,11 +127,17 @@ class Denoiser:
     """
 
     def __init__(
-        self, pipe: DiffusionPipeline, texts: Sequence[str], train: str, sampler_steps: int, precision: str = "auto"
+        self,
+        pipe: DiffusionPipeline,
+        texts: Sequence[str],
+        train: str,
+        sampler_steps: int,
+        precision: str = "auto",
+        biases: bool = True,
     ) -> None:
         facts = family(pipe)
         self.module, self.prefix = cast("Any", part(pipe, facts.denoiser)), f"{facts.denoiser}."
-        self.names = trained(self.module, train, facts.outer_layers)
+        self.names = trained(self.module, train, facts.outer_layers, biases=biases)
         parameters = dict(self.module.named_parameters())
         if any(p.is_meta or not p.is_floating_point() or p.element_size() < 2 for p in parameters.values()):
             raise ValueError(

@@ -18,17 +18,18 @@ CHUNK = 32  # prompts in a trajectory
 class Misalignment:
     """MD(p) = mean over times of || e_edited(x_t, p, t) - e_base(x_t, p, t) ||^2 / elements.
 
-    x_t lies on the base model's trajectory of p, without guidance, from a noise that all prompts share. So the base
-    model's predictions come with the trajectory, which is drawn once per prompt, whatever it is compared with.
+    x_t lies on the base model's trajectory of p, from a noise that all prompts share. So the base model's predictions
+    come with the trajectory, which is drawn once per prompt, whatever it is compared with.
 
     Args:
         net: the denoiser; prompts are added to its condition.
         base: the base model's trained tensors.
         seed: of the noise.
+        guidance: of the trajectory; 1 is none.
     """
 
-    def __init__(self, net: Denoiser, base: Weights, seed: int) -> None:
-        self.net, self.base = net, base
+    def __init__(self, net: Denoiser, base: Weights, seed: int, guidance: float = 1.0) -> None:
+        self.net, self.base, self.guidance = net, base, guidance
         self.noise = torch.randn(1, *net.shape, generator=Generator().manual_seed(seed))
         steps = len(net.scheduler.timesteps)
         self.stops = torch.tensor(sorted({int((k + 0.5) * steps / TIMES) for k in range(TIMES)}))
@@ -50,7 +51,8 @@ class Misalignment:
     def _draw(self, prompts: Sequence[str]) -> None:
         stops = self.stops[:, None].expand(-1, len(prompts))
         rng = Generator().manual_seed(0)  # for schedulers that add noise on the way
-        drawn = self.net.trajectory(self.net.add(prompts), stops, self.base, 1.0, rng, keep=True, noise=self.noise)
+        rows, given = self.net.add(prompts), {"keep": True, "noise": self.noise}
+        drawn = self.net.trajectory(rows, stops, self.base, self.guidance, rng, **given)
         for k, prompt in enumerate(prompts):
             self.known[prompt] = drawn[slice(k, None, len(prompts))]
 

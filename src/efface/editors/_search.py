@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+
+from .. import files
 
 Individual = tuple[str, ...]  # one to three entities
 Broader = Mapping[str, Collection[str]]  # entity -> its direct hypernyms
@@ -158,8 +159,10 @@ class Calibration:
         key: str = "",
     ) -> list[str]:
         """The prompts of the fittest; kept in the file `path`, and read from there if it was written for `key`."""
-        if path and path.exists():
-            kept = json.loads(path.read_text("utf-8"))
+        if path and files.there(path):
+            from .. import schema
+
+            kept = schema.read(path, schema.Prompts, "Delete it, and the search begins anew.")
             if kept["key"] == key:
                 return list(kept["prompts"])
         best = search(
@@ -177,5 +180,5 @@ class Calibration:
         if not found:
             raise ValueError("Every prompt of the composer names a removed concept: give another composer.")
         if path:
-            path.write_text(json.dumps({"key": key, "prompts": found}, indent=1), "utf-8")
+            files.write_json(path, {"key": key, "prompts": found})
         return found

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
+from .. import files
 from .._text import check_phrases
 from .._weights import digest
 from ..core import Concept, Concepts, Detector, as_concepts, check_pictures
@@ -55,6 +54,7 @@ class Training:
         weight_decay: of AdamW, towards zero.
         clip: largest norm of a gradient; 0 does not clip.
         precision: "float32", "bfloat16" (autocast, trained tensors in float32), or "auto" by the pipeline's own.
+        biases: whether biases and the scales of norms train too. A delta that changes them has no LoRA.
     """
 
     off: ClassVar[Mapping[str, Any] | None] = {"steps": 0}
@@ -73,6 +73,7 @@ class Training:
     weight_decay: float = 0.0
     clip: float = 0.0
     precision: Precision = "auto"
+    biases: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in (("train", get_args(Train)), ("precision", get_args(Precision))):
@@ -85,6 +86,8 @@ class Training:
                 check_integer(name, getattr(self, name), least)
         for name in ("guidance", "weight_decay", "clip"):
             check_number(name, getattr(self, name))
+        if type(self.biases) is not bool:
+            raise ValueError(f"Expected `biases` to be True or False, but got {self.biases!r}. Give one of the two.")
         if self.lr is not None and not check_number("lr", self.lr) > 0:
             raise ValueError(f"Expected `lr` to be above 0, but got {self.lr!r}.")
         if self.guidance < 1:
@@ -103,7 +106,7 @@ class Training:
 
     def denoiser(self, pipe: DiffusionPipeline, texts: Sequence[str]) -> Denoiser:
         """The pipeline's denoiser, for a fit with these settings, which have no None left."""
-        return Denoiser(pipe, texts, self.train, self.sampler_steps or 1, self.precision)
+        return Denoiser(pipe, texts, self.train, self.sampler_steps or 1, self.precision, self.biases)
 
 
 def check_integer(name: str, value: Any, least: int) -> None:
@@ -166,7 +169,7 @@ class State:
             raise RuntimeError(f"The weights are not finite after {self.step} updates. Lower `lr`, or clip gradients.")
 
     def save(self, path: Path, identity: Mapping[str, Any]) -> None:
-        """Writes beside `path` and moves it there, so that a broken write leaves the last checkpoint as it was."""
+        """Writes a checkpoint, whole or not at all."""
         tensors = {f"student/{n}": w.detach() for n, w in self.student.items()}
         tensors |= {f"average/{n}": w for n, w in (self.average or {}).items()}
         for name, w in self.student.items():
@@ -174,26 +177,28 @@ class State:
         tensors |= {f"rng/{name}": rng.get_state() for name, rng in self.rng.items()}
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
         header = {"fit": json.dumps(identity, sort_keys=True), "done": json.dumps(self.done)}
-        save_file({n: w.contiguous() for n, w in tensors.items()}, partial, header)
-        partial.replace(path)
+        files.write_tensors(path, tensors, header)
 
     def load(self, path: Path, identity: Mapping[str, Any]) -> None:
+        from .. import schema
+
+        away = "Move it away, and the fit begins anew."
+        said, tensors = files.read_tensors(path, away)
+        header = {name: files.json_of(said.get(name, "null"), f"`{name}` in {path}", away) for name in ("fit", "done")}
+        schema.check(header, schema.Checkpoint, path, away)
+        cure = "Move it away, or run the command that began it."
+        same = {f"student/{name}" for name in self.student} == {name for name in tensors if name.startswith("student/")}
+        earlier = EARLIER | {"biases": identity.get("biases") if same else True}
+        theirs = {name: value for name, value in earlier.items() if name in identity} | header["fit"]
+        files.check_same(theirs, identity, f"{path} is the checkpoint of another fit", cure)
         try:
-            with safe_open(path, "pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a checkpoint of a fit ({error}): move it away.") from error
-        theirs, ours = json.loads(header.get("fit", "{}")), json.loads(json.dumps(identity))
-        if theirs != ours:
-            other = [key for key in ours if theirs.get(key) != ours[key]]
-            raise ValueError(
-                f"{path} is the checkpoint of another fit (different: {', '.join(other)}): move it away, or run "
-                "the command that began it."
-            )
-        self.done, self.losses = json.loads(header["done"]), tensors.pop("losses").tolist()
+            self._take(header["done"], tensors)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is a damaged checkpoint ({error}). {away}") from error
+
+    def _take(self, done: bool, tensors: dict[str, Tensor]) -> None:
+        self.done, self.losses = done, tensors.pop("losses").tolist()
         with torch.no_grad():
             for name, w in self.student.items():
                 w.copy_(tensors[f"student/{name}"])
@@ -207,6 +212,8 @@ class State:
 
 
 ADAM = ("step", "exp_avg", "exp_avg_sq")
+EARLIER = {"drawn_by": "student", "search_guidance": 1.0}
+"""What a fit did whose checkpoint is older than the field."""
 
 
 # ---------------------------------------------------------------- the detector

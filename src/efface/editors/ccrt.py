@@ -49,13 +49,16 @@ class CCRT(Training):
     see the same x_t, the teacher's (in the code, each its own). The teacher is the base model in every round (in the
     code, the round before, so that drift adds up). The fitness is a mean over times, with noise that all prompts share,
     and base trajectories are drawn once for all generations and rounds (in the code: one random time and two
-    trajectories, each time anew). Entities that share a word with a removed concept, or are a kind of it, are left out.
+    trajectories, each time anew). It is measured without guidance (in the code, on trajectories of guidance 3: see
+    `search_guidance`). The trajectories use the pipeline's own scheduler, the code's is DDIM. Biases do not train by
+    default, which they do in the code: so every default round exports as a LoRA. Entities that share a word with a
+    removed concept, or are a kind of it, are left out.
     Prompts come from a template unless a composer is given (in the code, a language model), entities from a short list
     of ours (in the code, the 1,000 classes of ImageNet, with WordNet's hypernyms). Mutants join their originals.
 
     Args:
-        train, steps, lr, batch, reuse, accumulate, sampler_steps, guidance, weight_decay, clip, precision: as for
-            `ESD`, of the probe and the fit; code: "x", 1000, 1e-5, 1, 1, 1, 50, 3.
+        train, steps, lr, batch, reuse, accumulate, sampler_steps, guidance, weight_decay, clip, precision, biases: as
+            for `ESD`, of the probe and the fit; code: "x", 1000, 1e-5, 1, 1, 1, 50, 3, and biases train.
         eta: ESD's erase strength, >= -1; code: 1.
         reg: weight of the distillation, >= 0; 0 is ESD round by round, without probe and search; code: 0.01, of which
             little was to be seen on `emoji`.
@@ -63,6 +66,8 @@ class CCRT(Training):
         keep: individuals that survive a generation, and calibration prompts in the end; code: 100.
         generations: of the search; code: 6.
         mutation: chance of a gene to be replaced, in a quarter of the population; code: 0.05.
+        search_guidance: of the trajectories on which fitness is measured, >= 1; 1 is none and halves their cost; code:
+            3.
         template: a text with {} for the entities.
 
     Shapes: latents x_t and predictions [B, C, h, w]; text [B, L, D].
@@ -93,11 +98,13 @@ class CCRT(Training):
     keep: int = 20
     generations: int = 3
     mutation: float = 0.25
+    search_guidance: float = 1.0
     template: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least, most in (("eta", -1, math.inf), ("reg", 0, math.inf), ("mutation", 0, 1)):
+        bounds = {"eta": (-1, math.inf), "reg": (0, math.inf), "mutation": (0, 1), "search_guidance": (1, math.inf)}
+        for name, (least, most) in bounds.items():
             check_number(name, getattr(self, name), least, most)
         for name, least in (("keep", 2), ("generations", 0)):
             check_integer(name, getattr(self, name), least)
@@ -110,7 +117,8 @@ class CCRT(Training):
     def paper(cls) -> CCRT:
         """The settings of the published code, for Stable Diffusion 1.4; its 1,000 entities have to be given."""
         given: dict[str, Any] = {"steps": 1000, "lr": 1e-5, "batch": 1, "reuse": 1, "sampler_steps": 50}
-        return cls(reg=0.01, keep=100, generations=6, mutation=0.05, **given)
+        given |= {"keep": 100, "generations": 6, "mutation": 0.05, "search_guidance": 3.0}
+        return cls(reg=0.01, biases=True, **given)
 
     @learning()
     def fit(
@@ -154,7 +162,7 @@ class CCRT(Training):
         net = method.denoiser(pipe, phrases(pipe, found[0])[1])
         own = {name: weight for name, weight in unedited(pipe).items() if name.startswith(net.prefix)}
         base = {name: weight.clone() for name, weight in (net.base | own).items()}
-        fitness, judge = Misalignment(net, base, seed), Misalignment(net, base, seed + 1)
+        fitness, judge = (Misalignment(net, base, seed + k, method.search_guidance) for k in range(2))
         deltas: list[Delta] = []
         with ExitStack() as on:
             for k, concept in enumerate(found):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Generator, Tensor
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ESD"]
 
+Drawer = Literal["student", "frozen"]
+
 
 @dataclass(frozen=True)
 class ESD(Training):
@@ -30,17 +32,20 @@ class ESD(Training):
         target = e*(x_t, t) - eta (e*(x_t, c, t) - e*(x_t, t))                        e*: frozen, e: trained, c: concept
         target = e*(x_t, f, t) - eta (e*(x_t, c, t) - e*(x_t, t)),  L on e(x_t, f, t)   to erase c from f only
 
-    x_t is drawn by the student, guided with the prompt c (or f), up to a random step. The coefficients of the target
-    sum to one, so the same formula serves networks that predict v.
+    x_t is drawn by the student, guided with the prompt c (or f), up to a random step of the pipeline's own scheduler.
+    The coefficients of the target sum to one, so the same formula serves networks that predict v.
 
     Paper: R. Gandikota, J. Materzynska, J. Fiotto-Kaufman, D. Bau, 2023, "Erasing Concepts from Diffusion Models", ICCV
-    2023, arXiv 2303.07345, equation 6. `ESD.paper()` has its settings; erasing from a text is the authors' later code.
+    2023, arXiv 2303.07345, equation 6. `ESD.paper()` has its settings, `ESD.code_2025()` those of the authors' current
+    code, which also brought erasing from a text.
 
-    Differs: `eta` is the paper's. The current public code calls eta + 1 its `negative_guidance`, so its 2 is eta 1, and
-    its 1 merely maps the concept onto the empty prompt. The time step fits the noise in x_t exactly, and latents are
-    scaled as the scheduler wants them. The empty prompt is what inference uses: zeros on SDXL. One trajectory serves
-    `reuse` updates at steps of their own. "u" leaves the time embedding and the output layers alone, as the paper's
-    code did.
+    Differs: `eta` is the paper's. The authors' current code has a `negative_guidance` instead. Without `erase_from` it
+    is eta + 1, so that their 2 is eta 1, and their 1 merely maps the concept onto the empty prompt. With `erase_from`
+    it is eta itself. The time step fits the noise in x_t exactly, and latents are scaled as the scheduler wants them.
+    The authors sample with DDIM (in 2025 PNDM): set `pipe.scheduler` before `fit` for theirs. The empty prompt is what
+    inference uses: zeros on SDXL. One trajectory serves `reuse` updates at steps of their own. "u" leaves the time
+    embedding and the output layers alone, as the paper's code did. Biases do not train by default, which they do in
+    the authors' code: so every default fit exports as a LoRA.
 
     Args:
         train: "x" (ESD-x: cross-attention; for names and styles), "u" (ESD-u: all but cross-attention; for what prompts
@@ -57,6 +62,9 @@ class ESD(Training):
         eta: erase strength, >= -1; -1 is no change; paper: 1, also 3 and 10. None: what suits the family (1; on `emoji`
             0.5, where 1 draws black shapes in place of the concept).
         erase_from: the text f, for an attribute that is to go from one thing only ("cowboy hat" from "cowboy").
+        drawn_by: who draws x_t. "student": the weights in training (the paper). "frozen": the weights before the fit
+            (the code of 2025).
+        biases: whether biases and the scales of norms train too, as in the authors' code. Such a delta has no LoRA.
 
     Shapes: latents x_t and predictions [B, C, h, w]; text [B, L, D].
 
@@ -83,16 +91,29 @@ class ESD(Training):
 
     eta: float | None = None
     erase_from: str = ""
+    drawn_by: Drawer = "student"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.drawn_by not in get_args(Drawer):
+            raise ValueError(f"Expected `drawn_by` to be 'student' or 'frozen', but got {self.drawn_by!r}.")
         if self.eta is not None:
             check_number("eta", self.eta, least=-1)
 
     @classmethod
     def paper(cls, train: Any = "x", eta: float = 1.0) -> ESD:
-        """The paper's settings, for Stable Diffusion 1.4."""
-        return cls(train=train, eta=eta, steps=1000, lr=1e-5, batch=1, reuse=1, sampler_steps=50)
+        """The paper's settings, for Stable Diffusion 1.4: the student draws, and biases train."""
+        fields: dict[str, Any] = {"steps": 1000, "lr": 1e-5, "batch": 1, "reuse": 1, "sampler_steps": 50}
+        return cls(train=train, eta=eta, drawn_by="student", biases=True, **fields)
+
+    @classmethod
+    def code_2025(cls, train: Any = "x", eta: float = 1.0) -> ESD:
+        """The settings of the authors' code of 2025 for Stable Diffusion 1.4: the frozen model draws, biases train.
+
+        `eta` is the paper's; their default `negative_guidance` of 2 is eta 1 without `erase_from`.
+        """
+        fields: dict[str, Any] = {"steps": 200, "lr": 5e-5, "batch": 1, "reuse": 1, "sampler_steps": 50}
+        return cls(train=train, eta=eta, drawn_by="frozen", biases=True, **fields)
 
     @learning()
     def fit(
@@ -139,7 +160,7 @@ class ESD(Training):
         prompt = prompts[torch.randint(len(prompts), (batch,), generator=rng)]
         stops = torch.randint(len(net.scheduler.timesteps), (reuse, batch), generator=rng)
         drawn = torch.full_like(prompt, len(net.condition.text) - 1) if self.erase_from else prompt
-        found = net.trajectory(drawn, stops, weights, self.guidance, rng)
+        found = net.trajectory(drawn, stops, weights if self.drawn_by == "student" else None, self.guidance, rng)
         return Points(found.x, found.t, prompt.to(net.device).repeat(reuse))
 
     def loss(self, net: Denoiser, weights: Weights, points: Points) -> Tensor:

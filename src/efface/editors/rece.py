@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from .. import checks
 from .._weights import keys_values, learning
 from ..core import Concept, Concepts, as_concepts
 from ..delta import Delta
@@ -162,10 +162,9 @@ class RECE:
         s = sum_of_squares(list(weights.values()))
         info["mean eigenvalue"] = float(s.trace()) / len(s)
         if mu > info["mean eigenvalue"]:
-            warnings.warn(
+            checks.warn(
                 f"`mu` is {mu:g}, but the mean eigenvalue of this model's keys and values is "
-                f"{info['mean eigenvalue']:g}, so the rounds do next to nothing: give a smaller one.",
-                stacklevel=2,
+                f"{info['mean eigenvalue']:g}, so the rounds do next to nothing. Give a smaller one."
             )
         steps = rounds(s, left, right, concept, anchor, gram, mu, lam)
         for k, (left, right, note) in zip(range(1, count + 1), steps, strict=False):  # noqa: B007

@@ -39,10 +39,13 @@ class SDD(Training):
     Paper: S. Kim, S. Jung, B. Kim, M. Choi, J. Shin, J. Lee, 2023, "Towards Safe Self-Distillation of Internet-Scale
     Text-to-Image Diffusion Models", ICML 2023 workshop, arXiv 2307.05977. Equation numbers cannot be given: its body
     could not be read. Written from the abstract, the pseudo-code that its authors published and the settings of their
-    code, which `SDD.paper()` has.
+    training script, which `SDD.paper()` has.
 
-    Differs: with several concepts the published pseudo-code ("readme": c_p one concept, cycling, c_s all joined) and
-    the published training script ("code": the other way round) disagree; both are here. Joined concepts that do not
+    Differs: with several concepts the authors' pseudo-code and script disagree. In the pseudo-code ("readme") one
+    concept after another is shown (c_p) and all are removed together (c_s); in the script ("code") it is the other way
+    round. Both are here. The trajectories use the pipeline's own scheduler; the script's is DDIM, which you set with
+    `pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)` before `fit`. Biases do not train by default,
+    which they do in the script: so every default fit exports as a LoRA. Joined concepts that do not
     fit the text encoder become several prompts that take turns, where the script cuts them off. A trajectory of 0
     steps is pure noise; in the script it is a finished picture with the time of pure noise. The time step is exactly
     the one of the noise in z_t, not a random one near it. The average covers the trained tensors (the
@@ -50,8 +53,8 @@ class SDD(Training):
     `weight_decay` is 0, the script's 1e-4 pulls the weights towards zero rather than towards the original.
 
     Args:
-        prompt_roles: "readme" or "code"; the same for one phrase. None: what suits the family ("code" on `emoji`, on
-            which "readme" leaves more of concepts with several phrases).
+        prompt_roles: "readme" or "code", see above; the same for one phrase. None: what suits the family ("code" on
+            `emoji`, on which "readme" leaves more of concepts with several phrases).
         ema: share that the average keeps in an update, in [0, 1]: 0 is the student, 1 the original. Keep it below
             1 - 3 / steps, or the average does not arrive. None: 0.999 from 1500 updates on (the script's), below that
             1 - 5 / steps.
@@ -66,6 +69,7 @@ class SDD(Training):
         weight_decay: of AdamW; script: 1e-4.
         clip: largest norm of the gradient; script: 1.
         precision: "auto", "float32" or "bfloat16" (autocast; trained tensors stay float32).
+        biases: whether biases and the scales of norms train too; script: True. Such a delta has no LoRA.
 
     Shapes: latents z_t and predictions [B, C, h, w]; text [B, L, D].
 
@@ -102,9 +106,14 @@ class SDD(Training):
             check_number("ema", self.ema, most=1)
 
     @classmethod
-    def paper(cls, prompt_roles: Roles = "readme") -> SDD:
-        """The settings of the published script, for Stable Diffusion 1.4."""
+    def paper(cls, prompt_roles: Roles = "code") -> SDD:
+        """The settings and the prompt roles of the published script, for Stable Diffusion 1.4.
+
+        `SDD.paper("readme")` has the roles of the authors' pseudo-code. Which ones the paper's figures come from is not
+        known.
+        """
         fields: dict[str, Any] = {"steps": 1500, "lr": 1e-5, "batch": 1, "reuse": 1, "sampler_steps": 50}
+        fields |= {"biases": True}
         return cls(prompt_roles=prompt_roles, ema=0.999, weight_decay=1e-4, **fields)
 
     def resolved(self, pipe: DiffusionPipeline) -> SDD:

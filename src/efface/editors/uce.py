@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from .. import checks
 from .._weights import keys_values, learning
 from ..core import Concept, Concepts, as_concepts
 from ..delta import Delta
@@ -133,9 +133,8 @@ class UCE:
         if rest > 0.5:
             alone = residual(*step(concept, anchor, 0 * gram, self.erase_scale, self.lam), concept, anchor)
             cure = "fewer preserved texts or a smaller `preserve_scale`" if alone < rest / 2 else "a smaller `lam`"
-            warnings.warn(
-                f"Only {1 - rest:.0%} of the edit is done, and {1 - alone:.0%} if nothing were preserved: give {cure}.",
-                stacklevel=3,
+            checks.warn(
+                f"Only {1 - rest:.0%} of the edit is done, and {1 - alone:.0%} if nothing were preserved. Give {cure}."
             )
         info = {"tokens": tokens, "edited rows": len(concept), "preserved texts": len(kept), "residual": rest}
         return left, right, info | {"condition": condition(concept, scale * gram, self.erase_scale, self.lam)}

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..core import Concepts, ConceptsField, Converted, RowsField
 from ..hooks import CrossAttention, ErasurePrompts, Method, Text, computed
 
@@ -28,8 +29,8 @@ class EIUP(Method):
 
         separate (E1):   O = A(q, P) V_P + sum_{k in C} w A(q, E)_k V_E,k  C: E's own tokens
         gated (E1g):     O = A(q, P) V_P + g softmax_C(q K_E) w V_E,C      g = sigmoid(LSE_C(q K_E) - LSE(q K_P))
-        projected:       d = A(q, E) V_E - A(q, N) V_N, less its share of   what the concept would add here that
-                             every A(q, T) V_T - A(q, N) V_N                ordinary things T would not
+        projected:       t = A(q, T) V_T - A(q, N) V_N          what an ordinary thing T adds, for each T
+                         d = A(q, E) V_E - A(q, N) V_N          what the concept adds, less its component along the t
                          a = max(0, <O - A(q, N) V_N, d> / <d, d>)          how much of it the row's text adds
                          O = O - strength a d                               per query, over heads and channels
 
@@ -37,28 +38,27 @@ class EIUP(Method):
     the d of all phrases: O = O - min(strength, 1) P_d (O - A(q, N) V_N).
 
     Paper: D. Chen, Z. Li, M. Fan, C. Chen, W. Zhou, Y. Li, 2024, "EIUP: A Training-Free Approach to Erase
-    Non-Compliant Concepts Conditioned on Implicit Unsafe Prompts", arXiv 2408.01014 v1. Equation numbers cannot be
-    given: only the abstract of v1 could be read. `separate` is the best supported reading of it, from its second
-    version (GIE, ICLR 2025), whose published code takes the erasure prompt's softmax on its own, weights the concept's
-    columns after it and adds the result to the prompt's, with weights that are drawn negative in that version's
-    figure. The weights and the window of v1 are not known; `EIUP.reconstruction()` uses the window of that code.
+    Non-Compliant Concepts Conditioned on Implicit Unsafe Prompts", arXiv 2408.01014 v1. Only the abstract of v1 could
+    be read, so there are no equation numbers. `separate` is the reading with the best evidence: the public code of the
+    paper's second version (GIE, ICLR 2025). That code takes a softmax over the erasure prompt alone, weights the
+    concept's columns, and adds the result to the prompt's output. The figure of that version shows negative weights.
+    The weights and the window of v1 are not known; `EIUP.reconstruction()` uses the window of that code.
 
-    Differs: `projected`, the default, is our variant and is not in the paper: on text encoders without a start token
-    that soaks up attention, E1 pushes every prompt away from the concept, the projection only those that move towards
-    it. N is what the pipeline's unconditional rows read without a negative prompt (SDXL base: zeros); without guidance
-    it is the encoded "". The user's negative prompt never enters the edit of the conditional rows. T are the means of
-    the states of texts that name ordinary things: what all pictures of things share is no part of a concept, and taking
-    it out would spoil bystanders. A text that equals N is left alone. `gated` is ours too. All of the prompt's columns
-    are kept (the published code of GIE drops one padding column for each concept token), so zero strength is the plain
-    pipeline to the bit. One trajectory, not two. Outside the window the plain prompt is drawn.
+    Differs: `projected`, the default, is ours and not in the paper. Some text encoders have no start token that soaks
+    up attention. There, E1 pushes every prompt away from the concept; the projection moves only prompts that move
+    towards it. N is what the pipeline's unconditional rows read without a negative prompt (SDXL base: zeros), or the
+    encoded "" without guidance. The user's negative prompt never enters the edit of the conditional rows. T are mean
+    states of texts that name ordinary things. Taking out what all things share would spoil other pictures. A text that
+    equals N is not edited. `gated` is ours too. All columns of the prompt are kept, where GIE's code drops one padding
+    column per concept token: zero strength is the base model to the bit. There is one trajectory, not two. Outside the
+    window the prompt is drawn without an edit.
 
-    Negative prompts: guidance pushes away from the unconditional rows. If they showed the concept, it would ruin
+    Negative prompts: guidance pushes away from the unconditional rows. If they showed the concept, guidance would ruin
     pictures of other things. If they had less of it than the empty text, guidance would push towards the concept: away
     from a dagger, for example, and so towards a bomb. The projected form leaves in them what the empty text has. The
     same holds for further rows that `NegativePrompt` with a strength predicts. With an empty negative prompt no
-    unconditional row is edited, at no cost.
-    `separate` and `gated` compare with no other text and leave unconditional rows alone: a negative prompt that names
-    the concept adds to what they remove.
+    unconditional row is edited, at no cost. `separate` and `gated` do not edit unconditional rows: a negative prompt
+    that names the concept adds to what they remove.
 
     SDXL's pooled text embedding does not pass cross-attention and is not edited.
     On PixArt, whose T5 has no start token either, text is projected and its padding masked as the pipeline does it.
@@ -70,7 +70,7 @@ class EIUP(Method):
         strength: >= 0. Projected: the share of the concept's component that is taken out, 1 = all of it. Above 1 it
             pushes the other way, and guidance multiplies that: from some value on pictures suffer. Separate and gated:
             the weight -w of each concept token; on CLIP values above 1 are usual. Guidance multiplies it too: what
-            suits 7.5 is weak without guidance. 0 is the plain pipeline. By default 2.25 for the projected form,
+            suits 7.5 is weak without guidance. 0 is the base model. By default 2.25 for the projected form,
             the smallest that meets the targets on `emoji`, and 1 for the others.
         window: (start, end), the part of the trajectory in which it acts, as fractions: 0 is pure noise, 1 the picture.
         normalization: "projected", "separate" or "gated".
@@ -113,18 +113,14 @@ class EIUP(Method):
     rows: RowsField = Converted(None)
 
     def __post_init__(self) -> None:
-        if self.normalization not in get_args(Normalization):
-            raise ValueError(
-                f"Expected `normalization` to be one of {get_args(Normalization)}, but got {self.normalization!r}."
-            )
+        checks.choice("normalization", self.normalization, get_args(Normalization))
         if self.strength is None:
             object.__setattr__(self, "strength", STRENGTHS[self.normalization])
         super().__post_init__()
         groups = self.neutral if isinstance(self.neutral, (tuple, list)) else ("",)
         if not all(isinstance(g, (tuple, list)) and g and all(isinstance(t, str) for t in g) for g in groups):
-            raise ValueError(
-                f"Expected `neutral` to be groups of texts, such as (('a dog', 'a tree'),), but got {self.neutral!r}."
-            )
+            cure = "Write for example (('a dog', 'a tree'),)."
+            raise ValueError(checks.refusal("`neutral` to be groups of texts", self.neutral, cure))
         object.__setattr__(self, "neutral", tuple(tuple(group) for group in groups))
 
     @classmethod

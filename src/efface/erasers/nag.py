@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..core import ConceptsField, Converted, RowsField
 from ..hooks import CrossAttention, ErasurePrompts, Method
 
@@ -97,16 +98,12 @@ class NAG(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least, most, cure in (
-            ("tau", 1, inf, "A smaller cap would shrink every token; the published value is 2.5."),
-            ("alpha", 0, 1, "It is a share; raise `strength` or `tau` for a larger effect."),
+        for name, most, cure in (
+            ("tau", inf, "A smaller cap would shrink every token; the published value is 2.5."),
+            ("alpha", 1, "It is a share; raise `strength` or `tau` for a larger effect."),
         ):
-            value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not least <= value <= most or value == inf:
-                bounds = f"a finite number >= {least}" if most == inf else f"a number in [{least}, {most}]"
-                raise ValueError(f"Expected `{name}` to be {bounds}, but got {value!r}. {cure}")
-            object.__setattr__(self, name, float(value))
+            least = 1 if name == "tau" else 0
+            object.__setattr__(self, name, checks.number(name, getattr(self, name), least, most, cure=cure))
 
     def is_off(self) -> bool:
         return super().is_off() or not self.alpha

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import checks
 from .._masking import encode_masked
 from .._text import encode, encoding_settings, own_tokens, places, read, readers
 from ..core import Concept, Concepts, ConceptsField, Converted, RowsField
@@ -103,15 +104,15 @@ class SAFREE(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not _finite(self.alpha) or self.alpha <= -1:
-            raise ValueError(f"Expected `alpha` to be a number > -1, but got {self.alpha!r}.")
+        checks.number("alpha", self.alpha, -1, above=True)
         if self.validation is not None:
             pair = isinstance(self.validation, (tuple, list)) and len(self.validation) == 2
-            if not pair or not all(map(_finite, self.validation)) or self.validation[0] <= 0:
-                raise ValueError(
-                    f"Expected `validation` to be two numbers (k > 0, t0), or None, but got {self.validation!r}."
-                )
-            object.__setattr__(self, "validation", tuple(map(float, self.validation)))
+            if not pair:
+                cure = "Give the paper's, (2.5, 5.333), or None to leave the filter out."
+                raise ValueError(checks.refusal("`validation` to be two numbers (k > 0, t0)", self.validation, cure))
+            k, t0 = self.validation
+            checks.number("validation[0]", k, 0, above=True)
+            object.__setattr__(self, "validation", (float(k), checks.number("validation[1]", t0)))
 
     @classmethod
     def paper(cls, concepts: Concepts, **fields: Any) -> SAFREE:

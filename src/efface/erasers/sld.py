@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..core import Concepts, ConceptsField, Converted, RowsField
 from ..hooks import Method, Prediction, computed
 
@@ -97,18 +98,11 @@ class SLD(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least, most in (
-            ("sld_guidance_scale", 0, float("inf")),
-            ("threshold", float("-inf"), float("inf")),
-            ("momentum_scale", 0, float("inf")),
-            ("momentum_beta", 0, 1),
-            ("warmup", 0, 1),
-        ):
-            value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not least <= value <= most or value in (float("inf"), float("-inf")):
-                raise ValueError(f"Expected `{name}` to be a number in [{least}, {most}], but got {value!r}.")
-            object.__setattr__(self, name, float(value))
+        for name in ("sld_guidance_scale", "momentum_scale"):
+            object.__setattr__(self, name, checks.number(name, getattr(self, name), 0))
+        object.__setattr__(self, "threshold", checks.number("threshold", self.threshold))
+        object.__setattr__(self, "momentum_beta", checks.number("momentum_beta", self.momentum_beta, 0, 1, below=True))
+        object.__setattr__(self, "warmup", checks.share("warmup", self.warmup))
 
     @classmethod
     def weak(cls, concepts: Concepts, **fields: Any) -> SLD:

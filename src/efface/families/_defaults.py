@@ -2,7 +2,7 @@
 
 A method keeps its own table, `defaults`: by the name of a family the values that None stands for there, and under ""
 those for all others. The families that the table names are those on which the values were calibrated. An empty entry
-says so of the defaults in the class itself.
+stands for the defaults in the class itself.
 """
 
 from __future__ import annotations

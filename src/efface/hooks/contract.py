@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 import torch
 from torch import Tensor
 
+from .. import checks
 from .._text import check_phrases
-from ..core import Concept, as_concepts, as_rows, check_strength, check_window, field_names
+from ..core import Concept, as_concepts, as_rows, field_names
 from ..families import check as check_needs
 from .attention import CrossAttention, SelfAttention
 from .texts import ErasurePrompts, Text
@@ -177,13 +178,14 @@ class Contract:
         checked: dict[str, Any] = {"concepts": concepts}
         if "rows" in names:
             checked["rows"] = as_rows(self.rows, concepts)
-        for name, check in (("strength", check_strength), ("window", check_window)):
+        for name in ("strength", "window"):
             optional = getattr(type(self), name, ()) is None  # None is a value only where it is the default
             if name in names and not (optional and getattr(self, name) is None):
-                checked[name] = check(getattr(self, name))
+                value = getattr(self, name)
+                checked[name] = checks.number(name, value, 0) if name == "strength" else checks.window(name, value)
         if not concepts and checked.get("rows") is None:
-            cure = "give `concepts` or `rows`" if "rows" in names else "give `concepts`"
-            raise ValueError(f"{type(self).__name__} needs at least one concept to erase, but got none: {cure}.")
+            cure = "Give `concepts` or `rows`" if "rows" in names else "Give `concepts`"
+            raise ValueError(f"{type(self).__name__} needs at least one concept to erase, got none. {cure}.")
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 

@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efface import registry
-from efface.core import Detector, Sample, check_detector, check_pictures, field_names
+from efface import checks, files, registry
+from efface.core import Detector, check_detector, check_pictures, field_names
 from efface.models import emoji
+from efface.records import Sample
 from efface.registry import near
 
 from ._encoders import CLIP_LARGE, encoder, preprocessed
@@ -169,11 +170,8 @@ class NudeNet(Looking):
 
     def __post_init__(self) -> None:
         _only("NudeNet", self.names, ("nudity", "sexual"))
-        if self.labels not in LABELS or not 0.25 <= self.threshold <= 1:
-            raise ValueError(
-                f"Expected labels of {', '.join(LABELS)} and a threshold in [0.25, 1] (NudeNet drops what is below), "
-                f"but got {self.labels!r} and {self.threshold!r}."
-            )
+        checks.choice("labels", self.labels, tuple(LABELS))
+        checks.number("threshold", self.threshold, 0.25, 1, cure="Give 0.25 to 1: NudeNet drops boxes below 0.25.")
 
     @property
     def name(self) -> str:
@@ -193,8 +191,7 @@ class NudeNet(Looking):
                 fresh.append(json.dumps({"sha256": key, "detector": "nudenet3_320n", "boxes": stored[key]}))
             out.append(stored[key])
         if self.store and fresh:
-            with Path(self.store).open("a", encoding="utf-8") as file:
-                file.writelines(line + "\n" for line in fresh)
+            files.append(Path(self.store), "".join(line + "\n" for line in fresh))
         return out
 
     def decide(self, looks: list[Any]) -> Tensor:
@@ -205,18 +202,20 @@ class NudeNet(Looking):
 
 def _stored(store: str) -> dict[str, list[Any]]:
     """Boxes by picture; a last line that was cut off is left out, and its picture looked at again."""
+    from efface import schema
+
     found: dict[str, list[Any]] = {}
-    if not store or not Path(store).is_file():
+    if not store or not files.there(Path(store)):
         return found
-    lines = Path(store).read_text("utf-8").splitlines()
+    lines = files.read_text(Path(store)).splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            entry = json.loads(line)
+            entry = schema.check(files.parse(line), schema.Boxes, f"{store}, line {number}", "Delete the file.")
             found[entry["sha256"]] = [(label, float(score), tuple(box)) for label, score, box in entry["boxes"]]
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             if number < len(lines):
                 raise ValueError(
-                    f"{store}, line {number} is not a line of boxes ({error}): delete the file."
+                    f"{store}, line {number}, is not a line of boxes ({error}). Delete the file."
                 ) from error
     return found
 
@@ -243,11 +242,12 @@ class ZeroShot(Looking):
     clip: str = CLIP_LARGE
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "labels", tuple(self.labels))
+        object.__setattr__(self, "labels", checks.texts("labels", self.labels))
         strangers = [n for n in self.names if self.labels and n not in self.labels]
         if strangers or not self.names:
             raise ValueError(
-                f"Expected names out of the labels {', '.join(self.labels)}, but got {strangers or 'none'}."
+                f"Expected names out of the labels {', '.join(self.labels)}, got {checks.shown(strangers or 'none')}. "
+                "Name some of them, add yours to `labels`, or leave `labels` out."
             )
 
     @property
@@ -262,7 +262,7 @@ class ZeroShot(Looking):
         return list(encoder(self.clip).images(images).unbind(1))
 
     def decide(self, looks: list[Any]) -> Tensor:
-        texts = [self.template.format(label) for label in self.labels or self.names]
+        texts = [self.template.replace("{}", label) for label in self.labels or self.names]
         texts += [] if self.labels else [self.other]
         best = (torch.stack(looks, 1) @ encoder(self.clip).texts(texts).T).argmax(-1)
         wins = [k for k, label in enumerate(self.labels or self.names) if label in self.names]
@@ -293,7 +293,8 @@ class Q16(Looking):
         if not Path(self.prompts).is_file() or not self.prompts.endswith(".safetensors"):
             raise FileNotFoundError(
                 f'The detector "q16" needs its learned prompts as a safetensors file with one tensor "prompts" [2, D], '
-                f'but got {self.prompts!r}: convert prompts.p of github.com/ml-research/Q16 and give it as "prompts".'
+                f"got {checks.shown(self.prompts)}. Convert prompts.p of github.com/ml-research/Q16, and give the file "
+                'as "prompts".'
             )
         self._learned()
 
@@ -341,14 +342,17 @@ class Classifier(Looking):
     def __post_init__(self) -> None:
         if not (Path(self.folder) / "config.json").is_file():
             raise FileNotFoundError(
-                f'The detector "classifier" needs a "folder" with config.json, but got {self.folder!r}.'
+                f'The detector "classifier" needs a "folder" with config.json, got {checks.shown(self.folder)}. Name '
+                "the folder that `save_pretrained` wrote."
             )
         if not (Path(self.folder) / "model.safetensors").is_file():
             raise FileNotFoundError(
                 f"{self.folder} has no model.safetensors: convert the weights, pickles are not read."
             )
-        if self.order not in ("config", "sorted") or self.top < 1 or not self.names:
-            raise ValueError(f"Expected names, top >= 1 and order config or sorted, but got {self}.")
+        checks.choice("order", self.order, ("config", "sorted"))
+        checks.whole("top", self.top)
+        if not self.names:
+            raise ValueError("Expected `names` to hold labels to look for, got none. Name at least one.")
         self._wins()
 
     @property
@@ -360,7 +364,7 @@ class Classifier(Looking):
         return f"classifier {self.folder}"
 
     def _wins(self) -> list[int]:
-        labels = json.loads((Path(self.folder) / "config.json").read_text("utf-8")).get("id2label", {})
+        labels = _labels(Path(self.folder) / "config.json")
         by_index = {int(k): v for k, v in labels.items()}
         order = sorted(by_index, key=str) if self.order == "sorted" else sorted(by_index)
         wins = [k for k, index in enumerate(order) if by_index[index] in self.names]
@@ -381,6 +385,13 @@ class Classifier(Looking):
         return torch.isin(best, torch.tensor(self._wins())).any(-1)[None]
 
 
+def _labels(path: Path) -> dict[str, str]:
+    from efface import schema
+
+    found: dict[str, str] = schema.read(path, schema.Classifier, "Save the classifier again.").get("id2label", {})
+    return found
+
+
 @functools.cache
 def _classifier(folder: str) -> Any:
     from transformers import AutoModelForImageClassification
@@ -390,9 +401,7 @@ def _classifier(folder: str) -> Any:
 
 @functools.cache
 def _safetensors(path: str) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
+    return files.read_tensors(Path(path), "Convert the weights again.")[1]
 
 
 def _only(judge: str, names: Sequence[str], known: Sequence[str]) -> None:
@@ -436,8 +445,11 @@ def detector(spec: Spec, names: str | Sequence[str] = ()) -> Detector:
         return spec(asked)
     if not isinstance(spec, (str, Mapping)):
         raise TypeError(
-            f"Expected a detector's name, a mapping with its name and options, or a callable, but got {spec!r}. Write "
-            'for example efface.detector("eyes", "cat").'
+            checks.refusal(
+                "a detector's name, a mapping with its name and options, or a callable",
+                spec,
+                'Write for example efface.detector("eyes", "cat").',
+            )
         )
     options = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = str(options.pop("name", ""))
@@ -445,10 +457,13 @@ def detector(spec: Spec, names: str | Sequence[str] = ()) -> Detector:
     known = _options(name, make)
     if name in NUDENET:
         _nudenet()
-    if strange := options.keys() - known:
-        raise ValueError(
-            f"The detector {name!r} has no option {', '.join(sorted(strange))}; it has {', '.join(known) or 'none'}."
-        )
+    for option in options:
+        if option not in known:
+            hint = near(str(option), known)
+            raise ValueError(
+                f"The detector {name!r} has no option {option!r}. {hint}{' ' if hint else ''}"
+                f"Its options: {', '.join(known) or 'none'}."
+            )
     made: Detector = make(names=asked, **preset | options)
     check_detector(made)
     return made
@@ -513,7 +528,7 @@ def judged(samples: Sequence[Sample], spec: Spec, names: Callable[[Sample], tupl
 def _checked(hits: Tensor, judge: Detector, n: int) -> Tensor:
     if hits.dtype != torch.bool or hits.ndim != 2 or hits.shape[1] != n:
         raise ValueError(
-            f"Expected the detector {judge.name!r} to answer bool [judges, {n}], "
-            f"but got {hits.dtype} {tuple(hits.shape)}."
+            f"Expected the detector {judge.name!r} to answer bool [judges, {n}], got {hits.dtype} {tuple(hits.shape)}. "
+            "Return one row for each judge."
         )
     return hits

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -11,6 +10,8 @@ from typing import Any, Protocol, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from efface.files import there
 
 CLIP_LARGE = "openai/clip-vit-large-patch14"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's own
@@ -102,15 +103,14 @@ def preprocessed(images: Tensor, folder: Path) -> Tensor:
         FileNotFoundError, ValueError: no such file, or not of that form.
     """
     path = folder / "preprocessor_config.json"
-    if not path.is_file():
+    if not there(path):
         raise FileNotFoundError(f"{path} is missing: it says how pictures are prepared for this classifier.")
-    try:
-        facts = json.loads(path.read_text("utf-8"))
-        size = facts["size"]
-        size = {"height": size, "width": size} if isinstance(size, int) else size
-        crop = facts.get("crop_size") if facts.get("do_center_crop") else None
-        crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
-        x = resized(images, size, crop)
-        return normalised(x, facts["image_mean"], facts["image_std"]) if facts.get("do_normalize", True) else x
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not understood ({type(error).__name__}: {error}).") from error
+    from efface import schema
+
+    facts = schema.read(path, schema.Preprocessor, "Save the classifier again, with its image processor.")
+    size = facts["size"]
+    size = {"height": size, "width": size} if isinstance(size, int) else size
+    crop = facts.get("crop_size") if facts.get("do_center_crop") else None
+    crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+    x = resized(images, size, crop)
+    return normalised(x, facts["image_mean"], facts["image_std"]) if facts.get("do_normalize", True) else x

@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from efface.core import Row, Sample
+from efface import checks
+from efface.records import Row, Sample
 
 from ._encoders import encoder
 from ._samples import batches
 
 Extract = Callable[[Tensor], Tensor]
 """Pictures [N, 3, H, W] in [0, 1] to features [J, N, D], one row per judge."""
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def extractor(features: str | Extract) -> tuple[Extract, str]:
@@ -39,10 +40,12 @@ def extractor(features: str | Extract) -> tuple[Extract, str]:
     if features == "inception":
         net = _inception()
         return (lambda x: net(_bytes(x))[None].float()), "Inception-v3 pool3 (2,048) of torch-fidelity, resized by it"
-    if features.startswith("clip:"):
+    if str(features).startswith("clip:"):
         judge = encoder(features.removeprefix("clip:"))
         return judge.images, judge.name.replace("raw cosine", "projected features of length 1")
-    raise ValueError(f'Expected `features` to be "eye", "inception" or "clip:FOLDER", but got {features!r}.')
+    raise ValueError(
+        checks.refusal("`features` to be 'eye', 'inception' or 'clip:FOLDER'", features, "Give one of these.")
+    )
 
 
 def _bytes(x: Tensor) -> Tensor:
@@ -92,7 +95,7 @@ def folder_of(pictures: str) -> list[Sample]:
 
 
 def named(metric: str, features: str | Extract, reference: str) -> str:
-    """fid_eye and fid_base are against the plain model, fid_eye_coco and fid_coco against a folder of real pictures."""
+    """fid_eye and fid_base are against the base model, fid_eye_coco and fid_coco against a folder of real pictures."""
     kind = "" if features == "inception" else f"_{features}" if features == "eye" else "_features"
     if isinstance(features, str) and features.startswith("clip:"):
         kind = "_clip"

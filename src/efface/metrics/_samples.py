@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from efface.core import Row, Sample
+from efface import checks
+from efface.records import Row, Sample
 
 BATCH = 64
 
@@ -25,26 +26,25 @@ def groups(samples: Sequence[Sample], by: Sequence[str]) -> dict[str, list[Sampl
     found: dict[str, list[Sample]] = {}
     for sample in samples:
         for field in by:
-            if field not in ("kind", "category", "concept"):
-                raise ValueError(f"Expected `by` to name kind, category or concept, but got {field!r}.")
+            checks.choice("by", field, ("kind", "category", "concept"))
         key = "".join(f"/{getattr(sample.row, field) or 'none'}" for field in by)
         found.setdefault(key, []).append(sample)
     return {"": list(samples)} | (found if len(found) > 1 else {}) if samples else {}
 
 
 def paired(samples: Sequence[Sample], base: Sequence[Sample] | None, metric: str) -> list[Sample]:
-    """The plain model's samples, in the order of `samples`.
+    """The base model's samples, in the order of `samples`.
 
     Raises:
         ValueError: there are none, or a row is missing or another one.
     """
     if base is None:
-        raise ValueError(f"{metric} needs the plain model's pictures of the same rows: give them as `base`.")
+        raise ValueError(f"{metric} needs the base model's pictures of the same rows: give them as `base`.")
     by_id = {s.row.id: s for s in base}
     for s in samples:
         if s.row.id not in by_id:
             raise ValueError(
-                f"{metric}: `base` has no picture of row {s.row.id!r}: draw the same rows with the plain model."
+                f"{metric}: `base` has no picture of row {s.row.id!r}: draw the same rows with the base model."
             )
         if by_id[s.row.id].row != s.row:
             raise ValueError(f"{metric}: row {s.row.id!r} of `base` is another row of that id: draw the same suite.")
@@ -55,15 +55,15 @@ def batches(samples: Sequence[Sample], size: int = BATCH) -> Iterator[Tensor]:
     """The pictures in order, as [n, 3, H, W]; a batch holds pictures of one size only.
 
     Raises:
-        ValueError: a picture that is no float [3, H, W] in [0, 1]; names its row.
+        ValueError: a picture that is not float [3, H, W] in [0, 1]; names its row.
     """
     waiting: list[Tensor] = []
     for sample in samples:
         x = sample.image()
         if x.ndim != 3 or x.shape[0] != 3 or not x.is_floating_point() or not (x.min() >= 0 and x.max() <= 1):
             raise ValueError(
-                f"Expected the picture of row {sample.row.id!r} to be float [3, H, W] in [0, 1] without NaN, but got "
-                f"{x.dtype} {tuple(x.shape)} from {float(x.min()):g} to {float(x.max()):g}."
+                f"Expected the picture of row {sample.row.id!r} to be float [3, H, W] in [0, 1] without NaN, got "
+                f"{x.dtype} {tuple(x.shape)} from {float(x.min()):g} to {float(x.max()):g}. Draw it again."
             )
         if waiting and (len(waiting) == size or waiting[0].shape != x.shape):
             yield torch.stack(waiting)

@@ -8,7 +8,7 @@ from math import nan
 import torch
 from torch import Tensor
 
-from efface.core import Score
+from efface.records import Score
 
 
 def floor(name: str, images: Tensor, texts: Tensor, prompts: Sequence[str], protocol: str) -> Score:

@@ -8,7 +8,7 @@ from math import nan
 import numpy as np
 from torch import Tensor
 
-from efface.core import Row, Sample, Score
+from efface.records import Row, Sample, Score
 
 DRAWS, SEED, Z = 2000, 0, 1.959964
 

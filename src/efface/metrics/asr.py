@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from efface.core import Sample, Score
+from efface.records import Sample, Score
 
 from ._detectors import Spec, judged
 from ._samples import chosen
@@ -32,8 +32,7 @@ class ASR:
 
     Paper: Zhang et al. 2023, "To Generate or Not?" (UnlearnDiffAtk), arXiv 2310.11868.
 
-    Differs: success is told by whichever detector is named, on pictures drawn for the purpose, never by the attack
-    itself.
+    Differs: the named detector decides success, on pictures drawn for the purpose, never the attack itself.
 
     Args:
         detector: a detector's name, or a mapping with name and options; see `efface.detector`.

@@ -1,4 +1,4 @@
-"""How well pictures fit their prompts, with the plain model beside it and wrong prompts below it."""
+"""How well pictures fit their prompts; the base model's fit and that of wrong prompts show the range."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from efface.core import Sample, Score
+from efface.records import Sample, Score
 
 from ._encoders import encoder
 from ._samples import batches, chosen, paired
@@ -25,7 +25,7 @@ class ClipScore:
         clip_score       = mean_i < E_I(G'(p_i)), E_T(p_i) >
         clip_score.floor = mean over all pairs of rows with different prompts
 
-    `clip_score.base` is the same of the plain model's pictures. Values of different encoders do not compare.
+    `clip_score.base` is the same of the base model's pictures. Values of different encoders do not compare.
 
     Paper: Hessel, Holtzman, Forbes, Le Bras, Choi 2021, "CLIPScore", arXiv 2104.08718.
 
@@ -48,7 +48,7 @@ class ClipScore:
     kinds: tuple[str, ...] = ("benign",)
 
     def __call__(self, samples: Sequence[Sample], base: Sequence[Sample] | None = None) -> list[Score]:
-        """The score, the plain model's if `base` is there, and the floor; by the eye with the lower mean."""
+        """The score, the base model's if `base` is there, and the floor; by the eye with the lower mean."""
         group = chosen(samples, lambda row: not self.kinds or row.kind in self.kinds)
         if not group:
             return []

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from efface.core import Sample, Score
+from efface.records import Sample, Score
 
 from ._detectors import Spec, judged
 from ._samples import batches, chosen, groups
@@ -25,8 +25,8 @@ class Detection:
 
         detection = (1 / N) sum_i [ detector(x_i) sees concept_i ]
 
-    Beside it `detection.blank`: the share of all pictures that are nearly one colour (standard deviation of the pixels
-    below 0.02). A ruined picture shows no concept either, so read both. With the eyes of `emoji` also
+    A second score is `detection.blank`: the share of all pictures that are nearly one colour (standard deviation of the
+    pixels below 0.02). A ruined picture shows no concept either, so read both. With the eyes of `emoji` also
     `detection.any_icon`, the share in which anything is recognised.
 
     Args:

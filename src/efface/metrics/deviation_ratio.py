@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from efface.core import Sample, Score
+from efface import checks
+from efface.records import Sample, Score
 
 from ._detectors import EmojiEyes, Spec, _eyes, judged, looks
 from ._samples import batches, chosen, groups
@@ -27,8 +28,8 @@ class DeviationRatio:
 
         D = max_k | N_k / N - 1 / K | / (1 - 1 / K)
 
-    N counts pictures whose class is told; `deviation_ratio.undecided` is the share of the others, which a ruined
-    picture joins. With few pictures D is high by chance alone: 0.16 on average for 25 fair draws of two classes.
+    N counts pictures whose class the detector tells; `deviation_ratio.undecided` is the share of the others, ruined
+    pictures among them. With few pictures D is high by chance alone: 0.16 on average for 25 fair draws of two classes.
 
     Paper: Li, Shen, Zhang, Guo, Wang 2024, "Self-Discovering Interpretable Diffusion Latent Directions for Responsible
     Text-to-Image Generation", arXiv 2311.17216.
@@ -61,8 +62,11 @@ class DeviationRatio:
         object.__setattr__(self, "classes", tuple(self.classes))
         if len(set(self.classes)) < 2 or (self.detector == "eyes" and self.classes != ("male", "female")):
             raise ValueError(
-                f"Expected at least two classes (for the eyes: male, female), "
-                f"but got {', '.join(self.classes) or 'none'}."
+                checks.refusal(
+                    "at least two `classes`, which for the eyes are male and female",
+                    self.classes,
+                    "Name the classes, or another detector.",
+                )
             )
 
     def __call__(self, samples: Sequence[Sample], base: Sequence[Sample] | None = None) -> list[Score]:

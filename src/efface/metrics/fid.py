@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from efface.core import Sample, Score
+from efface.records import Sample, Score
 
 from ._features import Extract, extractor, folder_of, named, of
 from ._samples import chosen, paired
@@ -27,7 +27,7 @@ class FID:
 
         || mu_1 - mu_2 ||^2 + Tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2))
 
-    The score is called `fid_eye` with the eyes of `emoji`, `fid_base` with Inception against the plain model's
+    The score is called `fid_eye` with the eyes of `emoji`, `fid_base` with Inception against the base model's
     pictures, `fid_coco` with Inception against a folder: these are different numbers. NaN if either set has no more
     pictures than features, where the covariance is singular; take `kid` then. Values for different N do not compare.
 
@@ -40,7 +40,7 @@ class FID:
 
     Args:
         features: "eye", "inception", "clip:FOLDER", or a callable that gives features [J, N, D].
-        reference: a folder of real pictures, such as COCO's; "" = the plain model's pictures of the same rows.
+        reference: a folder of real pictures, such as COCO's; "" = the base model's pictures of the same rows.
         kinds: kinds of rows to take; () = all.
 
     Raises:

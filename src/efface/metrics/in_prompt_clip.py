@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from efface.core import Sample, Score
+from efface.records import Sample, Score
 
 from ._encoders import encoder
 from ._samples import batches, chosen, paired
@@ -26,7 +26,7 @@ class InPromptClip:
 
         in_prompt_clip = mean_i < E_I(G'(m_i ; s_i)), E_T(c_i) >
 
-    Anchors, all with the plain model G and the same seeds: `.base` takes G(m_i), `.ceiling` takes G(c_i), `.floor`
+    Anchors, all with the base model G and the same seeds: `.base` takes G(m_i), `.ceiling` takes G(c_i), `.floor`
     holds G(m_i) against the c_j of other rows. `.normalised` = (score - floor) / (ceiling - floor), not clipped. The
     score does not check removal: read it beside the removal rate.
 

@@ -10,7 +10,8 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from efface.core import Sample, Score
+from efface import checks
+from efface.records import Sample, Score
 
 from ._detectors import Spec, judged, judges_anything_unsafe
 from ._samples import groups
@@ -59,10 +60,9 @@ class Inappropriateness:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "detectors", tuple(self.detectors))
-        if not self.detectors or self.prompts < 1:
-            raise ValueError(
-                f"Expected at least one detector and prompts >= 1, but got {self.detectors}, {self.prompts}."
-            )
+        checks.whole("prompts", self.prompts)
+        if not self.detectors:
+            raise ValueError("Expected at least one of `detectors`, got none. Give for example ['q16', 'nudenet'].")
 
     def __call__(self, samples: Sequence[Sample], base: Sequence[Sample] | None = None) -> list[Score]:
         """Two scores of all rows of suites of unsafe prompts (those that name a concept), and of each group of them."""

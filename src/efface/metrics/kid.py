@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from efface.core import Sample, Score
+from efface.records import Sample, Score
 
 from ._features import Extract, extractor, folder_of, named, of
 from ._samples import chosen, paired
@@ -28,19 +28,19 @@ class KID:
         k(x, y) = (x . y / D + 1)^3
         KID = mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j)
 
-    The score is called `kid_eye` with the eyes of `emoji`, `kid_base` with Inception against the plain model's
-    pictures, `kid_coco` with Inception against a folder. Against the plain model's pictures of the same rows the two
+    The score is called `kid_eye` with the eyes of `emoji`, `kid_base` with Inception against the base model's
+    pictures, `kid_coco` with Inception against a folder. Against the base model's pictures of the same rows the two
     sets are not independent; a picture and its own twin are then left out of the third mean too, so that equal sets
     give 0 up to rounding.
 
     Paper: Binkowski, Sutherland, Arbel, Gretton 2018, "Demystifying MMD GANs", arXiv 1801.01401.
 
-    Differs: over all pictures at once, not over 100 subsets; the interval is a basic bootstrap over clusters.
+    Differs: over all pictures together, not over 100 subsets; the interval is a basic bootstrap over clusters.
     Inception runs through torchmetrics; that path was not run here, where its weights cannot be had.
 
     Args:
         features: "eye", "inception", "clip:FOLDER", or a callable that gives features [J, N, D].
-        reference: a folder of real pictures, such as COCO's; "" = the plain model's pictures of the same rows.
+        reference: a folder of real pictures, such as COCO's; "" = the base model's pictures of the same rows.
         kinds: kinds of rows to take; () = all.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How far each picture has moved from the plain model's picture of the same seed."""
+"""How far each picture has moved from the base model's picture of the same seed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from efface.core import Sample, Score
+from efface import checks
+from efface.records import Sample, Score
 
 from ._samples import batches, chosen, paired
 from ._stats import mean
@@ -21,7 +22,7 @@ __all__ = ["LPIPS"]
 
 @dataclasses.dataclass(frozen=True)
 class LPIPS:
-    """Mean perceptual distance between a picture and the plain model's, same row and seed; 0 for equal pictures.
+    """Mean perceptual distance between a picture and the base model's, same row and seed; 0 for equal pictures.
 
     For rows that name the concept, far is what one wants; for others, near.
 
@@ -54,8 +55,8 @@ class LPIPS:
     kinds: tuple[str, ...] = ("benign",)
 
     def __post_init__(self) -> None:
-        if self.net not in ("alex", "vgg", "squeeze") or self.size < 0:
-            raise ValueError(f"Expected net alex, vgg or squeeze and size >= 0, but got {self.net!r} and {self.size}.")
+        checks.choice("net", self.net, ("alex", "vgg", "squeeze"))
+        checks.whole("size", self.size, 0)
 
     def __call__(self, samples: Sequence[Sample], base: Sequence[Sample] | None = None) -> list[Score]:
         """One score."""
@@ -68,7 +69,9 @@ class LPIPS:
                 raise ValueError(f"lpips compares pictures of one size, but got {tuple(x.shape)} and {tuple(y.shape)}.")
             with torch.no_grad():
                 parts.append(net(2 * self._sized(x) - 1, 2 * self._sized(y) - 1).reshape(-1).float())
-        words = f"LPIPS {self.net}, {f'{self.size} pixels' if self.size else 'full size'}, against the plain picture"
+        words = (
+            f"LPIPS {self.net}, {f'{self.size} pixels' if self.size else 'full size'}, against the base model's picture"
+        )
         values = torch.cat(parts)[None]
         return [mean("lpips", values, group, unit=self.unit, higher_is_better=False, protocol=words)]
 

@@ -8,7 +8,8 @@ from typing import ClassVar, cast
 
 import numpy as np
 
-from efface.core import Sample, Score
+from efface import checks
+from efface.records import Sample, Score
 
 from ._detectors import LABELS, NudeNet, detector, looks
 from ._samples import batches
@@ -49,8 +50,7 @@ class NudenetCounts:
 
     def __post_init__(self) -> None:
         NudeNet((), self.labels, self.threshold, self.store)
-        if self.count not in ("boxes", "pictures"):
-            raise ValueError(f"Expected count to be boxes or pictures, but got {self.count!r}.")
+        checks.choice("count", self.count, ("boxes", "pictures"))
 
     def __call__(self, samples: Sequence[Sample], base: Sequence[Sample] | None = None) -> list[Score]:
         """One score a label, and the total."""

@@ -1,4 +1,4 @@
-"""How much of the concept is gone, against all pictures and against the plain model."""
+"""How much of the concept is gone, against all pictures and against the base model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from efface.core import Sample, Score
+from efface.records import Sample, Score
 
 from ._detectors import Spec, judged
 from ._samples import chosen, groups, paired
@@ -20,12 +20,12 @@ __all__ = ["Removal"]
 
 @dataclasses.dataclass(frozen=True)
 class Removal:
-    """Removal of the concept, by the worse judge, absolute and relative to the plain model on the same rows.
+    """Removal of the concept, by the worse judge, absolute and relative to the base model on the same rows.
 
         removal.absolute = 1 - detected(G') / N
         removal.relative = 1 - detected(G') / detected(G)
 
-    The relative rate is NaN where the plain model never draws the concept: there was nothing to remove.
+    The relative rate is NaN where the base model never draws the concept: there was nothing to remove.
 
     Args:
         detector: a detector's name, or a mapping with name and options; see `efface.detector`.
@@ -65,7 +65,7 @@ class Removal:
                 low, high = ratio_interval(left, there, which)
                 value = float(1 - left.sum() / there.sum()) if there.sum() else nan
                 found.append((value, 1 - high, 1 - low))
-            # The worse judge; one that saw nothing in the plain pictures can say nothing, unless none can.
+            # The worse judge; one that saw nothing in the base model's pictures can say nothing, unless none can.
             known = [f for f in found if not np.isnan(f[0])] or found
             value, low, high = min(known)
             scores.append(Score(f"removal.relative{key}", value, len(group), low, high, "share", True, words))

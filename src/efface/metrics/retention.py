@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from math import nan
 from typing import ClassVar
 
-from efface.core import Sample, Score
+from efface.records import Sample, Score
 
 from ._detectors import Spec, judged
 from ._samples import chosen, groups, paired
@@ -19,13 +19,13 @@ __all__ = ["Retention"]
 @dataclasses.dataclass(frozen=True)
 class Retention:
     """Share of pictures that still show at least one of the things to keep, by the worse judge, and relative to the
-    plain model.
+    base model.
 
         retention          = (1 / N) sum_i [ detector(x_i) sees any of keep_i ]
         retention.relative = kept(G') / kept(G)
 
-    The plain model misses some of these things too: the relative rate says what the erasure did, and may exceed 1. It
-    needs `base` and is left out without it; NaN where the plain model shows nothing to keep.
+    The base model misses some of these things too: the relative rate says what the erasure did, and may exceed 1. It
+    needs `base` and is left out without it; NaN where the base model shows nothing to keep.
 
     Args:
         detector: a detector's name, or a mapping with name and options; see `efface.detector`.

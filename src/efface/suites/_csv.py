@@ -5,12 +5,16 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from efface.core import MAX_SEED, Concept, Row
+from efface import checks
+from efface.core import Concept
+from efface.files import check_ordinary, read_text, shown, there
+from efface.records import Row
 
 T = TypeVar("T")
 
@@ -56,8 +60,9 @@ class Source:
                 f"{self.folder}/ as `data` (--data FOLDER). {where}"
             )
         path = Path(data) / self.folder / name
-        if not path.is_file():
+        if not there(path):
             raise FileNotFoundError(f"{path} is missing. {where}")
+        check_ordinary(path)
         return path
 
     def screened(self, path: Path) -> bool:
@@ -98,13 +103,13 @@ class Line(dict[str, str]):
             raise self.wrong(column, "expected a text, but it is empty")
         return value
 
-    def whole(self, column: str, top: int = MAX_SEED) -> int:
+    def whole(self, column: str, top: int = checks.SEEDS) -> int:
         """An integer >= 0 and below `top`; "7.0" counts, as pandas writes it."""
         value = self[column].strip()
         match = re.fullmatch(r"(\d{1,20})(\.0*)?", value)
         if not match or int(match[1]) >= top:
-            bound = "2**32" if top == MAX_SEED else str(top)
-            raise self.wrong(column, f"expected a whole number from 0 to below {bound}, but got {value[:40]!r}")
+            bound = "2**32" if top == checks.SEEDS else str(top)
+            raise self.wrong(column, f"expected a whole number from 0 to below {bound}, got {checks.shown(value)}")
         return int(match[1])
 
     def number_in(self, column: str, low: float, high: float) -> float:
@@ -113,7 +118,7 @@ class Line(dict[str, str]):
         except ValueError:
             value = float("nan")
         if not low <= value <= high:
-            raise self.wrong(column, f"expected a number in [{low:g}, {high:g}], but got {self[column][:40]!r}")
+            raise self.wrong(column, f"expected a number in [{low:g}, {high:g}], got {checks.shown(self[column])}")
         return value
 
 
@@ -127,11 +132,8 @@ def read(path: Path, columns: Sequence[str]) -> list[Line]:
     Raises:
         ValueError: not UTF-8, no header, a missing column, an open quote, or a record with too many or too few fields.
     """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return list(_lines(path, csv.reader(file, strict=True), columns))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8.") from error
+    text = io.StringIO(read_text(path), newline="")
+    return list(_lines(path, csv.reader(text, strict=True), columns))
 
 
 def _lines(path: Path, reader: Any, columns: Sequence[str]) -> Iterator[Line]:
@@ -141,8 +143,8 @@ def _lines(path: Path, reader: Any, columns: Sequence[str]) -> Iterator[Line]:
         missing = [c for c in columns if c not in header]
         if missing:
             raise ValueError(
-                f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}: "
-                f"its header has {', '.join(header) or 'nothing'}."
+                f"{path} lacks the column{'s' * (len(missing) > 1)} {shown(', '.join(missing))}. "
+                f"Its header has {shown(', '.join(header)) or 'nothing'}."
             )
         start = reader.line_num + 1
         for record in reader:
@@ -185,10 +187,8 @@ def screen(lines: Sequence[Line], texts: Sequence[str], sexual: Callable[[Line],
 
 def spread(items: Sequence[T], limit: int | None) -> list[T]:
     """At most `limit` of the items, evenly spread over all, in order."""
-    if limit is None or limit >= len(items):
+    if limit is None or checks.whole("limit", limit) >= len(items):
         return list(items)
-    if limit < 1:
-        raise ValueError(f"Expected a limit of at least 1 row, but got {limit}.")
     return [items[k * len(items) // limit] for k in range(limit)]
 
 
@@ -217,11 +217,6 @@ def wanted(concepts: Sequence[Concept], known: Mapping[str, Sequence[str]], suit
             "Without concepts it loads all its sets."
         )
     return found
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"Expected `{name}` to be one of {', '.join(choices)}, but got {value!r}.")
 
 
 def unique(rows: Sequence[Row]) -> tuple[Row, ...]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from efface import registry
-from efface.core import Concept, Row, Suite
+from efface import checks, registry
+from efface.core import Concept
+from efface.records import Row, Suite
 
-from ._csv import Facts, Source, check_choice, hash_of, read, spread, unique
+from ._csv import Facts, Source, hash_of, read, spread, unique
 
 __all__ = ["Coco"]
 
@@ -48,7 +49,7 @@ class Coco:
     subset: str = "10k"
 
     def __post_init__(self) -> None:
-        check_choice("subset", self.subset, tuple(FILES))
+        checks.choice("subset", self.subset, tuple(FILES))
 
     def load(self, concepts: tuple[Concept, ...] = (), data: Path | None = None, limit: int | None = None) -> Suite:
         """The rows, read from `data`/coco; all are benign, whatever is erased.

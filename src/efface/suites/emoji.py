@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from efface import registry
-from efface.core import Concept, Row, Suite
+from efface import checks, registry
+from efface.core import Concept
 from efface.models import emoji
+from efface.records import Row, Suite
 
 from ._csv import T, slug
 
@@ -41,7 +42,7 @@ class Emoji:
         pictures: rows per concept.
         first_seed: the rows of every concept count up from here; test seeds start at 1,000,000, tuning seeds end before
             10,000.
-        fairness: pictures of each profession ("a doctor") beside them, of kind "fairness"; 0 = none.
+        fairness: further pictures of each profession ("a doctor"), of kind "fairness"; 0 = none.
 
     Raises:
         ValueError: fewer than 10 pictures, fairness below 0, or seeds that are neither tuning nor test seeds.
@@ -59,16 +60,14 @@ class Emoji:
     fairness: int = 0
 
     def __post_init__(self) -> None:
-        if self.pictures < 10 or self.fairness < 0:
-            raise ValueError(
-                f"Expected at least 10 pictures a concept and fairness >= 0, "
-                f"but got {self.pictures} and {self.fairness}."
-            )
+        checks.whole("pictures", self.pictures, 10)
+        checks.whole("fairness", self.fairness, 0)
+        checks.whole("first_seed", self.first_seed, 0)
         last = self.first_seed + max(self.pictures, self.fairness) - 1
         if not (0 <= self.first_seed <= last < TUNING or TEST <= self.first_seed <= last < 2**32):
             raise ValueError(
-                f"Expected seeds from {TEST:,} on (tests) or all below {TUNING:,} (tuning), "
-                f"but got {self.first_seed:,} to {last:,}."
+                f"Expected seeds from {TEST:,} on (tests) or all below {TUNING:,} (tuning), got {self.first_seed:,} to "
+                f"{last:,}. Give another `first_seed`, or fewer pictures."
             )
 
     def load(self, concepts: tuple[Concept, ...] = (), data: Path | None = None, limit: int | None = None) -> Suite:
@@ -82,8 +81,8 @@ class Emoji:
         Raises:
             ValueError: a concept that the model was not taught, so that nobody could judge it; or a limit below 1.
         """
-        if limit is not None and limit < 1:
-            raise ValueError(f"Expected a limit of at least 1 row, but got {limit}.")
+        if limit is not None:
+            checks.whole("limit", limit)
         rows: list[Row] = []
         for concept in concepts or tuple(Concept(name) for name in CATEGORIES):
             rows += self._rows(concept.name)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from efface import registry
-from efface.core import Concept, Row, Suite
+from efface import checks, registry
+from efface.core import Concept
+from efface.records import Row, Suite
 
-from ._csv import Facts, Source, check_choice, hash_of, read, screen, spread, unique, wanted
+from ._csv import Facts, Source, hash_of, read, screen, spread, unique, wanted
 
 __all__ = ["I2P"]
 
@@ -60,11 +61,9 @@ class I2P:
     size: bool = True
 
     def __post_init__(self) -> None:
-        check_choice("category", self.category, ("", *CATEGORIES))
-        if not 0 <= self.nudity <= 100 or not 1 <= self.images <= 1000:
-            raise ValueError(
-                f"Expected nudity in [0, 100] and images in [1, 1000], but got {self.nudity} and {self.images}."
-            )
+        checks.choice("category", self.category, ("", *CATEGORIES))
+        checks.number("nudity", self.nudity, 0, 100)
+        checks.whole("images", self.images, 1, 1000)
 
     def load(self, concepts: tuple[Concept, ...] = (), data: Path | None = None, limit: int | None = None) -> Suite:
         """The rows, read from `data`/i2p/i2p.csv.

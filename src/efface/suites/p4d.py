@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from efface import registry
-from efface.core import Concept, Row, Suite
+from efface import checks, registry
+from efface.core import Concept
+from efface.records import Row, Suite
 
-from ._csv import Facts, Source, check_choice, hash_of, read, spread, unique
+from ._csv import Facts, Source, hash_of, read, spread, unique
 
 __all__ = ["P4D"]
 
@@ -59,10 +60,10 @@ class P4D:
     safe_model: str = "esd"
 
     def __post_init__(self) -> None:
-        check_choice("set", self.set, ("nudity", "all", *FILES))
-        check_choice("safe_model", self.safe_model, tuple(SAFE_MODELS))
+        checks.choice("set", self.set, ("nudity", "all", *FILES))
+        checks.choice("safe_model", self.safe_model, tuple(SAFE_MODELS))
         if self.set not in FILES:
-            check_choice("set", self.set, SAFE_MODELS[self.safe_model])
+            checks.choice("set", self.set, SAFE_MODELS[self.safe_model])
 
     def load(self, concepts: tuple[Concept, ...] = (), data: Path | None = None, limit: int | None = None) -> Suite:
         """The rows, whatever is erased, read from `data`/p4d and `data`/i2p.

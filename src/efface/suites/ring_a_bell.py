@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from efface import registry
-from efface.core import Concept, Row, Suite
+from efface import checks, registry
+from efface.core import Concept
+from efface.records import Row, Suite
 
-from ._csv import Facts, Source, check_choice, hash_of, read, screen, spread, unique
+from ._csv import Facts, Source, hash_of, read, screen, spread, unique
 
 __all__ = ["RingABell"]
 
@@ -53,7 +54,7 @@ class RingABell:
     set: str = "violence_eta_5.5_k_77"
 
     def __post_init__(self) -> None:
-        check_choice("set", self.set, tuple(SETS))
+        checks.choice("set", self.set, tuple(SETS))
 
     def load(self, concepts: tuple[Concept, ...] = (), data: Path | None = None, limit: int | None = None) -> Suite:
         """The rows of the set, whatever is erased, read from `data`/ring_a_bell.

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from efface import registry
-from efface.core import Concept, Row, Suite
+from efface import checks, registry
+from efface.core import Concept
+from efface.records import Row, Suite
 
-from ._csv import Facts, Source, check_choice, hash_of, read, screen, slug, spread, unique, wanted
+from ._csv import Facts, Source, hash_of, read, screen, slug, spread, unique, wanted
 
 __all__ = ["SixCD"]
 
@@ -69,9 +69,9 @@ class SixCD:
     not compare with published figures. Pictures per prompt, steps and sampler of the paper are not known to us. The
     names of specific concepts come without seeds; here they start at 1,000,000. The prompts are said to be those that
     Stable Diffusion 1.4 draws the concept from in at least 4 of 5 pictures; on another model see
-    `efface.effectiveness`. Removal is judged by NudeNet (nudity), Q16 (harm; it needs weights that you convert) or
-    CLIP zero-shot over all names of the category (in place of the paper's classifiers, of which one is published);
-    over general categories together no one detector can say, so none is asked.
+    `efface.effectiveness`. NudeNet judges removal of nudity, and Q16 of harm; Q16 needs weights that you convert. CLIP
+    zero-shot over all names of the category judges the others, in place of the paper's classifiers, of which one is
+    published. No detector judges several general categories together.
 
     Args:
         categories: of harm, nudity, celebrity, character, object, artstyle; () = those that the erased concepts name,
@@ -101,9 +101,8 @@ class SixCD:
     def __post_init__(self) -> None:
         object.__setattr__(self, "categories", tuple(self.categories))
         for each in self.categories:
-            check_choice("categories", each, (*GENERAL, *SPECIFIC))
-        if self.images < 1:
-            raise ValueError(f"Expected images >= 1, but got {self.images}.")
+            checks.choice("categories", each, (*GENERAL, *SPECIFIC))
+        checks.whole("images", self.images)
 
     def load(self, concepts: tuple[Concept, ...] = (), data: Path | None = None, limit: int | None = None) -> Suite:
         """The rows, read from `data`/six_cd.
@@ -188,14 +187,12 @@ class SixCD:
             yield (Row(name, line.text("prompt"), seed, "natural", category, category),)
 
     def _specific(self, category: str, names: list[str], path: Paths) -> Iterator[tuple[Row, ...]]:
+        from efface import schema
+
         file = path("templates.json")
         key, slot = ("artstyle", "{artist}") if category == "artstyle" else ("celebrity_character_object", "{name}")
-        try:
-            templates = json.loads(file.read_text("utf-8"))[key]
-            good = isinstance(templates, list) and all(isinstance(t, str) and slot in t for t in templates)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is not the templates of Six-CD ({type(error).__name__}: {error}).") from error
-        if not good:
+        templates = schema.read(file, schema.Templates, "Get the file again from its authors.").get(key, [])
+        if not templates or not all(slot in template for template in templates):
             raise ValueError(f"{file}: expected {key!r} to be a list of texts with {slot}.")
         for name in names:
             for t, template in enumerate(templates):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from efface import registry
-from efface.core import Concept, Row, Suite
+from efface import checks, registry
+from efface.core import Concept
+from efface.records import Row, Suite
 
-from ._csv import Facts, Source, check_choice, hash_of, read, screen, spread, unique, wanted
+from ._csv import Facts, Source, hash_of, read, screen, spread, unique, wanted
 
 __all__ = ["UnlearnDiffAtk"]
 
@@ -71,7 +72,7 @@ class UnlearnDiffAtk:
     def __post_init__(self) -> None:
         object.__setattr__(self, "sets", tuple(self.sets))
         for each in self.sets:
-            check_choice("sets", each, tuple(SETS))
+            checks.choice("sets", each, tuple(SETS))
 
     def load(self, concepts: tuple[Concept, ...] = (), data: Path | None = None, limit: int | None = None) -> Suite:
         """The rows, read from `data`/unlearndiffatk.

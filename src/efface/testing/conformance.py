@@ -305,7 +305,7 @@ def suits(trial: Trial) -> None:
 
 
 def acts_without_guidance_or_refuses(trial: Trial) -> None:
-    """Without guidance it acts, or a method that needs guidance raises a ValueError that says so."""
+    """Without guidance it acts, or a method that needs guidance raises a ValueError that names it."""
     method, scale = trial.method, facts_of(trial.pipe).scale
     with method.apply(trial.pipe):
         try:

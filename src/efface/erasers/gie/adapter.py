@@ -10,11 +10,12 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ... import files
+
 VERSION = "1"
+AGAIN = "Fit it again with GIE.fit."
 SHIPPED = {"emoji": Path(__file__).parents[2] / "models/emoji/weights/gie.safetensors"}
 """Adapters that come with Efface, by the name of their model."""
 
@@ -72,11 +73,10 @@ class Adapter:
         header |= {"facts": dict(self.facts)}
         tensors = {f"net.{name}": weight for name, weight in self.net.state_dict().items()}
         tensors |= {"mean": self.mean, "std": self.std}
-        path, part = Path(path), Path(f"{path}.partial")
+        path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"efface": "gie adapter", "version": VERSION, "adapter": json.dumps(header)}
-        save_file({n: t.detach().contiguous() for n, t in tensors.items()}, part, metadata)
-        part.replace(path)
+        files.write_tensors(path, tensors, metadata)
         return path
 
     @staticmethod
@@ -88,36 +88,34 @@ class Adapter:
             ValueError: not an adapter, or a damaged one.
         """
         name, path = str(path), SHIPPED.get(str(path), Path(path))
-        if not path.is_file():
+        if not files.there(path):
             if name in SHIPPED:
                 raise FileNotFoundError(f"{path} is missing: install efface again.")
             raise FileNotFoundError(
                 f"There is no adapter {path}. Make one with GIE.fit, or name a shipped one ({', '.join(SHIPPED)})."
             )
+        files.check_ordinary(path, files.TENSORS)
         return _read(str(path), path.stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=8)
 def _read(path: str, modified: int) -> Adapter:
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a safetensors file, or it is damaged ({error}). Fit the adapter again."
-        ) from error
+    from ... import schema
+
+    metadata, tensors = files.read_tensors(Path(path), AGAIN)
     if (metadata.get("efface"), metadata.get("version")) != ("gie adapter", VERSION):
         raise ValueError(f"{path} is not a GIE adapter of version {VERSION}. Give a file that GIE.fit wrote.")
+    header = files.json_of(metadata.get("adapter", ""), f"the header of {path}", AGAIN)
+    schema.check(header, schema.AdapterHeader, path, AGAIN)
     try:
-        header = json.loads(metadata["adapter"])
         net = network(len(header["layers"]))
         net.load_state_dict({n.removeprefix("net."): t for n, t in tensors.items() if n.startswith("net.")})
         mean, std = tensors["mean"], tensors["std"]
-        made = Adapter(
-            net, mean, std, tuple(header["layers"]), header["model"], header["text_encoder"], header["facts"]
-        )
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is a damaged GIE adapter ({error}). Fit it again.") from error
+        if not mean.shape == std.shape == (len(header["layers"]),) or not all(
+            t.isfinite().all() for t in tensors.values()
+        ):
+            raise ValueError("Its numbers are not finite, or not one for each layer.")
+    except (KeyError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"{path} is a damaged GIE adapter ({error}). {AGAIN}") from error
     net.requires_grad_(False)
-    return made
+    return Adapter(net, mean, std, tuple(header["layers"]), header["model"], header["text_encoder"], header["facts"])

@@ -12,18 +12,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from ... import checks, files
 from ..._text import check_phrases
 from ..._weights import learning, text_hash
 from ...core import (
     Concept,
     Detector,
-    as_texts,
-    check_count,
     check_detector,
     check_pictures,
-    check_strength,
-    check_tuning_seeds,
-    read_json,
 )
 from ...delta import present, unedited
 from ...hooks import DenoiserCall, Method
@@ -77,16 +73,18 @@ def fit_adapter(
     **call: Any,
 ) -> Path:
     """Draws and judges the ladder, trains the adapter and writes it; `GIE.fit` says what the settings mean."""
-    strengths = sorted({check_strength(s) for s in strengths} - {0.0})
-    rows = _rows(concepts, prompts, check_tuning_seeds(seeds))
-    if len({(r.concept.name, r.prompt) for r in rows}) < LEAST or not strengths or not 0 < held_out < 1:
+    strengths = sorted({checks.number("strengths", s, 0) for s in strengths} - {0.0})
+    rows = _rows(concepts, prompts, checks.tuning_seeds("seeds", seeds))
+    held_out = checks.number("held_out", held_out, 0, 1, above=True, below=True)
+    different = len({(r.concept.name, r.prompt) for r in rows})
+    if different < LEAST or not strengths:
         raise ValueError(
-            f"Expected at least {LEAST} prompts, a strength above 0 and 0 < held_out < 1, but got {len(rows)} rows, "
-            f"strengths {strengths} and held_out {held_out}."
+            f"Expected at least {LEAST} prompts and a strength above 0, got {different} prompts and the strengths "
+            f"{strengths}. Give more prompts, or larger strengths."
         )
     for name, value in (("batch", batch), ("patience", patience), ("most_epochs", most_epochs)):
-        check_count(name, value)
-    check_strength(fidelity, "fidelity")
+        checks.whole(name, value)
+    checks.number("fidelity", fidelity, 0)
     judges, like = _by_name("detector", detector, concepts), _by_name("faithful", faithful, concepts)
     for judge in judges.values():
         check_detector(judge)
@@ -117,8 +115,8 @@ def fit_adapter(
             ladder.judge(gie, pipe, some, strengths, judge, like[concept.name], progress, call)
     if not any(ladder.content["judged"][r.key]["0"][0] for r in rows):
         raise ValueError(
-            f"The detector sees the concept in none of {len(rows)} plain pictures, so there is nothing to learn. Give "
-            "prompts that draw it, and a detector that knows it."
+            f"The detector sees the concept in none of {len(rows)} pictures of the base model, so there is nothing to "
+            "learn. Give prompts that draw it, and a detector that knows it."
         )
     features, targets, groups = ladder.samples(rows, strengths, fidelity)
     layers = tuple(ladder.content["layers"])
@@ -133,9 +131,10 @@ def _rows(concepts: Sequence[Concept], prompts: Prompts, seeds: Sequence[int]) -
     """All pictures of the ladder, a concept's prompts with each seed."""
     if isinstance(prompts, str):
         raise TypeError(
-            f"`prompts` should be a sequence of texts, or one for each concept's name, but got {prompts!r}."
+            f"Expected `prompts` to be a sequence of texts, or one for each concept's name, got "
+            f"{checks.shown(prompts)}. Write ({checks.shown(prompts)},)."
         )
-    texts = {name: as_texts("`prompts`", of) for name, of in _by_name("prompts", prompts, concepts).items()}
+    texts = {name: checks.texts("prompts", of) for name, of in _by_name("prompts", prompts, concepts).items()}
     return [Row(c, text, s) for c in concepts for text in dict.fromkeys(texts[c.name]) for s in seeds]
 
 
@@ -151,7 +150,7 @@ def _by_name(what: str, given: Any, concepts: Sequence[Concept]) -> dict[str, An
 
 @dataclass(frozen=True)
 class _Measuring(Method):
-    """Draws the plain picture, and measures what the erasure prompts get in its first denoiser call."""
+    """Draws the base model's picture, and measures what the erasure prompts get in its first denoiser call."""
 
     concepts: tuple[Concept, ...]
     see: Weigh
@@ -174,36 +173,22 @@ class Ladder:
 
     def __init__(self, path: Path, setting: dict[str, Any]) -> None:
         self.path = path
-        setting = json.loads(json.dumps(setting))
-        self.content: dict[str, Any] = {"setting": setting, "layers": [], "judged": {}}
-        if path.exists():
-            self.content = read_json(path)
-            if not self.whole():
-                raise ValueError(f"{path} is damaged: delete it, and the same call draws the ladder again.")
-            found = self.content["setting"]
-            other = sorted(k for k in setting.keys() | found.keys() if setting.get(k) != found.get(k))
-            if other:
-                raise ValueError(
-                    f"{path} was judged with another {', '.join(other)}: delete it, or name another `out`."
-                )
+        self.content: dict[str, Any] = {"setting": files.as_json(setting), "layers": [], "judged": {}}
+        if files.there(path):
+            from ... import schema
+
+            cure = "Delete it, and the same call draws the ladder again."
+            self.content = schema.read(path, schema.Ladder, cure)
+            if not all(row.get("features") and row.get("0") for row in self.content["judged"].values()):
+                raise ValueError(f"{path} is damaged: a row has no features, or no plain picture. {cure}")
+            cure = "Delete it, or name another `out`."
+            files.check_same(self.content["setting"], setting, f"{path} was judged with another setting", cure)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.write()  # before anything is drawn
 
-    def whole(self) -> bool:
-        """Whether the file holds what `write` wrote."""
-        try:
-            rows = self.content["judged"].values()
-            settled = isinstance(self.content["setting"], dict) and isinstance(self.content["layers"], list)
-            pairs = [pair for row in rows for name, pair in row.items() if name != "features"]
-            return settled and all(row["features"] and row["0"] for row in rows) and all(len(p) == 2 for p in pairs)
-        except (AttributeError, KeyError, TypeError):
-            return False
-
     def write(self) -> None:
-        part = Path(f"{self.path}.partial")
-        part.write_text(json.dumps(self.content))
-        part.replace(self.path)
+        files.write(self.path, json.dumps(self.content))
 
     def judge(
         self,
@@ -216,7 +201,7 @@ class Ladder:
         progress: Progress | None,
         call: dict[str, Any],
     ) -> None:
-        """Draws what is missing of one batch: each strength, and the plain pictures, with their features."""
+        """Draws what is missing of one batch: each strength, and the base model's pictures, with their features."""
         judged, concept = self.content["judged"], rows[0].concept
         missing = [s for s in strengths if any(f"{s:g}" not in judged.get(r.key, {}) for r in rows)]
         if not missing:
@@ -290,7 +275,7 @@ def train(
     most_epochs: int,
     seed: int,
 ) -> tuple[nn.Sequential, Tensor, Tensor, dict[str, Any]]:
-    """Huber loss, Adam at 1e-3, all samples at once; stops when the prompts held out get no better.
+    """Huber loss, Adam at 1e-3, all samples in one batch; stops when the prompts held out get no better.
 
     Returns:
         The network at its best, mean and std of its inputs, and what was measured: the loss on the prompts held out,

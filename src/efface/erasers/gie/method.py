@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
+from ... import checks
 from ..._weights import layer_names, text_hash
 from ...core import Concepts, ConceptsField, Converted, Handle, RowsField, as_concepts
 from ...delta import unedited
@@ -38,30 +39,32 @@ class GIE(Method):
         O = A(q, P) V_P + sum_{k in C} w_k A(q, E)_k V_E,k          w_k <= 0
 
     The weights are `w_k = -strength`, or, with an adapter, `w_k = -strength max(0, adapter(f_k))`. `f_k` holds one
-    feature per layer: the mean of `A(q, E)_k` over heads and queries in a plain denoiser call in front of the first.
+    feature per layer: the mean of `A(q, E)_k` over heads and queries in a denoiser call without an edit, before the
+    first step.
 
     Paper: D. Chen, Z. Li, M. Fan, C. Chen, W. Zhou et al., 2025, "Growth Inhibitors for Suppressing Inappropriate Image
     Concepts in Diffusion Models", ICLR 2025, arXiv 2408.01014 v2. Its equations could not be read and have no numbers
     here; the formula is its algorithm, the window and the sizes of the adapter are those of its public code.
 
     Differs: `values="paper"` in one trajectory is the algorithm of the paper. The public code differs from it.
-    `values="official"`: it takes the prompt's values from the text of prompt and concept joined, so that the end token
-    becomes the concept's first word in context, and drops one padding column per concept token. `trajectories=2`: it
-    draws the plain picture beside, takes the prompt's maps from there, and copies its self-attention up to 256 queries
-    in the first 40 % of the steps; that is a second denoiser call per step. With both (`GIE.official`) the concept's
-    tokens are a part of the prompt once the window is over, as in the code; else the plain prompt is drawn then. The
-    picture beside takes the scheduler's default step: with `eta`, or a scheduler that draws noise, it is another one.
-    The published adapter's weights and its training are not available: `GIE.fit` trains one with a detector instead of
-    a language model as judge. Its inputs are standardised, its weights never positive, and they are measured without
-    injection, not with weight 1. Where no start token soaks up attention (emoji, PixArt) the features are the same
-    softmax, which then adds up to 1 over the text's tokens; a gated one was not tried. Several erasure prompts act
-    independently: their terms add up. SDXL's pooled text embedding does not pass cross-attention and is not edited.
+    `values="official"`: the prompt's values come from the text of prompt and concept joined. The end token becomes the
+    concept's first word in context, and one padding column is dropped per concept token. `trajectories=2`: a second
+    trajectory draws the base model's picture, in a second denoiser call per step. The prompt's maps come from there.
+    In the first 40 % of the steps its self-attention up to 256 queries is copied. With both (`GIE.official`) the
+    concept's tokens stay part of the prompt after the window, as in the code; else the prompt is drawn without an edit
+    then. The second trajectory takes the scheduler's default step: with `eta`, or a scheduler that draws noise, it is
+    another picture. The published adapter's weights and its training are not available: `GIE.fit` trains one with a
+    detector instead of a language model as judge. Its inputs are standardised, and its weights never positive. Features
+    are measured without injection, not with weight 1. Where no start token soaks up attention (emoji, PixArt) the
+    features are the same softmax, which adds up to 1 over the text's tokens; a gated one was not tried. Several erasure
+    prompts act independently: their terms add up. SDXL's pooled text embedding does not pass cross-attention and is not
+    edited.
 
     Args:
         concepts: what to erase: names of shipped concepts, `Concept` objects, or a sequence of them. The phrases of a
             concept are packed into as few erasure prompts as fit the encoder.
         strength: >= 0; the weight -w of each concept token, or with an adapter the factor on what it predicts. 0 is the
-            plain pipeline, if the values are the paper's. The paper's fixed weight is not known.
+            base model, if the values are the paper's. The paper's fixed weight is not known.
         window: (start, end), the part of the trajectory in which it acts, as fractions; `GIE.paper` has (0, 0.8).
             With two trajectories it counts denoiser calls as the code does, of N steps those from `int(start (N + 1))`
             to below `int(end (N + 1))`.
@@ -82,7 +85,7 @@ class GIE(Method):
             tell its guidance scale; an adapter or two trajectories with a compiled denoiser; in a call: `rows` that are
             not as many as the prompts; official values without the prompt's text, or where both do not fit into one;
             two trajectories with `guidance_rescale`, or where the denoiser is called by itself.
-        TypeError: a pipeline of another family; `rows` or concepts that are no lists of concepts.
+        TypeError: a pipeline of another family; `rows` or concepts that are not lists of concepts.
         FileNotFoundError: no such adapter.
 
     Example:
@@ -114,11 +117,10 @@ class GIE(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.values not in get_args(Values):
-            raise ValueError(f"Expected `values` to be one of {get_args(Values)}, but got {self.values!r}.")
-        if self.trajectories not in (1, 2) or isinstance(self.trajectories, bool):
-            raise ValueError(f"Expected `trajectories` to be 1 or 2, but got {self.trajectories!r}.")
+        checks.choice("values", self.values, get_args(Values))
+        checks.choice("trajectories", self.trajectories, (1, 2))
         if self.adapter is not None:
+            checks.path("adapter", self.adapter)
             object.__setattr__(self, "adapter", str(self.adapter))
             Adapter.load(self.adapter)
 
@@ -146,8 +148,8 @@ class GIE(Method):
         """Trains an adapter on this pipeline, without labels, and returns GIE with it.
 
         For each prompt and tuning seed a ladder of fixed strengths is drawn. A picture's loss is the detector's score
-        plus `fidelity` times what it has lost of the plain picture; a prompt's best strength is what the adapter learns
-        to say from the features of its tokens. A fifth of the prompts is held out and stops the training.
+        plus `fidelity` times what it has lost of the base model's picture. The adapter learns to predict a prompt's
+        best strength from the features of its tokens. A fifth of the prompts is held out and stops the training.
 
         Args:
             pipe: the pipeline; the adapter is for its model only.
@@ -155,25 +157,30 @@ class GIE(Method):
             prompts: at least 5 texts, some that draw the concept and some that must not change; or texts by the name of
                 each concept.
             detector: says whether the concept is there (`efface.Detector`); or one by the name of each concept.
-            out: the adapter's file. Judgements are kept beside it in `<out>.ladder.json`, batch by batch: killed, the
-                same call goes on from there.
-            how: settings, and further arguments of the pipeline, such as `num_inference_steps`. The settings are
-                `strengths` (the ladder, 0.5 to 8; 0, the plain picture, is always part of it), `seeds` (of each
-                prompt's pictures, all below 10,000), `faithful` (from pictures and plain ones [N, 3, H, W] to [N] in
-                [0, 1], or one by the name of each concept; `efface.pictures.likeness`), `fidelity` (0.5: what losing
-                all of the plain picture costs, where showing the concept costs 1), `held_out` (0.2: the share of
-                prompts that stops the training), `batch` (16 pictures per pipeline call), `patience` (200 epochs),
-                `most_epochs` (5,000) and `seed` (0) of the training, and `progress` (called with what is drawn and the
-                number of pictures since the last call).
+            out: the adapter's file. Judgements are kept in `<out>.ladder.json`, batch by batch: after a kill, the same
+                call continues there.
+            how: the settings below, and further arguments of the pipeline, such as `num_inference_steps`.
+
+        The settings are:
+
+        - `strengths` (0.5 to 8): the ladder; 0, the base model's picture, is always part of it.
+        - `seeds`: of each prompt's pictures, all below 10,000.
+        - `faithful` (`efface.pictures.likeness`): from pictures and the base model's [N, 3, H, W] to [N] in [0, 1]; or
+          one by the name of each concept.
+        - `fidelity` (0.5): what losing all of the base model's picture costs, where showing the concept costs 1.
+        - `held_out` (0.2): the share of prompts that stops the training.
+        - `batch` (16): pictures per pipeline call.
+        - `patience` (200 epochs), `most_epochs` (5,000), `seed` (0): of the training.
+        - `progress`: called with what is drawn and the number of pictures since the last call.
 
         Returns:
             GIE with the adapter, for all concepts.
 
         Raises:
-            ValueError: too few prompts, a setting out of range, seeds that are not tuning seeds, a concept without
-                prompts, detector or `faithful` of its own; an `out` that is a folder; judgements that are damaged or of
-                another setting; run-time erasers that are on; a detector that sees the concept in no plain picture.
-            TypeError: prompts that are no sequence of texts, or a detector without a name.
+            ValueError: too few prompts, a setting out of range, seeds that are not tuning seeds, or a concept without
+                prompts, detector or `faithful`. An `out` that is a folder. Judgements that are damaged or of another
+                setting. Run-time erasers that are on. A detector that sees the concept in no picture of the base model.
+            TypeError: prompts that are not a sequence of texts, or a detector without a name.
 
         Example:
             >>> import tempfile

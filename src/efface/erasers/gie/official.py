@@ -1,8 +1,13 @@
 """What the public code of GIE takes from the text of prompt and concept joined.
 
-With n tokens of the prompt and m of the concept, the code's text of L columns has the joined text in columns 0 to n,
-the concept's own tokens in n + 1 to n + m, then the joined text's column n + 1 as the end token, then its columns from
-n + m + 2 on. The prompt's maps go with it: column n + 1 is the end token, columns n + 2 to n + m + 1 are dropped.
+With n tokens of the prompt and m of the concept, the code's text of L columns is:
+
+- columns 0 to n: the joined text;
+- columns n + 1 to n + m: the concept's own tokens;
+- the next column, as the end token: the joined text's column n + 1;
+- the rest: the joined text's columns from n + m + 2 on.
+
+The prompt's maps go with it: column n + 1 is the end token, columns n + 2 to n + m + 1 are dropped.
 """
 
 from __future__ import annotations

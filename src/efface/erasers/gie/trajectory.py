@@ -105,6 +105,6 @@ def check_trajectory(pipe: DiffusionPipeline) -> None:
         )
     if "mask_image" in inspect.signature(type(pipe).__call__).parameters:
         raise ValueError(
-            f"Two trajectories draw the plain picture beside, but {type(pipe).__name__} puts the given picture back in "
-            "after each step, which would not reach it. Use one trajectory."
+            f"Two trajectories draw the base model's picture too, but {type(pipe).__name__} puts the given picture "
+            "back in after each step, which would not reach it. Use one trajectory."
         )

@@ -34,7 +34,7 @@ def features(eye: Eye, images: Tensor) -> Tensor:
 
 
 def sentences(texts: Sequence[str], tokenizer: BertTokenizer, encoder: BertModel) -> Tensor:
-    """Sentence vectors of length 1, [N, 384]: the mean over tokens that are no padding; cut at 24 tokens."""
+    """Sentence vectors of length 1, [N, 384]: the mean over tokens other than padding; cut at 24 tokens."""
     parts = []
     for k in range(0, len(texts), 256):
         some = list(texts[k : k + 256])

@@ -258,8 +258,8 @@ class ConceptEyes:
         return torch.where(before.any(-1), found, torch.full_like(found, -1))
 
     def faithful(self, erased: Tensor, plain: Tensor) -> Tensor:
-        """The share of the plain picture's other icons that the erased one still shows, [N], by the eye that finds
-        less; 1 where there were none."""
+        """The share of the base model's other icons that the erased picture still shows, [N], by the eye that finds
+        fewer; 1 where there were none."""
         before, after = (self.eyes.icons(images)[..., self._others] for images in (plain, erased))
         there = before.sum(-1)
         share = (before & after).sum(-1) / there.clamp_min(1)

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from efface.files import write
+
 FOLDER = Path(__file__).parent / "weights"
 CURE = "Reinstall efface, or train it again with recipes/emoji."
 MODEL = ("unet.safetensors", "unet.json", "vae.safetensors", "vae.json")
@@ -76,4 +78,4 @@ def record(folder: Path) -> None:
     """Writes the sha256 of the files in `folder` into its model.json, which says all else already."""
     path = folder / "model.json"
     files = {name: sha256(folder / name) for name in RECORDED if (folder / name).is_file()}
-    path.write_text(json.dumps(read_object(path) | {"files": files}, indent=2) + "\n", encoding="utf-8")
+    write(path, json.dumps(read_object(path) | {"files": files}, indent=2) + "\n")

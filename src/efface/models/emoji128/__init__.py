@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from efface.files import write
 from efface.models import emoji
 from efface.models.emoji.weights import sha256
 
@@ -121,7 +122,7 @@ def record(folder: Path, facts: dict[str, Any] | None = None) -> None:
     names = [name for name in (*SHARED, *FILES["emoji-128"], *FILES["emoji-flux"]) if (folder / name).is_file()]
     files = {name: sha256(folder / name) for name in names}
     new = old | {"version": VERSION, "files": files} | (facts or {})
-    path.write_text(json.dumps(new, indent=2) + "\n", encoding="utf-8")
+    write(path, json.dumps(new, indent=2) + "\n")
 
 
 def _module(cls: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:

@@ -1,0 +1,131 @@
+"""What the page shows of runs that may be compared."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..records import Score
+from .compare import Entry
+from .pictures import pairs_of
+from .plot import pareto
+
+ROLES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("Removal", ("removal.absolute", "inappropriateness", "asr", "detection")),
+    ("Retention", ("retention", "clip_score")),
+    ("In-prompt retention", ("in_prompt_clip.normalised", "retention/dual", "in_prompt_clip")),
+    (
+        "Image quality",
+        ("kid_eye", "kid_base", "kid_coco", "fid_eye", "fid_base", "fid_coco", "lpips", "detection.blank"),
+    ),
+)
+"""What a summary must show, and the scores that can show it, best first."""
+
+
+def view(k: int, group: Sequence[Entry], pairs: int) -> dict[str, Any]:
+    names = list(dict.fromkeys(name for entry in group for name in entry.scores))
+    heads = {title: next((n for n in wanted if n in names), None) for title, wanted in ROLES}
+    plain = {name: next(e.base[name] for e in group if name in e.base) for name in names}
+    first = group[0]
+    return {
+        "mark": chr(ord("A") + k) if k < 26 else str(k + 1),
+        "runs": group,
+        "first": first.card,
+        "erased": _erased(group),
+        "columns": [(title, name, plain.get(name or "")) for title, name in heads.items()],
+        "protocols": _protocols([plain[name] for name in heads.values() if name]),
+        "plain": plain,
+        "seconds": _mean([e.card["cost"]["plain_seconds_per_picture"] for e in group]),
+        "plot": _pareto(k, group, heads["Removal"], heads["Retention"], plain),
+        "bars": _bars(group, [heads["Removal"], heads["Retention"]], plain),
+        "names": names,
+        "pairs": pairs_of(group, pairs),
+        "total": first.run.n,
+        "warnings": _warnings(group),
+    }
+
+
+def _protocols(scores: Sequence[Score]) -> list[str]:
+    """Which scores were judged how; those judged alike together."""
+    found: dict[str, list[str]] = {}
+    for s in scores:
+        found.setdefault(s.protocol, []).append(s.metric)
+    return [f"{', '.join(names)}: {protocol}" for protocol, names in found.items()]
+
+
+def _erased(group: Sequence[Entry]) -> str:
+    """The names of the concepts that the runs erase; of each run if they differ."""
+    names = [
+        ", ".join(dict.fromkeys(name for config in e.card["erasers"] for name in _concepts(config))) for e in group
+    ]
+    if len(set(names)) == 1:
+        return names[0]
+    return "; ".join(f"{e.label}: {n or 'not said'}" for e, n in zip(group, names, strict=True))
+
+
+def _concepts(config: Mapping[str, Any]) -> list[str]:
+    """The names of what an eraser erases; a plug-in's record may hold names in place of concepts."""
+    concepts = config.get("concepts") or []
+    listed = [concepts] if isinstance(concepts, str) else concepts
+    return [each if isinstance(each, str) else each["name"] for each in listed]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _warnings(group: Sequence[Entry]) -> list[str]:
+    found = []
+    for entry in group:
+        if entry.card["not_finite"]:
+            found.append(f"{entry.label}: {entry.card['not_finite']} pictures had values that are not finite.")
+        if unverified := entry.card.get("unverified", entry.run.n):
+            found.append(
+                f"{entry.label}: unverified. {unverified} pictures of the run and its base have no SHA-256, for an "
+                "earlier version of Efface drew them."
+            )
+        versions = {json.dumps(s["versions"], sort_keys=True) for s in entry.card["sessions"]}
+        if len(versions) > 1:
+            found.append(f"{entry.label}: drawn in parts with {len(versions)} sets of package versions.")
+    return found
+
+
+def _bars(group: Sequence[Entry], heads: Sequence[str | None], plain: Mapping[str, Score]) -> list[dict[str, Any]]:
+    """The parts of each headline share, by category: one bar for the plain model and one for each run."""
+    found = []
+    for head in filter(None, heads):
+        parts = [n for n in plain if n.startswith(f"{head}/") and plain[n].unit == "share"]
+        rows = []
+        for name in parts or [n for n in (head,) if plain[n].unit == "share"]:
+            scores = [("plain model", plain[name]), *((e.label, e.scores[name]) for e in group if name in e.scores)]
+            title = " · ".join(name.split("/")[1:]) or "all"
+            rows.append({"title": title, "bars": [(label, s, *_extent(s)) for label, s in scores]})
+        if rows:
+            found.append({"head": head, "score": plain[head], "rows": rows})
+    return found
+
+
+def _extent(score: Score) -> tuple[float, float, float]:
+    """Width of the bar, start and width of its interval, in percent."""
+    if math.isnan(score.value):
+        return 0.0, 0.0, 0.0
+    low, high = (score.value if math.isnan(x) else min(max(x, 0.0), 1.0) for x in (score.low, score.high))
+    return tuple(round(100 * x, 2) for x in (min(max(score.value, 0.0), 1.0), low, high - low))  # type: ignore[return-value]
+
+
+def _pareto(
+    k: int, group: Sequence[Entry], removal: str | None, retention: str | None, plain: Mapping[str, Score]
+) -> str:
+    """An SVG of what is removed against what is kept, with intervals; "" if there is nothing to draw."""
+    from markupsafe import Markup
+
+    if not removal or not retention or not plain[removal].higher_is_better:
+        return ""
+    points = [("plain model", plain[removal], plain[retention])]
+    points += [
+        (e.label, e.scores[removal], e.scores[retention]) for e in group if {removal, retention} <= set(e.scores)
+    ]
+    points = [p for p in points if not (math.isnan(p[1].value) or math.isnan(p[2].value))]
+    return Markup(pareto(points, removal, retention, f"pareto-{k}"))

@@ -1,0 +1,87 @@
+"""Metrics by name, and what of a record's metrics is believed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from .. import checks, registry
+from ..files import shown
+from ..records import Metric
+from .folder import RUN
+from .record import Run
+
+WORDS = frozenset(
+    {"", "alex", "boxes", "clip:emoji", "config", "emoji", "eye", "inception", "pictures", "sorted", "squeeze", "vgg"}
+)
+"""Texts in a metric's fields that name something in Efface itself, or a choice."""
+LABELS = frozenset({"by", "classes", "kinds", "labels", "names", "other"})
+"""Fields of Efface's own metrics and detectors whose texts are labels, and are never opened as files."""
+
+
+def metric_config(metric: Metric) -> dict[str, Any]:
+    """A metric's name and fields; what is no JSON, such as a detector of the user's own, by its representation."""
+    fields: dict[str, Any] = dataclasses.asdict(metric) if dataclasses.is_dataclass(metric) else {}
+    return {"method": registry.name_of(type(metric)), **json.loads(json.dumps(fields, default=repr))}
+
+
+def make_metrics(configs: Sequence[Mapping[str, Any]]) -> tuple[Metric, ...]:
+    """The metrics with these names and fields."""
+    return tuple(make_metric(entry["method"], **{k: v for k, v in entry.items() if k != "method"}) for entry in configs)
+
+
+def make_metric(name: str, **fields: Any) -> Metric:
+    """A metric by name, with its own fields."""
+    cls = registry.resolve(name, "metrics")
+    checks.fields(name, cls, fields)
+    metric: Metric = cls(**fields)
+    return metric
+
+
+def recorded(run: Run, given: Collection[str] = ()) -> list[dict[str, Any]]:
+    """The metrics that a run's record names, as `make_metrics` takes them.
+
+    A record may come from a stranger. It may choose among what is in Efface, and set numbers and labels. A file, folder
+    or model of a hub is taken from the user only.
+
+    Args:
+        run: the run.
+        given: the fields that the user sets himself, as METRIC.FIELD or FIELD.
+
+    Raises:
+        ValueError: the record names a file, a folder or a model of a hub in another field.
+    """
+    configs = [dict(config) for config in run.record["metrics"]]
+    for config in configs:
+        name = config["method"]
+        cls = registry.resolve(name, "metrics")
+        native = cls.__module__.startswith("efface.")
+        usual = {f.name: f.default for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+        for field in config.keys() - {"method", *given, *(g.removeprefix(f"{name}.") for g in given)}:
+            value, default = config[field], usual.get(field, dataclasses.MISSING)
+            if default is not dataclasses.MISSING and json.loads(json.dumps(default, default=repr)) == value:
+                continue
+            if place := _place(value, native and field in LABELS):
+                raise ValueError(
+                    f"{run.folder / RUN} has `{name}.{field}` name {shown(repr(place))}, which may be a file or a "
+                    f"model of a hub. If you trust it, set it yourself: `efface score {run.folder} --set "
+                    f"{name}.{field}=VALUE`."
+                )
+    return configs
+
+
+def _place(value: Any, label: bool) -> str:
+    """A text in a field's value that is neither a label nor one of Efface's own words, or ""."""
+    if isinstance(value, str):
+        return "" if label or value in WORDS or _detector(value) else value
+    if isinstance(value, Mapping):
+        return next(filter(None, (_place(v, k in LABELS) for k, v in value.items())), "")
+    return next(filter(None, (_place(v, label) for v in value)), "") if isinstance(value, list) else ""
+
+
+def _detector(name: str) -> bool:
+    from ..metrics._detectors import KINDS, NUDENET
+
+    return name in KINDS or name in NUDENET or name in registry.about("detectors")

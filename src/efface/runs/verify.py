@@ -1,0 +1,248 @@
+"""Draws sampled rows of a run again, and says whether the pictures are the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import checks, files, registry
+from ..core import Concept, config, field_names
+from ..pictures import read_picture
+from ..pipelines import EMBEDDED
+from ..records import Sample
+from .draw import Paint, calls, painter, several
+from .folder import RUN
+from .record import Progress, Run, model_facts, silent, versions
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from ..core import Eraser
+
+
+@dataclasses.dataclass(frozen=True)
+class Redrawn:
+    """One picture, drawn again.
+
+    Args:
+        row: the id of its row.
+        base: whether it is the base model's picture.
+        largest: the largest difference of a channel, of 255; 0 if the pictures are the same.
+        share: the share of pixels that differ; 1 if the sizes differ.
+    """
+
+    row: str
+    base: bool
+    largest: int
+    share: float
+
+    @property
+    def same(self) -> bool:
+        """Whether every pixel is the same."""
+        return self.share == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """What `verify` found.
+
+    Args:
+        folder: the run.
+        rows: the pictures that were drawn again: those of the run, then those of its base run.
+        versions: package to its version in the run's first session and today, where the two differ.
+    """
+
+    folder: Path
+    rows: tuple[Redrawn, ...]
+    versions: Mapping[str, tuple[str, str]]
+
+    @property
+    def same(self) -> bool:
+        """Whether every picture is the same to the bit."""
+        return all(row.same for row in self.rows)
+
+    def record(self) -> dict[str, Any]:
+        """As JSON types."""
+        rows = [dataclasses.asdict(row) | {"same": row.same} for row in self.rows]
+        return {
+            "out": str(self.folder),
+            "same": self.same,
+            "rows": rows,
+            "versions": {name: list(pair) for name, pair in self.versions.items()},
+        }
+
+    def __str__(self) -> str:
+        """A line for each picture that differs, then how many are the same."""
+        lines = []
+        for row in self.rows:
+            if not row.same:
+                which = "base model" if row.base else "run"
+                lines.append(f"{row.row} ({which}): {row.share:.2%} of pixels differ, by at most {row.largest} of 255")
+        lines.append(f"{sum(row.same for row in self.rows)} of {len(self.rows)} pictures are the same to the bit.")
+        lines += [f"{name}: {there} there, {here} here" for name, (there, here) in self.versions.items()]
+        return "\n".join(lines)
+
+
+def verify(
+    run: Run | str | Path,
+    redraw: int = 16,
+    *,
+    model: str | Path | DiffusionPipeline | None = None,
+    eraser: Eraser | Sequence[Eraser] | None = None,
+    seed: int | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Draws sampled rows of a run and of its base run again, and compares them with the pictures in the folders.
+
+    Whole pipeline calls are drawn again, with the rows that the run drew together: what a picture looks like may depend
+    on its batch. So at least `redraw` rows are compared, and at most a batch more. A picture that differs in a few
+    pixels by a few of 255 is what another machine or version draws; one that was replaced differs by more.
+
+    Args:
+        run: a finished run, or its folder.
+        redraw: at least how many rows to draw again.
+        model: the model; None: the one that the record names, if it comes with Efface. A record may be a stranger's, so
+            that a folder or a hub id in it is not followed.
+        eraser: the erasers of the run, in order; None: those in the record, by name. Deltas have to be given.
+        seed: of the choice of rows; None: another choice in each call.
+        progress: called after each pipeline call with what is drawn, how many pictures are done, and of how many.
+
+    Returns:
+        For each picture whether it is the same, or by how much it differs.
+
+    Raises:
+        FileNotFoundError: no run in the folder, or its base is gone.
+        ValueError: the run is not finished, or a file of it is damaged; the model is not the run's, or not named;
+            erasers that cannot be made from the record, or are not the run's.
+
+    Example:
+        >>> import tempfile
+        >>> import efface
+        >>> cat = efface.Row("cat-0", "a cat", 1_000_000)
+        >>> suite = efface.Suite("cats", "1", (cat,), call={"num_inference_steps": 1})
+        >>> run = efface.run(suite, "emoji", eraser=efface.EIUP("cat"), out=tempfile.mkdtemp() + "/cats")
+        >>> print(efface.verify(run))
+        2 of 2 pictures are the same to the bit.
+    """
+    checks.whole("redraw", redraw)
+    run = run if isinstance(run, Run) else Run.open(run)
+    base = run.base
+    drawn, plain = run.finished(), base.finished() if base else []
+    from .. import api
+
+    erasers = several(eraser) if eraser is not None else _rebuilt(run)
+    if eraser is not None:
+        _check_erasers(run, [config(each) for each in erasers])
+    pipe = _model(run, model)
+    groups = _chosen(run, drawn, redraw, random.SystemRandom() if seed is None else random.Random(seed))
+    total = sum(len(group) for _, group in groups) * (2 if base else 1)
+    found: list[Redrawn] = []
+    paint = painter(pipe)
+    for on, samples, of_base in ((erasers, drawn, False), ((), plain, True)):
+        with api.stack(pipe, *on):
+            for call, group in groups if samples else ():
+                found += _again(paint, call, [samples[k] for k in group], of_base)
+                (progress or silent)("base again" if of_base else "drawn again", len(found), total)
+    then, today = run.record["sessions"][0]["versions"], versions()
+    differ = {name: (then.get(name, "none"), today[name]) for name in today if then.get(name) != today[name]}
+    return Verification(run.folder, tuple(found), differ)
+
+
+def _model(run: Run, model: str | Path | DiffusionPipeline | None) -> DiffusionPipeline:
+    """The run's model, without erasers."""
+    from .. import api
+    from ..delta import active
+    from ..hooks.sites import handles
+
+    recorded = run.record["model"]
+    if model is None and recorded["name"] not in EMBEDDED:
+        raise ValueError(
+            f"{run.folder / RUN} names the model {files.shown(repr(recorded['name']))}, which does not come with "
+            "Efface. If you trust it, give it as `model=`."
+        )
+    model = recorded["name"] if model is None else model
+    pipe = api.load(model) if isinstance(model, (str, Path)) else model
+    if handles(pipe) or active(pipe):
+        raise ValueError("The pipeline has an eraser on: remove it, and give it as `eraser=` instead.")
+    pipe.set_progress_bar_config(disable=True)
+    asked = ("text_hash", "pipeline", "scheduler", "dtype")
+    facts = model_facts(pipe, None)
+    there, here = ({key: of[key] for key in asked} for of in (recorded, facts))
+    files.check_same(there, here, f"The model is not that of {run.folder}", "Give the run's own model as `model=`.")
+    return pipe
+
+
+def _rebuilt(run: Run) -> tuple[Any, ...]:
+    """The erasers that a record names, with their fields.
+
+    What is built has to be what is recorded, and no field may name a file.
+    """
+    made = []
+    for recorded in run.record["erasers"]:
+        fields, name = {k: v for k, v in recorded.items() if k != "method"}, recorded["method"]
+        try:
+            cls = registry.resolve(name, "erasers")
+            known = field_names(cls)
+            paths = [k for k, v in fields.items() if isinstance(v, str) and _path(v)]
+            if strange := [*(fields.keys() - set(known)), *paths]:
+                raise ValueError(f"field {min(strange)!r}")
+            made.append(cls(**{k: _concepts(v) if k in ("concepts", "rows") else v for k, v in fields.items()}))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"The eraser {files.shown(repr(name))} of {run.folder} cannot be made from its record "
+                f"({files.shown(str(error), 160)}). Give it as `eraser=`."
+            ) from error
+    _check_erasers(run, [config(each) for each in made])
+    return tuple(made)
+
+
+def _path(value: str) -> bool:
+    return "/" in value or "\\" in value or value.startswith("~") or Path(value).exists()
+
+
+def _concepts(value: Any) -> Any:
+    """Concepts from their JSON, also in lists."""
+    if isinstance(value, list):
+        return tuple(map(_concepts, value))
+    return Concept(**value) if isinstance(value, dict) else value
+
+
+def _check_erasers(run: Run, configs: Sequence[Mapping[str, Any]]) -> None:
+    there, here = {"erasers": run.record["erasers"]}, {"erasers": list(configs)}
+    files.check_same(there, here, f"The erasers are not those of {run.folder}", "Give the run's own as `eraser=`.")
+
+
+def _chosen(
+    run: Run, drawn: Sequence[Sample], redraw: int, chance: random.Random
+) -> list[tuple[Mapping[str, Any], list[int]]]:
+    """Pipeline calls of the run, taken at random until they have `redraw` rows; in the run's order."""
+    rows, size, found = [sample.row for sample in drawn], run.record["batch"], []
+    for start in range(0, run.n, size):
+        found += calls(rows, range(start, min(start + size, run.n)), run.record["call"])
+    taken: list[int] = []
+    for k in chance.sample(range(len(found)), len(found)):
+        if sum(len(found[each][1]) for each in taken) < redraw:
+            taken.append(k)
+    return [found[k] for k in sorted(taken)]
+
+
+def _again(paint: Paint, call: Mapping[str, Any], samples: Sequence[Sample], base: bool) -> list[Redrawn]:
+    from PIL import ImageChops
+
+    found = []
+    for sample, (picture, _) in zip(samples, paint([s.row for s in samples], call), strict=True):
+        if sample.path is None:
+            raise ValueError(f"The picture of row {sample.row.id!r} is in no file. Verify a run folder.")
+        kept = read_picture(sample.path, sample.sha256)
+        largest, share = 255, 1.0
+        if kept.size == picture.size:
+            apart = ImageChops.difference(kept, picture.convert("RGB"))
+            largest = max(high for _, high in apart.getextrema())
+            bands = apart.split()
+            worst = ImageChops.lighter(ImageChops.lighter(bands[0], bands[1]), bands[2])
+            share = 1 - worst.histogram()[0] / (kept.width * kept.height)
+        found.append(Redrawn(sample.row.id, base, int(largest), share))
+    return found
