@@ -22,7 +22,8 @@ from typing import Any, ClassVar
 import torch
 
 import efface
-from efface.files import lock, write_json
+from efface.checks import refusal, shown
+from efface.files import as_json, lock, read_json, write_json
 
 from .code import ROOT, code_hash, commit
 from .worlds import SEEDS, World, world
@@ -110,10 +111,10 @@ class Store:
         path = self.folder / f"{unit.digest}.json"
         if not path.is_file():
             return None
-        try:
-            return json.loads(path.read_text("utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}). Delete it; the same command measures it again.") from error
+        found = read_json(path, "Delete it. The same command measures it again.")
+        if found.get("setting") != as_json(unit.setting):
+            raise ValueError(f"{path} holds another unit than its name says. Delete it, and start the command again.")
+        return found
 
     def first(self, units: Sequence[Unit]) -> dict[str, Any] | None:
         """The estimate and the commit that a run of these units began with."""
@@ -192,7 +193,8 @@ class Experiment:
         for key in self.same:
             if old.get(key) != new.get(key):
                 raise ValueError(
-                    f"The card has {key} {_cut(old.get(key))}, today's is {_cut(new.get(key))}. Measure all rows anew."
+                    f"The card has {key} {shown(old.get(key))}, today's is {shown(new.get(key))}. Measure all rows "
+                    "anew."
                 )
         fresh = {row["row"]: row for row in new["rows"] if row["row"] in update}
         rows = [fresh.pop(row["row"], row) for row in old["rows"]]
@@ -203,11 +205,6 @@ class Experiment:
 
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _cut(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def timed(call: Callable[[], Any]) -> tuple[Any, float]:
@@ -240,7 +237,7 @@ def check_block(experiment: Experiment, block: str) -> None:
     """ValueError for a block that an experiment has not, or must not see because it chooses a setting."""
     allowed = experiment.blocks
     if block not in allowed and not (experiment.chooses and block == "test"):
-        raise ValueError(f"Expected a block of {', '.join(allowed)}, got {block!r}. Name one of them.")
+        raise ValueError(refusal(f"a block of {', '.join(allowed)}", block, "Name one of them."))
     if experiment.chooses and block == "test":
         raise ValueError(
             f"Expected `{experiment.name}` on the tuning or selection block, because it chooses a setting, got the "
@@ -252,11 +249,12 @@ def check_cap(experiment: Experiment, hours: Mapping[str, float], spent: float) 
     """ValueError if the estimate, with what was spent already, is above the cap."""
     total = spent + sum(hours.values())
     if total > experiment.cap:
-        rows = ", ".join(f"{row} {value:.2g}" for row, value in sorted(hours.items(), key=lambda each: -each[1])[:6])
+        most = sorted(hours.items(), key=lambda each: -each[1])[:6]
+        rows = f" ({', '.join(f'{row} {value:.2g}' for row, value in most)})" if most else ", all of it spent"
         raise ValueError(
-            f"Expected `{experiment.name}` to take at most {experiment.cap:g} core-hours, the estimate is {total:.2g} "
-            f"({rows}). Lower `--n`, redraw single rows with `--update`, or raise `cap` in experiments/catalogue.py "
-            "in a commit that says why."
+            f"Expected `{experiment.name}` to take at most {experiment.cap:g} core-hours, got {total:.2g}{rows}. Lower "
+            "`--n`, redraw single rows with `--update`, or raise `cap` in experiments/catalogue.py in a commit that "
+            "says why."
         )
 
 
@@ -288,7 +286,7 @@ def run(
         units = experiment.units(plan)
         known = experiment.names(units)
         if strange := [row for row in update if row not in known]:
-            raise ValueError(f"{strange[0]!r} is not a row of `{experiment.name}`. There is: {', '.join(known)}.")
+            raise ValueError(refusal(f"a row of `{experiment.name}`", strange[0], f"There is: {', '.join(known)}."))
         old = json.loads(out.read_text("utf-8")) if out.is_file() else None
         if update:
             if old is None or old.get("form") != FORM:

@@ -186,7 +186,7 @@ def test_an_interrupted_run_goes_on_to_the_identical_card(
 
 
 def test_an_estimate_above_the_cap_is_refused_and_nothing_is_measured(kind: Experiment, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"at most 1e-09 core-hours, the estimate is \S+ \(.*Lower `--n`.*raise `cap`"):
+    with pytest.raises(ValueError, match=r"at most 1e-09 core-hours, got \S+ \(.*Lower `--n`.*raise `cap`"):
         run(dataclasses.replace(kind, cap=1e-9), tmp_path)
     assert not list((tmp_path / "work/trial").glob("*.json")) and not (tmp_path / "trial.json").exists()
 
@@ -202,7 +202,7 @@ def test_an_estimate_draws_nothing_else(tmp_path: Path) -> None:
 
 def test_a_run_stops_where_the_cap_is_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "estimate", lambda units: {"base": 0.0})
-    with pytest.raises(ValueError, match="at most 1e-06 core-hours"):
+    with pytest.raises(ValueError, match="at most 1e-06 core-hours, got .*, all of it spent"):
         run(dataclasses.replace(KINDS["outcome"](), cap=1e-6), tmp_path)
 
 
@@ -238,7 +238,10 @@ def test_a_damaged_file_of_raw_outcomes_is_named(tmp_path: Path) -> None:
     run(experiment, tmp_path)
     path = next(tmp_path.glob("work/trial/" + "[0-9a-f]" * 64 + ".json"))
     path.write_text("{")
-    with pytest.raises(ValueError, match=r"is damaged .* Delete it"):
+    with pytest.raises(ValueError, match=r"is damaged.* Delete it"):
+        run(experiment, tmp_path)
+    path.write_text('{"setting": 1}')
+    with pytest.raises(ValueError, match="holds another unit than its name says"):
         run(experiment, tmp_path)
 
 
@@ -295,7 +298,7 @@ def test_an_update_needs_a_card_and_a_row(tmp_path: Path) -> None:
     experiment = KINDS["outcome"]()
     with pytest.raises(ValueError, match="is no card of this runner"):
         run(experiment, tmp_path, update=["eiup"])
-    with pytest.raises(ValueError, match="'eip' is not a row of `trial`. There is: base, eiup, negative_prompt"):
+    with pytest.raises(ValueError, match="Expected a row of `trial`, got 'eip'. There is: base, eiup, negative_prompt"):
         run(experiment, tmp_path, update=["eip"])
 
 
@@ -606,6 +609,14 @@ def test_all_cards_together_take_at_most_60_core_hours() -> None:
     assert len(CATALOGUE) == len(EXPERIMENTS) and all(
         each.question.endswith("?") or each.question.endswith(".") for each in EXPERIMENTS
     )
+
+
+@pytest.mark.parametrize("name", [name for name in CATALOGUE if name != "pareto"])
+def test_every_experiment_can_be_planned(name: str) -> None:
+    """Prompts in its block, seeds for its n, and configurations that go into a file."""
+    each = CATALOGUE[name]
+    units = each.units(Plan(each.block, each.n, each.model))
+    assert units and all(len(unit.digest) == 64 and unit.weight > 0 for unit in units)
 
 
 def test_negative_prompts_are_tried_on_every_method_that_takes_them() -> None:

@@ -191,8 +191,8 @@ def holm(p: Sequence[float]) -> list[float]:
         >>> holm([0.01, 0.04, 0.03])
         [0.03, 0.06, 0.06]
     """
-    if strange := [each for each in p if not 0 <= each <= 1]:
-        raise ValueError(f"Expected p values from 0 to 1, got {strange[0]!r}. Give what a test returned.")
+    for each in p:
+        checks.share("p", each)
     adjusted, least = [0.0] * len(p), 0.0
     for k, place in enumerate(sorted(range(len(p)), key=p.__getitem__)):
         least = max(least, min(1.0, (len(p) - k) * p[place]))
