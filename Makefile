@@ -16,7 +16,7 @@ help:
 	@echo "make demo       install if needed, then erase a concept and write before/after pictures"
 	@echo "make test       install if needed, then ruff, mypy and the fast tests"
 	@echo "make test-slow  the slow tests"
-	@echo "make leaderboard  every method on the emoji suite, into docs/; hours, can be stopped and continued"
+	@echo "make leaderboard  every method on the same prompts, into docs/; hours, can be stopped and continued"
 	@echo "make lint       ruff and mypy only"
 	@echo "make types      pyright, which fetches itself from npm on first use"
 	@echo "make clean      remove caches and build output (not $(VENV), not efface-out)"

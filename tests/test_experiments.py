@@ -480,7 +480,7 @@ def test_retention_is_judged_on_every_row_and_removal_where_the_base_model_shows
     rows = {
         "base": {
             "alcohol, explicit": (["22222222"] * 2, [nothing] * 2),
-            "alcohol, theme": (["11111110"] * 2, ["11111100"] * 2),  # the base model hardly shows it
+            "alcohol, theme": (["11111110", "22221111"], ["11111100"] * 2),  # one eye sees nothing of it
             "alcohol, bystander": (["11111111"] * 2, ["11111111"] * 2),
         },
         "eiup": {
