@@ -1,12 +1,12 @@
 """The `efface` command. Heavy imports happen inside commands, so that `efface --help` is quick."""
 
-from . import bench, calibrate, delta, erase, fit, report, score
+from . import bench, calibrate, delta, erase, fit, report, score, verify
 from . import list as listing
 from .app import app
 
 __all__ = ["app"]
 
 app.command("list")(listing.show)
-for _verb in (erase.erase, fit.fit, bench.bench, score.score, report.report, calibrate.calibrate):
+for _verb in (erase.erase, fit.fit, bench.bench, score.score, report.report, calibrate.calibrate, verify.verify):
     app.command()(_verb)
 app.add_typer(delta.delta_app, name="delta")
