@@ -365,7 +365,7 @@ def test_a_row_id_is_a_file_name(name: str) -> None:
 def test_a_row_asks_for_something_and_is_frozen() -> None:
     with pytest.raises(ValueError, match="`prompt of row a` to be a text that is not empty"):
         Row("a", "  ", 0)
-    with pytest.raises(TypeError, match="`keep` of row 'a'"):
+    with pytest.raises(TypeError, match="`keep of row a` to be a sequence"):
         Row("a", "a cat", 0, keep="dog")  # type: ignore[arg-type]
     call = {"guidance_scale": 7.0}
     row = Row("a", "a cat", 0, keep=["dog"], call=call)  # type: ignore[arg-type]
