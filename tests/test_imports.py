@@ -37,24 +37,29 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hooks": TEXTS,
     "delta": TEXTS | {"hooks"},
     "erasers": HOOKS,
-    "editors": HOOKS,
+    "editors": HOOKS | {"progress"},
     "attacks": HOOKS,
     "testing": TEXTS | {"hooks"},
     "models": FACTS,
     "metrics": FACTS | {"models"},
     "suites": FACTS | {"models"},
     "intervals": {"checks"},
+    "progress": set(),
     "pipelines": TEXTS | {"delta", "models"},
     "api": HOOKS | {"pipelines"},
     "calibration": FACTS | {"api", "pipelines", "delta", "intervals"},
-    "runs": HOOKS | {"api", "pipelines", "metrics"},
+    "runs": HOOKS | {"models", "api", "pipelines", "metrics", "progress"},
     "report": FACTS | {"runs"},
+    "tables": FACTS | {"runs", "report"},
+    "jobs": HOOKS | {"models", "api", "pipelines", "runs", "progress"},
     "_interrupt": set(),
-    "cli": FACTS | {"models", "api", "pipelines", "calibration", "runs", "report", "_interrupt"},
+    "cli": FACTS
+    | {"models", "api", "pipelines", "calibration", "metrics", "runs", "report", "tables", "jobs", "progress"}
+    | {"_interrupt"},
     "__main__": {"cli", "_interrupt"},
     "efface": {
-        *("registry", "core", "api", "calibration", "erasers", "editors", "attacks", "metrics", "suites", "delta"),
-        *("records", "pipelines", "runs", "report"),
+        *("registry", "core", "records", "pictures", "pipelines", "api", "calibration", "erasers", "editors"),
+        *("attacks", "metrics", "suites", "delta", "runs", "report", "tables"),
     },
 }
 
@@ -78,7 +83,7 @@ ORDER = {
         *("prediction", "step", "denoiser", "sites", "method", "__init__"),
     ),
     "delta": ("factors", "watch", "overlay", "applied", "base", "file", "lora", "delta", "__init__"),
-    "runs": ("folder", "record", "judges", "draw", "card", "score", "verify", "__init__"),
+    "runs": ("folder", "record", "judges", "draw", "workers", "bench", "card", "score", "verify", "__init__"),
     "report": ("words", "compare", "plot", "pictures", "page", "__init__"),
 }
 

@@ -27,6 +27,7 @@ from .erasers.negative_prompt import NegativePrompt as NegativePrompt
 from .erasers.safree import SAFREE as SAFREE
 from .erasers.sld import SLD as SLD
 from .metrics._detectors import detector as detector
+from .pictures import grid as grid
 from .pipelines import effectiveness as effectiveness
 from .pipelines import load as load
 from .records import Metric as Metric
@@ -40,3 +41,4 @@ from .runs import make_suite as make_suite
 from .runs import run as run
 from .runs import score as score
 from .runs import verify as verify
+from .tables import table as table

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from efface import checks, files
-
+from . import checks, files
 from .core import (
     Concept,
     ConceptLike,
@@ -262,7 +261,7 @@ def calibrate(
         _same_setting(folder, setting)
     plain = _rate(judged(0.0)["left"], min)
     if plain.rate < SHOWN:
-        raise ValueError(
+        raise checks.NotJudged(
             f"The base model shows {about.name!r} in {plain.hits} of {plain.n} pictures, fewer than {SHOWN:.0%}: "
             "nothing can be told about its erasure. Give `prompts` that draw it, and a detector that knows it."
         )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -24,6 +25,10 @@ SEEDS = 2**32
 TUNING_SEEDS = 10_000
 
 Choice = TypeVar("Choice")
+
+
+class NotJudged(ValueError):
+    """Nothing can be told about an erasure, for example because the base model hardly draws the concept."""
 
 
 def shown(value: object) -> str:
@@ -159,6 +164,8 @@ def text(name: str, value: object, *, empty: bool = False) -> str:
     """A text; one without any character to read only where `empty` allows it."""
     if not isinstance(value, str):
         raise TypeError(refusal(f"`{name}` to be a text", value, "Put it in quotes."))
+    if re.search("[\ud800-\udfff]", value):
+        raise ValueError(f"Expected `{name}` to be a text in UTF-8, got {value!a:.80}. Write it anew.")
     if not empty and not value.strip():
         raise ValueError(refusal(f"`{name}` to be a text that is not empty", value, "Write at least one word."))
     return value
@@ -170,7 +177,7 @@ def texts(name: str, value: object) -> tuple[str, ...]:
         raise TypeError(refusal(f"`{name}` to be a sequence of texts", value, f"Write ({shown(value)},)."))
     if not isinstance(value, Sequence) or not all(isinstance(each, str) for each in value):
         raise TypeError(refusal(f"`{name}` to be a sequence of texts", value, "Write for example ('a dog', 'a tree')."))
-    return tuple(value)
+    return tuple(text(name, each, empty=True) for each in value)
 
 
 def path(name: str, value: object) -> Path:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
-from . import files
+from . import checks, files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,22 +87,48 @@ def likeness(a: Tensor, b: Tensor) -> Tensor:
     return ((x * y).sum(1) / norm).clamp(0, 1)
 
 
-def grid(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str] = (), side: int = 128) -> Image.Image:
-    """A labelled grid: one line per entry of `rows`, its name at the left, `columns` as headings.
+def grid(
+    images: Tensor | Sequence[Image.Image] | Mapping[str, Sequence[Image.Image]],
+    columns: int | Sequence[str] = 4,
+    labels: Sequence[str] = (),
+    side: int = 128,
+) -> Image.Image:
+    """Pictures in a labelled grid, to look at.
 
     Args:
-        rows: label to pictures, all of one length.
-        columns: a heading per column, or none.
+        images: pictures of PIL, or float [N, 3, H, W] in [0, 1], row by row; or the label of each row to its pictures.
+        columns: how many pictures stand in a row, or a heading for each column.
+        labels: a text for each row, at its left.
         side: pixels of a picture's longer side in the grid; small pictures are enlarged without smoothing.
 
     Raises:
-        ValueError: no pictures, or rows of different lengths.
+        ValueError: no pictures, another number of labels than rows, or rows of different lengths.
 
     Example:
+        >>> import efface
         >>> from PIL import Image
-        >>> grid({"before": [Image.new("RGB", (8, 8))], "after": [Image.new("RGB", (8, 8))]}, side=16).size
-        (88, 44)
+        >>> pictures = [Image.new("RGB", (8, 8)) for _ in range(4)]
+        >>> efface.grid(pictures, columns=["cat", "dog"], labels=["before", "after"], side=16).size
+        (108, 58)
     """
+    if isinstance(images, Mapping):
+        return _drawn(images, () if isinstance(columns, int) else columns, side)
+    pictures = list(images) if isinstance(images, Sequence) else to_pil(images)
+    width = checks.whole("columns", columns) if isinstance(columns, int) else len(columns)
+    rows = [pictures[k : k + width] for k in range(0, len(pictures), width or 1)]
+    if labels and len(labels) != len(rows):
+        raise ValueError(
+            f"Expected a label for each of {len(rows)} rows, got {len(labels)}. Give as many labels as rows."
+        )
+    if rows:
+        blank = Image.new("RGB", rows[-1][-1].size, "white")
+        rows[-1] += [blank] * (min(width, len(pictures)) - len(rows[-1]))
+    names = labels or [" " * k for k in range(len(rows))]  # keys of one mapping, and nothing to see
+    return _drawn(dict(zip(names, rows, strict=True)), () if isinstance(columns, int) else columns, side)
+
+
+def _drawn(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str], side: int) -> Image.Image:
+    """One line for each entry of `rows`, its name at the left, `columns` as headings."""
     lengths = {len(pictures) for pictures in rows.values()}
     if len(lengths) != 1 or 0 in lengths:
         raise ValueError(

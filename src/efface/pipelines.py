@@ -233,11 +233,18 @@ def _check_index(file: Path) -> list[str]:
         ValueError: it is not what `save_pretrained` writes, or it names classes of other packages: diffusers would
             import them.
     """
+    import diffusers
     from diffusers import pipelines
 
     index = files.read_json(file, "Save the pipeline again, or download it again.")
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise ValueError(f"{file} names no pipeline class: it is not what `save_pretrained` writes. Save it again.")
+    kind = getattr(diffusers, index["_class_name"], None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
+        raise ValueError(
+            f"Expected a pipeline of diffusers in {file}, got {checks.shown(index['_class_name'])}. Save the pipeline "
+            "again, or update diffusers."
+        )
     ours = []
     for part, named in index.items():
         if part.startswith("_") or not (isinstance(named, list) and len(named) == 2 and isinstance(named[0], str)):

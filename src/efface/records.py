@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
+from . import checks
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_SEED = 2**32
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
@@ -30,7 +31,7 @@ class Row:
         concept: name of the concept whose presence is judged in this row; "" = none.
         keep: things of which at least one should survive.
         cluster: rows with the same value share a target, and the bootstrap resamples whole clusters; "" = its own.
-        call: pipeline arguments of this row alone, such as {"guidance_scale": 7.5}.
+        call: pipeline arguments of this row alone, such as {"guidance": 7.5}.
 
     Raises:
         ValueError: an empty prompt, a seed out of range, or an id that is no file name.
@@ -53,15 +54,12 @@ class Row:
 
     def __post_init__(self) -> None:
         if not _FILE_NAME.fullmatch(self.id):
-            raise ValueError(
-                f"Expected the id of a row to be a file name of letters, digits, '.', '_' and '-', but got {self.id!r}."
-            )
-        if not self.prompt.strip():
-            raise ValueError(f"Row {self.id!r} has an empty prompt: remove the row, or write what to draw.")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < MAX_SEED:
-            raise ValueError(f"Expected the seed of row {self.id!r} to be in 0 ... 2**32 - 1, but got {self.seed!r}.")
-        if isinstance(self.keep, str):
-            raise TypeError(f"`keep` of row {self.id!r} should be a sequence of names, but got {self.keep!r}.")
+            cure = "Leave all other characters out."
+            expected = "the id of a row to be a file name of letters, digits, '.', '_' and '-'"
+            raise ValueError(checks.refusal(expected, self.id, cure))
+        checks.text(f"prompt of row {self.id}", self.prompt)
+        checks.seed(f"seed of row {self.id}", self.seed)
+        checks.texts(f"keep of row {self.id}", self.keep)
         object.__setattr__(self, "keep", tuple(self.keep))
         object.__setattr__(self, "call", dict(self.call))
 
@@ -93,7 +91,9 @@ class Sample:
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.pixels is None):
-            raise ValueError(f"Expected either `path` or `pixels` for row {self.row.id!r}, but got neither or both.")
+            raise ValueError(
+                f"Expected either `path` or `pixels` for row {self.row.id!r}, got neither or both. Give one of them."
+            )
 
     def image(self) -> Tensor:
         """The picture, float [3, H, W] in [0, 1].
@@ -150,7 +150,9 @@ class Score:
 
     def __post_init__(self) -> None:
         if not self.metric or self.n < 0:
-            raise ValueError(f"Expected a metric's name and n >= 0, but got {self.metric!r} and n = {self.n}.")
+            raise ValueError(
+                f"Expected a metric's name and n >= 0, got {self.metric!r} and n = {self.n}. Say what was measured."
+            )
 
 
 class Metric(Protocol):
@@ -195,7 +197,7 @@ class Suite:
     licence: str = ""
     data_hash: str = ""
     call: Mapping[str, Any] = dataclasses.field(
-        default_factory=lambda: {"num_inference_steps": 25, "guidance_scale": 7.5}, hash=False
+        default_factory=lambda: {"num_inference_steps": 25, "guidance": 7.5}, hash=False
     )
     metrics: tuple[Metric, ...] = ()
 
@@ -208,7 +210,9 @@ class Suite:
         ids = [row.id for row in self.rows]
         if len(set(ids)) < len(ids):
             twice = next(i for i in ids if ids.count(i) > 1)
-            raise ValueError(f"Expected row ids of the suite {self.name!r} to be unique, but {twice!r} is there twice.")
+            raise ValueError(
+                f"Expected row ids of the suite {self.name!r} to be unique, got {twice!r} twice. Rename a row."
+            )
         if not self.data_hash:
             object.__setattr__(self, "data_hash", rows_hash(self.rows))
 

@@ -208,6 +208,34 @@ def presets(cls: type) -> dict[str, Callable[..., Any]]:
     return {name: make for name, make in named.items() if next(iter(signature(make).parameters), "") == "concepts"}
 
 
+def preset_names(name: str, room: str) -> list[str]:
+    """The presets of a native method, read from its source without importing it.
+
+    Example:
+        >>> from efface import registry
+        >>> registry.preset_names("safree", "erasers")
+        ['paper', 'artist']
+    """
+    spec = find_spec(f"efface.{room}.{name}") if name in _files(room) else None
+    if spec is None or spec.origin is None:
+        return []
+    origin = Path(spec.origin)
+    files = sorted(origin.parent.glob("*.py")) if spec.submodule_search_locations else [origin]
+    sources = [ast.parse(file.read_text("utf-8")) for file in files]
+    classes = [node for source in sources for node in source.body if isinstance(node, ast.ClassDef)]
+    exported = {each.value for source in sources for each in ast.walk(source) if isinstance(each, ast.Constant)}
+    found = []
+    for node in classes:
+        for part in node.body if node.name in exported else []:
+            if isinstance(part, ast.FunctionDef) and [getattr(each, "id", "") for each in part.decorator_list] == [
+                "classmethod"
+            ]:
+                taken = [arg.arg for arg in part.args.args[1:]]
+                if taken[:1] == ["concepts"]:
+                    found.append(part.name)
+    return found
+
+
 def about(room: str) -> dict[str, str]:
     """Name -> the first line of its file, without importing it; of plugins, where they come from.
 

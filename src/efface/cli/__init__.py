@@ -7,6 +7,6 @@ from .app import app
 __all__ = ["app"]
 
 app.command("list")(listing.show)
-for _verb in (erase.erase, fit.fit, bench.bench, score.score, report.report, verify.verify, calibrate.calibrate):
+for _verb in (erase.erase, fit.fit, bench.bench, score.score, report.report, calibrate.calibrate, verify.verify):
     app.command()(_verb)
 app.add_typer(delta.delta_app, name="delta")

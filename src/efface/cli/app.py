@@ -7,10 +7,12 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from .errors import CODES
 
 app = typer.Typer(
     name="efface",
     help="Erase concepts from text-to-image diffusion models, and see that they are gone.",
+    epilog=CODES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .. import registry
-from .._interrupt import gently
-from .errors import bad_input, fail
+from .. import checks, registry
+from .errors import NOT_MET, fail, told
 from .folders import check_folder, output_folder
-from .options import check_guidance, known, parse_fields
-from .output import escaped
+from .options import AsJson, Settings, check_guidance, load, loads, parse_fields
+from .output import print_table, say, telling
 
 
-def _in_turn(prompts: list[str], most: int) -> list[str]:
-    """At most so many of them, evenly spread."""
-    return prompts if len(prompts) <= most else [prompts[k * len(prompts) // most] for k in range(most)]
-
-
+@loads
 def calibrate(
     concept: Annotated[str, typer.Option(help="The shipped concept to erase.")],
     model: Annotated[str, typer.Option(help='"emoji": other models have no detector on the command line.')] = "emoji",
-    method: Annotated[str, typer.Option(help="How to erase; see `efface list methods`.")] = "eiup",
-    set_: Annotated[list[str] | None, typer.Option("--set", help="A field of the method, NAME=VALUE.")] = None,
-    target: Annotated[float, typer.Option(min=0, max=1, help="Most that may be left, as a share.")] = 0.03,
-    keep: Annotated[float, typer.Option(min=0, max=1, help="Least that must be kept, as a share.")] = 0.95,
+    method: Annotated[str, typer.Option(help="How to erase; see `efface list erasers`.")] = "eiup",
+    set_: Settings = None,
+    target: Annotated[float, typer.Option(min=0, max=1, help="The largest residual rate, as a share.")] = 0.03,
+    keep: Annotated[float, typer.Option(min=0, max=1, help="The smallest retention, as a share.")] = 0.95,
     strength: Annotated[list[float] | None, typer.Option(help="A strength to try; may be repeated.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt that draws the concept; may be repeated.")] = None,
     keep_prompt: Annotated[list[str] | None, typer.Option(help="A prompt that must survive; may be repeated.")] = None,
@@ -39,30 +35,37 @@ def calibrate(
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 7.5,
     out: Annotated[Path | None, typer.Option(help="Output folder; an interrupted one goes on.")] = None,
     plot: Annotated[bool, typer.Option("--plot", help="Also draw calibration.png; needs matplotlib.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
+    *,
+    loading: Mapping[str, Any],
 ) -> None:
-    """Find the smallest strength that erases a concept and keeps the rest, on tuning seeds."""
-    with bad_input(), ExitStack() as ends:
+    """Find the smallest strength that erases a concept and keeps the rest, on tuning seeds.
+
+    Exit code 3 if no strength reaches both goals, 4 if the base model hardly draws the concept.
+    """
+    with told():
         if model != "emoji":
             raise ValueError(
-                f"There is no detector for {model!r} on the command line: use efface.calibrate with your own."
+                f"There is no detector for {model!r} on the command line. Use efface.calibrate with your own."
             )
         from ..core import shipped_concepts
         from ..models import emoji
 
         shipped = shipped_concepts()
-        drawn = [name for name in shipped if known(emoji.truth, name)]
+        drawn = [name for name in shipped if _drawn(name)]
         if concept not in drawn:
             why = "is a shipped concept, but emoji cannot draw it" if concept in shipped else "is not a shipped concept"
             hint = registry.near(concept, drawn)
-            raise ValueError(f"{concept!r} {why}. {hint}{' ' if hint else ''}It can draw {', '.join(drawn)}.")
-        about = shipped[concept]
-        fields = parse_fields(set_ or [])
+            raise ValueError(
+                f"{checks.shown(concept)} {why}. {hint}{' ' if hint else ''}It can draw {', '.join(drawn)}."
+            )
+        about, fields = shipped[concept], parse_fields(set_)
         if "strength" in fields:
             raise ValueError(
-                "The strength is what is looked for: give --strength for those to try, not --set strength."
+                "The strength is what is looked for. Give --strength for those to try, not --set strength."
             )
         cells = {cell: [text for text, _ in emoji.prompts(about.name, cell)] for cell in emoji.CELLS}
+        checks.tuning_seeds("--seed", range(seed, seed + 2 * n))
         registry.resolve(registry.split(method)[0], "erasers")
         from .. import api
         from ..calibration import STRENGTHS
@@ -71,57 +74,61 @@ def calibrate(
         eraser = api.build(method, about, **fields)
         check_guidance([eraser], guidance)
         if out is None or not (out / "setting.json").exists():
-            check_folder(out, False)
-        pipe = api.load(model)
+            check_folder(out)
+        pipe = load(model, loading)
         eraser.apply(pipe).remove()
-        out = ends.enter_context(output_folder(out))
-        pipe.set_progress_bar_config(disable=True)
-        from rich.console import Console
-        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
         from ..models.emoji.eyes import ConceptEyes
 
-        eyes = ConceptEyes(about.name)
-        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("plain", total=None)
+        eyes, done = ConceptEyes(about.name), Counter[str]()
+        with (
+            output_folder(out) as folder,
+            told(lambda: f"Every finished strength is in {folder}: the same command with --out goes on."),
+            telling() as meter,
+        ):
+            meter("base model", 0, 2 * n)
 
             def tell(what: str, pictures: int) -> None:
-                bar.advance(task, pictures)
-                bar.update(task, description=f"{what}, {bar.tasks[0].completed:g} pictures")
+                done[what] += pictures
+                meter(what, done[what], 2 * n)
 
-            try:
-                gently()
-                found = search(
-                    pipe,
-                    eraser,
-                    about,
-                    eyes,
-                    target,
-                    keep,
-                    prompts=prompt or _in_turn(cells["explicit"] + cells["theme"], n),
-                    keep_prompts=keep_prompt or _in_turn(cells["pair"], n),
-                    kept=eyes.kept,
-                    strengths=strength or STRENGTHS,
-                    refine=refine,
-                    n=n,
-                    first_seed=seed,
-                    out=out,
-                    plot=plot,
-                    progress=tell,
-                    num_inference_steps=steps,
-                    guidance_scale=guidance,
-                )
-            except KeyboardInterrupt:
-                fail(f"Interrupted. Every finished strength is in {out}: the same command with --out goes on.", 130)
+            found = search(
+                pipe,
+                eraser,
+                about,
+                eyes,
+                target,
+                keep,
+                prompts=prompt or _in_turn(cells["explicit"] + cells["theme"], n),
+                keep_prompts=keep_prompt or _in_turn(cells["pair"], n),
+                kept=eyes.kept,
+                strengths=strength or STRENGTHS,
+                refine=refine,
+                n=n,
+                first_seed=seed,
+                out=folder,
+                plot=plot,
+                progress=tell,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+            )
     if as_json:
-        typer.echo(json.dumps({"out": str(out), "concept": about.name, "method": method, **found.record()}, indent=1))
-        return
-    from rich.table import Table
+        facts = {"out": str(folder), "concept": about.name, "method": method, **found.record()}
+        typer.echo(json.dumps(facts, indent=1))
+    else:
+        rows = [(f"{point.strength:g}", str(point.left), str(point.kept)) for point in found.points]
+        print_table(("strength", "residual", "retention"), rows)
+        say(str(found))
+        say(f"{folder}/calibration.json")
+    if found.strength is None:
+        fail("No strength reaches both goals. Try others by --strength, or another --method.", NOT_MET)
 
-    table = Table("strength", "left", "kept")
-    for point in found.points:
-        table.add_row(f"{point.strength:g}", str(point.left), str(point.kept), style="bold" * (point == found.best))
-    Console().print(table)
-    for line in (str(found), f"{out}/calibration.json"):
-        Console().print(escaped(line), soft_wrap=True, highlight=False)
+
+def _drawn(name: str) -> bool:
+    from ..jobs import drawn_by_emoji
+
+    return drawn_by_emoji(name)
+
+
+def _in_turn(prompts: list[str], most: int) -> list[str]:
+    """At most so many of them, evenly spread."""
+    return prompts if len(prompts) <= most else [prompts[k * len(prompts) // most] for k in range(most)]

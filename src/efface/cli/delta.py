@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .errors import bad_input
+from .errors import told
 from .folders import check_folder, output_file, output_folder
-from .options import AsJson, ModelName, load_deltas
-from .output import escaped
+from .options import AsJson, ModelName, Overwrite, load, load_deltas, loads
+from .output import print_table, say
 
 delta_app = typer.Typer(help="Look at deltas, and bring them to other tools.", no_args_is_help=True)
 DeltaFile = Annotated[Path, typer.Argument(help="A file made by `efface fit`.")]
@@ -24,7 +25,7 @@ def info(
     as_json: AsJson = False,
 ) -> None:
     """Say what a delta erases, how it was made, and which model it belongs to."""
-    with bad_input():
+    with told():
         from .. import api
 
         delta = api.load_delta(file)
@@ -42,11 +43,11 @@ def export(
         str, typer.Option(help="diffusers (pipe.load_lora_weights) or kohya (A1111, ComfyUI).")
     ] = "diffusers",
     rank: Annotated[int | None, typer.Option(min=1, help="At most this rank; if left out, nothing is lost.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out.")] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a delta as a LoRA."""
-    with bad_input(), ExitStack() as ends:
+    with told(), ExitStack() as ends:
         from .. import api
 
         delta = api.load_delta(file)
@@ -60,22 +61,25 @@ def export(
 
 
 @delta_app.command()
+@loads
 def merge(
     files: Annotated[list[Path], typer.Argument(help="Files made by `efface fit`; several are added up.")],
     out: Annotated[Path, typer.Option(help="The folder to write the whole model to.")],
     model: ModelName = "emoji",
     as_json: AsJson = False,
+    *,
+    loading: Mapping[str, Any],
 ) -> None:
     """Write a whole model with deltas added to its weights for good."""
-    with bad_input(), ExitStack() as ends:
+    with told(), ExitStack() as ends:
         from functools import reduce
         from operator import add
 
         from .. import api
 
         delta = reduce(add, load_deltas(files))
-        check_folder(out, overwrite=False)
-        pipe = api.load(model)
+        check_folder(out)
+        pipe = load(model, loading)
         delta.merge(pipe)
         pipe.save_pretrained(ends.enter_context(output_folder(out)))
     if as_json:
@@ -87,9 +91,6 @@ def merge(
 
 def describe(file: Path, delta: Any) -> None:
     """A delta in a few lines."""
-    from rich.console import Console
-    from rich.table import Table
-
     config = delta.config()
     ranks = [change.rank for change in delta.weights.values() if hasattr(change, "rank")]
     whole = len(delta.weights) - len(ranks)
@@ -104,8 +105,5 @@ def describe(file: Path, delta: Any) -> None:
         "hash": config["hash"][:16],
         **{name: json.dumps(value) for name, value in config["info"].items()},
     }
-    table = Table(show_header=False, box=None)
-    for name, text in rows.items():
-        table.add_row(escaped(name), escaped(text))
-    Console(soft_wrap=True, highlight=False).print(table)
-    Console(soft_wrap=True, highlight=False).print(escaped(str(file)))
+    print_table(("", ""), list(rows.items()), box=None)
+    say(str(file))

@@ -4,69 +4,69 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from .. import registry
-from .._interrupt import INTERRUPTED, gently
 from .delta import describe
-from .errors import FAILED, bad_input, fail
+from .errors import told
 from .folders import output_file
-from .options import AsJson, ConceptNames, ModelName, Phrases, Settings, load_deltas, parse_fields, targets_of
+from .options import (
+    NOTHING,
+    AsJson,
+    ConceptNames,
+    ModelName,
+    Overwrite,
+    Phrases,
+    Settings,
+    load,
+    load_deltas,
+    loads,
+    parse_fields,
+    targets_of,
+)
+from .output import telling
 
 
+@loads
 def fit(
-    method: Annotated[str, typer.Argument(help="An editor; see `efface list methods`.")],
+    method: Annotated[str, typer.Argument(help="An editor; see `efface list editors`.")],
     out: Annotated[Path, typer.Option(help="The file to write, such as no-alcohol.safetensors.")],
     concept: ConceptNames = None,
     phrase: Phrases = None,
     anchor: Annotated[str, typer.Option(help="What the concepts are to become; nothing in particular if empty.")] = "",
-    keep: Annotated[list[str] | None, typer.Option(help="A text that must stay as it is; may be repeated.")] = None,
+    keep: Annotated[list[str] | None, typer.Option(help="A text that must stay; may be repeated.")] = None,
     model: ModelName = "emoji",
     set_: Settings = None,
     after: Annotated[list[Path] | None, typer.Option(help="Fit on top of this delta; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the fit.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out.")] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
+    *,
+    loading: Mapping[str, Any],
 ) -> None:
     """Learn a delta that erases concepts from a model, and write it to one file."""
-    with bad_input():
-        import shutil
-        from inspect import signature
-
+    with told():
         targets = targets_of(concept, phrase)
         if not targets:
-            raise ValueError("Nothing to erase: give --concept NAME or --phrase TEXT.")
+            raise ValueError(NOTHING)
         targets = [replace(target, anchor=anchor, keep=tuple(keep or ())) for target in targets]
-        fields = parse_fields(set_ or [])
+        fields = parse_fields(set_)
         registry.resolve(method, "editors")
-        from .. import api
+        from .. import api, jobs
 
         editor = api.editor(method, **fields)
         file = output_file(out, overwrite)
-        pipe = api.load(model)
-        pipe.set_progress_bar_config(disable=True)
-        began, kept = time.perf_counter(), file.with_name(f"{file.name}.checkpoint")
-        resumes = "checkpoint" in signature(editor.fit).parameters
-        options = {"checkpoint": kept} if resumes else {}
-        try:
-            with api.stack(pipe, *load_deltas(after)):
-                file.parent.mkdir(parents=True, exist_ok=True)
-                gently()
-                delta = editor.fit(pipe, targets, seed=seed, **options)
-        except KeyboardInterrupt:
-            further = f" The same command goes on from {kept}." if kept.exists() else ""
-            fail(f"Interrupted: {file} was not written.{further}", INTERRUPTED)
-        except RuntimeError as error:
-            fail(f"{error}\n{file} was not written.", FAILED)
-        seconds = time.perf_counter() - began
-        delta.save(file)
-        if resumes:
-            shutil.rmtree(kept) if kept.is_dir() else kept.unlink(missing_ok=True)
+        pipe = load(model, loading)
+        job, began = jobs.Fit(editor, pipe, targets, file, load_deltas(after), seed), time.perf_counter()
+        with told(job.finished), telling():
+            delta = job.run()
     if as_json:
+        seconds = time.perf_counter() - began
         typer.echo(json.dumps({"out": str(file), "seconds": seconds, **delta.config()}, indent=1))
     else:
         describe(file, delta)

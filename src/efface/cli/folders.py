@@ -6,47 +6,44 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .. import checks
 
-def check_folder(out: Path | None, overwrite: bool) -> None:
-    """ValueError unless the output folder can be made and written, and is empty or may have its results replaced."""
-    out = _numbered() if out is None else out
+
+def check_folder(out: Path | None, overwrite: bool | None = None) -> None:
+    """ValueError unless the output folder can be made and written, and is empty or may have its results replaced.
+
+    `overwrite` is None for a verb that has no --overwrite.
+    """
+    out = _numbered() if out is None else checks.path("--out", out)
     try:
         if out.exists() and not out.is_dir():
-            raise ValueError(f"Expected --out to be a folder, but {out} is a file: name another one.")
+            raise ValueError(f"Expected --out to be a folder, got the file {out}. Name another one.")
         if out.is_dir() and any(out.iterdir()) and not overwrite:
-            raise ValueError(f"{out} is not empty: give --overwrite to replace its results, or name another folder.")
+            cure = (
+                "Name another folder"
+                if overwrite is None
+                else "Give --overwrite to replace its results, or name another"
+            )
+            raise ValueError(f"{out} is not empty. {cure}.")
         _try_to_write(out / ".writable")
     except OSError as error:
-        raise ValueError(f"Cannot write to {out} ({error.strerror}): name another folder with --out.") from error
+        raise ValueError(f"Cannot write to {out} ({error.strerror}). Name another folder with --out.") from error
 
 
-def _numbered() -> Path:
-    """The next folder where none was named."""
-    base = Path("efface-out")
-    taken = [int(p.name) for p in base.glob("[0-9]*") if p.name.isdigit()] if base.is_dir() else []
-    return base / f"{max(taken, default=0) + 1:03d}"
-
-
-def _try_to_write(file: Path) -> None:
-    """Makes a file, with the folders above it, and removes all that it made; OSError if that fails."""
-    made = [file, *_absent(file.parent)]
+def output_file(out: Path, overwrite: bool) -> Path:
+    """The output file: in a folder that is there and writable, and not there yet unless it may be replaced."""
+    out = checks.path("--out", out)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
-    finally:
-        _remove(made)
-
-
-def _absent(folder: Path) -> list[Path]:
-    """The folder and those above it that are not there, the innermost first."""
-    return [each for each in (folder, *folder.parents) if not each.exists()]
-
-
-def _remove(made: list[Path]) -> None:
-    """Removes files, and folders that are empty."""
-    for each in made:
-        with suppress(OSError):
-            each.rmdir() if each.is_dir() else each.unlink()
+        if out.is_dir():
+            raise ValueError(
+                f"Expected --out to be a file, got the folder {out}. Add a name, such as delta.safetensors."
+            )
+        if out.exists() and not overwrite:
+            raise ValueError(f"{out} exists. Give --overwrite to replace it, or name another file.")
+        _try_to_write(out.with_name(f".{out.name}.writable"))
+    except OSError as error:
+        raise ValueError(f"Cannot write to {out} ({error.strerror}). Name another file with --out.") from error
+    return out
 
 
 @contextmanager
@@ -61,16 +58,30 @@ def output_folder(out: Path | None) -> Iterator[Path]:
         _remove(made)
 
 
-def output_file(out: Path, overwrite: bool) -> Path:
-    """The output file: in a folder that is there and writable, and not there yet unless it may be replaced."""
+def _numbered() -> Path:
+    """The next folder where none was named."""
+    base = Path("efface-out")
+    taken = [int(p.name) for p in base.glob("[0-9]*") if p.name.isdecimal()] if base.is_dir() else []
+    return base / f"{max(taken, default=0) + 1:03d}"
+
+
+def _try_to_write(file: Path) -> None:
+    """Makes a file, with the folders above it, and removes all that it made; OSError if that fails."""
+    made = [file, *_absent(file.parent)]
     try:
-        if out.is_dir():
-            raise ValueError(
-                f"Expected --out to be a file, but {out} is a folder: add a name, such as delta.safetensors."
-            )
-        if out.exists() and not overwrite:
-            raise ValueError(f"{out} exists: give --overwrite to replace it, or name another file.")
-        _try_to_write(out.with_name(f".{out.name}.writable"))
-    except OSError as error:
-        raise ValueError(f"Cannot write to {out} ({error.strerror}): name another file with --out.") from error
-    return out
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch(exist_ok=False)
+    finally:
+        _remove(made)
+
+
+def _absent(folder: Path) -> list[Path]:
+    """The folder and those above it that are not there, the innermost first."""
+    return [each for each in (folder, *folder.parents) if not each.exists()]
+
+
+def _remove(made: list[Path]) -> None:
+    """Removes files, and folders that are empty."""
+    for each in made:
+        with suppress(OSError):
+            each.rmdir() if each.is_dir() else each.unlink()

@@ -1,52 +1,97 @@
-"""`efface list`."""
+"""`efface list`: what there is."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
-from .. import registry
-from .errors import BAD_INPUT, bad_input, fail
-from .options import AsJson
-from .output import escaped
+from .. import checks, registry
+from .errors import told
+from .options import AsJson, Format
+from .output import console, escaped, print_table
+
+NAMES = "methods, erasers, editors, attacks, concepts, suites, metrics, detectors, models or families"
 
 
 def show(
-    what: Annotated[
-        str, typer.Argument(help="methods, concepts, suites, metrics, models or families; all if left out.")
-    ] = "all",
+    what: Annotated[str, typer.Argument(help=f"{NAMES}; all if left out.")] = "all",
+    format_: Format = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what there is: methods, concepts, suites, metrics, models, families."""
-    from ..core import shipped_concepts
+    """Show what there is: methods, concepts, suites, metrics, detectors, models, families."""
+    with told():
+        if what == "all":
+            names = [name for name in TABLES if name not in registry.METHODS]
+        else:
+            names = [checks.choice("list", what, TABLES)]
+        chosen = {name: TABLES[name]() for name in names}
+        if as_json:
+            typer.echo(json.dumps(chosen, indent=1))
+        elif format_ is not None:
+            from ..tables import render
+
+            if len(chosen) == 1:
+                typer.echo(render(["name", "about"], list(chosen[what].items()), format_), nl=False)
+            else:
+                rows = [(name, *line) for name, rows in chosen.items() for line in rows.items()]
+                typer.echo(render(["list", "name", "about"], rows, format_), nl=False)
+        else:
+            for title, lines in chosen.items():
+                look = {"title": title, "title_justify": "left", "title_style": "bold", "box": None}
+                print_table(("", ""), list(lines.items()), **look)
+                if not lines:
+                    console().print(escaped("nothing yet"))
+                console().print("")
+
+
+def _methods(*rooms: str) -> dict[str, str]:
+    """A line for each method, with its presets; no method is imported."""
+    found = {}
+    for room in rooms:
+        for name, line in registry.about(room).items():
+            presets = ", ".join(f"{name}.{preset}" for preset in registry.preset_names(name, room))
+            found[name] = f"{line} Presets: {presets}." if presets else line
+    return found
+
+
+def _concepts() -> dict[str, str]:
+    from ..core import concept_sources, shipped_concepts
+
+    found = {name: ", ".join(each.phrases) for name, each in shipped_concepts().items()}
+    return found | {name: f"{found[name]} (source: {source})" for name, source in concept_sources().items()}
+
+
+def _detectors() -> dict[str, str]:
+    from ..metrics._detectors import about
+
+    return about()
+
+
+def _models() -> dict[str, str]:
+    from ..pipelines import EMBEDDED
+
+    embedded = {name: f"embedded, {size}" for name, size in EMBEDDED.items()}
+    return {**embedded, "FOLDER, FILE or HUB/ID": "any diffusers pipeline of a known family"}
+
+
+def _families() -> dict[str, str]:
     from ..families import FAMILIES, about
 
-    with bad_input():
-        concepts = {name: ", ".join(c.phrases) for name, c in shipped_concepts().items()}
-    tables: dict[str, dict[str, str]] = {
-        "methods": registry.methods(),
-        "concepts": concepts,
-        "suites": registry.about("suites"),
-        "metrics": registry.about("metrics"),
-        "models": {"emoji": "embedded, 64 x 64", "FOLDER or HUB/ID": "any diffusers pipeline of a known family"},
-        "families": {f.name: about(f) for f in FAMILIES} if what in ("all", "families") else {},
-    }
-    if what != "all" and what not in tables:
-        hint = registry.near(what, tables)
-        fail(f"Unknown list {what!r}. {hint}{' ' if hint else ''}There is: {', '.join(tables)}.", BAD_INPUT)
-    chosen = tables if what == "all" else {what: tables[what]}
-    if as_json:
-        typer.echo(json.dumps(chosen, indent=1))
-        return
-    from rich.console import Console
-    from rich.table import Table
+    return {each.name: about(each) for each in FAMILIES}
 
-    for title, rows in chosen.items():
-        table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
-        table.add_column(no_wrap=True)
-        table.add_column()
-        for name, text in rows.items():
-            table.add_row(escaped(name), escaped(text))
-        Console().print(table, "")
+
+TABLES: dict[str, Callable[[], dict[str, str]]] = {
+    "methods": lambda: _methods(*registry.METHODS),
+    "erasers": lambda: _methods("erasers"),
+    "editors": lambda: _methods("editors"),
+    "attacks": lambda: _methods("attacks"),
+    "concepts": _concepts,
+    "suites": lambda: registry.about("suites"),
+    "metrics": lambda: registry.about("metrics"),
+    "detectors": _detectors,
+    "models": _models,
+    "families": _families,
+}

@@ -2,46 +2,109 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from .. import registry
+from .. import checks, registry
+from .output import quiet
 
 if TYPE_CHECKING:
-    from ..core import Concept
+    from ..core import Concept, Pipeline
     from ..records import Metric
 
 ConceptNames = Annotated[list[str] | None, typer.Option("--concept", help="A shipped concept; may be repeated.")]
 Phrases = Annotated[list[str] | None, typer.Option("--phrase", help="A text of your own to erase; may be repeated.")]
-ModelName = Annotated[str, typer.Option("--model", help='"emoji", a folder, or a hub id.')]
+ModelName = Annotated[
+    str, typer.Option("--model", help='"emoji", a folder, a checkpoint in one .safetensors file, or a hub id.')
+]
 MethodName = Annotated[
     str | None,
     typer.Option(
         "--method",
-        help="How to erase, see `efface list methods`; eiup, or nothing beside --delta. A preset goes behind a dot: "
-        "sld.strong.",
+        help="How to erase, see `efface list methods`. Default: eiup, or no method if --delta is given. A preset goes "
+        "behind a dot: sld.strong.",
     ),
 ]
 DeltaFiles = Annotated[list[Path] | None, typer.Option("--delta", help="A file made by `efface fit`; may be repeated.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="A field of the method, NAME=VALUE.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")]
+Format = Annotated[
+    Literal["csv", "md", "latex"] | None, typer.Option("--format", help="Print the table in this format.")
+]
+
+LOADING: dict[str, Any] = {
+    "device": Annotated[str | None, typer.Option(help="Where the model computes, such as cuda. Default: the CPU.")],
+    "dtype": Annotated[str | None, typer.Option(help="Type of the weights in memory: fp16, bf16 or fp32.")],
+    "variant": Annotated[str | None, typer.Option(help="Which files of the model are read, such as fp16.")],
+    "offload": Annotated[
+        str | None, typer.Option(help="What waits on the CPU until it is needed: model, group or sequential.")
+    ],
+    "config": Annotated[
+        Path | None, typer.Option(help="For a checkpoint in one file: a saved model of the same kind.")
+    ],
+    "allow_hub": Annotated[bool, typer.Option("--allow-hub", help="Download from the Hugging Face hub if need be.")],
+}
+"""The options of `efface.load`."""
 
 
-def parse_fields(settings: list[str]) -> dict[str, Any]:
-    """`name=value` pairs; a value is read as JSON if it is JSON, else as text."""
+def loads(verb: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options of `efface.load` to a verb, which gets them as the mapping `loading`."""
+
+    @functools.wraps(verb)
+    def wrapped(**given: Any) -> None:
+        loading = {name: given.pop(name) for name in LOADING}
+        verb(**given, loading=loading)
+
+    signature, types = inspect.signature(verb), get_type_hints(verb, include_extras=True) | LOADING
+    own = [each for each in signature.parameters.values() if each.name != "loading"]
+    defaults: dict[str, Any] = {**dict.fromkeys(LOADING), "allow_hub": False}
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=it) for name, it in defaults.items()]
+    typed = [each.replace(annotation=types[each.name]) for each in (*own, *more)]
+    wrapped.__signature__ = signature.replace(parameters=typed)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = types
+    return wrapped
+
+
+def load(model: str, loading: Mapping[str, Any]) -> Pipeline:
+    """The pipeline, which prints nothing of its own."""
+    from .. import api
+
+    quiet()
+    pipe = api.load(model, **loading)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def parse_fields(settings: list[str] | None, option: str = "--set") -> dict[str, Any]:
+    """`name=value` pairs; a value is read as JSON if it is JSON, else as text.
+
+    Raises:
+        ValueError: no pair, a name that is given twice, or a value that is nested too deeply.
+    """
     fields: dict[str, Any] = {}
-    for setting in settings:
+    for setting in settings or ():
         name, equals, value = setting.partition("=")
         if not equals or not name:
-            raise ValueError(f"Expected --set NAME=VALUE, but got {setting!r}; for example --set strength=1.5.")
+            raise ValueError(
+                checks.refusal(f"{option} NAME=VALUE", setting, f"Write for example {option} strength=1.5.")
+            )
+        if name in fields:
+            raise ValueError(f"Expected {option} {name} once, got it twice. Leave one out.")
         try:
             fields[name] = json.loads(value)
         except json.JSONDecodeError:
             fields[name] = value
+        except (RecursionError, ValueError) as error:  # a whole number of thousands of digits is a ValueError
+            raise ValueError(
+                checks.refusal(f"a plain value for {option} {name}", value, "Give a shorter one.")
+            ) from error
     return fields
 
 
@@ -52,6 +115,9 @@ def targets_of(concept: list[str] | None, phrase: list[str] | None) -> list[Conc
     return [shipped(name) for name in concept or []] + [Concept(text) for text in phrase or []]
 
 
+NOTHING = "Nothing to erase. Give --concept NAME or --phrase TEXT."
+
+
 def find_erasers(
     concept: list[str] | None,
     phrase: list[str] | None,
@@ -60,12 +126,12 @@ def find_erasers(
     settings: list[str] | None,
 ) -> tuple[list[Concept], list[Any]]:
     """What is to be erased, and what erases it: deltas, then the method."""
-    targets, fields = targets_of(concept, phrase), parse_fields(settings or [])
+    targets, fields = targets_of(concept, phrase), parse_fields(settings)
     name = (None if delta else "eiup") if method is None else method
     if not targets and name is not None:
-        raise ValueError("Nothing to erase: give --concept NAME or --phrase TEXT.")
+        raise ValueError(NOTHING)
     if fields and name is None:
-        raise ValueError("--set is for the fields of a --method, but only deltas were given: name the method too.")
+        raise ValueError("--set is for the fields of a --method, but only deltas were given. Name the method too.")
     if name is not None:
         registry.resolve(registry.split(name)[0], "erasers")
     from .. import api
@@ -85,25 +151,26 @@ def load_deltas(files: Sequence[Path] | None) -> list[Any]:
         deltas.append(api.load_delta(path))
         if (first := found.setdefault(deltas[-1].hash, path)) is not path:
             twice = f"{path} is given twice" if first == path else f"{path} is the same delta as {first}"
-            raise ValueError(f"{twice}, and its change would count twice: give each delta once.")
+            raise ValueError(f"{twice}, and its change would count twice. Give each delta once.")
     return deltas
 
 
 def check_guidance(erasers: list[Any], guidance: float) -> None:
+    checks.number("--guidance", guidance)
     for eraser in erasers:
         if guidance <= 1 and getattr(eraser, "wants_guidance", False):
             raise ValueError(
-                f"{type(eraser).__name__} needs guidance, but --guidance is {guidance:g}: give a value above 1, or "
+                f"{type(eraser).__name__} needs guidance, but --guidance is {guidance:g}. Give a value above 1, or "
                 "--method eiup."
             )
 
 
-def judges(configs: Sequence[Mapping[str, Any]], settings: list[str]) -> tuple[Metric, ...]:
+def judges(configs: Sequence[Mapping[str, Any]], settings: list[str] | None, option: str) -> tuple[Metric, ...]:
     """Metrics with some of their fields set, and those that settings name besides; METRIC may be left out if one."""
     from .. import runs
 
     changed = [dict(config) for config in configs]
-    for key, value in parse_fields(settings).items():
+    for key, value in parse_fields(settings, option).items():
         name, _, field = key.rpartition(".")
         meant = [config for config in changed if name in ("", config["method"])]
         if not meant and name in registry.methods("metrics"):
@@ -111,7 +178,10 @@ def judges(configs: Sequence[Mapping[str, Any]], settings: list[str]) -> tuple[M
             changed += meant
         if len(meant) != 1:
             known = ", ".join(config["method"] for config in changed)
-            raise ValueError(f"Expected METRIC.NAME=VALUE with one of the metrics {known}, but got {key!r}.")
+            hint = registry.near(name, registry.methods("metrics"))
+            raise ValueError(
+                checks.refusal(f"METRIC.NAME=VALUE with one of the metrics {known}", key, hint or "Name the metric.")
+            )
         meant[0][field] = value
     return runs.make_metrics(changed)
 

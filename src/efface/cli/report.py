@@ -8,24 +8,34 @@ from typing import Annotated
 
 import typer
 
-from .job import job
-from .options import AsJson
+from .. import checks
+from .errors import told
+from .options import AsJson, Format
+from .output import telling
 
 
 def report(
     run: Annotated[list[Path], typer.Argument(help="Scored run folders.")],
-    out: Annotated[Path, typer.Option(help="The page to write; its numbers go beside it as JSON.")] = Path(
+    out: Annotated[Path, typer.Option(help="The page to write; its numbers go next to it as JSON.")] = Path(
         "report.html"
     ),
     mixed: Annotated[
         bool, typer.Option("--mixed", help="Also show runs that must not be compared, in marked groups.")
     ] = False,
     pairs: Annotated[int, typer.Option(min=1, help="Rows of pictures, at most.")] = 24,
+    format_: Format = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write scored runs into one HTML page that stands alone."""
-    with job():
+    """Write scored runs into one HTML page that stands alone; with --format, print their scores instead."""
+    with told():
+        if format_ is not None:
+            from ..tables import table
+
+            typer.echo(table(run, format_), nl=False)
+            return
+        checks.path("--out", out)
         from ..report import write_report
 
-        card = write_report(run, out, mixed=mixed, pairs=pairs)
-    typer.echo(json.dumps(card, indent=1) if as_json else str(out))
+        with telling():
+            card = write_report(run, out, mixed=mixed, pairs=pairs)
+        typer.echo(json.dumps(card, indent=1) if as_json else str(out))

@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 import json
+import math
+import operator
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from .errors import bad_input
-from .job import job
-from .options import AsJson, judges, parse_fields
-from .output import escaped
+from .. import checks
+from .errors import NOT_JUDGED, NOT_MET, fail, told
+from .options import AsJson, Format, judges, parse_fields
+from .output import print_table, say, telling
 
 if TYPE_CHECKING:
+    from ..records import Score
     from ..runs import Run
+
+Bars = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--bar",
+        help='What a score has to reach, such as "removal.absolute>=0.9", by the end of its 95 % interval that is less '
+        "favourable. Exit code 3 if it does not, 4 if it was not judged. May be repeated.",
+    ),
+]
+
+
+class Bar(NamedTuple):
+    """What a score has to reach."""
+
+    metric: str
+    above: bool
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.metric} {'>=' if self.above else '<='} {self.value:g}"
 
 
 def score(
@@ -25,39 +50,65 @@ def score(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A field of a metric, METRIC.NAME=VALUE; may be repeated.")
     ] = None,
+    bar: Bars = None,
+    format_: Format = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a finished run again, from its pictures."""
-    with bad_input():
+    with told():
         from .. import runs
 
+        bars = parse_bars(bar)
         found = runs.Run.open(run)
-        configs = [{"method": name} for name in metric or []] or runs.recorded(found, parse_fields(set_ or []))
-        metrics = judges(configs, set_ or [])
-    with job() as tell:
-        runs.score(found, metrics, progress=tell)
-    print_scores(found, as_json)
+        configs = [{"method": name} for name in metric or []] or runs.recorded(found, parse_fields(set_))
+        metrics = judges(configs, set_, "--set")
+        with telling():
+            runs.score(found, metrics)
+        print_scores(found, as_json, format_, bars)
 
 
-def print_scores(run: Run, as_json: bool) -> None:
-    """The scores of a run beside the plain model's."""
-    card = run.card()
-    if as_json:
-        typer.echo(json.dumps({"out": str(run.folder), **card}, indent=1))
-        return
-    from rich.console import Console
-    from rich.table import Table
+def parse_bars(texts: Sequence[str] | None) -> list[Bar]:
+    bars = []
+    for text in texts or ():
+        parts = re.fullmatch(r"\s*(\S+?)\s*(>=|<=)\s*(\S+)\s*", text)
+        try:
+            value = float(parts[3]) if parts else math.nan
+        except ValueError:
+            value = math.nan
+        if not parts or not math.isfinite(value):
+            cure = 'Write for example --bar "removal.absolute>=0.9".'
+            raise ValueError(checks.refusal("--bar METRIC>=NUMBER or METRIC<=NUMBER", text, cure))
+        bars.append(Bar(parts[1], parts[2] == ">=", value))
+    return bars
 
-    from ..report import number, span
+
+def print_scores(run: Run, as_json: bool, how: Format, bars: Sequence[Bar]) -> None:
+    """The scores of a run and of the base model; exit code 3 or 4 if a bar is not met, or not judged."""
+    from ..tables import render, score_cells, score_numbers
 
     scores, base = run.scores()
-    plain, table = {s.metric: s for s in base}, Table(box=None, caption="95 % intervals", caption_justify="left")
-    for heading in ("", "plain", "erased", "n"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
-    for s in scores:
-        if "/" not in s.metric:
-            cells = [f"{number(each)} {span(each)}" for each in (plain.get(s.metric), s)]
-            table.add_row(*map(escaped, (s.metric, *cells)), str(s.n))
-    console = Console()
-    console.print(table)
-    console.print(f"{run.folder}; `efface report {run.folder}` shows more", soft_wrap=True, highlight=False)
+    headings, rows = (score_numbers if how == "csv" else score_cells)(scores, base)
+    if as_json:
+        typer.echo(json.dumps({"out": str(run.folder), **run.card()}, indent=1))
+    elif how is not None:
+        typer.echo(render(headings, rows, how), nl=False)
+    else:
+        some = [row for row in rows if "/" not in row[0]]
+        print_table(headings, some, box=None, caption="95 % intervals", caption_justify="left")
+        say(f"{run.folder}; `efface report {run.folder}` shows more")
+    _check_bars(scores, bars)
+
+
+def _check_bars(scores: Sequence[Score], bars: Sequence[Bar]) -> None:
+    by_name, missed = {s.metric: s for s in scores}, []
+    for bar in bars:
+        found = by_name.get(bar.metric)
+        end = math.nan if found is None or not found.n else (found.low if bar.above else found.high)
+        if math.isnan(end):
+            known = ", ".join(by_name)
+            fail(f"Not judged: {bar.metric}. Name one of the scores: {known}.", NOT_JUDGED)
+        holds: Callable[[float, float], bool] = operator.ge if bar.above else operator.le
+        if not holds(end, bar.value):
+            missed.append(f"{bar} (the interval ends at {end:.4g})")
+    if missed:
+        fail(f"Not met: {'; '.join(missed)}.", NOT_MET)

@@ -1,57 +1,66 @@
-"""`efface verify`: draw rows of a run again."""
+"""`efface verify`: a run's pictures, drawn again."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .errors import bad_input
-from .job import job
-from .options import AsJson, DeltaFiles, load_deltas
-from .output import escaped, quiet
+from .errors import NOT_MET, fail, told
+from .options import (
+    AsJson,
+    ConceptNames,
+    DeltaFiles,
+    MethodName,
+    Phrases,
+    Settings,
+    find_erasers,
+    load,
+    loads,
+)
+from .output import say, telling
 
-DIFFERENT = 3
 
-
+@loads
 def verify(
     run: Annotated[Path, typer.Argument(help="A finished run folder.")],
     redraw: Annotated[int, typer.Option(min=1, help="At least how many rows to draw again.")] = 16,
     model: Annotated[
-        str | None, typer.Option(help='The run\'s model; may be left out if it is "emoji" or another embedded one.')
+        str | None, typer.Option(help="The run's model. Default: the one in the record, if it comes with Efface.")
     ] = None,
+    concept: ConceptNames = None,
+    phrase: Phrases = None,
+    method: MethodName = None,
     delta: DeltaFiles = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the choice of rows; another each time.")] = None,
+    set_: Settings = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Seed of the choice of rows. Default: another each time.")
+    ] = None,
     as_json: AsJson = False,
+    *,
+    loading: Mapping[str, Any],
 ) -> None:
-    """Draw sampled rows of a run and of its base run again, and say whether the pictures are the same.
+    """Draw sampled rows of a run again, and say whether they are the same. Exit code 3 if they are not.
 
-    Exit code 0 if all are the same to the bit, 3 if one differs.
+    Erasers are rebuilt from the record, unless they are given; deltas have to be given.
     """
-    with bad_input():
-        deltas = load_deltas(delta)
-    quiet()
-    with job() as tell:
-        from ..runs import verify as draw_again
+    with told():
+        given = bool(concept or phrase or method or delta)
+        erasers = find_erasers(concept, phrase, method, delta, set_)[1] if given else None
+        from .. import runs
 
-        found = draw_again(run, redraw, model=model, eraser=deltas, seed=seed, progress=tell)
+        found = runs.Run.open(run)
+        if model is None and any(loading.values()):
+            raise ValueError("Expected --model with options that say how it is loaded. Name the run's model.")
+        pipe = None if model is None else load(model, loading)
+        with telling():
+            result = runs.verify(found, redraw, model=pipe, eraser=erasers, seed=seed)
     if as_json:
-        typer.echo(json.dumps(found.record(), indent=1))
+        typer.echo(json.dumps(result.record(), indent=1))
     else:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(box=None)
-        for heading in ("row", "model", "picture"):
-            table.add_column(heading)
-        for row in found.rows:
-            differs = f"{row.share:.2%} of pixels differ, by at most {row.largest} of 255"
-            table.add_row(escaped(row.row), "base" if row.base else "run", "the same" if row.same else differs)
-        Console().print(table)
-        typer.echo(str(found).splitlines()[-1 - len(found.versions)])
-        for name, (there, here) in found.versions.items():
-            typer.echo(f"{name}: {there} when it was drawn, {here} here")
-    if not found.same:
-        raise typer.Exit(DIFFERENT)
+        say(str(result))
+    if not result.same:
+        fail("The pictures are not the same. Look at the versions, the machine and the files.", NOT_MET)

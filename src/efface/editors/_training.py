@@ -10,6 +10,7 @@ import contextlib
 import copy
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,11 +20,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast, get_args
 import torch
 from torch import Generator, Tensor, nn
 
-from .. import files
+from .. import files, progress
 from .._text import check_phrases
 from .._weights import digest
 from ..core import Concept, Concepts, Detector, as_concepts, check_pictures
 from ..delta import Delta
+from ..delta.base import base_of, own_values
 from ..families import check, filled
 from ._denoiser import Denoiser, Points, Precision, Train, Weights
 
@@ -235,7 +237,8 @@ def look(
         }
         vars(shadow).update(own)
         rng = [Generator().manual_seed(seed) for seed in range(LOOK_IMAGES)]
-        with Delta(net.change(weights), method="training").apply(pipe):
+        change = net.change(weights)
+        with Delta(change, method="training", base=base_of(own_values(pipe, change))).apply(pipe):
             images = shadow(shown, generator=rng, num_inference_steps=25, output_type="pt").images
         return float(detector(check_pictures(images)).float().mean(-1).max())
 
@@ -342,20 +345,18 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _progress(name: str, total: int, state: State) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr with loss and images per second, if stderr is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    """Tells the updates with loss and images per second; a bar if nobody listens and stderr is a terminal."""
     began, images = time.perf_counter(), 0
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(name, total=total, completed=state.step)
+    with contextlib.ExitStack() as ends:
+        meter = progress.current()
+        if meter is None and sys.stderr.isatty():
+            meter = progress.Meter(ends.enter_context(progress.bar()))
 
         def show(n: int) -> None:
             nonlocal images
             images += n
             rate, loss = images / (time.perf_counter() - began), sum(state.losses[-20:]) / len(state.losses[-20:])
-            bar.update(task, completed=state.step, description=f"{name}  loss {loss:.4g}  {rate:.1f} images/s")
+            if meter is not None:
+                meter(name, state.step, total, f"loss {loss:.4g}, {rate:.1f} images/s")
 
         yield show

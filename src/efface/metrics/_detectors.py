@@ -499,6 +499,12 @@ def _kind(name: str) -> tuple[Callable[..., Any], dict[str, Any]]:
     raise ValueError(f"Unknown detector {name!r}. {hint}{' ' if hint else ''}There is: {', '.join(known)}.")
 
 
+def about() -> dict[str, str]:
+    """Name -> a line, of every detector."""
+    native = {kind: (cls.__doc__ or "").partition("\n")[0] for kind, cls in KINDS.items()}
+    return native | {name: NudeNet((), *how).name for name, how in NUDENET.items()} | registry.about("detectors")
+
+
 def judges_anything_unsafe(spec: Spec) -> bool:
     """Whether a detector needs no name of what to look for."""
     if callable(spec):

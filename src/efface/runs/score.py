@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import files
+from ..progress import shows
 from ..records import Metric, Sample, Score, Suite
 from .card import summary
 from .folder import CARD, SCORES
@@ -14,8 +15,9 @@ from .judges import make_metrics, metric_config, recorded
 from .record import FORMAT, Progress, Run, now, score_facts, silent, versions
 
 
+@shows
 def score(
-    run: Run | str | Path, metrics: Sequence[Metric] | None = None, progress: Progress | None = None
+    run: Run | str | Path, metrics: Sequence[Metric] | None = None, progress: bool | Progress | None = None
 ) -> list[Score]:
     """Scores a finished run and writes scores.json and card.json into its folder; draws nothing.
 
@@ -25,7 +27,7 @@ def score(
         run: a run, or its folder.
         metrics: what to measure; None: the suite's metrics. A run that is opened from its folder has them by name, and
             must not name files or models of a hub: its record may be a stranger's.
-        progress: called before each metric with its name, how many are done, and of how many.
+        progress: True shows a bar. A callable gets each metric's name, how many are done, and of how many.
 
     Raises:
         FileNotFoundError: no run in the folder, or its base is gone.
@@ -48,13 +50,14 @@ def score(
         raise ValueError(f"Nothing to measure: the suite of {run.folder} names no metrics. Give `metrics=` (--metric).")
     plain, samples = run.base, run.finished()
     base = plain.finished() if plain else samples
+    tell = progress if callable(progress) else silent
     measured: list[list[Score]] = [[], []]
     began = time.perf_counter()
     for k, metric in enumerate(chosen):
-        (progress or silent)(metric.name, k, len(chosen))
+        tell(metric.name, k, len(chosen))
         measured[0] += metric(samples, base)
         measured[1] += metric(base, base) if plain else measured[0][len(measured[1]) :]
-    (progress or silent)("scored", len(chosen), len(chosen))
+    tell("scored", len(chosen), len(chosen))
     scores, base_scores = measured
     configs = [metric_config(m) for m in chosen]
     files.write_json(

@@ -12,6 +12,7 @@ from .. import checks, files, registry
 from ..core import Concept, config, field_names
 from ..pictures import read_picture
 from ..pipelines import EMBEDDED
+from ..progress import shows
 from ..records import Sample
 from .draw import Paint, calls, painter, several
 from .folder import RUN
@@ -86,6 +87,7 @@ class Verification:
         return "\n".join(lines)
 
 
+@shows
 def verify(
     run: Run | str | Path,
     redraw: int = 16,
@@ -93,7 +95,7 @@ def verify(
     model: str | Path | DiffusionPipeline | None = None,
     eraser: Eraser | Sequence[Eraser] | None = None,
     seed: int | None = None,
-    progress: Progress | None = None,
+    progress: bool | Progress | None = None,
 ) -> Verification:
     """Draws sampled rows of a run and of its base run again, and compares them with the pictures in the folders.
 
@@ -108,7 +110,7 @@ def verify(
             that a folder or a hub id in it is not followed.
         eraser: erasers of the run; those that are not given are made from the record, by name. Deltas have to be given.
         seed: of the choice of rows; None: another choice in each call.
-        progress: called after each pipeline call with what is drawn, how many pictures are done, and of how many.
+        progress: True shows a bar. A callable gets what is drawn, how many pictures are done, and of how many.
 
     Returns:
         For each picture whether it is the same, or by how much it differs.
@@ -135,6 +137,7 @@ def verify(
 
     erasers = _erasers(run, several(eraser))
     pipe = _model(run, model)
+    tell = progress if callable(progress) else silent
     groups = _chosen(run, drawn, redraw, random.SystemRandom() if seed is None else random.Random(seed))
     total = sum(len(group) for _, group in groups) * (2 if base else 1)
     found: list[Redrawn] = []
@@ -143,7 +146,7 @@ def verify(
         with api.stack(pipe, *on):
             for call, group in groups if samples else ():
                 found += _again(paint, call, [samples[k] for k in group], of_base)
-                (progress or silent)("base again" if of_base else "drawn again", len(found), total)
+                tell("base again" if of_base else "drawn again", len(found), total)
     then, today = run.record["sessions"][0]["versions"], versions()
     differ = {name: (then.get(name, "none"), today[name]) for name in today if then.get(name) != today[name]}
     return Verification(run.folder, tuple(found), differ)

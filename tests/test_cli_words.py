@@ -1,0 +1,285 @@
+"""Exit codes, shared options and messages of the command, as kinds."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from safetensors import SafetensorError
+from test_cli import call
+from typer.testing import CliRunner, Result
+
+import efface
+from efface.cli import app
+
+GOLDEN = Path(__file__).parent / "pins/files"
+
+
+def invoke(*args: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A scored run with its base."""
+    shutil.copytree(GOLDEN / "run", tmp_path / "run")
+    return tmp_path / "run/cat"
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The model "small" is a tiny pipeline; what it was loaded with."""
+    given: dict[str, Any] = {}
+
+    def load(model: Any, **loading: Any) -> Any:
+        given.update(loading, model=model)
+        return tiny.pipeline("small")
+
+    monkeypatch.setattr("efface.api.load", load)
+    return given
+
+
+# ---------------------------------------------------------------- exit codes
+
+
+def test_the_exit_codes_are_told() -> None:
+    said = " ".join(invoke("--help").stdout.split())
+    for words in ("0 done", "1 an error", "2 a wrong option", "3 a bar is not met", "4 not judged", "130 interrupted"):
+        assert words in said
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (ValueError("Expected x."), 2, "Expected x."),
+        (TypeError("Expected y."), 2, "Expected y."),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "gone"), 2, "gone: No such file or directory."),
+        (RecursionError("maximum recursion depth exceeded"), 2, "nested too deeply"),
+        (OSError(errno.ENOSPC, "No space left on device", "a", None, "b"), 1, "b: No space left on device. Correct"),
+        (RuntimeError("CUDA error"), 1, "CUDA error"),
+        (MemoryError(), 1, "MemoryError. Give a smaller --batch"),
+        (ImportError("pip install x"), 1, "pip install x"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), 1, "No space left on device"),
+        (KeyboardInterrupt(), 130, "Interrupted."),
+        (efface.progress.Cancelled("at 1/2"), 130, "Interrupted."),
+        (efface.checks.NotJudged("nothing can be told"), 4, "nothing can be told"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_every_kind_of_error_has_its_exit_code(
+    error: BaseException, code: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_delta(path: Path) -> Any:
+        raise error
+
+    monkeypatch.setattr("efface.api.load_delta", load_delta)
+    assert words in call("delta", "info", "x", code=code)
+
+
+def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("efface.api.load_delta", lambda path: {}["bug"])
+    assert isinstance(invoke("delta", "info", "x").exception, KeyError)
+
+
+def test_a_bar_is_met_by_the_worse_end_of_the_interval(run_folder: Path) -> None:
+    args = ["score", run_folder, "--metric", "detection"]
+    assert invoke(*args).exit_code == 0
+    score = next(s for s in efface.Run.open(run_folder).scores()[0] if s.metric == "detection")
+    assert score.low < score.high
+    inside = (score.low + score.high) / 2
+    for bar, code in (
+        (f"detection>={score.low - 0.01}", 0),
+        (f"detection >= {inside}", 3),
+        (f"detection<={score.high + 0.01}", 0),
+        (f"detection<={inside}", 3),
+        ("removl>=0.5", 4),
+        ("detection", 2),
+        ("detection>=much", 2),
+        ("detection>=nan", 2),
+    ):
+        done = invoke(*args, "--bar", bar, "--json")
+        assert done.exit_code == code, (bar, done.output)
+        assert code == 2 or json.loads(done.stdout)["scores"], "the scores are printed all the same"
+    assert "Not judged: removl" in invoke(*args, "--bar", "removl>=0.5").stderr
+
+
+def test_pictures_that_differ_have_an_exit_code(
+    tmp_path: Path, small: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = (efface.Row("cat-0", "a cat", 1_000_000, concept="cat"),)
+    suite = efface.Suite("cats", "1", rows, call={"num_inference_steps": 1})
+    efface.run(suite, tiny.pipeline("small"), out=tmp_path / "run")
+    args = ["verify", tmp_path / "run", "--model", "small", "--redraw", "1"]
+    assert "1 of 1 pictures are the same" in call(*args)
+    assert small["model"] == "small"
+    pictures = tiny.pipeline("small")
+    pictures.vae.decoder.conv_out.bias.data += 1
+    monkeypatch.setattr("efface.api.load", lambda model, **loading: pictures)
+    done = invoke(*args)
+    assert done.exit_code == 3 and "pixels differ" in done.stdout and "not the same" in done.stderr
+
+
+# ---------------------------------------------------------------- options
+
+
+def test_every_verb_that_loads_a_model_hands_on_how(tmp_path: Path, small: dict[str, Any]) -> None:
+    options = ["--device", "cpu", "--dtype", "fp32", "--variant", "fp16", "--config", "c", "--allow-hub"]
+    delta = tmp_path / "cat.safetensors"
+    verbs = [
+        ["fit", "uce", "--phrase", "cat", "--anchor", "dog", "--out", delta],
+        ["erase", "a cat", "--phrase", "cat", "--images", "1", "--steps", "1", "--out", tmp_path / "e"],
+        ["delta", "merge", delta, "--out", tmp_path / "m"],
+        [
+            *("bench", "emoji", "--concept", "cat", "--option", "pictures=10", "--no-score"),
+            "--out",
+            tmp_path / "b",
+            "--limit",
+            1,
+        ],
+        ["verify", tmp_path / "b", "--redraw", "1"],
+    ]
+    for verb in verbs:
+        small.clear()
+        call(*verb, "--model", "small", *options)
+        assert small == {
+            **{"model": "small", "device": "cpu", "dtype": "fp32", "variant": "fp16", "offload": None},
+            **{"config": Path("c"), "allow_hub": True},
+        }, verb
+    assert json.loads((tmp_path / "b/run.json").read_text())["model"]["name"] == "small"
+    said = " ".join(invoke("calibrate", "--help").stdout.split())
+    assert all(option in said for option in ("--device", "--dtype", "--variant", "--offload", "--allow-hub"))
+
+
+@pytest.mark.parametrize("what", ["methods", "editors", "attacks", "concepts", "suites", "metrics"])
+def test_lists_are_shown_without_torch(what: str) -> None:
+    script = f"import sys; from efface.cli import app; app(['list', {what!r}], standalone_mode=False); "
+    done = subprocess.run(
+        [sys.executable, "-c", script + "print('torch' in sys.modules)"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip().endswith("False")
+
+
+def test_lists_tell_presets_and_every_room() -> None:
+    methods = json.loads(invoke("list", "methods", "--json").stdout)["methods"]
+    assert "Presets: sld.weak, " in methods["sld"] and methods["uce"].startswith("UCE: ")
+    assert methods.keys() == efface.registry.methods().keys()
+    for name, cls in ((n, efface.registry.resolve(n)) for n in efface.registry.methods("erasers")):
+        assert efface.registry.preset_names(name, "erasers") == list(efface.registry.presets(cls))
+    assert json.loads(invoke("list", "detectors", "--json").stdout)["detectors"].keys() >= {"eyes", "nudenet", "clip"}
+    assert json.loads(invoke("list", "erasers", "--json").stdout).keys() == {"erasers"}
+    assert invoke("list", "concepts", "--format", "csv").stdout.startswith("name,about\n")
+
+
+@pytest.mark.parametrize("how", ["csv", "md", "latex"])
+def test_scores_are_printed_as_a_table(how: str, run_folder: Path) -> None:
+    said = invoke("report", run_folder, "--format", how).stdout
+    assert said == efface.table(run_folder, how)  # type: ignore[arg-type]
+    assert "detection" in said and list(run_folder.parent.glob("*.html")) == []
+    assert "detection" in invoke("score", run_folder, "--metric", "detection", "--format", how).stdout
+
+
+# ---------------------------------------------------------------- messages
+
+VERBS_WITH_OUT = [
+    ["erase", "a cat", "--concept", "cat"],
+    ["fit", "uce", "--concept", "cat"],
+    ["delta", "export", GOLDEN / "delta.safetensors"],
+    ["delta", "merge", GOLDEN / "delta.safetensors"],
+    ["bench", "emoji", "--concept", "cat"],
+    ["report", GOLDEN / "run/cat"],
+    ["calibrate", "--concept", "cat"],
+]
+
+
+@pytest.mark.parametrize("verb", VERBS_WITH_OUT, ids=lambda verb: " ".join(map(str, verb[:2])))
+def test_an_output_path_that_no_record_can_hold_is_refused(verb: list[Any], tmp_path: Path) -> None:
+    assert "Expected `--out` to be a path in UTF-8" in call(*verb, "--out", f"{tmp_path}/a\udcff", code=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", VERBS_WITH_OUT, ids=lambda verb: " ".join(map(str, verb[:2])))
+def test_overwrite_is_advised_only_where_it_exists(verb: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("precious")
+    out = tmp_path / "out" if verb[0] not in ("fit", "report") and verb[1] != "export" else tmp_path / "out/mine.txt"
+    done = invoke(*verb, "--out", out)
+    assert done.exit_code == 2
+    assert ("--overwrite" in done.stderr) <= ("--overwrite" in invoke(*map(str, verb[:2]), "--help").stdout)
+    assert (tmp_path / "out/mine.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [("[" * 60_000, "a plain value for --set strength"), ("1" * 5_000, "a plain value for --set strength")],
+    ids=["deep", "long"],
+)
+def test_a_value_that_json_cannot_hold_is_refused(value: str, words: str, tmp_path: Path) -> None:
+    said = call("erase", "a cat", "--concept", "cat", "--set", f"strength={value}", "--out", tmp_path / "o", code=2)
+    assert words in said and len(said) < 300
+
+
+def test_a_field_that_is_set_twice_is_refused(tmp_path: Path) -> None:
+    args = ["erase", "a cat", "--concept", "cat", "--set", "strength=1", "--set", "strength=2", "--out", tmp_path / "o"]
+    assert "Expected --set strength once, got it twice" in call(*args, code=2)
+
+
+@pytest.mark.parametrize("rows", ["[[]]", '[["caat"]]', "5", '"cat"', "{}"])
+def test_rows_of_any_shape_end_in_words(rows: str, tmp_path: Path, small: dict[str, Any]) -> None:
+    args = ["erase", "a cat", "--phrase", "cat", "--images", "1", "--steps", "1", "--model", "small"]
+    done = invoke(*args, "--set", f"rows={rows}", "--out", tmp_path / "o")
+    assert isinstance(done.exception, SystemExit | None) and done.exit_code in (0, 2)
+
+
+def test_a_fit_of_no_steps_ends_in_a_delta_or_in_words(tmp_path: Path, small: dict[str, Any]) -> None:
+    done = invoke("fit", "esd", "--phrase", "cat", "--set", "steps=0", "--model", "small", "--out", tmp_path / "d")
+    assert isinstance(done.exception, SystemExit | None) and done.exit_code in (0, 2)
+    assert done.exit_code == 2 or (tmp_path / "d").exists()
+
+
+def test_what_a_text_holds_never_steers_the_terminal(tmp_path: Path) -> None:
+    said = invoke("erase", "a cat", "--concept", "\x1b[31mred\x07[bold]", "--out", tmp_path / "o")
+    assert said.exit_code == 2 and "\x1b" not in said.output and "[bold]" in said.output
+
+
+def test_no_colours_go_into_files(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "efface", "list", "nothing"]
+    environment = {**os.environ, "FORCE_COLOR": "1", "TERM": "xterm-256color"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("Error: ") and "\x1b" not in done.stderr + done.stdout
+
+
+def test_a_full_disk_is_no_traceback(tmp_path: Path, small: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def save_file(*args: Any, **options: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", save_file)
+    said = call("fit", "uce", "--phrase", "cat", "--model", "small", "--out", tmp_path / "d.safetensors", code=1)
+    assert "No space left on device" in said and "was not written" in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("room", ["suites", "metrics"])
+def test_what_is_misspelt_is_called_what_it_is(room: str, run_folder: Path, tmp_path: Path) -> None:
+    if room == "suites":
+        said = call("bench", "emojii", "--concept", "cat", "--out", tmp_path / "b", code=2)
+        assert "Unknown suite 'emojii'. Did you mean 'emoji'?" in said
+    else:
+        assert "Unknown metric 'removl'. Did you mean 'removal'?" in call(
+            "score", run_folder, "--metric", "removl", code=2
+        )
+
+
+def test_a_misspelt_local_model_contacts_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look_up(*args: Any, **options: Any) -> None:
+        raise AssertionError(f"a host is looked up: {args}")
+
+    monkeypatch.setattr("socket.getaddrinfo", look_up)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    said = call("erase", "a cat", "--concept", "cat", "--model", "models/typo", "--out", tmp_path / "o", code=2)
+    assert "There is no folder 'models/typo'" in said and "--allow-hub" in said

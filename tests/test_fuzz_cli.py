@@ -1,0 +1,369 @@
+"""Every verb with generated options and hostile files: no traceback, a documented exit code, nothing lost."""
+
+import copy
+import functools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from hypothesis import HealthCheck, Phase, given, note, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+import efface
+from efface import registry
+from efface.cli import app
+from efface.core import shipped_concepts
+
+GOLDEN = Path(__file__).parent / "pins/files"
+CODES = {0, 1, 2, 3, 4, 130}
+DEEP = "[" * 50_000
+QUICK = settings(
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=(Phase.generate, Phase.shrink),
+    derandomize=True,
+    print_blob=False,
+)
+
+
+# ---------------------------------------------------------------- a desk with files, good and hostile
+
+
+@functools.cache
+def good() -> Path:
+    """A folder that is made once: a run of the tiny model, scored, a delta and a saved model."""
+    folder = Path(tempfile.mkdtemp())
+    pipe = tiny.pipeline("small")
+    efface.UCE().fit(pipe, [efface.Concept("cat", anchor="dog")]).save(folder / "delta.safetensors")
+    pipe.save_pretrained(folder / "model")
+    shutil.copytree(GOLDEN / "run/cat", folder / "run")
+    shutil.copytree(GOLDEN / "run/base", folder / "base")
+    shutil.copy(GOLDEN / "adapter.safetensors", folder)
+    (folder / "precious.txt").write_text("precious")
+    (folder / "mine").mkdir()
+    (folder / "mine/precious.txt").write_text("precious")
+    (folder / "file").write_text("precious")
+    return folder
+
+
+HOSTILE = ("delta.safetensors", "run/run.json", "run/samples.jsonl", "run/scores.json", "run/card.json")
+HOSTILE += ("model/model_index.json", "model/unet/config.json", "adapter.safetensors")
+
+
+def mutate(file: Path, how: str, data: st.DataObject) -> None:
+    """Makes a good file a bad one."""
+    content = file.read_bytes()
+    if how == "cut":
+        file.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    elif how == "flipped":
+        k = data.draw(st.integers(0, max(len(content) - 1, 0)))
+        file.write_bytes(content[:k] + bytes([content[k] ^ data.draw(st.integers(1, 255))]) + content[k + 1 :])
+    elif how == "random":
+        file.write_bytes(data.draw(st.binary(max_size=64)))
+    elif how == "deep":
+        file.write_text(DEEP)
+    elif how == "gone":
+        file.unlink()
+    elif how == "folder":
+        file.unlink()
+        file.mkdir()
+    elif how == "pipe":
+        file.unlink()
+        os.mkfifo(file)
+    elif how == "loop":
+        file.unlink()
+        file.symlink_to(file.name)
+    elif how == "json" and file.suffix in (".json", ".jsonl"):
+        lines = content.decode().splitlines() if file.suffix == ".jsonl" else [content.decode()]
+        k = data.draw(st.integers(0, len(lines) - 1))
+        lines[k] = json.dumps(changed(json.loads(lines[k]), data))
+        file.write_text("\n".join(lines) + "\n")
+
+
+def changed(value: Any, data: st.DataObject) -> Any:
+    """A JSON value in which one entry is gone, or is something else."""
+    junk = st.sampled_from([None, -1, 10**400, 0.5, True, "", "../x", "a\0b", [], {}, [[]], {"x": {}}])
+    if isinstance(value, dict) and value and data.draw(st.integers(0, 5)):
+        key = data.draw(st.sampled_from(sorted(value)))
+        if data.draw(st.booleans()):
+            return {k: v for k, v in value.items() if k != key}
+        return {**value, key: changed(value[key], data)}
+    if isinstance(value, list) and value and data.draw(st.integers(0, 5)):
+        k = data.draw(st.integers(0, len(value) - 1))
+        return [*value[:k], changed(value[k], data), *value[k + 1 :]]
+    return data.draw(junk)
+
+
+# ---------------------------------------------------------------- commands
+
+ODD = (
+    "",
+    " ",
+    "x",
+    "-1",
+    "0",
+    "nan",
+    "inf",
+    "1e400",
+    "9" * 5000,
+    "\x1b[31m",
+    "a\0b",
+    "\udcff",
+    "[]",
+    "[[]]",
+    "{}",
+    "null",
+)
+ODD += ("true", "\u202e", "é" * 300, "--", "=", "../..", "/dev/null", "[bold]", "%s{}", DEEP)
+JUNK = st.sampled_from(ODD) | st.text(max_size=8)
+NUMBER = st.sampled_from(["1", "2", "3", "0.5"]) | JUNK
+THERE = (
+    "delta.safetensors",
+    "adapter.safetensors",
+    "run",
+    "base",
+    "model",
+    "mine",
+    "file",
+    "precious.txt",
+    "run/run.json",
+)
+ELSEWHERE = (
+    "absent",
+    "new",
+    "new/deep",
+    "file/below",
+    "é",
+    "x" * 300,
+    "run/images",
+    ".",
+    "run/new.html",
+    "mine/new.html",
+)
+PATHS = st.sampled_from([*THERE, *ELSEWHERE]) | JUNK
+FIELDS = (
+    "strength",
+    "window",
+    "rows",
+    "neutral",
+    "normalization",
+    "adapter",
+    "warmup",
+    "lam",
+    "preserve",
+    "steps",
+    "rounds",
+)
+FIELDS += (
+    "template",
+    "validation",
+    "concepts",
+    "removal.by",
+    "by",
+    "retention.kinds",
+    "pictures",
+    "first_seed",
+    "",
+    "x",
+)
+SETTINGS = st.builds(
+    "{}={}".format,
+    st.sampled_from(FIELDS),
+    st.sampled_from(["1", "[0,1]", '["cat"]', "[[]]", '[["cat"]]', '{"a":{}}', "1e999", "projected"]) | JUNK,
+)
+CONCEPT = st.sampled_from(["cat", "alcohol", "nudity", "caat"]) | JUNK
+METHOD = st.sampled_from([*registry.methods(), "sld.strong", "eipu"]) | JUNK
+MODEL = st.sampled_from(["model", "mine", "emojii", "nobody/nothing", "delta.safetensors", "file"]) | JUNK
+FORMAT = st.sampled_from(["csv", "md", "latex", "xml"])
+LOADING: dict[str, Any] = {
+    **{"--device": st.sampled_from(["cpu", "cuda:99", "nowhere"]) | JUNK, "--dtype": st.just("fp32") | JUNK},
+    **{"--variant": st.just("fp16") | JUNK, "--offload": st.just("model") | JUNK, "--config": PATHS, "--model": MODEL},
+}
+TARGETS: dict[str, Any] = {
+    **{"--concept": CONCEPT, "--phrase": JUNK, "--set": SETTINGS, "--delta": PATHS, "--method": METHOD},
+}
+DRAW = {"--seed": NUMBER, "--guidance": NUMBER, "--out": PATHS}
+TINY = ["--phrase", "cat", "--model", "tiny"]
+ESD = [
+    "esd",
+    *TINY,
+    *(word for name in ("steps", "batch", "reuse", "sampler_steps") for word in ("--set", f"{name}=1")),
+]
+ERASE = ["a red cat", *TINY, "--images", "1", "--steps", "1"]
+BENCH = ["emoji", "--concept", "cat", "--model", "tiny", "--option", "pictures=10", "--limit", "1", "--no-score"]
+CALIBRATE = ["--concept", "cat", "--n", "1", "--strength", "1", "--refine", "0", "--steps", "1"]
+# Verb -> commands that end well, or would if the random weights drew cats; and what may be added to them.
+VERBS: dict[str, tuple[list[list[str]], dict[str, Any]]] = {
+    "erase": (
+        [[*ERASE, "--out", "new"], ERASE, [*ERASE, "--method", "sld"], [*ERASE, "--delta", "delta.safetensors"]],
+        {**TARGETS, **LOADING, **DRAW, "--images": NUMBER, "--negative": JUNK},
+    ),
+    "fit": (
+        [[*method, "--out", "new"] for method in (["uce", *TINY], ["rece", *TINY, "--set", "rounds=1"], ESD)],
+        {
+            "--concept": CONCEPT,
+            "--anchor": JUNK,
+            "--keep": JUNK,
+            "--set": SETTINGS,
+            "--after": PATHS,
+            **DRAW,
+            **LOADING,
+        },
+    ),
+    "delta info": ([["delta.safetensors"]], {}),
+    "delta export": ([["delta.safetensors", "--out", "new"]], {"--out": PATHS, "--layout": JUNK, "--rank": NUMBER}),
+    "delta merge": ([["delta.safetensors", "--model", "tiny", "--out", "new"]], {"--out": PATHS, **LOADING}),
+    "bench": (
+        [[*BENCH, "--out", "new"], [*BENCH, "--method", "nag", "--out", "new"]],
+        {
+            **TARGETS,
+            **LOADING,
+            "--out": PATHS,
+            "--option": SETTINGS,
+            "--data": PATHS,
+            "--base": PATHS,
+            "--limit": NUMBER,
+        }
+        | {"--batch": NUMBER, "--judge": SETTINGS, "--bar": JUNK},
+    ),
+    "score": (
+        [["run"], ["run", "--metric", "detection", "--bar", "detection<=1"], ["run", "--format", "csv"]],
+        {"--metric": JUNK, "--set": SETTINGS, "--bar": JUNK, "--format": FORMAT},
+    ),
+    "report": ([["run", "--out", "new.html"], ["run", "--format", "latex"]], {"--out": PATHS, "--pairs": NUMBER}),
+    "verify": ([["run", "--redraw", "1"]], {"--redraw": NUMBER, "--model": MODEL, "--seed": NUMBER, **TARGETS}),
+    "calibrate": (
+        [[*CALIBRATE, "--out", "new"]],
+        {**TARGETS, **DRAW, "--n": NUMBER, "--target": NUMBER, "--prompt": JUNK},
+    ),
+    "list": ([["methods"], ["concepts"], ["editors", "--format", "md"]], {"--format": FORMAT}),
+}
+FLAGS = ("--json", "--overwrite", "--mixed", "--plot", "--allow-hub", "--bogus")
+
+
+@st.composite
+def commands(draw: Any) -> list[str]:
+    """A command that would end well, but for up to three slips."""
+    verb = draw(st.sampled_from(list(VERBS)))
+    good, options = VERBS[verb]
+    argv = [*draw(st.sampled_from(good))]
+    for _ in range(draw(st.integers(0, 2))):
+        if options and draw(st.integers(0, 3)):
+            name = draw(st.sampled_from(list(options)))
+            argv += [name, draw(options[name])]
+        else:
+            values = [k for k, word in enumerate(argv) if not word.startswith("--")]
+            argv[draw(st.sampled_from(values))] = draw(PATHS)
+    more = [draw(st.sampled_from(FLAGS))] if not draw(st.integers(0, 3)) else []
+    return [*verb.split(), *argv, *more]
+
+
+# ---------------------------------------------------------------- what must hold
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink()
+    }
+
+
+@contextmanager
+def stubs() -> Iterator[None]:
+    """The model "tiny" is a tiny pipeline; what draws for "emoji" is one too."""
+    from efface import api
+
+    real: Callable[..., Any] = api.load
+
+    def load(model: Any, **options: Any) -> Any:
+        if str(model) in ("tiny", "emoji"):
+            return copy.deepcopy(pipeline())
+        return real(model, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "load", load)
+        yield
+
+
+@functools.cache
+def pipeline() -> Any:
+    return tiny.pipeline("small")
+
+
+def allowed(argv: Sequence[str], name: str) -> bool:
+    """Whether this command may change a file that was there."""
+    if argv[0] == "score":
+        return name in ("run/scores.json", "run/card.json")
+    if argv[0] == "bench":
+        return name.startswith("run/")
+    return "--overwrite" in argv and "precious" not in name
+
+
+def check(argv: list[str], data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        desk = Path(name) / "desk"
+        shutil.copytree(good(), desk)
+        if data.draw(st.booleans()):
+            named = [file for file in HOSTILE if file.partition("/")[0] in argv]
+            file = data.draw(st.sampled_from(named or HOSTILE))
+            how = data.draw(
+                st.sampled_from(["cut", "flipped", "random", "deep", "gone", "folder", "pipe", "loop", "json", "json"])
+            )
+            note(f"{file} is {how}")
+            mutate(desk / file, how, data)
+        before, here = contents(desk), os.getcwd()
+        os.chdir(desk)
+        try:
+            with stubs():
+                done = CliRunner().invoke(app, argv)
+        finally:
+            os.chdir(here)
+        note(f"{argv!r}: {done.exit_code}\n{done.output[-2000:]}")
+        crash = None if isinstance(done.exception, SystemExit) else done.exception
+        if crash is not None:
+            raise AssertionError(f"{argv!r} ends in {crash!r}") from crash
+        assert done.exit_code in CODES
+        assert "Traceback" not in done.output and "\x1b" not in done.output
+        assert done.exit_code == 0 or done.stderr.strip(), "an error says what is wrong"
+        after = contents(desk)
+        lost = [name for name in before if after.get(name) != before[name] and not allowed(argv, name)]
+        assert not lost, f"{argv!r} changed {lost}"
+        assert not [name for name in after if name.endswith((".partial", ".writable"))]
+
+
+@settings(QUICK, max_examples=150)
+@given(commands(), st.data())
+def test_no_command_ends_in_a_traceback_or_loses_a_file(argv: list[str], data: st.DataObject) -> None:
+    torch.set_num_threads(1)
+    check(argv, data)
+
+
+@pytest.mark.slow
+@settings(QUICK, max_examples=2_000, derandomize=False)
+@given(commands(), st.data())
+def test_no_command_of_many_ends_in_a_traceback_or_loses_a_file(argv: list[str], data: st.DataObject) -> None:
+    check(argv, data)
+
+
+def test_the_generator_knows_every_verb() -> None:
+    from typer.main import get_command
+
+    def verbs(command: Any, path: str = "") -> Iterator[str]:
+        for name, each in command.commands.items():
+            if hasattr(each, "commands"):
+                yield from verbs(each, f"{path}{name} ")
+            else:
+                yield f"{path}{name}"
+
+    assert set(verbs(get_command(app))) == VERBS.keys()
+    assert "cat" in shipped_concepts()
