@@ -356,7 +356,7 @@ def test_a_checkpoint_of_another_fit_is_refused_and_kept(sd1: Any, tmp_path: Pat
         (editor, ALCOHOL, 0, "phrases"),
         (editor, CAT, 1, "seed"),
     ):
-        with pytest.raises(ValueError, match=f"another fit .different: {what}"):
+        with pytest.raises(ValueError, match=f"(?s)another fit. .*{what}"):
             other.fit(sd1, concept, seed=seed, checkpoint=file)
     with editor.fit(sd1, CAT).apply(sd1), pytest.raises(ValueError, match="different: base"):
         editor.fit(sd1, CAT, checkpoint=file)
@@ -478,7 +478,7 @@ def test_pictures_that_became_nan_do_not_end_a_fit(sd1: Any, monkeypatch: pytest
     """A detector sees nothing in them."""
     monkeypatch.setattr(_training, "LOOK", 1)
     monkeypatch.setattr(sd1.vae, "decode", lambda z, **_: (torch.full((len(z), 3, 16, 16), torch.nan),))
-    with pytest.raises(ValueError, match="some values are not finite"):
+    with pytest.raises(ValueError, match="values that are not finite"):
         ESD(steps=2, **QUICK).fit(sd1, CAT, stop=lambda images: torch.zeros(1, len(images), dtype=torch.bool))
 
 
