@@ -363,7 +363,7 @@ def test_a_checkpoint_of_another_fit_is_refused_and_kept(sd1: Any, tmp_path: Pat
     assert file.read_bytes() == written
     fields, biased = {"drawn_by": "frozen", "biases": True}, replace(editor, biases=True)
     for name, value in fields.items():
-        with pytest.raises(ValueError, match=f"another fit .different: {name}"):
+        with pytest.raises(ValueError, match=f"(?s)another fit. .*{name}: "):
             replace(editor, **{name: value}).fit(sd1, CAT, checkpoint=file)
     for one, changed in ((editor, {}), (biased, {"biases": True})):  # as before there were these fields
         file.unlink()
@@ -373,7 +373,7 @@ def test_a_checkpoint_of_another_fit_is_refused_and_kept(sd1: Any, tmp_path: Pat
         old = {k: v for k, v in json.loads(header["fit"]).items() if k not in fields}
         save_file(parts, file, header | {"fit": json.dumps(old)})
         assert same(replace(editor, **changed).fit(sd1, CAT, checkpoint=file), want)
-    with pytest.raises(ValueError, match="another fit .different: biases"):
+    with pytest.raises(ValueError, match="(?s)another fit. .*biases: "):
         editor.fit(sd1, CAT, checkpoint=file)
     file.write_bytes(written[:100])
     with pytest.raises(ValueError, match="is not a checkpoint"):
