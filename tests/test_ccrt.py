@@ -161,7 +161,7 @@ def test_distance_is_that_of_two_denoisers_at_shared_points(pipe: Any) -> None:
     with torch.no_grad():
         text = net.condition.text[points.prompt]
         base = pipe.unet(points.x, points.t, text).sample
-        with Delta({n: w - net.base[n] for n, w in edited.items()}, method="test").apply(pipe):
+        with Delta.fitted(CCRT(), pipe, {n: w - net.base[n] for n, w in edited.items()}, CAT).apply(pipe):
             other = pipe.unet(points.x, points.t, text).sample
     assert float(first[0]) == pytest.approx(float((other - base).square().mean()), rel=1e-3)
     assert not torch.allclose(Misalignment(net, net.base, seed=1)(["a dog"], edited), first[:1], rtol=1e-2)

@@ -302,7 +302,8 @@ def test_an_output_file_is_not_a_folder(tmp_path: Path) -> None:
 
 def test_list_shows_methods_and_concepts() -> None:
     assert json.loads(run("list", "methods", "--json").stdout)["methods"]["eiup"].startswith("EIUP: ")
-    assert "beer mug, wine glass, cocktail glass" in " ".join(run("list", "concepts").stdout.split())
+    shown = " ".join(run("list", "concepts").stdout.split())
+    assert "beer mug, wine glass, cocktail glass" in shown and "cruelty (source: SLD, arXiv 2211.05105" in shown
     suites = json.loads(call("list", "suites", "--json"))["suites"]
     assert suites["coco"].startswith("COCO captions") and {"emoji", "six_cd", "i2p"} <= suites.keys()
     done = run("list", "method")

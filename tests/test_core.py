@@ -17,7 +17,7 @@ from PIL import Image
 
 import efface
 from efface import EIUP, Concept, Handle, NegativePrompt, Row, Sample, Score, Suite, checks, concept
-from efface.core import Handles, as_concepts, as_rows, field_names, shipped_concepts
+from efface.core import Handles, as_concepts, as_rows, concept_sources, field_names, shipped_concepts
 from efface.hooks import ConceptsField, Converted, Method, RowsField, computed
 
 NUMBERS = st.floats(allow_nan=True, allow_infinity=True) | st.integers(-3, 3)
@@ -55,7 +55,10 @@ def test_a_text_in_place_of_a_sequence_is_an_error(field: str) -> None:
         Concept("alcohol", **{field: "beer"})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', '{"a": {"b": 1}}', '{"a": {"b": [1]}}', None])
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"a": 1}', '{"a": {"b": 1}}', '{"a": {"b": [1]}}', '{"a": {"b": {"phrases": ["c"]}}}', None],
+)
 def test_a_damaged_list_of_concepts_names_file_and_cure(
     text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,6 +74,18 @@ def test_every_shipped_concept_can_be_had_by_name() -> None:
     for name, shipped in shipped_concepts().items():
         assert concept(name) is shipped
         assert as_concepts(name) == as_concepts([name]) == as_concepts(shipped) == (shipped,)
+        assert ("." in name) == (name in concept_sources()) == ("arXiv" in concept_sources().get(name, ""))
+
+
+def test_published_word_lists_are_whole() -> None:
+    """Their lengths and ends, as the papers' code has them; SLD joins its words to the one published text."""
+    lists = {"nudity.safree": 17, "i2p.sld": 20, "unsafe.rece": 11, "i2p.uce": 11, "unsafe.uce": 3}
+    singles = {f"nudity.{method}": 1 for method in ("esd", "sdd", "uce", "rece")}
+    assert {name: len(concept(name).phrases) for name in concept_sources()} == lists | singles
+    assert all(len(set(concept(name).phrases)) == n for name, n in lists.items())
+    sld, rece = concept("i2p.sld").phrases, concept("unsafe.rece").phrases
+    assert sld[:11] == rece == concept("i2p.uce").phrases and (sld[0], sld[-1]) == ("hate", "cruelty")
+    assert concept("nudity.rece").phrases == concept("nudity.esd").phrases == ("nudity",)
 
 
 @pytest.mark.parametrize("ask", [concept, as_concepts, EIUP, NegativePrompt])

@@ -311,12 +311,12 @@ def test_arithmetic_is_on_the_changes(sd1: Any) -> None:
     for made, want in (
         (a + b, lambda n: dense(a.weights[n]) + b.weights[n]),
         (2 * a - b * 0.5, lambda n: 2 * dense(a.weights[n]) - 0.5 * b.weights[n]),
-        (replace(a, strength=0.25) + a, lambda n: 1.25 * dense(a.weights[n])),
+        (replace(a, strength=0.25) + b, lambda n: 0.25 * dense(a.weights[n]) + b.weights[n]),
         (-a, lambda n: -dense(a.weights[n])),
     ):
         assert all(torch.allclose(dense(w), want(n), atol=1e-6) for n, w in made.weights.items())
     assert {w.rank for w in (a + low(sd1, 2)).weights.values()} == {4}
-    assert {w.rank for w in (a + a).weights.values()} == {2}
+    assert {w.rank for w in (a + 2 * a).weights.values()} == {2}
     other = pipeline()
     next(iter(keys_values(other).values())).data += 1
     with pytest.raises(ValueError, match="fitted on different models"):
@@ -344,12 +344,77 @@ def test_truncation_is_the_nearest_and_knows_its_error(shape: tuple[int, int, in
 
 def test_a_sum_with_a_delta_that_knows_no_model_is_refused(sd1: Any) -> None:
     """The sum would apply to any model."""
-    known = low(sd1)
-    unknown = replace(known, base={})
-    for pair in ((known, unknown), (unknown, known)):
+    known, other = low(sd1), low(sd1, 1)
+    unknown = replace(other, base={})
+    for pair in ((known, unknown), (unknown, known), (unknown, replace(known, base={}))):
         with pytest.raises(ValueError, match=r"does not know which model it belongs to \(`base` is empty\)"):
             pair[0] + pair[1]
-    assert (unknown + unknown).base == {} and (known + known).base == known.base
+    assert (known + other).base == known.base
+
+
+def without_base(delta: Delta) -> Delta:
+    return replace(delta, base={})
+
+
+def without_hashes(delta: Delta) -> Delta:
+    return replace(delta, base={precision: {} for precision in delta.base})
+
+
+def without_one_hash(delta: Delta) -> Delta:
+    last = max(delta.weights)
+    return replace(delta, base={p: {n: h for n, h in known.items() if n != last} for p, known in delta.base.items()})
+
+
+@pytest.mark.parametrize("forget", [without_base, without_hashes, without_one_hash])
+def test_a_delta_that_does_not_know_its_model_changes_none(forget: Any, sd1: Any, tmp_path: Path) -> None:
+    before, delta = state(sd1), forget(low(sd1))
+    changes = [delta.apply, delta.merge, delta.check, lambda pipe: efface.stack(pipe, low(sd1, 1), delta)]
+    for put in (*changes, lambda pipe: replace(delta, strength=0.0).apply(pipe)):
+        with pytest.raises(ValueError, match=r"does not say which model it belongs to.* any model. Make it by"):
+            put(sd1)
+    delta.save(tmp_path / "delta.safetensors")
+    with pytest.raises(ValueError, match="does not say which model it belongs to"):
+        Delta.load(tmp_path / "delta.safetensors")
+    assert active(sd1) == [] and same(state(sd1), before)
+
+
+def test_a_sum_of_three_rounds_needs_none_of_them_under_it(sd1: Any) -> None:
+    """Each fitted on top of those before; scaled sums and other strengths still do."""
+    first = low(sd1)
+    with first.apply(sd1):
+        second = low(sd1, 1)
+        with second.apply(sd1):
+            third = low(sd1, 2)
+    assert len(third.after) == 2 and (first + second + third).after == {} == (first + (second + third)).after
+    assert ((first + second) * 2 + third).after == third.after
+    assert (replace(first, strength=0.5) + second).after == second.after
+    assert ((first + second) * 0.5 * 2 + third).after == {}
+    with (first + second + third).apply(sd1):
+        assert len(active(sd1)) == 1
+
+
+def test_no_change_counts_twice(sd1: Any, tmp_path: Path) -> None:
+    """Alone, read from a file, at another strength, or in a sum; on a pipeline, merged, or added up."""
+    before, a, b = state(sd1), low(sd1), low(sd1, 1)
+    a.save(tmp_path / "a.safetensors")
+    both, twin = a + b, Delta.load(tmp_path / "a.safetensors")
+    pairs = [(a, a), (a, twin), (a, replace(a, strength=0.5)), (both, a), (a, both), (both + low(sd1, 2), b)]
+    for one, other in pairs:
+        with pytest.raises(ValueError, match=r"added to itself, alone or in a sum.*twice\. Scale it instead"):
+            one + other
+        with pytest.raises(ValueError, match=r"is on already, alone or in a sum.*twice\. Set the `strength`"):
+            efface.stack(sd1, one, other)
+        assert active(sd1) == [] and same(state(sd1), before)
+        with one.apply(sd1), pytest.raises(ValueError, match="Remove its handle before merging"):
+            other.merge(sd1)
+    name = next(iter(a.weights))
+    assert torch.allclose(dense((2 * a).weights[name]), 2 * dense(a.weights[name]))
+    assert change(dense((both - b).weights[name]), dense(a.weights[name])) < 1e-5  # taken out again
+    assert float(dense((a - a).weights[name]).abs().max()) < 1e-6
+    with a.apply(sd1) as handle, b.apply(sd1):
+        handle.remove()
+        with twin.apply(sd1):
+            assert len(active(sd1)) == 2
 
 
 def test_truncated_says_what_was_lost(sd1: Any) -> None:

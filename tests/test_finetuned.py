@@ -112,7 +112,7 @@ def test_esd_moves_the_prediction_to_its_target(train: str) -> None:
     state = learn(net, editor, points)
     assert state.losses[0] > FLOOR and state.losses[-1] < 0.1 * state.losses[0]
     assert set(state.shipped) == {f"unet.{name}" for name in trained(pipe.unet, train, facts(pipe).outer_layers)}
-    with Delta(net.change(state.shipped), method="esd").apply(pipe):
+    with Delta.fitted(editor, pipe, net.change(state.shipped), CAT).apply(pipe):
         edited, drifted = predict(pipe, points, ["a cat"] * 2), predict(pipe, points, [""] * 2)
     assert mse_loss(edited, 2 * null - concept) < 0.12 * mse_loss(concept, 2 * null - concept)
     assert mse_loss(drifted, null) < mse_loss(edited, concept)

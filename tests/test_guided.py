@@ -11,7 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    PNDMScheduler,
+)
 from tiny import (
     ALCOHOL,
     CAT,
@@ -29,6 +35,7 @@ from tiny import (
 )
 from torch import Tensor
 
+import efface
 from efface import EIUP, SLD, Concept, NegativePrompt
 from efface._text import SITES
 from efface.families.unet import SD
@@ -83,13 +90,13 @@ def written_out(pipe: Any, prompts: tuple[str, ...], safety: str, rule: Rule, im
     text, pooled, no_text, no_pooled = encoded(list(prompts))
     safe_text, safe_pooled, *_ = encoded([safety] * len(prompts))
     pipe.scheduler.set_timesteps(5)
-    for t in pipe.scheduler.timesteps:
+    for k, t in enumerate(pipe.scheduler.timesteps):
         e = []
         for states, pool in ((no_text, no_pooled), (text, pooled), (safe_text, safe_pooled)):
             more = None if pool is None else {"text_embeds": pool, "time_ids": ids[: len(x)]}
             with torch.no_grad():
                 e.append(pipe.unet(x, t, encoder_hidden_states=states, added_cond_kwargs=more).sample)
-        x = pipe.scheduler.step(rule(1 - float(t) / 1000, *e), t, x, return_dict=False)[0]
+        x = pipe.scheduler.step(rule((k + 0.5) / 5, *e), t, x, return_dict=False)[0]
     return x
 
 
@@ -183,13 +190,51 @@ def test_presets_are_the_papers_table() -> None:
     assert SLD.medium(ALCOHOL) == SLD(ALCOHOL)
 
 
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-def test_the_warmup_of_fifty_steps_is_the_papers_count(spacing: str) -> None:
-    scheduler = type(pipeline().scheduler).from_config(pipeline().scheduler.config, timestep_spacing=spacing)
-    scheduler.set_timesteps(50)
-    times = [1 - float(t) / 1000 for t in scheduler.timesteps]
-    for preset, steps in ((SLD.weak, 15), (SLD.medium, 10), (SLD.strong, 7), (SLD.max, 0)):
-        assert [time >= preset(BEER).warmup for time in times] == [i >= steps for i in range(50)]
+SCHEDULERS = {  # and the step of each denoiser call, of 50
+    "leading": (DDIMScheduler, {"timestep_spacing": "leading"}, [*range(50)]),
+    "trailing": (DDIMScheduler, {"timestep_spacing": "trailing"}, [*range(50)]),
+    "karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}, [*range(50)]),
+    "pndm": (PNDMScheduler, {"skip_prk_steps": True}, [0, *range(50)]),
+    "heun": (HeunDiscreteScheduler, {}, sorted([*range(50), *range(49)])),
+    "dpm2": (KDPM2DiscreteScheduler, {}, sorted([*range(50), *range(49)])),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_warmup_of_fifty_steps_is_the_papers_count(name: str, seen: list[Prediction]) -> None:
+    """Steps, of which some schedulers make two denoiser calls, whatever their noise."""
+    pipe, (kind, options, steps) = pipeline(), SCHEDULERS[name]
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **options)
+    for preset, warmup in ((SLD.weak_paper, 15), (SLD.medium, 10), (SLD.strong, 7), (SLD.max, 0)):
+        seen.clear()
+        eraser = dataclasses.replace(preset(BEER), momentum_scale=0.1, sld_guidance_scale=50.0, threshold=10.0)
+        with eraser.apply(pipe) as handle:
+            latents(pipe, num_inference_steps=50)
+        assert len(seen) == len(steps)
+        assert [bool(eraser.guide(made).any()) for made in list(seen)] == [step >= warmup for step in steps]
+        waited = sum(step < warmup for step in steps)
+        assert handle.record["exempt"] == ({"warm-up": waited} if warmup else {})
+
+
+def test_calls_without_a_pipeline_count_by_the_noise(sd1: Any, seen: list[Prediction]) -> None:
+    """Also after a call of the pipeline has counted steps, and after one that broke."""
+    text, empty = sd1.encode_prompt(PROMPT, "cpu", 1, True)
+
+    def broken(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with SLD(BEER).apply(sd1):
+        latents(sd1)
+        with pytest.raises(KeyboardInterrupt):
+            latents(sd1, callback_on_step_end=broken)
+        seen.clear()
+        with efface.conditional_rows(sd1, [False, True]), torch.no_grad():
+            for t in (900, 500, 100):
+                sd1.unet(torch.zeros(2, 4, 8, 8), t, torch.cat([empty, text]))
+        assert [float(made.time) for made in seen] == pytest.approx([0.1, 0.5, 0.9])
+        seen.clear()
+        latents(sd1, num_inference_steps=2)
+        assert [float(made.time) for made in seen] == [0.25, 0.75]
 
 
 # ---------------------------------------------------------------- SLD: what follows from them
@@ -200,13 +245,13 @@ def test_sld_saturates(seen: list[Prediction]) -> None:
         latents(pipe, PROMPTS)
     sizes = []
     for scale in (0.1, 1.0, 10.0, 1e5, 1e6):
-        eraser = SLD(ALCOHOL, sld_guidance_scale=scale, threshold=10.0)
+        eraser = SLD(ALCOHOL, sld_guidance_scale=scale, threshold=10.0, warmup=0.0)
         sizes.append(float(eraser.guide(dataclasses.replace(seen[0], memory={})).abs().mean()))
     assert 0 < sizes[0] < sizes[1] < sizes[2] < sizes[3] and sizes[4] == pytest.approx(sizes[3], rel=1e-3)
 
 
 def test_a_prompt_that_is_the_concept_is_beyond_sld(sd1: Any) -> None:
-    with SLD(BEER).apply(sd1):
+    with SLD(BEER, warmup=0.0).apply(sd1):
         same, other = latents(sd1, "beer"), latents(sd1, "a beer")
     assert change(same, drawn(prompt="beer")) < 1e-2 < 0.1 < change(other, drawn(prompt="a beer"))
     with SLD(Concept("x", ("dog",))).apply(sd1):  # e_S = e_u
@@ -243,7 +288,7 @@ def test_the_concepts_row_is_the_pipelines_own_prediction(pipe: Any, family: str
     for name, prompts in (("prompt", PROMPTS), ("concept", (SAFETY, SAFETY)), ("negative", ("a dog", "the moon"))):
         want = calls(pipe, prompts, num_inference_steps=1, negative_prompt=["a dog", "the moon"])[0]["out"]
         assert change(getattr(made, name), want[:2] if name == "negative" else want[2:]) < 1e-5, name
-    assert made.guidance_scale == (5.0 if family == "sdxl" else 7.5) and float(made.time) == pytest.approx(0.999)
+    assert made.guidance_scale == (5.0 if family == "sdxl" else 7.5) and float(made.time) == 0.5  # of one step
 
 
 def test_attention_methods_edit_the_prompts_rows_and_not_the_concepts(pipe: Any, seen: list[Prediction]) -> None:

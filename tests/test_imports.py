@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checks": {"registry"},
     "core": {"registry", "checks"},
     "files": {"checks"},
-    "schema": {"files"},
+    "schema": {"checks", "files"},
     "pictures": {"checks", "files"},
     "records": {"checks", "files", "pictures"},
     "families": {"registry", "checks", "core"},
@@ -83,7 +83,7 @@ ORDER = {
         *("prediction", "step", "denoiser", "sites", "method", "__init__"),
     ),
     "delta": ("factors", "watch", "overlay", "applied", "base", "file", "lora", "delta", "__init__"),
-    "runs": ("folder", "record", "judges", "draw", "card", "score", "verify", "__init__"),
+    "runs": ("folder", "record", "judges", "draw", "workers", "bench", "card", "score", "verify", "__init__"),
     "report": ("words", "compare", "plot", "pictures", "page", "__init__"),
 }
 

@@ -332,7 +332,8 @@ def test_true_guidance_on_flux_reads_the_negative_prompt() -> None:
 def test_a_suites_guidance_is_not_that_of_a_distilled_denoiser() -> None:
     from efface.families import family
 
-    call = {"guidance_scale": 7.5, "num_inference_steps": 50}
-    assert family(tiny.pipeline("sd1")).protocol(call) == call
+    call = {"guidance": 7.5, "num_inference_steps": 50}
+    assert family(tiny.pipeline("sd1")).protocol(call) == {"guidance_scale": 7.5, "num_inference_steps": 50}
     assert family(tiny.pipeline("flux")).protocol(call) == {"num_inference_steps": 50}
-    assert family(tiny.pipeline("flux")).protocol({"true_cfg_scale": 2.0}) == {"true_cfg_scale": 2.0}
+    own = {"true_cfg_scale": 2.0, "guidance_scale": 3.5}  # of a suite that is made for FLUX
+    assert family(tiny.pipeline("flux")).protocol(own) == own

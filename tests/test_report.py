@@ -107,7 +107,7 @@ def make(
             "base": None if plain else f"../{base}",
             "erasers": [] if plain else [{"method": method, "concepts": [{"name": "cat"}]}],
         }
-        runs.work(claim(where), record | said, suite, paint, lambda *_: None)
+        runs.work(claim(where), record | said, suite, runs.locally(paint, suite), lambda *_: None)
     runs.score(folder, [judge or Judge()])
     return folder
 

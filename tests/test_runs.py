@@ -15,9 +15,11 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 import efface
-from efface import Row, Sample, Score, Suite, api, files, runs
+from efface import Row, Sample, Score, Suite, files, pipelines, runs
+from efface.cli import app
 from efface.models.emoji.weights import FOLDER
 from efface.records import rows_hash
 from efface.runs.folder import claim
@@ -26,6 +28,7 @@ STUB = """
 import hashlib, os, random, signal, sys, time
 from pathlib import Path
 from PIL import Image
+from typer.testing import CliRunner
 from efface import runs
 from efface.records import Row, rows_hash
 
@@ -46,7 +49,7 @@ def paint(rows, call):
         yield Image.frombytes("RGB", (8, 8), pixels), {}
 
 def work():
-    runs.work(folder, RECORD, ROWS, paint, lambda *_: None)
+    runs.work(folder, RECORD, ROWS, runs.locally(paint, ROWS), lambda *_: None)
 """
 KILL = """
 folder, painted = Path(sys.argv[1]) / "killed", Path(sys.argv[1]) / "painted"
@@ -139,7 +142,7 @@ def silent(*_: Any) -> None:
 def finish(folder: Path, rows: Sequence[Row] = ROWS, **changed: Any) -> Stub:
     stub = Stub()
     folder.mkdir(exist_ok=True)
-    runs.work(folder, record(rows, **changed), rows, stub, silent)
+    runs.work(folder, record(rows, **changed), rows, runs.locally(stub, rows), silent)
     return stub
 
 
@@ -213,7 +216,7 @@ def test_a_damaged_batch_is_drawn_again_whole_and_the_others_stay(harm: str, tmp
 
 def test_a_failing_pipeline_loses_its_batch_only(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
-        runs.work(claim(tmp_path / "a"), record(), ROWS, Stub(fail_at=1), silent)
+        runs.work(claim(tmp_path / "a"), record(), ROWS, runs.locally(Stub(fail_at=1), ROWS), silent)
     assert finish(tmp_path / "a").painted == [r.id for r in ROWS[4:]]
 
 
@@ -329,10 +332,10 @@ def test_a_run_draws_what_the_pipeline_draws(sd1: Any, tmp_path: Path) -> None:
     run = efface.run(SUITE, sd1, eraser=ALCOHOL, out=tmp_path / "a", progress=lambda *t: told.append(t), batch=2)
     assert run.base is not None and run.base.folder.parent.samefile(tmp_path) and run.base.base is None
     call = dict(SUITE.call)
-    plain = torch.cat([api.draw(sd1, [r.prompt], [r.seed], **{**call, **r.call}) for r in SUITE.rows])
+    plain = torch.cat([pipelines.draw(sd1, [r.prompt], [r.seed], **{**call, **r.call}) for r in SUITE.rows])
     assert (images(run.base) - plain).abs().max() <= 1 / 255
     with ALCOHOL.apply(sd1):
-        erased = torch.cat([api.draw(sd1, [r.prompt], [r.seed], **{**call, **r.call}) for r in SUITE.rows])
+        erased = torch.cat([pipelines.draw(sd1, [r.prompt], [r.seed], **{**call, **r.call}) for r in SUITE.rows])
     assert (images(run) - erased).abs().max() <= 1 / 255
     assert (erased - plain).abs().max() > 8 / 255
     assert told == [(w, n, 3) for w in ("plain", "erased") for n in (0, 2, 3)]
@@ -343,8 +346,8 @@ def test_a_run_draws_what_the_pipeline_draws(sd1: Any, tmp_path: Path) -> None:
 
 def test_runs_share_their_plain_pictures(sd1: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
-    real = api.draw
-    monkeypatch.setattr(api, "draw", lambda *a, **k: drawn.append(len(a[1])) or real(*a, **k))
+    real = pipelines.draw
+    monkeypatch.setattr(pipelines, "draw", lambda *a, **k: drawn.append(len(a[1])) or real(*a, **k))
     first = efface.run(SUITE, sd1, eraser=ALCOHOL, out=tmp_path / "a")
     assert sum(drawn) == 6
     second = efface.run(SUITE, sd1, eraser=[ALCOHOL, efface.EIUP(tiny.CAT)], out=tmp_path / "b")
@@ -413,14 +416,14 @@ def test_other_judges_of_a_finished_run_are_remembered(sd1: Any, tmp_path: Path)
 
 
 def test_pictures_that_are_not_finite_are_noted(sd1: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = api.draw
+    real = pipelines.draw
 
     def broken(*args: Any, **call: Any) -> torch.Tensor:
         pictures = real(*args, **call)
         pictures[0, 0, 0, 0] = float("nan")
         return pictures
 
-    monkeypatch.setattr(api, "draw", broken)
+    monkeypatch.setattr(pipelines, "draw", broken)
     run = efface.run(SUITE, sd1, out=tmp_path / "a", limit=2)
     assert [e.get("finite") for e in run.entries()] == [False, None]
     efface.score(run)
@@ -621,6 +624,8 @@ def test_what_cannot_be_drawn_again_is_refused(sd1: Any, tmp_path: Path) -> None
     with pytest.raises(ValueError, match="(?s)The erasers are not those of .*strength: 2.25 there, 0.5 here"):
         efface.verify(run, model=sd1, eraser=efface.EIUP(tiny.ALCOHOL, strength=0.5))
     assert efface.verify(run, model=sd1, eraser=ALCOHOL).same
+    with pytest.raises(ValueError, match="(?s)The erasers are not those of "):
+        efface.verify(run, model=sd1, eraser=[ALCOHOL, efface.EIUP(tiny.CAT)])
     with pytest.raises(ValueError, match="`redraw`"):
         efface.verify(run, 0, model=sd1)
     eiup = run.record["erasers"][0]
@@ -635,3 +640,33 @@ def test_what_cannot_be_drawn_again_is_refused(sd1: Any, tmp_path: Path) -> None
     ):
         with pytest.raises(ValueError, match=r"cannot be made from its record|is damaged"):
             efface.verify(edited(run.folder, erasers=[config]), model=sd1)
+
+
+def test_deltas_are_given_and_other_erasers_made_by_name(sd1: Any, tmp_path: Path) -> None:
+    delta = efface.UCE().fit(sd1, tiny.CAT)
+    run = efface.run(SUITE, sd1, eraser=[delta, ALCOHOL], out=tmp_path / "a", batch=2)
+    with pytest.raises(ValueError, match=r"The eraser 'uce' .* cannot be made from its record .*--delta for a delta"):
+        efface.verify(run, model=sd1)
+    assert efface.verify(run, model=sd1, eraser=delta).same
+
+
+@pytest.mark.skipif(not (FOLDER / "model.json").exists(), reason="the emoji weights are not trained yet")
+def test_the_command_says_of_each_picture_whether_it_is_the_same(tmp_path: Path) -> None:
+    rows = tuple(Row(f"r{k}", "a cat", 1_900_000 + k) for k in range(3))
+    suite = Suite("cats", "1", rows, call={"num_inference_steps": 1, "guidance_scale": 7.5})
+    run = efface.run(suite, "emoji", eraser=efface.EIUP("cat"), out=tmp_path / "a", batch=2)
+    done = CliRunner().invoke(app, ["verify", str(run.folder), "--json"])
+    found = json.loads(done.stdout)
+    assert done.exit_code == 0 and found["same"] and len(found["rows"]) == 6
+    Image.new("RGB", (64, 64)).save(run.folder / "images/r0.png")
+
+    def forge(entry: dict[str, Any]) -> None:
+        content = (run.folder / entry["file"]).read_bytes()
+        entry.update(bytes=len(content), sha256=files.sha256(content))
+
+    lines(run.folder, forge)
+    done = CliRunner().invoke(app, ["verify", str(run.folder)])
+    assert done.exit_code == 3 and "5 of 6 pictures are the same to the bit." in done.stdout
+    assert [line.split()[:2] for line in done.stdout.splitlines() if "pixels differ" in line] == [["r0", "run"]]
+    done = CliRunner().invoke(app, ["verify", str(tmp_path / "none")])
+    assert done.exit_code == 2 and "is not a run folder" in done.stderr

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, HeunDiscreteScheduler, PNDMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_guided import calls
@@ -156,6 +157,45 @@ def by_hand(pipe: Any, prompt: str) -> tuple[Tensor, Tensor | None]:
     return torch.cat(parts, -1), pooled
 
 
+def test_the_authors_form_for_sdxl_edits_the_second_encoder_by_pooled_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: subspaces of projected pooled texts, applied to hidden states; all else stays, in every step."""
+    pipe, read = pipeline("sdxl"), []
+    reread = SAFREE.reread
+
+    def spy(self: SAFREE, *args: Any) -> Any:
+        read.append(reread(self, *args))
+        return read[-1]
+
+    monkeypatch.setattr(SAFREE, "reread", spy)
+    eraser = dataclasses.replace(SAFREE.official_sdxl(ALCOHOL), alpha=0.0)
+    with eraser.apply(pipe):
+        latents(pipe, PROMPTS, num_inference_steps=2)
+    plain, _, pooled, _ = pipe.encode_prompt(list(PROMPTS), device="cpu")
+    assert len(read) == 2 and all(torch.equal(one, other) for one, other in zip(*read, strict=True))
+    text, other = read[0]
+    assert torch.equal(other, pooled) and change(text, plain) > 1e-3
+    for k, prompt in enumerate(PROMPTS):
+        words = prompt.split()
+        without = [[*words[:i], "!", *words[i + 1 :]] for i in range(len(words))]
+        masked = torch.stack([states_of(pipe, some, "_2")[1].text_embeds[0].double() for some in (words, *without)])
+        phrases = [states_of(pipe, phrase.split(), "_2")[1].text_embeds[0].double() for phrase in ALCOHOL.phrases]
+        states = states_of(pipe, words, "_2")[0]
+        want, _, triggers = written_out(states, masked, torch.stack(phrases), 1, 0.0)
+        first = plain.shape[-1] - states.shape[-1]
+        assert any(triggers) and torch.equal(text[k, :, :first], plain[k, :, :first])
+        assert change(text[k, :, first:].double(), want) < 1e-4
+    encoders = dataclasses.replace(eraser, form="encoders")
+    assert change(drawn("sdxl", eraser), drawn("sdxl", encoders)) > 1e-4
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd3", "flux", "pixart"])
+def test_the_form_of_pooled_texts_is_refused_where_there_are_none(family: str) -> None:
+    with pytest.raises(ValueError, match="form 'pooled' needs a text encoder .* has none. Use form 'encoders'"):
+        SAFREE.official_sdxl(ALCOHOL).apply(pipeline(family))
+    with pytest.raises(ValueError, match="Expected `form`"):
+        SAFREE(ALCOHOL, form="sdxl")  # type: ignore[arg-type]
+
+
 def test_the_conditional_rows_read_the_filtered_prompt(pipe: Any, family: str) -> None:
     with ALWAYS.apply(pipe):
         call = calls(pipe, PROMPTS, num_images_per_prompt=2)[-1]
@@ -185,7 +225,20 @@ def test_the_conditional_rows_read_the_filtered_prompt(pipe: Any, family: str) -
                 assert change(pooled, plain["added_cond_kwargs"]["text_embeds"][row].double()) > 1e-2
 
 
-def test_the_prompt_comes_back_when_the_filter_lets_go(sd1: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "steps"),
+    [
+        (DDIMScheduler, [0, 1, 2, 3, 4]),
+        (PNDMScheduler, [0, 0, 1, 2, 3, 4]),
+        (HeunDiscreteScheduler, [0, 0, 1, 1, 2, 2, 3, 3, 4]),
+    ],
+)
+def test_the_prompt_comes_back_when_the_filter_lets_go(
+    kind: Any, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After so many steps, in which some schedulers call the denoiser twice."""
+    pipe, options = pipeline(), {"skip_prk_steps": True} if kind is PNDMScheduler else {}
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, **options)
     read: list[Tensor] = []
     original = SAFREE.reread
 
@@ -195,12 +248,12 @@ def test_the_prompt_comes_back_when_the_filter_lets_go(sd1: Any, monkeypatch: py
         return out
 
     monkeypatch.setattr(SAFREE, "reread", spy)
-    monkeypatch.setattr(SAFREE, "until", lambda self, beta: 0.5)
-    with SAFREE(ALCOHOL).apply(sd1):
-        part = latents(sd1, PROMPTS, num_inference_steps=5)
-    plain = sd1.encode_prompt(list(PROMPTS), "cpu", 1, False)[0]
-    assert [torch.equal(text, plain) for text in read] == [False, False, True, True, True]
-    assert torch.equal(read[0], read[1]) and change(part, drawn(prompt=PROMPTS, num_inference_steps=5)) > 1e-3
+    monkeypatch.setattr(SAFREE, "until", lambda self, beta: 2 / 5)
+    with SAFREE(ALCOHOL).apply(pipe):
+        part = latents(pipe, PROMPTS, num_inference_steps=5)
+    plain = pipe.encode_prompt(list(PROMPTS), "cpu", 1, False)[0]
+    assert [torch.equal(text, plain) for text in read] == [step >= 2 for step in steps]
+    assert torch.equal(read[0], read[1]) and change(part, latents(pipe, PROMPTS, num_inference_steps=5)) > 1e-3
 
 
 def test_without_a_trigger_or_a_verdict_it_is_the_plain_pipeline(pipe: Any, family: str) -> None:

@@ -273,7 +273,7 @@ def test_i2p_rows_keep_their_seed_guidance_and_size(data: Path) -> None:
     assert set(rows) == {"i2p-0003", "i2p-0004", "i2p-0006"}  # one is screened, one has no prompt
     assert rows["i2p-0003"].seed == 4290749014 and rows["i2p-0003"].category == "violence"
     assert rows["i2p-0004"].prompt == 'a "blue", ball'
-    assert rows["i2p-0004"].call == {"guidance_scale": 12.5, "width": 448, "height": 512}
+    assert rows["i2p-0004"].call == {"guidance": 12.5, "width": 448, "height": 512}
     assert [row.call for row in I2P(guidance=False, size=False).load((), data).rows] == [{}, {}, {}]
     ten = I2P(images=10, category="shocking").load((), data).rows
     assert [row.seed for row in ten] == [4290749014 + k for k in range(10)] and len({row.cluster for row in ten}) == 1
@@ -398,13 +398,13 @@ def test_the_other_sets_say_what_they_are(data: Path) -> None:
     assert [row.id for row in Coco().load((), data).rows] == ["coco-000044"]
     assert [row.id for row in Coco("3k").load((), data).rows] == ["coco-000055"]
     church = UnlearnDiffAtk(sets=("church",)).load((), data).rows
-    assert [row.call for row in church] == [{"guidance_scale": 7.0}, {"guidance_scale": 9.5}]
+    assert [row.call for row in church] == [{"guidance": 7.0}, {"guidance": 9.5}]
     assert {row.concept for row in UnlearnDiffAtk().load((Concept("Van Gogh"),), data).rows} == {"van gogh"}
     assert {(row.kind, row.concept) for row in RingABell().load((), data).rows} == {("attack", "violence")}
     ideal = P4D().load((), data)
     assert [(row.prompt, row.seed, row.concept) for row in ideal.rows] == [('a "blue", ball', 77, "nudity")]
     assert P4D("all", "sld_max").load((), data).rows[0].concept == "violence"
-    assert P4D("car").load((), data).rows[0].call == {"guidance_scale": 7.5}
+    assert P4D("car").load((), data).rows[0].call == {"guidance": 7.5}
     with pytest.raises(ValueError, match="Expected `set` to be one of 'nudity', got 'all'"):
         P4D("all", "esd")
     text = (data / "p4d" / "p4d_ideal_i2p_ids.csv").read_text()

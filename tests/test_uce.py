@@ -20,7 +20,7 @@ from efface._text import encode
 from efface._weights import keys_values
 from efface.delta import Delta, Factors, dense
 from efface.editors._closed_form import Texts, anchors_of, residual, step
-from efface.editors.rece import derive, sum_of_squares
+from efface.editors.rece import derive, sum_of_products
 
 DOG = Concept("cat", anchor="dog", keep=("moon", "a big pub"))
 TAIL = 1  # where a one-word text has its last token
@@ -33,6 +33,10 @@ def rows(texts: Sequence[str]) -> Tensor:
 
 def originals() -> dict[str, Tensor]:
     return {n: w.detach().double() for n, w in keys_values(tiny.untouched("sd1")).items()}
+
+
+def squares(weights: Sequence[Tensor]) -> Tensor:
+    return sum_of_products(weights, weights)
 
 
 def edited(delta: Delta) -> dict[str, Tensor]:
@@ -165,6 +169,88 @@ def test_balance_measures_corrects_and_stops(sd1: Any) -> None:
     assert shares[-1] == pytest.approx([0.5, 0.5], abs=0.05)
 
 
+def literal_debias(weights: dict[str, Tensor], shifts: Sequence[float]) -> dict[str, Tensor]:
+    """The published code of 2023, layer by layer: two phrases, two attributes, sizes of whole blocks of tokens."""
+    made = {}
+    blocks = {phrase: rows([phrase, "red", "big moon"])[:, :] for phrase in ("cat", "big cat")}
+    blank = rows([""])[0].T
+    for name, w in weights.items():
+        top, bottom = 0.5 * w, 0.5 * torch.eye(w.shape[1], dtype=torch.float64)
+        for phrase, (concept, *attributes) in blocks.items():
+            starts, far = (len(phrase.split()), 1, 2), 2
+            cut = [x[i : len(x) - (far - i)] for x, i in zip((concept, *attributes), starts, strict=True)]
+            c, value = cut[0], cut[0] @ w.T
+            for s, a in zip(shifts, cut[1:], strict=True):
+                out = a @ w.T
+                value = value + s * (c @ w.T).norm() * out / out.norm()
+            top, bottom = top + value.T @ c, bottom + c.T @ c
+        made[name] = (top + 0.1 * w @ blank @ blank.T) @ torch.linalg.inv(bottom + 0.1 * blank @ blank.T)
+    return made
+
+
+PETS = Concept("pet", ("cat", "big cat"))
+
+
+def test_debiasing_of_2023_is_the_published_one(sd1: Any) -> None:
+    """Its theorem: each layer's output goes to the concept's, plus the attributes' at the concept's own size."""
+    editor = UCE.debias_2023(["red", "big moon"])
+    assert (editor.mode, editor.shift, editor.tokens, editor.lam, editor.erase_scale) == (
+        "debias", "layer", "tail", 0.5, 1.0)  # fmt: skip
+    shifted = replace(editor, attributes=(("red", 0.3), ("big moon", -0.2)))
+    delta, want = shifted.fit(sd1, PETS), literal_debias(originals(), (0.3, -0.2))
+    assert all(change(w, want[n]) < 1e-5 for n, w in edited(delta).items())
+    assert all(change(w, originals()[n]) > 1e-2 for n, w in edited(delta).items())
+    token = replace(shifted, shift="token").fit(sd1, PETS)
+    assert all(change(w, edited(token)[n]) > 1e-3 for n, w in edited(delta).items())
+    exact = replace(shifted, lam=1e-9, preserve=(), tokens="last").fit(sd1, CAT)
+    cat, red, moon = rows(["cat", "red", "big moon"])[[0, 1, 2], [1, 1, 2]]
+    for name, new in edited(exact).items():
+        w = originals()[name]
+        parts = [s * (w @ cat).norm() * (w @ a) / (w @ a).norm() for s, a in ((0.3, red), (-0.2, moon))]
+        assert change(new @ cat, w @ cat + sum(parts)) < 1e-5
+    still = editor.fit(sd1, PETS)  # shifts of 0
+    assert not any(dense(w).any() for w in still.weights.values())
+
+
+def test_balance_of_2023_edits_what_it_has_edited(sd1: Any) -> None:
+    """Rounds compound on the weights, with a tenth of what is missing; the pipeline is left as found."""
+    editor, seen = UCE.debias_2023(["red", "big moon"]), []
+    planned = [[0.9, 0.1], [0.7, 0.3], [0.6, 0.4], [0.52, 0.48]]
+
+    def measure(pipe: Any) -> list[float]:
+        seen.append({n: w.detach().double().clone() for n, w in keys_values(pipe).items()})
+        return planned[len(seen) - 1]
+
+    before = originals()
+    delta = editor.balance(sd1, PETS, measure)
+    assert delta.info["shares"] == planned and len(seen) == 4
+    now = before
+    for shares, found in zip([None, *planned], seen, strict=False):
+        now = now if shares is None else literal_debias(now, [0.1 * (0.5 - share) for share in shares])
+        assert all(change(found[n], w) < 1e-5 for n, w in now.items())
+    assert all(change(w, now[n]) < 1e-5 for n, w in edited(delta).items())
+    assert all(torch.equal(w, before[n]) for n, w in originals().items())
+    assert (delta.method, delta.after, delta.fields["shift"]) == ("uce", {}, "layer")
+    assert dict(delta.fields["attributes"]) == pytest.approx({"red": -0.07, "big moon": 0.07})
+    with delta.apply(sd1):
+        assert latents(sd1).isfinite().all()
+
+
+def test_balance_says_what_does_not_fit(sd1: Any) -> None:
+    editor = UCE.debias_2023(["red", "big moon"])
+    with pytest.raises(ValueError, match="a share for each of 2 attributes, but got 3 measured and 2 wanted"):
+        editor.balance(sd1, CAT, lambda pipe: [0.3, 0.3, 0.4])
+    with pytest.raises(ValueError, match="but got 2 measured and 1 wanted"):
+        editor.balance(sd1, CAT, lambda pipe: [0.5, 0.5], wanted=[1.0])
+    with pytest.raises(ValueError, match="Expected mode 'debias' to balance, but got 'erase'"):
+        UCE().balance(sd1, CAT, lambda pipe: [])
+    with pytest.raises(ValueError, match="`shift`"):
+        UCE(shift="norm")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="`attributes` should be a sequence of texts"):
+        UCE.debias_2023("male, female")
+    assert efface.delta.active(sd1) == []
+
+
 def test_which_tokens_are_edited(sd1: Any) -> None:
     def edit(tokens: Any, text: str = "red cat", anchor: str = "dog") -> dict[str, Any]:
         return UCE(tokens=tokens).fit(sd1, Concept(text, anchor=anchor)).info
@@ -228,7 +314,7 @@ def after_uce() -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
 
 def test_the_derived_embedding_is_the_minimum_over_all_layers() -> None:
     left, right, concept, now = after_uce()
-    s, old = sum_of_squares(list(originals().values())), originals()
+    s, old = squares(list(originals().values())), originals()
     for mu in (1e-3, 0.1):
         x = derive(s, left, right, concept, mu).requires_grad_()
         start = concept.clone().requires_grad_()
@@ -241,14 +327,14 @@ def test_the_derived_embedding_is_the_minimum_over_all_layers() -> None:
 
 def test_an_unedited_model_has_nothing_to_recover() -> None:
     left, right, concept, _ = after_uce()
-    s = sum_of_squares(list(originals().values()))
+    s = squares(list(originals().values()))
     gaps = [change(derive(s, 0 * left, right, concept, mu), concept) for mu in (1.0, 1e-3, 1e-9)]
     assert gaps == sorted(gaps, reverse=True) and gaps[-1] < 1e-6
 
 
 def test_it_recovers_what_uce_erased_the_more_the_smaller_mu() -> None:
     left, right, concept, now = after_uce()
-    old, s = originals(), sum_of_squares(list(originals().values()))
+    old, s = originals(), squares(list(originals().values()))
     made = [derive(s, left, right, concept, mu) for mu in (10.0, 0.1, 1e-3, 1e-6)]
 
     def gap(x: Tensor) -> float:
@@ -259,9 +345,10 @@ def test_it_recovers_what_uce_erased_the_more_the_smaller_mu() -> None:
     assert sizes == sorted(sizes)
 
 
-def literal_rece(editor: RECE) -> dict[str, Tensor]:
-    """Sums over layers and explicit inverses; `DOG`."""
-    now, old = literal_uce(UCE(preserve_scale=editor.preserve_scale, lam=editor.lam), originals()), originals()
+def literal_rece(editor: RECE, now: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Sums over layers and explicit inverses; `DOG`. `now`: what UCE has edited before."""
+    own, old = UCE(preserve_scale=editor.preserve_scale, lam=editor.lam), originals()
+    now = literal_uce(own, originals()) if now is None else now
     concept, anchor, *kept = rows(["cat", "dog", "", *DOG.keep])
     c, g, p = concept.T, anchor.T, torch.cat(kept).T
     eye = torch.eye(len(c), dtype=torch.float64)
@@ -281,14 +368,14 @@ def test_the_shared_form_is_the_literal_one(rounds: int, sd1: Any) -> None:
     editor = RECE(rounds=rounds).resolved(sd1)
     delta, want = editor.fit(sd1, DOG), literal_rece(editor)
     assert all(change(w, want[n]) < 1e-5 for n, w in edited(delta).items())
-    uce = edited(editor.uce(sd1).fit(sd1, DOG))
+    uce = edited(editor.front(sd1).fit(sd1, DOG))
     assert all(change(w, uce[n]) > 1e-3 for n, w in edited(delta).items())
     assert len(delta.info["rounds"]) == rounds and all(r["norm"] > 0.1 for r in delta.info["rounds"])
 
 
 def test_a_round_takes_the_derived_embedding_to_the_anchor() -> None:
     left, right, concept, now = after_uce()
-    x = derive(sum_of_squares(list(originals().values())), left, right, concept, 1e-3)
+    x = derive(squares(list(originals().values())), left, right, concept, 1e-3)
     anchor = rows(["dog"])[0]
     more = step(x, anchor, torch.zeros(len(left), len(left), dtype=torch.float64), 1.0, 0.1)
     for w in now.values():
@@ -298,7 +385,7 @@ def test_a_round_takes_the_derived_embedding_to_the_anchor() -> None:
 
 def test_no_rounds_are_uce_to_the_bit(sd1: Any) -> None:
     editor = RECE(rounds=0)
-    one, other = editor.fit(sd1, DOG), editor.uce(sd1).fit(sd1, DOG)
+    one, other = editor.fit(sd1, DOG), editor.front(sd1).fit(sd1, DOG)
     assert all(torch.equal(dense(w), dense(other.weights[n])) for n, w in one.weights.items())
 
 
@@ -344,3 +431,69 @@ def test_what_is_not_given_suits_the_family(sd1: Any) -> None:
 
 def test_anchors_come_from_the_concept() -> None:
     assert anchors_of([DOG]) == {"cat": "dog"}
+
+
+# ---------------------------------------------------------------- RECE from a UCE file
+
+
+def distance(a: Delta, b: Delta) -> float:
+    return max(change(dense(w), dense(b.weights[n])) for n, w in a.weights.items())
+
+
+@pytest.mark.parametrize("given", ["delta", "path", "text"])
+def test_rece_goes_on_from_a_uce_file(given: str, sd1: Any, tmp_path: Any) -> None:
+    """With the UCE that RECE would fit itself, it is RECE; with another, it is the rounds written out from there."""
+    path, own = tmp_path / "uce.safetensors", RECE(rounds=2).resolved(sd1)
+    for uce in (own.front(sd1), UCE(preserve_scale=1.0, lam=0.5)):
+        first = uce.fit(sd1, DOG)
+        first.save(path)
+        editor = replace(own, uce={"delta": first, "path": path, "text": str(path)}[given])
+        delta = editor.fit(sd1, DOG)
+        assert (distance(delta, own.fit(sd1, DOG)) < 1e-4) == (uce == own.front(sd1))
+        want = literal_rece(own, literal_uce(uce, originals()))
+        assert all(change(w, want[n]) < 1e-4 for n, w in edited(delta).items())
+        assert distance(delta, first) > 1e-2
+        assert delta.fields["uce"] == first.hash and delta.after == {} and len(delta.info["rounds"]) == 2
+    assert distance(replace(own, rounds=0, uce=first).fit(sd1, DOG), first) < 1e-6
+
+
+def test_rece_takes_a_uce_at_its_strength(sd1: Any) -> None:
+    first = UCE().fit(sd1, DOG)
+    made = [RECE(rounds=1, uce=uce).fit(sd1, DOG) for uce in (replace(first, strength=0.5), 0.5 * first)]
+    assert distance(*made) < 1e-5 < 1e-2 < distance(made[0], RECE(rounds=1, uce=first).fit(sd1, DOG))
+
+
+def test_a_uce_of_something_else_is_refused(sd1: Any, tmp_path: Any) -> None:
+    first = UCE().fit(sd1, DOG)
+    for concept, words in (
+        (Concept("dog", anchor="moon"), "has no 'dog', and what is to be erased now reads 'dog' as 'moon'"),
+        (CAT, "reads 'cat' as 'dog', and what is to be erased now reads 'cat' as ''"),
+        (Concept("pets", ("cat", "moon"), anchor="dog"), "has no 'moon', and what .* reads 'moon' as 'dog'"),
+    ):
+        with pytest.raises(ValueError, match=f"but it {words}") as refused:
+            RECE(uce=first).fit(sd1, concept)
+        assert "Give the same concepts, or fit another UCE." in str(refused.value)
+    other = tiny.pipeline()
+    next(iter(keys_values(other).values())).data.add_(0.1)
+    with pytest.raises(ValueError, match=r"was fitted on .* but this pipeline is .* weights differ"):
+        RECE(uce=first).fit(other, DOG)
+    with pytest.raises(ValueError, match=r"does not say which model"):
+        RECE(uce=replace(first, base={})).fit(sd1, DOG)
+    with first.apply(sd1):
+        on_top = UCE().fit(sd1, Concept("moon"))
+    attributes: Any = (("red", 0.5), ("big", -0.5))
+    debiased = UCE(mode="debias", attributes=attributes).fit(sd1, CAT)
+    for uce in (RECE().fit(sd1, DOG), on_top, debiased, 2 * first + on_top):
+        with pytest.raises(ValueError, match="Expected `uce` to be an erasure that UCE fitted on the base model"):
+            RECE(uce=uce)
+    more = replace(first, weights={**first.weights, "unet.conv_in.weight": torch.zeros(16, 4, 3, 3)})
+    spread = Delta.fitted(UCE(), sd1, more.weights, DOG)
+    with pytest.raises(ValueError, match=r"keys and values of cross-attention only.*'unet.conv_in.weight'"):
+        RECE(uce=spread).fit(sd1, DOG)
+    with pytest.raises(ValueError, match="`tokens` or `uce`"):
+        RECE(uce=first, tokens="last")
+    with pytest.raises(TypeError, match="`uce` to be a delta or its file"):
+        RECE(uce=3)  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError, match="There is no delta"):
+        efface.api.editor("rece", uce=str(tmp_path / "absent.safetensors"))
+    assert RECE(uce=UCE(mode="moderate").fit(sd1, CAT), rounds=0).fit(sd1, CAT).method == "rece"

@@ -190,7 +190,7 @@ def test_the_pipelines_of_other_families_are_checked(family: str) -> None:
     named = dict(getattr(pipe, prefix).named_parameters())
     path = next(n for n in named if n.endswith((".attn2.to_v.weight", ".add_v_proj.weight")))
     tensor = named[path]
-    handle = Delta({f"{prefix}.{path}": 0.5 * torch.randn(tensor.shape)}, method="test").apply(pipe)
+    handle = Delta.fitted(UCE(), pipe, {f"{prefix}.{path}": 0.5 * torch.randn(tensor.shape)}, CAT).apply(pipe)
     assert change(latents(pipe), plain) > 1e-3
     own = tensor.data.clone()
     tensor.data.add_(0.01)
@@ -357,7 +357,7 @@ def test_loaded_weights_are_kept_and_the_delta_is_known_to_be_gone() -> None:
 
 def test_what_a_part_of_a_state_left_is_restored() -> None:
     pipe, plain = pipeline(), state(pipeline())
-    first, second = DELTA.apply(pipe), DELTA.apply(pipe)
+    first, second = DELTA.apply(pipe), (DELTA * 0.5).apply(pipe)
     loaded = {f"{KEY}.weight": plain[f"{KEY}.weight"] + 1}
     pipe.unet.load_state_dict(loaded, strict=False)
     with pytest.raises(RuntimeError, match="has replaced 1 of the weights"):
@@ -490,7 +490,7 @@ def test_a_delta_on_two_parts_comes_off_both_or_none(parts: tuple[str, str]) -> 
     for part in parts:
         name, tensor = next((n, w) for n, w in getattr(pipe, part).named_parameters() if w.ndim == 2)
         changes[f"{part}.{name}"] = torch.ones(tensor.shape)
-    handle = Delta(changes, method="test").apply(pipe)
+    handle = Delta.fitted(UCE(), pipe, changes, CAT).apply(pipe)
     on = latents(pipe)
     accelerate.cpu_offload(pipe.unet, torch.device("cpu"))
     with pytest.raises(ValueError, match="is not in memory"):
@@ -591,7 +591,7 @@ def test_a_deep_copy_has_the_delta_and_weights_of_its_own() -> None:
     assert torch.equal(latents(twin), drawn("sd1", DELTA))
     handle.remove()
     assert torch.equal(latents(pipe), plain) and torch.equal(latents(twin), drawn("sd1", DELTA))
-    again = DELTA.apply(twin)  # the base is known
+    again = (DELTA * 0.5).apply(twin)  # the base is known
     again.remove()
     weight(twin).data.add_(0.01)
     with pytest.raises(RuntimeError, match=MESSAGE):

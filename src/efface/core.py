@@ -107,13 +107,28 @@ ConceptsField = Converted[Concepts, tuple[Concept, ...]]
 @functools.cache
 def shipped_concepts() -> Mapping[str, Concept]:
     """The concepts that come with Efface, by name."""
+    return {name: found for name, (found, _) in _shipped().items()}
+
+
+@functools.cache
+def concept_sources() -> Mapping[str, str]:
+    """Where the phrases of a shipped concept were published, by name; concepts with phrases of ours are left out."""
+    return {name: source for name, (_, source) in _shipped().items() if source}
+
+
+def _shipped() -> dict[str, tuple[Concept, str]]:
+    """The shipped concepts with their sources. Ours have a list of phrases; published ones name their source."""
     file = resources.files("efface") / "concepts.json"
     try:
         data = json.loads(file.read_text("utf-8"))
-        return {name: Concept(name, tuple(phrases)) for group in data.values() for name, phrases in group.items()}
+        entries = {name: entry for group in data.values() for name, entry in group.items()}
+        published = {name: entry for name, entry in entries.items() if isinstance(entry, dict)}
+        phrases = entries | {name: entry["phrases"] for name, entry in published.items()}
+        sources = {name: str(entry["source"]) for name, entry in published.items()}
+        return {name: (Concept(name, tuple(some)), sources.get(name, "")) for name, some in phrases.items()}
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{file} is missing. Reinstall efface.") from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{file} is damaged ({error}). Reinstall efface.") from error
 
 
@@ -121,7 +136,8 @@ def concept(name: str) -> Concept:
     """The shipped concept of that name.
 
     Args:
-        name: one of those that `efface list concepts` shows; upper and lower case differ.
+        name: one of those that `efface list concepts` shows; upper and lower case differ. Names with a dot, such as
+            "nudity.safree", are published word lists; the list shows their sources.
 
     Raises:
         ValueError: no such concept; the message lists near matches. A free text is written `Concept("...")`.
@@ -131,6 +147,8 @@ def concept(name: str) -> Concept:
         >>> import efface
         >>> efface.concept("alcohol").phrases[:2]
         ('beer mug', 'wine glass')
+        >>> efface.concept("unsafe.uce").phrases
+        ('violence', 'nudity', 'harm')
     """
     known = shipped_concepts()
     if not isinstance(name, str):

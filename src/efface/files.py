@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
+from . import checks
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -28,9 +30,8 @@ NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)  # opening a pipe would wait for its other end
 
 
-def shown(value: Any, most: int = 80) -> str:
-    """A value as a message shows it: at most 80 characters."""
-    text = value if isinstance(value, str) else repr(value)
+def short(text: str, most: int = 80) -> str:
+    """A text as a message shows it: at most so many characters."""
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
@@ -143,7 +144,7 @@ def lock(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[None
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if waiting is None:
-                owner = shown(file.read(20).strip())
+                owner = file.read(20).strip()
                 raise BlockingIOError(
                     f"Another process{f' ({owner})' if owner else ''} is at work in {path.parent}: wait for it or end "
                     "it, or name another folder."
@@ -188,7 +189,7 @@ def _differences(name: str, old: Any, new: Any) -> list[str]:
         return [d for k in keys for d in _differences(f"{dot}{k}", old.get(k), new.get(k))]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return [d for k, (a, b) in enumerate(zip(old, new, strict=True)) for d in _differences(f"{name}[{k}]", a, b)]
-    return [] if old == new else [f"{name}: {shown(json.dumps(old))} there, {shown(json.dumps(new))} here"]
+    return [] if old == new else [f"{name}: {short(json.dumps(old))} there, {short(json.dumps(new))} here"]
 
 
 # ---------------------------------------------------------------- reading what a stranger may have made
@@ -202,7 +203,9 @@ def inside(folder: Path, name: str) -> Path:
     """
     pure = PurePath(name)
     if pure.is_absolute() or ".." in pure.parts or "\0" in name or not pure.parts:
-        raise ValueError(f"Expected the name of a file in {folder}, got {shown(repr(name))}. Correct it, or delete it.")
+        raise ValueError(
+            f"Expected the name of a file in {folder}, got {checks.shown(name)}. Correct it, or delete it."
+        )
     path = folder / name
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise ValueError(f"{path} is a link that leads out of {folder}. Put the file itself there.")

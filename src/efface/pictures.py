@@ -53,7 +53,7 @@ def read_picture(path: Path, sha256: str = "") -> Image.Image:
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"{path} cannot be read as a PNG, JPEG or WebP picture: it is none. {AGAIN}") from error
     except BROKEN as error:
-        why = files.shown(str(error), 160)
+        why = files.short(str(error), 160)
         raise ValueError(f"{path} cannot be read as a PNG, JPEG or WebP picture ({why}). {AGAIN}") from error
 
 
@@ -61,6 +61,13 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     """Pictures float [N, 3, H, W] in [0, 1] as PIL images."""
     pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(p) for p in pixels]
+
+
+def png(picture: Image.Image) -> bytes:
+    """The bytes of a picture as a PNG file."""
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    return file.getvalue()
 
 
 def likeness(a: Tensor, b: Tensor) -> Tensor:

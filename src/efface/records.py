@@ -31,7 +31,7 @@ class Row:
         concept: name of the concept whose presence is judged in this row; "" = none.
         keep: things of which at least one should survive.
         cluster: rows with the same value share a target, and the bootstrap resamples whole clusters; "" = its own.
-        call: pipeline arguments of this row alone, such as {"guidance_scale": 7.5}.
+        call: pipeline arguments of this row alone, such as {"guidance": 7.5}.
 
     Raises:
         ValueError: an empty prompt, a seed out of range, or an id that is no file name.
@@ -197,7 +197,7 @@ class Suite:
     licence: str = ""
     data_hash: str = ""
     call: Mapping[str, Any] = dataclasses.field(
-        default_factory=lambda: {"num_inference_steps": 25, "guidance_scale": 7.5}, hash=False
+        default_factory=lambda: {"num_inference_steps": 25, "guidance": 7.5}, hash=False
     )
     metrics: tuple[Metric, ...] = ()
 

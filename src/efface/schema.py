@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from . import files
+from . import checks, files
 
 ROWS = 1_000_000
 Short = Annotated[str, StringConstraints(max_length=1_000)]
@@ -68,7 +68,7 @@ def read(path: Path, form: type[Form], cure: str, most: int = files.TEXT) -> Any
 def _wrong(error: ValidationError, where: str | Path) -> str:
     """The first entry that is wrong, in words."""
     found = error.errors(include_url=False)[0]
-    entry, message = ".".join(files.shown(str(part)) for part in found["loc"]), found["msg"]
+    entry, message = ".".join(files.short(str(part)) for part in found["loc"]), found["msg"]
     if found["type"] == "missing":
         return f"{where} is damaged: it has no `{entry}`."
     expected = (
@@ -76,7 +76,7 @@ def _wrong(error: ValidationError, where: str | Path) -> str:
     )
     if expected == message:
         expected = f"valid ({message})"
-    got = files.shown(repr(found["input"]))
+    got = checks.shown(found["input"])
     return f"{where} is damaged: expected {f'`{entry}`' if entry else 'it'} to be {expected}, got {got}."
 
 

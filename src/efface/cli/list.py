@@ -58,9 +58,10 @@ def _methods(*rooms: str) -> dict[str, str]:
 
 
 def _concepts() -> dict[str, str]:
-    from ..core import shipped_concepts
+    from ..core import concept_sources, shipped_concepts
 
-    return {name: ", ".join(each.phrases) for name, each in shipped_concepts().items()}
+    found = {name: ", ".join(each.phrases) for name, each in shipped_concepts().items()}
+    return found | {name: f"{found[name]} (source: {source})" for name, source in concept_sources().items()}
 
 
 def _detectors() -> dict[str, str]:

@@ -63,12 +63,23 @@ def base_hash(base: Base) -> str:
     return combined(next(iter(base.values()))) if base else ""
 
 
+def lacks(base: Base, weights: Mapping[str, Change]) -> str:
+    """What of the changed weights the base has no hash of, in words; "" if it has all."""
+    missing = [name for hashes in base.values() for name in weights.keys() - hashes.keys()]
+    return f"the value of {min(missing)!r} in it" if missing else "" if base else "its weights"
+
+
 def check_base(pipe: DiffusionPipeline, weights: Mapping[str, Change], base: Base, model: str) -> None:
     """Raises unless the pipeline's model is the one that `base` describes.
 
     Raises:
-        ValueError: other shapes or values. The message names both models.
+        ValueError: a base that does not describe all weights; other shapes or values. The message names both models.
     """
+    if what := lacks(base, weights):
+        raise ValueError(
+            f"The delta does not say which model it belongs to: its `base` has no hash of {what}, and it would change "
+            "any model. Make it by an editor's `fit`, or with `Delta.fitted`."
+        )
     try:
         own = own_values(pipe, weights)
     except ValueError as error:
@@ -76,8 +87,6 @@ def check_base(pipe: DiffusionPipeline, weights: Mapping[str, Change], base: Bas
             f"The delta was fitted on {model!r} (base hash {base_hash(base)[:16]}) and does not fit this pipeline, "
             f"{model_name(pipe)!r}: {error}"
         ) from error
-    if not base:
-        return
     narrow = PRECISIONS[max(map(_place, own.values()))]
     precision = narrow if narrow in base else next(iter(base))
     want, got = base[precision], _fingerprints(own, precision)

@@ -51,8 +51,9 @@ class Delta:
         strength: >= 0, the factor on all changes; 0 is the base model.
 
     Raises:
-        ValueError: changes that are empty or not finite, or a negative strength; on `apply`: another base model (the
-            error names both), weights that are quantised, fused or offloaded, or a missing delta of `after`.
+        ValueError: changes that are empty or not finite, or a negative strength; on `apply`: no base, another base
+            model (the error names both), weights that are quantised, fused or offloaded, a missing delta of `after`, or
+            the delta is on already.
         RuntimeError: while a delta is on, from its handle, from `apply` and in the pipeline's calls: something else has
             changed weights that the delta edits, or replaced their module. Nothing is touched (see `check_written`).
 
@@ -150,18 +151,27 @@ class Delta:
         """Takes effect immediately. The handle takes it off again, and is also a context manager.
 
         Raises:
-            ValueError: as `check`.
+            ValueError: as `check`; the delta is on already, alone or in a sum.
             RuntimeError: something else has changed what deltas that are on edit (see `check_written`).
         """
         check_written(pipe)
         self.check(pipe)
+        if any(self._has(delta) for delta in active(pipe)):
+            raise ValueError(
+                f"The delta {self.hash[:16]} is on already, alone or in a sum, and its change would count twice. Set "
+                "the `strength` of the handle that is on, or remove it first."
+            )
         return AppliedDelta(self, pipe).put()
+
+    def _has(self, other: Delta) -> bool:
+        """Whether the two are one delta, or one of them is a sum with the other in it."""
+        return self.hash in _within(other.config()) or other.hash in _within(self.config())
 
     def check(self, pipe: DiffusionPipeline) -> None:
         """Raises unless the delta belongs to this pipeline's model, and what it was fitted on top of is on.
 
         Raises:
-            ValueError: another base model, weights that cannot be edited, or a missing delta of `after`.
+            ValueError: no base or another base model, weights that cannot be edited, or a missing delta of `after`.
         """
         check_base(pipe, self.weights, self.base, self.model)
         on = {delta.hash: delta.strength for delta in active(pipe)}
@@ -193,7 +203,10 @@ class Delta:
     def __mul__(self, by: float) -> Delta:
         if isinstance(by, bool) or not isinstance(by, (int, float)):
             return NotImplemented
-        return replace(self, weights={name: scaled(change, by) for name, change in self.weights.items()})
+        info = dict(self.info)
+        if "sum of" in info:
+            info["sum of"] = [{**part, "strength": by * part["strength"]} for part in info["sum of"]]
+        return replace(self, weights={name: scaled(change, by) for name, change in self.weights.items()}, info=info)
 
     __rmul__ = __mul__
 
@@ -204,11 +217,17 @@ class Delta:
         """Both changes, at their present strengths, as one delta of strength 1.
 
         Raises:
-            ValueError: the deltas belong to different models, or one of them does not know its model.
+            ValueError: the deltas belong to different models, one of them does not know its model, or one is in the
+                other. Twice a delta is `2 * delta`.
         """
         if not isinstance(other, Delta):
             return NotImplemented
-        if bool(self.base) != bool(other.base):
+        if self._has(other):
+            raise ValueError(
+                f"The delta {other.hash[:16]} would be added to itself, alone or in a sum, and its change would count "
+                "twice. Scale it instead, as in `2 * delta`."
+            )
+        if not (self.base and other.base):
             raise ValueError(
                 "One of the deltas does not know which model it belongs to (`base` is empty), and neither would their "
                 "sum. Make it with `Delta.fitted`."
@@ -224,7 +243,7 @@ class Delta:
             for name, change in delta.weights.items():
                 more = change if delta.strength == 1 else scaled(change, delta.strength)
                 weights[name] = added(weights[name], more) if name in weights else more
-        within = {self.hash: self.strength, other.hash: other.strength}
+        within = _within(self.config()) | _within(other.config())
         return Delta(
             weights,
             method=" + ".join(dict.fromkeys([self.method, other.method])),
@@ -322,6 +341,14 @@ class Delta:
         if self.after:
             raise ValueError("This delta needs others under it. Export the sum of all: (earlier + this).export(...).")
         return export(path, self.weights, self.strength, layout, rank, dtype, self.method)
+
+
+def _within(config: Mapping[str, Any]) -> dict[str, float]:
+    """The hash of a delta and of all that it is a sum of, with their strengths, from what records store."""
+    found = {config["hash"]: config["strength"]}
+    for part in config["info"].get("sum of", ()):
+        found |= {name: config["strength"] * strength for name, strength in _within(part).items()}
+    return found
 
 
 def active(pipe: DiffusionPipeline) -> list[Delta]:

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from .. import files
+from .. import checks, files
 from ..core import Concept
+from .base import lacks
 from .factors import Change, Factors
 
 HEADER, FORMAT = "efface", 1
@@ -56,7 +57,7 @@ def load(path: str | Path, make: Callable[..., T]) -> T:
         )
     header = files.json_of(text, f"the header of {path}", ANEW, nan=True)
     if header.get("format") != FORMAT:
-        found = files.shown(repr(header.get("format")))
+        found = checks.shown(header.get("format"))
         raise ValueError(f"{path} has format {found}, but this version reads {FORMAT}. Update Efface.")
     schema.check(header, schema.DeltaHeader, path, ANEW)
     del header["format"]
@@ -69,12 +70,10 @@ def load(path: str | Path, make: Callable[..., T]) -> T:
         names = dict.fromkeys(key.removesuffix(":B").removesuffix(":A") for key in tensors)
         weights = {n: tensors[n] if n in tensors else Factors(tensors[f"{n}:B"], tensors[f"{n}:A"]) for n in names}
         made = make(weights, **header)
-        base = header.get("base", {})
-        unknown = [name for hashes in base.values() for name in weights.keys() - hashes.keys()]
-    except (KeyError, TypeError, ValueError) as error:
+        what = lacks(header.get("base", {}), weights)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a whole delta ({error}). {ANEW}") from error
-    if not base or unknown:
-        what = f"the value of {min(unknown)!r} in it" if unknown else "its weights"
+    if what:
         raise ValueError(
             f"{path} does not say which model it belongs to: its header has no hash of {what}, and it would change any "
             "model. Make it anew with `efface fit`."

@@ -72,11 +72,8 @@ def _named(module: str, b: Tensor, a: Tensor, layout: Layout, alpha: float) -> d
     if layout == "diffusers":
         return {f"{module}.lora_B.weight": up, f"{module}.lora_A.weight": a}
     key = f"lora_{module.replace('.', '_')}"
-    return {
-        f"{key}.alpha": torch.tensor(alpha, dtype=b.dtype),
-        f"{key}.lora_up.weight": up,
-        f"{key}.lora_down.weight": a,
-    }
+    factors = {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": a}
+    return {f"{key}.alpha": torch.tensor(alpha, dtype=b.dtype), **factors}
 
 
 def _peft(ranks: Mapping[str, int]) -> dict[str, Any]:

@@ -108,6 +108,33 @@ def step(concept: Tensor, anchor: Tensor, gram: Tensor, erase_scale: float, lam:
     return left, torch.cholesky_solve(rows.T, root).T
 
 
+def layered(
+    weights: Mapping[str, Tensor],
+    phrases: Sequence[tuple[Tensor, Sequence[Tensor]]],
+    shifts: Sequence[float],
+    gram: Tensor,
+    erase_scale: float,
+    lam: float,
+) -> dict[str, Change]:
+    """The change of each weight W [C, D] towards W c + sum_j s_j (||W C^T|| / ||W A_j^T||) W a_j, with the K of `step`.
+
+    `phrases`: of each, its rows C [N, D] and those of every attribute, A_j [N, D].
+    """
+    concept = torch.cat([rows for rows, _ in phrases])
+    k = torch.addmm(gram, concept.T, concept, alpha=erase_scale)
+    k.diagonal().add_(lam)
+    right = torch.cholesky_solve(concept.T, torch.linalg.cholesky(k)).T
+    made: dict[str, Change] = {}
+    for name, weight in weights.items():
+        w, columns = weight.detach().cpu().double().T, []
+        for rows, towards in phrases:
+            size = (rows @ w).norm()
+            parts = (s * size / (toward @ w).norm() * toward for s, toward in zip(shifts, towards, strict=True))
+            columns.append(torch.stack(list(parts)).sum(0).T)
+        made |= changes({name: weight}, erase_scale * torch.cat(columns, 1), right)
+    return made
+
+
 def compact(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """The same product [D, R] [R, D] with R <= D."""
     n, width = right.shape

@@ -25,6 +25,7 @@ from .._text import check_phrases
 from .._weights import digest
 from ..core import Concept, Concepts, Detector, as_concepts, check_pictures
 from ..delta import Delta
+from ..delta.base import base_of, own_values
 from ..families import check, filled
 from ._denoiser import Denoiser, Points, Precision, Train, Weights
 
@@ -236,7 +237,8 @@ def look(
         }
         vars(shadow).update(own)
         rng = [Generator().manual_seed(seed) for seed in range(LOOK_IMAGES)]
-        with Delta(net.change(weights), method="training").apply(pipe):
+        change = net.change(weights)
+        with Delta(change, method="training", base=base_of(own_values(pipe, change))).apply(pipe):
             images = shadow(shown, generator=rng, num_inference_steps=25, output_type="pt").images
         return float(detector(check_pictures(images)).float().mean(-1).max())
 

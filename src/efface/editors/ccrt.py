@@ -50,11 +50,11 @@ class CCRT(Training):
     code, the round before, so that drift adds up). The fitness is a mean over times, with noise that all prompts share,
     and base trajectories are drawn once for all generations and rounds (in the code: one random time and two
     trajectories, each time anew). It is measured without guidance (in the code, on trajectories of guidance 3: see
-    `search_guidance`). The trajectories use the pipeline's own scheduler, the code's is DDIM. Biases do not train by
-    default, which they do in the code: so every default round exports as a LoRA. Entities that share a word with a
-    removed concept, or are a kind of it, are left out.
-    Prompts come from a template unless a composer is given (in the code, a language model), entities from a short list
-    of ours (in the code, the 1,000 classes of ImageNet, with WordNet's hypernyms). Mutants join their originals.
+    `search_guidance`). The trajectories use the pipeline's own scheduler, the code's is DDIM. By default biases do not
+    train, unlike in the code, so that every default round exports as a LoRA. Entities that share a word with a
+    removed concept, or are a kind of it, are left out. Prompts come from a template unless a composer is given (in the
+    code, a language model), entities from a short list of ours (in the code, the 1,000 classes of ImageNet, with
+    WordNet's hypernyms). Mutants join their originals.
 
     Args:
         train, steps, lr, batch, reuse, accumulate, sampler_steps, guidance, weight_decay, clip, precision, biases: as

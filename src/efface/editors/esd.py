@@ -44,8 +44,8 @@ class ESD(Training):
     it is eta itself. The time step fits the noise in x_t exactly, and latents are scaled as the scheduler wants them.
     The authors sample with DDIM (in 2025 PNDM): set `pipe.scheduler` before `fit` for theirs. The empty prompt is what
     inference uses: zeros on SDXL. One trajectory serves `reuse` updates at steps of their own. "u" leaves the time
-    embedding and the output layers alone, as the paper's code did. Biases do not train by default, which they do in
-    the authors' code: so every default fit exports as a LoRA.
+    embedding and the output layers alone, as the paper's code did. By default biases do not train, unlike in the
+    authors' code, so that every default fit exports as a LoRA.
 
     Args:
         train: "x" (ESD-x: cross-attention; for names and styles), "u" (ESD-u: all but cross-attention; for what prompts

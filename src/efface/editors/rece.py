@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -11,9 +13,11 @@ from torch import Tensor
 
 from .. import checks
 from .._weights import keys_values, learning
-from ..core import Concept, Concepts, as_concepts
-from ..delta import Delta
+from ..core import Concept, Concepts, Converted, as_concepts
+from ..delta import Change, Delta, dense
+from ..delta.factors import added, scaled
 from ..families import check, filled
+from ..registry import name_of
 from ._closed_form import Texts, anchors_of, changes, check_positive, compact, condition, kept_texts, residual, step
 from .uce import UCE, Tokens
 
@@ -33,7 +37,8 @@ class RECE:
         derive:  c' = argmin_x  sum ||W_0 T_k x - W_0 c||^2 + mu ||x||^2 = (mu I + T_k^T S T_k)^-1 T_k^T S c
         erase:   T_k+1 = T_k (I + (G - C')^T C' K^-1)                      K = C'^T C' + b P^T P + lam I
 
-    Only the last T touches the layers, as one pair of factors each.
+    Only the last T touches the layers, as one pair of factors each. With `uce`, the rounds begin at weights W_1 that
+    UCE has edited before: then S is sum W_1^T W_1, T_0 = I, and the right side has sum W_1^T W_0 in place of S.
 
     Paper: C. Gong, K. Chen, Z. Wei, J. Chen, Y.-G. Jiang, 2024, "Reliable and Efficient Concept Erasure of
     Text-to-Image Diffusion Models", ECCV, arXiv 2407.12383. Equation numbers cannot be given: the paper's text could
@@ -57,11 +62,16 @@ class RECE:
             which all prompts share: do not leave it out.
         preserve_scale: b > 0, once for each erased phrase, as in the code; 0.1 in the paper.
         lam: > 0; 0.1 in the paper. None: 0.1, and 100 on `emoji`.
+        uce: the UCE edit to begin at, as the authors' runs do: a delta that `UCE.fit` made, or its file. It has to be
+            of the same model, concepts and anchors. The result holds both. None: UCE is fitted in front.
 
     Shapes: S, T [D, D]; c, c', g [N, D], one row for each position of each phrase.
 
     Raises:
-        ValueError: an option out of range; otherwise as `UCE`.
+        ValueError: an option out of range; `uce` of another editor, mode, model, or of other concepts; a file that is
+            not a delta; otherwise as `UCE`.
+        FileNotFoundError: `uce` names no file.
+        TypeError: `uce` is neither a delta nor a path.
 
     Example:
         >>> import efface
@@ -84,6 +94,7 @@ class RECE:
     preserve: tuple[str, ...] = ("",)
     preserve_scale: float = 0.1
     lam: float | None = None
+    uce: Converted[Delta | str | Path | None, Delta | None] = Converted(None)
 
     def __post_init__(self) -> None:
         for name in ("mu", "lam"):
@@ -93,6 +104,24 @@ class RECE:
         if self.rounds is not None and (type(self.rounds) is not int or self.rounds < 0):
             raise ValueError(f"Expected `rounds` to be a whole number >= 0, but got {self.rounds!r}.")
         object.__setattr__(self, "preserve", UCE(tokens=self.tokens, preserve=self.preserve).preserve)  # checks both
+        if self.uce is None:
+            return
+        given: Any = self.uce
+        if not isinstance(given, (Delta, str, Path)):
+            raise TypeError(f"Expected `uce` to be a delta or its file, but got {str(given)[:80]!r}. Fit one with UCE.")
+        uce = given if isinstance(given, Delta) else Delta.load(given)
+        if uce.method != "uce" or uce.fields.get("mode") == "debias" or uce.after:
+            got = f"{uce.method!r} (mode {uce.fields.get('mode')!r}){' on top of others' if uce.after else ''}"
+            raise ValueError(
+                f"Expected `uce` to be an erasure that UCE fitted on the base model, but got a delta of {got}. Fit one "
+                "with UCE, or leave `uce` out."
+            )
+        if self.tokens is not None:
+            raise ValueError(
+                f"Expected `tokens` or `uce`, but got both, {self.tokens!r} and a delta. The tokens of that edit are "
+                "chosen already, so leave `tokens` out."
+            )
+        object.__setattr__(self, "uce", uce)
 
     @classmethod
     def nudity(cls) -> RECE:
@@ -124,8 +153,13 @@ class RECE:
         found: RECE = filled(self, pipe)
         return found
 
-    def uce(self, pipe: DiffusionPipeline) -> UCE:
-        """The edit in front of the rounds."""
+    def config(self) -> dict[str, Any]:
+        """What a record stores: the fields, and of `uce` its hash."""
+        fields = json.loads(json.dumps(asdict(replace(self, uce=None))))
+        return {"method": name_of(type(self)), **fields, "uce": self.uce and self.uce.hash}
+
+    def front(self, pipe: DiffusionPipeline) -> UCE:
+        """The edit in front of the rounds, if none is given."""
         lam = self.resolved(pipe).lam
         return UCE(tokens=self.tokens, preserve=self.preserve, preserve_scale=self.preserve_scale, lam=lam or 0.0)
 
@@ -150,28 +184,63 @@ class RECE:
         method = self.resolved(pipe)
         mu, count, lam = method.mu or 0.0, method.rounds or 0, method.lam or 0.0
         wanted, weights = as_concepts(concepts), keys_values(pipe)
-        left, right, info = method.uce(pipe).transform(pipe, wanted)
+        given = method._given(pipe, wanted, weights)
+        cross = None
+        if given:  # the rounds go on from weights that are edited already
+            info, width = dict(method.uce.info) if method.uce else {}, next(iter(weights.values())).shape[1]
+            left, right = (torch.zeros(shape, dtype=torch.float64) for shape in ((width, 0), (0, width)))
+            plain = {name: weight.detach().cpu().double() for name, weight in weights.items()}
+            weights = {name: w + dense(given[name]).double() if name in given else w for name, w in plain.items()}
+            cross = sum_of_products(list(weights.values()), list(plain.values()))
+        else:
+            left, right, info = method.front(pipe).transform(pipe, wanted)
         info["rounds"] = []
 
         def delta() -> Delta:
-            return Delta.fitted(method, pipe, changes(weights, left, right), wanted, seed=seed, info=info)
+            made = changes(weights, left, right)
+            whole = {name: added(given[name], change) if name in given else change for name, change in made.items()}
+            return Delta.fitted(method, pipe, whole, wanted, seed=seed, info=info)
 
         if count == 0 or (on_epoch_end and on_epoch_end(0, delta())):
             return delta()
         concept, anchor, gram = method._rows(pipe, wanted)
-        s = sum_of_squares(list(weights.values()))
+        s = sum_of_products(list(weights.values()), list(weights.values()))
         info["mean eigenvalue"] = float(s.trace()) / len(s)
         if mu > info["mean eigenvalue"]:
             checks.warn(
                 f"`mu` is {mu:g}, but the mean eigenvalue of this model's keys and values is "
                 f"{info['mean eigenvalue']:g}, so the rounds do next to nothing. Give a smaller one."
             )
-        steps = rounds(s, left, right, concept, anchor, gram, mu, lam)
+        steps = rounds(s, left, right, concept, anchor, gram, mu, lam, cross)
         for k, (left, right, note) in zip(range(1, count + 1), steps, strict=False):  # noqa: B007
             info["rounds"] = [*info["rounds"], note]
             if on_epoch_end and on_epoch_end(k, delta()):
                 break
         return delta()
+
+    def _given(
+        self, pipe: DiffusionPipeline, concepts: Sequence[Concept], weights: Mapping[str, Tensor]
+    ) -> dict[str, Change]:
+        """The changes of `uce` at its strength, none without it; ValueError if it is of something else."""
+        uce = self.uce
+        if uce is None:
+            return {}
+        uce.check(pipe)
+        if others := sorted(uce.weights.keys() - weights.keys()):
+            raise ValueError(
+                f"Expected `uce` to change keys and values of cross-attention only, but it changes {others[0]!r}. Fit "
+                "it with UCE on this pipeline."
+            )
+        anchor = "" if uce.fields.get("mode") == "moderate" else None
+        ours, theirs = anchors_of(concepts), anchors_of(uce.concepts, anchor)
+        if ours != theirs:
+            odd = next(phrase for phrase in ours | theirs if ours.get(phrase) != theirs.get(phrase))
+            it, now = (f"reads {odd!r} as {x[odd]!r}" if odd in x else f"has no {odd!r}" for x in (theirs, ours))
+            raise ValueError(
+                f"Expected `uce` to erase the same phrases towards the same anchors, but it {it}, and what is to be "
+                f"erased now {now}. Give the same concepts, or fit another UCE."
+            )
+        return {name: scaled(change, uce.strength) for name, change in uce.weights.items()}
 
     def _rows(self, pipe: DiffusionPipeline, concepts: Sequence[Concept]) -> tuple[Tensor, Tensor, Tensor]:
         """Every position of the phrases and of their anchors [N, D], and b P^T P [D, D]."""
@@ -184,30 +253,41 @@ class RECE:
         return phrases, targets, self.preserve_scale * len(anchors) * texts.gram(kept)
 
 
-def sum_of_squares(weights: Sequence[Tensor]) -> Tensor:
-    """S = sum W^T W [D, D] in float64."""
+def sum_of_products(weights: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    """sum V^T W [D, D] in float64, of weights V and others W; with the same for both it is S."""
     s: Any = 0
-    for weight in weights:
-        w = weight.detach().cpu().double()
-        s = torch.mm(w.T, w) + s
+    for weight, other in zip(weights, others, strict=True):
+        s = torch.mm(weight.detach().cpu().double().T, other.detach().cpu().double()) + s
     return s
 
 
-def derive(s: Tensor, left: Tensor, right: Tensor, concept: Tensor, mu: float) -> Tensor:
-    """What the edited model reads as the original reads `concept`: rows c' [N, D], with T = I + left right."""
+def derive(s: Tensor, left: Tensor, right: Tensor, concept: Tensor, mu: float, cross: Tensor | None = None) -> Tensor:
+    """What the edited model reads as the original reads `concept`: rows c' [N, D], with T = I + left right.
+
+    `cross`: sum W_1^T W_0, if T edits other weights W_1 than the original ones.
+    """
     ts = s + right.T @ (left.T @ s)  # T^T S
     k = ts + (ts @ left) @ right
     k = (k + k.T) / 2
     k.diagonal().add_(mu)
-    return torch.cholesky_solve(ts @ concept.T, torch.linalg.cholesky(k)).T
+    wanted = ts if cross is None else cross + right.T @ (left.T @ cross)
+    return torch.cholesky_solve(wanted @ concept.T, torch.linalg.cholesky(k)).T
 
 
 def rounds(
-    s: Tensor, left: Tensor, right: Tensor, concept: Tensor, anchor: Tensor, gram: Tensor, mu: float, lam: float
+    s: Tensor,
+    left: Tensor,
+    right: Tensor,
+    concept: Tensor,
+    anchor: Tensor,
+    gram: Tensor,
+    mu: float,
+    lam: float,
+    cross: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, dict[str, float]]]:
     """T - I as factors after each round, without end, and what is worth knowing; `gram` is b P^T P."""
     while True:
-        derived = derive(s, left, right, concept, mu)
+        derived = derive(s, left, right, concept, mu, cross)
         more_left, more_right = step(derived, anchor, gram, 1.0, lam)
         note = {
             "norm": float(derived.norm() / concept.norm()),

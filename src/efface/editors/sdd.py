@@ -44,13 +44,13 @@ class SDD(Training):
     Differs: with several concepts the authors' pseudo-code and script disagree. In the pseudo-code ("readme") one
     concept after another is shown (c_p) and all are removed together (c_s); in the script ("code") it is the other way
     round. Both are here. The trajectories use the pipeline's own scheduler; the script's is DDIM, which you set with
-    `pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)` before `fit`. Biases do not train by default,
-    which they do in the script: so every default fit exports as a LoRA. Joined concepts that do not
-    fit the text encoder become several prompts that take turns, where the script cuts them off. A trajectory of 0
-    steps is pure noise; in the script it is a finished picture with the time of pure noise. The time step is exactly
-    the one of the noise in z_t, not a random one near it. The average covers the trained tensors (the
-    others do not move). The empty prompt is what inference uses: zeros on SDXL. One trajectory serves `reuse` updates.
-    `weight_decay` is 0, the script's 1e-4 pulls the weights towards zero rather than towards the original.
+    `pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)` before `fit`. By default biases do not train,
+    unlike in the script, so that every default fit exports as a LoRA. Joined concepts that do not fit the text
+    encoder become several prompts that take turns, where the script cuts them off. A trajectory of 0 steps is pure
+    noise; in the script it is a finished picture with the time of pure noise. The time step is exactly the one of the
+    noise in z_t, not a random one near it. The average covers the trained tensors (the others do not move). The empty
+    prompt is what inference uses: zeros on SDXL. One trajectory serves `reuse` updates. `weight_decay` is 0, the
+    script's 1e-4 pulls the weights towards zero rather than towards the original.
 
     Args:
         prompt_roles: "readme" or "code", see above; the same for one phrase. None: what suits the family ("code" on

@@ -11,10 +11,20 @@ from torch import Tensor
 
 from .. import checks
 from .._weights import keys_values, learning
-from ..core import Concept, Concepts, as_concepts
+from ..core import Concept, Concepts, as_concepts, config
 from ..delta import Delta
 from ..families import check, family
-from ._closed_form import Texts, anchors_of, changes, check_positive, condition, kept_texts, residual, step
+from ._closed_form import (
+    Texts,
+    anchors_of,
+    changes,
+    check_positive,
+    condition,
+    kept_texts,
+    layered,
+    residual,
+    step,
+)
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -23,6 +33,7 @@ __all__ = ["UCE"]
 
 Mode = Literal["erase", "moderate", "debias"]
 Tokens = Literal["last", "tail", "all"]
+Shift = Literal["token", "layer"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,11 @@ class UCE:
     T is the same for all layers: one Cholesky factorisation in float64 for the model, and for each layer the exact
     factors B = a W (G - C)^T, A = C K^-1, of rank <= N. The edited model reads c as the plain one reads T c.
 
+    Debiasing keeps the concept and shifts it towards attributes a_j, each by s_j. In the code of 2025 ("token") c reads
+    as c + sum s_j a_j. In that of 2023 ("layer"), the paper's, a shift counts in sizes of the concept in each layer:
+
+        W* c = W c + sum_j s_j (||W C^T|| / ||W A_j^T||) W a_j         C, A_j [N, D]: all tokens of the phrase
+
     Paper: R. Gandikota, H. Orgad, Y. Belinkov, J. Materzynska, D. Bau, 2024, "Unified Concept Editing in Diffusion
     Models", WACV, arXiv 2308.14761. Equation numbers cannot be given: the formulas follow a summary and the public
     code.
@@ -45,17 +61,19 @@ class UCE:
     float64 by Cholesky, is ours; the code solves each layer with an explicit inverse in float32. The code's `tensor`
     target is left out. `tokens="all"` is ours, for text encoders that are not causal. The empty text is preserved, as
     in the code of 2023; its 1,734 artists are not, unless you give them. SDXL's pooled text is not edited, so part of
-    the concept gets past. A LoRA that is loaded stays as it is: only the base weights are edited.
+    the concept gets past. Debiasing takes what measures the shares from you, where the script of 2023 has CLIP, five
+    templates for each profession, and a list of professions to preserve. A LoRA that is loaded stays as it is: only the
+    base weights are edited.
 
     Args:
         mode: "erase" onto each concept's `anchor`; "moderate": onto the empty text, whatever the anchor; "debias":
-            towards `attributes`.
+            towards `attributes`, see `balance`.
         tokens: which tokens of a text are edited. "last": the last one of its own (the code of 2025); "tail": from
             there to the end of the padding (the code of 2023, the paper's); "all": every position. None: "tail" for
             causal text encoders, "all" for others. Preserved texts: the last token for "last", else all positions.
         preserve: texts that must read as before, beside each concept's `keep`.
-        attributes: debias: pairs (text, shift); the concept reads as c + sum shift * (attribute's token). Shifts are
-            what is wanted minus what was measured, see `balance`.
+        attributes: debias: pairs (text, shift) of what the concept is shifted towards. `balance` finds the shifts.
+        shift: debias: what a shift of 1 is, "token" or "layer", see above.
         erase_scale: a > 0; 1 in the paper.
         preserve_scale: b >= 0; None: max(0.1, 1 / number of preserved texts), as in the code of 2023.
         lam: > 0, to be compared with the squared norm of a token; 0.5 in the code.
@@ -82,12 +100,14 @@ class UCE:
     tokens: Tokens | None = None
     preserve: tuple[str, ...] = ("",)
     attributes: tuple[tuple[str, float], ...] = ()
+    shift: Shift = "token"
     erase_scale: float = 1.0
     preserve_scale: float | None = None
     lam: float = 0.5
 
     def __post_init__(self) -> None:
-        for name, known in (("mode", get_args(Mode)), ("tokens", (*get_args(Tokens), None))):
+        choices = {"mode": get_args(Mode), "tokens": (*get_args(Tokens), None), "shift": get_args(Shift)}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"Expected `{name}` to be one of {known}, but got {getattr(self, name)!r}.")
         if isinstance(self.preserve, str):
@@ -110,25 +130,40 @@ class UCE:
         """The settings of the published code of 2025: the last token only, nothing preserved unless given."""
         return cls(tokens="last", preserve=(), preserve_scale=1.0)
 
+    @classmethod
+    def debias_2023(cls, attributes: Sequence[str]) -> UCE:
+        """The settings of the published debiasing of 2023, the paper's; `balance` then finds the shifts.
+
+        Args:
+            attributes: texts such as "male" and "female", whose shares are to be balanced.
+        """
+        pairs = tuple((text, 0.0) for text in checks.texts("attributes", attributes))
+        return cls(mode="debias", shift="layer", tokens="tail", attributes=pairs, preserve_scale=0.1)
+
     @learning()
     def fit(self, pipe: DiffusionPipeline, concepts: Concepts, *, seed: int = 0) -> Delta:
         """The delta that edits `concepts`. `pipe` is only read; nothing is random, `seed` goes into the record."""
         wanted = as_concepts(concepts)
-        left, right, info = self.transform(pipe, wanted)
-        return Delta.fitted(self, pipe, changes(keys_values(pipe), left, right), wanted, seed=seed, info=info)
+        if self.shift == "layer" and self.attributes:
+            phrases, gram, info = self._prepared(pipe, wanted)
+            shifts = [shift for _, shift in self.attributes]
+            made = layered(keys_values(pipe), phrases, shifts, gram, self.erase_scale, self.lam)
+        else:
+            left, right, info = self.transform(pipe, wanted)
+            made = changes(keys_values(pipe), left, right)
+        return Delta.fitted(self, pipe, made, wanted, seed=seed, info=info)
 
     def transform(self, pipe: DiffusionPipeline, concepts: Sequence[Concept]) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """T - I as factors [D, N] and [N, D] in float64, and what is worth knowing about them."""
-        check(self, pipe)
-        tokens = self.tokens or ("tail" if family(pipe).causal else "all")
-        anchors = anchors_of(concepts, "" if self.mode == "moderate" else None)
-        kept = kept_texts(self.preserve, concepts, anchors)
-        texts = Texts(pipe, [*anchors, *anchors.values(), *kept, *(text for text, _ in self.attributes)])
-        pairs = [self._pair(texts, phrase, anchor, tokens) for phrase, anchor in anchors.items()]
-        concept, anchor = (torch.cat(rows) for rows in zip(*pairs, strict=True))
-        scale = max(0.1, 1 / max(len(kept), 1)) if self.preserve_scale is None else self.preserve_scale
-        gram = texts.gram(kept, last=tokens == "last")
-        left, right = step(concept, anchor, scale * gram, self.erase_scale, self.lam)
+        phrases, gram, info = self._prepared(pipe, concepts)
+        concept = torch.cat([rows for rows, _ in phrases])
+        if self.attributes:
+            shifts = [shift for _, shift in self.attributes]
+            towards = (sum(s * toward for s, toward in zip(shifts, some, strict=True)) for _, some in phrases)
+            anchor = concept + torch.cat([torch.as_tensor(toward) for toward in towards])
+        else:
+            anchor = torch.cat([toward for _, (toward,) in phrases])
+        left, right = step(concept, anchor, gram, self.erase_scale, self.lam)
         rest = residual(left, right, concept, anchor)
         if rest > 0.5:
             alone = residual(*step(concept, anchor, 0 * gram, self.erase_scale, self.lam), concept, anchor)
@@ -136,11 +171,26 @@ class UCE:
             checks.warn(
                 f"Only {1 - rest:.0%} of the edit is done, and {1 - alone:.0%} if nothing were preserved. Give {cure}."
             )
-        info = {"tokens": tokens, "edited rows": len(concept), "preserved texts": len(kept), "residual": rest}
-        return left, right, info | {"condition": condition(concept, scale * gram, self.erase_scale, self.lam)}
+        return left, right, info | {"residual": rest}
 
-    def _pair(self, texts: Texts, phrase: str, anchor: str, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """The phrase's rows [N, D] and what they are to read as."""
+    def _prepared(
+        self, pipe: DiffusionPipeline, concepts: Sequence[Concept]
+    ) -> tuple[list[tuple[Tensor, list[Tensor]]], Tensor, dict[str, Any]]:
+        """Each phrase's rows with those that it goes towards, b P^T P [D, D], and what is worth knowing."""
+        check(self, pipe)
+        tokens = self.tokens or ("tail" if family(pipe).causal else "all")
+        anchors = anchors_of(concepts, "" if self.mode == "moderate" else None)
+        kept = kept_texts(self.preserve, concepts, anchors)
+        texts = Texts(pipe, [*anchors, *anchors.values(), *kept, *(text for text, _ in self.attributes)])
+        phrases = [self._rows(texts, phrase, anchor, tokens) for phrase, anchor in anchors.items()]
+        concept = torch.cat([rows for rows, _ in phrases])
+        scale = max(0.1, 1 / max(len(kept), 1)) if self.preserve_scale is None else self.preserve_scale
+        gram = scale * texts.gram(kept, last=tokens == "last")
+        info = {"tokens": tokens, "edited rows": len(concept), "preserved texts": len(kept)}
+        return phrases, gram, info | {"condition": condition(concept, gram, self.erase_scale, self.lam)}
+
+    def _rows(self, texts: Texts, phrase: str, anchor: str, tokens: Tokens) -> tuple[Tensor, list[Tensor]]:
+        """The phrase's rows [N, D], and those of the anchor or of each attribute."""
         aims = [text for text, _ in self.attributes] or [anchor]
         if tokens == "all":
             rows, *towards = (texts.rows(text) for text in (phrase, *aims))
@@ -149,10 +199,7 @@ class UCE:
             length = 1 if tokens == "last" else len(texts.rows(phrase)) - max(starts)
             found = zip((phrase, *aims), starts, strict=True)
             rows, *towards = (texts.rows(text)[start : start + length] for text, start in found)
-        if not self.attributes:
-            return rows, towards[0]
-        shifts = (shift * toward for (_, shift), toward in zip(self.attributes, towards, strict=True))
-        return rows, rows + torch.stack(list(shifts)).sum(0)
+        return rows, towards
 
     def balance(
         self,
@@ -163,30 +210,54 @@ class UCE:
         wanted: Sequence[float] | None = None,
         rounds: int = 30,
         tolerance: float = 0.05,
+        step: float | None = None,
         seed: int = 0,
     ) -> Delta:
-        """Debias in rounds: draw and measure with the delta on, add what is missing to the shifts, solve again.
+        """Debias in rounds: draw and measure with the edit on, shift by what is missing, edit again.
+
+        With `shift="token"` a round adds to the shifts and edits the original weights, as in the code of 2025. With
+        "layer" it edits the weights of the round before, as in that of 2023. The shares of every round are in `info`.
 
         Args:
-            pipe: the pipeline; each round edits the original weights.
+            pipe: the pipeline; it is left as found.
             concept: one concept; others need shifts of their own.
             measure: the share of each attribute in the pictures that `pipe` draws now, in the order of `attributes`.
             wanted: the shares wanted; None: the same for all.
-            rounds: at most this many (30 in the paper).
-            tolerance: stops once every share is this near (0.05 in the paper).
+            rounds: at most this many (30 in both codes).
+            tolerance: stops once every share is this near (0.05 in both codes).
+            step: how much of what is missing a round shifts by; None: 1 for "token", 0.1 for "layer", as in the codes.
             seed: for the record.
+
+        Raises:
+            ValueError: another mode than "debias", a number of shares other than that of attributes, or as `fit`.
         """
-        texts = [text for text, _ in self.attributes]
+        if self.mode != "debias":
+            raise ValueError(f"Expected mode 'debias' to balance, but got {self.mode!r}. Give it, with `attributes`.")
+        texts, compounds = [text for text, _ in self.attributes], self.shift == "layer"
         aim = [1 / len(texts)] * len(texts) if wanted is None else list(wanted)
+        by = step if step is not None else 0.1 if compounds else 1.0
+
+        def edit(shifts: Sequence[float]) -> Delta:
+            return replace(self, attributes=tuple(zip(texts, shifts, strict=True))).fit(pipe, concept, seed=seed)
+
         shifts, history = [shift for _, shift in self.attributes], []
-        for _ in range(max(rounds, 1)):
-            editor = replace(self, attributes=tuple(zip(texts, shifts, strict=True)))
-            delta = editor.fit(pipe, concept, seed=seed)
+        delta = more = edit(shifts)
+        for k in range(max(rounds, 1)):
             with delta.apply(pipe):
-                shares = [float(share) for share in measure(pipe)]
-            history.append(shares)
-            gaps = [want - share for want, share in zip(aim, shares, strict=True)]
-            if max(map(abs, gaps)) < tolerance:
-                break
-            shifts = [shift + gap for shift, gap in zip(shifts, gaps, strict=True)]
-        return replace(delta, info={**delta.info, "shares": history})
+                history.append([float(share) for share in measure(pipe)])
+                if not len(history[-1]) == len(aim) == len(texts):
+                    raise ValueError(
+                        f"Expected a share for each of {len(texts)} attributes, but got {len(history[-1])} measured "
+                        f"and {len(aim)} wanted. Give one for each, in the order of `attributes`."
+                    )
+                gaps = [want - share for want, share in zip(aim, history[-1], strict=True)]
+                if max(map(abs, gaps)) < tolerance or k == rounds - 1:
+                    break
+                shifts = [shift + by * gap for shift, gap in zip(shifts, gaps, strict=True)]
+                if compounds:
+                    more = edit([by * gap for gap in gaps])
+            delta = delta + more if compounds else edit(shifts)
+        editor = replace(self, attributes=tuple(zip(texts, shifts, strict=True)))
+        fields = {name: value for name, value in config(editor).items() if name != "method"}
+        info = {**more.info, "shares": history}
+        return replace(delta, method=more.method, fields=fields, seed=seed, info=info)

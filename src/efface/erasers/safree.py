@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import BoundArguments
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import checks
 from .._masking import encode_masked
-from .._text import encode, encoding_settings, own_tokens, places, read, readers
+from .._text import Encoded, encode, encoding_settings, own_tokens, places, read, readers
 from ..core import Concept, Concepts, ConceptsField, Converted, RowsField
 from ..families import family
 from ..hooks import Memory, Method
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SAFREE"]
 
+Form = Literal["encoders", "pooled"]
 STEPS, LONGEST = 50, 10  # of the paper's runs: of 50 steps, the filter acts in up to 10 and the one after
 
 
@@ -47,19 +48,21 @@ class SAFREE(Method):
     Differs: by default the filter is off and triggers are edited from the first step to the last; `SAFREE.paper()` has
     it. Its k and t0 were found for the text encoder of SD 1.4; on `emoji` they let the concept pass. Latent
     re-attention, the paper's third part, is left out (in the authors' released script it never runs). Their published
-    runs have the phrases as negative prompt besides: stack `NegativePrompt` for that. Steps are fractions of the
-    trajectory: with t' > 0 the filter acts until (t' + 1) / 50, which is their steps 0 to t'; with t' = 0 the prompt is
-    untouched, where theirs edits the first step. A prompt of one token has no others to compare with: it is a trigger
-    if d_1 >= (1 + alpha) |(I - P_C) pool(prompt)|, where theirs always is. pool is the state at CLIP's end token, as
-    the denoiser sees it; the mean over tokens where the encoder is not causal (`emoji`; T5 in PixArt, SD 3 and FLUX). A
-    token is masked by the tokenizer's mask token, or else by "!" (CLIP, T5), as in their code. SDXL, SD 3: each encoder
-    has triggers, spans, states and columns of its own, beta is the mean of all, and what an encoder adds to the pooled
-    text is that of the prompt with its triggers masked (SDXL: only the second adds). FLUX: of CLIP only the pooled text
-    is read, so the triggers masked in it come from the pooled texts themselves; beta is T5's. SD 3 and FLUX read the
-    padding behind a text, which has seen all of it, and CogView4 the padding in front, which has seen nothing of it:
-    both stay as they are. CogView4 has no end token, so the last token takes its place. The schedulers of SD 3 and FLUX
-    shift the times, so that a fraction of the trajectory holds more steps. ControlNet reads the prompt as it is.
-    Projectors come from an SVD.
+    runs have the phrases as negative prompt besides: stack `NegativePrompt` for that. Steps are fractions of the call's
+    steps: with t' > 0 the filter acts until (t' + 1) / 50, which is their steps 0 to t'; with t' = 0 the prompt is
+    untouched, where theirs edits the first step. Schedulers that call the denoiser twice in a step (PNDM, Heun, DPM2)
+    do not shorten it. A prompt of one token has no others to compare with: it is a trigger if d_1 >= (1 + alpha) |(I -
+    P_C) pool(prompt)|, where theirs always is. pool is the state at CLIP's end token, as the denoiser sees it; the mean
+    over tokens where the encoder is not causal (`emoji`; T5 in PixArt, SD 3 and FLUX). A token is masked by the
+    tokenizer's mask token, or else by "!" (CLIP, T5), as in their code. SDXL, SD 3: each encoder has triggers, spans,
+    states and columns of its own, beta is the mean of all, and what an encoder adds to the pooled text is that of the
+    prompt with its triggers masked (SDXL: only the second adds). The authors' SDXL code is `SAFREE.official_sdxl()`: it
+    edits the second encoder's columns only, all through, by subspaces of pooled texts, which are projected where the
+    states are not; the pooled text and the first encoder's columns stay. FLUX: of CLIP only the pooled text is read, so
+    the triggers masked in it come from the pooled texts themselves; beta is T5's. SD 3 and FLUX read the padding behind
+    a text, which has seen all of it, and CogView4 the padding in front, which has seen nothing of it: both stay as they
+    are. CogView4 has no end token, so the last token takes its place. ControlNet reads the prompt as it is. Projectors
+    come from an SVD.
 
     It reads words: a prompt that only hints at the concept is beyond it. Some token is always above the mean, so
     harmless prompts have triggers too; the filter is there to pass them.
@@ -72,15 +75,17 @@ class SAFREE(Method):
         validation: (k, t0) of the filter, or None for no filter; the paper has (2.5, 5.333) for nudity.
         rows: one list of concepts per prompt of the batch, instead of `concepts` for all. Set on the handle, `rows` act
             from the next call of the pipeline on, `strength` at once.
+        form: "encoders": every encoder's columns, by subspaces of its own states. "pooled": the authors' form for SDXL,
+            for pipelines with an encoder whose pooled text is as wide as its states.
 
     Shapes: states [B, L, D]. It costs one pass of the text encoder per token and phrase, and nothing per step. It acts
     in a pipeline's call (or after its `encode_prompt`), not where the denoiser is called by itself.
 
     Raises:
         ValueError: unknown concept, a field out of range, no concept at all; on `apply`: a text encoder of another
-            model, a phrase without tokens, over the encoder's limit or with characters that a tokenizer does not know;
-            during a call: `rows` that are not as many as the prompts, `prompt_embeds` or another `prompt_2` or
-            `prompt_3`, which have no words to look at.
+            model, a phrase without tokens, over the encoder's limit or with characters that a tokenizer does not know,
+            form "pooled" without such an encoder; during a call: `rows` that are not as many as the prompts,
+            `prompt_embeds` or another `prompt_2` or `prompt_3`, which have no words to look at.
         TypeError: a pipeline of another family; `rows` or concepts that are no lists of concepts.
 
     Example:
@@ -95,12 +100,14 @@ class SAFREE(Method):
     off: ClassVar[dict[str, Any] | None] = {"strength": 0.0}
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"SD 1.x/2.x": {}}  # the paper's settings
     touches_uncond: ClassVar[bool] = False
+    counts_steps: ClassVar[bool] = True
 
     concepts: ConceptsField = Converted(())
     strength: float = 1.0
     alpha: float = 0.01
     validation: tuple[float, float] | None = None
     rows: RowsField = Converted(None)
+    form: Form = "encoders"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,6 +120,7 @@ class SAFREE(Method):
             k, t0 = self.validation
             checks.number("validation[0]", k, 0, above=True)
             object.__setattr__(self, "validation", (float(k), checks.number("validation[1]", t0)))
+        checks.choice("form", self.form, get_args(Form))
 
     @classmethod
     def paper(cls, concepts: Concepts, **fields: Any) -> SAFREE:
@@ -124,8 +132,21 @@ class SAFREE(Method):
         """With the paper's filter for artists, which passes more and is sharper."""
         return cls(concepts, **{"validation": (3.5, 5.5), **fields})
 
+    @classmethod
+    def official_sdxl(cls, concepts: Concepts, **fields: Any) -> SAFREE:
+        """As the authors' code has it for SDXL: by pooled texts, and without the filter."""
+        return cls(concepts, **{"form": "pooled", "validation": None, **fields})
+
+    def check(self, pipe: DiffusionPipeline) -> None:
+        super().check(pipe)
+        if self.form == "pooled" and _pooling(pipe, encode(pipe, [""])) is None:
+            raise ValueError(
+                "SAFREE's form 'pooled' needs a text encoder whose pooled text is as wide as its states, as SDXL's "
+                f"second is, but this {type(pipe).__name__} has none. Use form 'encoders'."
+            )
+
     def until(self, beta: float) -> float:
-        """The fraction of the trajectory in which the prompt is edited."""
+        """The fraction of the steps in which the prompt is edited."""
         if self.validation is None:
             return math.inf
         k, t0 = self.validation
@@ -180,12 +201,13 @@ class SAFREE(Method):
 
         `tokens`: for each encoder, by its tokenizer's name, the columns of the prompt's own. `prompts`: of the call.
         """
-        facts = family(pipe)
+        facts, texts = family(pipe), [p for concept in concepts for p in concept.phrases]
+        phrases = encode(pipe, texts, **settings)
+        if self.form == "pooled" and (name := _pooling(pipe, phrases, **settings)):
+            tokens = {name: tokens[name]}
         masked, whole = encode_masked(
             pipe, text, {n: [(), *((i,) for i in own)] for n, own in tokens.items()}, prompts, **settings
         )
-        texts = [p for concept in concepts for p in concept.phrases]
-        phrases = encode(pipe, texts, **settings)
         edit, betas, found = torch.zeros_like(masked[0]), [], {}
         length, width = edit.shape
         spots, others = (places(pipe, x.shape[1], **settings) for x in (masked, phrases.text))
@@ -200,6 +222,8 @@ class SAFREE(Method):
                 ends = [r.last + 1 + facts.shift(name, r, theirs.shape[1]) for r in readings]
                 vectors = pool(mine, torch.full_like(mine[:, 0, 0], reading.last + 1), causal)
                 concept = pool(theirs, torch.tensor(ends, device=masked.device), causal)
+                if self.form == "pooled" and whole is not None and phrases.pooled is not None:
+                    vectors, concept = whole[:count], phrases.pooled
                 part, beta, triggers = project(mine[0], vectors, concept, own, self.alpha)
                 around = (features.start, width - features.stop, start, length - columns.stop)
                 edit = edit + F.pad(part.to(edit), around)
@@ -207,7 +231,8 @@ class SAFREE(Method):
             elif whole is not None and phrases.pooled is not None:  # FLUX reads nothing of this encoder but its pool
                 triggers = triggered(whole[:count], phrases.pooled, self.alpha)
             found[name] = [[i for i, trigger in zip(own, triggers.tolist(), strict=True) if trigger]]
-        other = encode_masked(pipe, text, found, prompts, **settings)[1] if facts.pooled else None
+        edits_pooled = facts.pooled and self.form == "encoders"
+        other = encode_masked(pipe, text, found, prompts, **settings)[1] if edits_pooled else None
         return edit, other, sum(betas) / len(betas)
 
     def reread(self, text: Tensor, pooled: Tensor | None, time: Tensor, memory: Memory) -> tuple[Tensor, Tensor | None]:
@@ -221,6 +246,15 @@ class SAFREE(Method):
         if pooled is not None:
             pooled = pooled + share * memory["pooled"]
         return text + share[..., None] * memory["text"], pooled
+
+
+def _pooling(pipe: DiffusionPipeline, encoded: Encoded, **settings: Any) -> str | None:
+    """The tokenizer of the last encoder whose pooled text is as wide as its states, which have a place in the text."""
+    if encoded.pooled is None:
+        return None
+    spots = places(pipe, encoded.text.shape[1], **settings)
+    wide = [n for n, (_, features) in spots.items() if features.stop - features.start == encoded.pooled.shape[-1]]
+    return wide[-1] if wide else None
 
 
 def project(

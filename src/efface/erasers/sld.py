@@ -33,13 +33,13 @@ class SLD(Method):
 
     Differs: mu is cut at 1 from above, as in the authors' code (the paper prints a maximum, which would multiply the
     direction). `strength` is ours: 1 is the paper's form; s_S is no such scale, because mu reaches 1 where |e_p - e_S|
-    is 1 / s_S, so that above some 1000 it changes nothing. The warm-up is a fraction of the trajectory, the paper's
-    count of steps is for 50 of them: 10 steps are 0.2. `SLD.weak()` has s_S = 20 as diffusers has; the paper's 200 is
-    `SLD.weak_paper()`. The concept's text is `concepts`, not the paper's list of harms. Phrases that do not fit into
-    one text make several, whose predictions are averaged. Where the network predicts v (SD 2.x), so do e_u, e_p and
-    e_S: a threshold on another scale. SD 3, FLUX and CogView4 predict a velocity, which guidance and gamma combine the
-    same way; lambda and s_S are in its units there, and nobody has calibrated them. The schedulers of SD 3 and FLUX
-    shift the times, so that a warm-up holds more steps: 0.2 is 22 of 50 for SD 3 (shift 3). FLUX needs true guidance
+    is 1 / s_S, so that above some 1000 it changes nothing. The warm-up is a fraction of the steps, the paper's count of
+    steps is for 50 of them: 10 steps are 0.2. Schedulers that call the denoiser twice in a step (PNDM, Heun, DPM2) do
+    not shorten it; the authors' code counts calls. `SLD.weak()` has s_S = 20 as diffusers has; the paper's
+    200 is `SLD.weak_paper()`. The concept's text is `concepts`, not the paper's list of harms. Phrases that do not fit
+    into one text make several, whose predictions are averaged. Where the network predicts v (SD 2.x), so do e_u, e_p
+    and e_S: a threshold on another scale. SD 3, FLUX and CogView4 predict a velocity, which guidance and gamma combine
+    the same way; lambda and s_S are in its units there, and nobody has calibrated them. FLUX needs true guidance
     (`true_cfg_scale` above 1, a negative prompt). FLUX and CogView4 predict e_u in a call of its own, and SLD predicts
     it again in the call of e_p. `guidance_rescale` takes its target from e_p - strength gamma.
 
@@ -55,8 +55,8 @@ class SLD(Method):
             difference; larger means that more is changed.
         momentum_scale: s_m >= 0; the paper has 0, 0.3, 0.5, 0.5.
         momentum_beta: beta_m in [0, 1); the paper has 0, 0.4, 0.7, 0.7.
-        warmup: in [0, 1], the fraction of the trajectory before gamma is subtracted; 0 is pure noise, 1 the picture.
-            The paper has 15, 10, 7 and 0 of 50 steps: 0.3, 0.2, 0.14, 0.
+        warmup: in [0, 1], the fraction of the steps before gamma is subtracted. The paper has 15, 10, 7 and 0 of 50
+            steps: 0.3, 0.2, 0.14, 0. Where the denoiser is called without the pipeline, the fraction of the noise.
         rows: one list of concepts per prompt of the batch, instead of `concepts` for all.
 
     Shapes: predictions [B, C, h, w] (FLUX: [B, L, C]); one row more per conditional row, so a step costs 1.5 times as
@@ -84,6 +84,7 @@ class SLD(Method):
     needs: ClassVar[tuple[str, ...]] = ("guidance",)
     touches_uncond: ClassVar[bool] = False
     guides: ClassVar[bool] = True
+    counts_steps: ClassVar[bool] = True
     # Before the warm-up is over, the concept has to be predicted only for the momentum.
     window = computed(lambda self: (0.0 if self.momentum_scale else self.warmup, 1.0))
 
@@ -133,7 +134,7 @@ class SLD(Method):
         return super().is_off() or not self.sld_guidance_scale
 
     def exempt(self, time: Tensor) -> str:
-        return "warm-up" if self.warmup and float(time) < self.warmup else ""
+        return "" if bool(time >= self.warmup) else "warm-up"
 
     def guide(self, seen: Prediction) -> Tensor:
         difference = seen.prompt - seen.concept

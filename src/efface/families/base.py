@@ -163,12 +163,13 @@ class Family:
         return {self.scale: guidance} if self.returns_negative else {self.scale: guidance, "negative_prompt": ""}
 
     def protocol(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of a suite's protocol, as this family takes them.
+        """The arguments of a suite's call, as this family takes them: `guidance` becomes `guidance_scale`.
 
-        A suite's `guidance_scale` is that of predictions with and without the prompt. Where `guidance_scale` means
-        another thing (FLUX: an input of the distilled denoiser), the pipeline's own default stands.
+        A suite's guidance is that of predictions with and without the prompt. FLUX's is distilled: there, the
+        pipeline's own default stands.
         """
-        return {name: value for name, value in call.items() if name != "guidance_scale" or self.scale == name}
+        rest = {name: value for name, value in call.items() if name != "guidance"}
+        return rest | ({self.scale: call["guidance"]} if "guidance" in call and self.scale == "guidance_scale" else {})
 
     # ---- which pipelines are of the family
 

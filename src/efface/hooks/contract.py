@@ -117,7 +117,8 @@ class Prediction:
         concept: for the concept's text, all else (noise, pooled size, ControlNet, IP-Adapter) as in the prompt's row;
             the mean, if the phrases fill several texts.
         guidance_scale: of the pipeline's call; NaN where pipelines do not tell it.
-        time: 0 is pure noise, 1 the picture; it broadcasts over the predictions.
+        time: 0 is pure noise, 1 the picture; it broadcasts over the predictions. For a method with `counts_steps` it is
+            the middle of the present step, as a share of all steps.
         memory: of the method.
 
     Shapes: `prompt`, `negative` and `concept` [B, C, h, w] (FLUX: [B, L, C]); `time` [].
@@ -163,6 +164,8 @@ class Contract:
     packs: ClassVar[bool] = True  # phrases share erasure prompts; a method may need one prompt per phrase
     # the mean of each group of texts stands for "some picture"; may be ()
     references: ClassVar[tuple[tuple[str, ...], ...]] = (("",),)
+    # its times are shares of the steps done in a call of the pipeline, as papers count them, not of the noise
+    counts_steps: ClassVar[bool] = False
     # `around` makes denoiser calls of its own, which a compiled denoiser does not allow
     calls_denoiser: ClassVar[bool] = False
 

@@ -37,6 +37,9 @@ class Method(Contract):
     - `edits_attention`: it overrides `edit`. `edits_self_attention`: it overrides `edit_self` as well.
     - `guides`: it overrides `guide`. Each conditional row is predicted once more for the concept's text.
     - `touches_uncond`: it may change unconditional rows.
+    - `counts_steps`: its times are shares of the steps of a pipeline's call, however often a scheduler calls the
+      denoiser in a step. Step k of N, counted from 0, is at (k + 1/2) / N. Without it, and in denoiser calls without a
+      pipeline, times follow the noise.
 
     Shapes: a layer's output [B, Q, C] in `edit` and `edit_self`; predictions [B, C, h, w] in `guide` (FLUX: [B, L, C]);
     text [B, L, D] in `reread`. B counts the conditional rows with the same concepts.

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
 
 from .._text import Unconditional, cut_off, encoder_of, encoding_settings, readers, unconditional
@@ -97,6 +98,8 @@ class Calls:
         drawing: the thread whose call is in its steps.
         guarded: whether the denoiser was called in this step.
         stepped: whether there was a step before.
+        counted: whether the call that draws says how many steps it has.
+        progress: the middle of its present step, as a share of all steps. A step may take several denoiser calls.
     """
 
     def __init__(self, site: Guarded) -> None:
@@ -106,7 +109,9 @@ class Calls:
         self.opening: Opening | None = None
         self.call: Call | None = None
         self.drawing: int | None = None
-        self.guarded = self.stepped = False
+        self.guarded = self.stepped = self.counted = False
+        self.progress = torch.zeros(())  # one tensor for all calls, which a compiled denoiser reads
+        self._done, self._steps = 0, 0
 
     def follow(self, pipe: DiffusionPipeline) -> None:
         """Wraps the methods of this pipeline object."""
@@ -132,7 +137,8 @@ class Calls:
             return _Loop(original(*args, **kwargs), self)
 
         def ended(original: Callable[..., Any]) -> Any:
-            call, self.drawing = self.call, None
+            call = self.call
+            self.end()
             if call is None or call.thread != threading.get_ident():
                 return original()
             self.opening = self.call = None
@@ -164,7 +170,8 @@ class Calls:
             show(methods)
         self.pipes.clear()
         self.encoders.clear()
-        self.call = self.opening = self.drawing = None
+        self.call = self.opening = None
+        self.end()
 
     def lacks_encoder(self, pipe: DiffusionPipeline) -> bool:
         """Whether a text encoder was dropped since a method was applied, as people do to save memory."""
@@ -176,17 +183,28 @@ class Calls:
         if self.call is not None and self.call.thread != threading.get_ident():
             raise RuntimeError(watch.TWO_THREADS)
 
-    def start(self) -> None:
+    def start(self, steps: int | None = None) -> None:
         """The steps of a call of the pipeline begin."""
         self.check_thread()
         self.site.check_no_rows_given()
-        self.drawing = threading.get_ident()
+        self.drawing, self.counted = threading.get_ident(), bool(steps)
+        self._done, self._steps = 0, steps or 1
+        self._measure()
+
+    def end(self) -> None:
+        """The steps are over."""
+        self.drawing, self.counted = None, False
+
+    def _measure(self) -> None:
+        self.progress.fill_((self._done + 0.5) / self._steps)
 
     def step(self) -> None:
         """A step of the pipeline is over."""
         if self.site.applied and self.call is not None and not self.guarded:
             raise RuntimeError(watch.not_entered(self.site.facts.denoiser))
         self.guarded, self.stepped = False, True
+        self._done += 1
+        self._measure()
 
     # ---- encode_prompt
 
@@ -257,14 +275,14 @@ class _Loop:
         return getattr(self.bar, name)
 
     def __enter__(self) -> _Loop:
-        self.calls.start()
+        self.calls.start(self.bar.total)
         self.bar.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> Any:
-        self.calls.drawing = None
+        self.calls.end()
         return self.bar.__exit__(kind, error, trace)
 
     def __iter__(self) -> Iterator[Any]:
@@ -272,7 +290,7 @@ class _Loop:
         try:
             yield from self.bar
         finally:
-            self.calls.drawing = None
+            self.calls.end()
 
     def update(self, n: float | None = 1) -> Any:
         self.calls.step()

@@ -119,7 +119,7 @@ def guided(
     concepts: Sequence[tuple[Asked, Tensor]],
     guiding: Guiding,
     guidance_scale: float,
-    time: Tensor,
+    times: Sequence[Tensor],
 ) -> Tensor:
     """The prediction of the conditional rows `out` [B, ...], changed by what each method adds.
 
@@ -129,12 +129,12 @@ def guided(
         concepts: what `concepts_of` asks for, each with its prediction [N * R, ...].
         guiding: the methods.
         guidance_scale: of the call.
-        time: 0 is pure noise, 1 the picture.
+        times: of each method.
     """
     dtype = torch.promote_types(out.dtype, torch.float32)
     prompt, negative, asked = out.to(dtype), negative.to(dtype), iter(concepts)
     changed = prompt
-    for applied, weight in guiding:
+    for (applied, weight), time in zip(guiding, times, strict=True):
         concept, count = torch.zeros_like(prompt), prompt.new_zeros(len(prompt), *[1] * (prompt.ndim - 1))
         for _ in applied.acting:
             each, predicted = next(asked)

@@ -90,13 +90,19 @@ class Step:
         given = prompt, pooled = text[batch.first :], None if all_pooled is None else all_pooled[batch.first :]
         for applied in self.where.applied if batch.conditional else ():
             if not applied.method.is_off():
-                prompt, pooled = applied.method.reread(prompt, pooled, self.time, applied.memory)
+                prompt, pooled = applied.method.reread(prompt, pooled, self._time(applied.method), applied.memory)
         if prompt is given[0] and pooled is given[1]:
             return
         batch.prompt = replace(batch.prompt, states=prompt)
         self.arguments = arguments | {facts.text_argument: torch.cat([text[: batch.first], prompt])}
         if all_pooled is not None and pooled is not None:
             self.arguments = facts.with_pooled(self.arguments, torch.cat([all_pooled[: batch.first], pooled]))
+
+    def _time(self, method: Contract) -> Tensor:
+        """The time as the method counts it."""
+        calls = self.where.calls
+        counted = method.counts_steps and calls.counted and self.where.given is None
+        return calls.progress.to(self.time.device, copy=True) if counted else self.time
 
     # ---- without methods
 
@@ -131,7 +137,7 @@ class Step:
     def _plan(self) -> Plan:
         batch = self.batch
         found: Plan = []
-        time = 1 - batch.time / self.where.train_timesteps
+        noise = 1 - batch.time / self.where.train_timesteps
         for applied in self.where.applied:
             method, weight, exempt = applied.method, 0.0, ""
             if method.is_off():
@@ -141,7 +147,7 @@ class Step:
             elif (method.edits_attention or method.guides) and not applied.acting:
                 exempt = watch.NO_CONCEPTS
             else:
-                weight = method.weight(time)
+                weight = method.weight(self._time(method) if method.counts_steps else noise)
                 if not isinstance(weight, Tensor) and not weight:
                     exempt = watch.OUTSIDE_WINDOW
             found.append((applied, weight, exempt))
@@ -191,7 +197,7 @@ class Step:
             [(each, predicted[n + k]) for k, each in enumerate(asked[n:])],
             guiding,
             self._guidance_scale(),
-            self.time,
+            [self._time(applied.method) for applied, _ in guiding],
         )
         sample = torch.cat([sample[: batch.first], changed])
         return (sample, *out[1:]) if isinstance(out, tuple) else type(out)(sample=sample)
@@ -258,7 +264,7 @@ class Step:
         if torch.compiler.is_compiling():
             return
         for applied, _, exempt in plan:
-            exempt = exempt or applied.method.exempt(self.time)
+            exempt = exempt or applied.method.exempt(self._time(applied.method))
             if not exempt:
                 batch_rows = [prompts.batch_rows for prompts in applied.acting]
                 everywhere = range(self.batch.conditional)

@@ -14,12 +14,14 @@ depend on where an earlier process ended. What was half written of a batch is dr
 Run folders are made to be shared, so one that is read is not trusted: see `efface.schema` and `efface.files`.
 """
 
-from .draw import Paint, make_suite, run, work
+from .bench import make_suite, run
+from .draw import Paint, locally, work
 from .folder import CARD, IMAGES, LOCK, RUN, SAMPLES, SCORES
 from .judges import make_metric, make_metrics, metric_config, recorded
 from .record import Progress, Run, this_command
 from .score import rehearse, score
 from .verify import Redrawn, Verification, verify
+from .workers import Cluster
 
 __all__ = [
     "CARD",
@@ -28,11 +30,13 @@ __all__ = [
     "RUN",
     "SAMPLES",
     "SCORES",
+    "Cluster",
     "Paint",
     "Progress",
     "Redrawn",
     "Run",
     "Verification",
+    "locally",
     "make_metric",
     "make_metrics",
     "make_suite",

@@ -8,7 +8,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from .. import checks, registry
-from ..files import shown
 from ..records import Metric
 from .folder import RUN
 from .record import Run
@@ -65,7 +64,7 @@ def recorded(run: Run, given: Collection[str] = ()) -> list[dict[str, Any]]:
                 continue
             if place := _place(value, native and field in LABELS):
                 raise ValueError(
-                    f"{run.folder / RUN} has `{name}.{field}` name {shown(repr(place))}, which may be a file or a "
+                    f"{run.folder / RUN} has `{name}.{field}` name {checks.shown(place)}, which may be a file or a "
                     f"model of a hub. If you trust it, set it yourself: `efface score {run.folder} --set "
                     f"{name}.{field}=VALUE`."
                 )

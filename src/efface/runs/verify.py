@@ -108,7 +108,7 @@ def verify(
         redraw: at least how many rows to draw again.
         model: the model; None: the one that the record names, if it comes with Efface. A record may be a stranger's, so
             that a folder or a hub id in it is not followed.
-        eraser: the erasers of the run, in order; None: those in the record, by name. Deltas have to be given.
+        eraser: erasers of the run; those that are not given are made from the record, by name. Deltas have to be given.
         seed: of the choice of rows; None: another choice in each call.
         progress: True shows a bar. A callable gets what is drawn, how many pictures are done, and of how many.
 
@@ -135,9 +135,7 @@ def verify(
     drawn, plain = run.finished(), base.finished() if base else []
     from .. import api
 
-    erasers = several(eraser) if eraser is not None else _rebuilt(run)
-    if eraser is not None:
-        _check_erasers(run, [config(each) for each in erasers])
+    erasers = _erasers(run, several(eraser))
     pipe = _model(run, model)
     tell = progress if callable(progress) else silent
     groups = _chosen(run, drawn, redraw, random.SystemRandom() if seed is None else random.Random(seed))
@@ -163,8 +161,8 @@ def _model(run: Run, model: str | Path | DiffusionPipeline | None) -> DiffusionP
     recorded = run.record["model"]
     if model is None and recorded["name"] not in EMBEDDED:
         raise ValueError(
-            f"{run.folder / RUN} names the model {checks.shown(recorded['name'])}, which does not come with Efface. "
-            "If you trust it, give it as `model=`."
+            f"{run.folder / RUN} names the model {checks.shown(recorded['name'])}, which does not come with "
+            "Efface. If you trust it, give it as `model=`."
         )
     model = recorded["name"] if model is None else model
     pipe = api.load(model) if isinstance(model, (str, Path)) else model
@@ -178,28 +176,31 @@ def _model(run: Run, model: str | Path | DiffusionPipeline | None) -> DiffusionP
     return pipe
 
 
-def _rebuilt(run: Run) -> tuple[Any, ...]:
-    """The erasers that a record names, with their fields.
+def _erasers(run: Run, given: Sequence[Any]) -> list[Any]:
+    """The run's erasers: those that are given, and the others by name."""
+    recorded, configs = run.record["erasers"], [files.as_json(config(each)) for each in given]
+    if any(each not in recorded for each in configs):
+        there, here = {"erasers": recorded}, {"erasers": configs}
+        files.check_same(there, here, f"The erasers are not those of {run.folder}", "Give the run's own as `eraser=`.")
+    return [given[configs.index(each)] if each in configs else _rebuilt(run, each) for each in recorded]
 
-    What is built has to be what is recorded, and no field may name a file.
-    """
-    made = []
-    for recorded in run.record["erasers"]:
-        fields, name = {k: v for k, v in recorded.items() if k != "method"}, recorded["method"]
-        try:
-            cls = registry.resolve(name, "erasers")
-            known = field_names(cls)
-            paths = [k for k, v in fields.items() if isinstance(v, str) and _path(v)]
-            if strange := [*(fields.keys() - set(known)), *paths]:
-                raise ValueError(f"field {min(strange)!r}")
-            made.append(cls(**{k: _concepts(v) if k in ("concepts", "rows") else v for k, v in fields.items()}))
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"The eraser {files.shown(repr(name))} of {run.folder} cannot be made from its record "
-                f"({files.shown(str(error), 160)}). Give it as `eraser=`."
-            ) from error
-    _check_erasers(run, [config(each) for each in made])
-    return tuple(made)
+
+def _rebuilt(run: Run, recorded: Mapping[str, Any]) -> Any:
+    """An eraser that a record names, with its fields: it has to become what is recorded, and no field names a file."""
+    fields, name = {k: v for k, v in recorded.items() if k != "method"}, recorded["method"]
+    try:
+        cls = registry.resolve(name, "erasers")
+        files_named = [k for k, v in fields.items() if isinstance(v, str) and _path(v)]
+        if strange := [*(fields.keys() - set(field_names(cls))), *files_named]:
+            raise ValueError(f"its field {min(strange)!r}")
+        made = cls(**{k: _concepts(v) if k in ("concepts", "rows") else v for k, v in fields.items()})
+        files.check_same(recorded, config(made), "it becomes another", "")
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"The eraser {checks.shown(name)} of {run.folder} cannot be made from its record "
+            f"({files.short(str(error), 160)}). Give it as `eraser=` (--delta for a delta)."
+        ) from error
+    return made
 
 
 def _path(value: str) -> bool:
@@ -211,11 +212,6 @@ def _concepts(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(map(_concepts, value))
     return Concept(**value) if isinstance(value, dict) else value
-
-
-def _check_erasers(run: Run, configs: Sequence[Mapping[str, Any]]) -> None:
-    there, here = {"erasers": run.record["erasers"]}, {"erasers": list(configs)}
-    files.check_same(there, here, f"The erasers are not those of {run.folder}", "Give the run's own as `eraser=`.")
 
 
 def _chosen(

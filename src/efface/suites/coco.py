@@ -71,6 +71,6 @@ class Coco:
             SOURCE.url,
             SOURCE.licence,
             hash_of([path]),
-            {"num_inference_steps": 50, "guidance_scale": 7.5},
+            {"num_inference_steps": 50, "guidance": 7.5},
             (registry.resolve("clip_score", "metrics")(encoder="openai/clip-vit-large-patch14"),),
         )

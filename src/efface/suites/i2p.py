@@ -106,7 +106,7 @@ class I2P:
             percent = line.number_in("nudity_percentage", 0, 100)
             call: dict[str, float | int] = {}
             if self.guidance:
-                call["guidance_scale"] = line.number_in(scale, 0, 1000)
+                call["guidance"] = line.number_in(scale, 0, 1000)
             if self.size:
                 call |= {"width": line.whole("sd_image_width", 4097), "height": line.whole("sd_image_height", 4097)}
             if not asked or percent < self.nudity:
@@ -132,6 +132,6 @@ class I2P:
             f"{SOURCE.url}, commit {SOURCE.commit}",
             SOURCE.licence,
             hash_of([path]),
-            {"num_inference_steps": 50, "guidance_scale": 7.5},
+            {"num_inference_steps": 50, "guidance": 7.5},
             (registry.resolve("inappropriateness", "metrics")(),),
         )

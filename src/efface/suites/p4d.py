@@ -76,7 +76,7 @@ class P4D:
         if self.set in FILES:
             paths = [SOURCE.path(data, FILES[self.set])]
             for line in read(paths[0], ("case_number", "prompt", "evaluation_seed", "evaluation_guidance")):
-                call = {"guidance_scale": line.number_in("evaluation_guidance", 0, 1000)}
+                call = {"guidance": line.number_in("evaluation_guidance", 0, 1000)}
                 name, seed = f"p4d-{line.whole('case_number'):05d}", line.whole("evaluation_seed")
                 rows.append(
                     Row(name, line.text("prompt"), seed, "natural", self.set, self.set, cluster=name, call=call)
@@ -103,7 +103,7 @@ class P4D:
                         self.set,
                         concept,
                         cluster=name,
-                        call={"guidance_scale": scale},
+                        call={"guidance": scale},
                     )
                 )
             paths.append(Path(data or "") / "i2p" / "i2p.csv")
@@ -114,6 +114,6 @@ class P4D:
             f"{SOURCE.url}, commit {SOURCE.commit}",
             SOURCE.licence,
             hash_of(paths),
-            {"num_inference_steps": 50, "guidance_scale": 7.5},
+            {"num_inference_steps": 50, "guidance": 7.5},
             (registry.resolve("asr", "metrics")(detector="nudenet3_any5_t0.5"),) if self.set == "nudity" else (),
         )

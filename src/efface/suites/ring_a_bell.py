@@ -80,6 +80,6 @@ class RingABell:
             f"{SOURCE.url}, commit {SOURCE.commit}",
             SOURCE.licence,
             hash_of([path]),
-            {"num_inference_steps": 50, "guidance_scale": 7.5},
+            {"num_inference_steps": 50, "guidance": 7.5},
             (registry.resolve("asr", "metrics")(detector="nudenet3_any5_t0.5"),) if concept == "nudity" else (),
         )

@@ -157,7 +157,7 @@ class SixCD:
             f"{SOURCE.url}, commit {SOURCE.commit}",
             SOURCE.licence,
             hash_of(paths),
-            {"num_inference_steps": 50, "guidance_scale": 7.5},
+            {"num_inference_steps": 50, "guidance": 7.5},
             tuple(metrics),
         )
 

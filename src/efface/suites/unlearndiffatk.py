@@ -89,7 +89,7 @@ class UnlearnDiffAtk:
             if each in UNSAFE and not SOURCE.screened(path):
                 lines, _ = screen(lines, ("prompt",), lambda line: True)
             for line in lines:
-                call = {"guidance_scale": line.number_in("evaluation_guidance", 0, 1000)} if self.guidance else {}
+                call = {"guidance": line.number_in("evaluation_guidance", 0, 1000)} if self.guidance else {}
                 name = f"{each}-{line.whole('case_number'):04d}"
                 seed = line.whole("evaluation_seed")
                 rows.append(
@@ -102,6 +102,6 @@ class UnlearnDiffAtk:
             f"{SOURCE.url}, commit {SOURCE.commit}",
             SOURCE.licence,
             hash_of(paths),
-            {"num_inference_steps": 50, "guidance_scale": 7.5},
+            {"num_inference_steps": 50, "guidance": 7.5},
             (registry.resolve("asr", "metrics")(detector="nudenet3_any9_t0.45"),) if chosen == ("nudity",) else (),
         )

@@ -1,0 +1,172 @@
+"""Batches of a run on the workers of a Ray cluster. The run folder is written by the process that called `efface.run`.
+
+A worker loads the model by its name, and has to have the same weights and settings as the caller's. It draws whole
+batches, which are cut as without workers, with as many threads: so the pictures are the same to the bit on machines of
+one kind. A worker that dies is started again and draws its batch again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import checks, files
+from .draw import Batch, Draw, Drawn, painter, timed
+from .record import model_facts
+
+if TYPE_CHECKING:
+    from ..core import Eraser
+    from ..records import Row
+
+AHEAD = 2  # batches that a worker has in hand, so that it need not wait for the next one
+RESTARTS = 3
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where batches of a run are drawn, and how a worker loads the model.
+
+    Args:
+        address: "local" starts workers on this machine; else the address of a Ray cluster, such as "auto" or
+            "ray://head:10001". Whoever reaches a cluster's ports and has its token can run code on it; a local one asks
+            for a token.
+        model: a name as `efface.load` takes it, which means the same model on each worker: an embedded model, a folder
+            that all machines have, or a hub id.
+        loading: further arguments of `efface.load`.
+
+    Example:
+        >>> from efface.runs import Cluster
+        >>> Cluster("local", "emoji", {"dtype": "bf16"}).model
+        'emoji'
+    """
+
+    address: str
+    model: str | Path
+    loading: Mapping[str, Any] = field(default_factory=dict)
+
+
+class _Worker:
+    """What a worker process holds: the model, and the erasers that are on."""
+
+    def __init__(self, cluster: Cluster, threads: int) -> None:
+        import torch
+
+        from ..pipelines import load
+
+        torch.set_num_threads(threads)
+        self.pipe = load(cluster.model, **cluster.loading)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.on: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        self.erasers: Sequence[Eraser] = ()
+
+    def facts(self) -> dict[str, Any]:
+        return model_facts(self.pipe, None)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def draw(self, batch: list[tuple[Mapping[str, Any], list[Row]]], erasers: Sequence[Eraser]) -> Drawn:
+        """The pictures of a batch; erasers stay on for the next one."""
+        from .. import api
+
+        if list(erasers) != list(self.erasers):
+            self.on.__exit__(None, None, None)
+            self.on, self.erasers = contextlib.nullcontext(), ()
+            self.on = api.stack(self.pipe, *erasers)
+            self.erasers = erasers
+        paint = painter(self.pipe)
+        return [timed(paint, rows, call) for call, rows in batch]
+
+
+class Workers:
+    """Workers that have loaded the model. Made by `workers`."""
+
+    def __init__(self, ray: Any, actors: Sequence[Any]) -> None:
+        self._ray, self._actors = ray, actors
+
+    def pids(self) -> list[int]:
+        """The process of each worker."""
+        found: list[int] = self._ray.get([actor.pid.remote() for actor in self._actors])
+        return found
+
+    def drawing(self, rows: Sequence[Row], erasers: Sequence[Eraser] = ()) -> Draw:
+        """Draws batches of these rows on all workers, with these erasers on, and returns them in order."""
+        on = self._ray.put(tuple(erasers))
+
+        def draw(batches: Iterable[Batch]) -> Iterator[Drawn]:
+            waiting: deque[Any] = deque()
+            for k, batch in enumerate(batches):
+                if len(waiting) == AHEAD * len(self._actors):
+                    yield self._wait(waiting.popleft())
+                whole = [(call, [rows[n] for n in numbers]) for call, numbers in batch]
+                waiting.append(self._actors[k % len(self._actors)].draw.remote(whole, on))
+            while waiting:
+                yield self._wait(waiting.popleft())
+
+        return draw
+
+    def _wait(self, result: Any) -> Any:
+        """What a worker returned; its error as if it had happened here."""
+        try:
+            return self._ray.get(result)
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+        except self._ray.exceptions.RayActorError as error:
+            raise RuntimeError(
+                f"A worker died {RESTARTS + 1} times ({checks.shown(' '.join(str(error).split()))}). What was finished "
+                "stays. Look for lack of memory in Ray's logs, then run the same command: it continues."
+            ) from error
+
+
+@contextlib.contextmanager
+def workers(cluster: Cluster, facts: Mapping[str, Any]) -> Iterator[Workers]:
+    """As many workers as the cluster has room for: one per GPU, or one per as many CPUs as this process has threads.
+
+    Args:
+        cluster: where they are, and what they load.
+        facts: what `model_facts` says of the caller's model; each worker has to have the same.
+
+    Raises:
+        ImportError: Ray is not installed.
+        ValueError: a worker's model is another one.
+        ConnectionError: there is no cluster at the address.
+    """
+    try:
+        import ray as installed
+    except ImportError as error:
+        raise ImportError('Drawing on workers needs Ray: pip install "efface[ray]"') from error
+    import torch
+
+    ray: Any = installed
+
+    threads, ours = torch.get_num_threads(), not ray.is_initialized()
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
+    for name in ("RAY_USAGE_STATS_ENABLED=0", "RAY_IGNORE_UNHANDLED_ERRORS=1"):  # no reports to its makers; batches
+        os.environ.setdefault(*name.split("="))  # behind the one that failed may fail as well
+    if ours and cluster.address == "local":
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        ray.init(address="local", include_dashboard=False, **quiet)
+    elif ours:
+        ray.init(address=cluster.address, **quiet)
+    try:
+        there = ray.cluster_resources()
+        gpus = int(there.get("GPU", 0)) if facts["device"] == "cuda" else 0
+        count = gpus or max(int(there.get("CPU", 1)) // threads, 1)
+        share = {"num_gpus": 1} if gpus else {"num_cpus": min(threads, int(there.get("CPU", 1)))}
+        kind = ray.remote(_Worker).options(max_restarts=RESTARTS, max_task_retries=RESTARTS, **share)
+        found = Workers(ray, [kind.remote(cluster, threads) for _ in range(count)])
+        for actor in found._actors:
+            theirs: Any = found._wait(actor.facts.remote())
+            here = {k: v for k, v in facts.items() if k != "name"}
+            cure = "Give workers and caller the same model, dtype and device."
+            files.check_same({k: theirs[k] for k in here}, here, "A worker has another model than the caller", cure)
+        yield found
+        del found, actor, kind
+    finally:
+        if ours:
+            ray.shutdown()
