@@ -16,7 +16,7 @@ help:
 	@echo "make demo       install if needed, then erase a concept and write before/after pictures"
 	@echo "make test       install if needed, then ruff, mypy and the fast tests"
 	@echo "make test-slow  the slow tests"
-	@echo "make leaderboard  every method on the emoji suite, into docs/; hours, can be stopped and continued"
+	@echo "make leaderboard  every method on the same prompts, into docs/; hours, can be stopped and continued"
 	@echo "make lint       ruff and mypy only"
 	@echo "make types      pyright, which fetches itself from npm on first use"
 	@echo "make clean      remove caches and build output (not $(VENV), not efface-out)"
@@ -50,7 +50,8 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
 leaderboard: $(STAMP)
-	$(BIN)/python benchmarks/leaderboard.py
+	$(BIN)/python -m experiments leaderboard
+	$(BIN)/python -m experiments docs
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

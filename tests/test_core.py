@@ -365,7 +365,7 @@ def test_a_row_id_is_a_file_name(name: str) -> None:
 def test_a_row_asks_for_something_and_is_frozen() -> None:
     with pytest.raises(ValueError, match="`prompt` of row 'a' to be a text that is not empty"):
         Row("a", "  ", 0)
-    with pytest.raises(TypeError, match="`keep` of row 'a'"):
+    with pytest.raises(TypeError, match="`keep` of row 'a' to be a sequence"):
         Row("a", "a cat", 0, keep="dog")  # type: ignore[arg-type]
     call = {"guidance_scale": 7.0}
     row = Row("a", "a cat", 0, keep=["dog"], call=call)  # type: ignore[arg-type]
@@ -402,7 +402,7 @@ def test_a_suite_has_rows_with_unique_ids_and_a_hash_over_them() -> None:
     for other in ((rows[1], rows[0]), rows[:1], (rows[0], dataclasses.replace(rows[1], seed=1))):
         assert Suite("mine", "1", other).data_hash != suite.data_hash
     assert Suite("mine", "1", rows, data_hash="file").data_hash == "file"
-    with pytest.raises(ValueError, match="'a' is there twice"):
+    with pytest.raises(ValueError, match="to be unique, got 'a' twice"):
         Suite("mine", "1", (rows[0], rows[1], rows[0]))
     with pytest.raises(ValueError, match="has no rows"):
         Suite("mine", "1", ())

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -234,14 +232,6 @@ def test_families_and_methods_speak_of_the_same_things() -> None:
         assert {*each.bidirectional, *each.resizable, *each.left_padded} <= set(each.tokenizers)
     needed = {name for form in forms() for need in form.needs for name in need.split("|")}
     assert needed and needed <= OFFERS.keys()
-
-
-def test_the_table_of_the_readme_is_the_computed_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    root = Path(__file__).parents[1]
-    monkeypatch.syspath_prepend(str(root / "benchmarks"))
-    table = importlib.import_module("fill_docs").families()
-    written = (root / "docs/methods.md").read_text("utf-8").partition("<!-- families:begin -->\n")[2]
-    assert written.partition("\n<!-- families:end -->")[0] == table, "run `python benchmarks/fill_docs.py`"
 
 
 def test_what_is_filled_in_says_where_it_was_calibrated() -> None:

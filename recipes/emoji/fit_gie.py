@@ -5,8 +5,8 @@
 
 Each concept gets prompts that name it, that imply it, that name it beside something else, and that have nothing to do
 with it. A picture's loss is what the sharper eye still sees of the concept, plus half of the share of other icons lost.
-Killed, the same command goes on with the ladder in `<out>.ladder.json`. Afterwards `python
-../../benchmarks/gie_adapter.py` says, on test seeds, whether the adapter beats the best fixed strength.
+Killed, the same command goes on with the ladder in `<out>.ladder.json`. Afterwards `python -m
+experiments gie_adapter`, in the root, says whether the adapter beats the best fixed strength.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from efface.models import emoji
 from efface.models.emoji.eyes import ConceptEyes, load_eyes
 from efface.models.emoji.weights import FOLDER, record
 
-CONCEPTS = ("alcohol", "weapon", "cat", "guitar", "vehicle")  # `benchmarks/gie_adapter.py` has others beside them
+CONCEPTS = ("alcohol", "weapon", "cat", "guitar", "vehicle")  # the experiment `gie_adapter` has others
 STRENGTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
 FIRST_SEED = 5_000
 console = Console(stderr=True)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from math import sqrt
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 from efface import checks
 
@@ -29,10 +34,15 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
     checks.whole("hits", hits, 0, checks.whole("n", n, 0))
     if n == 0:
         return 0.0, 1.0
-    p, d = hits / n, 1 + Z * Z / n
-    middle, half = (p + Z * Z / (2 * n)) / d, Z * sqrt(p * (1 - p) / n + Z * Z / (4 * n * n)) / d
-    low, high = max(middle - half, 0.0), min(middle + half, 1.0)
+    low, high = _score(hits / n, n, Z)
     return (0.0 if hits == 0 else low), (1.0 if hits == n else high)
+
+
+def _score(p: float, n: float, z: float) -> tuple[float, float]:
+    """Wilson's interval of a rate p among n trials."""
+    d = 1 + z * z / n
+    middle, half = (p + z * z / (2 * n)) / d, z * sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
+    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 @dataclass(frozen=True)
@@ -63,3 +73,171 @@ class Rate:
     def record(self) -> dict[str, float | int | list[float]]:
         """As cards hold it."""
         return {"rate": self.rate, "hits": self.hits, "n": self.n, "interval": list(self.interval)}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean of paired differences.
+
+    Args:
+        value: the mean over pictures.
+        interval: its 95 % interval over prompts and seeds.
+        p: how likely a difference of this size is, were the sign of each prompt's difference chance.
+        prompts: how many prompts it rests on. With G prompts, `p` is at least 2 / 2^G.
+    """
+
+    value: float
+    interval: tuple[float, float]
+    p: float
+    prompts: int
+
+
+def clustered(
+    values: Sequence[int] | np.ndarray, clusters: Sequence[Hashable], draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """The 95 % interval of a rate over pictures that share prompts: a bootstrap over prompts, then over their seeds.
+
+    Few prompts make a bootstrap too narrow, so its distance from the rate grows by t / z, with Student's t for as many
+    prompts. Near 0 and 1 it is too narrow as well. So the interval also covers Wilson's for the effective number of
+    pictures: n, less what the bootstrap says that sharing prompts costs. Where all values are 0, or all are 1, only
+    the prompts count as trials.
+
+    Args:
+        values: the outcome of each picture, 0 or 1.
+        clusters: the prompt of each picture.
+        draws: resamples.
+        seed: of the resamples.
+
+    Returns:
+        (low, high); (0, 1) with fewer than two prompts.
+
+    Raises:
+        ValueError: not one prompt per value, or a value other than 0 and 1.
+
+    Example:
+        >>> from efface.intervals import clustered
+        >>> low, high = clustered([1, 1, 0, 0] * 8, ["a", "a", "b", "b"] * 8)
+        >>> low < 0.5 < high
+        True
+    """
+    outcome, index, size = _grouped(values, clusters, (0, 1))
+    hits, groups = int(outcome.sum()), len(size)
+    if groups < 2:
+        return 0.0, 1.0
+    if hits in (0, len(outcome)):
+        return wilson(groups * (hits > 0), groups)
+    rate = hits / len(outcome)
+    low, high, variance = _resampled(outcome, index, size, draws, seed)
+    effective = min(float(len(outcome)), rate * (1 - rate) / max(variance, 1e-12))
+    apart = _score(rate, effective, _student(groups - 1))
+    return max(min(low, apart[0]), 0.0), min(max(high, apart[1]), 1.0)
+
+
+def difference(
+    a: Sequence[int] | np.ndarray,
+    b: Sequence[int] | np.ndarray,
+    clusters: Sequence[Hashable],
+    draws: int = 4000,
+    seed: int = 0,
+) -> Difference:
+    """The mean of a - b over pictures with equal prompts and seeds.
+
+    `p` compares the sum of the prompts' differences with sums in which each prompt's sign is chance.
+
+    Args:
+        a, b: outcomes 0 or 1, picture by picture.
+        clusters: the prompt of each picture.
+        draws: resamples, and random signs.
+        seed: of both.
+
+    Raises:
+        ValueError: not as many values in `a`, `b` and `clusters`, or other values than 0 and 1.
+
+    Example:
+        >>> from efface.intervals import difference
+        >>> found = difference([1, 1, 1, 1], [0, 0, 1, 0], ["a", "a", "b", "b"])
+        >>> found.value, found.p, found.prompts
+        (0.75, 0.5, 2)
+    """
+    import numpy as np
+
+    if len(a) != len(b):
+        raise ValueError(f"Expected as many values in `a` as in `b`, got {len(a)} and {len(b)}. Pair them by picture.")
+    outcome, index, size = _grouped(np.asarray(a, int) - np.asarray(b, int), clusters, (-1, 0, 1))
+    sums, groups = np.bincount(index, outcome, len(size)), len(size)
+    if 2**groups <= draws:
+        signs = 1 - 2 * (np.arange(2**groups)[:, None] >> np.arange(groups) & 1)
+    else:
+        signs = 1 - 2 * np.random.default_rng(seed).integers(2, size=(draws, groups))
+        signs[0] = 1  # the order that was seen is one of them
+    p = float((np.abs(signs @ sums) >= abs(sums.sum()) - 1e-9).mean())
+    low, high, _ = _resampled(outcome, index, size, draws, seed)
+    if not outcome.any():  # no picture differs: a bootstrap sees no spread
+        high = wilson(0, groups)[1]
+        low = -high
+    elif groups < 2:
+        low, high = -1.0, 1.0
+    return Difference(float(outcome.mean()), (max(low, -1.0), min(high, 1.0)), p, groups)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """The p values of one family of comparisons, adjusted by Holm: all below 0.05 hold together at 95 %.
+
+    Raises:
+        ValueError: a value outside 0 to 1.
+
+    Example:
+        >>> from efface.intervals import holm
+        >>> holm([0.01, 0.04, 0.03])
+        [0.03, 0.06, 0.06]
+    """
+    for each in p:
+        checks.share("p", each)
+    adjusted, least = [0.0] * len(p), 0.0
+    for k, place in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        least = max(least, min(1.0, (len(p) - k) * p[place]))
+        adjusted[place] = least
+    return adjusted
+
+
+def _grouped(
+    values: Any, clusters: Sequence[Hashable], allowed: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The values, the number of each one's cluster, and the size of each cluster."""
+    import numpy as np
+
+    outcome = np.asarray(values, int)
+    if len(outcome) != len(clusters):
+        raise ValueError(f"Expected a cluster per value, got {len(clusters)} for {len(outcome)}. Name each prompt.")
+    if len(outcome) == 0 or not np.isin(outcome, allowed).all():
+        raise ValueError("Expected outcomes 0 or 1 of at least one picture, got others. Give one per picture.")
+    number = {name: k for k, name in enumerate(dict.fromkeys(clusters))}
+    index = np.array([number[name] for name in clusters], int)
+    return outcome, index, np.bincount(index, minlength=len(number))
+
+
+def _resampled(
+    outcome: np.ndarray, index: np.ndarray, size: np.ndarray, draws: int, seed: int
+) -> tuple[float, float, float]:
+    """The interval of a mean of -1, 0 and 1 by resampling clusters, then what is in them; the variance of the means."""
+    import numpy as np
+
+    groups = len(size)
+    up, down = (np.bincount(index, sign, groups) / size for sign in (outcome > 0, outcome < 0))
+    random = np.random.default_rng(seed)
+    n = random.multinomial(groups, np.full(groups, 1 / groups), draws) * size
+    plus = random.binomial(n, up)
+    minus = random.binomial(n - plus, np.divide(down, 1 - up, out=np.zeros_like(down), where=up < 1).clip(0, 1))
+    means, middle = (plus - minus).sum(1) / n.sum(1), float(outcome.mean())
+    wider = _student(groups - 1) / Z if groups > 1 else 1.0
+    low, high = (middle + (float(end) - middle) * wider for end in np.percentile(means, (2.5, 97.5)))
+    return low, high, float(means.var())
+
+
+def _student(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t, by its expansion around the normal one: 0.1 % off from 4 degrees on."""
+    z, v = Z, freedom
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / v + second / v**2 + third / v**3

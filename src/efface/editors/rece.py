@@ -50,8 +50,8 @@ class RECE:
     1,734 artists are not preserved unless you give them. Of their penalties only that on ||c'|| is here.
 
     On `emoji`, whose text encoder reads both ways, every position of every phrase holds something of every prompt: the
-    paper's `mu` and `lam` there ruin unrelated pictures too. Its own values come from `benchmarks/editors_outcome.py
-    tune`, on tuning seeds.
+    paper's `mu` and `lam` there ruin unrelated pictures too. Its own values come from tuning seeds
+    (`results/editors_tuning.json`).
 
     Args:
         mu: > 0, holds c' small; far above the "mean eigenvalue" of S in `info`, the rounds do nothing. 0.1 or 0.001 in

@@ -1,0 +1,1 @@
+"""One runner for every card of `results/`: `python -m experiments list`. README.md of this folder says how it works."""

@@ -1,0 +1,257 @@
+"""Every experiment of the project. All caps together stay under 60 core-hours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import efface
+from efface import api, registry
+from efface.models.emoji.weights import FOLDER
+
+from .closed_form import ClosedForm
+from .literal import denoiser_calls as calls
+from .literal import finetune
+from .outcome import COLUMNS, NEGATIVES, Arm, Outcome, Sweep, chosen, first_that_reaches
+from .runner import Experiment, Plan
+from .sequence import Sequenced
+from .timing import Timing
+
+ALL = ("alcohol", "weapon", "cat", "neon sign")
+TUNED_EDITORS = {
+    "uce": efface.UCE(),
+    "rece": efface.RECE(),
+    "esd": efface.ESD(),
+    "sdd": efface.SDD(),
+    "ccrt": efface.CCRT(),
+}
+
+
+def strengths(method: Any, *values: float) -> dict[str, Any]:
+    return {f"{s:g}": (lambda concept, s=s: method(concept, strength=s)) for s in values}
+
+
+def sld(*presets: str) -> dict[str, Any]:
+    return {preset: (lambda concept, p=preset: getattr(efface.SLD, p)(concept)) for preset in presets}
+
+
+def settings(editor: Any, *values: Mapping[str, Any]) -> dict[str, Any]:
+    return {", ".join(f"{k}={v}" for k, v in each.items()) or "default": editor(**each) for each in values}
+
+
+def negatives() -> dict[str, Arm]:
+    """Methods x negative prompts, with as many pictures as the claim about a method needs."""
+    methods: dict[str, tuple[Any, int]] = {
+        "eiup": (efface.EIUP, 52),
+        "eiup separate": (lambda c: efface.EIUP(c, normalization="separate"), 13),
+        "eiup gated": (lambda c: efface.EIUP(c, normalization="gated"), 6),
+        "uce": (efface.UCE(), 6),
+        "esd": (efface.ESD(), 6),
+        "negative_prompt": (efface.NegativePrompt, 6),
+        "negative_prompt 3.75": (lambda c: efface.NegativePrompt(c, strength=3.75), 6),
+        "gie": (efface.GIE, 6),
+        "sld": (efface.SLD.weak_paper, 6),
+        "safree": (efface.SAFREE, 6),
+    }
+    arms = {f"base | {variant}": Arm(lambda c: None, variant, 13) for variant in NEGATIVES if variant != "none"}
+    for method, (make, n) in methods.items():
+        reads_texts = method in ("safree", "negative_prompt")  # they read or write the call's texts
+        for variant, text in NEGATIVES.items():
+            if text is not None or not reads_texts:
+                arms[f"{method} | {variant}"] = Arm(make, variant, n)
+        for strength in (None, 3.75) if method in ("eiup", "eiup separate", "gie", "sld", "safree") else ():
+            both = partial(stacked, make, strength)
+            arms[f"{method} | with NegativePrompt {strength or ''}".strip()] = Arm(both, n=n)
+    return arms
+
+
+def stacked(make: Any, strength: float | None, concept: efface.Concept) -> tuple[Any, ...]:
+    return make(concept), efface.NegativePrompt(concept, strength=strength)
+
+
+def defaults(plan: Plan) -> dict[str, Arm]:
+    """Every registered method that works on the model, by its defaults."""
+    arms: dict[str, Arm] = {}
+    for name, room in (registry.methods("erasers") | registry.methods("editors")).items():
+        make = partial(api.build, name) if room == "erasers" else api.editor(name)
+        arms[name] = Arm(make)
+    return arms
+
+
+def adapters() -> dict[str, Arm]:
+    fixed = {f"gie {s:g}": Arm(lambda c, s=s: efface.GIE(c, s)) for s in (0.125, 0.25, 0.5, 1.0, 2.0)}
+    return fixed | {"gie adapter": Arm(lambda c: efface.GIE(c, adapter=FOLDER / "gie.safetensors"))}
+
+
+def finetuned() -> dict[str, Any]:
+    return finetune.rows_per_update(efface.load("emoji")) | {"ccrt": finetune.counted(efface.load("emoji"), 20)}
+
+
+def timed_calls(name: str, model: str, batches: tuple[int, ...], **more: Any) -> Timing:
+    limits = {
+        "eiup projected": 1.05,
+        "eiup separate": 1.05,
+        "eiup gated": 1.05,
+        "projected, 1 phrase": 1.05,
+        "gie": 1.05,
+    }
+    limits |= {"safree": 1.02, "sld, 1 phrase": 1.5, "negative, own strength, 1 phrase": 1.5}
+    return Timing(
+        name=name,
+        question=f"What does a denoiser call with guidance cost, on {model}?",
+        scenes={f"{model}, batch {b}": partial(calls.scene, model, b) for b in batches},
+        variants={variant: partial(calls.seconds, make) for variant, make in calls.CALLS.items()},
+        against="plain",
+        effect=0.1,
+        targets={(f"{model}, batch 8", variant): limit for variant, limit in limits.items()},
+        used=(calls.seconds, efface.EIUP, efface.GIE, efface.SAFREE, efface.SLD, efface.NegativePrompt),
+        **more,
+    )
+
+
+RUN_TIME = Sweep(
+    name="run_time_sweep",
+    question="Which strength of each run-time method retains within 5 points of the base model and leaves least?",
+    cap=4.0,
+    points={
+        "eiup": strengths(efface.EIUP, 0.5, 1.5, 2.25, 3.0),
+        "gie": strengths(efface.GIE, 0.25, 0.5, 1.0, 2.0),
+        "sld": sld("weak_paper", "medium", "strong", "max"),
+        "safree": strengths(efface.SAFREE, 0.5, 1.0, 2.0, 4.0),
+        "negative_prompt": strengths(efface.NegativePrompt, 1.875, 3.75, 7.5, 15.0),
+    },
+)
+EDITORS = Sweep(
+    name="editors_sweep",
+    question="Which setting of each weight editor retains within 5 points of the base model and leaves least?",
+    cap=6.0,
+    n=16,
+    points={
+        "uce": settings(efface.UCE, {}, {"tokens": "last"}, {"lam": 5.0}, {"lam": 50.0}),
+        "rece": settings(
+            efface.RECE, {}, {"mu": 1.0, "lam": 0.1}, {"mu": 10.0, "lam": 10.0}, {"mu": 100.0, "lam": 1.0}
+        ),
+        "esd": settings(
+            efface.ESD, *({"eta": eta, "lr": lr} for eta, lr in ((0.5, 2e-4), (1.0, 1e-4), (0.5, 1e-4), (1.0, 5e-5)))
+        ),
+        "sdd": settings(
+            efface.SDD, *({"prompt_roles": r, "lr": lr} for lr in (2e-4, 1e-3) for r in ("code", "readme"))
+        ),
+        "ccrt": settings(efface.CCRT, *({"eta": eta, "lr": lr} for eta in (0.5, 1.0) for lr in (1e-4, 2e-4))),
+    },
+)
+EXPERIMENTS: tuple[Experiment, ...] = (
+    Sweep(
+        name="eiup_sweep",
+        question="Which strength of EIUP is the smallest that erases enough and retains enough? It is the default.",
+        cap=2.0,
+        points={"eiup": strengths(efface.EIUP, 0.5, 1.0, 1.5, 2.0, 2.25, 2.5, 3.0)},
+        rule=first_that_reaches,
+    ),
+    RUN_TIME,
+    EDITORS,
+    Outcome(
+        name="eiup_outcome",
+        question="Does EIUP erase, and what survives it?",
+        cap=2.0,
+        arms={"negative_prompt": Arm(efface.NegativePrompt), "eiup": Arm(efface.EIUP)},
+        primary=(("eiup", "negative_prompt", "residual"), ("eiup", "base", "retention")),
+        aims=(("eiup", "residual explicit", 0.05), ("eiup", "residual implicit", 0.03)),
+    ),
+    Outcome(
+        name="pareto",
+        question="Which run-time method erases most and loses least, each at the strength that its tuning chose?",
+        cap=4.0,
+        arms=partial(chosen, RUN_TIME),
+    ),
+    Outcome(
+        name="editors_outcome",
+        question="What do weight editors erase, and what survives them, at the package's settings?",
+        cap=5.0,
+        arms={name: Arm(editor) for name, editor in TUNED_EDITORS.items()},
+    ),
+    Outcome(
+        name="editors_biases",
+        question="What do ESD and SDD lose without biases, which LoRA files cannot hold?",
+        cap=3.0,
+        n=32,
+        block="selection",
+        concepts=("alcohol", "cat"),
+        arms={
+            f"{name}, {'with' if also else 'no'} biases": Arm(editor(biases=also))
+            for name, editor in (("esd", efface.ESD), ("sdd", efface.SDD))
+            for also in (True, False)
+        },
+        primary=tuple(
+            (f"{name}, no biases", f"{name}, with biases", metric)
+            for name in ("esd", "sdd")
+            for metric in ("residual", "retention")
+        ),
+    ),
+    Outcome(
+        name="negative_prompts",
+        question="Can a negative prompt bring an erased concept back, and does an ordinary one keep its effect?",
+        cap=6.0,
+        n=52,
+        cells=("explicit", "theme", "pair"),
+        arms=negatives(),
+        aims=tuple((f"eiup | {variant}", "residual", 0.03) for variant in NEGATIVES),
+        columns={**COLUMNS, "object": "the named object is there"},
+    ),
+    Outcome(
+        name="leaderboard",
+        question="Every method by its defaults, on the same rows.",
+        cap=5.0,
+        n=64,
+        concepts=("alcohol", "weapon", "smoking", "gambling", "death"),
+        arms=defaults,
+    ),
+    Outcome(
+        name="gie_adapter",
+        question="Does GIE's adapter beat the fixed strength that tuning seeds chose?",
+        cap=3.0,
+        n=32,
+        cells=("explicit", "theme", "pair"),
+        arms=adapters(),
+        primary=(("gie adapter", "gie 2", "residual"), ("gie adapter", "gie 2", "retention")),
+    ),
+    Sequenced(
+        name="ccrt_sequence",
+        question="What is left of five concepts removed in sequence, and of bystanders, with and without a search?",
+        cap=3.0,
+        editors={"ccrt": efface.CCRT(), "esd in sequence": efface.CCRT(reg=0.0)},
+        removed=("cat", "guitar", "beer mug", "rocket", "rose"),
+        kept=("octopus", "robot", "helicopter", "strawberry", "sunglasses", "trophy"),
+    ),
+    timed_calls("eiup_overhead", "emoji", (1, 8), cap=1.0, memory=True),
+    timed_calls("eiup_overhead_sd15", "sd15", (1, 8), cap=6.0, n=3, warm=False),
+    Timing(
+        name="guard_overhead",
+        question="What do the hooks cost in a denoiser call, without any method's arithmetic?",
+        cap=0.5,
+        n=5,
+        scenes={model: partial(calls.scene, model, 1) for model in ("emoji", "sd15")},
+        variants={"step": partial(calls.seconds, calls.base), "hooks": calls.hooks_alone},
+        against="step",
+        targets={(model, "hooks"): 0.005 for model in ("emoji", "sd15")},
+        used=(calls.hooks_alone,),
+    ),
+    *(
+        Timing(
+            name=f"finetune_step_{method}",
+            question=f"What does an update of {method.upper()} cost, beside the published three-chain step?",
+            cap=0.5,
+            n=7,
+            scenes={"emoji": partial(efface.load, "emoji")},
+            variants=finetune.variants(method),
+            against="naive",
+            slower=True,
+            used=(finetune.Naive, {"esd": efface.ESD, "sdd": efface.SDD}[method]),
+            count=finetuned if method == "sdd" else None,
+        )
+        for method in ("esd", "sdd")
+    ),
+    ClosedForm(name="closed_form", question="What do UCE and RECE cost, and how exact are they?", cap=1.0),
+)
+CATALOGUE: dict[str, Experiment] = {each.name: each for each in EXPERIMENTS}

@@ -1,0 +1,151 @@
+"""Fills README.md and the docs from cards, between their markers.
+
+The block of a card of an earlier runner is kept in `earlier/`, as that runner rendered it, with the hash of its cards:
+it goes into the docs while the cards are those. A card of this runner gives a caption and a table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from . import tables
+from .code import ROOT
+from .tables import Table, percent
+
+
+def card(name: str, root: Path = ROOT) -> Any:
+    return json.loads((root / f"results/{name}.json").read_text("utf-8"))
+
+
+def block(marker: str, root: Path = ROOT) -> str:
+    """The text of a block.
+
+    Raises:
+        ValueError: a card of an earlier runner is not the one that its block was rendered from.
+    """
+    note, _, text = (Path(__file__).parent / f"earlier/{marker}.md").read_text("utf-8").partition("\n")
+    *names, digest = note.removeprefix("<!-- ").removesuffix(" -->").split()
+    found = [(name, card(name, root)) for name in names]
+    new = [(name, each) for name, each in found if isinstance(each, dict) and "form" in each]
+    if new:
+        return "\n\n".join(f"{tables.caption(each, name)}\n\n{tables.of_card(each).markdown()}" for name, each in new)
+    content = b"".join((root / f"results/{name}.json").read_bytes() for name in names)
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ValueError(
+            f"Expected the cards {', '.join(names)} as an earlier runner left them, got others. Restore them from the "
+            "repository, or draw the experiment again."
+        )
+    return text.removesuffix("\n")
+
+
+def figure(found: Any) -> str:
+    """Removed against kept, as an SVG in a grey that can be read on white and on black."""
+    import efface
+    from efface.report.plot import pareto
+
+    def score(name: str, s: Mapping[str, Any], value: float, low: float, high: float) -> efface.Score:
+        return efface.Score(name, value, s["n"], low, high, "share")
+
+    points = []
+    for row in found["rows"]:
+        if "form" not in found:
+            pair = [row["scores"][name] for name in ("removal.absolute", "retention")]
+            ends = [tuple(math.nan if s[k] is None else s[k] for k in ("value", "low", "high")) for s in pair]
+        else:
+            pair = [row["residual"], row["retention"]]
+            ends = [(1 - pair[0]["rate"], 1 - pair[0]["interval"][1], 1 - pair[0]["interval"][0])]
+            ends.append((pair[1]["rate"], *pair[1]["interval"]))
+        made = [score(n, s, *e) for n, s, e in zip(("removal.absolute", "retention"), pair, ends, strict=True)]
+        points.append((row.get("method") or row["row"], *made))
+    return pareto(points, "removal.absolute", "retention").replace("currentColor", "#6e7781")
+
+
+def gates(found: Any) -> str:
+    yes = {True: "yes", False: "no", None: ""}
+    first = [
+        [kind, _interval(s["all"]["worse"]), f"{100 * s['all']['bar']:.0f} %", yes[s["all"]["passed"]]]
+        for kind, s in found["a"]["kinds"].items()
+    ]
+    drawn = [
+        [name, _interval(p["worse"]), "" if p.get("bar") is None else f"{100 * p['bar']:.0f} %", yes[p.get("passed")]]
+        for name, p in found["c"]["kinds"].items()
+    ]
+    rates = {f"{job}: male": p for job, p in found["c"]["gender"]["jobs"].items()} | {
+        "watermark": found["c"]["watermark"]
+    }
+    drawn += [
+        [name, _interval(p["worse"]), f"{100 * p['trained']:.0f} ± 5 %", yes[p["passed"]]] for name, p in rates.items()
+    ]
+    return f"""\
+Gate A, {found["a"]["n"]} held-out scenes after the autoencoder ({found["a"]["date"]}):
+
+{Table(["what", "named", "bar", "passed"], first).markdown()}
+
+Gate C, what the model draws ({found["c"]["date"]}):
+
+{Table(["what", "rate", "bar", "passed"], drawn).markdown()}"""
+
+
+def _interval(p: Mapping[str, Any]) -> str:
+    return percent(p | {"interval": (p["low"], p["high"])})
+
+
+def families() -> str:
+    """Which method works on which family."""
+    from efface.families import FAMILIES, matrix
+
+    names, notes, rows = [each.name for each in FAMILIES], [], []
+    for (method, form), cells in matrix().items():
+        shown = []
+        for name in names:
+            if (cell := cells[name]) not in ("", "yes"):
+                notes += [cell] * (cell not in notes)
+                cell = f"yes ({'abcdefgh'[notes.index(cell)]})"
+            shown.append(cell or "-")
+        rows.append([f"`{method}`{f' with {form}' if form else ''}", *shown])
+    under = [f"\n({'abcdefgh'[k]}) with {note} in the call" for k, note in enumerate(notes)]
+    return "\n".join([Table(["method", *names], rows).markdown(), *under])
+
+
+def summary() -> str:
+    """README's few lines: the base model and every method of two cards."""
+    found = [card(name) for name in ("pareto", "editors_outcome")]
+    if not all("form" in each for each in found):
+        return block("summary")
+    columns = {name: found[0]["columns"][name] for name in ("residual implicit", "retention", "nothing")}
+    rows = {row["row"]: row for each in found for row in each["rows"]}
+    return tables.of_card({"form": 2, "columns": columns, "rows": list(rows.values())}).markdown()
+
+
+EARLIER = ("measured", "negatives", "pareto", "editors", "sequence", "speed", "fits", "leaderboard")
+BLOCKS: dict[str, Callable[[], str]] = {
+    "summary": summary,
+    "families": families,
+    **{marker: partial(block, marker) for marker in EARLIER},
+    "gates": lambda: gates(card("emoji_gates")),
+}
+PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
+MODEL_CARD = "src/efface/models/emoji/MODEL_CARD.md"
+
+
+def filled(text: str) -> str:
+    """A page with the blocks between its markers."""
+    for marker, make in BLOCKS.items():
+        pattern = re.compile(f"(<!-- {marker}:begin -->).*?(<!-- {marker}:end -->)", re.DOTALL)
+        if pattern.search(text):
+            content = make()
+            text = pattern.sub(lambda m, content=content: f"{m[1]}\n{content}\n{m[2]}", text)
+    return text
+
+
+def fill_all(root: Path = ROOT) -> None:
+    for name in (*PAGES, MODEL_CARD):
+        (root / name).write_text(filled((root / name).read_text("utf-8")), "utf-8")
+    (root / "docs/leaderboard.svg").write_text(figure(card("leaderboard")), "utf-8")

@@ -1,0 +1,1 @@
+"""Literal baselines, written from the descriptions of the methods: what the package is compared with."""

@@ -1,0 +1,688 @@
+"""The runner of `experiments/`: it goes on after a kill, keeps to cap and blocks, and counts what was seen."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+import efface
+import experiments.__main__ as command
+from efface.intervals import clustered
+from experiments import code, docs, outcome, runner, tables
+from experiments.catalogue import CATALOGUE, EXPERIMENTS, strengths
+from experiments.closed_form import ClosedForm
+from experiments.literal import denoiser_calls as calls
+from experiments.literal import finetune
+from experiments.outcome import NEGATIVES, Arm, Outcome, Sweep, first_that_reaches, least_residual
+from experiments.runner import Experiment, Plan, Store, Unit
+from experiments.sequence import Sequenced
+from experiments.timing import Timing
+from experiments.worlds import CELLS, CONCEPTS, SEEDS, STRIDES, TUNED, World, seeds
+
+ROOT = Path(__file__).parents[1]
+ABOUT = {"name": "trial", "question": "Does the runner run?", "cap": 1.0}
+CALL = {"num_inference_steps": 1, "guidance": 7.5}
+SMALL: dict[str, Any] = {"concepts": ("alcohol",), "cells": ("explicit", "bystander"), "n": 2}
+
+
+@pytest.fixture(autouse=True)
+def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a step, the base model shows nothing yet, so every cell counts. Only tests of each kind draw for real."""
+    monkeypatch.setattr(outcome, "COUNTS", 0.0)
+    if "kind" not in request.fixturenames:
+        monkeypatch.setattr(outcome, "draw", noise)
+
+
+def noise(pipe: Any, prompts: Sequence[str], numbers: Sequence[int], **call: Any) -> torch.Tensor:
+    return torch.stack([torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(s)) for s in numbers])
+
+
+def plan(folder: Path, experiment: Experiment, **more: Any) -> Plan:
+    given = {"block": experiment.block, "n": experiment.n, "folder": folder / "work", "cards": folder, "call": CALL}
+    return Plan(**given | more)
+
+
+def run(experiment: Experiment, folder: Path, **more: Any) -> Any:
+    where = plan(folder, experiment, **{k: more.pop(k) for k in ("block", "n") if k in more})
+    return runner.run(experiment, where, folder / f"{experiment.name}.json", "a command", say=lambda _: None, **more)
+
+
+def arms(**more: Arm) -> dict[str, Arm]:
+    return {"eiup": Arm(efface.EIUP), "negative_prompt": Arm(efface.NegativePrompt), **more}
+
+
+class InRounds:
+    """An editor of a sequence that needs no search."""
+
+    def __new__(cls) -> Any:
+        return efface.CCRT(reg=0.0, steps=1, sampler_steps=2, batch=1)
+
+
+TINY = {"tiny": partial(calls.scene, "tiny", 1)}
+KINDS: dict[str, Callable[[], Experiment]] = {
+    "outcome": lambda: Outcome(**ABOUT, **SMALL, arms=arms()),
+    "negative prompts": lambda: Outcome(
+        **ABOUT,
+        **SMALL | {"n": 1, "cells": ("explicit",)},
+        arms={
+            **{variant: Arm(efface.EIUP, variant, 1) for variant in ("object", "opposite embeddings")},
+            "nearly": Arm(lambda c: None, "nearly equal embeddings"),
+            "two": Arm(lambda c: (efface.EIUP(c), efface.NegativePrompt(c, strength=3.75))),
+        },
+    ),
+    "editors": lambda: Outcome(
+        **ABOUT, **SMALL, arms={"uce": Arm(efface.UCE()), "esd": Arm(efface.ESD(steps=1, sampler_steps=2, batch=1))}
+    ),
+    "sweep": lambda: Sweep(**ABOUT, **SMALL | {"n": 1}, points={"eiup": strengths(efface.EIUP, 0.5, 1.0)}),
+    "sequence": lambda: Sequenced(
+        **ABOUT, editors={"in rounds": InRounds()}, removed=("cat", "rose"), kept=("robot",), n=1
+    ),
+    "overhead": lambda: Timing(
+        **ABOUT,
+        scenes=TINY,
+        variants={n: partial(calls.seconds, calls.CALLS[n]) for n in ("plain", "eiup projected", "two trajectories")},
+        against="plain",
+        effect=0.1,
+        used=(calls.seconds,),
+        n=2,
+    ),
+    "hooks alone": lambda: Timing(
+        **ABOUT,
+        scenes=TINY,
+        variants={"step": partial(calls.seconds, calls.base), "hooks": partial(calls.hooks_alone, calls=2)},
+        against="step",
+        used=(calls.hooks_alone,),
+        n=1,
+    ),
+    "fine-tuning": lambda: Timing(
+        **ABOUT,
+        scenes={"tiny": lambda: tiny.pipeline("small")},
+        variants=finetune.variants("sdd", 4),
+        against="naive",
+        slower=True,
+        used=(finetune.Naive,),
+        n=1,
+    ),
+    "closed form": lambda: ClosedForm(**ABOUT, size="tiny", concepts=(1, 2), n=1),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Experiment:
+    monkeypatch.setattr("experiments.closed_form.fresh", lambda experiment, given: experiment.one(given))
+    return KINDS[request.param]()
+
+
+def without(card: Mapping[str, Any], *keys: str) -> Any:
+    """A card without what differs between two runs: dates, and the seconds that were measured."""
+    gone = {"date", "core_hours", "seconds", "core_seconds", "memory MiB", "ratio", "times slower", *keys}
+    if isinstance(card, dict):
+        return {k: without(v, *keys) for k, v in card.items() if k not in gone}
+    return [without(each, *keys) for each in card] if isinstance(card, list) else card
+
+
+# ---------------------------------------------------------------- every kind, end to end
+
+
+def says_how_it_was_made(made: dict[str, Any], kind: Experiment) -> None:
+    assert made["form"] == runner.FORM and made["command"] == "a command" and made["n"] == kind.n
+    assert made["core_hours"].keys() == {"cap", "estimate", "spent"} and made["core_hours"]["estimate"] > 0
+    assert len(made["data_sha256"]) == len(made["detector"]["thresholds_sha256"]) == 64
+    assert made["detector"]["threshold"] and made["machine"] and made["code"]["commit"] and made["versions"]["torch"]
+    assert all(len(row["code"]) == 64 and row["date"] and row["commit"] for row in made["rows"])
+    for form in tables.FORMATS:
+        text = tables.of_card(made).text(form)
+        assert all(
+            row["row"].replace("_", "\\_") in text or row["row"] in text or row["row"] == "base" for row in made["rows"]
+        )
+    assert "a command" in tables.caption(made, "trial") and "core-hours" in tables.caption(made, "trial")
+
+
+def test_an_interrupted_run_goes_on_to_the_identical_card(
+    kind: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(kind, tmp_path / "whole")
+    assert whole == json.loads((tmp_path / "whole/trial.json").read_text())
+    says_how_it_was_made(whole, kind)
+    measured: list[Unit] = []
+    measure = Store.measure
+
+    def count(self: Store, unit: Unit) -> Any:
+        if len(measured) == len(kind.units(plan(tmp_path, kind))) // 2 and stop:
+            raise KeyboardInterrupt
+        measured.append(unit)
+        return measure(self, unit)
+
+    monkeypatch.setattr(Store, "measure", count)
+    stop = True
+    with pytest.raises(KeyboardInterrupt):
+        run(kind, tmp_path / "cut")
+    stop, first = False, list(measured)
+    assert first and not (tmp_path / "cut/trial.json").exists()
+    (tmp_path / "cut/work/trial/half.json.partial").write_text('{"raw": ')  # what a kill while writing leaves
+    resumed = run(kind, tmp_path / "cut")
+    assert without(resumed, "info") == without(whole, "info")
+    assert len({unit.digest for unit in measured}) == len(measured)  # nothing is measured twice
+    assert {unit.digest for unit in measured} == {unit.digest for unit in kind.units(plan(tmp_path, kind))}
+    file = tmp_path / "cut/trial.json"
+    before, number = file.read_bytes(), len(measured)
+    run(kind, tmp_path / "cut")
+    assert file.read_bytes() == before and len(measured) == number
+
+
+def test_an_estimate_above_the_cap_is_refused_and_nothing_is_measured(kind: Experiment, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"at most 1e-09 core-hours, got \S+ \(.*Lower `--n`.*raise `cap`"):
+        run(dataclasses.replace(kind, cap=1e-9), tmp_path)
+    assert not list((tmp_path / "work/trial").glob("*.json")) and not (tmp_path / "trial.json").exists()
+
+
+def test_an_estimate_draws_nothing_else(tmp_path: Path) -> None:
+    said: list[str] = []
+    experiment = KINDS["outcome"]()
+    where = plan(tmp_path, experiment)
+    assert runner.run(experiment, where, tmp_path / "card.json", "", only_estimate=True, say=said.append) is None
+    assert [line.split(":")[0].strip() for line in said] == ["trial", "base", "eiup", "negative_prompt"]
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_run_stops_where_the_cap_is_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "estimate", lambda units: {"base": 0.0})
+    with pytest.raises(ValueError, match="at most 1e-06 core-hours, got .*, all of it spent"):
+        run(dataclasses.replace(KINDS["outcome"](), cap=1e-6), tmp_path)
+
+
+def _forever(folder: str) -> None:
+    outcome.COUNTS = 0.0
+    run(dataclasses.replace(KINDS["outcome"](), n=40), Path(folder))
+
+
+def test_a_killed_process_leaves_what_it_measured_and_no_lock(tmp_path: Path) -> None:
+    worker = multiprocessing.get_context("spawn").Process(target=_forever, args=(str(tmp_path),))
+    worker.start()
+    begun = time.monotonic()
+    while not list(tmp_path.glob("work/trial/" + "[0-9a-f]" * 64 + ".json")):
+        assert worker.is_alive() and time.monotonic() - begun < 240
+        time.sleep(0.02)
+    os.kill(worker.pid or 0, signal.SIGKILL)
+    worker.join()
+    kept = {path: path.read_bytes() for path in tmp_path.glob("work/trial/" + "[0-9a-f]" * 64 + ".json")}
+    made = run(dataclasses.replace(KINDS["outcome"](), n=40), tmp_path)
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    assert made["rows"][0]["nothing"]["n"] == 80
+
+
+def test_one_process_writes(tmp_path: Path) -> None:
+    experiment = KINDS["outcome"]()
+    store = Store(tmp_path / "work/trial")
+    with runner.lock(store.folder / "lock"), pytest.raises(BlockingIOError, match="at work in"):
+        run(experiment, tmp_path)
+
+
+def test_a_damaged_file_of_raw_outcomes_is_named(tmp_path: Path) -> None:
+    experiment = KINDS["outcome"]()
+    run(experiment, tmp_path)
+    path = next(tmp_path.glob("work/trial/" + "[0-9a-f]" * 64 + ".json"))
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"is damaged.* Delete it"):
+        run(experiment, tmp_path)
+    path.write_text('{"setting": 1}')
+    with pytest.raises(ValueError, match="holds another unit than its name says"):
+        run(experiment, tmp_path)
+
+
+# ---------------------------------------------------------------- other code, other rows
+
+
+@pytest.fixture
+def drawn(tmp_path: Path) -> tuple[Outcome, Path, dict[str, Any]]:
+    experiment = Outcome(**ABOUT, **SMALL, arms=arms())
+    return experiment, tmp_path, run(experiment, tmp_path)
+
+
+def other_code(monkeypatch: pytest.MonkeyPatch, method: type) -> None:
+    true = outcome.code_hash
+    monkeypatch.setattr(outcome, "code_hash", lambda *used: "0" * 64 if method in used else true(*used))
+
+
+def test_an_update_leaves_the_other_rows_to_the_bit(drawn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment, folder, old = drawn
+    other_code(monkeypatch, efface.EIUP)
+    new = run(experiment, folder, update=["eiup"])
+    assert (
+        [row["row"] for row in new["rows"]]
+        == [row["row"] for row in old["rows"]]
+        == ["base", "eiup", "negative_prompt"]
+    )
+    for before, after in zip(old["rows"], new["rows"], strict=True):
+        assert (json.dumps(before) == json.dumps(after)) == (before["row"] != "eiup")
+    assert new["rows"][1]["code"] == "0" * 64 and new["command"] == old["command"]
+    assert [note["rows"] for note in new["updates"]] == [["eiup"]] and "Redrawn" in tables.caption(new, "trial")
+    assert new["comparisons"] == old["comparisons"]  # the pictures are the same
+    again = run(experiment, folder, update=["negative_prompt"])
+    assert again["rows"] == new["rows"] and len(again["updates"]) == 2
+
+
+def test_a_row_that_is_new_joins_the_card(drawn: Any) -> None:
+    experiment, folder, old = drawn
+    new = run(dataclasses.replace(experiment, arms=arms(sld=Arm(efface.SLD))), folder, update=["sld"])
+    assert new["rows"][:3] == old["rows"] and new["rows"][3]["row"] == "sld"
+    assert {each["row"] for each in new["comparisons"]} == {"eiup", "negative_prompt", "sld"}
+
+
+@pytest.mark.parametrize("what", ["n", "block", "data_sha256", "base"])
+def test_rows_that_must_not_be_compared_do_not_join(drawn: Any, what: str) -> None:
+    experiment, folder, old = drawn
+    other = copy.deepcopy(old)
+    other[what] = "another"
+    (folder / "trial.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=f"The card has {what} .*Measure all rows anew"):
+        run(experiment, folder, update=["eiup"])
+
+
+def test_an_update_needs_a_card_and_a_row(tmp_path: Path) -> None:
+    experiment = KINDS["outcome"]()
+    with pytest.raises(ValueError, match="is no card of this runner"):
+        run(experiment, tmp_path, update=["eiup"])
+    with pytest.raises(ValueError, match="Expected a row of `trial`, got 'eip'. There is: base, eiup, negative_prompt"):
+        run(experiment, tmp_path, update=["eip"])
+
+
+def test_a_card_of_other_code_is_named(drawn: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    experiment, folder, card = drawn
+    where = plan(folder, experiment)
+    assert runner.outdated(experiment, where, card) == []
+    other_code(monkeypatch, efface.EIUP)
+    assert runner.outdated(experiment, where, card) == ["eiup"]
+    monkeypatch.setattr(command, "CATALOGUE", {"trial": experiment})
+    monkeypatch.setattr(command, "ROOT", folder)
+    (folder / "results").mkdir()
+    (folder / "results/trial.json").write_text(json.dumps(card))
+    command.main(["list"])
+    assert f"card of {card['date'][:10]}, other code: eiup" in capsys.readouterr().out
+
+
+def test_the_test_block_is_drawn_once_per_release(drawn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment, folder, _ = drawn
+    other_code(monkeypatch, efface.EIUP)
+    with pytest.raises(ValueError, match="the test block is drawn once per release. Redraw single rows with `--update"):
+        run(experiment, folder)
+
+
+def test_the_code_counts_and_its_comments_do_not(tmp_path: Path) -> None:
+    def meaning(text: str) -> str:
+        path = tmp_path / f"{abs(hash(text))}.py"
+        path.write_text(text)
+        return code.meaning(path)
+
+    plain = meaning("def f(x):\n    return x + 1\n")
+    assert plain == meaning('"""Head."""\n\n\ndef f(x):\n    """Doc."""\n    return x + 1  # why\n')
+    assert plain != meaning("def f(x):\n    return x + 2\n")
+    methods = (efface.EIUP, efface.GIE, efface.SLD, efface.Delta, efface.UCE)
+    assert len({code.code_hash(each) for each in methods}) == len(methods)
+
+
+def test_all_code_behind_a_method_counts() -> None:
+    """What it imports, what that imports, and the families, which are imported by name."""
+    src = ROOT / "src/efface"
+    todo, seen = [src / "erasers/eiup.py"], set()
+    while todo:
+        path = todo.pop()
+        if path not in seen:
+            seen.add(path)
+            todo += code.imported(path)
+    named = {str(path.relative_to(src)) for path in seen}
+    assert {
+        "erasers/eiup.py",
+        "hooks/method.py",
+        "hooks/denoiser.py",
+        "_text.py",
+        "core.py",
+        "families/base.py",
+    } <= named
+    assert not named & {"report.py", "cli/app.py", "erasers/sld.py"}
+
+
+# ---------------------------------------------------------------- blocks
+
+
+@pytest.mark.parametrize("model", ["emoji", "emoji-128"])
+def test_blocks_share_neither_a_seed_nor_a_prompt(model: str) -> None:
+    world, where = World(model), {}
+    for block, concept, cell in itertools.product(SEEDS, CONCEPTS, CELLS):
+        for text, _ in world.prompts(concept, cell, block):
+            assert where.setdefault(text, block) == block
+            turned = " and ".join(text.split(" and ")[::-1])
+            assert where.get(turned, block) == block  # the same pair in the other order
+    assert {block for block in where.values()} == set(SEEDS)
+    for a, b in itertools.combinations(SEEDS.values(), 2):
+        assert not set(a) & set(b)
+    for block in SEEDS:
+        used = [s for c in CONCEPTS for cell in CELLS for s in seeds(block, c, cell, STRIDES[block])]
+        assert len(used) == len(set(used)) and set(used) <= set(SEEDS[block])
+    assert max(SEEDS["tuning"]) < efface.checks.TUNING_SEEDS <= min(SEEDS["selection"])
+
+
+@pytest.mark.parametrize("model", ["emoji", "emoji-128"])
+def test_some_concepts_are_never_tuned_on_and_all_are_tested(model: str) -> None:
+    world = World(model)
+    for concept in CONCEPTS:
+        tuned = any(world.prompts(concept, cell, "tuning") for cell in CELLS)
+        assert tuned == (concept in TUNED) and world.prompts(concept, "explicit", "test")
+    assert 0 < len(TUNED) < len(CONCEPTS)
+
+
+def test_what_chooses_never_sees_the_test_block(tmp_path: Path) -> None:
+    sweep = KINDS["sweep"]()
+    with pytest.raises(ValueError, match=r"Expected `trial` on the tuning or selection block, because it chooses"):
+        run(sweep, tmp_path, block="test")
+    with pytest.raises(ValueError, match="Expected a block of tuning, selection, test, got 'train'"):
+        run(KINDS["outcome"](), tmp_path, block="train")
+    made = run(sweep, tmp_path, block="selection")
+    first = made["cells"]["alcohol, explicit"]["first_seed"]
+    assert first in SEEDS["selection"] and made["chosen"]["eiup"] in ("0.5", "1")
+    for experiment in EXPERIMENTS:
+        assert experiment.chooses == isinstance(experiment, Sweep)
+        assert not experiment.chooses or experiment.block == "tuning"
+
+
+def test_more_pictures_than_a_cell_has_seeds_are_refused() -> None:
+    with pytest.raises(ValueError, match="Expected n from 1 to 280 on the tuning block, got 281"):
+        seeds("tuning", "cat", "pair", 281)
+
+
+def test_methods_are_tuned_alike() -> None:
+    with pytest.raises(ValueError, match="Expected as many points for each method"):
+        Sweep(**ABOUT, points={"a": {"1": None}, "b": {"1": None, "2": None}})
+
+
+def test_a_choice_is_measured_by_the_experiment_that_reads_it(tmp_path: Path) -> None:
+    sweep = KINDS["sweep"]()
+    measured = Outcome(**ABOUT | {"name": "measured"}, **SMALL, arms=partial(outcome.chosen, sweep))
+    with pytest.raises(FileNotFoundError, match=r"Run `python -m experiments trial` first: it chooses"):
+        run(measured, tmp_path)
+    chosen = run(sweep, tmp_path)["chosen"]
+    assert [row["row"] for row in run(measured, tmp_path)["rows"]] == ["base", f"eiup {chosen['eiup']}"]
+
+
+@pytest.mark.parametrize(
+    ("points", "chosen"),
+    [
+        ([(0.5, 0.9), (0.1, 0.86), (0.0, 0.84)], 1),  # the last retains 6 points less than the base model
+        ([(0.1, 0.86), (0.1, 0.9), (0.2, 0.99)], 1),  # of equal ones, the one that retains most
+        ([(0.5, 0.3), (0.1, 0.2)], 0),  # none retains enough
+    ],
+)
+def test_the_rule(points: list[tuple[float, float]], chosen: int) -> None:
+    rows = [{"residual": {"rate": residual}, "retention": {"rate": kept}} for residual, kept in points]
+    assert least_residual(rows, {"retention": {"rate": 0.9}}) == chosen
+
+
+@pytest.mark.parametrize(
+    ("points", "chosen"),
+    [
+        ([(0.051, 0.031, 0.9), (0.04, 0.02, 0.86), (0.0, 0.0, 0.9)], 1),  # the first of those that do it
+        ([(0.051, 0.0, 0.9), (0.0, 0.0, 0.85)], 1),  # too much left of explicit prompts
+        ([(0.0, 0.0, 0.84), (0.2, 0.2, 0.9), (0.1, 0.1, 0.9)], 2),  # none: least left, of those that retain
+    ],
+)
+def test_the_rule_of_the_smallest_strength(points: list[tuple[float, float, float]], chosen: int) -> None:
+    names = ("residual explicit", "residual implicit", "retention")
+    rows = [{"residual": {"rate": p[0]}} | {n: {"rate": r} for n, r in zip(names, p, strict=True)} for p in points]
+    assert first_that_reaches(rows, {"retention": {"rate": 0.9}}) == chosen
+
+
+def test_the_default_strength_is_what_the_sweep_chose() -> None:
+    card = json.loads((ROOT / "results/eiup_sweep.json").read_text())
+    assert efface.EIUP("cat").strength == card["chosen"]
+
+
+# ---------------------------------------------------------------- what a card counts
+
+
+def of_pictures(rows: Mapping[str, Mapping[str, tuple[Sequence[str], Sequence[str]]]], **more: Any) -> dict[str, Any]:
+    """A card of given outcomes: row to "concept, cell" to the digits of both eyes, and of what is retained."""
+    experiment, found = Outcome(**ABOUT, arms={}, **more), []
+    for row, cells in rows.items():
+        for name, (digits, retained) in cells.items():
+            concept, cell = name.split(", ")
+            n = len(digits[0])
+            eyes = [[-1 if c == "-" else int(c) for c in eye] for eye in digits]
+            kept = [[-1 if c == "-" else int(c) for c in eye] for eye in retained]
+            prompts = [f"{name} {k % 4}" for k in range(n)]
+            setting = {"concept": concept, "cell": cell, "prompts": prompts, "seeds": [0, n], "erasers": [], "code": ""}
+            unit = Unit(row, setting, dict, n, lambda: 0.0)
+            found.append((unit, {"raw": {"outcome": eyes, "retained": kept, "object": kept}, "date": ""}))
+    card = experiment.rows(Plan("test", 8), found)
+    return card | experiment.derived(card)
+
+
+def test_retention_is_judged_on_every_row_and_removal_where_the_base_model_shows_the_concept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The fault of the earlier cards: cells with a low base rate were left out of retention too."""
+    monkeypatch.setattr(outcome, "COUNTS", 0.3)
+    nothing = "-" * 8
+    rows = {
+        "base": {
+            "alcohol, explicit": (["22222222"] * 2, [nothing] * 2),
+            "alcohol, theme": (["11111110", "22221111"], ["11111100"] * 2),  # one eye sees nothing of it
+            "alcohol, bystander": (["11111111"] * 2, ["11111111"] * 2),
+        },
+        "eiup": {
+            "alcohol, explicit": (["00000001", "00000012"], [nothing] * 2),
+            "alcohol, theme": (["00000000"] * 2, ["00000000"] * 2),
+            "alcohol, bystander": (["11111111"] * 2, ["11111111", "11111110"]),
+        },
+    }
+    card = of_pictures(rows)
+    base, eiup = card["rows"]
+    assert card["not judged"] == ["alcohol, theme"] and "Removal is not judged in alcohol, theme" in card["verdict"][0]
+    assert (eiup["residual"]["hits"], eiup["residual"]["n"]) == (1, 8)  # the eye that sees more
+    assert (base["retention"]["hits"], base["retention"]["n"]) == (14, 16)
+    assert (eiup["retention"]["hits"], eiup["retention"]["n"]) == (7, 16)  # the eye that sees less
+    assert base["retention"]["prompts"] == 8 and "residual implicit" not in eiup
+
+
+def test_a_ruined_picture_is_no_success() -> None:
+    """Three outcomes: nothing of the concept is left, but nothing else is there either."""
+    rows = {
+        "base": {"cat, pair": (["22222222"] * 2, ["11111111"] * 2)},
+        "ruined": {"cat, pair": (["00000000"] * 2, ["00000000"] * 2)},
+        "clean": {"cat, pair": (["11111111"] * 2, ["11111111"] * 2)},
+    }
+    _, ruined, clean = of_pictures(rows)["rows"]
+    assert ruined["residual"]["rate"] == clean["residual"]["rate"] == 0.0
+    assert (ruined["nothing"]["rate"], ruined["other"]["rate"]) == (1.0, 0.0)
+    assert (clean["nothing"]["rate"], clean["other"]["rate"]) == (0.0, 1.0)
+
+
+def test_intervals_are_clustered_by_prompt_and_name_the_worst() -> None:
+    rows = {
+        "base": {"cat, pair": (["2" * 8] * 2, ["1" * 8] * 2)},
+        "x": {"cat, pair": (["0002000200020002"[:8]] * 2, ["1" * 8] * 2)},
+    }
+    found = of_pictures(rows)["rows"][1]["residual"]
+    assert found["rate"] == 0.25 and found["highest"] == ["cat: cat, pair 3", 1.0] and found["prompts"] == 4
+    values = [int(k % 4 == 3) for k in range(8)]
+    assert found["interval"] == list(clustered(values, [f"cat: cat, pair {k % 4}" for k in range(8)]))
+
+
+def test_comparisons_are_paired_and_the_rest_adjusted() -> None:
+    digits = {"base": "2" * 32, "a": "0" * 32, "b": "0" * 28 + "2" * 4, "c": "2" * 8}
+    rows = {row: {"cat, pair": ([d] * 2, ["1" * len(d)] * 2)} for row, d in digits.items()}
+    card = of_pictures(rows, primary=(("a", "b", "residual"),))
+    found = {(each["row"], each["against"], each["metric"]): each for each in card["comparisons"]}
+    first = found["a", "b", "residual"]
+    assert first["difference"] == -0.125 and "p, Holm" not in first
+    rest = [each for key, each in found.items() if key != ("a", "b", "residual")]
+    assert len(rest) == 6 and all(each["p, Holm"] >= each["p"] for each in rest)
+    assert found["c", "base", "residual"]["difference"] == 0.0  # on the pictures that both have
+
+
+def test_an_aim_needs_enough_pictures() -> None:
+    cell = {"base": {"cat, pair": (["2" * 8] * 2, ["1" * 8] * 2)}, "x": {"cat, pair": (["0" * 8] * 2, ["1" * 8] * 2)}}
+    few = of_pictures(cell, aims=(("x", "residual", 0.03),))["verdict"]
+    assert few == ["Aim for x: residual <= 3 %. Not judged: n = 8, 512 are needed."]
+    many = {
+        row: {name: tuple([d * 64 for d in eyes] for eyes in both) for name, both in of.items()}
+        for row, of in cell.items()
+    }
+    assert of_pictures(many, aims=(("x", "residual", 0.03),))["verdict"][0].startswith(
+        "Aim for x: residual <= 3 %. Met: 0.0 %, bound"
+    )
+
+
+def test_the_eyes_give_three_outcomes_and_what_is_retained() -> None:
+    """On drawn pictures: a cat, a guitar, and grey."""
+    world = World("emoji")
+    images = efface.pipelines.draw(world.pipe, ["a cat", "a guitar"], [11, 12])
+    images = torch.cat([images, torch.full((1, 3, 64, 64), 0.5)])
+    judged = world.judge(images, "cat", [(), ("guitar",), ("guitar",)])
+    assert judged["outcome"] == [[2, 1, 0]] * 2 and judged["retained"] == [[-1, 1, 0]] * 2
+    assert world.sees(images, ["guitar"] * 3) == [[0, 1, 0]] * 2
+
+
+# ---------------------------------------------------------------- timing
+
+
+def test_a_variant_without_effect_fails(tmp_path: Path) -> None:
+    dead = dataclasses.replace(
+        KINDS["overhead"](), variants={n: partial(calls.seconds, calls.base) for n in ("plain", "dead hook")}
+    )
+    with pytest.raises(RuntimeError, match=r"'dead hook' changes the prediction by 0\.0000"):
+        run(dead, tmp_path)
+
+
+def test_a_variant_that_is_timed_again_leaves_the_others(tmp_path: Path) -> None:
+    experiment = KINDS["overhead"]()
+    old = run(experiment, tmp_path)
+    again = dataclasses.replace(experiment, only=("eiup projected",))
+    assert {name for unit in again.units(plan(tmp_path, again)) for name in unit.setting["variants"]} == {
+        "plain",
+        "eiup projected",
+    }
+    new = run(experiment, tmp_path, update=["eiup projected"])
+    rows = {row["row"]: row for row in new["rows"]}
+    assert [rows[name] for name in ("plain", "two trajectories")] == [old["rows"][0], old["rows"][2]]
+    assert all(each["scenes"]["tiny"]["ratio"]["median"] == 1 for each in old["rows"] if each["row"] == "plain")
+
+
+def test_memory_is_that_of_a_process_of_its_own() -> None:
+    found = KINDS["overhead"]().one({"scene": "tiny", "variant": "plain"})
+    assert found["peak"] > 2**20
+
+
+def test_no_hook_stays_after_the_hooks_were_timed() -> None:
+    scene = calls.scene("tiny", 1)
+    with torch.no_grad():
+        before = scene.call(*scene.texts())()
+        calls.hooks_alone(scene, 2)
+        assert torch.equal(scene.call(*scene.texts())(), before)
+
+
+def test_rows_of_the_denoiser_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune, "K", 2)
+    rows = finetune.rows_per_update(tiny.pipeline("small"), 4)
+    assert rows["esd: efface, reuse 4"] < rows["esd: efface, reuse 1"]
+
+
+# ---------------------------------------------------------------- the catalogue, the command, the documents
+
+
+def test_all_cards_together_take_at_most_60_core_hours() -> None:
+    assert sum(each.cap for each in EXPERIMENTS) <= 60
+    assert len(CATALOGUE) == len(EXPERIMENTS) and all(
+        each.question.endswith("?") or each.question.endswith(".") for each in EXPERIMENTS
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in CATALOGUE if name != "pareto"])
+def test_every_experiment_can_be_planned(name: str) -> None:
+    """Prompts in its block, seeds for its n, and configurations that go into a file."""
+    each = CATALOGUE[name]
+    units = each.units(Plan(each.block, each.n, each.model))
+    assert units and all(len(unit.digest) == 64 and unit.weight > 0 for unit in units)
+
+
+def test_negative_prompts_are_tried_on_every_method_that_takes_them() -> None:
+    rows = CATALOGUE["negative_prompts"].arms
+    for variant in NEGATIVES:
+        assert f"eiup | {variant}" in rows and (variant == "none" or f"base | {variant}" in rows)
+    assert "safree | equal embeddings" not in rows and "eiup | with NegativePrompt 3.75" in rows
+
+
+def test_every_card_of_an_earlier_runner_is_named_with_its_command() -> None:
+    text = (ROOT / "experiments/README.md").read_text()
+    for path in sorted((ROOT / "results").glob("*.json")):
+        card = json.loads(path.read_text())
+        if isinstance(card, dict) and "form" in card:
+            continue
+        assert f"`results/{path.name}`" in text
+        made = [each.get("command") for each in (card if isinstance(card, list) else [card])]
+        assert all(command in text for command in made if command)
+
+
+def test_the_documents_are_filled_from_the_cards() -> None:
+    pages = {name: (ROOT / name).read_text("utf-8") for name in (*docs.PAGES, docs.MODEL_CARD)}
+    for marker in docs.BLOCKS:
+        assert sum(f"<!-- {marker}:begin -->" in text for text in pages.values()) == 1, marker
+    for text in pages.values():
+        emptied = re.sub(r"(<!-- (\w+):begin -->).*?(<!-- \2:end -->)", r"\1\3", text, flags=re.DOTALL)
+        assert docs.filled(emptied) == docs.filled(text) == text, "run `python -m experiments docs`"
+    svg = docs.figure(docs.card("leaderboard"))
+    assert svg == (ROOT / "docs/leaderboard.svg").read_text("utf-8") and "currentColor" not in svg
+
+
+def test_a_card_of_this_runner_fills_its_block_and_a_changed_earlier_one_does_not(drawn: Any, tmp_path: Path) -> None:
+    _, _, card = drawn
+    (tmp_path / "results").mkdir()
+    file = tmp_path / "results/eiup_outcome.json"
+    file.write_text(json.dumps(card))
+    text = docs.block("measured", tmp_path)
+    assert "Does the runner run?" in text and "`a command`" in text and "| `eiup` |" in text
+    assert "eiup" in docs.figure(card)
+    earlier = (ROOT / "results/eiup_outcome.json").read_text()
+    file.write_text(earlier)
+    assert "21 min of drawing" in docs.block("measured", tmp_path)
+    file.write_text(earlier.replace("0.9", "0.8", 1))
+    with pytest.raises(ValueError, match="Expected the cards eiup_outcome as an earlier runner left them, got others"):
+        docs.block("measured", tmp_path)
+
+
+def test_tables_in_three_forms() -> None:
+    table = tables.Table(["method", "residual, %"], [["`a_b`", "1.0 % [0.1, 2.0]"]])
+    assert table.markdown() == "| method | residual, % |\n|---|---|\n| `a_b` | 1.0 % [0.1, 2.0] |"
+    assert r"\texttt{a\_b} & 1.0 \% [0.1, 2.0] \\" in table.latex() and table.latex().count(r"\\") == 2
+    assert table.csv() == 'method,"residual, %"\na_b,"1.0 % [0.1, 2.0]"'
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    experiment = KINDS["outcome"]()
+    monkeypatch.setattr(command, "CATALOGUE", {"trial": experiment})
+    monkeypatch.setattr(command, "Plan", partial(Plan, call=CALL))
+    base = ["trial", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "card.json")]
+    assert command.main([*base, "--n", "1"]) == 0
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert card["command"] == "python -m experiments trial --n 1" and "| `eiup` |" in capsys.readouterr().out
+    assert command.main(["table", str(tmp_path / "card.json"), "--format", "latex"]) == 0
+    assert r"\texttt{eiup}" in capsys.readouterr().out
+    assert command.main([*base, "--block", "train"]) == 1
+    assert "Error: Expected a block of" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["no such experiment"])
+    assert "is not an experiment. There is: trial" in capsys.readouterr().err
