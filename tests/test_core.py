@@ -402,7 +402,7 @@ def test_a_suite_has_rows_with_unique_ids_and_a_hash_over_them() -> None:
     for other in ((rows[1], rows[0]), rows[:1], (rows[0], dataclasses.replace(rows[1], seed=1))):
         assert Suite("mine", "1", other).data_hash != suite.data_hash
     assert Suite("mine", "1", rows, data_hash="file").data_hash == "file"
-    with pytest.raises(ValueError, match="to be unique, got 'a' twice"):
+    with pytest.raises(ValueError, match="to be unique, but 'a' is there twice"):
         Suite("mine", "1", (rows[0], rows[1], rows[0]))
     with pytest.raises(ValueError, match="has no rows"):
         Suite("mine", "1", ())
