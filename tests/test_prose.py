@@ -1,0 +1,90 @@
+"""Docstrings, pages and messages are written to be read once: no phrase that has to be decoded, no endless sentence."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LONGEST = 40
+"""Words in a sentence; most have under 25."""
+PHRASES = (
+    r"that (is|are) no\b",
+    r"\b(is|are) told\b",
+    r"\baimed at (is|are|was|were)\b",
+    r"\bof (its|their) own\b.*\bof (its|their) own\b",
+    r"\bno third kind\b",
+    r"\bat once\b",
+    r"\bwhat .{3,40} has more than\b",
+    r"\bbeside (it|them|him|that)\b",
+    r"\bthat want any\b",
+    r"\bgoe?s? before (it|them)\b",
+    r"\bsays so\b",
+    r"\bor nothing beside\b",
+    r"\bplain (model|pictures?|step|run)\b",
+)
+DOCSTRINGS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def pages() -> list[Path]:
+    places = (ROOT, ROOT / "docs", ROOT / "recipes", ROOT / "src", ROOT / "experiments", ROOT / "examples")
+    found = {page for k, place in enumerate(places) for page in (place.rglob if k else place.glob)("*.md")}
+    return sorted(page for page in found if page.name != "CHANGELOG.md")
+
+
+def sources() -> list[Path]:
+    return sorted(file for room in ("src", "experiments", "recipes") for file in (ROOT / room).rglob("*.py"))
+
+
+def paragraphs_of_page(text: str) -> Iterator[str]:
+    """The prose of a page: no code, tables, generated blocks or pictures."""
+    text = re.sub(r"<!-- (\w+):begin -->.*?<!-- \1:end -->", "", text, flags=re.DOTALL)
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    for block in re.split(r"\n\s*\n|\n(?=\s*(?:[-*|]|\d+\.) )", text):
+        if not block.startswith(("|", "    ", "![", "#")):
+            yield block
+
+
+def paragraphs_of_source(text: str) -> Iterator[str]:
+    """Docstrings without their examples, and the texts of errors and warnings."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, DOCSTRINGS) and (doc := ast.get_docstring(node)):
+            yield from re.split(
+                r"\n\s*\n|\n(?=\s*(?:[\w`, ]+:|[-*]|\d+\.) )", re.split(r"\n\s*(?:Example|Shapes):", doc)[0]
+            )
+        elif isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            for argument in node.exc.args:
+                words = [part.value for part in ast.walk(argument) if isinstance(part, ast.Constant)]
+                yield " … ".join(word for word in words if isinstance(word, str))
+
+
+def faults(paragraph: str) -> Iterator[str]:
+    flat = " ".join(re.sub(r"\]\([^)]*\)", "]", paragraph).split())
+    for phrase in PHRASES:
+        if found := re.search(phrase, flat, re.IGNORECASE):
+            yield f"phrase: {flat[max(0, found.start() - 40) : found.end() + 40]}"
+    for sentence in re.split(r"(?<=[.!?;:])\s+(?=[A-Z`\[*(…])", flat):
+        if (n := len(sentence.split())) > LONGEST and "|" not in sentence and " = " not in sentence:
+            yield f"{n} words: {sentence[:100]}"
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_reads_once(page: Path) -> None:
+    assert [f for each in paragraphs_of_page(page.read_text("utf-8")) for f in faults(each)] == []
+
+
+@pytest.mark.parametrize("file", sources(), ids=lambda file: str(file.relative_to(ROOT)))
+def test_docstrings_and_messages_read_once(file: Path) -> None:
+    assert [f for each in paragraphs_of_source(file.read_text("utf-8")) for f in faults(each)] == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["A dtype that is none, of which it is told.", "The plain model draws.", f"It says {'very ' * LONGEST}much."],
+)
+def test_the_lint_finds_such_phrases(text: str) -> None:
+    assert list(faults(text))
