@@ -1,4 +1,4 @@
-"""What users call: `erase`, `stack`, `active`, and the shipped concepts."""
+"""The main functions for users: `erase`, `stack`, `active`, and the shipped concepts."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def concepts() -> dict[str, Concept]:
 
 
 def build(method: str, concepts: Concepts, /, **fields: Any) -> Any:
-    """The eraser `method`, or a preset of it ("sld.strong"), for `concepts`, configured by `fields`.
+    """Builds the eraser `method`, or a preset of it ("sld.strong"), for `concepts`.
 
     Raises:
-        ValueError: unknown method, preset or field (the message has near matches), or a field out of range.
-        TypeError: a method that is not a text.
+        ValueError: the method, preset or field is unknown (the message has near matches), or a field is out of range.
+        TypeError: `method` is not a text.
     """
     name, preset = registry.split(method)
     cls = _checked(name, "erasers", fields)
@@ -73,10 +73,10 @@ def build(method: str, concepts: Concepts, /, **fields: Any) -> Any:
 
 
 def editor(method: str, /, **fields: Any) -> Any:
-    """The editor `method`, configured by `fields`; its `fit(pipe, concepts)` gives a delta.
+    """Builds the editor `method`. Its `fit(pipe, concepts)` returns a delta.
 
     Raises:
-        ValueError: unknown method or field (the message has near matches), or a field out of range.
+        ValueError: the method or field is unknown (the message has near matches), or a field is out of range.
     """
     return _checked(method, "editors", fields)(**fields)
 
@@ -85,35 +85,35 @@ def _checked(method: str, room: str, fields: dict[str, Any]) -> type:
     cls = registry.resolve(method, room)
     if "concepts" in fields:
         raise ValueError(
-            f"The concepts of {method} are not set like its fields. Name them by --concept or --phrase, in Python by "
-            "the argument for concepts."
+            f"The concepts of {method} cannot be set as a field. Use --concept or --phrase, or the argument for "
+            "concepts in Python."
         )
     checks.fields(method, cls, fields, hidden=("concepts",))
     return cls
 
 
 def load_delta(path: str | Path) -> Delta:
-    """The delta in a file, as `Delta.save` and `efface fit` write it; see `Delta.load`."""
+    """Loads a delta from a file that `Delta.save` or `efface fit` wrote. See `Delta.load`."""
     from .delta import Delta
 
     return Delta.load(path)
 
 
 def erase(pipe: DiffusionPipeline, concepts: Concepts, method: str = "eiup", **fields: Any) -> Handle:
-    """Erases concepts from what a pipeline draws, by any run-time method, from now on.
+    """Applies a run-time method to a pipeline, which then draws without the concepts.
 
     Args:
         pipe: a diffusers text-to-image pipeline.
         concepts: names of shipped concepts, `Concept` objects, or a sequence of them.
-        method: an eraser's name, as `efface list methods` shows them; a preset goes behind a dot: "sld.strong".
+        method: an eraser's name from `efface list methods`. Write a preset after a dot: "sld.strong".
         fields: the method's own fields, such as `strength`.
 
     Returns:
-        A handle: a context manager with `remove()`, settable `strength` and `rows`.
+        A handle: a context manager with `remove()` and settable `strength` and `rows`.
 
     Raises:
-        ValueError: unknown concept, method or field, or a field out of range.
-        TypeError: a pipeline of an unknown family, or a method that is not a text.
+        ValueError: a concept, the method or a field is unknown, or a field is out of range.
+        TypeError: the family of the pipeline is unknown, or `method` is not a text.
 
     Example:
         >>> import efface
@@ -128,16 +128,16 @@ def erase(pipe: DiffusionPipeline, concepts: Concepts, method: str = "eiup", **f
 
 
 def active(pipe: DiffusionPipeline) -> Handles:
-    """What is on a pipeline: run-time erasers in their order, then deltas. Printed, it is a table.
+    """The erasers on a pipeline: run-time erasers in their order, then deltas. Prints as a table.
 
     Args:
-        pipe: a diffusers text-to-image pipeline; a deep copy of a guarded one has erasers of its own.
+        pipe: a diffusers text-to-image pipeline. A deep copy of a pipeline has separate copies of its erasers.
 
     Returns:
-        The handles as one: `active(pipe).remove()` takes all of them off, `active(pipe)[0].strength = 1.0` changes one.
+        The handles as one. `active(pipe).remove()` removes all; `active(pipe)[0].strength = 1.0` changes one.
 
     Raises:
-        TypeError: a pipeline of an unknown family.
+        TypeError: the family of the pipeline is unknown.
 
     Example:
         >>> import efface
@@ -154,19 +154,19 @@ def active(pipe: DiffusionPipeline) -> Handles:
 
 @contextlib.contextmanager
 def conditional_rows(pipe: DiffusionPipeline, rows: Sequence[bool]) -> Iterator[None]:
-    """Says which rows are conditional in denoiser calls that are made without the pipeline, as by attacks.
+    """Declares which rows are conditional when code, such as an attack, calls the denoiser without the pipeline.
 
-    With erasers on, such a call has to be told: in a call of the pipeline, `encode_prompt` says which rows of the batch
-    read the prompt, and a guess would leave pictures unguarded.
+    Erasers need this declaration. In a pipeline call they learn it from `encode_prompt`; a wrong guess would leave
+    pictures without erasure.
 
     Args:
         pipe: the pipeline whose denoiser is called.
-        rows: for each row of the denoiser call whether it reads the prompt (True) or the unconditional text (False);
-            as in diffusers, unconditional rows come first.
+        rows: one value per row of the denoiser call: True if it is conditional, False if it is unconditional. As in
+            diffusers, unconditional rows come first.
 
     Raises:
-        ValueError: no rows, or an unconditional row behind a conditional one.
-        RuntimeError: in the denoiser call: another number of rows.
+        ValueError: there are no rows, or an unconditional row follows a conditional one.
+        RuntimeError: a denoiser call has another number of rows.
 
     Example:
         >>> import efface, torch
@@ -183,26 +183,26 @@ def conditional_rows(pipe: DiffusionPipeline, rows: Sequence[bool]) -> Iterator[
     given = [bool(row) for row in rows]
     if not given or given != sorted(given):
         raise ValueError(
-            f"Expected `rows` to be truth values, False for unconditional rows and then True for conditional ones, but "
-            f"got {given}. Put the unconditional rows first, as diffusers does."
+            "Expected `rows` to be truth values, False for unconditional rows and then True for conditional ones, got "
+            f"{given}. Put the unconditional rows first, as diffusers does."
         )
     with rows_given(pipe, given):
         yield
 
 
 def stack(pipe: DiffusionPipeline, *erasers: Eraser) -> Handles:
-    """Applies several erasers, in order; all or none.
+    """Applies several erasers in order. If one fails, none stays applied.
 
     Args:
         pipe: a diffusers text-to-image pipeline.
-        erasers: such as `efface.EIUP("alcohol")`, and deltas.
+        erasers: erasers such as `efface.EIUP("alcohol")`, or deltas.
 
     Returns:
-        Their handles as one: a context manager with `remove()`; each handle can come off on its own.
+        Their handles as one context manager with `remove()`. Each handle can also be removed separately.
 
     Raises:
-        ValueError: one that does not fit the pipeline; those before it are taken off again.
-        TypeError: something that is not an eraser, or a pipeline of an unknown family.
+        ValueError: an eraser does not fit the pipeline. The earlier ones are removed again.
+        TypeError: an argument is not an eraser, or the family of the pipeline is unknown.
 
     Example:
         >>> import efface

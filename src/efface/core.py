@@ -1,5 +1,4 @@
-"""The words everything else is written in: `Concept`, `Handle`, and what an eraser, an editor and a detector are. No
-model code."""
+"""The basic types: `Concept` and `Handle`, and the protocols `Eraser`, `Editor` and `Detector`. Holds no model code."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     class Pipeline(DiffusionPipeline):
-        """A pipeline that can be called. diffusers declares the call in each kind of pipeline, not in their base."""
+        """A callable pipeline. diffusers declares `__call__` in each pipeline class, not in their base class."""
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -63,17 +62,17 @@ def field_names(method: Any) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Concept:
-    """Something that must not be drawn.
+    """Something that the model must not draw.
 
     Args:
-        name: what to call it in files and reports.
-        phrases: short texts that evoke it; `(name,)` if left empty. They become erasure prompts.
-        anchor: text to map the concept onto, for methods that need one; "" is the unconditional text.
-        keep: neighbours that must survive, for methods that can preserve.
+        name: its name in files and reports.
+        phrases: short texts that evoke it. They become erasure prompts. Default: `(name,)`.
+        anchor: the text that methods with an anchor map the concept to. "" is the unconditional text.
+        keep: related texts that methods with preservation leave unchanged.
 
     Raises:
-        ValueError: an empty name or phrase.
-        TypeError: a name that is no text, or `phrases` or `keep` that are no sequence of texts.
+        ValueError: `name` or a phrase is empty.
+        TypeError: `name` is not a text, or `phrases` or `keep` is not a sequence of texts.
 
     Example:
         >>> from efface import Concept
@@ -94,8 +93,7 @@ class Concept:
         object.__setattr__(self, "keep", keep)
         if not all(p.strip() for p in self.phrases):
             raise ValueError(
-                f"Expected the phrases of {checks.shown(self.name)} to be texts, got an empty one. Remove it: an empty "
-                "text erases nothing."
+                f"Expected the phrases of {checks.shown(self.name)} to be texts, got an empty one. Remove it."
             )
 
 
@@ -112,12 +110,13 @@ def shipped_concepts() -> Mapping[str, Concept]:
 
 @functools.cache
 def concept_sources() -> Mapping[str, str]:
-    """Where the phrases of a shipped concept were published, by name; concepts with phrases of ours are left out."""
+    """The published source of a shipped concept's phrases, by name. Concepts without a published source are left
+    out."""
     return {name: source for name, (_, source) in _shipped().items() if source}
 
 
 def _shipped() -> dict[str, tuple[Concept, str]]:
-    """The shipped concepts with their sources. Ours have a list of phrases; published ones name their source."""
+    """The shipped concepts with their sources. In the file, a concept without a source is a plain list of phrases."""
     file = resources.files("efface") / "concepts.json"
     try:
         data = json.loads(file.read_text("utf-8"))
@@ -136,12 +135,12 @@ def concept(name: str) -> Concept:
     """The shipped concept of that name.
 
     Args:
-        name: one of those that `efface list concepts` shows; upper and lower case differ. Names with a dot, such as
-            "nudity.safree", are published word lists; the list shows their sources.
+        name: a name from `efface list concepts`. Upper and lower case differ. Names with a dot, such as
+            "nudity.safree", are published word lists; `efface list concepts` shows their sources.
 
     Raises:
-        ValueError: no such concept; the message lists near matches. A free text is written `Concept("...")`.
-        TypeError: the name is no text.
+        ValueError: there is no such concept. The message lists near matches. Write other texts as `Concept("...")`.
+        TypeError: `name` is not a text.
 
     Example:
         >>> import efface
@@ -163,13 +162,13 @@ def concept(name: str) -> Concept:
         hint = near(name, known)
         raise ValueError(
             f"{checks.shown(name)} is not a shipped concept. {hint}{' ' if hint else ''}`efface list concepts` shows "
-            f"all. Write a text of your own as Concept({checks.shown(name)}), on the command line as --phrase."
+            f"all. Write any other text as Concept({checks.shown(name)}), on the command line as --phrase."
         )
     return known[name]
 
 
 def as_concepts(concepts: Concepts, known: Sequence[Concept] = ()) -> tuple[Concept, ...]:
-    """Concepts from names and `Concept` objects; a bare name must be one of `known` or a shipped one."""
+    """Concepts from names and `Concept` objects. A name must be in `known` or belong to a shipped concept."""
     if isinstance(concepts, (Concept, str)):
         concepts = (concepts,)
     names = {c.name: c for c in known}
@@ -186,7 +185,7 @@ RowsField = Converted[Rows, tuple[tuple[Concept, ...], ...] | None]
 
 
 def as_rows(rows: Rows, known: Sequence[Concept]) -> tuple[tuple[Concept, ...], ...] | None:
-    """One tuple of concepts per prompt of the batch, or None for "the same everywhere"."""
+    """One tuple of concepts per prompt of the batch. None means the same concepts for every prompt."""
     if rows is None:
         return None
     if isinstance(rows, (str, Concept)) or not isinstance(rows, Sequence):
@@ -198,46 +197,48 @@ def as_rows(rows: Rows, known: Sequence[Concept]) -> tuple[tuple[Concept, ...], 
 
 
 class Eraser(Protocol):
-    """Changes what a pipeline draws, reversibly. The object is its own configuration (a frozen dataclass).
+    """Changes what a pipeline draws, reversibly. An eraser is a frozen dataclass, which is also its configuration.
 
-    The methods also have, as class attributes or properties, `off`, the field values that make them the identity or
-    None, and `touches_uncond`, whether they may change unconditional rows (EIUP: those with a negative prompt). They
-    are no part of the protocol: type checkers do not take a class attribute and a property for the same.
+    Methods also have two class attributes or properties. `off` holds the field values that make the method the
+    identity, or None. `touches_uncond` says whether it may change unconditional rows (EIUP: those with a negative
+    prompt). Neither belongs to the protocol, because type checkers distinguish class attributes from properties.
     """
 
     def apply(self, pipe: DiffusionPipeline) -> Handle: ...
 
 
 def check_eraser(eraser: Any) -> None:
-    """TypeError unless it is an eraser, with what to write instead."""
+    """Raises TypeError unless `eraser` is an eraser. The message says what to write instead."""
     if isinstance(eraser, type):
         raise TypeError(
             f"Expected an eraser, got the class {eraser.__name__}. Write for example {eraser.__name__}('alcohol')."
         )
     if not callable(getattr(eraser, "apply", None)):
-        cure = "Use efface.erase, which takes methods by name" if isinstance(eraser, str) else "See efface.Eraser"
-        cure = "Give several one by one" if isinstance(eraser, (list, tuple)) else cure
-        cure = "Fit it to a pipeline first, which gives a delta" if hasattr(eraser, "fit") else cure
+        cure = "Pass method names to efface.erase" if isinstance(eraser, str) else "See efface.Eraser"
+        cure = "Apply them one by one" if isinstance(eraser, (list, tuple)) else cure
+        cure = "Fit it to a pipeline first: `fit` returns a delta" if hasattr(eraser, "fit") else cure
         raise TypeError(
             f"Expected an eraser, such as efface.EIUP('alcohol') or a delta, got {checks.shown(eraser)}. {cure}."
         )
 
 
 class Editor(Protocol):
-    """Learns a `Delta`, an eraser made of changed weights. The object is its own configuration (a frozen dataclass)."""
+    """Learns a `Delta`: an eraser that consists of changed weights. An editor is a frozen dataclass, which is also its
+    configuration."""
 
     def fit(self, pipe: DiffusionPipeline, concepts: Concepts, *, seed: int = 0) -> Any:
-        """The delta (`efface.Delta`) that erases `concepts`; leaves `pipe` as found, also after an exception."""
+        """Returns the delta (`efface.Delta`) that erases `concepts`. Leaves `pipe` unchanged, also after an
+        exception."""
         ...
 
 
 def config(method: Any) -> dict[str, Any]:
-    """What a record stores of a method: its name and its fields, as JSON types.
+    """The name and the fields of a method as JSON types, as records store them.
 
-    The name is the registered one, by which `efface.erase` and `api.build` find the method again. A class that is not
-    registered is named `module:Class`; to rebuild it from a record, register it by an entry point.
+    `efface.erase` and `api.build` find the method by this registered name. A class without a registered name gets
+    `module:Class`. Register it by an entry point to rebuild it from records.
     """
-    if hasattr(method, "config"):  # a delta says itself what it is: its tensors do not belong into a record
+    if hasattr(method, "config"):  # deltas describe themselves, without their tensors
         return dict(method.config())
     fields = json.loads(json.dumps(dataclasses.asdict(method)))
     return {"method": name_of(type(method)), **fields}
@@ -250,28 +251,28 @@ def _unsettable(name: str, owner: str, handle: str) -> str:
     hint = near(name, SETTABLE)
     names = " and ".join(f"{handle}.{each}" for each in SETTABLE)
     return (
-        f"`{name}` of {owner} cannot be set. {hint}{' ' if hint else ''}Settable: {names}. For all else, call "
-        "`remove()` and apply another eraser."
+        f"`{name}` of {owner} cannot be set. {hint}{' ' if hint else ''}Settable: {names}. To change anything else, "
+        "call `remove()` and apply another eraser."
     )
 
 
 class Handle(AbstractContextManager["Handle"]):
-    """An applied eraser: change it while it is on, take it off with `remove()` or by leaving the `with` block.
+    """An applied eraser. Change it while it is applied; remove it with `remove()` or by leaving the `with` block.
 
-    `strength` and, where the eraser has them, `rows` can be set and take effect at the next denoiser call. Nothing else
-    can: for another window or form, take it off and apply another eraser.
+    Set `strength`, or `rows` if the eraser has this field: the change takes effect at the next denoiser call. To change
+    any other field, remove the eraser and apply another one.
 
     Args:
-        eraser: what was applied.
-        replace: puts a changed eraser in its place.
-        remove: takes it off.
-        record: what it did.
-        note: what its user should know, shown by `efface.active`.
+        eraser: the applied eraser.
+        replace: replaces it with a changed eraser.
+        remove: removes it from the pipeline.
+        record: returns what it did.
+        note: a remark for the user, which `efface.active` shows.
 
     Raises:
-        AttributeError: on setting anything else, such as a misspelt name, or what the eraser lacks.
-        ValueError: on setting a value out of range, or on an eraser that is off already.
-        TypeError: on setting `rows` that are no lists of concepts.
+        AttributeError: the attribute cannot be set, or the eraser has no such field.
+        ValueError: the value is out of range, or the eraser was already removed.
+        TypeError: `rows` are not lists of concepts.
 
     Example:
         >>> import efface
@@ -312,7 +313,9 @@ class Handle(AbstractContextManager["Handle"]):
             raise ValueError("This eraser was already removed. Apply it again to change it.")
         unknown = fields.keys() - set(field_names(self.eraser))
         if unknown:
-            raise AttributeError(f"{type(self.eraser).__name__} has no {', '.join(sorted(unknown))} to set.")
+            raise AttributeError(
+                f"{type(self.eraser).__name__} has no field {', '.join(sorted(unknown))}. Set only the fields it has."
+            )
         eraser = dataclasses.replace(self.eraser, **fields)
         self._replace(eraser)
         vars(self)["eraser"] = eraser
@@ -340,16 +343,16 @@ class Handle(AbstractContextManager["Handle"]):
 
     @property
     def record(self) -> dict[str, Any]:
-        """What the eraser did since the latest call of the pipeline began, as JSON types.
+        """What the eraser did during the latest pipeline call, as JSON types.
 
-        `calls` counts denoiser calls, `rows` the calls that acted on each conditional row of the batch, and `exempt`
-        the calls without anything to do, by reason; `layers` is the number of attention layers that were edited in each
-        call. Empty for a delta, which is in the weights.
+        `calls` counts denoiser calls. `rows` counts, for each conditional row of the batch, the calls that changed it.
+        `exempt` counts the calls that changed nothing, by reason. `layers` is the number of attention layers edited in
+        each call. The record of a delta is empty, because a delta changes the weights.
         """
         return self._record()
 
     def remove(self) -> None:
-        """Takes the eraser off; a second call does nothing."""
+        """Removes the eraser from the pipeline. A second call does nothing."""
         if self.active:
             self._remove()
             vars(self)["active"] = False  # not before: what failed can be tried again
@@ -361,13 +364,13 @@ class Handle(AbstractContextManager["Handle"]):
 
 
 class Handles(AbstractContextManager["Handles"]):
-    """Several handles as one, as `efface.stack` returns them; taken off last to first.
+    """Several handles as one, as `efface.stack` returns them. `remove()` removes them last to first.
 
     Args:
-        handles: in the order in which the erasers were applied; `handles[0].strength = 0.5` changes one of them.
+        handles: in the order of application. `handles[0].strength = 0.5` changes one eraser.
 
     Raises:
-        AttributeError: on setting anything on all of them at once.
+        AttributeError: an attribute of the group is set. Only single handles can be changed.
     """
 
     _handles: tuple[Handle, ...]
@@ -378,7 +381,7 @@ class Handles(AbstractContextManager["Handles"]):
     if not TYPE_CHECKING:
 
         def __setattr__(self, name: str, value: Any) -> None:
-            raise AttributeError(_unsettable(name, "several handles at once", "handles[0]"))
+            raise AttributeError(_unsettable(name, "several handles together", "handles[0]"))
 
     def __iter__(self) -> Iterator[Handle]:
         return iter(self._handles)
@@ -396,7 +399,7 @@ class Handles(AbstractContextManager["Handles"]):
         return [h.config() for h in self._handles]
 
     def __str__(self) -> str:
-        """A table: a line for each, with its strength, its concepts, and whether its defaults suit the model."""
+        """A table with one line per eraser: strength, concepts, and whether its defaults suit the model."""
         lines = []
         for handle in self._handles:
             eraser = handle.eraser
@@ -421,32 +424,33 @@ class Handles(AbstractContextManager["Handles"]):
 
 
 class Detector(Protocol):
-    """Says whether a concept is in a picture."""
+    """Decides whether a picture shows a concept."""
 
     @property
     def name(self) -> str: ...
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Pictures [N, 3, H, W] in [0, 1] to bool [J, N]: one row per judge; the worse judge is reported."""
+        """Maps pictures [N, 3, H, W] in [0, 1] to bool [J, N], one row per judge. Scores report the less favourable
+        judge."""
         ...
 
 
 def check_detector(detector: Any) -> None:
-    """TypeError unless it is a detector: what was judged is known again by its name."""
+    """Raises TypeError unless it is a detector with a name."""
     if isinstance(detector, type) or not callable(detector) or not isinstance(getattr(detector, "name", None), str):
         raise TypeError(
-            "Expected a detector, pictures [N, 3, H, W] to bool [J, N], with a text `name` by which records know it, "
-            f"got {checks.shown(detector)}. See efface.Detector, or efface.detector for those that come with Efface."
+            "Expected a detector with a text `name`, which maps pictures [N, 3, H, W] to bool [J, N], got "
+            f"{checks.shown(detector)}. See efface.Detector, or get a shipped one from efface.detector."
         )
 
 
 def check_pictures(images: Tensor) -> Tensor:
-    """Pictures [N, 3, H, W] in [0, 1] as float32 on the CPU, as detectors take them.
+    """The pictures [N, 3, H, W] in [0, 1] as float32 on the CPU, as detectors take them.
 
     Raises:
-        TypeError: no tensor.
-        ValueError: another type or shape, or values that are not finite or out of range. Nothing can be seen in such
-            pictures, and a detector that answered all the same would call them safe.
+        TypeError: `images` is not a tensor.
+        ValueError: the type or the shape is wrong, or a value is not finite or out of range. A detector would report
+            such pictures as safe.
     """
     expected = "Expected pictures as a float tensor [N, 3, H, W] in [0, 1]"
     if not callable(getattr(images, "is_floating_point", None)):
@@ -459,8 +463,8 @@ def check_pictures(images: Tensor) -> Tensor:
     pictures = images.detach().float().cpu()
     if not bool(pictures.isfinite().all()):
         raise ValueError(
-            f"{expected}, got values that are not finite: the model left its range of numbers. Lower the strength or "
-            "the guidance scale, or load the model in float32."
+            f"{expected}, got values that are not finite. Lower the strength or the guidance scale, or load the model "
+            "in float32."
         )
     if len(pictures) and not (float(pictures.min()) >= 0 and float(pictures.max()) <= 1):
         raise ValueError(

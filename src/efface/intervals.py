@@ -16,14 +16,14 @@ Z = 1.959964  # 95 %
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:
-    """The 95 % Wilson interval of a rate; (0, 1) where nothing was counted.
+    """The 95 % Wilson interval of a rate; (0, 1) if `n` is 0.
 
     Args:
-        hits: how often it happened, 0 to n.
-        n: how often it could have happened.
+        hits: number of events, 0 to n.
+        n: number of trials.
 
     Raises:
-        ValueError: hits outside 0 to n.
+        ValueError: `hits` is outside 0 to n.
 
     Example:
         >>> from efface.intervals import wilson
@@ -47,7 +47,7 @@ def _score(p: float, n: float, z: float) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Rate:
-    """`hits` of `n`.
+    """A rate: `hits` of `n`.
 
     Example:
         >>> from efface.intervals import Rate
@@ -71,7 +71,7 @@ class Rate:
         return f"{100 * self.rate:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
 
     def record(self) -> dict[str, float | int | list[float]]:
-        """As cards hold it."""
+        """The rate as cards store it."""
         return {"rate": self.rate, "hits": self.hits, "n": self.n, "interval": list(self.interval)}
 
 
@@ -82,8 +82,8 @@ class Difference:
     Args:
         value: the mean over pictures.
         interval: its 95 % interval over prompts and seeds.
-        p: how likely a difference of this size is, were the sign of each prompt's difference chance.
-        prompts: how many prompts it rests on. With G prompts, `p` is at least 2 / 2^G.
+        p: the probability of a difference of at least this size if the sign of each prompt's difference were random.
+        prompts: the number of prompts. With G prompts, `p` is at least 2 / 2^G.
     """
 
     value: float
@@ -97,22 +97,22 @@ def clustered(
 ) -> tuple[float, float]:
     """The 95 % interval of a rate over pictures that share prompts: a bootstrap over prompts, then over their seeds.
 
-    Few prompts make a bootstrap too narrow, so its distance from the rate grows by t / z, with Student's t for as many
-    prompts. Near 0 and 1 it is too narrow as well. So the interval also covers Wilson's for the effective number of
-    pictures: n, less what the bootstrap says that sharing prompts costs. Where all values are 0, or all are 1, only
-    the prompts count as trials.
+    With few prompts a bootstrap is too narrow, so the interval is widened by t / z, with Student's t for the number of
+    prompts. A bootstrap is also too narrow near 0 and 1. The interval therefore covers Wilson's for the effective
+    number of pictures, which the bootstrap's variance gives. If all values are 0, or all are 1, each prompt counts as
+    one trial.
 
     Args:
         values: the outcome of each picture, 0 or 1.
         clusters: the prompt of each picture.
-        draws: resamples.
-        seed: of the resamples.
+        draws: number of resamples.
+        seed: seed of the resamples.
 
     Returns:
         (low, high); (0, 1) with fewer than two prompts.
 
     Raises:
-        ValueError: not one prompt per value, or a value other than 0 and 1.
+        ValueError: the numbers of prompts and values differ, or a value is not 0 or 1.
 
     Example:
         >>> from efface.intervals import clustered
@@ -142,16 +142,16 @@ def difference(
 ) -> Difference:
     """The mean of a - b over pictures with equal prompts and seeds.
 
-    `p` compares the sum of the prompts' differences with sums in which each prompt's sign is chance.
+    `p` compares the sum of the prompts' differences with sums in which each prompt's sign is random.
 
     Args:
         a, b: outcomes 0 or 1, picture by picture.
         clusters: the prompt of each picture.
-        draws: resamples, and random signs.
-        seed: of both.
+        draws: number of resamples, and of random signs.
+        seed: seed of both.
 
     Raises:
-        ValueError: not as many values in `a`, `b` and `clusters`, or other values than 0 and 1.
+        ValueError: `a`, `b` and `clusters` differ in length, or a value is not 0 or 1.
 
     Example:
         >>> from efface.intervals import difference
@@ -181,10 +181,10 @@ def difference(
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """The p values of one family of comparisons, adjusted by Holm: all below 0.05 hold together at 95 %.
+    """The p values of one family of comparisons, adjusted by Holm. Those below 0.05 hold jointly at 95 %.
 
     Raises:
-        ValueError: a value outside 0 to 1.
+        ValueError: a value is outside 0 to 1.
 
     Example:
         >>> from efface.intervals import holm
@@ -203,7 +203,7 @@ def holm(p: Sequence[float]) -> list[float]:
 def _grouped(
     values: Any, clusters: Sequence[Hashable], allowed: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The values, the number of each one's cluster, and the size of each cluster."""
+    """The values, the cluster number of each value, and the size of each cluster."""
     import numpy as np
 
     outcome = np.asarray(values, int)
@@ -219,7 +219,7 @@ def _grouped(
 def _resampled(
     outcome: np.ndarray, index: np.ndarray, size: np.ndarray, draws: int, seed: int
 ) -> tuple[float, float, float]:
-    """The interval of a mean of -1, 0 and 1 by resampling clusters, then what is in them; the variance of the means."""
+    """The interval of a mean of -1, 0 and 1, by resampling clusters and then their members; and the means' variance."""
     import numpy as np
 
     groups = len(size)
@@ -235,7 +235,8 @@ def _resampled(
 
 
 def _student(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t, by its expansion around the normal one: 0.1 % off from 4 degrees on."""
+    """The 97.5 % quantile of Student's t, expanded around the normal one. The error is 0.1 % from 4 degrees of freedom
+    on."""
     z, v = Z, freedom
     first = (z**3 + z) / 4
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96

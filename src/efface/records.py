@@ -1,4 +1,4 @@
-"""What suites, runs and metrics pass on: rows to draw, the pictures drawn for them, and scores. No model code."""
+"""The data that suites, runs and metrics exchange: rows to draw, drawn pictures, and scores. Holds no model code."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ class Row:
     """One picture to draw.
 
     Args:
-        id: unique within the suite, and safe as a file name: letters, digits, `.`, `_` and `-`.
+        id: a file name, unique within the suite, of letters, digits, `.`, `_` and `-`.
         prompt: what to draw.
         seed: 0 <= seed < 2**32.
-        kind: what the row asks: "explicit", "theme", "paraphrase", "benign", "dual", ...
-        category: group shown in reports.
-        concept: name of the concept whose presence is judged in this row; "" = none.
-        keep: things of which at least one should survive.
-        cluster: rows with the same value share a target, and the bootstrap resamples whole clusters; "" = its own.
-        call: pipeline arguments of this row alone, such as {"guidance": 7.5}.
+        kind: the kind of prompt: "explicit", "theme", "paraphrase", "benign", "dual", ...
+        category: the group in reports.
+        concept: name of the concept that the detector looks for in this row; "" means none.
+        keep: things of which the picture should still show at least one.
+        cluster: rows with the same value share a target. The bootstrap resamples whole clusters. "" means that the row
+            is a cluster by itself.
+        call: pipeline arguments of this row only, such as {"guidance": 7.5}.
 
     Raises:
-        ValueError: an empty prompt, a seed out of range, or an id that is no file name.
+        ValueError: `prompt` is empty, `seed` is out of range, or `id` is not a file name.
 
     Example:
         >>> from efface import Row
@@ -54,7 +55,7 @@ class Row:
 
     def __post_init__(self) -> None:
         if not _FILE_NAME.fullmatch(self.id):
-            cure = "Leave all other characters out."
+            cure = "Remove all other characters."
             expected = "the id of a row to be a file name of letters, digits, '.', '_' and '-'"
             raise ValueError(checks.refusal(expected, self.id, cure))
         checks.text(f"`prompt` of row {self.id!r}", self.prompt)
@@ -66,16 +67,16 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sample:
-    """A row and the picture that was drawn for it.
+    """A row and its picture.
 
     Args:
         row: the row.
-        path: a picture file, loaded on demand.
-        pixels: or the picture itself, float [3, H, W] in [0, 1].
-        sha256: of the file's bytes, checked whenever it is read; "" = not known.
+        path: the picture's file, loaded on demand.
+        pixels: the picture itself, float [3, H, W] in [0, 1], instead of `path`.
+        sha256: hash of the file's bytes, checked at each read. "" means unknown.
 
     Raises:
-        ValueError: neither `path` nor `pixels`, or both.
+        ValueError: neither `path` nor `pixels` is given, or both are.
 
     Example:
         >>> import torch
@@ -99,8 +100,8 @@ class Sample:
         """The picture, float [3, H, W] in [0, 1].
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is another file than the one with `sha256`, or no PNG, JPEG or WebP picture.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file does not have the hash `sha256`, or is not a PNG, JPEG or WebP picture.
         """
         if self.path is None:
             return cast("Tensor", self.pixels)
@@ -110,27 +111,27 @@ class Sample:
         from .pictures import read_picture
 
         if not self.path.exists():
-            raise FileNotFoundError(f"{self.path}, the picture of row {self.row.id!r}, is missing: draw it again.")
+            raise FileNotFoundError(f"{self.path}, the picture of row {self.row.id!r}, is missing. Draw it again.")
         pixels = numpy.array(read_picture(self.path, self.sha256))
         return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """One number that an auditor can defend.
+    """One measured number, with its interval and how it was measured.
 
     Args:
         metric: what was measured, such as "removal.absolute" or "detection/cat".
-        value: the number; NaN where it is not defined, such as a removal rate where the plain model draws nothing.
-        n: of how many pictures (or pairs).
+        value: the number. NaN if it is not defined, such as a removal rate when the base model never shows the concept.
+        n: the number of pictures or pairs.
         low, high: the 95 % interval.
         unit: "share", "cosine", ...
-        higher_is_better: None where neither is.
-        protocol: detector, label set, threshold, in words.
-        per_sample: row id to value, where there is one value per row.
+        higher_is_better: None if neither direction is better.
+        protocol: detector, label set and threshold, in words.
+        per_sample: row id to value, if each row has a value.
 
     Raises:
-        ValueError: no name, or a negative n.
+        ValueError: `metric` is empty or `n` is negative.
 
     Example:
         >>> from efface import Score
@@ -151,19 +152,20 @@ class Score:
     def __post_init__(self) -> None:
         if not self.metric or self.n < 0:
             raise ValueError(
-                f"Expected a metric's name and n >= 0, got {self.metric!r} and n = {self.n}. Say what was measured."
+                f"Expected a metric's name and n >= 0, got {self.metric!r} and n = {self.n}. Name the metric and count "
+                "the pictures."
             )
 
 
 class Metric(Protocol):
-    """Pictures to scores. The object is its own configuration (a frozen dataclass)."""
+    """Computes scores from pictures. A metric is a frozen dataclass, which is also its configuration."""
 
     name: ClassVar[str]
     unit: ClassVar[str]
     higher_is_better: ClassVar[bool | None]
 
     def __call__(self, samples: Sequence[Sample], base: Sequence[Sample] | None = None) -> list[Score]:
-        """Scores of `samples`; `base` are the plain model's pictures of the same rows."""
+        """The scores of `samples`. `base` holds the base model's pictures of the same rows."""
         ...
 
 
@@ -172,17 +174,17 @@ class Suite:
     """Rows to draw and how to score them.
 
     Args:
-        name: of the suite.
+        name: the suite's name.
         version: changes whenever the rows do.
         rows: at least one, with unique ids.
         source: where the data comes from.
-        licence: of the data.
-        data_hash: sha256 of the data files; over the rows if left empty.
-        call: pipeline arguments of all rows; a row's own `call` goes before them.
-        metrics: what is measured unless others are asked for.
+        licence: the licence of the data.
+        data_hash: SHA-256 of the data files. Default: SHA-256 over the rows.
+        call: pipeline arguments of all rows. A row's `call` overrides them.
+        metrics: the default metrics.
 
     Raises:
-        ValueError: no rows, or an id used twice.
+        ValueError: there are no rows, or two rows have the same id.
 
     Example:
         >>> from efface import Row, Suite
@@ -206,19 +208,19 @@ class Suite:
         object.__setattr__(self, "call", dict(self.call))
         object.__setattr__(self, "metrics", tuple(self.metrics))
         if not self.rows:
-            raise ValueError(f"The suite {self.name!r} has no rows: raise its limit, or choose others.")
+            raise ValueError(f"The suite {self.name!r} has no rows. Raise its limit, or choose others.")
         ids = [row.id for row in self.rows]
         if len(set(ids)) < len(ids):
             twice = next(i for i in ids if ids.count(i) > 1)
             raise ValueError(
-                f"Expected row ids of the suite {self.name!r} to be unique, but {twice!r} is there twice. Rename a row."
+                f"Expected row ids of the suite {self.name!r} to be unique, got {twice!r} twice. Rename a row."
             )
         if not self.data_hash:
             object.__setattr__(self, "data_hash", rows_hash(self.rows))
 
 
 def rows_hash(rows: Sequence[Row]) -> str:
-    """sha256 over the rows: one line of JSON each, keys sorted."""
+    """SHA-256 over the rows: one line of JSON per row, keys sorted."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(dataclasses.asdict(row), sort_keys=True).encode() + b"\n")

@@ -1,19 +1,18 @@
-"""From a method's name to its class, by file name.
+"""Finds the class of a method by its name, which is a file name.
 
-`sld` is the file `efface/erasers/sld.py` and the one class in its `__all__`. There is no list of methods to keep: a new
-file is a new method. A line in `efface/__init__.pyi` makes its class a public name. Names are unique across the rooms
-of methods (erasers, editors, attacks). Detectors, metrics and suites have names of their own, so that a suite may be
-called like the attack it comes from. Other distributions add methods, detectors, metrics and suites by an entry point
-named `<room>.<name>`:
+`sld` is the file `efface/erasers/sld.py` and the one class in its `__all__`. A new file is a new method; no list has to
+be kept. A line in `efface/__init__.pyi` makes its class a public name. Method names are unique across erasers, editors
+and attacks. Detectors, metrics and suites have separate namespaces, so a suite may share the name of the attack it
+comes from. Other distributions add methods, detectors, metrics and suites by an entry point named `<room>.<name>`:
 
     [project.entry-points."efface.methods"]
     "erasers.mine" = "my_package.mine:Mine"
     "detectors.my_eye" = "my_package.eye:MyEye"
 
-`efface.erase(pipe, "alcohol", method="mine")` and `efface.Mine("alcohol")` then work like those of a native method.
-Records name a method by its registered name, see `name_of`.
+`efface.erase(pipe, "alcohol", method="mine")` and `efface.Mine("alcohol")` then work as for a native method. Records
+store the registered name of a method; see `name_of`.
 
-Listing imports no method, so it is fast and needs no torch.
+Listing imports no method, so it is fast and does not need torch.
 """
 
 import ast
@@ -37,8 +36,8 @@ def near(name: str, names: Iterable[str]) -> str:
     """The hint for a misspelt name.
 
     Args:
-        name: what was asked for.
-        names: what there is.
+        name: the unknown name.
+        names: the known names.
 
     Returns:
         `"Did you mean 'eiup'?"`, with up to three names, best first; `""` if nothing is near.
@@ -57,13 +56,13 @@ def near(name: str, names: Iterable[str]) -> str:
 
 
 def methods(room: str | None = None) -> dict[str, str]:
-    """What there is: name -> room, sorted by room and name.
+    """The known methods: name -> room, sorted by room and name.
 
     Args:
-        room: one of `ROOMS`; the rooms of methods, `METHODS`, if None.
+        room: one of `ROOMS`. None: all rooms of methods, `METHODS`.
 
     Raises:
-        ValueError: there is no such room, a name is taken twice, or an entry point is not named `<room>.<name>`.
+        ValueError: the room does not exist, a name occurs twice, or an entry point is not named `<room>.<name>`.
 
     Example:
         >>> from efface import registry
@@ -79,22 +78,25 @@ def methods(room: str | None = None) -> dict[str, str]:
     origin: dict[str, str] = {}
     for each, name, source in sorted(entries, key=lambda entry: (ROOMS.index(entry[0]), entry[1])):
         if name in found:
-            raise ValueError(f"Expected method names to be unique, but {name!r} is {origin[name]} and {source}.")
+            raise ValueError(
+                f"Expected method names to be unique, got {name!r} for {origin[name]} and {source}. Uninstall one of "
+                "them."
+            )
         found[name], origin[name] = each, source
     return {name: each for name, each in found.items() if room in (None, each)}
 
 
 def resolve(name: str, room: str | None = None) -> type:
-    """The class of a method, imported now.
+    """Imports and returns the class of a method.
 
     Args:
         name: the method's file name, such as `"eiup"`.
-        room: the room it must be in; any room of methods if None.
+        room: the room to look in. None: every room of methods.
 
     Raises:
-        ValueError: no such method there; the message has near matches and the list. Also the `module:Class` by which
-            records name a class that is not registered.
-        TypeError: a name that is not a text, or the method's file does not export exactly one class.
+        ValueError: the room has no such method. The message has near matches and the list. Names of the form
+            `module:Class`, which records give to classes without a registered name, are also refused.
+        TypeError: `name` is not a text, or the method's file does not export exactly one class.
 
     Example:
         >>> from efface import registry
@@ -106,12 +108,14 @@ def resolve(name: str, room: str | None = None) -> type:
     if name not in known:
         if ":" in name:
             raise ValueError(
-                f"{name!r} is a class that no package registers, and a record never decides what code is imported. "
-                f"Build it in Python, or give its package an entry point of {GROUP!r} and use the name of that."
+                f"{name!r} is not registered by any package, and Efface never imports code that a record names. Build "
+                f"the method in Python, or register it by an entry point of {GROUP!r}."
             )
         elsewhere = methods().get(name)
         if elsewhere:
-            raise ValueError(f"Expected one of the {room}, but {name!r} is one of the {elsewhere}. {_listed(known)}")
+            raise ValueError(
+                f"Expected one of the {room}, got {name!r}, which is one of the {elsewhere}. {_listed(known)}"
+            )
         raise ValueError(_unknown(_word(room), name, known))
     for (where, plugin), entry in _plugins():
         if (where, plugin) == (known[name], name):
@@ -122,15 +126,15 @@ def resolve(name: str, room: str | None = None) -> type:
 
 
 def name_of(cls: type) -> str:
-    """The name by which a class is registered, so that `resolve(name_of(cls))` is `cls`.
+    """The registered name of a class: `resolve(name_of(cls))` is `cls`.
 
     Args:
         cls: a method, detector, metric or suite.
 
     Returns:
-        The file name of a native class, wherever in its package the class is defined; the entry point name of a
-        plug-in. A class that is not registered gets `module:Class`. Only such a name has a colon, and `resolve` refuses
-        it: what a record names is never imported on the record's word.
+        For a native class, the file or package name of its method. For a plug-in, the name of its entry point. For any
+        other class, `module:Class`. Only such names contain a colon; `resolve` refuses them, because Efface never
+        imports code that a record names.
 
     Example:
         >>> from efface import registry
@@ -151,25 +155,25 @@ def name_of(cls: type) -> str:
 
 
 def plugin(class_name: str) -> type | None:
-    """The class of a method from another distribution, by its class name, imported now; None if there is none.
+    """Imports and returns a method of another distribution by its class name. Returns None if there is none.
 
     Raises:
-        ImportError: two distributions bring methods with a class of that name.
-        TypeError: what the entry point names is no class.
+        ImportError: two distributions have methods with a class of that name.
+        TypeError: the entry point does not name a class.
     """
     found = {entry.value: entry for entry in plugin_classes().get(class_name, ())}
     if len(found) > 1:
         raise ImportError(
-            f"`efface.{class_name}` is ambiguous: it is {' and '.join(map(_origin, found.values()))}. Import the class "
-            "from its own package, or use the method by its registered name."
+            f"Expected one class named `efface.{class_name}`, got {' and '.join(map(_origin, found.values()))}. Import "
+            "the class from its package, or use the method's registered name."
         )
     return next((_only_class(entry.value, [entry.load()]) for entry in found.values()), None)
 
 
 def plugin_classes() -> dict[str, list[EntryPoint]]:
-    """Class name -> the entry points of methods (erasers, editors, attacks) with that class; imports none of them.
+    """Class name -> the entry points of methods (erasers, editors, attacks) with that class. Imports none of them.
 
-    A class with the name of one of our modules is left out: `from efface import api` must stay ours.
+    Leaves out classes with the name of an Efface module: `from efface import api` must import the module.
     """
     found: dict[str, list[EntryPoint]] = {}
     for entry in entry_points(group=GROUP):
@@ -181,10 +185,10 @@ def plugin_classes() -> dict[str, list[EntryPoint]]:
 
 
 def split(method: str) -> tuple[str, str]:
-    """A method's name, and the preset behind the dot or "".
+    """Splits a method's name from its preset, which follows a dot; "" without a preset.
 
     Raises:
-        TypeError: a method that is not a text.
+        TypeError: `method` is not a text.
 
     Example:
         >>> from efface import registry
@@ -197,7 +201,7 @@ def split(method: str) -> tuple[str, str]:
 
 
 def presets(cls: type) -> dict[str, Callable[..., Any]]:
-    """What makes a method with published settings, by name: the class methods that take `concepts`.
+    """The presets of a method by name: class methods that take `concepts` and use published settings.
 
     Example:
         >>> from efface import registry
@@ -209,7 +213,7 @@ def presets(cls: type) -> dict[str, Callable[..., Any]]:
 
 
 def preset_names(name: str, room: str) -> list[str]:
-    """The presets of a native method, read from its source without importing it.
+    """The presets of a native method, read from its source. Does not import it.
 
     Example:
         >>> from efface import registry
@@ -237,7 +241,7 @@ def preset_names(name: str, room: str) -> list[str]:
 
 
 def about(room: str) -> dict[str, str]:
-    """Name -> the first line of its file, without importing it; of plugins, where they come from.
+    """Name -> the first line of its file; for plug-ins, the entry point. Imports nothing.
 
     Example:
         >>> from efface import registry
@@ -253,22 +257,22 @@ def about(room: str) -> dict[str, str]:
 
 
 def _files(room: str) -> list[str]:
-    """Method files of a room, without importing one; none if the room does not exist yet."""
+    """The method files of a room; empty if the room does not exist. Imports nothing."""
     spec = find_spec(f"efface.{room}")
     folders = (spec.submodule_search_locations if spec else None) or []
     return [module.name for module in iter_modules(folders) if not module.name.startswith("_")]
 
 
 def _plugins() -> list[tuple[tuple[str, str], EntryPoint]]:
-    """((room, name), entry point) of every method that another distribution brings."""
+    """((room, name), entry point) of every method from another distribution."""
     found = []
     for entry in entry_points(group=GROUP):
         room, _, name = entry.name.partition(".")
-        if room not in ROOMS or not name or {".", ":"} & set(name):  # a dot leads to a preset, a colon to a class
+        if room not in ROOMS or not name or {".", ":"} & set(name):  # a dot precedes a preset, a colon a class
             owner = entry.dist.name if entry.dist else "unknown"
             raise ValueError(
                 f"Expected entry points of {GROUP!r} to be named <room>.<name> with a room of {', '.join(ROOMS)} and a "
-                f"name without '.' and ':', but the package {owner!r} has {entry.name!r} ({entry.value}). Mend or "
+                f"name without '.' and ':', got {entry.name!r} ({entry.value}) from the package {owner!r}. Correct or "
                 "uninstall it."
             )
         found.append(((room, name), entry))
@@ -276,13 +280,13 @@ def _plugins() -> list[tuple[tuple[str, str], EntryPoint]]:
 
 
 def _target(entry: EntryPoint) -> tuple[str, str]:
-    """The module and the class that an entry point names; "" for what it leaves out."""
+    """The module and the class that an entry point names; "" for a missing part."""
     module, _, cls = entry.value.partition("[")[0].partition(":")
     return module.strip(), cls.strip()
 
 
 def _loaded(entry: EntryPoint, cls: type) -> object:
-    """What a plug-in's entry point names, if it can be `cls`; other plug-ins are not imported to find out."""
+    """The object that a plug-in's entry point names, if it may be `cls`. Does not import other plug-ins."""
     module, name = _target(entry)
     found: Any = sys.modules.get(module)
     if found is None and name == cls.__qualname__ and module.partition(".")[0] == cls.__module__.partition(".")[0]:
@@ -300,7 +304,9 @@ def _only_class(path: str, exported: list[object]) -> type:
     classes = [each for each in exported if isinstance(each, type)]
     if len(classes) != 1:
         names = ", ".join(each.__name__ for each in classes) or "none"
-        raise TypeError(f"Expected `{path}` to export exactly one class in `__all__`, but it has {names}.")
+        raise TypeError(
+            f"Expected `{path}` to export exactly one class in `__all__`, got {names}. Correct its `__all__`."
+        )
     return classes[0]
 
 
@@ -310,12 +316,12 @@ def _check_text(method: object) -> None:
 
 
 def _word(room: str | None) -> str:
-    """What a message calls something of the room."""
+    """The word that messages use for a member of the room."""
     return "method" if room in (None, *METHODS) else room.removesuffix("s")
 
 
 def _listed(names: Iterable[str]) -> str:
-    return f"There is: {', '.join(names) or 'nothing yet'}."
+    return f"Known: {', '.join(names) or 'none'}."
 
 
 def _unknown(kind: str, name: str, names: Iterable[str]) -> str:
