@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from . import checks
 from ._weights import denoiser_of
 from .families import FAMILIES, Family, Reading, encode_parameters, encoder_name, family
 
@@ -83,14 +84,10 @@ def check_phrases(pipe: DiffusionPipeline, phrases: Sequence[str], **settings: A
             _whole(facts, pipe, name, text, settings)
             if strange := unknown(tokenizer, text):
                 raise ValueError(
-                    f"The phrase {_short(phrase)!r} has characters that the pipeline's {name} does not know "
-                    f"({_short(', '.join(strange))}), so the model would read {tokenizer.unk_token} in their place. "
+                    f"The phrase {checks.shown(phrase)} has characters that the pipeline's {name} does not know "
+                    f"({checks.short(', '.join(strange))}); the model would read {tokenizer.unk_token} instead. "
                     "Write the phrase in words that the model knows."
                 )
-
-
-def _short(text: str, most: int = 80) -> str:
-    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def _whole(facts: Family, pipe: DiffusionPipeline, name: str, text: str, settings: Mapping[str, Any]) -> Reading:

@@ -1,9 +1,9 @@
-"""The checks of what users give, with one wording: what was expected, what came, and what to do.
+"""Checks of user input, with one wording: expected value, actual value, cure.
 
     Expected `strength` >= 0, got -1. Give 0 or more.
 
-Each check returns the value in the type that is held, or raises ValueError; TypeError where a text or a sequence of
-texts was expected. `name` is the field or option as the user writes it, such as "strength" or "--guidance".
+Each check returns the converted value or raises ValueError; it raises TypeError if a text or a sequence of texts was
+expected. `name` is the field or option as the user writes it, such as "strength" or "--guidance".
 """
 
 from __future__ import annotations
@@ -28,11 +28,16 @@ Choice = TypeVar("Choice")
 
 
 class NotJudged(ValueError):
-    """Nothing can be told about an erasure, for example because the base model hardly draws the concept."""
+    """An erasure cannot be judged, for example because the base model rarely draws the concept."""
+
+
+def short(text: str, most: int = SHOWN) -> str:
+    """A text as messages show it, cut at `most` characters."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def shown(value: object) -> str:
-    """A value as messages show it: its `repr`, cut after 80 characters, on one line.
+    """A value as messages show it: its `repr` on one line, cut at 80 characters.
 
     Example:
         >>> from efface import checks
@@ -41,13 +46,13 @@ def shown(value: object) -> str:
     """
     try:
         text = " ".join(repr(value).split())
-    except (RecursionError, ValueError):  # nested too deeply, or a whole number of more digits than Python prints
+    except (RecursionError, ValueError):  # nested too deeply, or an integer with more digits than Python prints
         return f"a {type(value).__name__} too large to show"
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+    return short(text)
 
 
 def refusal(expected: str, got: object, cure: str) -> str:
-    """The words of an error: what was expected, what came, and what to do."""
+    """The text of an error: expected value, actual value, cure."""
     return f"Expected {expected}, got {shown(got)}. {cure}"
 
 
@@ -64,11 +69,11 @@ def number(
     """A finite number within bounds, as float.
 
     Args:
-        name: of the field.
+        name: the name of the field.
         value: what was given.
-        least, most: the bounds, which belong to the range.
-        above, below: `least`, or `most`, itself does not belong to the range.
-        cure: what to do, if it does not follow from the bounds.
+        least, most: the bounds, which are inside the range.
+        above, below: excludes `least`, or `most`, from the range.
+        cure: the second sentence of the message. Default: derived from the bounds.
 
     Example:
         >>> from efface import checks
@@ -115,20 +120,20 @@ def share(name: str, value: object) -> float:
 
 
 def seed(name: str, value: object, count: int = 1) -> int:
-    """The first of `count` seeds that follow each other, all below 2**32."""
+    """The first of `count` consecutive seeds, all below 2**32."""
     last = SEEDS - count
     high = isinstance(value, int) and value > last
-    cure = f"Give at most {last}: the last of {count} seeds has to stay below 2**32." if high and count > 1 else ""
+    cure = f"Give at most {last}, so that all {count} seeds stay below 2**32." if high and count > 1 else ""
     return whole(name, value, 0, last, cure=cure)
 
 
 def tuning_seeds(name: str, values: Sequence[int]) -> tuple[int, ...]:
-    """Seeds for choosing settings: all below 10,000, where no test seed is."""
+    """Seeds for choosing settings: all below 10,000. Test seeds start above."""
     if not isinstance(values, Sequence) or not len(values):
         raise ValueError(refusal(f"{_quoted(name)} to be seeds", values, "Give whole numbers, such as range(32)."))
     for value in (values[0], values[-1]) if isinstance(values, range) else values:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < TUNING_SEEDS:
-            cure = "Give tuning seeds: settings that were chosen on test seeds cannot be measured on them."
+            cure = "Give tuning seeds, because settings must not be chosen on test seeds."
             raise ValueError(refusal(f"tuning seeds in [0, {TUNING_SEEDS - 1}] for {_quoted(name)}", value, cure))
     return tuple(values)
 
@@ -144,7 +149,7 @@ def window(name: str, value: object) -> tuple[float, float]:
 
 
 def choice(name: str, value: object, choices: Collection[Choice]) -> Choice:
-    """One of the choices.
+    """Checks that the value is one of the choices.
 
     Example:
         >>> from efface import checks
@@ -161,18 +166,18 @@ def choice(name: str, value: object, choices: Collection[Choice]) -> Choice:
 
 
 def text(name: str, value: object, *, empty: bool = False) -> str:
-    """A text; one without any character to read only where `empty` allows it."""
+    """A text that is not blank, unless `empty` is True."""
     if not isinstance(value, str):
         raise TypeError(refusal(f"{_quoted(name)} to be a text", value, "Put it in quotes."))
     if re.search("[\ud800-\udfff]", value):
-        raise ValueError(f"Expected {_quoted(name)} to be a text in UTF-8, got {value!a:.80}. Write it anew.")
+        raise ValueError(f"Expected {_quoted(name)} to be a text in UTF-8, got {value!a:.80}. Write it again.")
     if not empty and not value.strip():
         raise ValueError(refusal(f"{_quoted(name)} to be a text that is not empty", value, "Write at least one word."))
     return value
 
 
 def texts(name: str, value: object) -> tuple[str, ...]:
-    """Texts as a tuple; one text is refused, because it would fall apart into letters."""
+    """Texts as a tuple. Refuses a single text, which Python would split into letters."""
     if isinstance(value, str):
         raise TypeError(refusal(f"{_quoted(name)} to be a sequence of texts", value, f"Write ({shown(value)},)."))
     if not isinstance(value, Sequence) or not all(isinstance(each, str) for each in value):
@@ -183,9 +188,9 @@ def texts(name: str, value: object) -> tuple[str, ...]:
 
 
 def path(name: str, value: object) -> Path:
-    """A path whose name files and terminals can hold: without NUL, and UTF-8.
+    """A path in UTF-8 without NUL, so that records and terminals can show it.
 
-    Records and messages name paths, and both are UTF-8.
+    Records and messages name paths in UTF-8.
     """
     if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
         raise TypeError(refusal(f"{_quoted(name)} to be a path", value, "Give a text or a pathlib.Path."))
@@ -202,13 +207,13 @@ def path(name: str, value: object) -> Path:
 
 
 def fields(owner: str, cls: Any, given: Mapping[str, object], hidden: Collection[str] = ()) -> None:
-    """ValueError for names that are no fields of a dataclass, and for values of another type than its simple fields.
+    """Raises ValueError for unknown field names of a dataclass, and for values of the wrong type in simple fields.
 
     Args:
         owner: the registered name of the class.
         cls: a method, detector, metric or suite.
-        given: field names and values, as the command line and records hold them.
-        hidden: fields that are not for the user.
+        given: field names and values, as the command line and records give them.
+        hidden: fields that users cannot set.
 
     Example:
         >>> from efface import checks, SLD
@@ -236,7 +241,7 @@ def fields(owner: str, cls: Any, given: Mapping[str, object], hidden: Collection
 
 
 def warn(message: str) -> None:
-    """A warning that points at the user's line: the first one outside of Efface and the libraries that call it."""
+    """Warns at the user's line: the first one outside of Efface and the libraries that call it."""
     frame, level = sys._getframe(1), 2
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
         frame, level = frame.f_back, level + 1
@@ -265,7 +270,7 @@ def _quoted(name: str) -> str:
 
 
 def _number(value: object) -> float | None:
-    """The value as float, infinite if it is too large for one; None if it is no number."""
+    """The value as float; infinite if it is too large, None if it is not a number."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return None
     try:

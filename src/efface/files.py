@@ -1,7 +1,7 @@
-"""The one place where files are written whole, and where files that strangers may have made are read.
+"""Writes files atomically, and reads files that may come from untrusted sources.
 
-A file appears whole or not at all, and no write follows a link. A file that is read has to be an ordinary one of
-bounded size: a pipe, a device or a text of great depth is an error, never a wait or a traceback of another kind.
+A file appears completely or not at all, and no write follows a link. Only ordinary files of bounded size are read. A
+pipe, a device or deeply nested JSON raises an error; nothing hangs.
 """
 
 from __future__ import annotations
@@ -24,15 +24,10 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 TEXT, TENSORS = 256 * MIB, 64 * 1024 * MIB
-"""The most bytes that are read of a text and of a file of tensors."""
+"""The largest sizes in bytes of a text file and of a tensor file."""
 PICKLES = (".bin", ".ckpt", ".p", ".pickle", ".pkl", ".pt", ".pth")
 NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)  # opening a pipe would wait for its other end
-
-
-def short(text: str, most: int = 80) -> str:
-    """A text as a message shows it: at most so many characters."""
-    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 # ---------------------------------------------------------------- writing
@@ -40,10 +35,10 @@ def short(text: str, most: int = 80) -> str:
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, which takes its place once the block ends without an exception.
+    """Yields a temporary path next to `path`, which replaces `path` when the block ends without an exception.
 
     Raises:
-        OSError: the file cannot be written. What was there before stays.
+        OSError: the file cannot be written. An earlier file stays.
     """
     partial = path.with_name(f".{path.name[:50]}.{os.getpid()}-{threading.get_ident()}.partial")
     partial.unlink(missing_ok=True)
@@ -57,13 +52,13 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write(path: Path, content: bytes | str) -> None:
-    """The whole new file or the whole old one, never something between."""
+    """Writes a file. After a crash there is either the complete new file or the complete old one."""
     with whole(path) as partial:
         create(partial, content)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """As `write`, with JSON; ValueError for NaN, which JSON has not."""
+    """As `write`, with JSON. Raises ValueError for NaN, which JSON cannot hold."""
     write(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
@@ -71,8 +66,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """As `write`, with tensors as a safetensors file.
 
     Raises:
-        OSError: the file cannot be written. What was there before stays.
-        ValueError: the name of the file is not UTF-8.
+        OSError: the file cannot be written. An earlier file stays.
+        ValueError: the file's name is not UTF-8.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -85,17 +80,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         with whole(path) as partial:
             save_file({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, partial, dict(metadata))
     except SafetensorError as error:
-        raise OSError(f"Cannot write {path} ({error}). What was there before is still there.") from error
+        raise OSError(f"Cannot write {path} ({error}). Free some space, or name another file.") from error
 
 
 def create(path: Path, content: bytes | str) -> None:
-    """A new file in place of what has this name, on the disk when this returns. A kill may leave half of it."""
+    """Creates or replaces a file, and flushes it to disk. A kill may leave a part of it."""
     path.unlink(missing_ok=True)
     _put(path, os.O_EXCL, content)
 
 
 def append(path: Path, text: str) -> None:
-    """Adds to a file, on the disk when this returns. A kill may leave half of it."""
+    """Appends to a file, and flushes it to disk. A kill may leave a part of the addition."""
     _put(path, os.O_APPEND, text)
 
 
@@ -103,18 +98,18 @@ def _put(path: Path, how: int, content: bytes | str) -> None:
     with _opened(path), os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | how | NO_LINK, 0o666), "wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
-        os.fsync(file.fileno())  # some file systems tell only now that they are full
+        os.fsync(file.fileno())  # some file systems report only now that they are full
 
 
 def cut(path: Path, size: int) -> None:
-    """Leaves the first `size` bytes of a file, which needs no room on a full disk."""
+    """Truncates a file to its first `size` bytes. This also works on a full disk."""
     with _opened(path), os.fdopen(os.open(path, os.O_WRONLY | NO_LINK), "wb") as file:
         file.truncate(size)
         os.fsync(file.fileno())
 
 
 def sync(path: Path) -> None:
-    """Puts a file, or the names in a folder, on the disk."""
+    """Flushes a file, or the names in a folder, to disk."""
     if path.is_dir() and os.name == "nt":
         return  # there are no handles on folders
     handle = os.open(path, os.O_RDONLY)
@@ -126,14 +121,14 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def lock(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Keeps other processes off the folder of a lock file. The system frees it when this process ends, however it ends.
+    """Locks the folder of a lock file against other processes. The system frees the lock when this process ends.
 
     Args:
         path: the lock file.
-        waiting: called before it waits for another process; None: it does not wait.
+        waiting: called before waiting for another process. None: does not wait.
 
     Raises:
-        BlockingIOError: another process is at work there.
+        BlockingIOError: another process holds the lock.
     """
     import fcntl
 
@@ -146,12 +141,12 @@ def lock(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[None
             if waiting is None:
                 owner = file.read(20).strip()
                 raise BlockingIOError(
-                    f"Another process{f' ({owner})' if owner else ''} is at work in {path.parent}: wait for it or end "
+                    f"Another process{f' ({owner})' if owner else ''} is working in {path.parent}. Wait for it, end "
                     "it, or name another folder."
                 ) from None
             waiting()
             fcntl.flock(file, fcntl.LOCK_EX)
-        with contextlib.suppress(OSError):  # the number is only for the message above; a full disk must not matter
+        with contextlib.suppress(OSError):  # the number only serves the message above, so a full disk does not matter
             file.seek(0)
             file.truncate()
             file.write(str(os.getpid()))
@@ -163,18 +158,18 @@ def lock(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[None
 
 
 def as_json(value: Any) -> Any:
-    """A value as it comes back from a JSON file."""
+    """The value after a round trip through JSON."""
     return json.loads(json.dumps(value))
 
 
 def check_same(earlier: Mapping[str, Any], now: Mapping[str, Any], what: str, cure: str) -> None:
-    """ValueError that lists what differs between a setting in a file and today's.
+    """Raises ValueError if a setting in a file differs from the current one. The message lists the differences.
 
     Args:
-        earlier: what the file says.
-        now: what it should say.
-        what: begins the message, such as "runs/a holds another run".
-        cure: ends it.
+        earlier: the setting in the file.
+        now: the current setting.
+        what: the start of the message, such as "runs/a holds another run".
+        cure: the end of the message.
     """
     lines = _differences("", earlier, as_json(now))
     if lines:
@@ -189,17 +184,19 @@ def _differences(name: str, old: Any, new: Any) -> list[str]:
         return [d for k in keys for d in _differences(f"{dot}{k}", old.get(k), new.get(k))]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return [d for k, (a, b) in enumerate(zip(old, new, strict=True)) for d in _differences(f"{name}[{k}]", a, b)]
-    return [] if old == new else [f"{name}: {short(json.dumps(old))} there, {short(json.dumps(new))} here"]
+    return (
+        [] if old == new else [f"{name}: {checks.short(json.dumps(old))} there, {checks.short(json.dumps(new))} here"]
+    )
 
 
 # ---------------------------------------------------------------- reading what a stranger may have made
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The file of that name in a folder.
+    """The path of a file in a folder.
 
     Raises:
-        ValueError: an absolute name, one with `..`, or a link that leads out of the folder.
+        ValueError: the name is absolute or contains `..`, or the file is a link that leads out of the folder.
     """
     pure = PurePath(name)
     if pure.is_absolute() or ".." in pure.parts or "\0" in name or not pure.parts:
@@ -208,21 +205,21 @@ def inside(folder: Path, name: str) -> Path:
         )
     path = folder / name
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
-        raise ValueError(f"{path} is a link that leads out of {folder}. Put the file itself there.")
+        raise ValueError(f"{path} is a link that leads out of {folder}. Replace it by the file.")
     return path
 
 
 def there(path: Path) -> bool:
-    """Whether there is anything of this name, also a link to nothing."""
+    """Whether the path exists, also as a broken link."""
     return os.path.lexists(path)
 
 
 def check_ordinary(path: Path, most: int = TEXT) -> None:
-    """Raises unless a path is a file of at most `most` bytes.
+    """Raises unless the path is an ordinary file of at most `most` bytes.
 
     Raises:
-        FileNotFoundError: there is nothing.
-        ValueError: a folder, a pipe or a device, or a file that is too large.
+        FileNotFoundError: the path does not exist.
+        ValueError: the path is a folder, a pipe or a device, or the file is too large.
     """
     with _opened(path):
         _check(path.stat(), path, most)
@@ -230,7 +227,8 @@ def check_ordinary(path: Path, most: int = TEXT) -> None:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[None]:
-    """ValueError for what cannot be opened as a file: sockets, links in a circle, and any link where one is written."""
+    """Raises ValueError for paths that cannot be opened as files: sockets, circular links, and any link when
+    writing."""
     try:
         yield
     except OSError as error:
@@ -247,11 +245,11 @@ def _check(found: os.stat_result, path: Path, most: int) -> None:
 
 
 def read(path: Path, most: int = TEXT) -> bytes:
-    """The bytes of an ordinary file.
+    """Reads the bytes of an ordinary file.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: a folder, a pipe or a device, or a file of more than `most` bytes.
+        FileNotFoundError: the file does not exist.
+        ValueError: the path is a folder, a pipe or a device, or the file has more than `most` bytes.
     """
     with _opened(path):
         handle = os.open(path, os.O_RDONLY | NO_WAIT)
@@ -264,11 +262,11 @@ def read(path: Path, most: int = TEXT) -> bytes:
 
 
 def read_text(path: Path, most: int = TEXT) -> str:
-    """The text of an ordinary file.
+    """Reads the text of an ordinary file.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: as `read`; or it is not UTF-8.
+        FileNotFoundError: the file does not exist.
+        ValueError: as `read`, or the file is not UTF-8.
     """
     try:
         return read(path, most).decode("utf-8-sig")
@@ -277,10 +275,11 @@ def read_text(path: Path, most: int = TEXT) -> str:
 
 
 def parse(text: bytes | str) -> Any:
-    """What a JSON text says.
+    """Parses a JSON text.
 
     Raises:
-        ValueError: not JSON, not UTF-8, a number of thousands of digits, or nested more than 200 deep.
+        ValueError: the text is not JSON or not UTF-8, a number has thousands of digits, or the nesting is deeper than
+            200.
     """
     from pydantic_core import from_json
 
@@ -288,23 +287,23 @@ def parse(text: bytes | str) -> Any:
 
 
 def read_json(path: Path, cure: str, most: int = TEXT) -> Any:
-    """What a JSON file says.
+    """Reads a JSON file.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the file does not exist.
         ValueError: as `read` and `parse`; `cure` ends the message.
     """
     return json_of(read(path, most), path, cure)
 
 
 def json_of(text: bytes | str, where: str | Path, cure: str, *, nan: bool = False) -> Any:
-    """What a JSON text in a file says.
+    """Parses a JSON text from a file.
 
     Args:
-        text: UTF-8.
-        where: the file, and the entry in it.
+        text: the text, in UTF-8.
+        where: the file, and the entry in it, for messages.
         cure: ends the message of an error.
-        nan: whether NaN and Infinity are read, which are no JSON.
+        nan: accepts NaN and Infinity, which are not JSON.
 
     Raises:
         ValueError: as `parse`.
@@ -314,21 +313,24 @@ def json_of(text: bytes | str, where: str | Path, cure: str, *, nan: bool = Fals
     try:
         return from_json(text, allow_inf_nan=nan)
     except ValueError as error:
-        raise ValueError(f"{where} is damaged: it is not JSON ({error}). {cure}") from error
+        raise ValueError(f"{where} is damaged, because it is not JSON ({error}). {cure}") from error
 
 
 def refuse_pickle(path: Path) -> None:
-    """ValueError for a file that is named like a pickle: unpickling runs code."""
+    """Raises ValueError for a file with a pickle's suffix, because unpickling runs code."""
     if path.suffix.lower() in PICKLES:
-        raise ValueError(f"{path} is a pickle by its name, and these run code when read. Convert it to safetensors.")
+        raise ValueError(
+            f"{path} has the suffix of a pickle, and reading a pickle runs code. Convert it to safetensors."
+        )
 
 
 def read_tensors(path: Path, cure: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The metadata and the tensors of a safetensors file.
+    """Reads the metadata and the tensors of a safetensors file.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: a pickle by its name, no ordinary file, or no safetensors; `cure` ends the message.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file has a pickle's suffix, is not an ordinary file, or is not safetensors; `cure` ends the
+            message.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -338,7 +340,7 @@ def read_tensors(path: Path, cure: str) -> tuple[dict[str, str], dict[str, Tenso
         with safe_open(path, "pt") as file:
             return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is damaged, cut short, or no safetensors file ({error}). {cure}") from error
+        raise ValueError(f"{path} is not a complete safetensors file ({error}). {cure}") from error
 
 
 def sha256(content: bytes) -> str:

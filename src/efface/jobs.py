@@ -1,13 +1,12 @@
-"""Jobs without a screen, as the command line and a service run them.
+"""The jobs of the command line, without a terminal, so that services can run them as well.
 
-Each tells the meter of `progress.telling` how far it is, and ends at its next word after `meter.cancel()`. What was
-finished stays on the disk. To score a run again is `runs.score`.
+Each job reports its progress to the meter of `progress.telling`. After `meter.cancel()` it ends at its next report.
+Finished results stay on disk. `runs.score` scores a run again.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import time
@@ -20,10 +19,10 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, api, checks, pipelines, runs
+from . import __version__, api, checks, files, pipelines, runs
 from .core import Concept, Editor, config
 from .models import emoji
-from .pictures import grid, to_pil
+from .pictures import grid, png, to_pil
 from .progress import shown
 
 if TYPE_CHECKING:
@@ -42,10 +41,10 @@ BATCH = 8
 
 
 class Judge:
-    """What the eyes of the emoji model say about pictures.
+    """Judges pictures with the detectors of the emoji model.
 
     Args:
-        concepts: what is erased; `not_judged` are those that the eyes do not know.
+        concepts: the erased concepts. `not_judged` lists those without a detector.
     """
 
     def __init__(self, concepts: Sequence[Concept]) -> None:
@@ -57,14 +56,14 @@ class Judge:
         self.not_judged = [name for name in names if name not in self.judged]
 
     def scores(self, images: Tensor) -> dict[str, list[list[bool]]]:
-        """Concept to one list per eye, one answer per picture; also "any icon"."""
+        """Concept to one list per judge, with one answer per picture. Includes "any icon"."""
         seen = self.eyes.see(images)
         found = {name: self.eyes.concept(seen, name).tolist() for name in self.judged}
         return found | {"any icon": self.eyes.icons(seen).any(-1).tolist()}
 
 
 def drawn_by_emoji(name: str) -> bool:
-    """Whether the emoji model draws a concept of that name."""
+    """Whether the emoji model can draw a concept of that name."""
     try:
         emoji.truth(name)
     except ValueError:
@@ -74,18 +73,18 @@ def drawn_by_emoji(name: str) -> bool:
 
 @dataclass
 class Erasure:
-    """A prompt drawn before and after erasing, into a folder.
+    """Draws a prompt before and after erasing, into a folder.
 
     Args:
         pipe: the pipeline, without erasers.
-        erasers: what to apply, in order.
+        erasers: the erasers to apply, in order.
         prompt, negative: the user's prompt and negative prompt.
-        model: what the record calls the model.
-        seed: of the first picture; the others follow.
-        images: how many pictures.
+        model: the model's name in the record.
+        seed: seed of the first picture. The other pictures use the following seeds.
+        images: number of pictures.
         steps: denoising steps.
         guidance: the guidance scale.
-        judge: what looks at the pictures, if anything does.
+        judge: judges the pictures. None: no judgement.
     """
 
     pipe: DiffusionPipeline
@@ -109,7 +108,7 @@ class Erasure:
             if rows is not None and len(rows) != self.images:
                 raise ValueError(
                     f"Expected `rows` to have one entry for each picture, got {len(rows)} entries for {self.images} "
-                    "pictures. Give one list for each."
+                    "pictures. Give one list for each picture."
                 )
         configs = [config(eraser) for eraser in self.erasers]
         self.record = {
@@ -128,9 +127,9 @@ class Erasure:
         }
 
     def run(self, folder: Path) -> dict[str, Any]:
-        """Draws batch by batch with the same seeds before and after, and returns the record.
+        """Draws batch by batch, with equal seeds before and after, and returns the record.
 
-        Earlier results in the folder stay until the first batch can replace them. The record names what is on disk.
+        Earlier results in the folder stay until the first batch replaces them. The record lists the files on disk.
         """
         record, earlier, total = self.record, _results(folder), 2 * self.images
         with shown() as tell:
@@ -161,7 +160,7 @@ class Erasure:
     def _drawn(
         self, when: str, seeds: Sequence[int], erasers: Sequence[Any]
     ) -> list[tuple[int, str, Image, dict[str, Any]]]:
-        """Seed, "before" or "after", picture, and what there is to note about it."""
+        """Yields the seed, "before" or "after", the picture, and notes about it."""
         call: dict[str, Any] = {"num_inference_steps": self.steps, "negative_prompt": self.negative or None}
         began = time.perf_counter()
         with api.stack(self.pipe, *(erasers if when == "after" else ())):
@@ -174,7 +173,7 @@ class Erasure:
         return found
 
     def _write(self, folder: Path) -> None:
-        """The record and the grid of what there is so far."""
+        """Writes the record and the grid of the pictures so far."""
         from PIL import Image as Pictures
 
         save(folder / "record.json", json.dumps(self.record, indent=1))
@@ -184,43 +183,36 @@ class Erasure:
         save(folder / "grid.png", grid(rows, [str(e["seed"]) for e in some]))
 
     def finished(self, folder: Path) -> str:
-        """What there is of a job that ended early, recorded as far as the disk allows."""
+        """Describes the results of a job that ended early, and records them if the disk allows."""
         drawn = self.record["images"]
         if not drawn:
             return "No picture was finished."
-        with suppress(OSError):  # the disk may be full, which was said already
+        with suppress(OSError):  # the disk may be full, which was reported before
             self._write(folder)
         both = sum("after" in entry for entry in drawn)
-        more = f", and {len(drawn) - both} more without erasing" if both < len(drawn) else ""
-        return f"{both} of {self.images} pictures were finished{more}; they are in {folder}."
+        more = f", and {len(drawn) - both} more of the base model" if both < len(drawn) else ""
+        return f"{both} of {self.images} pictures were finished{more}. They are in {folder}."
 
 
 def _results(folder: Path) -> list[Path]:
-    """What an `Erasure` wrote there, and nothing else."""
+    """The files that an `Erasure` wrote there."""
     ours = re.compile(r"(before|after)-\d+\.png|grid\.png|record\.json")
     return [file for file in folder.iterdir() if ours.fullmatch(file.name)]
 
 
 def _part(eraser: Any, start: int, n: int) -> Any:
-    """The eraser for `n` pictures from number `start` on: with their `rows`, if it has any."""
+    """The eraser for `n` pictures from number `start` on, with the `rows` of these pictures."""
     rows = getattr(eraser, "rows", None)
     return eraser if rows is None else replace(eraser, rows=rows[start : start + n])
 
 
 def save(file: Path, made: Image | str) -> None:
-    """Writes a picture or a text, whole or not at all; an error names the file."""
-    partial = file.with_name(f".{file.name}.partial")
+    """Writes a picture or a text as `files.write`. The error of a failed write names the file."""
     try:
-        with partial.open("wb") as out:
-            out.write(made.encode()) if isinstance(made, str) else made.save(out, "PNG")
-            out.flush()
-            os.fsync(out.fileno())  # some file systems tell only now that they are full
-        partial.replace(file)
+        files.write(file, made if isinstance(made, str) else png(made))
     except OSError as error:
         why = error.strerror or str(error)
         raise OSError(f"{file} cannot be written ({why}). Free some space, or name another folder by --out.") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- fit
@@ -228,15 +220,15 @@ def save(file: Path, made: Image | str) -> None:
 
 @dataclass
 class Fit:
-    """A delta learned on a model, and written to a file.
+    """Learns a delta on a model, and writes it to a file.
 
     Args:
-        editor: what learns it.
+        editor: the editor that learns it.
         pipe: the pipeline.
         concepts: what to erase.
-        file: the file to write. A fit that was stopped goes on from `checkpoint`, a file that is named like it.
-        after: deltas that are on while this one is fitted.
-        seed: of the fit.
+        file: the file to write. An interrupted fit continues from `checkpoint`, a file with a similar name.
+        after: deltas that are applied during the fit.
+        seed: seed of the fit.
     """
 
     editor: Editor
@@ -252,7 +244,7 @@ class Fit:
         return self.file.with_name(f"{self.file.name}.checkpoint") if resumes else None
 
     def run(self) -> Delta:
-        """The delta, which is in the file."""
+        """Fits the delta, writes it to the file, and returns it."""
         kept, name = self.checkpoint, type(self.editor).__name__
         options: dict[str, Any] = {} if kept is None else {"checkpoint": kept}
         with shown() as tell, api.stack(self.pipe, *self.after):
@@ -265,10 +257,10 @@ class Fit:
         return delta
 
     def finished(self) -> str:
-        """What there is of a fit that ended early."""
+        """Describes the results of a fit that ended early."""
         goes_on = self.checkpoint is not None and self.checkpoint.exists()
         return f"{self.file} was not written." + (
-            f" The same command goes on from {self.checkpoint}." if goes_on else ""
+            f" The same command continues from {self.checkpoint}." if goes_on else ""
         )
 
 
@@ -276,16 +268,16 @@ class Fit:
 
 
 def rehearse(suite: Suite) -> None:
-    """Finds what a metric lacks before anything is drawn.
+    """Checks, before anything is drawn, that the metrics have all they need.
 
     Raises:
-        ValueError: the suite could not be scored.
+        ValueError: the suite cannot be scored.
     """
     try:
         runs.rehearse(suite)
     except (ImportError, OSError, ValueError) as error:
         raise ValueError(
-            f"Nothing is drawn yet, for it could not be scored: {error}\nMend that, change the metric with "
+            f"The suite could not be scored, so nothing was drawn: {error}\nCorrect that, change the metric with "
             "--judge METRIC.NAME=VALUE, or draw with --no-score and run `efface score` later."
         ) from error
 
@@ -294,10 +286,10 @@ def bench(suite: Suite, pipe: DiffusionPipeline, *, score: bool = True, **option
     """Draws a suite with and without erasers, and scores it.
 
     Args:
-        suite: what to draw.
+        suite: the suite to draw.
         pipe: the pipeline.
-        score: whether to score what was drawn.
-        options: those of `efface.run`: `eraser`, `out`, `base`, `batch`, `name` and `command`.
+        score: whether to score the pictures.
+        options: options of `efface.run`: `eraser`, `out`, `base`, `batch`, `name` and `command`.
     """
     if score:
         rehearse(suite)

@@ -1,4 +1,4 @@
-"""Pictures as files: tensors to PNGs, and labelled grids to look at."""
+"""Reads and writes pictures, and makes labelled grids."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MARGIN, LABEL = 4, 64
-FORMATS = ("PNG", "JPEG", "WEBP")  # all that is read: other formats of Pillow run programs or are seldom tested
+FORMATS = ("PNG", "JPEG", "WEBP")  # the only formats read: other decoders of Pillow run programs or are rarely tested
 BROKEN = OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError
-AGAIN = "Delete it; the command that made it draws it again."
+AGAIN = "Delete it, and run the command that made it again."
 BYTES, PIXELS = 64 * files.MIB, 8192 * 8192
 
 
 def read_picture(path: Path, sha256: str = "") -> Image.Image:
-    """The picture in a PNG, JPEG or WebP file, as RGB.
+    """Reads a PNG, JPEG or WebP file as RGB.
 
     Args:
         path: the file.
-        sha256: what its bytes must hash to; "" = not known.
+        sha256: the expected hash of its bytes; "" means unknown.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: another file than the one with this hash, another format, a damaged picture, or more than 64 MiB or
-            8,192 x 8,192 pixels.
+        FileNotFoundError: the file does not exist.
+        ValueError: the hash or the format differs, the picture is damaged, or it is larger than 64 MiB or 8,192 x 8,192
+            pixels.
 
     Example:
         >>> import tempfile
@@ -44,16 +44,16 @@ def read_picture(path: Path, sha256: str = "") -> Image.Image:
     """
     content = files.read(path, BYTES)
     if sha256 and files.sha256(content) != sha256:
-        raise ValueError(f"{path} is not the picture that was drawn: its SHA-256 is another one. Draw the run again.")
+        raise ValueError(f"{path} is not the picture that was drawn, because its SHA-256 differs. Draw the run again.")
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
             if picture.width * picture.height > PIXELS:
-                raise ValueError(f"{picture.width} x {picture.height} pixels, and at most {PIXELS:,} are read")
+                raise ValueError(f"{picture.width} x {picture.height} pixels, more than the limit of {PIXELS:,}")
             return picture.convert("RGB")
     except Image.UnidentifiedImageError as error:
-        raise ValueError(f"{path} cannot be read as a PNG, JPEG or WebP picture: it is none. {AGAIN}") from error
+        raise ValueError(f"{path} is not a PNG, JPEG or WebP picture. {AGAIN}") from error
     except BROKEN as error:
-        why = files.short(str(error), 160)
+        why = checks.short(str(error), 160)
         raise ValueError(f"{path} cannot be read as a PNG, JPEG or WebP picture ({why}). {AGAIN}") from error
 
 
@@ -71,7 +71,8 @@ def png(picture: Image.Image) -> bytes:
 
 
 def likeness(a: Tensor, b: Tensor) -> Tensor:
-    """How alike pictures [N, 3, H, W] are, [N] in [0, 1]: correlation of their 16 x 16 reductions, 0 if negative.
+    """The similarity of pictures [N, 3, H, W], [N] in [0, 1]: the correlation of their 16 x 16 reductions, 0 if
+    negative.
 
     Example:
         >>> import torch
@@ -93,16 +94,16 @@ def grid(
     labels: Sequence[str] = (),
     side: int = 128,
 ) -> Image.Image:
-    """Pictures in a labelled grid, to look at.
+    """Pictures in a labelled grid.
 
     Args:
-        images: pictures of PIL, or float [N, 3, H, W] in [0, 1], row by row; or the label of each row to its pictures.
-        columns: how many pictures stand in a row, or a heading for each column.
-        labels: a text for each row, at its left.
-        side: pixels of a picture's longer side in the grid; small pictures are enlarged without smoothing.
+        images: PIL pictures or float [N, 3, H, W] in [0, 1], row by row; or a mapping from row labels to pictures.
+        columns: number of pictures per row, or one heading per column.
+        labels: one text per row, shown at its left.
+        side: longer side of a picture in the grid, in pixels. Small pictures are enlarged without smoothing.
 
     Raises:
-        ValueError: no pictures, another number of labels than rows, or rows of different lengths.
+        ValueError: there are no pictures, the numbers of labels and rows differ, or rows differ in length.
 
     Example:
         >>> import efface
@@ -123,16 +124,16 @@ def grid(
     if rows:
         blank = Image.new("RGB", rows[-1][-1].size, "white")
         rows[-1] += [blank] * (min(width, len(pictures)) - len(rows[-1]))
-    names = labels or [" " * k for k in range(len(rows))]  # keys of one mapping, and nothing to see
+    names = labels or [" " * k for k in range(len(rows))]  # distinct keys that print as blanks
     return _drawn(dict(zip(names, rows, strict=True)), () if isinstance(columns, int) else columns, side)
 
 
 def _drawn(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str], side: int) -> Image.Image:
-    """One line for each entry of `rows`, its name at the left, `columns` as headings."""
+    """Draws one line per entry of `rows`, with its label at the left and `columns` as headings."""
     lengths = {len(pictures) for pictures in rows.values()}
     if len(lengths) != 1 or 0 in lengths:
         raise ValueError(
-            f"Expected rows of one length with at least one picture, got lengths {sorted(lengths)}. Fill the rows up."
+            f"Expected rows of one length with at least one picture, got lengths {sorted(lengths)}. Fill the rows."
         )
     scaled = {name: [_scaled(p, side) for p in pictures] for name, pictures in rows.items()}
     width = max(p.width for line in scaled.values() for p in line) + MARGIN

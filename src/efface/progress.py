@@ -1,7 +1,6 @@
-"""How far a job is: told to whoever listens, or shown as a bar. A job can be cancelled wherever it tells.
+"""Reports the progress of a job to a listener or as a bar. A job can be cancelled at each report.
 
-with progress.bar() as listen, progress.telling(Meter(listen)):
-    ...  # whatever draws or fits in here tells the meter
+with progress.bar() as listen, progress.telling(Meter(listen)): ... # jobs in this block report to the meter
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ EVERY = 30  # seconds between lines where there is no terminal
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a job is.
+    """The progress of a job.
 
     Args:
-        what: what is being done, such as "erased".
-        done, total: pictures, updates or metrics; `total` is 0 where nobody knows.
-        seconds_left: None until something is done.
-        note: what else there is to say, such as the loss of a fit.
+        what: the current task, such as "erased".
+        done, total: pictures, updates or metrics. `total` is 0 if unknown.
+        seconds_left: None until the first item is done.
+        note: a further remark, such as the loss of a fit.
     """
 
     what: str
@@ -45,14 +44,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Cancelled(Exception):
-    """Somebody cancelled the job. What it had written stays."""
+    """The job was cancelled. Its finished results stay."""
 
 
 class Meter:
-    """What a job tells: `meter("erased", 3, 40)`.
+    """Takes the reports of a job: `meter("erased", 3, 40)`.
 
     Args:
-        listener: called with a `Progress` each time.
+        listener: called with a `Progress` at each report.
 
     Example:
         >>> from efface.progress import Meter
@@ -80,7 +79,7 @@ class Meter:
         self._listener(Progress(what, done, total, left, note))
 
     def cancel(self) -> None:
-        """Ends the job the next time it tells; any thread may call this."""
+        """Ends the job at its next report. Any thread may call this."""
         self._stop.set()
 
 
@@ -89,7 +88,7 @@ _current: ContextVar[Meter | None] = ContextVar("efface progress", default=None)
 
 @contextmanager
 def telling(meter: Meter) -> Iterator[Meter]:
-    """Whatever tells its progress inside of this tells the meter."""
+    """Jobs inside this block report to the meter."""
     token = _current.set(meter)
     try:
         yield meter
@@ -99,11 +98,11 @@ def telling(meter: Meter) -> Iterator[Meter]:
 
 @contextmanager
 def shown(progress: bool | Tell | None = None) -> Iterator[Tell]:
-    """What a job calls with what it does, how much is done, and of how much.
+    """Yields the function to which a job reports: task, number done, total.
 
     Args:
-        progress: True shows a bar, False shows nothing; a callable is called itself. None is the meter of `telling`,
-            or nothing.
+        progress: True shows a bar, False shows nothing. A callable receives the reports. None uses the meter of
+            `telling`, if there is one.
     """
     if progress is None:
         progress = current() or False
@@ -117,7 +116,7 @@ def shown(progress: bool | Tell | None = None) -> Iterator[Tell]:
 
 
 def shows(job: F) -> F:
-    """A job whose argument `progress` may also be True (a bar), False, or left out, see `shown`."""
+    """Lets the argument `progress` of a job take all values that `shown` takes."""
     signature = inspect.signature(job)
 
     @functools.wraps(job)
@@ -137,7 +136,7 @@ def current() -> Meter | None:
 
 @contextmanager
 def bar() -> Iterator[Listener]:
-    """A bar on stderr with the time that is left; where that is no terminal, a line every 30 seconds."""
+    """Shows a bar with the remaining time on stderr. If stderr is not a terminal, prints a line every 30 seconds."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn
     from rich.progress import Progress as Bar

@@ -1,7 +1,7 @@
-"""What the files of Efface may hold: runs, scores, cards, deltas, adapters, checkpoints, calibrations, and so on.
+"""The schemas of Efface's files: runs, scores, cards, deltas, adapters, checkpoints, calibrations, and so on.
 
-Types are strict, numbers finite, counts and lengths bounded. Entries that are not named here are kept, and decide
-nothing. This module loads pydantic, so it is imported only when a file is read.
+Types are strict, numbers finite, counts and lengths bounded. Entries without a schema are kept and have no effect. This
+module loads pydantic, so Efface imports it only when it reads a file.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ class Form(BaseModel):
 
 
 class Versioned(Form):
-    """A file of format 1; old files do not name their format."""
+    """A file of format 1. Old files do not name their format."""
 
     format: Literal[1] = 1
 
 
 def check(value: Any, form: type[Form], where: str | Path, cure: str) -> Any:
-    """The value as it is, if it has this form.
+    """Returns the value unchanged if it matches the schema.
 
     Args:
-        value: what a file holds.
-        form: what it may hold.
-        where: the file, and the line or entry in it.
-        cure: ends the message.
+        value: the content of a file.
+        form: its schema.
+        where: the file, and the line or entry in it, for the message.
+        cure: the end of the message.
 
     Raises:
-        ValueError: it has not; the message names the entry.
+        ValueError: the value does not match. The message names the entry.
     """
     try:
         form.model_validate(value)
@@ -56,28 +56,28 @@ def check(value: Any, form: type[Form], where: str | Path, cure: str) -> Any:
 
 
 def read(path: Path, form: type[Form], cure: str, most: int = files.TEXT) -> Any:
-    """What a JSON file holds, if it has this form.
+    """Reads a JSON file and checks it against a schema.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: no ordinary file, too large, no JSON, or another form; `cure` ends the message.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not ordinary, too large, not JSON, or does not match; `cure` ends the message.
     """
     return check(files.read_json(path, cure, most), form, path, cure)
 
 
 def _wrong(error: ValidationError, where: str | Path) -> str:
-    """The first entry that is wrong, in words."""
+    """Describes the first wrong entry."""
     found = error.errors(include_url=False)[0]
-    entry, message = ".".join(files.short(str(part)) for part in found["loc"]), found["msg"]
+    entry, message = ".".join(checks.short(str(part)) for part in found["loc"]), found["msg"]
     if found["type"] == "missing":
-        return f"{where} is damaged: it has no `{entry}`."
+        return f"{where} is damaged and has no `{entry}`."
     expected = (
         message.removeprefix("Input should be ").partition(" or instance of ")[0].replace("dictionary", "mapping")
     )
     if expected == message:
         expected = f"valid ({message})"
     got = checks.shown(found["input"])
-    return f"{where} is damaged: expected {f'`{entry}`' if entry else 'it'} to be {expected}, got {got}."
+    return f"{where} is damaged, expected {f'`{entry}`' if entry else 'it'} to be {expected}, got {got}."
 
 
 # ---------------------------------------------------------------- runs
@@ -128,7 +128,7 @@ class Session(Form):
 
 
 class Decides(Form):
-    """What decides the pictures of a run, in run.json and card.json."""
+    """The facts that determine the pictures of a run, in run.json and card.json."""
 
     format: Literal[1]
     suite: SuiteFacts
@@ -162,7 +162,7 @@ class RowFacts(Form):
 
 
 class SampleLine(Form):
-    """A line of samples.jsonl; runs before 0.2 have no `sha256`."""
+    """A line of samples.jsonl. Runs before 0.2 have no `sha256`."""
 
     k: Count
     file: Annotated[str, StringConstraints(pattern=r"^images/[A-Za-z0-9][A-Za-z0-9._-]{0,199}\.(png|jpg|jpeg|webp)$")]
@@ -174,7 +174,7 @@ class SampleLine(Form):
 
 
 class ScoreFacts(Form):
-    """null stands for NaN, which JSON has not: a value that is not defined."""
+    """null stands for NaN, an undefined value, which JSON cannot hold."""
 
     metric: Annotated[str, StringConstraints(min_length=1, max_length=1_000)]
     value: float | None
@@ -231,7 +231,7 @@ class CardFile(Decides):
 
 
 class DeltaHeader(Form):
-    """The header of a delta; what else an editor has to say, in `info`, may hold NaN."""
+    """The header of a delta. `info` holds further facts from the editor, and may contain NaN."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -256,7 +256,7 @@ class AdapterHeader(Form):
 
 
 class Ladder(Form):
-    """The judgements that an adapter is fitted to: a row's features, and a pair for each strength."""
+    """The judgements for fitting an adapter: the features of each row, and a pair for each strength."""
 
     setting: Facts
     layers: Names
@@ -271,7 +271,7 @@ class Checkpoint(Form):
 
 
 class Prompts(Form):
-    """The prompts that a search has found."""
+    """The prompts that a search found."""
 
     key: Short
     prompts: Annotated[list[Text], Field(min_length=1, max_length=100_000)]

@@ -1,4 +1,4 @@
-"""Tables as text: CSV for programs, Markdown and LaTeX for papers."""
+"""Formats scores as tables: CSV for programs, Markdown and LaTeX for papers."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def table(runs: Run | str | Path | Sequence[Run | str | Path], format: Format = 
 
     Args:
         runs: a run or its folder, or several.
-        format: "csv" has a column for each number; "md" and "latex" show rates with their 95 % intervals. LaTeX uses
-            the package booktabs.
+        format: "csv" has one column per number. "md" and "latex" show rates with their 95 % intervals. LaTeX needs the
+            package booktabs.
 
     Raises:
-        FileNotFoundError: no run in a folder, or it is not scored.
-        ValueError: another format, or no runs.
+        FileNotFoundError: a folder holds no run, or the run is not scored.
+        ValueError: the format is unknown, or there are no runs.
 
     Example:
         >>> import tempfile
@@ -55,7 +55,7 @@ def table(runs: Run | str | Path | Sequence[Run | str | Path], format: Format = 
 
 
 def score_cells(scores: Sequence[Score], base: Sequence[Score]) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a line for each score with its interval, as people read them."""
+    """Headings, and one line per score with its interval, for readers."""
     from .report import number, span
 
     plain = {s.metric: s for s in base}
@@ -66,7 +66,7 @@ def score_cells(scores: Sequence[Score], base: Sequence[Score]) -> tuple[list[st
 
 
 def score_numbers(scores: Sequence[Score], base: Sequence[Score]) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a line for each score with every number in a column of its own; empty where there is none."""
+    """Headings, and one line per score with one column per number. Missing numbers are empty."""
     plain = {s.metric: s for s in base}
     numbers = ("value", "low", "high")
     headings = ["metric", "unit", *numbers, "n", *(f"base_{name}" for name in numbers), "base_n"]
@@ -80,7 +80,7 @@ def score_numbers(scores: Sequence[Score], base: Sequence[Score]) -> tuple[list[
 
 
 def render(headings: Sequence[str], rows: Sequence[Sequence[str]], format: Format) -> str:
-    """A table with a line break at its end.
+    """The table as text, with a final line break.
 
     Example:
         >>> from efface.tables import render

@@ -198,7 +198,7 @@ def _rebuilt(run: Run, recorded: Mapping[str, Any]) -> Any:
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"The eraser {checks.shown(name)} of {run.folder} cannot be made from its record "
-            f"({files.short(str(error), 160)}). Give it as `eraser=` (--delta for a delta)."
+            f"({checks.short(str(error), 160)}). Give it as `eraser=` (--delta for a delta)."
         ) from error
     return made
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from efface import checks
 from efface.core import Concept
-from efface.files import check_ordinary, read_text, short, there
+from efface.files import check_ordinary, read_text, there
 from efface.records import Row
 
 T = TypeVar("T")
@@ -143,8 +143,8 @@ def _lines(path: Path, reader: Any, columns: Sequence[str]) -> Iterator[Line]:
         missing = [c for c in columns if c not in header]
         if missing:
             raise ValueError(
-                f"{path} lacks the column{'s' * (len(missing) > 1)} {short(', '.join(missing))}. "
-                f"Its header has {short(', '.join(header)) or 'nothing'}."
+                f"{path} lacks the column{'s' * (len(missing) > 1)} {checks.short(', '.join(missing))}. "
+                f"Its header has {checks.short(', '.join(header)) or 'nothing'}."
             )
         start = reader.line_num + 1
         for record in reader:
