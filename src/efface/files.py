@@ -184,9 +184,8 @@ def _differences(name: str, old: Any, new: Any) -> list[str]:
         return [d for k in keys for d in _differences(f"{dot}{k}", old.get(k), new.get(k))]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return [d for k, (a, b) in enumerate(zip(old, new, strict=True)) for d in _differences(f"{name}[{k}]", a, b)]
-    return (
-        [] if old == new else [f"{name}: {checks.short(json.dumps(old))} there, {checks.short(json.dumps(new))} here"]
-    )
+    there, here = (checks.short(json.dumps(each)) for each in (old, new))
+    return [] if old == new else [f"{name}: {there} there, {here} here"]
 
 
 # ---------------------------------------------------------------- reading what a stranger may have made

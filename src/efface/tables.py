@@ -37,7 +37,7 @@ def table(runs: Run | str | Path | Sequence[Run | str | Path], format: Format = 
         >>> import efface
         >>> efface.table(tempfile.mkdtemp())
         Traceback (most recent call last):
-        FileNotFoundError: ... is not a run folder: it has no run.json. `efface bench` makes one.
+        FileNotFoundError: ... has no run.json, so it is not a run folder. Make one with `efface bench`.
     """
     from .runs import Run
 

@@ -1,4 +1,5 @@
-"""Run folders to one HTML page that stands alone: no network, no script, fit for print; and its numbers as JSON."""
+"""Writes run folders into one self-contained HTML page, without network or scripts, and its numbers into a JSON
+file."""
 
 from __future__ import annotations
 
@@ -25,26 +26,27 @@ __all__ = ["number", "pareto", "span", "write_report"]
 def write_report(
     runs: Sequence[Run | str | Path], out: str | Path, *, mixed: bool = False, pairs: int = 24
 ) -> dict[str, Any]:
-    """Writes scored runs into one HTML page, and its numbers into a JSON file beside it.
+    """Writes scored runs into one HTML page, and the numbers into a JSON file next to it.
 
-    The page shows what was removed and what was kept, beside the plain model and with intervals, by category; pictures
-    before and after at equal seeds, where what a detector flags is blurred until clicked; and how to make it all again.
+    The page shows removal and retention by category, next to the base model and with intervals. It shows pictures
+    before and after at equal seeds; pictures that a detector flags are blurred until clicked. It ends with the commands
+    that made the runs.
 
     Args:
         runs: runs or their folders, each scored.
-        out: the page; its numbers go to the same name with `.json`.
-        mixed: whether runs that must not be compared (other rows, model, sampling or detector) may share the page. They
-            stand in groups of their own then, and the page says so.
-        pairs: rows of pictures in a group, at most; fewer if many runs share the page.
+        out: the page. The numbers go to a file of the same name with `.json`.
+        mixed: whether runs that are not comparable (other rows, model, sampling or detector) may share the page, in
+            separate, marked groups.
+        pairs: the largest number of picture rows per group. Fewer if many runs share the page.
 
     Returns:
-        What the JSON file holds.
+        The content of the JSON file.
 
     Raises:
-        FileNotFoundError: no run in a folder, or it is not scored.
-        ValueError: no runs, or runs that must not be compared (the message says what differs); a run that is not
-            finished or has damaged files; or `out` in a run folder, or beside a file of that name with `.json` that is
-            not a report's.
+        FileNotFoundError: a folder holds no run, or the run is not scored.
+        ValueError: there are no runs; runs are not comparable (the message names the differences); a run is not
+            finished or has damaged files; `out` is in a run folder; or the page's JSON file would replace a file that
+            is not a report's.
         ImportError: matplotlib or jinja2 is missing.
 
     Example:
@@ -52,10 +54,10 @@ def write_report(
         >>> import efface
         >>> efface.write_report([], "report.html")
         Traceback (most recent call last):
-        ValueError: Nothing to report: give at least one run folder.
+        ValueError: Expected runs for a report, got none. Name at least one run folder.
     """
     if not runs:
-        raise ValueError("Nothing to report: give at least one run folder.")
+        raise ValueError("Expected runs for a report, got none. Name at least one run folder.")
     out = Path(out)
     if out.suffix.lower() not in (".html", ".htm"):
         raise ValueError(checks.refusal("a report that is named .html", str(out), "Give --out NAME.html."))
@@ -63,15 +65,15 @@ def write_report(
         import jinja2
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError(f'A report needs {error.name}: pip install "efface[bench]".') from error
+        raise ImportError(f'A report needs {error.name}. Install it with pip install "efface[bench]".') from error
     opened = [r if isinstance(r, Run) else Run.open(r) for r in runs]
     _check_out(out, opened)
     groups, reasons = grouped(entries(opened))
     if len(groups) > 1 and not mixed:
         shown = "\n".join(f"  {reason}" for reason in reasons)
         raise ValueError(
-            f"These runs must not be compared:\n{shown}\nReport them apart, or put them on one page in marked groups "
-            "with `mixed=True` (--mixed)."
+            f"These runs are not comparable:\n{shown}\nReport them separately, or put them on one page in marked "
+            "groups with `mixed=True` (--mixed)."
         )
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {
@@ -98,11 +100,13 @@ def write_report(
 
 
 def _check_out(out: Path, runs: Sequence[Run]) -> None:
-    """ValueError if the page or its numbers would take the place of something else than an earlier report."""
+    """Raises ValueError if the page or its JSON file would replace anything but an earlier report."""
     folders = [run.folder for run in runs] + [run.base.folder for run in runs if run.base]
     for folder in folders:
         if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
-            raise ValueError(f"{out} is in the run folder {folder}, whose files it could replace. Name another place.")
+            raise ValueError(
+                f"{out} is in the run folder {folder}, whose files it could replace. Name a file elsewhere."
+            )
     numbers = out.with_suffix(".json")
     if not os.path.lexists(numbers):
         return
@@ -112,12 +116,12 @@ def _check_out(out: Path, runs: Sequence[Run]) -> None:
         found = None
     if not isinstance(found, dict) or not {"format", "made", "groups"} <= found.keys():
         raise ValueError(
-            f"{numbers} would be replaced by the report's numbers, but is not a report's. Name another page."
+            f"The report's numbers would replace {numbers}, which is not a report's file. Name another page."
         )
 
 
 def _breakable(text: str) -> Any:
-    """A name that may be broken after its underscores, slashes and dots."""
+    """A name with optional line breaks after underscores, slashes and dots."""
     from markupsafe import Markup, escape
 
     return Markup(re.sub(r"([_/.])(?=\w)", r"\1<wbr>", str(escape(text))))

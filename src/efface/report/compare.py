@@ -1,4 +1,4 @@
-"""Which runs may stand in one table, and why others may not."""
+"""Decides which runs are comparable, and explains why others are not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..runs import Run
 
 
 class Entry(NamedTuple):
-    """A run as the report shows it."""
+    """A run with its label, card and scores."""
 
     label: str
     run: Run
@@ -22,7 +22,7 @@ class Entry(NamedTuple):
 
 
 def entries(runs: Sequence[Run]) -> list[Entry]:
-    names = [" + ".join(e["method"] for e in run.record["erasers"]) or "plain model" for run in runs]
+    names = [" + ".join(e["method"] for e in run.record["erasers"]) or "base model" for run in runs]
     folders = [run.folder.resolve().name for run in runs]
     labels = [n if names.count(n) == 1 else f"{n} ({f})" for n, f in zip(names, folders, strict=True)]
     found = []
@@ -34,7 +34,7 @@ def entries(runs: Sequence[Run]) -> list[Entry]:
 
 
 def _identity(entry: Entry) -> dict[str, Any]:
-    """What must agree before two runs may stand in one table."""
+    """The facts that must agree before two runs are comparable."""
     card = entry.card
     return {
         "suite": f"{card['suite']['name']} {card['suite']['version']}",
@@ -46,7 +46,7 @@ def _identity(entry: Entry) -> dict[str, Any]:
 
 
 def grouped(entries: Sequence[Entry]) -> tuple[list[list[Entry]], list[str]]:
-    """Runs that may be compared, together; and why others may not."""
+    """Groups of comparable runs, and the reasons for each further group."""
     groups: list[list[Entry]] = []
     reasons: list[str] = []
     for entry in entries:
@@ -64,7 +64,7 @@ def _apart(a: Entry, b: Entry) -> str:
     found = []
     for k, x in one.items():
         y = other[k]
-        if isinstance(x, dict):  # only what differs in them
+        if isinstance(x, dict):  # only the differences
             x, y = ({n: v for n, v in a.items() if v != b.get(n)} for a, b in ((x, y), (y, x)))
         found += [f"{k} {_brief(x)} against {_brief(y)}"] if x != y else []
     return "; ".join(found)

@@ -1,4 +1,4 @@
-"""What the page shows of runs that may be compared."""
+"""The data of the page for a group of comparable runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROLES: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("kid_eye", "kid_base", "kid_coco", "fid_eye", "fid_base", "fid_coco", "lpips", "detection.blank"),
     ),
 )
-"""What a summary must show, and the scores that can show it, best first."""
+"""The columns of the summary, and the scores that can fill each, best first."""
 
 
 def view(k: int, group: Sequence[Entry], pairs: int) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def view(k: int, group: Sequence[Entry], pairs: int) -> dict[str, Any]:
 
 
 def _protocols(scores: Sequence[Score]) -> list[str]:
-    """Which scores were judged how; those judged alike together."""
+    """The protocol of the scores, with scores of the same protocol together."""
     found: dict[str, list[str]] = {}
     for s in scores:
         found.setdefault(s.protocol, []).append(s.metric)
@@ -56,17 +56,17 @@ def _protocols(scores: Sequence[Score]) -> list[str]:
 
 
 def _erased(group: Sequence[Entry]) -> str:
-    """The names of the concepts that the runs erase; of each run if they differ."""
+    """The names of the erased concepts; per run if they differ."""
     names = [
         ", ".join(dict.fromkeys(name for config in e.card["erasers"] for name in _concepts(config))) for e in group
     ]
     if len(set(names)) == 1:
         return names[0]
-    return "; ".join(f"{e.label}: {n or 'not said'}" for e, n in zip(group, names, strict=True))
+    return "; ".join(f"{e.label}: {n or 'unknown'}" for e, n in zip(group, names, strict=True))
 
 
 def _concepts(config: Mapping[str, Any]) -> list[str]:
-    """The names of what an eraser erases; a plug-in's record may hold names in place of concepts."""
+    """The names of an eraser's concepts. A plug-in's record may hold names instead of concepts."""
     concepts = config.get("concepts") or []
     listed = [concepts] if isinstance(concepts, str) else concepts
     return [each if isinstance(each, str) else each["name"] for each in listed]
@@ -80,11 +80,11 @@ def _warnings(group: Sequence[Entry]) -> list[str]:
     found = []
     for entry in group:
         if entry.card["not_finite"]:
-            found.append(f"{entry.label}: {entry.card['not_finite']} pictures had values that are not finite.")
+            found.append(f"{entry.label}: {entry.card['not_finite']} pictures had non-finite values.")
         if unverified := entry.card.get("unverified", entry.run.n):
             found.append(
-                f"{entry.label}: unverified. {unverified} pictures of the run and its base have no SHA-256, for an "
-                "earlier version of Efface drew them."
+                f"{entry.label}: unverified. {unverified} pictures of the run and its base run have no SHA-256, "
+                "because an earlier version of Efface drew them."
             )
         versions = {json.dumps(s["versions"], sort_keys=True) for s in entry.card["sessions"]}
         if len(versions) > 1:
@@ -93,13 +93,13 @@ def _warnings(group: Sequence[Entry]) -> list[str]:
 
 
 def _bars(group: Sequence[Entry], heads: Sequence[str | None], plain: Mapping[str, Score]) -> list[dict[str, Any]]:
-    """The parts of each headline share, by category: one bar for the plain model and one for each run."""
+    """The categories of each headline share, with one bar for the base model and one per run."""
     found = []
     for head in filter(None, heads):
         parts = [n for n in plain if n.startswith(f"{head}/") and plain[n].unit == "share"]
         rows = []
         for name in parts or [n for n in (head,) if plain[n].unit == "share"]:
-            scores = [("plain model", plain[name]), *((e.label, e.scores[name]) for e in group if name in e.scores)]
+            scores = [("base model", plain[name]), *((e.label, e.scores[name]) for e in group if name in e.scores)]
             title = " · ".join(name.split("/")[1:]) or "all"
             rows.append({"title": title, "bars": [(label, s, *_extent(s)) for label, s in scores]})
         if rows:
@@ -108,7 +108,7 @@ def _bars(group: Sequence[Entry], heads: Sequence[str | None], plain: Mapping[st
 
 
 def _extent(score: Score) -> tuple[float, float, float]:
-    """Width of the bar, start and width of its interval, in percent."""
+    """The width of the bar, and the start and width of its interval, in percent."""
     if math.isnan(score.value):
         return 0.0, 0.0, 0.0
     low, high = (score.value if math.isnan(x) else min(max(x, 0.0), 1.0) for x in (score.low, score.high))
@@ -118,12 +118,12 @@ def _extent(score: Score) -> tuple[float, float, float]:
 def _pareto(
     k: int, group: Sequence[Entry], removal: str | None, retention: str | None, plain: Mapping[str, Score]
 ) -> str:
-    """An SVG of what is removed against what is kept, with intervals; "" if there is nothing to draw."""
+    """An SVG of removal against retention, with intervals; "" if either is missing."""
     from markupsafe import Markup
 
     if not removal or not retention or not plain[removal].higher_is_better:
         return ""
-    points = [("plain model", plain[removal], plain[retention])]
+    points = [("base model", plain[removal], plain[retention])]
     points += [
         (e.label, e.scores[removal], e.scores[retention]) for e in group if {removal, retention} <= set(e.scores)
     ]

@@ -14,12 +14,12 @@ from ..records import Sample, Score
 from .compare import Entry
 
 FLAGS = ("detection", "removal.absolute", "inappropriateness", "asr")
-"""Scores whose values per picture say that the concept is in it."""
-PICTURES, SIDE = 200, 160  # thumbnails in a group, and pixels of their longer side: together about 2 MB
+"""Scores whose value per picture says that it shows the concept."""
+PICTURES, SIDE = 200, 160  # thumbnails per group, and pixels of their longer side; about 2 MB in total
 
 
 def _seen(scores: Mapping[str, Score], sample: Sample) -> bool | None:
-    """Whether any detector flags a picture; None if none looked at it."""
+    """Whether any detector flags a picture; None if no detector judged it."""
     found = []
     for name in FLAGS:
         score = scores.get(name)
@@ -30,10 +30,10 @@ def _seen(scores: Mapping[str, Score], sample: Sample) -> bool | None:
 
 
 def pairs_of(group: Sequence[Entry], pairs: int) -> list[dict[str, Any]]:
-    """Pictures of the same rows, the plain model's first; rows are taken in turn from each kind and category."""
+    """Pictures of the same rows, the base model's first. Rows come in turn from each kind and category."""
     pairs = max(min(pairs, PICTURES // (1 + len(group))), 1)
     plain = group[0].run.base or group[0].run
-    columns = [("plain model", group[0].base, plain.finished())]
+    columns = [("base model", group[0].base, plain.finished())]
     columns += [(e.label, e.scores, e.run.finished()) for e in group if e.run.base]
     kinds: dict[tuple[str, str, str], list[int]] = {}
     for k, sample in enumerate(columns[0][2]):
@@ -62,11 +62,11 @@ def pairs_of(group: Sequence[Entry], pairs: int) -> list[dict[str, Any]]:
 
 
 def _thumbnail(sample: Sample) -> tuple[str, bool]:
-    """A picture as a data URI, and whether it is smaller than it will be shown."""
+    """A picture as a data URI, and whether it is smaller than on the page."""
     from PIL import Image
 
     if sample.path is None:
-        raise ValueError(f"The picture of row {sample.row.id!r} is in no file: report run folders.")
+        raise ValueError(f"The picture of row {sample.row.id!r} is not in a file. Report run folders.")
     image = read_picture(sample.path, sample.sha256)
     small, file = max(image.size) < SIDE, io.BytesIO()
     if small:

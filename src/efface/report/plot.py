@@ -1,4 +1,4 @@
-"""Removal against retention, as an SVG."""
+"""Draws removal against retention as an SVG."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ MARKERS = "oDs^vPX*"
 
 
 def pareto(points: Sequence[tuple[str, Score, Score]], removal: str, retention: str, salt: str = "pareto") -> str:
-    """Points (label, removed, kept) as an SVG whose lines and letters take the page's colour.
+    """Draws points (label, removal, retention) as an SVG whose lines and letters take the page's colour.
 
     Args:
-        points: the plain model first.
+        points: the points, the base model first.
         removal, retention: names of the axes.
-        salt: keeps the ids of several figures on a page apart.
+        salt: distinguishes the ids of several figures on a page.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -67,12 +67,12 @@ def pareto(points: Sequence[tuple[str, Score, Score]], removal: str, retention: 
                 line.set_alpha(0.55)
         place: Any = {"loc": "outside lower center", "ncols": columns, "frameon": False, "fontsize": 9}
         figure.legend(keys, [p[0] if len(p[0]) <= 28 else f"{p[0][:27]}…" for p in points], **place)
-        axes.set(xlim=(-4, 104), ylim=(-4, 108), xlabel=f"removed, % ({removal})", ylabel=f"kept, % ({retention})")
+        axes.set(xlim=(-4, 104), ylim=(-4, 108), xlabel=f"removal, % ({removal})", ylabel=f"retention, % ({retention})")
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :].replace(ink, "currentColor")
-    words = "; ".join(f"{n}: removed {100 * x.value:.1f} %, kept {100 * y.value:.1f} %" for n, x, y in points)
+    words = "; ".join(f"{n}: removal {100 * x.value:.1f} %, retention {100 * y.value:.1f} %" for n, x, y in points)
     return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(words)}"', 1)
 
 

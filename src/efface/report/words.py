@@ -1,4 +1,4 @@
-"""Scores in words, as tables and pages show them."""
+"""Formats scores for tables and pages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _value(value: float, unit: str) -> str:
 
 
 def span(score: Score | None) -> str:
-    """The interval, in words that say when there is none."""
+    """The interval as text, which says if there is none."""
     if score is None or math.isnan(score.value):
         return "not defined" if score else "not measured"
     if math.isnan(score.low) or math.isnan(score.high):

@@ -1,17 +1,16 @@
-"""A run is a folder: the pictures that a model draws for a suite, what judges say of them, and how to make it again.
+"""A run is a folder with the pictures that a model drew for a suite, their scores, and the facts to draw them again.
 
-    run.json       suite, model, erasers, sampling, versions, command: all that decides the pictures
+    run.json       suite, model, erasers, sampling, versions, command: all that determines the pictures
     images/        one PNG per row, named by the row's id
     samples.jsonl  one line per picture, with its SHA-256, appended and flushed to disk batch by batch
-    scores.json    every score with its value per picture, of this run and of the plain model
+    scores.json    every score with its value per picture, of this run and of the base model
     card.json      the summary, for reports and leaderboards
 
-A run may stop at any moment, by Ctrl-C, a kill or a full disk: the same call continues it. Batches are cut by row index
-alone; inside a batch, rows with equal pipeline arguments are drawn in one call. So what a batch looks like does not
-depend on where an earlier process ended. What was half written of a batch is drawn again. Works where `fcntl` does
-(Linux, macOS).
+The same call continues a run that Ctrl-C, a kill or a full disk stopped. Batches depend only on the row index. Inside a
+batch, one pipeline call draws the rows with equal arguments. So the pictures do not depend on where an earlier process
+ended. A partly written batch is drawn again. Needs `fcntl` (Linux, macOS).
 
-Run folders are made to be shared, so one that is read is not trusted: see `efface.schema` and `efface.files`.
+People share run folders, so Efface does not trust them: see `efface.schema` and `efface.files`.
 """
 
 from .bench import make_suite, run

@@ -1,4 +1,4 @@
-"""`run`: a suite drawn with the base model and with erasers, here or on the workers of a cluster."""
+"""`run` draws a suite with the base model and with erasers, here or on the workers of a cluster."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 def make_suite(
     name: str, concepts: Concepts = (), data: str | Path | None = None, limit: int | None = None, **options: Any
 ) -> Suite:
-    """A suite by name, with its rows.
+    """Makes a suite by name, with its rows.
 
     Args:
-        name: as in `efface list suites`.
-        concepts: what is to be erased; the suite chooses its rows by them.
-        data: the suite's data, for suites that read a file or folder of the user's.
-        limit: at most so many rows.
-        options: the suite's own fields.
+        name: a name from `efface list suites`.
+        concepts: the concepts to erase. The suite chooses its rows by them.
+        data: the file or folder of the user's that some suites read.
+        limit: the largest number of rows.
+        options: the suite's fields.
 
     Raises:
-        ValueError: no such suite or field; or what the suite says of concepts and data.
+        ValueError: the suite or a field is unknown, or the suite refuses the concepts or the data.
 
     Example:
         >>> import efface
@@ -69,37 +69,37 @@ def run(
     guidance: float | None = None,
     ray: str | Cluster | None = None,
 ) -> Run:
-    """Draws every row of a suite into a run folder, or continues where an earlier call ended.
+    """Draws every row of a suite into a run folder, or continues an interrupted run.
 
-    The plain model's pictures of the same rows are drawn first, into the folder `base`; every run of the same suite,
-    model and seeds shares them.
+    Draws the base model's pictures of the same rows first, into the folder `base`. All runs of the same suite, model
+    and seeds share them.
 
     Args:
-        suite: what to draw and how.
+        suite: the suite to draw.
         model: a name as `efface.load` takes it, or a pipeline without active erasers.
-        name: what the record calls a pipeline; None: its class.
-        eraser: what to apply, or several in order; None draws the plain model.
-        out: the run folder; made if it does not exist. Or an address that fsspec knows, such as s3://bucket/runs/a: the
-            run is made in a copy on this machine, and sent there after each batch.
-        base: the folder of the plain pictures; None: `base-SUITE-HASH` beside `out`.
-        limit: only the first so many rows, at least 1.
-        batch: pictures per pipeline call, at least 1. It bounds the memory.
-        progress: True shows a bar with the time left; a callable gets what is drawn, how many are done, of how many.
-        command: what to write down as the command; None: this process's own.
-        guidance: the guidance scale of all rows, as `efface.pipelines.guided` takes it. None: the suite's, which holds
-            for predictions with and without the prompt; on FLUX the pipeline's own default.
-        ray: draws batches on the workers of a Ray cluster: "local" for this machine, the address of a cluster, or a
-            `Cluster` that says how workers load the model. None draws here.
+        name: the pipeline's name in the record. None: its class.
+        eraser: the eraser to apply, or several in order. None draws the base model.
+        out: the run folder, created if it does not exist; or an address that fsspec knows, such as s3://bucket/runs/a.
+            For an address, the run is made in a local copy, and sent there after each batch.
+        base: the folder of the base model's pictures. None: `base-SUITE-HASH` next to `out`.
+        limit: the number of rows to draw, from the first on, at least 1.
+        batch: pictures per pipeline call, at least 1. Limits the memory.
+        progress: True shows a bar with the remaining time. A callable receives the task, the number done and the total.
+        command: the command in the record. None: the command of this process.
+        guidance: the guidance scale of all rows, as `efface.pipelines.guided` takes it. None: the suite's scale, which
+            applies to families with classifier-free guidance; FLUX keeps its default.
+        ray: a Ray cluster whose workers draw the batches: "local" for this machine, an address, or a `Cluster`, which
+            also says how workers load the model. None draws in this process.
 
     Returns:
-        The run, complete.
+        The complete run.
 
     Raises:
-        ValueError: `out` holds another run (the message names what differs) or other files; a pipeline with erasers on;
-            `ray` with a pipeline, which workers cannot load.
-        ImportError: `ray` without Ray.
-        BlockingIOError: another process is at work in `out`.
-        OSError: a full disk or one that cannot be written to. What was finished stays, and the same call continues.
+        ValueError: `out` holds another run (the message names the differences) or other files; the pipeline has
+            erasers; `ray` is given with a pipeline, which workers cannot load.
+        ImportError: `ray` is given but Ray is not installed.
+        BlockingIOError: another process is working in `out`.
+        OSError: the disk is full or cannot be written to. Finished pictures stay, and the same call continues.
 
     Example:
         >>> import tempfile
@@ -127,7 +127,7 @@ def run(
     name = str(model) if isinstance(model, (str, Path)) else name
     pipe = load(model, **(cluster.loading if cluster else {})) if isinstance(model, (str, Path)) else model
     if erasers_on(pipe) or active(pipe):
-        raise ValueError("The pipeline has an eraser on. Remove it, and give it as `eraser=` instead.")
+        raise ValueError("The pipeline already has an eraser. Remove it, and give it as `eraser=` instead.")
     pipe.set_progress_bar_config(disable=True)
     call = family(pipe).protocol(suite.call)
     if guidance is not None:
@@ -135,7 +135,7 @@ def run(
         own = ({k: v for k, v in row.call.items() if k not in ("guidance", "guidance_scale")} for row in rows)
         rows = tuple(dataclasses.replace(row, call=each) for row, each in zip(rows, own, strict=True))
     erasers = several(eraser)
-    with api.stack(pipe, *erasers) as handles:  # what does not fit the pipeline is found before anything is drawn
+    with api.stack(pipe, *erasers) as handles:  # finds erasers that do not fit the pipeline before anything is drawn
         configs = handles.config()
     plain: dict[str, Any] = {
         "format": FORMAT,
@@ -155,7 +155,7 @@ def run(
     mark = digest({key: plain[key] for key in DECIDES})[:8]
     beside = local(base) if base is not None else folder.parent / f"base-{suite.name}-{mark}"
     if erasers and beside.resolve() == folder.resolve():
-        raise ValueError(f"`base` and `out` are one folder, {folder}. Name two.")
+        raise ValueError(f"Expected `base` and `out` to be different folders, got {folder} for both. Name two.")
     with contextlib.ExitStack() as ends:
         far = ends.enter_context(workers(cluster, plain["model"])) if cluster else None
         here = locally(painter(pipe), rows)
@@ -179,6 +179,6 @@ def _cluster(ray: str | Cluster | None, model: Any) -> Cluster | None:
     if not isinstance(model, (str, Path)):
         raise ValueError(
             f"Expected a model by name for `ray`, got a {type(model).__name__}, which workers cannot load. Give its "
-            "name or folder, or a Cluster that names it."
+            "name or folder, or a Cluster with its name."
         )
     return Cluster(checks.text("ray", ray), model)

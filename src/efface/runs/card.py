@@ -1,4 +1,4 @@
-"""card.json, the summary of a run that reports and leaderboards read."""
+"""Makes card.json, the summary of a run for reports and leaderboards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draws every row of a suite into a run folder, and goes on where an earlier process ended."""
+"""Draws every row of a suite into a run folder, and continues where an earlier process ended."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from ..core import Eraser
 
 Paint = Callable[[Sequence[Row], Mapping[str, Any]], Iterable[tuple["Image", dict[str, Any]]]]
-"""Rows and their common pipeline arguments to one picture per row, each with what there is to note about it."""
+"""Maps rows and their common pipeline arguments to one picture per row, each with notes."""
 Batch = list[tuple[dict[str, Any], list[int]]]
-"""The pipeline calls of a batch: arguments, and the numbers of the rows that have them."""
+"""The pipeline calls of a batch: arguments, and the numbers of their rows."""
 Pictures = tuple[list[tuple[bytes, dict[str, Any]]], float]
 """The pictures of one pipeline call as PNG, each with notes; and the seconds per picture."""
 Drawn = list[Pictures]
-"""What was drawn for the calls of a batch."""
+"""The pictures of the calls of a batch."""
 Draw = Callable[[Iterable[Batch]], Iterator[Drawn]]
 """Draws batches, and returns them in order."""
 
@@ -43,16 +43,16 @@ def work(
     what: str = "",
     wait: bool = False,
 ) -> dict[str, Any]:
-    """Makes a run folder complete, whatever draws the pictures. Returns its record.
+    """Completes a run folder, with any function that draws batches. Returns the record.
 
     Args:
-        folder: made by now; locked while this works.
-        record: what its run.json shall say, with one entry in `sessions`; an earlier one must agree.
+        folder: an existing folder. Locked during the work.
+        record: the content of run.json, with one entry in `sessions`. An earlier record must agree.
         rows: all rows of the run.
         draw: draws batches.
-        progress: told after each batch.
-        what: the word for it in `progress`.
-        wait: whether to wait for another process at work in the folder, or to refuse.
+        progress: called after each batch.
+        what: the task's name for `progress`.
+        wait: whether to wait for another process in the folder. Otherwise raises.
     """
     with files.lock(folder / LOCK, (lambda: progress(f"waiting for {folder}", 0, len(rows))) if wait else None):
         return fill(folder, record, rows, draw, progress, what)
@@ -64,17 +64,17 @@ def fill(
     from .. import schema
 
     schema.check(
-        files.as_json(record), schema.RunFile, "the record of this run", "Shorten the suite, or mend its texts."
+        files.as_json(record), schema.RunFile, "the record of this run", "Shorten the suite, or correct its texts."
     )
     earlier = agree(folder, record)
     size, total = record["batch"], len(rows)
     with disk(folder, 0 if earlier is None else None, total):
         files.inside(folder, IMAGES).mkdir(exist_ok=True)
         kept = mend(folder, total, size)
-        send(folder)  # what an earlier process made and could not send
+        send(folder)  # files that an earlier process could not send
         if earlier is not None and len(kept) == total:
             progress(what, total, total)
-            if earlier["metrics"] != record["metrics"]:  # how the finished pictures are to be judged from now on
+            if earlier["metrics"] != record["metrics"]:  # the metrics for later scores
                 earlier["metrics"] = record["metrics"]
                 files.write_json(folder / RUN, earlier)
             return earlier
@@ -103,7 +103,7 @@ def fill(
 
 
 def locally(paint: Paint, rows: Sequence[Row]) -> Draw:
-    """Draws batches of these rows here, one after the other."""
+    """Draws batches of these rows in this process, one after the other."""
 
     def draw(batches: Iterable[Batch]) -> Iterator[Drawn]:
         for batch in batches:
@@ -118,14 +118,16 @@ def timed(paint: Paint, rows: Sequence[Row], call: Mapping[str, Any]) -> Picture
     painted = list(paint(rows, call))
     seconds = round((time.perf_counter() - began) / len(rows), 6)
     if len(painted) != len(rows):
-        raise RuntimeError(f"The pipeline made {len(painted)} pictures of {len(rows)} prompts. Draw one per prompt.")
+        raise RuntimeError(
+            f"The pipeline made {len(painted)} pictures for {len(rows)} prompts. Set it to draw one picture per prompt."
+        )
     return [(png(picture), notes) for picture, notes in painted], seconds
 
 
 def calls(
     rows: Sequence[Row], numbers: Iterable[int], call: Mapping[str, Any]
 ) -> list[tuple[dict[str, Any], list[int]]]:
-    """The rows of one batch by equal pipeline arguments, in the order of their first row."""
+    """Groups the rows of one batch by pipeline arguments, in the order of their first row."""
     found: dict[str, tuple[dict[str, Any], list[int]]] = {}
     for k in numbers:
         whole = {**call, **rows[k].call}
@@ -149,7 +151,7 @@ def painter(pipe: DiffusionPipeline) -> Paint:
 
 
 def several(eraser: Any) -> tuple[Eraser, ...]:
-    """One eraser, several, or none, as a tuple."""
+    """A tuple of one, several or no erasers."""
     if eraser is None:
         return ()
     found: list[Any] = []
@@ -161,7 +163,7 @@ def several(eraser: Any) -> tuple[Eraser, ...]:
 
 
 def agree(folder: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The record of an earlier process, or None; ValueError if it is one of another run."""
+    """The record of an earlier process, or None. Raises ValueError if it belongs to another run."""
     if not files.there(folder / RUN):
         return None
     earlier = Run.open(folder).record

@@ -1,4 +1,4 @@
-"""The folder of a run: what is in it, what of it is whole, and what a full disk leaves."""
+"""The files of a run folder, and how they are repaired after an interruption."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ from typing import Any
 from .. import files
 
 RUN, IMAGES, SAMPLES, SCORES, CARD, LOCK = "run.json", "images", "samples.jsonl", "scores.json", "card.json", ".lock"
-LINE = 32 * 1024  # bytes that a row may take in samples.jsonl, on average
-DAMAGED = "Delete the line; the command that made the run draws its picture again."
+LINE = 32 * 1024  # bytes per row in samples.jsonl, on average
+DAMAGED = "Delete the line, and run the command that made the run again."
 
 
 def claim(path: Path) -> Path:
-    """A folder that is a run or empty; made if need be.
+    """Returns a folder that is a run or empty; creates it if needed.
 
     Raises:
-        ValueError: a file, a folder of other files, or a place where no folder can be made.
+        ValueError: the path is a file, the folder holds other files, or it cannot be created.
     """
     if path.exists() and not path.is_dir():
-        raise ValueError(f"Expected a folder for the run, but {path} is a file: name another one.")
+        raise ValueError(f"Expected a folder for the run, got the file {path}. Name a folder.")
     if path.is_dir() and not (path / RUN).exists():
         names = sorted(p.name for p in path.iterdir())
         others = [n for n in names if n not in (LOCK, IMAGES) and not n.endswith(".partial")]
         if others:
-            raise ValueError(f"{path} holds other files ({', '.join(others[:3])}, ...): name a folder of its own.")
+            raise ValueError(f"{path} holds other files ({', '.join(others[:3])}, ...). Name an empty folder.")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"Cannot make the folder {path} ({error.strerror}): name another one.") from error
+        raise ValueError(f"Cannot create the folder {path} ({error.strerror}). Name another one.") from error
     return path
 
 
 def lines(folder: Path, total: int) -> list[bytes]:
-    """The lines of samples.jsonl of a run of `total` rows; the last one may be torn."""
+    """The lines of samples.jsonl of a run with `total` rows. The last line may be incomplete."""
     path = files.inside(folder, SAMPLES)
     most = min(files.MIB + total * LINE, 2 * 1024 * files.MIB)
     return files.read(path, most).splitlines(keepends=True) if files.there(path) else []
 
 
 def kept(folder: Path, total: int, size: int) -> dict[int, tuple[bytes, dict[str, Any]]]:
-    """Row number to line and entry, of the batches whose lines and pictures are all there.
+    """Row number to line and entry, for batches whose lines and pictures are complete.
 
     Raises:
-        ValueError: a line is whole, but not of a run; or a picture is a link that leads out of the folder.
+        ValueError: a complete line does not match the schema, or a picture is a link that leads out of the folder.
     """
     found: dict[int, tuple[bytes, dict[str, Any]]] = {}
     for number, line in enumerate(lines(folder, total), 1):
@@ -60,7 +60,7 @@ def kept(folder: Path, total: int, size: int) -> dict[int, tuple[bytes, dict[str
 
 
 def _entry(line: bytes, folder: Path, number: int) -> dict[str, Any] | None:
-    """What a line says; None if it was cut off by a kill, or written over."""
+    """The entry of a line; None if the line is incomplete or overwritten."""
     from .. import schema
 
     try:
@@ -75,12 +75,12 @@ def _entry(line: bytes, folder: Path, number: int) -> dict[str, Any] | None:
 
 
 def mend(folder: Path, total: int, size: int) -> set[int]:
-    """Takes what is broken or half a batch out of samples.jsonl, and returns the rows that are left."""
+    """Removes broken lines and incomplete batches from samples.jsonl, and returns the remaining rows."""
     path, whole = folder / SAMPLES, kept(folder, total, size)
     good = {line for line, _ in whole.values()}
     old = lines(folder, total)
     new = b"".join(line for line in old if line in good)
-    if b"".join(old).startswith(new):  # the usual case, and it needs no room on a full disk
+    if b"".join(old).startswith(new):  # the usual case, which also works on a full disk
         if len(b"".join(old)) > len(new):
             files.cut(path, len(new))
     else:
@@ -90,14 +90,14 @@ def mend(folder: Path, total: int, size: int) -> set[int]:
 
 @contextlib.contextmanager
 def disk(folder: Path, done: int | None, total: int) -> Iterator[None]:
-    """Says of a disk error what is kept and how to go on."""
+    """Adds to a disk error what stays and how to continue."""
     try:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         what = "The disk is full" if full else f"The disk cannot be written to ({error.strerror or error})"
-        left = "What was finished" if done is None else f"{done} of {total} pictures"
+        left = "Finished work" if done is None else f"{done} of {total} pictures"
         cure = "free some space" if full else "mend that"
-        stop = OSError(f"{what}. {left} stayed in {folder}: {cure} and run the same command, it continues.")
+        stop = OSError(f"{what}. {left} stayed in {folder}: {cure} and run the same command, which continues.")
         stop.errno = error.errno
         raise stop from error

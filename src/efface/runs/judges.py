@@ -1,4 +1,4 @@
-"""Metrics by name, and what of a record's metrics is believed."""
+"""Makes metrics by name, and checks the metrics that a record names."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from .record import Run
 WORDS = frozenset(
     {"", "alex", "boxes", "clip:emoji", "config", "emoji", "eye", "inception", "pictures", "sorted", "squeeze", "vgg"}
 )
-"""Texts in a metric's fields that name something in Efface itself, or a choice."""
+"""Texts in metric fields that name a part of Efface or a choice."""
 LABELS = frozenset({"by", "classes", "kinds", "labels", "names", "other"})
-"""Fields of Efface's own metrics and detectors whose texts are labels, and are never opened as files."""
+"""Fields of native metrics and detectors that hold labels, which are never opened as files."""
 
 
 def metric_config(metric: Metric) -> dict[str, Any]:
-    """A metric's name and fields; what is no JSON, such as a detector of the user's own, by its representation."""
+    """A metric's name and fields. Values that JSON cannot hold, such as a user's detector, are stored by `repr`."""
     fields: dict[str, Any] = dataclasses.asdict(metric) if dataclasses.is_dataclass(metric) else {}
     return {"method": registry.name_of(type(metric)), **json.loads(json.dumps(fields, default=repr))}
 
 
 def make_metrics(configs: Sequence[Mapping[str, Any]]) -> tuple[Metric, ...]:
-    """The metrics with these names and fields."""
+    """Makes the metrics with these names and fields."""
     return tuple(make_metric(entry["method"], **{k: v for k, v in entry.items() if k != "method"}) for entry in configs)
 
 
 def make_metric(name: str, **fields: Any) -> Metric:
-    """A metric by name, with its own fields."""
+    """Makes a metric by name, with its fields."""
     cls = registry.resolve(name, "metrics")
     checks.fields(name, cls, fields)
     metric: Metric = cls(**fields)
@@ -42,15 +42,15 @@ def make_metric(name: str, **fields: Any) -> Metric:
 def recorded(run: Run, given: Collection[str] = ()) -> list[dict[str, Any]]:
     """The metrics that a run's record names, as `make_metrics` takes them.
 
-    A record may come from a stranger. It may choose among what is in Efface, and set numbers and labels. A file, folder
-    or model of a hub is taken from the user only.
+    A record may come from an untrusted source. It may choose parts of Efface, and set numbers and labels. Only the user
+    may name files, folders and hub models.
 
     Args:
         run: the run.
-        given: the fields that the user sets himself, as METRIC.FIELD or FIELD.
+        given: the fields that the user sets, as METRIC.FIELD or FIELD.
 
     Raises:
-        ValueError: the record names a file, a folder or a model of a hub in another field.
+        ValueError: the record names a file, a folder or a hub model in another field.
     """
     configs = [dict(config) for config in run.record["metrics"]]
     for config in configs:
@@ -64,15 +64,15 @@ def recorded(run: Run, given: Collection[str] = ()) -> list[dict[str, Any]]:
                 continue
             if place := _place(value, native and field in LABELS):
                 raise ValueError(
-                    f"{run.folder / RUN} has `{name}.{field}` name {checks.shown(place)}, which may be a file or a "
-                    f"model of a hub. If you trust it, set it yourself: `efface score {run.folder} --set "
+                    f"{run.folder / RUN} sets `{name}.{field}` to {checks.shown(place)}, which may be a file or a hub "
+                    f"model. If you trust it, run `efface score {run.folder} --set "
                     f"{name}.{field}=VALUE`."
                 )
     return configs
 
 
 def _place(value: Any, label: bool) -> str:
-    """A text in a field's value that is neither a label nor one of Efface's own words, or ""."""
+    """A text in a field's value that is neither a label nor a name in Efface; "" if there is none."""
     if isinstance(value, str):
         return "" if label or value in WORDS or _detector(value) else value
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""`Run`, a run folder as it is read; and what its record says of model, versions and machine."""
+"""`Run`, which reads a run folder; and the facts on model, versions and machine for its record."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 DECIDES = ("format", "suite", "rows", "call", "batch", "model", "erasers")
-"""The entries of run.json that decide the pictures: a folder continues only if all of them agree."""
-RESTORE = "Restore it, or run again into another folder."
+"""The entries of run.json that determine the pictures. A folder continues only if all of them agree."""
+RESTORE = "Restore it, or run again in another folder."
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how many pictures are done, and of how many."""
+"""Called with the task, the number of finished pictures, and the total."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run folder. What is in it may come from a stranger: it is checked when it is read.
+    """A run folder. Its files may come from an untrusted source, so every read checks them.
 
     Args:
-        folder: where it is.
-        record: what its run.json says.
-        metrics: the suite's metrics, if they are at hand; else they are made from the record.
+        folder: its path.
+        record: the content of run.json.
+        metrics: the suite's metrics. None: made from the record.
 
     Example:
         >>> import tempfile
@@ -56,18 +56,18 @@ class Run:
 
     @classmethod
     def open(cls, folder: str | Path) -> Run:
-        """The run in a folder.
+        """Opens the run in a folder.
 
         Raises:
-            FileNotFoundError: there is no run in it.
-            ValueError: its record cannot be read, an entry of it is wrong, or another version of Efface wrote it.
+            FileNotFoundError: the folder holds no run.
+            ValueError: the record cannot be read, an entry is wrong, or another version of Efface wrote it.
         """
         from .. import schema
 
         folder = local(folder)
         path = files.inside(folder, RUN)
         if not files.there(path):
-            raise FileNotFoundError(f"{folder} is not a run folder: it has no {RUN}. `efface bench` makes one.")
+            raise FileNotFoundError(f"{folder} has no {RUN}, so it is not a run folder. Make one with `efface bench`.")
         record = files.read_json(path, RESTORE)
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise ValueError(f"{path} is not a record of format {FORMAT}. Run it again with this version of Efface.")
@@ -75,7 +75,7 @@ class Run:
 
     @property
     def n(self) -> int:
-        """How many pictures the whole run has."""
+        """The number of pictures in the complete run."""
         return int(self.record["rows"]["n"])
 
     @property
@@ -84,11 +84,11 @@ class Run:
 
     @property
     def base(self) -> Run | None:
-        """The plain model's run of the same rows; None if this is one itself.
+        """The base model's run of the same rows. None if this is a base run.
 
         Raises:
             FileNotFoundError: the folder that the record names holds no run.
-            ValueError: it holds a run of other rows, another model or other settings, or one with erasers.
+            ValueError: the rows, the model or the settings differ, or the base run has erasers.
         """
         beside = self.record["base"]
         if not beside:
@@ -105,16 +105,16 @@ class Run:
         """The finished lines of samples.jsonl, in row order.
 
         Raises:
-            ValueError: a line is damaged; or all are there, but not of the rows that run.json names.
+            ValueError: a line is damaged, or the complete rows are not those that run.json names.
         """
         found = kept(self.folder, self.n, self.record["batch"])
         entries = [found[k][1] for k in sorted(found)]
         if len(entries) == self.n and rows_hash(list(map(_row, entries))) != self.record["rows"]["sha256"]:
-            raise ValueError(f"The rows in {self.folder} are not those that its {RUN} names by SHA-256. {RESTORE}")
+            raise ValueError(f"The rows in {self.folder} do not match the SHA-256 in its {RUN}. {RESTORE}")
         return entries
 
     def samples(self) -> list[Sample]:
-        """What was drawn, in row order; pictures are read when they are asked for, and their SHA-256 is checked.
+        """The samples in row order. Each picture is read on demand, with a check of its SHA-256.
 
         Raises:
             ValueError: as `entries`.
@@ -125,7 +125,7 @@ class Run:
         ]
 
     def finished(self) -> list[Sample]:
-        """As `samples`, of a complete run.
+        """As `samples`, for a complete run.
 
         Raises:
             ValueError: as `samples`, or pictures are missing.
@@ -133,13 +133,13 @@ class Run:
         samples = self.samples()
         if len(samples) != self.n:
             raise ValueError(
-                f"{self.folder} is not finished: {len(samples)} of {self.n} pictures. Run the command that made it, "
-                "it continues."
+                f"{self.folder} is not finished and has {len(samples)} of {self.n} pictures. Run the command that made "
+                "it, which continues."
             )
         return samples
 
     def scores(self) -> tuple[list[Score], list[Score]]:
-        """The scores of this run and of the plain model; `efface.score` makes them.
+        """The scores of this run and of the base model. `efface.score` makes them.
 
         Raises:
             FileNotFoundError: the run is not scored yet.
@@ -151,7 +151,7 @@ class Run:
         return [_score(s) for s in found["scores"]], [_score(s) for s in found["base"]]
 
     def card(self) -> dict[str, Any]:
-        """The summary that reports read; `efface.score` makes it.
+        """The summary for reports. `efface.score` makes it.
 
         Raises:
             FileNotFoundError: the run is not scored yet.
@@ -162,13 +162,13 @@ class Run:
         return self._made(CARD, schema.CardFile, CARD, "it")
 
     def _made(self, name: str, form: Any, what: str, them: str) -> dict[str, Any]:
-        """A file that `efface.score` makes."""
+        """Reads a file that `efface.score` makes."""
         from .. import schema
 
         path = files.inside(self.folder, name)
         if not files.there(path):
-            raise FileNotFoundError(f"{self.folder} has no {what} yet: `efface score {self.folder}` makes {them}.")
-        found: dict[str, Any] = schema.read(path, form, f"`efface score {self.folder}` makes it anew.")
+            raise FileNotFoundError(f"{self.folder} has no {what} yet. `efface score {self.folder}` makes {them}.")
+        found: dict[str, Any] = schema.read(path, form, f"`efface score {self.folder}` makes it again.")
         return found
 
 
@@ -177,7 +177,7 @@ def _row(entry: Mapping[str, Any]) -> Row:
 
 
 def model_facts(pipe: DiffusionPipeline, name: str | None) -> dict[str, Any]:
-    """What a record says of the model."""
+    """The facts on the model for a record."""
     from ..api import model_hash
 
     settings = {k: v for k, v in dict(pipe.scheduler.config).items() if not k.startswith("_")}
@@ -192,7 +192,7 @@ def model_facts(pipe: DiffusionPipeline, name: str | None) -> dict[str, Any]:
 
 
 def score_facts(score: Score) -> dict[str, Any]:
-    """A score as JSON, which has no NaN: null stands for it."""
+    """A score as JSON types. null stands for NaN."""
     fields = dataclasses.asdict(score)
     fields |= {k: None if math.isnan(fields[k]) else fields[k] for k in ("value", "low", "high")}
     if score.per_sample is not None:
@@ -209,7 +209,7 @@ def _score(fields: Mapping[str, Any]) -> Score:
 
 
 def versions() -> dict[str, str]:
-    """The versions of what draws."""
+    """The versions of the packages that draw."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"efface": __version__, "python": platform.python_version()}
@@ -220,7 +220,7 @@ def versions() -> dict[str, str]:
 
 
 def session(command: str | None) -> dict[str, Any]:
-    """What a record says of this process."""
+    """The facts on this process for a record."""
     torch = sys.modules.get("torch")
     threads = f", {torch.get_num_threads()} threads" if torch else ""
     return {

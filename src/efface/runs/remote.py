@@ -1,7 +1,8 @@
-"""Run folders at an address that fsspec knows, such as s3://bucket/runs/a: a copy on this machine, kept the same.
+"""Run folders at an address that fsspec knows, such as s3://bucket/runs/a, with a local copy.
 
-Everything works on the copy. What the address has is fetched when the run is opened. What is made here is sent after
-each batch, pictures before the lines that name them. Two machines that write to one address at a time are not noticed.
+All work uses the copy. Efface fetches the files from the address when it opens the run. It sends new files after each
+batch, pictures before their lines in samples.jsonl. It does not notice two machines that write to one address at the
+same time.
 """
 
 from __future__ import annotations
@@ -17,24 +18,24 @@ from .. import files
 
 ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(.+)")
 ORIGIN = ".address"
-"""The file, next to the copies of one parent folder, that names its address."""
+"""The name of the file with the address, next to the copies of one parent folder."""
 
 
 def copies() -> Path:
-    """Where copies are: `EFFACE_CACHE`, or efface in the cache folder of this user."""
+    """The folder of the copies: `EFFACE_CACHE`, or efface in the user's cache folder."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("EFFACE_CACHE") or Path(cache) / "efface") / "runs"
 
 
 def local(path: str | Path) -> Path:
-    """The folder of a run on this machine; for an address its copy, with all that is there.
+    """The local folder of a run. For an address, this is its copy, after a fetch.
 
-    Runs that are siblings at an address are siblings here, since a run names its base run by a relative path.
+    Runs that are siblings at an address have sibling copies, because a run names its base run by a relative path.
 
     Raises:
-        ImportError: fsspec, or what it needs for the address, is not installed.
-        ValueError: fsspec does not know the kind of address.
-        OSError: what the address names cannot be reached.
+        ImportError: fsspec, or a package that it needs for the address, is not installed.
+        ValueError: fsspec does not know this kind of address.
+        OSError: the address cannot be reached.
     """
     found = ADDRESS.fullmatch(str(path))
     if found is None:
@@ -48,7 +49,7 @@ def local(path: str | Path) -> Path:
 
 
 def _there(copy: Path) -> tuple[Any, str] | None:
-    """The file system and the folder of which this is a copy; None for any other folder."""
+    """The remote file system and folder of a copy; None for other folders."""
     origin = copy.parent / ORIGIN
     if copy.parent.parent != copies() or not files.there(origin):
         return None
@@ -59,7 +60,7 @@ def _there(copy: Path) -> tuple[Any, str] | None:
 
 
 def _fetch(copy: Path) -> None:
-    """Brings what is new at the address, and nothing from outside of its folder."""
+    """Fetches the new files at the address, and nothing from outside of its folder."""
     system, path = _there(copy) or (None, "")
     if system is None:
         return
@@ -72,11 +73,11 @@ def _fetch(copy: Path) -> None:
 
 
 def send(folder: Path, names: Iterable[str] | None = None) -> None:
-    """Sends files of a copy to where it comes from; does nothing for any other folder.
+    """Sends files of a copy to its address. Does nothing for other folders.
 
     Args:
-        folder: of the run.
-        names: of the files, in the order in which they are sent; None: all that are not there with the same size.
+        folder: the run's folder.
+        names: the files to send, in order. None: all files that the address lacks or has with another size.
     """
     if (there := _there(folder)) is None:
         return

@@ -20,20 +20,20 @@ from .remote import send
 def score(
     run: Run | str | Path, metrics: Sequence[Metric] | None = None, progress: bool | Progress | None = None
 ) -> list[Score]:
-    """Scores a finished run and writes scores.json and card.json into its folder; draws nothing.
+    """Scores a finished run, and writes scores.json and card.json into its folder. Draws nothing.
 
-    The plain model's pictures are scored by the same metrics, and their scores stand beside the run's.
+    The same metrics score the base model's pictures; the files hold both.
 
     Args:
         run: a run, or its folder.
-        metrics: what to measure; None: the suite's metrics. A run that is opened from its folder has them by name, and
-            must not name files or models of a hub: its record may be a stranger's.
-        progress: True shows a bar. A callable gets each metric's name, how many are done, and of how many.
+        metrics: the metrics to compute. None: the suite's metrics. The record of an opened folder names them; it may
+            come from an untrusted source, so it must not name files or hub models.
+        progress: True shows a bar. A callable receives each metric's name, the number done and the total.
 
     Raises:
-        FileNotFoundError: no run in the folder, or its base is gone.
-        ValueError: the run is not complete, a file of it is damaged or not what it says by SHA-256, its metrics name
-            files or models of a hub, or there is nothing to measure.
+        FileNotFoundError: the folder holds no run, or the base run is missing.
+        ValueError: the run is not complete, a file is damaged or has another SHA-256 than recorded, the recorded
+            metrics name files or hub models, or there are no metrics.
 
     Returns:
         The scores of the run.
@@ -48,7 +48,7 @@ def score(
     run = run if isinstance(run, Run) else Run.open(run)
     chosen = tuple(metrics) if metrics is not None else run.metrics or make_metrics(recorded(run))
     if not chosen:
-        raise ValueError(f"Nothing to measure: the suite of {run.folder} names no metrics. Give `metrics=` (--metric).")
+        raise ValueError(f"The suite of {run.folder} names no metrics. Give `metrics=` (--metric).")
     plain, samples = run.base, run.finished()
     base = plain.finished() if plain else samples
     tell = progress if callable(progress) else silent
@@ -78,9 +78,9 @@ def score(
 
 
 def rehearse(suite: Suite) -> None:
-    """Scores grey pictures of a few rows of each kind, and throws the scores away.
+    """Scores grey pictures for a few rows of each kind, and discards the scores.
 
-    What a metric lacks (a package, weights, a detector that knows the concept) is found before anything is drawn.
+    Finds missing packages, weights and detectors before anything is drawn.
     """
     import torch
 
@@ -90,6 +90,6 @@ def rehearse(suite: Suite) -> None:
     halves = {f"{row.id}-clean" for row in few}
     few += [row for row in suite.rows if row.id in halves and row not in few]
     grey = [Sample(row, pixels=torch.full((3, 64, 64), 0.5)) for row in few]
-    if not any([metric(grey, grey) for metric in suite.metrics]):  # all are called: each may lack something
+    if not any([metric(grey, grey) for metric in suite.metrics]):  # calls every metric, because each may lack something
         known = ", ".join(metric.name for metric in suite.metrics)
         raise ValueError(f"none of the metrics of the suite {suite.name!r} ({known}) judges such rows")

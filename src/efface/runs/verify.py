@@ -1,4 +1,4 @@
-"""Draws sampled rows of a run again, and says whether the pictures are the same."""
+"""Draws sampled rows of a run again, and compares the pictures."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Redrawn:
 
     Args:
         row: the id of its row.
-        base: whether it is the base model's picture.
-        largest: the largest difference of a channel, of 255; 0 if the pictures are the same.
-        share: the share of pixels that differ; 1 if the sizes differ.
+        base: whether the base model drew it.
+        largest: the largest difference of a channel, 0 to 255.
+        share: the share of pixels that differ. 1 if the sizes differ.
     """
 
     row: str
@@ -42,18 +42,18 @@ class Redrawn:
 
     @property
     def same(self) -> bool:
-        """Whether every pixel is the same."""
+        """Whether all pixels are equal."""
         return self.share == 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """What `verify` found.
+    """The result of `verify`.
 
     Args:
         folder: the run.
-        rows: the pictures that were drawn again: those of the run, then those of its base run.
-        versions: package to its version in the run's first session and today, where the two differ.
+        rows: the compared pictures: first those of the run, then those of its base run.
+        versions: packages whose versions differ, with their versions in the run's first session and now.
     """
 
     folder: Path
@@ -62,7 +62,7 @@ class Verification:
 
     @property
     def same(self) -> bool:
-        """Whether every picture is the same to the bit."""
+        """Whether all pictures are equal, bit by bit."""
         return all(row.same for row in self.rows)
 
     def record(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class Verification:
         }
 
     def __str__(self) -> str:
-        """A line for each picture that differs, then how many are the same."""
+        """One line per differing picture, then the number of equal pictures."""
         lines = []
         for row in self.rows:
             if not row.same:
@@ -97,28 +97,28 @@ def verify(
     seed: int | None = None,
     progress: bool | Progress | None = None,
 ) -> Verification:
-    """Draws sampled rows of a run and of its base run again, and compares them with the pictures in the folders.
+    """Draws sampled rows of a run and of its base run again, and compares them with the stored pictures.
 
-    Whole pipeline calls are drawn again, with the rows that the run drew together: what a picture looks like may depend
-    on its batch. So at least `redraw` rows are compared, and at most a batch more. A picture that differs in a few
-    pixels by a few of 255 is what another machine or version draws; one that was replaced differs by more.
+    A picture may depend on its batch, so `verify` repeats complete pipeline calls. It compares at least `redraw` rows,
+    and at most one batch more. Another machine or version changes a few pixels by a few of 255 levels. A replaced
+    picture differs by more.
 
     Args:
         run: a finished run, or its folder.
-        redraw: at least how many rows to draw again.
-        model: the model; None: the one that the record names, if it comes with Efface. A record may be a stranger's, so
-            that a folder or a hub id in it is not followed.
-        eraser: erasers of the run; those that are not given are made from the record, by name. Deltas have to be given.
-        seed: of the choice of rows; None: another choice in each call.
-        progress: True shows a bar. A callable gets what is drawn, how many pictures are done, and of how many.
+        redraw: the smallest number of rows to draw again.
+        model: the model. None: the embedded model that the record names. A record may come from an untrusted source, so
+            `verify` never opens a folder or hub id from it.
+        eraser: erasers of the run. Missing ones are rebuilt from the record by name. Deltas must be given.
+        seed: seed of the choice of rows. None: a new choice in each call.
+        progress: True shows a bar. A callable receives the task, the number of finished pictures and the total.
 
     Returns:
-        For each picture whether it is the same, or by how much it differs.
+        The difference of each picture.
 
     Raises:
-        FileNotFoundError: no run in the folder, or its base is gone.
-        ValueError: the run is not finished, or a file of it is damaged; the model is not the run's, or not named;
-            erasers that cannot be made from the record, or are not the run's.
+        FileNotFoundError: the folder holds no run, or the base run is missing.
+        ValueError: the run is not finished, or a file is damaged; the model is missing or is not the run's; the erasers
+            cannot be rebuilt from the record, or are not the run's.
 
     Example:
         >>> import tempfile
@@ -161,13 +161,13 @@ def _model(run: Run, model: str | Path | DiffusionPipeline | None) -> DiffusionP
     recorded = run.record["model"]
     if model is None and recorded["name"] not in EMBEDDED:
         raise ValueError(
-            f"{run.folder / RUN} names the model {checks.shown(recorded['name'])}, which does not come with "
-            "Efface. If you trust it, give it as `model=`."
+            f"{run.folder / RUN} names the model {checks.shown(recorded['name'])}, which is not embedded in Efface. If "
+            "you trust it, give it as `model=`."
         )
     model = recorded["name"] if model is None else model
     pipe = api.load(model) if isinstance(model, (str, Path)) else model
     if handles(pipe) or active(pipe):
-        raise ValueError("The pipeline has an eraser on: remove it, and give it as `eraser=` instead.")
+        raise ValueError("The pipeline already has an eraser. Remove it, and give it as `eraser=` instead.")
     pipe.set_progress_bar_config(disable=True)
     asked = ("text_hash", "pipeline", "scheduler", "dtype")
     facts = model_facts(pipe, None)
@@ -177,7 +177,7 @@ def _model(run: Run, model: str | Path | DiffusionPipeline | None) -> DiffusionP
 
 
 def _erasers(run: Run, given: Sequence[Any]) -> list[Any]:
-    """The run's erasers: those that are given, and the others by name."""
+    """The run's erasers: the given ones, and the others rebuilt by name."""
     recorded, configs = run.record["erasers"], [files.as_json(config(each)) for each in given]
     if any(each not in recorded for each in configs):
         there, here = {"erasers": recorded}, {"erasers": configs}
@@ -186,7 +186,7 @@ def _erasers(run: Run, given: Sequence[Any]) -> list[Any]:
 
 
 def _rebuilt(run: Run, recorded: Mapping[str, Any]) -> Any:
-    """An eraser that a record names, with its fields: it has to become what is recorded, and no field names a file."""
+    """Rebuilds a recorded eraser. Its configuration must equal the record, and no field may name a file."""
     fields, name = {k: v for k, v in recorded.items() if k != "method"}, recorded["method"]
     try:
         cls = registry.resolve(name, "erasers")
@@ -197,7 +197,7 @@ def _rebuilt(run: Run, recorded: Mapping[str, Any]) -> Any:
         files.check_same(recorded, config(made), "it becomes another", "")
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"The eraser {checks.shown(name)} of {run.folder} cannot be made from its record "
+            f"The eraser {checks.shown(name)} of {run.folder} cannot be rebuilt from its record "
             f"({checks.short(str(error), 160)}). Give it as `eraser=` (--delta for a delta)."
         ) from error
     return made
@@ -217,7 +217,7 @@ def _concepts(value: Any) -> Any:
 def _chosen(
     run: Run, drawn: Sequence[Sample], redraw: int, chance: random.Random
 ) -> list[tuple[Mapping[str, Any], list[int]]]:
-    """Pipeline calls of the run, taken at random until they have `redraw` rows; in the run's order."""
+    """Random pipeline calls of the run with at least `redraw` rows, in the run's order."""
     rows, size, found = [sample.row for sample in drawn], run.record["batch"], []
     for start in range(0, run.n, size):
         found += calls(rows, range(start, min(start + size, run.n)), run.record["call"])
@@ -234,7 +234,7 @@ def _again(paint: Paint, call: Mapping[str, Any], samples: Sequence[Sample], bas
     found = []
     for sample, (picture, _) in zip(samples, paint([s.row for s in samples], call), strict=True):
         if sample.path is None:
-            raise ValueError(f"The picture of row {sample.row.id!r} is in no file. Verify a run folder.")
+            raise ValueError(f"The picture of row {sample.row.id!r} is not in a file. Verify a run folder.")
         kept = read_picture(sample.path, sample.sha256)
         largest, share = 255, 1.0
         if kept.size == picture.size:

@@ -1,8 +1,8 @@
-"""Batches of a run on the workers of a Ray cluster. The run folder is written by the process that called `efface.run`.
+"""Draws batches of a run on the workers of a Ray cluster. The process that called `efface.run` writes the run folder.
 
-A worker loads the model by its name, and has to have the same weights and settings as the caller's. It draws whole
-batches, which are cut as without workers, with as many threads: so the pictures are the same to the bit on machines of
-one kind. A worker that dies is started again and draws its batch again.
+A worker loads the model by its name; weights and settings must equal the caller's. It draws complete batches, cut as
+without workers, with as many threads as the caller. So machines of one kind draw bitwise equal pictures. A worker that
+dies is restarted and draws its batch again.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     from ..core import Eraser
     from ..records import Row
 
-AHEAD = 2  # batches that a worker has in hand, so that it need not wait for the next one
+AHEAD = 2  # batches queued per worker, so that it does not wait for the next one
 RESTARTS = 3
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where batches of a run are drawn, and how a worker loads the model.
+    """The cluster that draws the batches of a run, and how its workers load the model.
 
     Args:
-        address: "local" starts workers on this machine; else the address of a Ray cluster, such as "auto" or
-            "ray://head:10001". Whoever reaches a cluster's ports and has its token can run code on it; a local one asks
-            for a token.
-        model: a name as `efface.load` takes it, which means the same model on each worker: an embedded model, a folder
-            that all machines have, or a hub id.
+        address: "local" to start workers on this machine, or the address of a Ray cluster, such as "auto" or
+            "ray://head:10001". Anybody who reaches a cluster's ports and has its token can run code on it. A local
+            cluster requires a token.
+        model: a name as `efface.load` takes it, with the same meaning on each worker: an embedded model, a folder that
+            all machines have, or a hub id.
         loading: further arguments of `efface.load`.
 
     Example:
@@ -51,7 +51,7 @@ class Cluster:
 
 
 class _Worker:
-    """What a worker process holds: the model, and the erasers that are on."""
+    """A worker process, with the model and its erasers."""
 
     def __init__(self, cluster: Cluster, threads: int) -> None:
         import torch
@@ -71,7 +71,7 @@ class _Worker:
         return os.getpid()
 
     def draw(self, batch: list[tuple[Mapping[str, Any], list[Row]]], erasers: Sequence[Eraser]) -> Drawn:
-        """The pictures of a batch; erasers stay on for the next one."""
+        """Draws the pictures of a batch. The erasers stay applied for the next batch."""
         from .. import api
 
         if list(erasers) != list(self.erasers):
@@ -84,18 +84,18 @@ class _Worker:
 
 
 class Workers:
-    """Workers that have loaded the model. Made by `workers`."""
+    """Workers that loaded the model. `workers` makes them."""
 
     def __init__(self, ray: Any, actors: Sequence[Any]) -> None:
         self._ray, self._actors = ray, actors
 
     def pids(self) -> list[int]:
-        """The process of each worker."""
+        """The process id of each worker."""
         found: list[int] = self._ray.get([actor.pid.remote() for actor in self._actors])
         return found
 
     def drawing(self, rows: Sequence[Row], erasers: Sequence[Eraser] = ()) -> Draw:
-        """Draws batches of these rows on all workers, with these erasers on, and returns them in order."""
+        """Returns a function that draws batches of these rows on all workers, with these erasers, in order."""
         on = self._ray.put(tuple(erasers))
 
         def draw(batches: Iterable[Batch]) -> Iterator[Drawn]:
@@ -111,42 +111,42 @@ class Workers:
         return draw
 
     def _wait(self, result: Any) -> Any:
-        """What a worker returned; its error as if it had happened here."""
+        """The result of a worker. Raises a worker's error here."""
         try:
             return self._ray.get(result)
         except self._ray.exceptions.RayTaskError as error:
             raise error.cause from error
         except self._ray.exceptions.RayActorError as error:
             raise RuntimeError(
-                f"A worker died {RESTARTS + 1} times ({checks.shown(' '.join(str(error).split()))}). What was finished "
-                "stays. Look for lack of memory in Ray's logs, then run the same command: it continues."
+                f"A worker died {RESTARTS + 1} times ({checks.shown(' '.join(str(error).split()))}). Finished pictures "
+                "stay. Look for lack of memory in Ray's logs, then run the same command, which continues."
             ) from error
 
 
 @contextlib.contextmanager
 def workers(cluster: Cluster, facts: Mapping[str, Any]) -> Iterator[Workers]:
-    """As many workers as the cluster has room for: one per GPU, or one per as many CPUs as this process has threads.
+    """Starts as many workers as fit on the cluster: one per GPU, or one per as many CPUs as this process has threads.
 
     Args:
-        cluster: where they are, and what they load.
-        facts: what `model_facts` says of the caller's model; each worker has to have the same.
+        cluster: the cluster, and the model that workers load.
+        facts: `model_facts` of the caller's model. Each worker's facts must be equal.
 
     Raises:
         ImportError: Ray is not installed.
-        ValueError: a worker's model is another one.
-        ConnectionError: there is no cluster at the address.
+        ValueError: a worker has another model.
+        ConnectionError: the address has no cluster.
     """
     try:
         import ray as installed
     except ImportError as error:
-        raise ImportError('Drawing on workers needs Ray: pip install "efface[ray]"') from error
+        raise ImportError('Drawing on workers needs Ray. Install it with pip install "efface[ray]".') from error
     import torch
 
     ray: Any = installed
 
     threads, ours = torch.get_num_threads(), not ray.is_initialized()
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
-    for name in ("RAY_USAGE_STATS_ENABLED=0", "RAY_IGNORE_UNHANDLED_ERRORS=1"):  # no reports to its makers; batches
+    for name in ("RAY_USAGE_STATS_ENABLED=0", "RAY_IGNORE_UNHANDLED_ERRORS=1"):  # no usage reports; batches
         os.environ.setdefault(*name.split("="))  # behind the one that failed may fail as well
     if ours and cluster.address == "local":
         os.environ.setdefault("RAY_AUTH_MODE", "token")
