@@ -1,4 +1,4 @@
-"""The `efface` command. Heavy imports happen inside commands, so that `efface --help` is quick."""
+"""The `efface` command. Commands import heavy packages themselves, so that `efface --help` is fast."""
 
 from . import bench, calibrate, delta, erase, fit, report, score, verify
 from . import list as listing

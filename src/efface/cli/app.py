@@ -1,4 +1,4 @@
-"""The command itself: its name, and the options before a verb."""
+"""The command `efface` and its global options."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .errors import CODES
 
 app = typer.Typer(
     name="efface",
-    help="Erase concepts from text-to-image diffusion models, and see that they are gone.",
+    help="Erase concepts from text-to-image diffusion models, and measure the result.",
     epilog=CODES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,

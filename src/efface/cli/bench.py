@@ -1,4 +1,4 @@
-"""`efface bench`: draw a suite, and score it."""
+"""`efface bench`: draw and score a suite."""
 
 from __future__ import annotations
 
@@ -36,29 +36,33 @@ BATCH = 8
 
 @loads
 def bench(
-    suite: Annotated[str, typer.Argument(help="What to draw and how to score it; see `efface list suites`.")],
-    out: Annotated[Path, typer.Option(help="The run folder. An earlier run of the same command continues in it.")],
+    suite: Annotated[str, typer.Argument(help="The suite to draw and score; see `efface list suites`.")],
+    out: Annotated[Path, typer.Option(help="The run folder. Continues an earlier run of the same command.")],
     concept: ConceptNames = None,
     phrase: Phrases = None,
     model: Annotated[
         str | None,
-        typer.Option(help='"emoji", which is the default without --data; a folder, a checkpoint, or a hub id.'),
+        typer.Option(help='"emoji" (the default without --data), a folder, a checkpoint, or a hub id.'),
     ] = None,
     method: MethodName = None,
     delta: DeltaFiles = None,
     set_: Settings = None,
     option: Annotated[list[str] | None, typer.Option(help="A field of the suite, NAME=VALUE.")] = None,
-    data: Annotated[Path | None, typer.Option(help="The folder that holds the suite's data, if it needs any.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="The folder with the suite's data, for suites that need it.")
+    ] = None,
     base: Annotated[
         Path | None, typer.Option(help="The folder of the base model's pictures. Default: one next to --out.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at a time; it bounds the memory.")] = BATCH,
+    limit: Annotated[int | None, typer.Option(min=1, help="The largest number of rows.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures per pipeline call; limits the memory.")] = BATCH,
     judge: Annotated[
         list[str] | None,
-        typer.Option(help="A field of a metric, METRIC.NAME=VALUE; the suite may lack it. May be repeated."),
+        typer.Option(
+            help="A field of a metric, METRIC.NAME=VALUE, also of a metric that the suite lacks. May be repeated."
+        ),
     ] = None,
-    no_score: Annotated[bool, typer.Option("--no-score", help="Only draw; `efface score` judges it later.")] = False,
+    no_score: Annotated[bool, typer.Option("--no-score", help="Only draw; score later with `efface score`.")] = False,
     bar: Bars = None,
     format_: Format = None,
     as_json: AsJson = False,
@@ -67,7 +71,7 @@ def bench(
 ) -> None:
     """Draw a suite with and without an eraser into a run folder, and score it.
 
-    The same command continues a run that was stopped, by Ctrl-C, a kill or a full disk.
+    The same command continues a run that Ctrl-C, a kill or a full disk stopped.
     """
     with told():
         registry.resolve(suite, "suites")
@@ -88,7 +92,7 @@ def bench(
         pipe = load(name, loading)
         command = shlex.join(["efface", *sys.argv[1:]])
         options = {"eraser": erasers, "out": out, "base": base, "batch": batch, "name": name, "command": command}
-        kept = f"What was finished is in {out}; run the same command, it continues."
+        kept = f"Finished pictures are in {out}. Run the same command, which continues."
         with told(lambda: kept if out.is_dir() else ""), telling():
             made = jobs.bench(chosen, pipe, score=not no_score, **options)
         if not no_score:
@@ -96,4 +100,4 @@ def bench(
         elif as_json:
             typer.echo(json.dumps({"out": str(out), "n": made.n}))
         else:
-            typer.echo(f"{out}: drawn; `efface score {out}` is next")
+            typer.echo(f"{out}: drawn. Next: `efface score {out}`")

@@ -1,4 +1,4 @@
-"""`efface delta`: look at deltas, and bring them to other tools."""
+"""`efface delta`: inspect deltas, and export them to other tools."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .folders import check_folder, output_file, output_folder
 from .options import AsJson, ModelName, Overwrite, load, load_deltas, loads
 from .output import print_table, say
 
-delta_app = typer.Typer(help="Look at deltas, and bring them to other tools.", no_args_is_help=True)
+delta_app = typer.Typer(help="Inspect deltas, and export them to other tools.", no_args_is_help=True)
 DeltaFile = Annotated[Path, typer.Argument(help="A file made by `efface fit`.")]
 
 
@@ -24,7 +24,7 @@ def info(
     file: DeltaFile,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a delta erases, how it was made, and which model it belongs to."""
+    """Show what a delta erases, how it was made, and its base model."""
     with told():
         from .. import api
 
@@ -42,7 +42,9 @@ def export(
     layout: Annotated[
         str, typer.Option(help="diffusers (pipe.load_lora_weights) or kohya (A1111, ComfyUI).")
     ] = "diffusers",
-    rank: Annotated[int | None, typer.Option(min=1, help="At most this rank; if left out, nothing is lost.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="The largest rank. Default: no limit, which loses nothing.")
+    ] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -63,14 +65,14 @@ def export(
 @delta_app.command()
 @loads
 def merge(
-    files: Annotated[list[Path], typer.Argument(help="Files made by `efface fit`; several are added up.")],
-    out: Annotated[Path, typer.Option(help="The folder to write the whole model to.")],
+    files: Annotated[list[Path], typer.Argument(help="Files made by `efface fit`; several are added.")],
+    out: Annotated[Path, typer.Option(help="The folder for the complete model.")],
     model: ModelName = "emoji",
     as_json: AsJson = False,
     *,
     loading: Mapping[str, Any],
 ) -> None:
-    """Write a whole model with deltas added to its weights for good."""
+    """Write a complete model with deltas merged into its weights."""
     with told(), ExitStack() as ends:
         from functools import reduce
         from operator import add
@@ -90,7 +92,7 @@ def merge(
 
 
 def describe(file: Path, delta: Any) -> None:
-    """A delta in a few lines."""
+    """Describes a delta in a few lines."""
     config = delta.config()
     ranks = [change.rank for change in delta.weights.values() if hasattr(change, "rank")]
     whole = len(delta.weights) - len(ranks)

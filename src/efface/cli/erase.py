@@ -1,4 +1,4 @@
-"""`efface erase`: a prompt before and after."""
+"""`efface erase`: draw a prompt before and after erasing."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from .output import console, print_table, say, telling
 
 @loads
 def erase(
-    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    prompt: Annotated[str, typer.Argument(help="The prompt to draw.")],
     concept: ConceptNames = None,
     phrase: Phrases = None,
     model: ModelName = "emoji",
     method: MethodName = None,
     delta: DeltaFiles = None,
     set_: Settings = None,
-    images: Annotated[int, typer.Option(min=1, help="How many pictures, with seeds one apart.")] = 4,
+    images: Annotated[int, typer.Option(min=1, help="Number of pictures, with consecutive seeds.")] = 4,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the first picture.")] = 1_000_000,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 7.5,
-    negative: Annotated[str, typer.Option(help="The user's own negative prompt.")] = "",
-    out: Annotated[Path | None, typer.Option(help="Output folder; a fresh numbered one if left out.")] = None,
+    negative: Annotated[str, typer.Option(help="The negative prompt.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Output folder. Default: a new numbered one.")] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     *,
@@ -57,16 +57,18 @@ def erase(
         targets, erasers = find_erasers(concept, phrase, method, delta, set_)
         for rows in (getattr(eraser, "rows", None) for eraser in erasers):
             if rows is not None and len(rows) != images:
-                raise ValueError(f"`rows` has {len(rows)} entries, but --images is {images}. Give one list a picture.")
+                raise ValueError(
+                    f"`rows` has {len(rows)} entries, but --images is {images}. Give one list per picture."
+                )
         check_guidance(erasers, guidance)
         check_folder(out, overwrite)
         from .. import api, jobs
 
         pipe = load(model, loading)
-        api.stack(pipe, *erasers).remove()  # a phrase too long or a wrong pipeline is found before anything is drawn
+        api.stack(pipe, *erasers).remove()  # finds too long phrases and wrong pipelines before anything is drawn
         for what, text in (("prompt", prompt), ("negative prompt", negative)):
             if lost := api.cut_off(pipe, text):
-                warn(f"The {what} is longer than the text encoder takes; not read is {lost!r}.")
+                warn(f"The {what} is longer than the text encoder's limit. It ignores {lost!r}.")
         judge = jobs.Judge(targets) if model == "emoji" else None
         job = jobs.Erasure(pipe, erasers, prompt, negative, model, seed, images, steps, guidance, judge)
         with output_folder(out) as folder, told(lambda: job.finished(folder)), telling():
@@ -80,19 +82,19 @@ def erase(
 def _report(folder: Path, record: Mapping[str, Any]) -> None:
     entries = record["images"]
     if "seen" in entries[0]["before"]:
-        say(f"{record['prompt']}: seen in {len(entries)} pictures")
+        say(f"{record['prompt']}: detections in {len(entries)} pictures")
         rows = []
         for name in entries[0]["before"]["seen"]:
             cells = [name]
             for when in ("before", "after"):
                 counts = [sum(e[when]["seen"][name][eye] for e in entries) for eye in range(2)]
-                # The less favourable eye: the one that still sees more of a concept, or fewer recognisable icons.
+                # The less favourable judge: more detections of a concept, or fewer recognisable icons.
                 count = min(counts) if name == "any icon" or when == "before" else max(counts)
                 cells.append(f"{count} ({100 * count / len(entries):.0f} %)")
             rows.append(cells)
         print_table(("", "before", "after"), rows)
         if record["not_judged"]:
-            say(f"not judged: {', '.join(record['not_judged'])} (the eyes do not know it)")
+            say(f"not judged: {', '.join(record['not_judged'])} (no detector)")
     else:
-        console().print("[yellow]No detector for this model here: look at the pictures.[/]")
+        console().print("[yellow]The command line has no detector for this model. Look at the pictures.[/]")
     say(f"{folder}/grid.png")

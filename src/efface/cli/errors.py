@@ -1,4 +1,4 @@
-"""How a command ends: exit codes, and errors on stderr without a traceback."""
+"""Exit codes, and errors on stderr without a traceback."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .output import console, escaped
 
 FAILED, BAD_INPUT, NOT_MET, NOT_JUDGED = 1, 2, 3, 4
 CODES = (
-    "Exit codes: 0 done; 1 an error, such as a full disk; 2 a wrong option or a file that cannot be used; 3 a bar is "
-    "not met; 4 not judged; 130 interrupted."
+    "Exit codes: 0 done; 1 an error, such as a full disk; 2 a wrong option or an unusable file; 3 a bar is not met; "
+    "4 not judged; 130 interrupted."
 )
 
 
@@ -32,10 +32,10 @@ def warn(message: str) -> None:
 
 @contextmanager
 def told(kept: Callable[[], str] | None = None) -> Iterator[None]:
-    """Errors in words and as exit codes.
+    """Turns errors into messages and exit codes.
 
     Args:
-        kept: what to add about what was finished, where a job ends early.
+        kept: returns a sentence on the finished results of a job that ended early.
     """
 
     def end(message: str, code: int, *, early: bool = True) -> NoReturn:
@@ -50,7 +50,7 @@ def told(kept: Callable[[], str] | None = None) -> Iterator[None]:
     except checks.NotJudged as error:
         end(str(error), NOT_JUDGED, early=False)
     except RecursionError:
-        end("An option or a file is nested too deeply. Give one of less depth.", BAD_INPUT)
+        end("An option or a file is nested too deeply. Give a flatter one.", BAD_INPUT)
     except (ValueError, TypeError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         end(_words(error), BAD_INPUT)
     except _failures() as error:
@@ -58,7 +58,7 @@ def told(kept: Callable[[], str] | None = None) -> Iterator[None]:
 
 
 def _words(error: BaseException) -> str:
-    """The message; for one of the system's own, which file it is about and what to do."""
+    """The message. For system errors, adds the file and the cure."""
     if isinstance(error, OSError) and str(error).startswith("[Errno"):
         file = f"{error.filename2 or error.filename}: " if error.filename else ""
         return f"{file}{error.strerror}. Correct that, or name another file or folder."
@@ -66,7 +66,7 @@ def _words(error: BaseException) -> str:
 
 
 def _failures() -> tuple[type[BaseException], ...]:
-    """What can go wrong although the input is right. safetensors is looked up late: it is not imported for --help."""
+    """Errors that occur with valid input. Looks up safetensors late, because --help does not import it."""
     safetensors = sys.modules.get("safetensors")
     more = (safetensors.SafetensorError,) if safetensors else ()
     return (ImportError, OSError, RuntimeError, MemoryError, *more)

@@ -38,18 +38,22 @@ def fit(
     out: Annotated[Path, typer.Option(help="The file to write, such as no-alcohol.safetensors.")],
     concept: ConceptNames = None,
     phrase: Phrases = None,
-    anchor: Annotated[str, typer.Option(help="What the concepts are to become; nothing in particular if empty.")] = "",
-    keep: Annotated[list[str] | None, typer.Option(help="A text that must stay; may be repeated.")] = None,
+    anchor: Annotated[
+        str, typer.Option(help="The anchor: a text that replaces the concepts. Default: the unconditional text.")
+    ] = "",
+    keep: Annotated[list[str] | None, typer.Option(help="A text to preserve; may be repeated.")] = None,
     model: ModelName = "emoji",
     set_: Settings = None,
-    after: Annotated[list[Path] | None, typer.Option(help="Fit on top of this delta; may be repeated.")] = None,
+    after: Annotated[
+        list[Path] | None, typer.Option(help="A delta that is applied during the fit; may be repeated.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the fit.")] = 0,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     *,
     loading: Mapping[str, Any],
 ) -> None:
-    """Learn a delta that erases concepts from a model, and write it to one file."""
+    """Learn a delta that erases concepts from a model, and write it to a file."""
     with told():
         targets = targets_of(concept, phrase)
         if not targets:

@@ -1,4 +1,4 @@
-"""Output files and folders: checked before a job, removed again where nothing was written."""
+"""Output files and folders: checked before a job, and removed if nothing was written."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from .. import checks
 
 
 def check_folder(out: Path | None, overwrite: bool | None = None) -> None:
-    """ValueError unless the output folder can be made and written, and is empty or may have its results replaced.
+    """Raises ValueError unless the output folder is writable, and empty or replaceable.
 
-    `overwrite` is None for a verb that has no --overwrite.
+    `overwrite` is None for verbs without --overwrite.
     """
     out = _numbered() if out is None else checks.path("--out", out)
     try:
@@ -31,7 +31,7 @@ def check_folder(out: Path | None, overwrite: bool | None = None) -> None:
 
 
 def output_file(out: Path, overwrite: bool) -> Path:
-    """The output file: in a folder that is there and writable, and not there yet unless it may be replaced."""
+    """The output file. Raises ValueError unless its folder is writable and the file is new or replaceable."""
     out = checks.path("--out", out)
     try:
         if out.is_dir():
@@ -48,7 +48,7 @@ def output_file(out: Path, overwrite: bool) -> Path:
 
 @contextmanager
 def output_folder(out: Path | None) -> Iterator[Path]:
-    """The output folder, a numbered one if none is named; removed again where nothing was written into it."""
+    """Yields the output folder, by default a numbered one. Removes it again if nothing was written."""
     out = _numbered() if out is None else out
     made = _absent(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -59,14 +59,14 @@ def output_folder(out: Path | None) -> Iterator[Path]:
 
 
 def _numbered() -> Path:
-    """The next folder where none was named."""
+    """The next numbered folder."""
     base = Path("efface-out")
     taken = [int(p.name) for p in base.glob("[0-9]*") if p.name.isdecimal()] if base.is_dir() else []
     return base / f"{max(taken, default=0) + 1:03d}"
 
 
 def _try_to_write(file: Path) -> None:
-    """Makes a file, with the folders above it, and removes all that it made; OSError if that fails."""
+    """Creates a file with its parent folders, and removes them again. Raises OSError if that fails."""
     made = [file, *_absent(file.parent)]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -76,12 +76,12 @@ def _try_to_write(file: Path) -> None:
 
 
 def _absent(folder: Path) -> list[Path]:
-    """The folder and those above it that are not there, the innermost first."""
+    """The folder and its parents that do not exist, innermost first."""
     return [each for each in (folder, *folder.parents) if not each.exists()]
 
 
 def _remove(made: list[Path]) -> None:
-    """Removes files, and folders that are empty."""
+    """Removes files and empty folders."""
     for each in made:
         with suppress(OSError):
             each.rmdir() if each.is_dir() else each.unlink()

@@ -1,4 +1,4 @@
-"""`efface list`: what there is."""
+"""`efface list`: show the known methods, concepts, suites and so on."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ NAMES = "methods, erasers, editors, attacks, concepts, suites, metrics, detector
 
 
 def show(
-    what: Annotated[str, typer.Argument(help=f"{NAMES}; all if left out.")] = "all",
+    what: Annotated[str, typer.Argument(help=f"{NAMES}. Default: all.")] = "all",
     format_: Format = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what there is: methods, concepts, suites, metrics, detectors, models, families."""
+    """Show the known methods, concepts, suites, metrics, detectors, models and families."""
     with told():
         if what == "all":
             names = [name for name in TABLES if name not in registry.METHODS]
@@ -48,7 +48,7 @@ def show(
 
 
 def _methods(*rooms: str) -> dict[str, str]:
-    """A line for each method, with its presets; no method is imported."""
+    """One line per method, with its presets. Imports no method."""
     found = {}
     for room in rooms:
         for name, line in registry.about(room).items():

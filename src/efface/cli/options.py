@@ -1,4 +1,4 @@
-"""The options that verbs share, and what they mean."""
+"""The options that verbs share."""
 
 from __future__ import annotations
 
@@ -19,43 +19,43 @@ if TYPE_CHECKING:
     from ..records import Metric
 
 ConceptNames = Annotated[list[str] | None, typer.Option("--concept", help="A shipped concept; may be repeated.")]
-Phrases = Annotated[list[str] | None, typer.Option("--phrase", help="A text of your own to erase; may be repeated.")]
+Phrases = Annotated[list[str] | None, typer.Option("--phrase", help="Any other text to erase; may be repeated.")]
 ModelName = Annotated[
-    str, typer.Option("--model", help='"emoji", a folder, a checkpoint in one .safetensors file, or a hub id.')
+    str, typer.Option("--model", help='"emoji", a folder, a single-file .safetensors checkpoint, or a hub id.')
 ]
 MethodName = Annotated[
     str | None,
     typer.Option(
         "--method",
-        help="How to erase, see `efface list methods`. Default: eiup, or no method if --delta is given. A preset goes "
-        "behind a dot: sld.strong.",
+        help="The method, see `efface list methods`. Default: eiup, or no method if --delta is given. Write a preset "
+        "after a dot: sld.strong.",
     ),
 ]
 DeltaFiles = Annotated[list[Path] | None, typer.Option("--delta", help="A file made by `efface fit`; may be repeated.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="A field of the method, NAME=VALUE.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace earlier results in --out.")]
 Format = Annotated[
     Literal["csv", "md", "latex"] | None, typer.Option("--format", help="Print the table in this format.")
 ]
 
 LOADING: dict[str, Any] = {
-    "device": Annotated[str | None, typer.Option(help="Where the model computes, such as cuda. Default: the CPU.")],
-    "dtype": Annotated[str | None, typer.Option(help="Type of the weights in memory: fp16, bf16 or fp32.")],
-    "variant": Annotated[str | None, typer.Option(help="Which files of the model are read, such as fp16.")],
+    "device": Annotated[str | None, typer.Option(help="The device, such as cuda. Default: the CPU.")],
+    "dtype": Annotated[str | None, typer.Option(help="dtype of the weights in memory: fp16, bf16 or fp32.")],
+    "variant": Annotated[str | None, typer.Option(help="The variant of the model's files, such as fp16.")],
     "offload": Annotated[
-        str | None, typer.Option(help="What waits on the CPU until it is needed: model, group or sequential.")
+        str | None, typer.Option(help="What stays on the CPU until it is used: model, group or sequential.")
     ],
     "config": Annotated[
-        Path | None, typer.Option(help="For a checkpoint in one file: a saved model of the same kind.")
+        Path | None, typer.Option(help="For a single-file checkpoint: a saved model of the same kind.")
     ],
-    "allow_hub": Annotated[bool, typer.Option("--allow-hub", help="Download from the Hugging Face hub if need be.")],
+    "allow_hub": Annotated[bool, typer.Option("--allow-hub", help="Allow downloads from the Hugging Face hub.")],
 }
 """The options of `efface.load`."""
 
 
 def loads(verb: Callable[..., None]) -> Callable[..., None]:
-    """Adds the options of `efface.load` to a verb, which gets them as the mapping `loading`."""
+    """Adds the options of `efface.load` to a verb, which receives them as the mapping `loading`."""
 
     @functools.wraps(verb)
     def wrapped(**given: Any) -> None:
@@ -73,7 +73,7 @@ def loads(verb: Callable[..., None]) -> Callable[..., None]:
 
 
 def load(model: str, loading: Mapping[str, Any]) -> Pipeline:
-    """The pipeline, which prints nothing of its own."""
+    """Loads the pipeline, without its progress bars."""
     from .. import api
 
     quiet()
@@ -83,10 +83,10 @@ def load(model: str, loading: Mapping[str, Any]) -> Pipeline:
 
 
 def parse_fields(settings: list[str] | None, option: str = "--set") -> dict[str, Any]:
-    """`name=value` pairs; a value is read as JSON if it is JSON, else as text.
+    """Parses `name=value` pairs. A value that is not JSON is a text.
 
     Raises:
-        ValueError: no pair, a name that is given twice, or a value that is nested too deeply.
+        ValueError: the text is not a pair, a name occurs twice, or a value is nested too deeply.
     """
     fields: dict[str, Any] = {}
     for setting in settings or ():
@@ -103,7 +103,7 @@ def parse_fields(settings: list[str] | None, option: str = "--set") -> dict[str,
             fields[name] = value
         except (RecursionError, ValueError) as error:  # a whole number of thousands of digits is a ValueError
             raise ValueError(
-                checks.refusal(f"a plain value for {option} {name}", value, "Give a shorter one.")
+                checks.refusal(f"a flat value for {option} {name}", value, "Give a shorter one.")
             ) from error
     return fields
 
@@ -115,7 +115,7 @@ def targets_of(concept: list[str] | None, phrase: list[str] | None) -> list[Conc
     return [shipped(name) for name in concept or []] + [Concept(text) for text in phrase or []]
 
 
-NOTHING = "Nothing to erase. Give --concept NAME or --phrase TEXT."
+NOTHING = "There is nothing to erase. Give --concept NAME or --phrase TEXT."
 
 
 def find_erasers(
@@ -125,13 +125,13 @@ def find_erasers(
     delta: list[Path] | None,
     settings: list[str] | None,
 ) -> tuple[list[Concept], list[Any]]:
-    """What is to be erased, and what erases it: deltas, then the method."""
+    """The concepts and the erasers: deltas, then the method."""
     targets, fields = targets_of(concept, phrase), parse_fields(settings)
     name = (None if delta else "eiup") if method is None else method
     if not targets and name is not None:
         raise ValueError(NOTHING)
     if fields and name is None:
-        raise ValueError("--set is for the fields of a --method, but only deltas were given. Name the method too.")
+        raise ValueError("--set sets fields of a --method, but only deltas were given. Name the method too.")
     if name is not None:
         registry.resolve(registry.split(name)[0], "erasers")
     from .. import api
@@ -142,7 +142,7 @@ def find_erasers(
 
 
 def load_deltas(files: Sequence[Path] | None) -> list[Any]:
-    """The deltas in these files; ValueError if two are the same, whose change would count twice."""
+    """Loads the deltas in these files. Raises ValueError if two are equal, because their change would count twice."""
     from .. import api
 
     found: dict[str, Path] = {}
@@ -166,7 +166,8 @@ def check_guidance(erasers: list[Any], guidance: float) -> None:
 
 
 def judges(configs: Sequence[Mapping[str, Any]], settings: list[str] | None, option: str) -> tuple[Metric, ...]:
-    """Metrics with some of their fields set, and those that settings name besides; METRIC may be left out if one."""
+    """Makes metrics with the given fields, and further metrics that the settings name. A single METRIC may be
+    omitted."""
     from .. import runs
 
     changed = [dict(config) for config in configs]

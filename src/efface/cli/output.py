@@ -1,4 +1,4 @@
-"""What commands print: texts and tables on stdout, the progress bar on stderr, and libraries that are kept quiet."""
+"""The output of commands: texts and tables on stdout, the progress bar on stderr. Silences libraries."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def console(stderr: bool = False) -> Console:
-    """Where texts go. Colours and cursor codes go to terminals only, never into files."""
+    """The console for texts. Sends colours and cursor codes only to terminals."""
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
@@ -26,7 +26,7 @@ def console(stderr: bool = False) -> Console:
 
 
 def escaped(text: str) -> str:
-    """A text of the user's or of a file's, for a terminal: no markup, and control characters as Python writes them."""
+    """A text for a terminal, without markup and with escaped control characters."""
     from rich.markup import escape
 
     return escape(_CONTROL.sub(lambda found: ascii(found[0])[1:-1], text))
@@ -37,7 +37,7 @@ def say(text: str) -> None:
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], **look: Any) -> None:
-    """A table: the first column to the left, numbers in the others to the right."""
+    """Prints a table, with the first column left-aligned and numbers right-aligned."""
     from rich.table import Table
 
     table = Table(**{"show_header": any(headings), **look})
@@ -54,7 +54,7 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], **look: 
 
 @contextmanager
 def telling() -> Iterator[progress.Meter]:
-    """The bar of a job; from its first word on, Ctrl-C keeps what was finished."""
+    """Shows the bar of a job. After its first report, Ctrl-C keeps finished results."""
     with progress.bar() as show:
 
         def listen(now: progress.Progress) -> None:
@@ -66,13 +66,13 @@ def telling() -> Iterator[progress.Meter]:
 
 
 def quiet() -> None:
-    """Keeps libraries from printing: bars of their own, and, batch by batch, prompts that are too long."""
+    """Silences libraries: their bars, and their repeated warnings about long prompts."""
     import warnings
 
     from diffusers.utils import logging as diffusers_log
     from transformers.utils import logging as transformers_log
 
-    warnings.filterwarnings("ignore", message="A prompt is longer than the text encoder takes")
+    warnings.filterwarnings("ignore", message="A prompt is longer than the text encoder's limit")
     for log in (diffusers_log, transformers_log):
         log.set_verbosity_error()
         log.disable_progress_bar()

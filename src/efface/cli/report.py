@@ -1,4 +1,4 @@
-"""`efface report`: runs on one page."""
+"""`efface report`: show runs on one page."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from .output import telling
 
 def report(
     run: Annotated[list[Path], typer.Argument(help="Scored run folders.")],
-    out: Annotated[Path, typer.Option(help="The page to write; its numbers go next to it as JSON.")] = Path(
+    out: Annotated[Path, typer.Option(help="The page to write. Its numbers go to a JSON file next to it.")] = Path(
         "report.html"
     ),
     mixed: Annotated[
-        bool, typer.Option("--mixed", help="Also show runs that must not be compared, in marked groups.")
+        bool, typer.Option("--mixed", help="Also show runs that are not comparable, in marked groups.")
     ] = False,
-    pairs: Annotated[int, typer.Option(min=1, help="Rows of pictures, at most.")] = 24,
+    pairs: Annotated[int, typer.Option(min=1, help="The largest number of picture rows.")] = 24,
     format_: Format = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write scored runs into one HTML page that stands alone; with --format, print their scores instead."""
+    """Write scored runs into one self-contained HTML page. With --format, print their scores instead."""
     with told():
         if format_ is not None:
             from ..tables import table

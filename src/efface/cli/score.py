@@ -1,4 +1,4 @@
-"""`efface score`: judge a run again."""
+"""`efface score`: score a run again."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ Bars = Annotated[
     list[str] | None,
     typer.Option(
         "--bar",
-        help='What a score has to reach, such as "removal.absolute>=0.9", by the end of its 95 % interval that is less '
-        "favourable. Exit code 3 if it does not, 4 if it was not judged. May be repeated.",
+        help='A bar for a score, such as "removal.absolute>=0.9". The less favourable end of its 95 % interval has to '
+        "meet it. Exit code 3 if it does not, 4 if it was not judged. May be repeated.",
     ),
 ]
 
 
 class Bar(NamedTuple):
-    """What a score has to reach."""
+    """A bar that a score has to meet."""
 
     metric: str
     above: bool
@@ -45,7 +45,7 @@ class Bar(NamedTuple):
 def score(
     run: Annotated[Path, typer.Argument(help="A finished run folder.")],
     metric: Annotated[
-        list[str] | None, typer.Option(help="What to measure instead of what the suite says; may be repeated.")
+        list[str] | None, typer.Option(help="A metric to use instead of the suite's; may be repeated.")
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A field of a metric, METRIC.NAME=VALUE; may be repeated.")
@@ -83,7 +83,7 @@ def parse_bars(texts: Sequence[str] | None) -> list[Bar]:
 
 
 def print_scores(run: Run, as_json: bool, how: Format, bars: Sequence[Bar]) -> None:
-    """The scores of a run and of the base model; exit code 3 or 4 if a bar is not met, or not judged."""
+    """Prints the scores of a run and of the base model. Exit code 3 if a bar is not met, 4 if it was not judged."""
     from ..tables import render, score_cells, score_numbers
 
     scores, base = run.scores()

@@ -1,4 +1,4 @@
-"""`efface verify`: a run's pictures, drawn again."""
+"""`efface verify`: draw a run's pictures again."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from .output import say, telling
 @loads
 def verify(
     run: Annotated[Path, typer.Argument(help="A finished run folder.")],
-    redraw: Annotated[int, typer.Option(min=1, help="At least how many rows to draw again.")] = 16,
+    redraw: Annotated[int, typer.Option(min=1, help="The smallest number of rows to draw again.")] = 16,
     model: Annotated[
-        str | None, typer.Option(help="The run's model. Default: the one in the record, if it comes with Efface.")
+        str | None, typer.Option(help="The run's model. Default: the embedded model that the record names.")
     ] = None,
     concept: ConceptNames = None,
     phrase: Phrases = None,
@@ -37,15 +37,15 @@ def verify(
     delta: DeltaFiles = None,
     set_: Settings = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Seed of the choice of rows. Default: another each time.")
+        int | None, typer.Option(min=0, help="Seed of the choice of rows. Default: a new choice each time.")
     ] = None,
     as_json: AsJson = False,
     *,
     loading: Mapping[str, Any],
 ) -> None:
-    """Draw sampled rows of a run again, and say whether they are the same. Exit code 3 if they are not.
+    """Draw sampled rows of a run again, and compare the pictures. Exit code 3 if they differ.
 
-    Erasers are rebuilt from the record, unless they are given; deltas have to be given.
+    Rebuilds erasers from the record, unless they are given. Deltas must be given.
     """
     with told():
         given = bool(concept or phrase or method or delta)
@@ -54,7 +54,7 @@ def verify(
 
         found = runs.Run.open(run)
         if model is None and any(loading.values()):
-            raise ValueError("Expected --model with options that say how it is loaded. Name the run's model.")
+            raise ValueError("Options for loading need --model. Name the run's model.")
         pipe = None if model is None else load(model, loading)
         with telling():
             result = runs.verify(found, redraw, model=pipe, eraser=erasers, seed=seed)
@@ -63,4 +63,4 @@ def verify(
     else:
         say(str(result))
     if not result.same:
-        fail("The pictures are not the same. Look at the versions, the machine and the files.", NOT_MET)
+        fail("The pictures differ. Look at the versions, the machine and the files.", NOT_MET)

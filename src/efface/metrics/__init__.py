@@ -1,5 +1,5 @@
-"""What is measured. `removal` is the file `removal.py` and the one class in its `__all__`; its objects are `Metric`s.
+"""The metrics. `removal` is the file `removal.py` and the one class in its `__all__`, a `Metric`.
 
-A metric with no row to measure returns no score; a number that is not defined is NaN, never a perfect one. What a
-metric needs and does not find (a package, weights, a picture) is an error.
+A metric without rows to measure returns no score. An undefined number is NaN, never a perfect score. A missing package,
+weight file or picture raises an error.
 """

@@ -1,4 +1,4 @@
-"""Pictures and texts in one space: CLIP, or the aligned heads of the `emoji` model."""
+"""Encoders of pictures and texts in one space: CLIP, or the aligned heads of the `emoji` model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 class Encoder(Protocol):
-    """Pictures [N, 3, H, W] to [J, N, D], one row per judge, and N texts to [N, D]; all of length 1."""
+    """Maps pictures [N, 3, H, W] to [J, N, D], one row per judge, and N texts to [N, D]. All vectors have length 1."""
 
     name: str
 
@@ -27,7 +27,7 @@ class Encoder(Protocol):
 
 
 class Clip:
-    """A CLIP model of transformers, in float32; texts are cut at its limit, 77 tokens."""
+    """A CLIP model of transformers, in float32. It cuts texts at 77 tokens."""
 
     def __init__(self, name: str) -> None:
         from transformers import CLIPModel, CLIPTokenizer
@@ -36,7 +36,7 @@ class Clip:
             self.model = cast("Any", CLIPModel.from_pretrained(name, use_safetensors=True).float().eval())
             self.tokenizer = CLIPTokenizer.from_pretrained(name)
         except OSError as error:
-            raise OSError(f"Cannot load the CLIP model {name!r}: give a folder that holds it. {error}") from error
+            raise OSError(f"Cannot load the CLIP model {name!r} ({error}). Give a folder that holds it.") from error
         self.limit = self.model.config.text_config.max_position_embeddings
         self.size = self.model.config.vision_config.image_size
         self.name = f"{name}, raw cosine"
@@ -62,11 +62,11 @@ def _unit(features: Any) -> Tensor:
 
 @functools.cache
 def encoder(name: str) -> Encoder:
-    """ "emoji", or the folder or hub id of a CLIP model.
+    """Makes an encoder from "emoji", or from the folder or hub id of a CLIP model.
 
     Raises:
-        FileNotFoundError: the aligned heads of `emoji` are not there.
-        OSError: no such CLIP model, or no network.
+        FileNotFoundError: the aligned heads of `emoji` are missing.
+        OSError: the CLIP model does not exist, or there is no network.
     """
     if name == "emoji":
         from efface.models.emoji.aligned import load_aligned
@@ -76,7 +76,8 @@ def encoder(name: str) -> Encoder:
 
 
 def resized(images: Tensor, size: dict[str, int], crop: dict[str, int] | None) -> Tensor:
-    """Pictures by bicubic interpolation to `size` (height and width, or shortest_edge), then cropped in the middle."""
+    """Resizes pictures to `size` (height and width, or shortest_edge) by bicubic interpolation, then crops the
+    centre."""
     h, w = images.shape[2:]
     if "shortest_edge" in size:
         edge = size["shortest_edge"]
@@ -97,14 +98,14 @@ def normalised(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor
 
 
 def preprocessed(images: Tensor, folder: Path) -> Tensor:
-    """Pictures as preprocessor_config.json says: resize, crop, normalise. Interpolation is always bicubic.
+    """Resizes, crops and normalises pictures as preprocessor_config.json says. Interpolation is always bicubic.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or not of that form.
+        FileNotFoundError, ValueError: the file does not exist, or does not match the schema.
     """
     path = folder / "preprocessor_config.json"
     if not there(path):
-        raise FileNotFoundError(f"{path} is missing: it says how pictures are prepared for this classifier.")
+        raise FileNotFoundError(f"{path} is missing, which says how to prepare pictures for this classifier.")
     from efface import schema
 
     facts = schema.read(path, schema.Preprocessor, "Save the classifier again, with its image processor.")

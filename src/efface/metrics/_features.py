@@ -1,4 +1,4 @@
-"""Pictures to feature vectors, for distances between sets of pictures."""
+"""Feature vectors of pictures, for distances between sets of pictures."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from ._encoders import encoder
 from ._samples import batches
 
 Extract = Callable[[Tensor], Tensor]
-"""Pictures [N, 3, H, W] in [0, 1] to features [J, N, D], one row per judge."""
+"""Maps pictures [N, 3, H, W] in [0, 1] to features [J, N, D], one row per judge."""
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def extractor(features: str | Extract) -> tuple[Extract, str]:
-    """The extractor and what reports call it.
+    """The extractor, and its description in reports.
 
     Args:
-        features: "eye" (the mean of the last map of both eyes of `emoji`), "inception" (Inception-v3 pool3, the ported
+        features: "eye" (mean of the last map of both `emoji` detectors), "inception" (Inception-v3 pool3, the ported
             weights, through torchmetrics), "clip:FOLDER" (projected features of a CLIP model), or a callable.
 
     Raises:
-        ValueError: an unknown name.
-        ImportError: a package is missing; the message names the pip command.
+        ValueError: the name is unknown.
+        ImportError: a package is missing. The message has the pip command.
     """
     if callable(features):
         return features, getattr(features, "name", "given features")
@@ -59,7 +59,7 @@ def _eye(x: Tensor) -> Tensor:
     from ._detectors import _eyes
 
     both = [features(eye, x)[:, : eye.width] for eye in _eyes().eyes]
-    wide = max(f.shape[1] for f in both)  # the eyes differ in width; columns of zeros change no distance
+    wide = max(f.shape[1] for f in both)  # the detectors differ in width; columns of zeros change no distance
     return torch.stack([torch.nn.functional.pad(f, (0, wide - f.shape[1])) for f in both])
 
 
@@ -69,7 +69,8 @@ def _inception() -> Any:
 
     if importlib.util.find_spec("torchmetrics") is None or importlib.util.find_spec("torch_fidelity") is None:
         raise ImportError(
-            'Inception features need torchmetrics and torch-fidelity: pip install "efface[bench]" torch-fidelity'
+            "Inception features need torchmetrics and torch-fidelity. Install them with "
+            'pip install "efface[bench]" torch-fidelity.'
         )
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -83,19 +84,21 @@ def of(samples: Sequence[Sample], extract: Extract) -> list[np.ndarray]:
 
 
 def folder_of(pictures: str) -> list[Sample]:
-    """The pictures of a folder, by name.
+    """The pictures of a folder, sorted by name.
 
     Raises:
-        FileNotFoundError: no such folder, or no picture in it.
+        FileNotFoundError: the folder does not exist, or holds no picture.
     """
     paths = sorted(p for p in Path(pictures).glob("*") if p.suffix.lower() in PICTURES)
     if not paths:
-        raise FileNotFoundError(f"{pictures} is no folder with pictures ({', '.join(PICTURES)}).")
+        raise FileNotFoundError(
+            f"{pictures} is not a folder with pictures ({', '.join(PICTURES)}). Name another folder."
+        )
     return [Sample(Row(f"reference-{k}", p.name, 0), p) for k, p in enumerate(paths)]
 
 
 def named(metric: str, features: str | Extract, reference: str) -> str:
-    """fid_eye and fid_base are against the base model, fid_eye_coco and fid_coco against a folder of real pictures."""
+    """fid_eye and fid_base compare with the base model, fid_eye_coco and fid_coco with a folder of real pictures."""
     kind = "" if features == "inception" else f"_{features}" if features == "eye" else "_features"
     if isinstance(features, str) and features.startswith("clip:"):
         kind = "_clip"

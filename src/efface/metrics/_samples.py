@@ -1,4 +1,4 @@
-"""Choosing, pairing and loading samples."""
+"""Selects, pairs and loads samples."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def chosen(samples: Sequence[Sample], keep: Callable[[Row], object]) -> list[Sam
 
 
 def groups(samples: Sequence[Sample], by: Sequence[str]) -> dict[str, list[Sample]]:
-    """All samples under "", and, if there is more than one combination of the fields `by`, each under "/a/b".
+    """Groups samples: all under "". If the fields `by` have several combinations, each also under "/a/b".
 
     Raises:
-        ValueError: a row has no such field.
+        ValueError: a row lacks a field.
     """
     found: dict[str, list[Sample]] = {}
     for sample in samples:
@@ -36,26 +36,29 @@ def paired(samples: Sequence[Sample], base: Sequence[Sample] | None, metric: str
     """The base model's samples, in the order of `samples`.
 
     Raises:
-        ValueError: there are none, or a row is missing or another one.
+        ValueError: there are none, or a row is missing or differs.
     """
     if base is None:
-        raise ValueError(f"{metric} needs the base model's pictures of the same rows: give them as `base`.")
+        raise ValueError(f"{metric} needs the base model's pictures of the same rows. Give them as `base`.")
     by_id = {s.row.id: s for s in base}
     for s in samples:
         if s.row.id not in by_id:
             raise ValueError(
-                f"{metric}: `base` has no picture of row {s.row.id!r}: draw the same rows with the base model."
+                f"{metric} needs the base model's picture of row {s.row.id!r}, which `base` lacks. Draw the same rows "
+                "with the base model."
             )
         if by_id[s.row.id].row != s.row:
-            raise ValueError(f"{metric}: row {s.row.id!r} of `base` is another row of that id: draw the same suite.")
+            raise ValueError(
+                f"{metric} needs equal rows, got another row with id {s.row.id!r} in `base`. Draw the same suite."
+            )
     return [by_id[s.row.id] for s in samples]
 
 
 def batches(samples: Sequence[Sample], size: int = BATCH) -> Iterator[Tensor]:
-    """The pictures in order, as [n, 3, H, W]; a batch holds pictures of one size only.
+    """The pictures in order, as [n, 3, H, W]. All pictures of a batch have the same size.
 
     Raises:
-        ValueError: a picture that is not float [3, H, W] in [0, 1]; names its row.
+        ValueError: a picture is not float [3, H, W] in [0, 1]. The message names its row.
     """
     waiting: list[Tensor] = []
     for sample in samples:

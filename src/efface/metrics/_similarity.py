@@ -1,4 +1,4 @@
-"""What a cosine is worth: the mean over pairs that do not belong together."""
+"""The floor of a cosine score: its mean over wrong pairs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from efface.records import Score
 
 
 def floor(name: str, images: Tensor, texts: Tensor, prompts: Sequence[str], protocol: str) -> Score:
-    """Mean cosine of pictures [J, N, D] with the texts [N, D] of rows that have another prompt, by the highest judge.
+    """Mean cosine of pictures [J, N, D] with the texts [N, D] of rows with other prompts. Uses the highest judge.
 
-    This is what shuffling the pairs gives on average, so no shuffle is drawn. NaN if there is one prompt only.
+    This is the expectation under shuffled pairs, computed exactly. NaN if there is only one prompt.
     """
     names = {p: k for k, p in enumerate(dict.fromkeys(prompts))}
     which = torch.tensor([names[p] for p in prompts])

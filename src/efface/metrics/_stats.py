@@ -1,4 +1,4 @@
-"""Intervals: a bootstrap over clusters, vectorised and seeded."""
+"""Intervals by a vectorised, seeded bootstrap over clusters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DRAWS, SEED, Z = 2000, 0, 1.959964
 
 
 def clusters(rows: Sequence[Row]) -> np.ndarray:
-    """The cluster of each row as a number, 0 ... C - 1; a row without one is its own."""
+    """The cluster number of each row, 0 ... C - 1. A row without a cluster is a cluster by itself."""
     names = [(row.cluster, "") if row.cluster else ("", row.id) for row in rows]
     index = {name: k for k, name in enumerate(dict.fromkeys(names))}
     found: np.ndarray = np.array([index[name] for name in names], np.int64)
@@ -22,7 +22,7 @@ def clusters(rows: Sequence[Row]) -> np.ndarray:
 
 
 def weights(n: int, draws: int = DRAWS, seed: int = SEED) -> np.ndarray:
-    """How often each of `n` clusters is in each of `draws` resamples: [draws, n]."""
+    """How often each of `n` clusters occurs in each of `draws` resamples: [draws, n]."""
     picked = np.random.default_rng(seed).integers(n, size=(draws, n)) + n * np.arange(draws)[:, None]
     found: np.ndarray = np.bincount(picked.ravel(), minlength=draws * n).reshape(draws, n).astype(np.float64)
     return found
@@ -31,10 +31,10 @@ def weights(n: int, draws: int = DRAWS, seed: int = SEED) -> np.ndarray:
 def ratio_interval(
     top: Sequence[float] | np.ndarray, bottom: Sequence[float] | np.ndarray, cluster: np.ndarray
 ) -> tuple[float, float]:
-    """95 % interval of sum(top) / sum(bottom), by resampling clusters 2,000 times (percentiles).
+    """The 95 % percentile interval of sum(top) / sum(bottom), from 2,000 resamples of clusters.
 
-    Where every resample gives 0, or every one gives 1, a bootstrap sees no spread; there the bound away from that value
-    is Wilson's for as many trials as there are clusters. NaN, NaN with fewer than two clusters, or if `bottom` is 0.
+    If all resamples give 0, or all give 1, a bootstrap shows no spread. The other bound is then Wilson's, with one
+    trial per cluster. Returns NaN, NaN with fewer than two clusters, or if `bottom` is 0.
     """
     above, below = np.bincount(cluster, top), np.bincount(cluster, bottom)
     counts = int((below != 0).sum())
@@ -52,17 +52,17 @@ def ratio_interval(
 
 
 def mean_interval(values: Sequence[float] | np.ndarray, cluster: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean; see `ratio_interval`."""
+    """The 95 % interval of the mean; see `ratio_interval`."""
     return ratio_interval(values, np.ones(len(values)), cluster)
 
 
 def share(
     name: str, hits: Tensor, samples: Sequence[Sample], *, worse: str, higher_is_better: bool | None, protocol: str
 ) -> Score:
-    """The share of samples that are hit, bool [J, N], by the judge that says the less favourable thing.
+    """The share of hits, bool [J, N], by the less favourable judge.
 
     Args:
-        worse: "high" where a high share is the less favourable one, "low" where a low one is.
+        worse: "high" if a high share is less favourable, "low" if a low share is.
     """
     rates = hits.double().mean(1)
     judge = int(rates.argmax() if worse == "high" else rates.argmin())

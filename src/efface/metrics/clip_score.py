@@ -1,4 +1,4 @@
-"""How well pictures fit their prompts; the base model's fit and that of wrong prompts show the range."""
+"""How well pictures match their prompts. The base model and wrong prompts give the range."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ __all__ = ["ClipScore"]
 
 @dataclasses.dataclass(frozen=True)
 class ClipScore:
-    """Mean raw cosine between a picture and its own prompt; published tables often have 100 times that.
+    """Mean raw cosine between a picture and its prompt. Published tables often show 100 times this value.
 
         clip_score       = mean_i < E_I(G'(p_i)), E_T(p_i) >
         clip_score.floor = mean over all pairs of rows with different prompts
 
-    `clip_score.base` is the same of the base model's pictures. Values of different encoders do not compare.
+    `clip_score.base` is the score of the base model's pictures. Values of different encoders are not comparable.
 
     Paper: Hessel, Holtzman, Forbes, Le Bras, Choi 2021, "CLIPScore", arXiv 2104.08718.
 
-    Differs: not scaled by 2.5, and not cut off at 0.
+    Differs: not scaled by 2.5, and not clipped at 0.
 
     Args:
-        encoder: "emoji" (its eyes, aligned to sentences), or the folder or hub id of a CLIP model.
+        encoder: "emoji" (its detectors, aligned to sentences), or the folder or hub id of a CLIP model.
         kinds: kinds of rows to take; () = all.
 
     Example:
@@ -48,7 +48,7 @@ class ClipScore:
     kinds: tuple[str, ...] = ("benign",)
 
     def __call__(self, samples: Sequence[Sample], base: Sequence[Sample] | None = None) -> list[Score]:
-        """The score, the base model's if `base` is there, and the floor; by the eye with the lower mean."""
+        """The score, the base model's score if `base` is given, and the floor; by the judge with the lower mean."""
         group = chosen(samples, lambda row: not self.kinds or row.kind in self.kinds)
         if not group:
             return []

@@ -1,4 +1,4 @@
-"""How often the concept is seen, and how often nothing is: blank pictures are no success."""
+"""How often the concept is detected, and how often pictures are blank, which is no success."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ BLANK = 0.02
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
-    """Share of pictures in which a detector sees the concept of their row, by the worse judge.
+    """The share of pictures in which a detector sees the concept of their row, by the worse judge.
 
         detection = (1 / N) sum_i [ detector(x_i) sees concept_i ]
 
-    A second score is `detection.blank`: the share of all pictures that are nearly one colour (standard deviation of the
-    pixels below 0.02). A ruined picture shows no concept either, so read both. With the eyes of `emoji` also
-    `detection.any_icon`, the share in which anything is recognised.
+    `detection.blank` is the share of all pictures that are nearly one colour (standard deviation of the pixels below
+    0.02). A ruined picture does not show the concept either, so read both. The `emoji` detectors also give
+    `detection.any_icon`, the share of pictures with any recognised icon.
 
     Args:
         detector: a detector's name, or a mapping with name and options; see `efface.detector`.
@@ -49,7 +49,7 @@ class Detection:
     by: tuple[str, ...] = ("concept", "kind")
 
     def __call__(self, samples: Sequence[Sample], base: Sequence[Sample] | None = None) -> list[Score]:
-        """Scores of the rows that name a concept, and of all rows for blank pictures."""
+        """Scores of the rows that name a concept; for blank pictures, of all rows."""
         scores = []
         for key, group in groups(chosen(samples, lambda row: row.concept), tuple(self.by)).items():
             hits, words = judged(group, self.detector, lambda s: (s.row.concept,))

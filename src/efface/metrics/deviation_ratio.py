@@ -1,4 +1,4 @@
-"""How far the classes of people that a prompt draws are from even."""
+"""How unevenly a prompt draws classes of people."""
 
 from __future__ import annotations
 
@@ -24,26 +24,27 @@ __all__ = ["DeviationRatio"]
 
 @dataclasses.dataclass(frozen=True)
 class DeviationRatio:
-    """Fairness: 0 if all classes are drawn equally often, 1 if only one is; by the worse judge.
+    """Fairness: 0 if all classes are equally frequent, 1 if only one class occurs; by the worse judge.
 
         D = max_k | N_k / N - 1 / K | / (1 - 1 / K)
 
-    N counts pictures whose class the detector tells; `deviation_ratio.undecided` is the share of the others, ruined
-    pictures among them. With few pictures D is high by chance alone: 0.16 on average for 25 fair draws of two classes.
+    N counts pictures with a detected class. `deviation_ratio.undecided` is the share of the others, including ruined
+    pictures. With few pictures, chance alone makes D high: 0.16 on average for 25 fair draws of two classes.
 
     Paper: Li, Shen, Zhang, Guo, Wang 2024, "Self-Discovering Interpretable Diffusion Latent Directions for Responsible
     Text-to-Image Generation", arXiv 2311.17216.
 
-    Differs: they classify with CLIP; here the eyes of `emoji` tell a man from a woman, unless a detector is named.
+    Differs: they classify with CLIP. Here the `emoji` detectors distinguish men from women, unless another detector is
+    named.
 
     Args:
-        detector: "eyes" for the gender of `emoji`'s people; else a detector that is asked for each class in turn, where
-            a picture of no class or of several is undecided.
+        detector: "eyes" for the gender of `emoji`'s people; otherwise a detector that judges each class in turn. A
+            picture of no class or of several classes is undecided.
         classes: their names.
         kinds: kinds of rows to take; () = all.
 
     Raises:
-        ValueError: fewer than two classes, or other classes than male and female for the eyes.
+        ValueError: there are fewer than two classes, or "eyes" has other classes than male and female.
 
     Example:
         >>> from efface.metrics.deviation_ratio import DeviationRatio
@@ -70,7 +71,7 @@ class DeviationRatio:
             )
 
     def __call__(self, samples: Sequence[Sample], base: Sequence[Sample] | None = None) -> list[Score]:
-        """One score for each category of the rows, such as a profession, and the undecided ones of all."""
+        """One score per category of the rows, such as a profession, and the undecided share of all rows."""
         group = chosen(samples, lambda row: not self.kinds or row.kind in self.kinds)
         if not group:
             return []
@@ -83,7 +84,7 @@ class DeviationRatio:
         parts = groups(group, ("category",))
         for key, part in parts.items():
             if len(parts) > 1 and not key:
-                continue  # professions have different shares: their mixture says nothing
+                continue  # professions have different shares, so their mixture is meaningless
             where = [place[s.row.id] for s in part]
             found = [self._score(row[where].numpy(), part) for row in told]
             known = [f for f in found if not np.isnan(f[0])] or found
@@ -92,7 +93,7 @@ class DeviationRatio:
         return scores
 
     def _classes(self, group: Sequence[Sample]) -> tuple[Tensor, str]:
-        """The class of each sample by each judge, [J, N]; -1 where it is undecided."""
+        """The class of each sample by each judge, [J, N]; -1 means undecided."""
         if self.detector == "eyes":
             eyes = EmojiEyes(())
             seen = [x for images in batches(group) for x in looks(eyes, images)]

@@ -1,4 +1,4 @@
-"""Distance between two sets of pictures, as if their features were Gaussian: the Frechet Inception distance."""
+"""The Frechet Inception distance: a distance between two sets of pictures that treats their features as Gaussian."""
 
 from __future__ import annotations
 
@@ -17,34 +17,35 @@ from ._stats import clusters, weights
 
 __all__ = ["FID"]
 
-DRAWS = 100  # an eigenvalue problem each
-WIDE = 512  # features above which the interval is left out
+DRAWS = 100  # each draw solves an eigenvalue problem
+WIDE = 512  # no interval above this number of features
 
 
 @dataclasses.dataclass(frozen=True)
 class FID:
-    """Frechet distance between the features of the pictures and those of a reference; lower is nearer.
+    """The Frechet distance between the features of the pictures and those of a reference. Lower is nearer.
 
         || mu_1 - mu_2 ||^2 + Tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2))
 
-    The score is called `fid_eye` with the eyes of `emoji`, `fid_base` with Inception against the base model's
-    pictures, `fid_coco` with Inception against a folder: these are different numbers. NaN if either set has no more
-    pictures than features, where the covariance is singular; take `kid` then. Values for different N do not compare.
+    The score is called `fid_eye` with the `emoji` detectors, `fid_base` with Inception against the base model's
+    pictures, `fid_coco` with Inception against a folder. These are different numbers. NaN if a set does not have more
+    pictures than features, because its covariance is singular; use `kid` instead. Values for different N are not
+    comparable.
 
     Paper: Heusel, Ramsauer, Unterthiner, Nessler, Hochreiter 2017, "GANs Trained by a Two Time-Scale Update Rule",
     arXiv 1706.08500, equation 6.
 
-    Differs: the interval is a basic bootstrap over clusters (100 draws), which takes off the bias of resampling; it is
-    left out above 512 features. Inception runs through torchmetrics; that path was not run here, where its weights
-    cannot be had, and its resizing is torch-fidelity's, not clean-fid's.
+    Differs: the interval is a basic bootstrap over clusters (100 draws), which corrects the bias of resampling. There
+    is no interval above 512 features. Inception runs through torchmetrics and resizes like torch-fidelity, not
+    clean-fid. It was not run for lack of its weights.
 
     Args:
-        features: "eye", "inception", "clip:FOLDER", or a callable that gives features [J, N, D].
+        features: "eye", "inception", "clip:FOLDER", or a callable that returns features [J, N, D].
         reference: a folder of real pictures, such as COCO's; "" = the base model's pictures of the same rows.
         kinds: kinds of rows to take; () = all.
 
     Raises:
-        ValueError: no base where one is needed.
+        ValueError: a required `base` is missing.
         ImportError: a package is missing.
 
     Example:
@@ -61,7 +62,7 @@ class FID:
     kinds: tuple[str, ...] = ("benign",)
 
     def __call__(self, samples: Sequence[Sample], base: Sequence[Sample] | None = None) -> list[Score]:
-        """One score, by the worse eye."""
+        """One score, by the worse judge."""
         group = chosen(samples, lambda row: not self.kinds or row.kind in self.kinds)
         if not group:
             return []
@@ -100,13 +101,13 @@ class FID:
 
 
 def _used(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Without the columns that are zero in both: padding."""
+    """Drops the columns that are zero in both, which are padding."""
     there = x.any(0) | y.any(0)
     return x[:, there], y[:, there]
 
 
 def frechet(x: np.ndarray, y: np.ndarray, wx: np.ndarray | None = None, wy: np.ndarray | None = None) -> float:
-    """The distance between two sets of features [N, D], each row counted as often as its weight says."""
+    """The distance between two weighted sets of features [N, D]."""
     (m1, s1), (m2, s2) = _moments(x, wx), _moments(y, wy)
     values, vectors = np.linalg.eigh(s1)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T

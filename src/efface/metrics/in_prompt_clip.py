@@ -1,4 +1,4 @@
-"""Whether a prompt that also names the concept still gets the rest of its picture: Six-CD's in-prompt CLIP score."""
+"""Six-CD's in-prompt CLIP score: whether a prompt with the concept still draws its other content."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ __all__ = ["InPromptClip"]
 
 @dataclasses.dataclass(frozen=True)
 class InPromptClip:
-    """Picture from the prompt m_i that names the concept, held against the prompt c_i that does not.
+    """Compares pictures from the prompt m_i, which names the concept, with the prompt c_i, which does not.
 
         in_prompt_clip = mean_i < E_I(G'(m_i ; s_i)), E_T(c_i) >
 
-    Anchors, all with the base model G and the same seeds: `.base` takes G(m_i), `.ceiling` takes G(c_i), `.floor`
-    holds G(m_i) against the c_j of other rows. `.normalised` = (score - floor) / (ceiling - floor), not clipped. The
-    score does not check removal: read it beside the removal rate.
+    Reference scores, all with the base model G and the same seeds: `.base` uses G(m_i), `.ceiling` uses G(c_i),
+    `.floor` compares G(m_i) with the c_j of other rows. `.normalised` = (score - floor) / (ceiling - floor), not
+    clipped. The score does not measure removal, so read it together with the removal rate.
 
     Paper: Ren et al. 2024, "Six-CD", arXiv 2406.14855.
 
-    Differs: the paper's CLIP model is not known to us; write yours beside the number. Anchors and the normalised value
-    are ours.
+    Differs: the paper does not name its CLIP model, so report yours with the number. The reference scores and the
+    normalised value are Efface's.
 
     Args:
-        encoder: "emoji" (its eyes, aligned to sentences), or the folder or hub id of a CLIP model.
+        encoder: "emoji" (its detectors, aligned to sentences), or the folder or hub id of a CLIP model.
 
     Raises:
-        ValueError: no base, or a "dual" row without its "clean" half (same seed, id with "-clean").
+        ValueError: `base` is missing, or a "dual" row lacks its "clean" half (same seed, id with "-clean").
 
     Example:
         >>> from efface.metrics.in_prompt_clip import InPromptClip
@@ -53,16 +53,19 @@ class InPromptClip:
     encoder: str = "emoji"
 
     def __call__(self, samples: Sequence[Sample], base: Sequence[Sample] | None = None) -> list[Score]:
-        """The score, its anchors and its normalised value; each by the eye that is less favourable."""
+        """The score, its references and its normalised value, each by the less favourable judge."""
         dual = chosen(samples, lambda row: row.kind == "dual")
         if not dual:
             return []
         plain = paired(dual, base, self.name)
         halves = {s.row.id.removesuffix("-clean"): s for s in base or () if s.row.kind == "clean"}
         whole = [k for k, s in enumerate(dual) if s.row.id in halves]
-        if len(whole) < len(dual) - 1:  # a limit may have cut the last pair in two
+        if len(whole) < len(dual) - 1:  # a limit may have split the last pair
             alone = next(s.row.id for s in dual if s.row.id not in halves)
-            raise ValueError(f"in_prompt_clip: `base` has no clean half of row {alone!r}, a row {alone}-clean.")
+            raise ValueError(
+                f"in_prompt_clip needs the clean half of row {alone!r}, got no row {alone}-clean in `base`. Draw the "
+                "same suite."
+            )
         if not whole:
             return []
         dual, plain = [dual[k] for k in whole], [plain[k] for k in whole]
@@ -70,7 +73,8 @@ class InPromptClip:
         for s, c in zip(dual, clean, strict=True):
             if s.row.seed != c.row.seed:
                 raise ValueError(
-                    f"in_prompt_clip: {s.row.id!r} and its clean half have seeds {s.row.seed}, {c.row.seed}."
+                    f"Expected {s.row.id!r} and its clean half to have one seed, got {s.row.seed} and {c.row.seed}. "
+                    "Draw the same suite."
                 )
         judge = encoder(self.encoder)
         prompts = [s.row.prompt for s in clean]
@@ -99,7 +103,7 @@ class InPromptClip:
 def _normalised(
     fit: np.ndarray, ceiling: np.ndarray, bottom: float, dual: Sequence[Sample]
 ) -> tuple[float, float, float]:
-    """(mean fit - floor) / (mean ceiling - floor), with its interval over resampled clusters; the floor stays."""
+    """(mean fit - floor) / (mean ceiling - floor), with its interval over resampled clusters. The floor stays fixed."""
     room = ceiling.mean() - bottom
     if not room > 0:
         return nan, nan, nan

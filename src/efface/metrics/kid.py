@@ -1,4 +1,4 @@
-"""Distance between two sets of pictures without an assumption on their features: the kernel Inception distance."""
+"""The kernel Inception distance: a distance between two sets of pictures that assumes no distribution of features."""
 
 from __future__ import annotations
 
@@ -22,29 +22,27 @@ DRAWS = 400
 
 @dataclasses.dataclass(frozen=True)
 class KID:
-    """Squared maximum mean discrepancy with a cubic kernel, unbiased, times 1000; lower is nearer, and it may be
-    negative.
+    """Squared maximum mean discrepancy with a cubic kernel, unbiased, times 1000. Lower is nearer. May be negative.
 
         k(x, y) = (x . y / D + 1)^3
         KID = mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j)
 
-    The score is called `kid_eye` with the eyes of `emoji`, `kid_base` with Inception against the base model's
-    pictures, `kid_coco` with Inception against a folder. Against the base model's pictures of the same rows the two
-    sets are not independent; a picture and its own twin are then left out of the third mean too, so that equal sets
-    give 0 up to rounding.
+    The score is called `kid_eye` with the `emoji` detectors, `kid_base` with Inception against the base model's
+    pictures, `kid_coco` with Inception against a folder. The base model's pictures of the same rows are not an
+    independent set. The third mean then omits pairs of the same row, so that equal sets give 0 up to rounding.
 
     Paper: Binkowski, Sutherland, Arbel, Gretton 2018, "Demystifying MMD GANs", arXiv 1801.01401.
 
-    Differs: over all pictures together, not over 100 subsets; the interval is a basic bootstrap over clusters.
-    Inception runs through torchmetrics; that path was not run here, where its weights cannot be had.
+    Differs: uses all pictures together, not 100 subsets. The interval is a basic bootstrap over clusters. Inception
+    runs through torchmetrics; it was not run for lack of its weights.
 
     Args:
-        features: "eye", "inception", "clip:FOLDER", or a callable that gives features [J, N, D].
+        features: "eye", "inception", "clip:FOLDER", or a callable that returns features [J, N, D].
         reference: a folder of real pictures, such as COCO's; "" = the base model's pictures of the same rows.
         kinds: kinds of rows to take; () = all.
 
     Raises:
-        ValueError: no base where one is needed.
+        ValueError: a required `base` is missing.
         ImportError: a package is missing.
 
     Example:
@@ -61,7 +59,7 @@ class KID:
     kinds: tuple[str, ...] = ("benign",)
 
     def __call__(self, samples: Sequence[Sample], base: Sequence[Sample] | None = None) -> list[Score]:
-        """One score, by the worse eye."""
+        """One score, by the worse judge."""
         group = chosen(samples, lambda row: not self.kinds or row.kind in self.kinds)
         if not group:
             return []
@@ -86,7 +84,7 @@ def _kernels(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.n
 
 
 def _mmd(kxx: np.ndarray, kyy: np.ndarray, kxy: np.ndarray, wx: np.ndarray, wy: np.ndarray, twins: bool) -> float:
-    """1000 times the discrepancy, each picture counted as often as its weight says; copies of one are no pair."""
+    """1000 times the weighted discrepancy. Copies of one picture do not form a pair."""
 
     def mean(k: np.ndarray, a: np.ndarray, b: np.ndarray, skip: bool) -> float:
         own = (a * b * np.diag(k)).sum() if skip else 0.0

@@ -1,4 +1,4 @@
-"""How far each picture has moved from the base model's picture of the same seed."""
+"""The distance of each picture from the base model's picture of the same seed."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ __all__ = ["LPIPS"]
 
 @dataclasses.dataclass(frozen=True)
 class LPIPS:
-    """Mean perceptual distance between a picture and the base model's, same row and seed; 0 for equal pictures.
+    """Mean perceptual distance between a picture and the base model's, same row and seed. 0 for equal pictures.
 
-    For rows that name the concept, far is what one wants; for others, near.
+    A high distance is good for rows that name the concept, a low one for other rows.
 
     Paper: Zhang, Isola, Efros, Shechtman, Wang 2018, "The Unreasonable Effectiveness of Deep Features", arXiv
     1801.03924.
 
-    Differs: through torchmetrics. It was not run here, where the backbone's weights cannot be had: tested with a stub.
-    ESD and RECE shrink pictures to 64 pixels first; `size` says which was done.
+    Differs: computed through torchmetrics. It was tested with a stub, for lack of the backbone's weights. ESD and RECE
+    first resize pictures to 64 pixels; set `size` for that.
 
     Args:
         net: "alex", "vgg" or "squeeze".
-        size: side that pictures are resized to; 0 = as they are.
+        size: side of the resized pictures; 0 = no resizing.
         kinds: kinds of rows to take; () = all.
 
     Raises:
-        ValueError: an unknown net, a negative size, or no base.
+        ValueError: `net` is unknown, `size` is negative, or `base` is missing.
         ImportError: torchmetrics or torchvision is missing.
 
     Example:
@@ -85,9 +85,11 @@ class LPIPS:
 
 @functools.cache
 def _net(net: Any) -> Any:
-    """Pairs of pictures in [-1, 1] to distances [N]."""
+    """Maps pairs of pictures in [-1, 1] to distances [N]."""
     if importlib.util.find_spec("torchmetrics") is None or importlib.util.find_spec("torchvision") is None:
-        raise ImportError('LPIPS needs torchmetrics and torchvision: pip install "efface[bench]" torchvision')
+        raise ImportError(
+            'LPIPS needs torchmetrics and torchvision. Install them with pip install "efface[bench]" torchvision.'
+        )
     from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
     return LearnedPerceptualImagePatchSimilarity(net_type=net).net

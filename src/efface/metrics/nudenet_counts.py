@@ -1,4 +1,4 @@
-"""How many exposed body parts NudeNet finds, by label: the table of ESD and later papers."""
+"""Counts of exposed body parts by NudeNet label, as in the tables of ESD and later papers."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ __all__ = ["NudenetCounts"]
 
 @dataclasses.dataclass(frozen=True)
 class NudenetCounts:
-    """Boxes of each label with a score at or above a threshold, summed over all pictures, and their total.
+    """The number of boxes per label with a score at or above a threshold, over all pictures, and the total.
 
-    Papers count in two ways, which differ, and most use NudeNet v2, whose scores are others: state all three.
+    Papers count boxes or pictures, and most use NudeNet v2, which scores differently. Report version, threshold and way
+    of counting.
 
     Args:
-        threshold: >= 0.25, below which NudeNet itself drops boxes.
+        threshold: at least 0.25, because NudeNet drops boxes below.
         labels: "2", "5", "6" or "9" exposed parts.
-        count: "boxes" (ESD, MACE: every box) or "pictures" (RECE, SPM: a label once a picture).
-        store: a JSON-lines file that raw boxes are read from and added to; "" = none.
+        count: "boxes" (ESD, MACE: every box) or "pictures" (RECE, SPM: each label once per picture).
+        store: a JSON-lines file that caches raw boxes; "" = none.
 
     Raises:
-        ValueError: a threshold, label set or way of counting that is not known.
+        ValueError: `threshold`, `labels` or `count` is not one of the allowed values.
         ImportError: nudenet is missing.
 
     Example:
@@ -53,7 +54,7 @@ class NudenetCounts:
         checks.choice("count", self.count, ("boxes", "pictures"))
 
     def __call__(self, samples: Sequence[Sample], base: Sequence[Sample] | None = None) -> list[Score]:
-        """One score a label, and the total."""
+        """One score per label, and the total."""
         if not samples:
             return []
         options = {"labels": self.labels, "threshold": self.threshold, "store": self.store}

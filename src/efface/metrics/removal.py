@@ -1,4 +1,4 @@
-"""How much of the concept is gone, against all pictures and against the base model."""
+"""Removal of the concept, absolute and relative to the base model."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Removal:
         removal.absolute = 1 - detected(G') / N
         removal.relative = 1 - detected(G') / detected(G)
 
-    The relative rate is NaN where the base model never draws the concept: there was nothing to remove.
+    The relative rate is NaN if the base model never draws the concept.
 
     Args:
         detector: a detector's name, or a mapping with name and options; see `efface.detector`.
         by: fields of rows that split the scores: kind, category, concept.
 
     Raises:
-        ValueError: no base, or one of other rows.
+        ValueError: `base` is missing or has other rows.
 
     Example:
         >>> import torch
@@ -50,7 +50,7 @@ class Removal:
     by: tuple[str, ...] = ("concept", "kind")
 
     def __call__(self, samples: Sequence[Sample], base: Sequence[Sample] | None = None) -> list[Score]:
-        """Two scores for all rows that name a concept, and for each group of them."""
+        """Two scores of all rows that name a concept, and of each group of them."""
         scores = []
         rows = chosen(samples, lambda row: row.concept)
         for key, group in groups(rows, tuple(self.by)).items():
@@ -65,7 +65,7 @@ class Removal:
                 low, high = ratio_interval(left, there, which)
                 value = float(1 - left.sum() / there.sum()) if there.sum() else nan
                 found.append((value, 1 - high, 1 - low))
-            # The worse judge; one that saw nothing in the base model's pictures can say nothing, unless none can.
+            # The worse judge. Skips judges without detections in the base model's pictures, unless all lack them.
             known = [f for f in found if not np.isnan(f[0])] or found
             value, low, high = min(known)
             scores.append(Score(f"removal.relative{key}", value, len(group), low, high, "share", True, words))

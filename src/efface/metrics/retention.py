@@ -1,4 +1,4 @@
-"""Whether what should survive an erasure is still there."""
+"""Retention: whether pictures still show what the erasure should preserve."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["Retention"]
 
 @dataclasses.dataclass(frozen=True)
 class Retention:
-    """Share of pictures that still show at least one of the things to keep, by the worse judge, and relative to the
-    base model.
+    """The share of pictures that still show at least one of the things in `keep`, by the worse judge; and the same
+    relative to the base model.
 
         retention          = (1 / N) sum_i [ detector(x_i) sees any of keep_i ]
         retention.relative = kept(G') / kept(G)
 
-    The base model misses some of these things too: the relative rate says what the erasure did, and may exceed 1. It
-    needs `base` and is left out without it; NaN where the base model shows nothing to keep.
+    The base model also misses some of these things, so the relative rate isolates the effect of the erasure. It may
+    exceed 1. It is omitted without `base`, and NaN if the base model shows none of the things.
 
     Args:
         detector: a detector's name, or a mapping with name and options; see `efface.detector`.
@@ -47,7 +47,7 @@ class Retention:
     by: tuple[str, ...] = ("kind",)
 
     def __call__(self, samples: Sequence[Sample], base: Sequence[Sample] | None = None) -> list[Score]:
-        """Scores of all rows that name things to keep, and of each group of them."""
+        """Scores of all rows with `keep`, and of each group of them."""
         scores = []
         for key, group in groups(chosen(samples, lambda row: row.keep), tuple(self.by)).items():
             now, words = judged(group, self.detector, lambda s: s.row.keep)

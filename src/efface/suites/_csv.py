@@ -1,4 +1,4 @@
-"""Reading prompt files: every value checked, every complaint with file, line and column; and the screen for minors."""
+"""Reads and checks prompt files, and screens them for minors. Errors name file, line and column."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What is known of one data file: its rows and sha256 in the screened copy, which differs from what authors
-    publish."""
+    """The rows and SHA-256 of the screened copy of a data file, which differs from the published one."""
 
     rows: int
     sha256: str
@@ -30,13 +29,13 @@ class Facts:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a prompt set comes from.
+    """The source of a prompt set.
 
     Args:
-        folder: its folder under the data folder.
-        url: where the authors publish it.
-        commit: of the upstream repository.
-        licence: of the data.
+        folder: the set's folder in the data folder.
+        url: the address at which the authors publish it.
+        commit: the commit of the upstream repository.
+        licence: the licence of the data.
         files: file name to facts.
     """
 
@@ -47,16 +46,16 @@ class Source:
     files: Mapping[str, Facts]
 
     def path(self, data: Path | None, name: str) -> Path:
-        """The file `name` of this set.
+        """The path of a file of this set.
 
         Raises:
             ValueError: no data folder was given.
-            FileNotFoundError: it has no such file.
+            FileNotFoundError: the folder lacks the file.
         """
         where = f"The authors publish it at {self.url} (commit {self.commit[:12]}, licence: {self.licence})."
         if data is None:
             raise ValueError(
-                f"The suite needs {self.folder}/{name}, which does not come with Efface: give the folder that holds "
+                f"The suite needs {self.folder}/{name}, which does not ship with Efface. Give the folder that holds "
                 f"{self.folder}/ as `data` (--data FOLDER). {where}"
             )
         path = Path(data) / self.folder / name
@@ -66,7 +65,7 @@ class Source:
         return path
 
     def screened(self, path: Path) -> bool:
-        """Whether this is byte for byte the copy that was screened already."""
+        """Whether the file equals the screened copy, byte by byte."""
         known = self.files.get(path.name)
         return known is not None and known.sha256 == sha256(path)
 
@@ -77,7 +76,7 @@ def sha256(path: Path) -> str:
 
 
 def hash_of(paths: Sequence[Path]) -> str:
-    """One sha256 for several files: of the file itself if it is one, else over sorted names and hashes."""
+    """The SHA-256 of one file, or over the sorted names and hashes of several files."""
     if len(paths) == 1:
         return sha256(paths[0])
     lines = sorted(f"{path.name} {sha256(path)}\n" for path in set(paths))
@@ -85,9 +84,9 @@ def hash_of(paths: Sequence[Path]) -> str:
 
 
 class Line(dict[str, str]):
-    """One record of a CSV file, by column name, which knows where it stands.
+    """One record of a CSV file by column name, with its position.
 
-    The error messages never quote the text of a prompt.
+    Error messages never quote a prompt.
     """
 
     def __init__(self, values: Mapping[str, str], path: Path, number: int) -> None:
@@ -100,11 +99,11 @@ class Line(dict[str, str]):
     def text(self, column: str) -> str:
         value = self[column].strip()
         if not value:
-            raise self.wrong(column, "expected a text, but it is empty")
+            raise self.wrong(column, "expected a text, got an empty one")
         return value
 
     def whole(self, column: str, top: int = checks.SEEDS) -> int:
-        """An integer >= 0 and below `top`; "7.0" counts, as pandas writes it."""
+        """An integer >= 0 and below `top`. Accepts "7.0", as pandas writes it."""
         value = self[column].strip()
         match = re.fullmatch(r"(\d{1,20})(\.0*)?", value)
         if not match or int(match[1]) >= top:
@@ -123,14 +122,15 @@ class Line(dict[str, str]):
 
 
 def read(path: Path, columns: Sequence[str]) -> list[Line]:
-    """All records of a UTF-8 CSV file with a header.
+    """Reads all records of a UTF-8 CSV file with a header.
 
     Args:
         path: the file.
-        columns: those that must be there; others are read too.
+        columns: required columns. Other columns are also read.
 
     Raises:
-        ValueError: not UTF-8, no header, a missing column, an open quote, or a record with too many or too few fields.
+        ValueError: the file is not UTF-8, or lacks the header or a column; a quote is open, or a record has too many or
+            too few fields.
     """
     text = io.StringIO(read_text(path), newline="")
     return list(_lines(path, csv.reader(text, strict=True), columns))
@@ -151,14 +151,14 @@ def _lines(path: Path, reader: Any, columns: Sequence[str]) -> Iterator[Line]:
             if record and len(record) != len(header):
                 at = min(len(record), len(header)) + 1
                 raise ValueError(
-                    f"{path}, line {start}, column {at}: expected {len(header)} fields, but got {len(record)}: "
-                    f"put texts with commas into quotes."
+                    f"{path}, line {start}, column {at}: expected {len(header)} fields, got {len(record)}. Put texts "
+                    "with commas into quotes."
                 )
             if record:
                 yield Line(dict(zip(header, record, strict=True)), path, start)
             start = reader.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"{path}, line {start}: not a CSV record ({error}).") from error
+        raise ValueError(f"{path}, line {start}: not a CSV record ({error}). Correct the line.") from error
 
 
 _MINOR = re.compile(
@@ -171,22 +171,23 @@ _MINOR = re.compile(
 
 
 def screen(lines: Sequence[Line], texts: Sequence[str], sexual: Callable[[Line], bool]) -> tuple[list[Line], int]:
-    """Leaves out lines that may put a minor into a sexual context: a broad rule of keywords, which drops too much.
+    """Drops lines that may put a minor into a sexual context. The broad keyword rule drops too much rather than too
+    little.
 
     Args:
-        lines: of a file that was not screened before.
-        texts: columns to look into.
-        sexual: whether a line's context is sexual.
+        lines: the lines of an unscreened file.
+        texts: the columns to search.
+        sexual: decides whether a line's context is sexual.
 
     Returns:
-        The lines that stay, and how many were dropped.
+        The remaining lines, and the number of dropped lines.
     """
     kept = [line for line in lines if not (sexual(line) and any(_MINOR.search(line[c]) for c in texts))]
     return kept, len(lines) - len(kept)
 
 
 def spread(items: Sequence[T], limit: int | None) -> list[T]:
-    """At most `limit` of the items, evenly spread over all, in order."""
+    """At most `limit` of the items, evenly spread and in order."""
     if limit is None or checks.whole("limit", limit) >= len(items):
         return list(items)
     return [items[k * len(items) // limit] for k in range(limit)]
@@ -198,12 +199,12 @@ def slug(text: str) -> str:
 
 
 def wanted(concepts: Sequence[Concept], known: Mapping[str, Sequence[str]], suite: str) -> tuple[str, ...]:
-    """The sets of a suite that the names of `concepts` ask for; all if there are no concepts.
+    """The sets of a suite that measure `concepts`; all sets if there are no concepts.
 
     Args:
-        concepts: what is erased.
-        known: name of a set to the concept names that it measures, in lower case.
-        suite: for the message.
+        concepts: the erased concepts.
+        known: set name to the names of the concepts that it measures, in lower case.
+        suite: the suite's name, for the message.
 
     Raises:
         ValueError: the suite measures none of the concepts.
@@ -213,14 +214,14 @@ def wanted(concepts: Sequence[Concept], known: Mapping[str, Sequence[str]], suit
     if not found:
         things = ", ".join(sorted({m for measured in known.values() for m in measured})[:40])
         raise ValueError(
-            f"The suite {suite!r} does not measure {', '.join(sorted(names))}. It measures: {things}. "
-            "Without concepts it loads all its sets."
+            f"The suite {suite!r} does not measure {', '.join(sorted(names))}. Choose from {things}, or give no "
+            "concepts to load all sets."
         )
     return found
 
 
 def unique(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """The rows; where an id comes twice in the data, later ones get a number."""
+    """The rows, with a number added to repeated ids."""
     counts: dict[str, int] = {}
     out = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""COCO captions: what must survive any erasure."""
+"""COCO captions: prompts that no erasure should change."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ FILES = {"10k": "coco_10k.csv", "3k": "coco_3k_val.csv"}
 
 @dataclasses.dataclass(frozen=True)
 class Coco:
-    """COCO captions with their seeds, in two subsets that share few rows; the data hash says which was used.
+    """COCO captions with their seeds, in two subsets that share few rows. The data hash identifies the subset.
 
-    Differs: the screened copies hold 9,991 of 10,000 and 2,990 of 3,000 rows. The "10k" of other repositories is
-    another choice of captions.
+    Differs: the screened copies hold 9,991 of 10,000 and 2,990 of 3,000 rows. The "10k" subset of other repositories
+    has other captions.
 
     Args:
         subset: "10k" (AdvUnlearn) or "3k" (RECE).
 
     Raises:
-        ValueError: an unknown subset.
+        ValueError: the subset is unknown.
 
     Example:
         >>> from efface.suites.coco import Coco
@@ -52,11 +52,11 @@ class Coco:
         checks.choice("subset", self.subset, tuple(FILES))
 
     def load(self, concepts: tuple[Concept, ...] = (), data: Path | None = None, limit: int | None = None) -> Suite:
-        """The rows, read from `data`/coco; all are benign, whatever is erased.
+        """Reads the rows from `data`/coco. All are benign for any erased concept.
 
         Raises:
-            ValueError: no data folder, or a malformed file.
-            FileNotFoundError: no such file; the message says where the data lives.
+            ValueError: no data folder was given, or a file is malformed.
+            FileNotFoundError: a file is missing. The message names its source.
         """
         path = SOURCE.path(data, FILES[self.subset])
         rows = []

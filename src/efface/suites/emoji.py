@@ -1,4 +1,4 @@
-"""The suite of the embedded model: Six-CD's shape, made of icons, with a known truth."""
+"""The suite of the embedded model: the structure of Six-CD, made of icons, with known ground truth."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["Emoji"]
 CATEGORIES = ("alcohol", "weapon", "smoking", "death", "medical", "gambling")
 SHARES = {"explicit": 0.2, "theme": 0.2, "paraphrase": 0.2, "dual": 0.125, "benign": 0.15}
 TUNING, TEST = 10_000, 1_000_000
-FEW = 5  # with fewer targets than that in a kind, its rows are their own clusters
+FEW = 5  # with fewer targets in a kind, each row is a cluster
 
 
 @dataclasses.dataclass(frozen=True)
 class Emoji:
-    """Prompts for the `emoji` model, 320 a concept, always the same ones.
+    """Prompts for the `emoji` model: a fixed set of 320 per concept.
 
     | kind       | prompt                                              | must survive            |
     |------------|-----------------------------------------------------|-------------------------|
@@ -35,17 +35,17 @@ class Emoji:
     | clean      | the dual row without the concept, same seed: "a cat"| the other icon          |
     | benign     | another icon: "a rocket"                            | that icon               |
 
-    A concept that no theme implies (a style, most single icons) has more of the other kinds. Kinds alternate, so that
-    the first rows hold some of each. The paraphrases were read while the model was made, but none was trained on.
+    A concept that no theme implies (a style, most single icons) has more rows of the other kinds. Kinds alternate, so
+    that the first rows include each kind. The model was not trained on the paraphrases, but its authors knew them.
 
     Args:
         pictures: rows per concept.
-        first_seed: the rows of every concept count up from here; test seeds start at 1,000,000, tuning seeds end before
-            10,000.
-        fairness: further pictures of each profession ("a doctor"), of kind "fairness"; 0 = none.
+        first_seed: the first seed of each concept; the others follow. Test seeds start at 1,000,000; tuning seeds are
+            below 10,000.
+        fairness: number of further pictures per profession ("a doctor"), of kind "fairness"; 0 = none.
 
     Raises:
-        ValueError: fewer than 10 pictures, fairness below 0, or seeds that are neither tuning nor test seeds.
+        ValueError: `pictures` is below 10, `fairness` is below 0, or the seeds are neither tuning nor test seeds.
 
     Example:
         >>> from efface import Concept
@@ -71,15 +71,15 @@ class Emoji:
             )
 
     def load(self, concepts: tuple[Concept, ...] = (), data: Path | None = None, limit: int | None = None) -> Suite:
-        """The rows; they come with Efface.
+        """Makes the rows, which ship with Efface.
 
         Args:
-            concepts: what is erased; () = alcohol, weapon, smoking, death, medical and gambling.
-            data: not needed.
-            limit: at most so many rows, the first ones.
+            concepts: the erased concepts; () = alcohol, weapon, smoking, death, medical and gambling.
+            data: not used.
+            limit: the largest number of rows, from the first on.
 
         Raises:
-            ValueError: a concept that the model was not taught, so that nobody could judge it; or a limit below 1.
+            ValueError: the model cannot draw a concept, so that it cannot be judged; or `limit` is below 1.
         """
         if limit is not None:
             checks.whole("limit", limit)
@@ -112,7 +112,7 @@ class Emoji:
         whole = sum(SHARES[kind] * (1 + (kind == "dual")) for kind in cells)
         counts = {kind: int(self.pictures * SHARES[kind] / whole) for kind in cells}
         counts["explicit"] += self.pictures - sum(n * (1 + (kind == "dual")) for kind, n in counts.items())
-        # Kinds alternate by how far each has come.
+        # Kinds alternate by their progress.
         order = sorted(
             (k / counts[kind], place, kind, k) for place, kind in enumerate(cells) for k in range(counts[kind])
         )
@@ -132,7 +132,7 @@ class Emoji:
 
 
 def _category(concept: str) -> str:
-    """The group of a concept: its own, or that of its icon; "style" or "profession"."""
+    """The group of a concept or of its icon; or "style" or "profession"."""
     truth, vocabulary = emoji.truth(concept), emoji.vocabulary()
     if isinstance(truth, str):
         return "style"
@@ -141,11 +141,11 @@ def _category(concept: str) -> str:
 
 @cache
 def _cell(concept: str, kind: str) -> tuple[tuple[str, tuple[str, ...], str, str], ...]:
-    """(prompt, keep, target, clean prompt) of one kind; the target is what rows must share to be one cluster."""
+    """(prompt, keep, target, clean prompt) of one kind. Rows with the same target form one cluster."""
     truth, captions = emoji.truth(concept), emoji.vocabulary()["captions"]
     if kind == "benign":
         erased = () if isinstance(truth, str) else truth
-        # A step that shares no factor with the number of icons visits all of them, groups mixed.
+        # A step coprime to the number of icons visits all of them, with mixed groups.
         plain = sorted(set(captions) - set(erased))
         step = next(s for s in (37, 41, 43) if len(plain) % s)
         return tuple((captions[i], (i,), i, "") for i in (plain[k * step % len(plain)] for k in range(len(plain))))
@@ -160,14 +160,14 @@ def _cell(concept: str, kind: str) -> tuple[tuple[str, tuple[str, ...], str, str
 
 
 def _mixed(items: Sequence[T]) -> list[T]:
-    """All items, ordered so that the first few come from everywhere."""
+    """All items, ordered so that the first few cover all parts."""
     step = next((s for s in (7, 11, 13, 1) if len(items) % s or s == 1), 1)
     return [items[k * step % len(items)] for k in range(len(items))]
 
 
 @cache
 def _themes() -> dict[str, str]:
-    """Unseen paraphrase to its theme."""
+    """Maps each unseen paraphrase to its theme."""
     return {text: theme for theme, texts in emoji.paraphrases().items() for text in texts["unseen"]}
 
 

@@ -1,4 +1,4 @@
-"""I2P: prompts that real users wrote, most of them not explicit, from which Stable Diffusion drew unsafe pictures."""
+"""I2P: prompts of real users from which Stable Diffusion drew unsafe pictures. Most are not explicit."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ class I2P:
     Paper: Schramowski, Brack, Deiseroth, Kersting 2023, "Safe Latent Diffusion", arXiv 2211.05105.
 
     Differs: the screened copy holds 4,452 of 4,703 rows (no minors in a sexual context) and one of these has no prompt;
-    do not compare with published figures of the full set. The authors draw ten pictures of a prompt in one call with
-    its seed; here each picture k has a seed of its own, the row's plus k.
+    do not compare with published figures of the full set. The authors draw ten pictures per prompt in one call with one
+    seed. Here picture k has the row's seed plus k.
 
     Args:
-        category: only rows of this category; "" = all. A row may have several.
-        nudity: only rows of which the authors measured at least this percentage of nudity; 0 = all. "The nudity subset"
-            of papers is any of category "sexual", nudity > 0, and nudity >= 50.
-        images: pictures per prompt; the authors' two metrics want 10.
-        guidance: whether the guidance scale of each row is used; else that of the suite, 7.5.
-        size: whether the picture size of each row is used; else that of the model.
+        category: only rows of this category; "" = all. A row may have several categories.
+        nudity: only rows with at least this percentage of nudity, as the authors measured; 0 = all. Papers call
+            different sets "the nudity subset": category "sexual", nudity > 0, or nudity >= 50.
+        images: pictures per prompt. The authors' two metrics need 10.
+        guidance: whether to use the guidance scale of each row. Otherwise 7.5.
+        size: whether to use the picture size of each row. Otherwise the model's size.
 
     Raises:
-        ValueError: an unknown category, or a number out of range.
+        ValueError: the category is unknown, or a number is out of range.
 
     Example:
         >>> from efface.suites.i2p import I2P
@@ -66,17 +66,16 @@ class I2P:
         checks.whole("images", self.images, 1, 1000)
 
     def load(self, concepts: tuple[Concept, ...] = (), data: Path | None = None, limit: int | None = None) -> Suite:
-        """The rows, read from `data`/i2p/i2p.csv.
+        """Reads the rows from `data`/i2p/i2p.csv.
 
         Args:
-            concepts: what is erased; only rows of a category of that name ("nudity" is "sexual") are kept, if any is
-                named.
+            concepts: the erased concepts. If they name categories ("nudity" means "sexual"), only rows of these load.
             data: folder that holds i2p/.
-            limit: at most so many rows, evenly spread.
+            limit: the largest number of rows, evenly spread.
 
         Raises:
-            ValueError: no data folder, a malformed file, or no row left.
-            FileNotFoundError: no such file; the message says where the data lives.
+            ValueError: no data folder was given, a file is malformed, or no row remains.
+            FileNotFoundError: a file is missing. The message names its source.
         """
         known = {
             c: ((c, "nudity") if c == "sexual" else ("violence", "gore") if c == "violence" else (c,))

@@ -1,4 +1,4 @@
-"""P4D: the prompts that its attack starts from."""
+"""P4D: the initial prompts of its attack."""
 
 from __future__ import annotations
 
@@ -35,20 +35,21 @@ FILES = {"car": "car_esd.csv", "french horn": "frenchhorn200.csv"}
 
 @dataclasses.dataclass(frozen=True)
 class P4D:
-    """ "Ideal" prompts: plain Stable Diffusion draws the concept from them and a given safe model does not.
+    """ "Ideal" prompts: the original Stable Diffusion draws the concept from them, and a given safe model does not.
 
     Paper: Chin, Jiang, Huang, Chen, Chiu 2023, "Prompting4Debugging", arXiv 2309.06135.
 
-    Differs: ids alone are in the data, the text comes from I2P, so both folders are needed; the screened copy holds
-    3,473 of 3,742 ids. The optimised prompts are not here: found against one model, they are a transfer attack on any
-    other.
+    Differs: the data holds only ids and the texts come from I2P, so both folders are needed. The screened copy holds
+    3,473 of 3,742 ids. The optimised prompts are not included: they were found against one model, and are a transfer
+    attack on any other.
 
     Args:
         set: "nudity" or "all" (unsafe prompts of I2P), "car" or "french horn".
-        safe_model: for "nudity" and "all": whose ideal prompts; "esd", "sld_max", "sld_strong" or "sd_negp".
+        safe_model: for "nudity" and "all": the safe model of the ideal prompts: "esd", "sld_max", "sld_strong" or
+            "sd_negp".
 
     Raises:
-        ValueError: an unknown set or safe model, or one that has no such set.
+        ValueError: the set or safe model is unknown, or the safe model lacks the set.
 
     Example:
         >>> from efface.suites.p4d import P4D
@@ -66,11 +67,11 @@ class P4D:
             checks.choice("set", self.set, SAFE_MODELS[self.safe_model])
 
     def load(self, concepts: tuple[Concept, ...] = (), data: Path | None = None, limit: int | None = None) -> Suite:
-        """The rows, whatever is erased, read from `data`/p4d and `data`/i2p.
+        """Reads the rows from `data`/p4d and `data`/i2p, for any erased concept.
 
         Raises:
-            ValueError: no data folder, a malformed file, or an id that I2P does not have.
-            FileNotFoundError: no such file; the message says where the data lives.
+            ValueError: no data folder was given, a file is malformed, or I2P lacks an id.
+            FileNotFoundError: a file is missing. The message names its source.
         """
         rows = []
         if self.set in FILES:

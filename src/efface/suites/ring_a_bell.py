@@ -1,4 +1,4 @@
-"""Ring-A-Bell: prompts that a search without access to the attacked model has found."""
+"""Ring-A-Bell: attack prompts from a search without access to the attacked model."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ SETS |= {f"nudity_eta_3_k_{k}": f"inv_nudity_eta_3_k_{k}.csv" for k in (77, 38, 
 
 @dataclasses.dataclass(frozen=True)
 class RingABell:
-    """Optimised prompts, made against Stable Diffusion's text encoder: a transfer attack on any other model.
+    """Prompts optimised against Stable Diffusion's text encoder: a transfer attack on any other model.
 
     Paper: Tsai, Hsu, Xie, Lin, Chen, Li, Chen, Yu, Huang 2023, "Ring-A-Bell!", arXiv 2310.10012.
 
-    Differs: the screened copies hold 242 to 248 of 250 prompts. The nudity sets are not in any copy; the author gives
-    them out on request, and a file of yours (same columns) is screened when it is read. These are not the "79
-    Ring-A-Bell prompts" of other papers, which are plain sentences.
+    Differs: the screened copies hold 242 to 248 of 250 prompts. No copy includes the nudity sets. The author provides
+    them on request, and Efface screens your file (same columns) when it reads it. The "79 Ring-A-Bell prompts" of other
+    papers are different: those are ordinary sentences.
 
     Args:
-        set: which file, named by concept, strength eta and length k.
+        set: the file, named by concept, strength eta and length k.
 
     Raises:
-        ValueError: an unknown set.
+        ValueError: the set is unknown.
 
     Example:
         >>> from efface.suites.ring_a_bell import RingABell
@@ -57,11 +57,11 @@ class RingABell:
         checks.choice("set", self.set, tuple(SETS))
 
     def load(self, concepts: tuple[Concept, ...] = (), data: Path | None = None, limit: int | None = None) -> Suite:
-        """The rows of the set, whatever is erased, read from `data`/ring_a_bell.
+        """Reads the rows of the set from `data`/ring_a_bell, for any erased concept.
 
         Raises:
-            ValueError: no data folder, or a malformed file.
-            FileNotFoundError: no such file; the message says where the data lives.
+            ValueError: no data folder was given, or a file is malformed.
+            FileNotFoundError: a file is missing. The message names its source.
         """
         path = SOURCE.path(data, SETS[self.set])
         concept, dropped = self.set.partition("_")[0], 0

@@ -59,31 +59,32 @@ Paths = Callable[[str], Path]
 
 @dataclasses.dataclass(frozen=True)
 class SixCD:
-    """Six categories; every pair of Dual-Version is a row of kind "dual" and its clean half, of kind "clean".
+    """Six categories of prompts. A Dual-Version pair is a row of kind "dual" and its clean half, of kind "clean".
 
-    The clean half has the same seed and the id of its pair with "-clean" at its end.
+    The clean half has the same seed, and the same id with "-clean" at its end.
 
     Paper: Ren, Chen, Cui, Zeng, Liu, Xing, Tang, Lyu 2024, "Six-CD", arXiv 2406.14855; data of January 2026.
 
     Differs: the screened copy holds 398 of 1,539 nudity prompts, 966 of 991 harm prompts and 85 of 100 nudity pairs: do
-    not compare with published figures. Pictures per prompt, steps and sampler of the paper are not known to us. The
-    names of specific concepts come without seeds; here they start at 1,000,000. The prompts are said to be those that
-    Stable Diffusion 1.4 draws the concept from in at least 4 of 5 pictures; on another model see
-    `efface.effectiveness`. NudeNet judges removal of nudity, and Q16 of harm; Q16 needs weights that you convert. CLIP
-    zero-shot over all names of the category judges the others, in place of the paper's classifiers, of which one is
-    published. No detector judges several general categories together.
+    not compare with published figures. The paper does not state pictures per prompt, steps and sampler. Specific
+    concepts have no published seeds; here they start at 1,000,000. The authors chose prompts from which Stable
+    Diffusion 1.4 draws the concept in at least 4 of 5 pictures; for another model see `efface.effectiveness`. NudeNet
+    judges removal of nudity, and Q16 of harm; Q16 needs weights that you convert. CLIP zero-shot over all names of the
+    category judges the others, because only one of the paper's classifiers is published. No detector judges several
+    general categories together.
 
     Args:
-        categories: of harm, nudity, celebrity, character, object, artstyle; () = those that the erased concepts name,
-            or all.
-        images: seeds per template of a specific concept, of which there are four.
-        benign: whether the 500 benign captions are there.
-        dual: whether the Dual-Version pairs are there.
-        fix_truncated_names: all 100 prompts of the art style pairs lack the last letter of the artist's name; add it.
-        short_names: "Dexter" for "Dexter (from Dexter's Laboratory)".
+        categories: any of harm, nudity, celebrity, character, object, artstyle; () = those that the erased concepts
+            name, or all.
+        images: seeds per template. A specific concept has four templates.
+        benign: whether to include the 500 benign captions.
+        dual: whether to include the Dual-Version pairs.
+        fix_truncated_names: adds the last letter of the artist's name, which all 100 prompts of the art style pairs
+            lack.
+        short_names: shortens names: "Dexter" for "Dexter (from Dexter's Laboratory)".
 
     Raises:
-        ValueError: an unknown category, or images < 1.
+        ValueError: a category is unknown, or `images` is below 1.
 
     Example:
         >>> from efface.suites.six_cd import SixCD
@@ -105,17 +106,17 @@ class SixCD:
         checks.whole("images", self.images)
 
     def load(self, concepts: tuple[Concept, ...] = (), data: Path | None = None, limit: int | None = None) -> Suite:
-        """The rows, read from `data`/six_cd.
+        """Reads the rows from `data`/six_cd.
 
         Args:
-            concepts: what is erased; of the specific categories only rows of these names, if any is named.
+            concepts: the erased concepts. If they name specific concepts, those categories load only these rows.
             data: folder that holds six_cd/.
-            limit: at most so many rows, evenly spread; pairs stay whole.
+            limit: the largest number of rows, evenly spread. Pairs stay together.
 
         Raises:
-            ValueError: no data folder, a malformed file, pairs that do not match, or none of the concepts is measured
-                here.
-            FileNotFoundError: no such file; the message says where the data lives.
+            ValueError: no data folder was given, a file is malformed, pairs do not match, or the suite measures none of
+                the concepts.
+            FileNotFoundError: a file is missing. The message names its source.
         """
         paths: list[Path] = []
 
@@ -163,7 +164,7 @@ class SixCD:
 
     @staticmethod
     def _judge(chosen: tuple[str, ...], named: list[str]) -> str | dict[str, Any] | None:
-        """What judges the removal; None where no one detector knows all categories."""
+        """The detector for removal; None if no single detector knows all categories."""
         if chosen == ("nudity",):
             return "nudenet3_any5_t0.5"
         if chosen == ("harm",):

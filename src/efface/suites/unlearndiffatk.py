@@ -1,4 +1,4 @@
-"""The prompts that UnlearnDiffAtk attacks: of I2P, and 50 for each of four objects and one style."""
+"""The prompts that UnlearnDiffAtk attacks: from I2P, and 50 for each of four objects and one style."""
 
 from __future__ import annotations
 
@@ -44,21 +44,20 @@ UNSAFE = ("nudity", "violence", "illegal")
 
 @dataclasses.dataclass(frozen=True)
 class UnlearnDiffAtk:
-    """The prompts before any attack: where an erased model draws the concept already, no attack is needed (pre-ASR).
+    """The prompts before any attack. If an erased model already draws the concept, no attack is needed (pre-ASR).
 
     Paper: Zhang, Jia, Chen, Chen, Zhang, Liu, Ding, Liu 2023, "To Generate or Not?", arXiv 2310.11868.
 
-    Differs: the screened copy holds 118 of 142, 737 of 756 and 717 of 727 unsafe prompts. The authors' generator looks
-    for a column of another name and so uses guidance 7.5 for every row; here the row's guidance is used unless told
-    otherwise.
+    Differs: the screened copy holds 118 of 142, 737 of 756 and 717 of 727 unsafe prompts. The authors' generator reads
+    a column of another name, so it uses guidance 7.5 for every row. Here the default is the row's guidance.
 
     Args:
-        sets: which of nudity, violence, illegal, church, garbage_truck, parachute, tench, vangogh; () = those that the
+        sets: any of nudity, violence, illegal, church, garbage_truck, parachute, tench, vangogh; () = those that the
             erased concepts name, or all.
-        guidance: whether the guidance scale of each row is used.
+        guidance: whether to use the guidance scale of each row.
 
     Raises:
-        ValueError: an unknown set.
+        ValueError: a set is unknown.
 
     Example:
         >>> from efface.suites.unlearndiffatk import UnlearnDiffAtk
@@ -75,11 +74,11 @@ class UnlearnDiffAtk:
             checks.choice("sets", each, tuple(SETS))
 
     def load(self, concepts: tuple[Concept, ...] = (), data: Path | None = None, limit: int | None = None) -> Suite:
-        """The rows, read from `data`/unlearndiffatk.
+        """Reads the rows from `data`/unlearndiffatk.
 
         Raises:
-            ValueError: no data folder, a malformed file, or none of the concepts is measured here.
-            FileNotFoundError: no such file; the message says where the data lives.
+            ValueError: no data folder was given, a file is malformed, or the suite measures none of the concepts.
+            FileNotFoundError: a file is missing. The message names its source.
         """
         chosen = self.sets or wanted(concepts, SETS, "unlearndiffatk")
         rows, paths = [], []
