@@ -1,1 +1,1 @@
-"""Methods that act while a picture is made and leave the weights alone: one file each, found by its name."""
+"""Run-time methods, which act during drawing and do not change the weights. Each is one file, found by its name."""

@@ -1,4 +1,4 @@
-"""EIUP: an erasure prompt takes part in cross-attention, and the features it finds are re-weighted away."""
+"""EIUP: attends to an erasure prompt in cross-attention, and removes the features that it finds."""
 
 from __future__ import annotations
 
@@ -22,69 +22,72 @@ THINGS = ("dog", "tree", "car", "cup", "house", "star", "book", "hat", "flower",
 
 @dataclass(frozen=True)
 class EIUP(Method):
-    """Erases concepts while a picture is drawn, without training and without touching weights.
+    """Erases concepts during drawing, without training or changes of weights.
 
     In each cross-attention layer, with `A(q, X)` the softmax of the image queries against the keys of text X, P the
     text that the row reads, E the erasure prompt (the concept's phrases), N the empty text, w = -strength:
 
         separate (E1):   O = A(q, P) V_P + sum_{k in C} w A(q, E)_k V_E,k  C: E's own tokens
         gated (E1g):     O = A(q, P) V_P + g softmax_C(q K_E) w V_E,C      g = sigmoid(LSE_C(q K_E) - LSE(q K_P))
-        projected:       t = A(q, T) V_T - A(q, N) V_N          what an ordinary thing T adds, for each T
+        projected:       t = A(q, T) V_T - A(q, N) V_N          what a neutral text T adds, for each T
                          d = A(q, E) V_E - A(q, N) V_N          what the concept adds, less its component along the t
                          a = max(0, <O - A(q, N) V_N, d> / <d, d>)          how much of it the row's text adds
                          O = O - strength a d                               per query, over heads and channels
 
-    Unconditional rows with a negative prompt get another edit in the projected form, P_d the projector on the span of
-    the d of all phrases: O = O - min(strength, 1) P_d (O - A(q, N) V_N).
+    The projected form edits unconditional rows with a negative prompt differently. P_d projects onto the span of the d
+    of all phrases: O = O - min(strength, 1) P_d (O - A(q, N) V_N).
 
-    Paper: D. Chen, Z. Li, M. Fan, C. Chen, W. Zhou, Y. Li, 2024, "EIUP: A Training-Free Approach to Erase
-    Non-Compliant Concepts Conditioned on Implicit Unsafe Prompts", arXiv 2408.01014 v1. Only the abstract of v1 could
-    be read, so there are no equation numbers. `separate` is the reading with the best evidence: the public code of the
-    paper's second version (GIE, ICLR 2025). That code takes a softmax over the erasure prompt alone, weights the
-    concept's columns, and adds the result to the prompt's output. The figure of that version shows negative weights.
-    The weights and the window of v1 are not known; `EIUP.reconstruction()` uses the window of that code.
+    Paper: D. Chen, Z. Li, M. Fan, C. Chen, W. Zhou, Y. Li, 2024, "EIUP: A Training-Free Approach to Erase Non-Compliant
+    Concepts Conditioned on Implicit Unsafe Prompts", arXiv 2408.01014 v1. Only the abstract of v1 was available, so
+    there are no equation numbers. `separate` is the best-supported reconstruction. It follows the public code of the
+    paper's second version (GIE, ICLR 2025), which takes a softmax over the erasure prompt alone, weights the concept's
+    columns, and adds the result to the prompt's output. A figure of that version shows negative weights. The weights
+    and the window of v1 are unknown; `EIUP.reconstruction()` uses the window of that code.
 
-    Differs: `projected`, the default, is ours and not in the paper. Some text encoders have no start token that soaks
-    up attention. There, E1 pushes every prompt away from the concept; the projection moves only prompts that move
-    towards it. N is what the pipeline's unconditional rows read without a negative prompt (SDXL base: zeros), or the
-    encoded "" without guidance. The user's negative prompt never enters the edit of the conditional rows. T are mean
-    states of texts that name ordinary things. Taking out what all things share would spoil other pictures. A text that
-    equals N is not edited. `gated` is ours too. All columns of the prompt are kept, where GIE's code drops one padding
-    column per concept token: zero strength is the base model to the bit. There is one trajectory, not two. Outside the
-    window the prompt is drawn without an edit.
+    Differs: `projected`, the default, is Efface's and not in the paper. With text encoders that have no start token to
+    absorb attention, E1 pushes every prompt away from the concept. The projection changes only outputs that point
+    towards it. N is the text of the pipeline's unconditional rows without a negative prompt (SDXL base: zeros), or the
+    encoded "" without guidance. The user's negative prompt never affects the edit of the conditional rows. T are mean
+    states of neutral texts. Removing what all things share would damage other pictures. A text that equals N is not
+    edited. `gated` is also Efface's. All columns of the prompt stay, whereas GIE's code drops one padding column per
+    concept token; so zero strength equals the base model bitwise. There is one trajectory, not two. Outside the window
+    there is no edit.
 
-    Negative prompts: guidance pushes away from the unconditional rows. If they showed the concept, guidance would ruin
-    pictures of other things. If they had less of it than the empty text, guidance would push towards the concept: away
-    from a dagger, for example, and so towards a bomb. The projected form leaves in them what the empty text has. The
-    same holds for further rows that `NegativePrompt` with a strength predicts. With an empty negative prompt no
-    unconditional row is edited, at no cost. `separate` and `gated` do not edit unconditional rows: a negative prompt
-    that names the concept adds to what they remove.
+    Negative prompts: guidance pushes away from the unconditional rows. If these contained the concept, guidance would
+    damage pictures of other things. If they contained less of it than the empty text, guidance would push towards the
+    concept. The projected form therefore leaves in them as much of the concept as the empty text has. It treats the
+    further rows of `NegativePrompt` with a strength in the same way. With an empty negative prompt it edits no
+    unconditional row, at no cost. `separate` and `gated` never edit unconditional rows. With them, a negative prompt
+    that names the concept increases the removal.
 
-    SDXL's pooled text embedding does not pass cross-attention and is not edited.
-    On PixArt, whose T5 has no start token either, text is projected and its padding masked as the pipeline does it.
+    SDXL's pooled text embedding does not pass cross-attention and is not edited. On PixArt, whose T5 has no start
+    token, text is projected and its padding masked as in the pipeline.
 
     Args:
-        concepts: what to erase: names of shipped concepts, `Concept` objects, or a sequence of them. Projected: each
-            phrase is an erasure prompt with a direction of its own, taken out one after the other (joined phrases
-            dilute one another). Separate and gated: phrases are packed into as few prompts as fit the encoder.
-        strength: >= 0. Projected: the share of the concept's component that is taken out, 1 = all of it. Above 1 it
-            pushes the other way, and guidance multiplies that: from some value on pictures suffer. Separate and gated:
-            the weight -w of each concept token; on CLIP values above 1 are usual. Guidance multiplies it too: what
-            suits 7.5 is weak without guidance. 0 is the base model. By default 2.25 for the projected form,
-            the smallest that meets the targets on `emoji`, and 1 for the others.
-        window: (start, end), the part of the trajectory in which it acts, as fractions: 0 is pure noise, 1 the picture.
+        concepts: the concepts to erase: names of shipped concepts, `Concept` objects, or a sequence of them. Projected:
+            each phrase is an erasure prompt with its direction, and directions are removed one after the other (joined
+            phrases would dilute each other). Separate and gated: phrases are packed into as few prompts as fit the
+            encoder.
+        strength: >= 0. Projected: the removed share of the concept's component; 1 removes all of it. Values above 1
+            push the other way. Guidance amplifies that, so large values damage pictures. Separate and gated: the weight
+            -w of each concept token; with CLIP, values above 1 are usual. Guidance amplifies the edit: a strength for
+            guidance 7.5 is weak without guidance. 0 is the base model. Default: 2.25 for the projected form, the
+            smallest that meets the targets on `emoji`; 1 for the others.
+        window: (start, end), the part of the trajectory with the edit, as fractions: 0 is pure noise, 1 the picture.
         normalization: "projected", "separate" or "gated".
-        neutral: groups of texts that name ordinary things; the mean of each group is a T. Projected only; () is none.
+        neutral: groups of neutral texts, which name ordinary things. The mean of each group is a T. Projected only; ()
+            means none.
         rows: one list of concepts per prompt of the batch, instead of `concepts` for all.
 
-    Shapes: queries and outputs [B, Q, C], text [N, L, D]. Unconditional rows are edited only by the projected form, and
-    only where a negative prompt gives them another text than the empty one; that doubles the cost of the edit.
+    Shapes: queries and outputs [B, Q, C], text [N, L, D]. Only the projected form edits unconditional rows, and only if
+    they have a negative prompt; this doubles the cost of the edit.
 
     Raises:
-        ValueError: unknown concept or normalization, negative strength, a window outside [0, 1], an empty group of
-            neutral texts, no concept at all; on `apply`: a pipeline without cross-attention, fused projections, a
-            phrase without tokens or over the encoder's limit; in a call: `rows` that are not as many as the prompts.
-        TypeError: a pipeline of another family; `rows` or concepts that are no lists of concepts.
+        ValueError: a concept or `normalization` is unknown, `strength` is negative, `window` is outside [0, 1], a group
+            of neutral texts is empty, or there is no concept. On `apply`: the pipeline has no cross-attention or fused
+            projections, or a phrase has no tokens or is over the encoder's limit. In a call: the numbers of `rows` and
+            prompts differ.
+        TypeError: the family of the pipeline is unknown, or `rows` or `concepts` are not lists of concepts.
 
     Example:
         >>> import efface
@@ -125,12 +128,12 @@ class EIUP(Method):
 
     @classmethod
     def reconstruction(cls, concepts: Concepts, strength: float = 1.0) -> EIUP:
-        """The form that the abstract of the paper suggests, E1, in the published window (the first 80 %)."""
+        """E1, the form that the paper's abstract suggests, in the published window (the first 80 %)."""
         return cls(concepts, strength=strength, window=(0.0, 0.8), normalization="separate")
 
     def edit(self, out: Tensor, cross: CrossAttention, prompts: ErasurePrompts) -> Tensor:
         if self.normalization == "projected":
-            # More or less than the empty text has of the concept, where guidance pushes away from it, would come back.
+            # Guidance would bring back any difference from the empty text.
             strength = min(self.strength, 1.0) if cross.unconditional else self.strength
             added = projected(out, cross, prompts.text, len(self.neutral), strength)
         else:
@@ -147,10 +150,12 @@ def separate(cross: CrossAttention, prompts: ErasurePrompts, strength: float) ->
 def gated(cross: CrossAttention, prompts: ErasurePrompts, strength: float) -> Tensor:
     """E1g: `g softmax_C(q K_E) w V_E,C`, summed over the erasure prompts E: [B, Q, C].
 
-    The gate g needs no formula: it is the share of E's own tokens C in one softmax over them and the prompt.
+    The gate g is implicit: it is the share of E's own tokens C in one softmax over them and the prompt.
     """
     if cross.prompt is None:
-        raise ValueError("The gated form compares with the prompt, so it edits conditional rows only. Give their text.")
+        raise ValueError(
+            "The gated form needs the text of the prompt, so it edits only conditional rows. Give their text."
+        )
     key, value = cross.keys_values(prompts.text.states)
     prompt_key, _ = cross.keys_values(cross.prompt.states)
     rows, added = len(cross.query), torch.zeros_like(cross.query)
@@ -165,9 +170,9 @@ def gated(cross: CrossAttention, prompts: ErasurePrompts, strength: float) -> Te
 
 
 def projected(out: Tensor, cross: CrossAttention, text: Text, neutral: int, strength: float) -> Tensor:
-    """What the projected form adds to `out`: [B, Q, C], float32 or wider. `neutral` is the number of T.
+    """The change that the projected form adds to `out`: [B, Q, C], float32 or wider. `neutral` is the number of T.
 
-    With N, T and P what the layer puts out for the empty text, the neutral texts and the phrases:
+    N, T and P are the layer's outputs for the empty text, the neutral texts and the phrases:
 
         d_T = T - N;  d_P = P - N, less its share of every d_T;  o = out - N
         added = -strength sum_P max(0, <o, d_P> / |d_P|^2) d_P              one after the other
@@ -182,23 +187,23 @@ def projected(out: Tensor, cross: CrossAttention, text: Text, neutral: int, stre
 def _shares(
     toward: Tensor, others: Tensor, neutral: int, strength: float, unconditional: bool
 ) -> tuple[Tensor, Tensor]:
-    """How much of each direction [B, Q, texts] is taken out, and the directions as sums of `others` [.., texts, texts].
+    """The removed amount of each direction [B, Q, texts], and the directions as sums of `others` [.., texts, texts].
 
-    `toward` [B, Q, C] and `others` [B, Q, neutral + phrases, C] are less what the empty text puts out. All is linear
-    in `others`, so their inner products are all that is needed.
+    `toward` [B, Q, C] and `others` [B, Q, neutral + phrases, C] exclude the empty text's output. All is linear in
+    `others`, so their inner products suffice.
     """
     gram, texts = others @ others.mT, others.shape[2]
-    least = gram.diagonal(dim1=-2, dim2=-1) * 1e-6  # of a squared length: where nothing is left, rounding is
+    least = gram.diagonal(dim1=-2, dim2=-1) * 1e-6  # of a squared length; below, only rounding errors remain
     least = least.clamp_min(torch.finfo(gram.dtype).tiny)
     identity = torch.eye(texts, dtype=gram.dtype, device=gram.device).expand_as(gram)
-    # A row for each text: its inner products with all, that with `toward`, and what it is made of.
+    # One row per text: its inner products with all texts, that with `toward`, and its coefficients.
     table = torch.cat([gram, others @ toward[..., None], identity], -1)
     shares = [torch.zeros_like(toward[..., 0])] * neutral
     pivots = [identity[..., k, :] for k in range(neutral)]
-    for k in range(texts if unconditional else neutral):  # takes the share of text k out of every text
+    for k in range(texts if unconditional else neutral):  # removes the share of text k from every text
         pivot = table[..., k : k + 1, :]
         length = pivot[..., k : k + 1].clamp_min(least[..., k, None, None])
-        if k >= neutral:  # what is left of a phrase is at right angles to the phrases before it
+        if k >= neutral:  # the rest of a phrase is orthogonal to the phrases before it
             shares.append(strength * (pivot[..., texts] / length[..., 0]).squeeze(-1))
             pivots.append(pivot[..., 0, texts + 1 :])
         table = table - table[..., k : k + 1] / length * pivot
@@ -206,7 +211,7 @@ def _shares(
         return torch.stack(shares, -1), torch.stack(pivots, -2)
     gram, along, parts = table.split([texts, 1, texts], -1)
     along = along.squeeze(-1)
-    for k in range(neutral, texts):  # one after the other: what is taken out counts for those behind
+    for k in range(neutral, texts):  # one after the other: each removal affects the next
         length = torch.maximum(gram[..., k, k], least[..., k])
         shares.append(strength * (along[..., k] / length).clamp_min(0))
         along = along - shares[k][..., None] * gram[..., k]

@@ -1,4 +1,4 @@
-"""NAG: attention guidance away from a negative text, with a cap on how much each token grows."""
+"""NAG: attention guidance away from a negative text, with a cap on the growth of each token."""
 
 from __future__ import annotations
 
@@ -28,51 +28,51 @@ class NAG(Method):
         r = |G|_1 / |Z+|_1                              per token
         Z = alpha G min(r, tau) / r + (1 - alpha) Z+    Z replaces Z+
 
-    strength = 0, alpha = 0 or Z- = Z+ leaves Z+. In all cases |Z|_1 <= (1 + alpha (tau - 1)) |Z+|_1.
+    If strength = 0, alpha = 0 or Z- = Z+, the output stays Z+. Always |Z|_1 <= (1 + alpha (tau - 1)) |Z+|_1.
 
     Paper: D.-Y. Chen, H. Bandyopadhyay, K. Zou, Y.-Z. Song, 2025, "Normalized Attention Guidance: Universal Negative
-    Guidance for Diffusion Models", arXiv 2505.21179. Equation numbers cannot be given: written from a
+    Guidance for Diffusion Models", arXiv 2505.21179. There are no equation numbers, because the source was a
     description of the method and of the authors' code.
 
-    Differs: the negative text is the concept's, not the user's `negative_prompt`. Each concept has a text of its own,
-    its phrases separated by spaces. Several concepts, or phrases that need several texts, add their pushes under one
-    cap: G = Z+ + strength sum_k (Z+ - Z-_k), so their order does not matter. The paper has one negative text; its users
-    would write all concepts into it, where each dilutes the others. Where |Z+|_1 = 0, r is undefined in the published
-    code for SDXL; here the output stays 0. If another method edited the layer's output before, Z+ is the edited output.
-    NAG covers cross-attention only; the paper also covers joint attention (SD 3, FLUX).
+    Differs: the negative text is the concept's, not the user's `negative_prompt`. Each concept has one text: its
+    phrases separated by spaces. Several concepts, or phrases that need several texts, add up under one cap: G = Z+ +
+    strength sum_k (Z+ - Z-_k), so their order does not matter. The paper has one negative text, in which several
+    concepts would dilute each other. If |Z+|_1 = 0, r is undefined in the published code for SDXL; here the output
+    stays 0. If another method edited the layer's output before, Z+ is the edited output. NAG covers cross-attention
+    only; the paper also covers joint attention (SD 3, FLUX).
 
-    Limits: a prompt that is the concept's own text gives Z- = Z+, so NAG draws what the base model draws. The smaller
-    Z+ - Z-, the less NAG does: expect little of it on prompts that name the concept and nothing else. Nobody has
-    measured this implementation on a large model; the defaults are the published ones.
+    Limits: if the prompt equals the concept's text, Z- = Z+ and NAG has no effect. The smaller Z+ - Z-, the smaller its
+    effect: expect little on prompts that name only the concept. This implementation has not been measured on a large
+    model. The defaults are the published ones.
 
-    Negative prompts: NAG leaves unconditional rows alone, and what it adds to the conditional rows does not depend on
-    them. A user's negative prompt therefore acts as without NAG; one that names the concept pushes away from it a
-    second time. Guidance multiplies the difference of the two predictions, so it multiplies what NAG adds. Whether some
-    negative prompt brings a concept back is not measured.
+    Negative prompts: NAG does not edit unconditional rows, and its edit of the conditional rows does not depend on
+    them. A negative prompt therefore acts as without NAG; if it names the concept, it pushes away from it a second
+    time. Guidance amplifies the difference of the two predictions, and with it NAG's edit. Whether a negative prompt
+    can bring a concept back has not been measured.
 
-    SDXL's pooled text embedding does not pass cross-attention and is not edited.
-    On PixArt, the padding of the concept's text is masked as the pipeline masks it.
+    SDXL's pooled text embedding does not pass cross-attention and is not edited. On PixArt, the padding of the
+    concept's text is masked as in the pipeline.
 
     Args:
-        concepts: what to erase: names of shipped concepts, `Concept` objects, or a sequence of them.
-        strength: >= 0, the paper's phi = s - 1, without unit: how many times Z+ - Z- is added to Z+. 0 is the base
-            model to the bit. Published: 4 (s = 5) for most models, 2 for SDXL with DMD2, 8 for Wan. The cap limits the
-            effect of large values. The pipeline's guidance multiplies what NAG does.
-        tau: >= 1, the largest r; the published value is 2.5. At 1 no token of G is larger than that of Z+.
+        concepts: the concepts to erase: names of shipped concepts, `Concept` objects, or a sequence of them.
+        strength: >= 0, the paper's phi = s - 1, without unit: the factor of Z+ - Z- in G. 0 equals the base model
+            bitwise. Published: 4 (s = 5) for most models, 2 for SDXL with DMD2, 8 for Wan. The cap limits the effect of
+            large values. The pipeline's guidance amplifies the edit.
+        tau: >= 1, the largest r; the published value is 2.5. At 1, no token of G is larger than that of Z+.
         alpha: in [0, 1], the share of G in the output. Published: 0.5 for SDXL, the default, 0.25 for FLUX and Wan,
-            0.125 for SD 3. 0 is the base model to the bit.
+            0.125 for SD 3. 0 equals the base model bitwise.
         window: (start, end), the part of the trajectory in which it acts, as fractions: 0 is pure noise, 1 the picture.
-            Published: all of it; the early part has most of the effect.
+            Published: all of it. The early part has most of the effect.
         rows: one list of concepts per prompt of the batch, instead of `concepts` for all.
 
     Shapes: Z+, G and Z [B, Q, C], Z- [N, B, Q, C] for the N texts of a row, r [B, Q, 1]. The denoiser gets no further
-    rows; each layer computes attention once more for each text.
+    rows. Each layer computes attention once more per text.
 
     Raises:
-        ValueError: unknown concept, negative strength, `tau` below 1, `alpha` outside [0, 1], a window outside [0, 1],
-            no concept at all; on `apply`: a pipeline without cross-attention, fused projections, a phrase without
-            tokens or over the encoder's limit; in a call: `rows` that are not as many as the prompts.
-        TypeError: a pipeline of another family; `rows` or concepts that are no lists of concepts.
+        ValueError: a concept is unknown, `strength` is negative, `tau` is below 1, `alpha` or `window` is outside [0,
+            1], or there is no concept. On `apply`: the pipeline has no cross-attention or fused projections, or a
+            phrase has no tokens or is over the encoder's limit. In a call: the numbers of `rows` and prompts differ.
+        TypeError: the family of the pipeline is unknown, or `rows` or `concepts` are not lists of concepts.
 
     Example:
         >>> import efface
@@ -87,7 +87,7 @@ class NAG(Method):
     needs: ClassVar[tuple[str, ...]] = ("cross_text",)
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}, "SDXL": {}}  # the published ones
     edits_attention: ClassVar[bool] = True
-    references: ClassVar[tuple[tuple[str, ...], ...]] = ()  # it reads no text but the concept's
+    references: ClassVar[tuple[tuple[str, ...], ...]] = ()  # it reads only the concept's text
 
     concepts: ConceptsField = Converted(())
     strength: float = 4.0
@@ -99,8 +99,8 @@ class NAG(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, most, cure in (
-            ("tau", inf, "A smaller cap would shrink every token; the published value is 2.5."),
-            ("alpha", 1, "It is a share; raise `strength` or `tau` for a larger effect."),
+            ("tau", inf, "Give 1 or more, such as the published 2.5."),
+            ("alpha", 1, "Give a share, and raise `strength` or `tau` for a larger effect."),
         ):
             least = 1 if name == "tau" else 0
             object.__setattr__(self, name, checks.number(name, getattr(self, name), least, most, cure=cure))
@@ -117,7 +117,7 @@ class NAG(Method):
 def guided(positive: Tensor, negative: Tensor, strength: float, tau: float, alpha: float) -> Tensor:
     """Z for Z+ [..., C] and the Z- of N texts [N, ..., C]: the formula of the class.
 
-    Written with min(r, tau) / r = min(|G|, tau |Z+|) / |G|, which has no division by |Z+|.
+    Uses min(r, tau) / r = min(|G|, tau |Z+|) / |G|, which does not divide by |Z+|.
     """
     pushed = positive + strength * (positive - negative).sum(0)
     size, most = (x.abs().sum(-1, keepdim=True) for x in (pushed, tau * positive))

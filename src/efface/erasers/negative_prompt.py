@@ -1,4 +1,4 @@
-"""The negative prompt, as an eraser: the baseline everyone already has."""
+"""The negative prompt as an eraser: the baseline that every pipeline already has."""
 
 from __future__ import annotations
 
@@ -26,47 +26,45 @@ NEGATIVE = ("negative_prompt", "negative_prompt_2", "negative_prompt_3")
 
 @dataclass(frozen=True)
 class NegativePrompt(Method):
-    """Guides away from the concept's phrases: in the user's negative prompt, or with a strength of their own.
+    """Guides away from the concept's phrases, in the user's negative prompt or with a separate strength.
 
-        strength None:  e = e_n + s (e_p - e_n)                     e_n: the phrases, the negative prompt behind them
+        strength None:  e = e_n + s (e_p - e_n)                     e_n: the phrases, then the negative prompt
         a number s_n:   e = e_u + s (e_p - e_u) - s_n (e_n - e_u)   e_n: the phrases, e_u: the negative prompt
 
     e_p, e_u, e_n are predictions for texts, of noise or (SD 3, FLUX, CogView4) of velocity; s is the guidance scale.
 
-    Source: Stable Diffusion tools made it common. It puts a text into the unconditional branch of classifier-free
-    guidance (J. Ho, T. Salimans, 2022, arXiv 2207.12598, equation 6).
+    Source: common in Stable Diffusion tools. It replaces the unconditional text of classifier-free guidance (J. Ho, T.
+    Salimans, 2022, arXiv 2207.12598, equation 6).
 
-    Differs: None is diffusers' `negative_prompt`, costs nothing, and its strength is tied to the guidance scale. A
-    number is the form with three predictions; with s_n = s it is e_u + s (e_p - e_n). There, phrases that do not fit
-    into one text make several, whose predictions are averaged, and `guidance_rescale` takes its target from the
-    changed prediction, e_p - s_n / s (e_n - e_u). On FLUX, None works with true guidance: `true_cfg_scale` above 1 and
-    a negative prompt in the call, for which "" will do.
+    Differs: None uses diffusers' `negative_prompt`, at no cost, with a strength that the guidance scale fixes. A number
+    uses three predictions; with s_n = s it is e_u + s (e_p - e_n). In this form, phrases that do not fit into one text
+    are split into several texts, whose predictions are averaged. `guidance_rescale` takes its target from the changed
+    prediction, e_p - s_n / s (e_n - e_u). On FLUX, None needs true guidance: `true_cfg_scale` above 1 and a negative
+    prompt in the call, for example "".
 
-    If the prompt is the concept's own text, None draws it with guidance off (e = e_p), and a number with the guidance
-    scale s - s_n: only s_n = s and above turns away from it.
+    If the prompt equals the concept's text, None has the effect of no guidance (e = e_p), and a number that of the
+    guidance scale s - s_n. Only s_n >= s then removes the concept.
 
-    With EIUP's projected form on the same pipeline, what e_n or e_u shows of EIUP's concept is taken out of it, as of
-    any negative prompt.
+    EIUP's projected form on the same pipeline edits e_n and e_u like any negative prompt.
 
     Args:
-        concepts: what to erase: names of shipped concepts, `Concept` objects, or a sequence of them.
-        strength: None, or s_n >= 0 in units of the guidance scale (7.5 is diffusers' default); 0 is the plain pipeline,
-            without rows of its own. Between None and a number it is changed between two calls of the pipeline.
+        concepts: the concepts to erase: names of shipped concepts, `Concept` objects, or a sequence of them.
+        strength: None, or s_n >= 0 in units of the guidance scale (7.5 is diffusers' default); 0 is the base model,
+            without further rows. Change between None and a number only between pipeline calls.
         rows: one list of concepts per prompt of the batch, instead of `concepts` for all.
 
-    Shapes: negative text embeddings [B, L, D]; with a number, predictions [B, C, h, w], one row more per conditional
-    row, so a step costs 1.5 times as much (CogView4: two rows, twice as much). With None, where L depends on the
-    longest text of a call (CogView4), every row's negative prompt is padded to it, as in diffusers.
+    Shapes: negative text embeddings [B, L, D]; with a number, predictions [B, C, h, w]. A number adds one denoiser row
+    per conditional row: a step costs 1.5 times a base step (CogView4: two rows, 2 times). With None, if L depends on
+    the longest text of a call (CogView4), every row's negative prompt is padded to it, as in diffusers.
 
     Raises:
-        ValueError: no concept, a strength below 0; on `apply`: a text encoder of another model, or a phrase with
-            characters that a tokenizer does not know; for None: phrases that do not fit into one text; with a number: a
-            pipeline that does not tell its guidance scale (PixArt, FLUX);
-            during a call: guidance off (`guidance_scale <= 1`, FLUX without true guidance, or a model that is distilled
-            to do without), or `rows` that are not as many as the prompts; for None, `negative_prompt_embeds` given;
-            with a number, SD 3's `skip_guidance_layers`, or a denoiser called by itself, when no call has set a
-            guidance scale.
-        TypeError: a pipeline of another family; `rows` or concepts that are no lists of concepts.
+        ValueError: there is no concept, or `strength` is below 0. On `apply`: the text encoder belongs to another
+            model, or a tokenizer does not know characters of a phrase; for None, the phrases do not fit into one text;
+            with a number, the pipeline does not expose its guidance scale (PixArt, FLUX). During a call: guidance is
+            off (`guidance_scale <= 1`, FLUX without true guidance, or a guidance-distilled model), or the numbers of
+            `rows` and prompts differ; for None, the call has `negative_prompt_embeds`; with a number, it has SD 3's
+            `skip_guidance_layers`, or the denoiser is called without the pipeline before any call set a guidance scale.
+        TypeError: the family of the pipeline is unknown, or `rows` or `concepts` are not lists of concepts.
 
     Example:
         >>> import efface
@@ -99,17 +97,16 @@ class NegativePrompt(Method):
         for concepts in {self.concepts} if self.rows is None else set(self.rows):
             if self.strength is None and not fits(pipe, words(concepts)):
                 raise ValueError(
-                    f"The phrases do not fit into one negative prompt, and what is over the limit would be cut: "
-                    f"{words(concepts)!r}. Give fewer, or a `strength`, which takes several texts."
+                    f"The phrases do not fit into one negative prompt: {words(concepts)!r:.80}. Give fewer, or a "
+                    "`strength`, which takes several texts."
                 )
         super().check(pipe)
 
     def guide(self, seen: Prediction) -> Tensor:
         if not torch.compiler.is_compiling() and not math.isfinite(seen.guidance_scale):
             raise ValueError(
-                "NegativePrompt with a strength of its own needs the guidance scale of a pipeline's call, but the "
-                "denoiser was called by itself or by a copy of the pipeline. Call the pipeline that it was applied to, "
-                "or use SLD."
+                "NegativePrompt with a strength needs the guidance scale of a pipeline call, but the denoiser was "
+                "called directly or by a copy of the pipeline. Call the pipeline that it was applied to, or use SLD."
             )
         return -(self.strength or 0.0) / seen.guidance_scale * (seen.concept - seen.negative)
 
@@ -122,7 +119,7 @@ class NegativePrompt(Method):
         if not facts.returns_negative:
             return encoded
         arguments = call.arguments
-        # SDXL and SD 3: no second or third one stands for the first
+        # SDXL and SD 3: a missing second or third one means the first
         names = [n for n in NEGATIVE if n == NEGATIVE[0] or arguments.get(n)]
         if isinstance(arguments["prompt"], str):
             arguments["prompt"] = [arguments["prompt"]]
@@ -148,14 +145,15 @@ class NegativePrompt(Method):
         prompts: int,
         places: list[int],
     ) -> tuple[Any, ...]:
-        """What was `encoded`, with the phrases added to the `arguments` of these names, which shows in these places."""
+        """Encodes the call again, with the phrases added to its negative prompts, and returns the changed places."""
         embeds = "negative_prompt_embeds" if "negative_prompt_embeds" in arguments else "prompt_embeds"
         if arguments.get(embeds) is not None:
             raise ValueError(
-                "NegativePrompt adds to `negative_prompt`, but the call gives `negative_prompt_embeds`. Give the text."
+                "NegativePrompt adds to `negative_prompt`, but the call gives `negative_prompt_embeds`. Give the text "
+                "instead."
             )
         ours = [words(concepts) for concepts in ([self.concepts] * prompts if self.rows is None else self.rows)]
-        # The call's own arguments are changed, so that a second negative prompt on the pipeline adds to the first.
+        # Changes the call's arguments, so that a second NegativePrompt on the pipeline adds to the first.
         for name in names:
             given = arguments.get(name) or ""
             texts = [given] * prompts if isinstance(given, str) else given
@@ -167,7 +165,7 @@ class NegativePrompt(Method):
                 found[k] = changed[k]
                 continue
             mine = ours_at.to(encoded[k].device).reshape(-1, *[1] * (encoded[k].ndim - 1))
-            found[k] = torch.where(mine, changed[k], encoded[k])  # SDXL: no negative prompt is not an empty one
+            found[k] = torch.where(mine, changed[k], encoded[k])  # SDXL: no negative prompt differs from an empty one
         return tuple(found)
 
 

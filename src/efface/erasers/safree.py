@@ -1,4 +1,4 @@
-"""SAFREE: the prompt's tokens that lead to the concept are projected out of the concept's subspace."""
+"""SAFREE: projects the prompt tokens that lead to the concept away from the concept's subspace."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 __all__ = ["SAFREE"]
 
 Form = Literal["encoders", "pooled"]
-STEPS, LONGEST = 50, 10  # of the paper's runs: of 50 steps, the filter acts in up to 10 and the one after
+STEPS, LONGEST = 50, 10  # in the paper's runs the filter acts in up to 11 of 50 steps
 
 
 @dataclass(frozen=True)
 class SAFREE(Method):
-    """Finds the tokens of the prompt that bring it near the concept and takes the concept's part out of them.
+    """Finds the prompt tokens that bring it near the concept, and removes the concept's component from them.
 
     Let pool(X) be one vector for a text, P_C the projector on the span of pool(phrase) over the concept's phrases, p_i
     the prompt's state at token i, q_i = pool(prompt with token i masked) for its n tokens, P_I the projector on their
@@ -42,51 +42,50 @@ class SAFREE(Method):
         t' = round(10 sigmoid(2 k (10 beta - t0)))                      the self-validating filter: t' of 50 steps
 
     Paper: J. Yoon, S. Yu, V. Patil, H. Yao, M. Bansal, 2024, "SAFREE: Training-Free and Adaptive Guard for Safe
-    Text-to-Image and Video Generation", ICLR 2025, arXiv 2410.12761. Equation numbers cannot be given: written from a
-    description of the method and of the order of operations in the authors' code.
+    Text-to-Image and Video Generation", ICLR 2025, arXiv 2410.12761. There are no equation numbers, because the source
+    was a description of the method and of the order of operations in the authors' code.
 
-    Differs: by default the filter is off and triggers are edited from the first step to the last; `SAFREE.paper()` has
-    it. Its k and t0 were found for the text encoder of SD 1.4; on `emoji` they let the concept pass. Latent
-    re-attention, the paper's third part, is left out (in the authors' released script it never runs). Their published
-    runs have the phrases as negative prompt besides: stack `NegativePrompt` for that. Steps are fractions of the call's
-    steps: with t' > 0 the filter acts until (t' + 1) / 50, which is their steps 0 to t'; with t' = 0 the prompt is
-    untouched, where theirs edits the first step. Schedulers that call the denoiser twice in a step (PNDM, Heun, DPM2)
-    do not shorten it. A prompt of one token has no others to compare with: it is a trigger if d_1 >= (1 + alpha) |(I -
-    P_C) pool(prompt)|, where theirs always is. pool is the state at CLIP's end token, as the denoiser sees it; the mean
-    over tokens where the encoder is not causal (`emoji`; T5 in PixArt, SD 3 and FLUX). A token is masked by the
-    tokenizer's mask token, or else by "!" (CLIP, T5), as in their code. SDXL, SD 3: each encoder has triggers, spans,
-    states and columns of its own, beta is the mean of all, and what an encoder adds to the pooled text is that of the
-    prompt with its triggers masked (SDXL: only the second adds). The authors' SDXL code is `SAFREE.official_sdxl()`: it
-    edits the second encoder's columns only, all through, by subspaces of pooled texts, which are projected where the
-    states are not; the pooled text and the first encoder's columns stay. FLUX: of CLIP only the pooled text is read, so
-    the triggers masked in it come from the pooled texts themselves; beta is T5's. SD 3 and FLUX read the padding behind
-    a text, which has seen all of it, and CogView4 the padding in front, which has seen nothing of it: both stay as they
-    are. CogView4 has no end token, so the last token takes its place. ControlNet reads the prompt as it is. Projectors
-    come from an SVD.
+    Differs: by default the filter is off, and all steps edit the triggers; `SAFREE.paper()` has the filter. The paper
+    chose k and t0 for the text encoder of SD 1.4; on `emoji` they do not remove the concept. Latent re-attention, the
+    paper's third part, is omitted (it never runs in the authors' released script). The published runs also use the
+    phrases as negative prompt: stack `NegativePrompt` for that. Steps are fractions of the call's steps. With t' > 0
+    the filter acts until (t' + 1) / 50, which corresponds to the paper's steps 0 to t'. With t' = 0 it does not edit
+    the prompt, whereas the authors' code edits the first step. Schedulers that call the denoiser twice per step (PNDM,
+    Heun, DPM2) do not shorten it. A prompt of one token is a trigger if d_1 >= (1 + alpha) |(I - P_C) pool(prompt)|; in
+    the authors' code it always is. pool is the state at CLIP's end token, as the denoiser sees it. For encoders that
+    are not causal (`emoji`; T5 in PixArt, SD 3 and FLUX) it is the mean over tokens. The tokenizer's mask token masks a
+    token, or "!" if there is none (CLIP, T5), as in the authors' code. SDXL, SD 3: each encoder has separate triggers,
+    spans, states and columns, and beta is the mean of all. The encoder's share of the pooled text comes from the prompt
+    with masked triggers (SDXL: only the second encoder's). `SAFREE.official_sdxl()` follows the authors' SDXL code. It
+    edits only the second encoder's columns, in all steps, by subspaces of projected pooled texts, although the states
+    are not projected. The pooled text and the first encoder's columns stay. FLUX reads only the pooled text of CLIP, so
+    its triggers come from pooled texts; beta is T5's. SD 3 and FLUX read the padding after a text, CogView4 the padding
+    before it; neither is edited. CogView4 has no end token; the last token replaces it. ControlNet reads the unedited
+    prompt. Projectors come from an SVD.
 
-    It reads words: a prompt that only hints at the concept is beyond it. Some token is always above the mean, so
-    harmless prompts have triggers too; the filter is there to pass them.
+    Limits: SAFREE reads words, so it misses prompts that only imply the concept. Some token is always above the mean,
+    so harmless prompts also have triggers. The filter exists to leave them unchanged.
 
     Args:
-        concepts: what to erase: names of shipped concepts, `Concept` objects, or a sequence of them. Each phrase is one
-            direction of the subspace.
-        strength: >= 0, the share of the way to the projected state; 1 is the paper's. 0 is the plain pipeline.
-        alpha: > -1, how far above the mean a trigger is; the paper has 0.01.
+        concepts: the concepts to erase: names of shipped concepts, `Concept` objects, or a sequence of them. Each
+            phrase is one direction of the subspace.
+        strength: >= 0, the share of the way to the projected state; 1 is the paper's. 0 is the base model.
+        alpha: > -1, the relative margin above the mean that makes a trigger; the paper has 0.01.
         validation: (k, t0) of the filter, or None for no filter; the paper has (2.5, 5.333) for nudity.
-        rows: one list of concepts per prompt of the batch, instead of `concepts` for all. Set on the handle, `rows` act
-            from the next call of the pipeline on, `strength` at once.
-        form: "encoders": every encoder's columns, by subspaces of its own states. "pooled": the authors' form for SDXL,
-            for pipelines with an encoder whose pooled text is as wide as its states.
+        rows: one list of concepts per prompt of the batch, instead of `concepts` for all. If set on the handle, `rows`
+            act from the next pipeline call on, `strength` from the next denoiser call on.
+        form: "encoders" edits every encoder's columns, by subspaces of its states. "pooled" is the authors' form for
+            SDXL, for pipelines with an encoder whose pooled text is as wide as its states.
 
     Shapes: states [B, L, D]. It costs one pass of the text encoder per token and phrase, and nothing per step. It acts
-    in a pipeline's call (or after its `encode_prompt`), not where the denoiser is called by itself.
+    in pipeline calls (or after `encode_prompt`), not in direct denoiser calls.
 
     Raises:
-        ValueError: unknown concept, a field out of range, no concept at all; on `apply`: a text encoder of another
-            model, a phrase without tokens, over the encoder's limit or with characters that a tokenizer does not know,
-            form "pooled" without such an encoder; during a call: `rows` that are not as many as the prompts,
-            `prompt_embeds` or another `prompt_2` or `prompt_3`, which have no words to look at.
-        TypeError: a pipeline of another family; `rows` or concepts that are no lists of concepts.
+        ValueError: a concept is unknown, a field is out of range, or there is no concept. On `apply`: the text encoder
+            belongs to another model; a phrase has no tokens, is over the encoder's limit, or has characters that a
+            tokenizer does not know; or form "pooled" has no fitting encoder. During a call: the numbers of `rows` and
+            prompts differ, or the call has `prompt_embeds` or a different `prompt_2` or `prompt_3`.
+        TypeError: the family of the pipeline is unknown, or `rows` or `concepts` are not lists of concepts.
 
     Example:
         >>> import efface
@@ -115,7 +114,7 @@ class SAFREE(Method):
         if self.validation is not None:
             pair = isinstance(self.validation, (tuple, list)) and len(self.validation) == 2
             if not pair:
-                cure = "Give the paper's, (2.5, 5.333), or None to leave the filter out."
+                cure = "Give the paper's (2.5, 5.333), or None for no filter."
                 raise ValueError(checks.refusal("`validation` to be two numbers (k > 0, t0)", self.validation, cure))
             k, t0 = self.validation
             checks.number("validation[0]", k, 0, above=True)
@@ -124,29 +123,29 @@ class SAFREE(Method):
 
     @classmethod
     def paper(cls, concepts: Concepts, **fields: Any) -> SAFREE:
-        """With the paper's filter for nudity: the first 11 of 50 steps at most."""
+        """Uses the paper's filter for nudity, which acts in at most the first 11 of 50 steps."""
         return cls(concepts, **{"validation": (2.5, 5.333), **fields})
 
     @classmethod
     def artist(cls, concepts: Concepts, **fields: Any) -> SAFREE:
-        """With the paper's filter for artists, which passes more and is sharper."""
+        """Uses the paper's filter for artists, which is sharper and edits fewer prompts."""
         return cls(concepts, **{"validation": (3.5, 5.5), **fields})
 
     @classmethod
     def official_sdxl(cls, concepts: Concepts, **fields: Any) -> SAFREE:
-        """As the authors' code has it for SDXL: by pooled texts, and without the filter."""
+        """Follows the authors' code for SDXL, which uses pooled texts and no filter."""
         return cls(concepts, **{"form": "pooled", "validation": None, **fields})
 
     def check(self, pipe: DiffusionPipeline) -> None:
         super().check(pipe)
         if self.form == "pooled" and _pooling(pipe, encode(pipe, [""])) is None:
             raise ValueError(
-                "SAFREE's form 'pooled' needs a text encoder whose pooled text is as wide as its states, as SDXL's "
-                f"second is, but this {type(pipe).__name__} has none. Use form 'encoders'."
+                "SAFREE's form 'pooled' needs a text encoder whose pooled text is as wide as its states, such as "
+                f"SDXL's second, but this {type(pipe).__name__} has none. Use form 'encoders'."
             )
 
     def until(self, beta: float) -> float:
-        """The fraction of the steps in which the prompt is edited."""
+        """The fraction of the steps with the edit."""
         if self.validation is None:
             return math.inf
         k, t0 = self.validation
@@ -158,10 +157,12 @@ class SAFREE(Method):
     ) -> tuple[Any, ...]:
         prompt, facts = call.arguments["prompt"], family(pipe)
         if prompt is None or call.arguments.get("prompt_embeds") is not None:
-            raise ValueError("SAFREE reads the prompt's words, but the call gives `prompt_embeds`. Give the text.")
+            raise ValueError(
+                "SAFREE reads the prompt's words, but the call gives `prompt_embeds`. Give the text instead."
+            )
         for name in ("prompt_2", "prompt_3"):
             if call.arguments.get(name) not in (None, prompt):
-                raise ValueError(f"SAFREE reads one prompt, but the call gives another `{name}`. Leave it out.")
+                raise ValueError(f"SAFREE reads one prompt, but the call gives a different `{name}`. Leave it out.")
         settings = encoding_settings(call)
         prompts, images = [prompt] if isinstance(prompt, str) else prompt, call.arguments["num_images_per_prompt"]
         states, pooled = encoded[0], encoded[facts.returns.index("pooled")] if facts.pooled else None
@@ -197,9 +198,10 @@ class SAFREE(Method):
         prompts: list[str],
         settings: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None, float]:
-        """What to add to the states [L, D] of one prompt, its pooled text without the triggers, and beta.
+        """The change of the states [L, D] of one prompt, its pooled text without the triggers, and beta.
 
-        `tokens`: for each encoder, by its tokenizer's name, the columns of the prompt's own. `prompts`: of the call.
+        `tokens`: tokenizer name to the columns of the prompt's tokens in that encoder. `prompts`: the prompts of the
+        call.
         """
         facts, texts = family(pipe), [p for concept in concepts for p in concept.phrases]
         phrases = encode(pipe, texts, **settings)
@@ -228,7 +230,7 @@ class SAFREE(Method):
                 around = (features.start, width - features.stop, start, length - columns.stop)
                 edit = edit + F.pad(part.to(edit), around)
                 betas.append(beta)
-            elif whole is not None and phrases.pooled is not None:  # FLUX reads nothing of this encoder but its pool
+            elif whole is not None and phrases.pooled is not None:  # FLUX reads only this encoder's pooled text
                 triggers = triggered(whole[:count], phrases.pooled, self.alpha)
             found[name] = [[i for i, trigger in zip(own, triggers.tolist(), strict=True) if trigger]]
         edits_pooled = facts.pooled and self.form == "encoders"
@@ -236,10 +238,10 @@ class SAFREE(Method):
         return edit, other, sum(betas) / len(betas)
 
     def reread(self, text: Tensor, pooled: Tensor | None, time: Tensor, memory: Memory) -> tuple[Tensor, Tensor | None]:
-        if not memory or len(memory["text"]) != len(text):  # the denoiser was called by itself
+        if not memory or len(memory["text"]) != len(text):  # the denoiser was called directly
             raise RuntimeError(
-                f"SAFREE reads the prompts in `encode_prompt`, but it has read {len(memory.get('text', ()))} of the "
-                f"{len(text)} that this denoiser call draws. Call the pipeline, or `pipe.encode_prompt` with these "
+                f"SAFREE reads the prompts in `encode_prompt`, but read {len(memory.get('text', ()))} of the "
+                f"{len(text)} in this denoiser call. Call the pipeline, or `pipe.encode_prompt` with these "
                 "prompts before the denoiser."
             )
         share = self.strength * (time.flatten() < memory["until"])[:, None].to(text)
@@ -249,7 +251,8 @@ class SAFREE(Method):
 
 
 def _pooling(pipe: DiffusionPipeline, encoded: Encoded, **settings: Any) -> str | None:
-    """The tokenizer of the last encoder whose pooled text is as wide as its states, which have a place in the text."""
+    """The tokenizer of the last encoder whose pooled text is as wide as its states, and whose states are in the
+    text."""
     if encoded.pooled is None:
         return None
     spots = places(pipe, encoded.text.shape[1], **settings)
@@ -260,10 +263,10 @@ def _pooling(pipe: DiffusionPipeline, encoded: Encoded, **settings: Any) -> str 
 def project(
     states: Tensor, masked: Tensor, concept: Tensor, tokens: range, alpha: float
 ) -> tuple[Tensor, float, Tensor]:
-    """What to add to a prompt's `states` [L, D], beta, and which of its n tokens are triggers [n].
+    """The change of a prompt's `states` [L, D], beta, and which of its n tokens are triggers [n].
 
-    `masked` [1 + n, D]: the prompt, pooled, then with each of its `tokens` (columns; the end token is behind them)
-    masked in turn. `concept` [K, D]: the phrases, pooled.
+    `masked` [1 + n, D]: the pooled prompt, then the prompt with each of its `tokens` masked in turn (columns; the end
+    token follows them). `concept` [K, D]: the pooled phrases.
     """
     triggers, wide = triggered(masked, concept, alpha), torch.promote_types(states.dtype, torch.float32)
     states = states.to(wide)
@@ -295,8 +298,8 @@ def basis(vectors: Tensor) -> Tensor:
 def onto(states: Tensor, vectors: Tensor) -> Tensor:
     """States [L, D] projected onto the span of vectors [K, D].
 
-    Gradients are those of the projector V+ V, where the rank of V does not change. Those of an SVD would divide by the
-    differences of its values, which vanish for vectors that are alike.
+    Gradients are those of the projector V+ V, if the rank of V is constant. An SVD's gradients would divide by
+    differences of singular values, which vanish for similar vectors.
     """
     u, sizes, directions = torch.linalg.svd(vectors.detach(), full_matrices=False)
     kept = sizes > 1e-6 * sizes[0]
@@ -311,7 +314,8 @@ def onto(states: Tensor, vectors: Tensor) -> Tensor:
 
 
 def pool(states: Tensor, lengths: Tensor, causal: bool) -> Tensor:
-    """One vector per text, [N, L, D] to [N, D]: a causal encoder's state at the end token, else the tokens' mean."""
+    """One vector per text, [N, L, D] to [N, D]: the state at the end token of a causal encoder, otherwise the tokens'
+    mean."""
     place = torch.arange(states.shape[1], device=states.device)
     weights = place == lengths[:, None] - 1 if causal else (place < lengths[:, None]) / lengths[:, None]
     return (weights.to(states)[..., None] * states).sum(1)

@@ -1,4 +1,4 @@
-"""SLD: guidance away from the prediction for a safety concept, where and only where the prompt's comes near it."""
+"""SLD: guidance away from the prediction for a safety concept, only where the prompt's prediction is near it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ __all__ = ["SLD"]
 class SLD(Method):
     """Safe Latent Diffusion: subtracts a masked, smoothed direction towards the concept from the guidance.
 
-    At each step, with e_u the unconditional prediction (or that of the negative prompt), e_p the prompt's, e_S the
-    concept's and s_g the guidance scale, element by element:
+    e_u is the prediction for the unconditional text or the negative prompt, e_p for the prompt, e_S for the concept;
+    s_g is the guidance scale. At each step, element by element:
 
         mu    = min(1, s_S |e_p - e_S|)  where e_p - e_S < lambda, else 0
         gamma = mu (e_S - e_u) + s_m nu
@@ -31,44 +31,45 @@ class SLD(Method):
     Paper: P. Schramowski, M. Brack, B. Deiseroth, K. Kersting, 2023, "Safe Latent Diffusion: Mitigating Inappropriate
     Degeneration in Diffusion Models", CVPR, arXiv 2211.05105, equations 3 to 8.
 
-    Differs: mu is cut at 1 from above, as in the authors' code (the paper prints a maximum, which would multiply the
-    direction). `strength` is ours: 1 is the paper's form; s_S is no such scale, because mu reaches 1 where |e_p - e_S|
-    is 1 / s_S, so that above some 1000 it changes nothing. The warm-up is a fraction of the steps, the paper's count of
-    steps is for 50 of them: 10 steps are 0.2. Schedulers that call the denoiser twice in a step (PNDM, Heun, DPM2) do
-    not shorten it; the authors' code counts calls. `SLD.weak()` has s_S = 20 as diffusers has; the paper's
-    200 is `SLD.weak_paper()`. The concept's text is `concepts`, not the paper's list of harms. Phrases that do not fit
-    into one text make several, whose predictions are averaged. Where the network predicts v (SD 2.x), so do e_u, e_p
-    and e_S: a threshold on another scale. SD 3, FLUX and CogView4 predict a velocity, which guidance and gamma combine
-    the same way; lambda and s_S are in its units there, and nobody has calibrated them. FLUX needs true guidance
-    (`true_cfg_scale` above 1, a negative prompt). FLUX and CogView4 predict e_u in a call of its own, and SLD predicts
-    it again in the call of e_p. `guidance_rescale` takes its target from e_p - strength gamma.
+    Differs: mu is at most 1, as in the authors' code (the paper prints a maximum, which would amplify the direction).
+    `strength` is Efface's: 1 is the paper's form. s_S does not scale the effect: mu reaches 1 at |e_p - e_S| = 1 / s_S,
+    so values above about 1000 change nothing. The warm-up is a fraction of the steps. The paper counts steps of 50: 10
+    steps are 0.2. Schedulers that call the denoiser twice per step (PNDM, Heun, DPM2) do not shorten it; the authors'
+    code counts calls. `SLD.weak()` has diffusers' s_S = 20; `SLD.weak_paper()` has the paper's 200. The concept's text
+    is `concepts`, not the paper's list of harms. Phrases that do not fit into one text are split into several texts,
+    whose predictions are averaged. For v-prediction models (SD 2.x), e_u, e_p and e_S are v, so the threshold has
+    another scale. SD 3, FLUX and CogView4 predict a velocity, which guidance and gamma combine in the same way; lambda
+    and s_S have its unit and are not calibrated there. FLUX needs true guidance (`true_cfg_scale` above 1, a negative
+    prompt). FLUX and CogView4 predict e_u in a separate call, and SLD predicts it again in the call of e_p.
+    `guidance_rescale` takes its target from e_p - strength gamma.
 
-    If the prompt is the concept's own text, e_p = e_S and SLD does nothing, as in the paper: give it beside EIUP.
-    Several SLDs add up, each seeing the plain e_p. In the warm-up the concept is predicted only if s_m > 0 needs it.
+    If the prompt equals the concept's text, e_p = e_S and SLD has no effect, as in the paper; combine it with EIUP. The
+    edits of several SLDs add up; each uses the unedited e_p. During the warm-up, SLD predicts the concept only if s_m >
+    0.
 
     Args:
-        concepts: what to erase: names of shipped concepts, `Concept` objects, or a sequence of them; all their phrases
-            make one safety text, so few words are stronger than many.
-        strength: >= 0, the share of gamma that is subtracted. 0 is the plain pipeline, without rows of its own.
+        concepts: the concepts to erase: names of shipped concepts, `Concept` objects, or a sequence of them. All
+            phrases form one safety text, so few words have a stronger effect than many.
+        strength: >= 0, the factor of gamma. 0 is the base model, without further rows.
         sld_guidance_scale: s_S >= 0; the paper has 200, 1000, 2000, 5000.
-        threshold: lambda, in units of predicted noise; the paper has 0, 0.01, 0.025, 1. It is compared with the signed
-            difference; larger means that more is changed.
+        threshold: lambda, in units of predicted noise; the paper has 0, 0.01, 0.025, 1. Compared with the signed
+            difference; larger values change more elements.
         momentum_scale: s_m >= 0; the paper has 0, 0.3, 0.5, 0.5.
         momentum_beta: beta_m in [0, 1); the paper has 0, 0.4, 0.7, 0.7.
-        warmup: in [0, 1], the fraction of the steps before gamma is subtracted. The paper has 15, 10, 7 and 0 of 50
-            steps: 0.3, 0.2, 0.14, 0. Where the denoiser is called without the pipeline, the fraction of the noise.
+        warmup: in [0, 1], the fraction of the steps without gamma. The paper has 15, 10, 7 and 0 of 50 steps: 0.3, 0.2,
+            0.14, 0. For direct denoiser calls, the fraction of the noise levels.
         rows: one list of concepts per prompt of the batch, instead of `concepts` for all.
 
-    Shapes: predictions [B, C, h, w] (FLUX: [B, L, C]); one row more per conditional row, so a step costs 1.5 times as
-    much; on FLUX and CogView4 two rows more, so twice as much. A concept's text of another length than the prompt's
-    (CogView4, or embeddings that you give) has a denoiser call of its own.
+    Shapes: predictions [B, C, h, w] (FLUX: [B, L, C]). Adds one denoiser row per conditional row: a step costs 1.5
+    times a base step. On FLUX and CogView4 it adds two rows: 2 times. If the concept's text and the prompt differ in
+    length (CogView4, or given embeddings), it needs a separate denoiser call.
 
     Raises:
-        ValueError: unknown concept, a field out of range, no concept at all; on `apply`: a text encoder of another
-            model, a phrase without tokens or over the encoder's limit; during a call: guidance off, a model that is
-            distilled to do without, a batch without the unconditional rows, `rows` that are not as many as the prompts,
-            or SD 3's `skip_guidance_layers`.
-        TypeError: a pipeline of another family; `rows` or concepts that are no lists of concepts.
+        ValueError: a concept is unknown, a field is out of range, or there is no concept. On `apply`: the text encoder
+            belongs to another model, or a phrase has no tokens or is over the encoder's limit. During a call: guidance
+            is off, the model is guidance-distilled, the batch lacks the unconditional rows, the numbers of `rows` and
+            prompts differ, or the call has SD 3's `skip_guidance_layers`.
+        TypeError: the family of the pipeline is unknown, or `rows` or `concepts` are not lists of concepts.
 
     Example:
         >>> import efface
@@ -85,7 +86,7 @@ class SLD(Method):
     touches_uncond: ClassVar[bool] = False
     guides: ClassVar[bool] = True
     counts_steps: ClassVar[bool] = True
-    # Before the warm-up is over, the concept has to be predicted only for the momentum.
+    # During the warm-up, only the momentum needs the concept's prediction.
     window = computed(lambda self: (0.0 if self.momentum_scale else self.warmup, 1.0))
 
     concepts: ConceptsField = Converted(())
@@ -107,27 +108,27 @@ class SLD(Method):
 
     @classmethod
     def weak(cls, concepts: Concepts, **fields: Any) -> SLD:
-        """diffusers' setting of the name: ten times softer than the paper's."""
+        """diffusers' setting of this name, with a tenth of the paper's s_S."""
         return cls(concepts, **{**_setting(20, 0.0, 0.0, 0.0, 15), **fields})
 
     @classmethod
     def weak_paper(cls, concepts: Concepts, **fields: Any) -> SLD:
-        """Hyp-Weak."""
+        """The paper's Hyp-Weak."""
         return cls(concepts, **{**_setting(200, 0.0, 0.0, 0.0, 15), **fields})
 
     @classmethod
     def medium(cls, concepts: Concepts, **fields: Any) -> SLD:
-        """Hyp-Medium, the default."""
+        """The paper's Hyp-Medium, the default."""
         return cls(concepts, **{**_setting(1000, 0.01, 0.3, 0.4, 10), **fields})
 
     @classmethod
     def strong(cls, concepts: Concepts, **fields: Any) -> SLD:
-        """Hyp-Strong."""
+        """The paper's Hyp-Strong."""
         return cls(concepts, **{**_setting(2000, 0.025, 0.5, 0.7, 7), **fields})
 
     @classmethod
     def max(cls, concepts: Concepts, **fields: Any) -> SLD:
-        """Hyp-Max; pictures change a lot."""
+        """The paper's Hyp-Max, which changes pictures strongly."""
         return cls(concepts, **{**_setting(5000, 1.0, 0.5, 0.7, 0), **fields})
 
     def is_off(self) -> bool:

@@ -1,4 +1,4 @@
-"""GIE: EIUP with a weight for each concept token, fixed or predicted by a small adapter from the first step."""
+"""GIE: EIUP with one weight per concept token, fixed or predicted by a small adapter from the first step."""
 
 from .method import GIE
 

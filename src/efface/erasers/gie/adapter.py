@@ -1,4 +1,4 @@
-"""The network that predicts the weights of GIE, and its file."""
+"""The network that predicts GIE's weights, and its file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ... import files
 VERSION = "1"
 AGAIN = "Fit it again with GIE.fit."
 SHIPPED = {"emoji": Path(__file__).parents[2] / "models/emoji/weights/gie.safetensors"}
-"""Adapters that come with Efface, by the name of their model."""
+"""The adapters that ship with Efface, by the name of their model."""
 
 
 def network(layers: int) -> nn.Sequential:
@@ -27,15 +27,15 @@ def network(layers: int) -> nn.Sequential:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """Attention of a concept's tokens in the first step to the strengths that erase it.
+    """Maps the attention of a concept's tokens in the first step to strengths that erase it.
 
     Args:
-        net: from standardised features [..., layers] to a strength [..., 1].
-        mean, std: of the features in training, [layers].
-        layers: names of the cross-attention layers, in the order in which they run.
-        model: `efface.pipelines.model_hash` of the pipeline that it was trained on.
-        text_encoder: class name of its text encoder, to be told apart in errors.
-        facts: what training measured.
+        net: maps standardised features [..., layers] to a strength [..., 1].
+        mean, std: mean and standard deviation of the training features, [layers].
+        layers: names of the cross-attention layers, in execution order.
+        model: `efface.pipelines.model_hash` of the training pipeline.
+        text_encoder: class name of its text encoder, for error messages.
+        facts: measurements of the training.
     """
 
     net: nn.Sequential
@@ -52,23 +52,25 @@ class Adapter:
         return self.net(x)[..., 0].to(features.device)
 
     def check(self, model: str, layers: Sequence[str], *, ordered: bool = False) -> None:
-        """ValueError if it was trained on another model or other layers; `ordered`: run in another order."""
+        """Raises ValueError if the model or the layers differ from the training; if `ordered`, also if their order
+        differs."""
         mine, other = (tuple(names) if ordered else tuple(sorted(names)) for names in (self.layers, layers))
         if mine != other:
             pairs = zip_longest(mine, other, fillvalue="none")
             one, two = next(pair for pair in pairs if pair[0] != pair[1])
             raise ValueError(
-                f"The adapter was fitted on a model with {len(mine)} cross-attention layers ({self.text_encoder}), "
-                f"this pipeline has {len(other)}; the first that differ are {one!r} and {two!r}. Fit it again: GIE.fit."
+                f"The adapter was fitted on a model with {len(mine)} cross-attention layers ({self.text_encoder}), but "
+                f"this pipeline has {len(other)}; the first difference is {one!r} and {two!r}. Fit it again with "
+                "GIE.fit."
             )
         if model != self.model:
             raise ValueError(
-                f"The adapter was fitted on the model {self.model[:12]} ({self.text_encoder}), this pipeline is "
-                f"{model[:12]}. Its attention differs, so the adapter says nothing about it. Fit it again: GIE.fit."
+                f"The adapter was fitted on the model {self.model[:12]} ({self.text_encoder}), but this pipeline's "
+                f"model is {model[:12]}. Fit it again with GIE.fit."
             )
 
     def save(self, path: str | Path) -> Path:
-        """Writes one safetensors file with a JSON header."""
+        """Writes the adapter to a safetensors file with a JSON header."""
         header: dict[str, Any] = {"layers": self.layers, "model": self.model, "text_encoder": self.text_encoder}
         header |= {"facts": dict(self.facts)}
         tensors = {f"net.{name}": weight for name, weight in self.net.state_dict().items()}
@@ -81,16 +83,16 @@ class Adapter:
 
     @staticmethod
     def load(path: str | Path) -> Adapter:
-        """The adapter in a file, or the shipped one of that name.
+        """Loads an adapter from a file, or a shipped one by name.
 
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: not an adapter, or a damaged one.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is not an adapter, or is damaged.
         """
         name, path = str(path), SHIPPED.get(str(path), Path(path))
         if not files.there(path):
             if name in SHIPPED:
-                raise FileNotFoundError(f"{path} is missing: install efface again.")
+                raise FileNotFoundError(f"{path} is missing. Reinstall efface.")
             raise FileNotFoundError(
                 f"There is no adapter {path}. Make one with GIE.fit, or name a shipped one ({', '.join(SHIPPED)})."
             )
@@ -114,7 +116,7 @@ def _read(path: str, modified: int) -> Adapter:
         if not mean.shape == std.shape == (len(header["layers"]),) or not all(
             t.isfinite().all() for t in tensors.values()
         ):
-            raise ValueError("Its numbers are not finite, or not one for each layer.")
+            raise ValueError("its numbers are not finite, or not one per layer")
     except (KeyError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"{path} is a damaged GIE adapter ({error}). {AGAIN}") from error
     net.requires_grad_(False)

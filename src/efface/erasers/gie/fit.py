@@ -1,4 +1,4 @@
-"""How GIE's adapter is trained: a ladder of fixed strengths, a detector as judge, and a small regression."""
+"""Trains GIE's adapter with a ladder of fixed strengths, a detector as judge, and a small regression."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Faithful = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Row:
-    """One picture of the ladder: a prompt of a concept, and a seed."""
+    """One picture of the ladder: a prompt of a concept and a seed."""
 
     concept: Concept
     prompt: str
@@ -72,7 +72,7 @@ def fit_adapter(
     progress: Progress | None = None,
     **call: Any,
 ) -> Path:
-    """Draws and judges the ladder, trains the adapter and writes it; `GIE.fit` says what the settings mean."""
+    """Draws and judges the ladder, trains the adapter and writes it. `GIE.fit` explains the settings."""
     strengths = sorted({checks.number("strengths", s, 0) for s in strengths} - {0.0})
     rows = _rows(concepts, prompts, checks.tuning_seeds("seeds", seeds))
     held_out = checks.number("held_out", held_out, 0, 1, above=True, below=True)
@@ -89,14 +89,14 @@ def fit_adapter(
     for judge in judges.values():
         check_detector(judge)
     if out.is_dir():
-        raise ValueError(
-            f"Expected `out` to be a file, but {out} is a folder: add a name, such as adapter.safetensors."
-        )
+        raise ValueError(f"Expected `out` to be a file, got the folder {out}. Add a name, such as adapter.safetensors.")
     check_phrases(pipe, [phrase for concept in concepts for phrase in concept.phrases])
     standing = present(pipe)
     if standing["erasers"]:
         names = ", ".join(eraser["method"] for eraser in standing["erasers"])
-        raise ValueError(f"{names} is on, and would take part in the ladder. Call `handle.remove()` before `fit`.")
+        raise ValueError(
+            f"{names} is applied to the pipeline and would affect the ladder. Call `handle.remove()` before `fit`."
+        )
     setting = {
         "model": text_hash(pipe, unedited(pipe)),
         "concepts": [asdict(c) for c in concepts],
@@ -115,8 +115,8 @@ def fit_adapter(
             ladder.judge(gie, pipe, some, strengths, judge, like[concept.name], progress, call)
     if not any(ladder.content["judged"][r.key]["0"][0] for r in rows):
         raise ValueError(
-            f"The detector sees the concept in none of {len(rows)} pictures of the base model, so there is nothing to "
-            "learn. Give prompts that draw it, and a detector that knows it."
+            f"The detector sees the concept in none of {len(rows)} pictures of the base model. Give prompts that draw "
+            "it, and a detector that knows it."
         )
     features, targets, groups = ladder.samples(rows, strengths, fidelity)
     layers = tuple(ladder.content["layers"])
@@ -128,10 +128,10 @@ def fit_adapter(
 
 
 def _rows(concepts: Sequence[Concept], prompts: Prompts, seeds: Sequence[int]) -> list[Row]:
-    """All pictures of the ladder, a concept's prompts with each seed."""
+    """All pictures of the ladder: each concept's prompts with each seed."""
     if isinstance(prompts, str):
         raise TypeError(
-            f"Expected `prompts` to be a sequence of texts, or one for each concept's name, got "
+            f"Expected `prompts` to be a sequence of texts, or a mapping from concept names to these, got "
             f"{checks.shown(prompts)}. Write ({checks.shown(prompts)},)."
         )
     texts = {name: checks.texts("prompts", of) for name, of in _by_name("prompts", prompts, concepts).items()}
@@ -139,23 +139,26 @@ def _rows(concepts: Sequence[Concept], prompts: Prompts, seeds: Sequence[int]) -
 
 
 def _by_name(what: str, given: Any, concepts: Sequence[Concept]) -> dict[str, Any]:
-    """What is for each concept, by its name; one thing is for all."""
+    """Concept name to its thing. A single thing applies to all concepts."""
     names = [c.name for c in concepts]
     if not isinstance(given, Mapping):
         return dict.fromkeys(names, given)
     if differing := set(names) ^ given.keys():
-        raise ValueError(f"`{what}` and `concepts` should have the same names; they differ in {sorted(differing)}.")
+        raise ValueError(
+            f"Expected `{what}` and `concepts` to have the same names, got differences in {sorted(differing)}. Name "
+            "each concept once."
+        )
     return dict(given)
 
 
 @dataclass(frozen=True)
 class _Measuring(Method):
-    """Draws the base model's picture, and measures what the erasure prompts get in its first denoiser call."""
+    """Draws the base model's picture, and measures the erasure prompts' attention in its first denoiser call."""
 
     concepts: tuple[Concept, ...]
     see: Weigh
 
-    edits_attention: ClassVar[bool] = True  # so that the layers are watched
+    edits_attention: ClassVar[bool] = True  # enables watching the layers
     calls_denoiser: ClassVar[bool] = True
 
     def around(self, call: DenoiserCall, forward: Callable[[], Any]) -> Any:
@@ -165,9 +168,9 @@ class _Measuring(Method):
 
 
 class Ladder:
-    """The judgements in a JSON file, written after every batch.
+    """The judgements, which a JSON file stores after every batch.
 
-    `judged` holds for each row its `features` [tokens, layers] and for each strength the detector's score and the
+    `judged` holds, per row, its `features` [tokens, layers]; and per strength, the detector's score and the
     faithfulness.
     """
 
@@ -180,7 +183,7 @@ class Ladder:
             cure = "Delete it, and the same call draws the ladder again."
             self.content = schema.read(path, schema.Ladder, cure)
             if not all(row.get("features") and row.get("0") for row in self.content["judged"].values()):
-                raise ValueError(f"{path} is damaged: a row has no features, or no plain picture. {cure}")
+                raise ValueError(f"{path} is damaged, because a row lacks features or the base model's picture. {cure}")
             cure = "Delete it, or name another `out`."
             files.check_same(self.content["setting"], setting, f"{path} was judged with another setting", cure)
         else:
@@ -201,7 +204,7 @@ class Ladder:
         progress: Progress | None,
         call: dict[str, Any],
     ) -> None:
-        """Draws what is missing of one batch: each strength, and the base model's pictures, with their features."""
+        """Draws the missing pictures of one batch: each strength, and the base model's pictures with their features."""
         judged, concept = self.content["judged"], rows[0].concept
         missing = [s for s in strengths if any(f"{s:g}" not in judged.get(r.key, {}) for r in rows)]
         if not missing:
@@ -225,7 +228,7 @@ class Ladder:
 
         def keep(strength: float, images: Tensor) -> None:
             found, alike = detector(images), faithful(images, plain)
-            scores = found.float() if found.ndim == 1 else found.float().amax(0)  # the judge that sees most
+            scores = found.float() if found.ndim == 1 else found.float().amax(0)  # the judge with most detections
             for k, row in enumerate(rows):
                 judged[row.key][f"{strength:g}"] = [float(scores[k]), float(alike[k])]
             self.write()
@@ -241,9 +244,10 @@ class Ladder:
     def samples(
         self, rows: Sequence[Row], strengths: Sequence[float], fidelity: float
     ) -> tuple[Tensor, Tensor, list[int]]:
-        """Features [S, layers], the prompt's best strength [S] and the prompt's number, one for each row and token.
+        """Features [S, layers], the prompt's best strength [S] and the prompt's number, for each row and token.
 
-        The best strength has the least mean over seeds of score + fidelity (1 - faithfulness); of equals, the smallest.
+        The best strength has the smallest mean over seeds of score + fidelity (1 - faithfulness). Ties go to the
+        smallest strength.
         """
         by_prompt: dict[tuple[str, str], list[Row]] = {}
         for row in rows:
@@ -275,11 +279,11 @@ def train(
     most_epochs: int,
     seed: int,
 ) -> tuple[nn.Sequential, Tensor, Tensor, dict[str, Any]]:
-    """Huber loss, Adam at 1e-3, all samples in one batch; stops when the prompts held out get no better.
+    """Trains with Huber loss and Adam at 1e-3, all samples in one batch. Stops when the held-out loss stops improving.
 
     Returns:
-        The network at its best, mean and std of its inputs, and what was measured: the loss on the prompts held out,
-        and there the loss of always answering the median of the others.
+        The best network, the mean and standard deviation of its inputs, and measurements: the loss on the held-out
+        prompts, and the loss there of a constant prediction, the training median.
     """
     prompts = torch.tensor(sorted(set(groups)))
     generator = torch.Generator().manual_seed(seed)

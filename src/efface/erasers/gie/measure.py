@@ -1,4 +1,4 @@
-"""The attention that erasure prompts get in a picture without erasure, and the weights it gives their tokens."""
+"""Measures the attention to erasure prompts without an edit, and computes their tokens' weights."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Weigh = Callable[[Tensor, tuple[str, ...]], Tensor]
 
 
 def measured(call: DenoiserCall, weigh: Weigh) -> tuple[Tensor, ...]:
-    """Weights of each erasure prompt's tokens, N times [B, tokens], from one denoiser call without any method.
+    """The weights of each erasure prompt's tokens, N times [B, tokens], from one denoiser call without any method.
 
     Args:
         call: the first denoiser call of a picture.
-        weigh: from features [B, tokens, layers], and the layers in the order in which they ran.
+        weigh: computes weights from features [B, tokens, layers] and the layers in execution order.
     """
     masses: dict[str, tuple[Tensor, ...]] = {}
 

@@ -1,4 +1,4 @@
-"""The method itself; its weights, its second picture and its official values stand in files of their own."""
+"""The method. Other files hold its weights, its second trajectory and its official values."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from .fit import Detectors, Prompts
 
 Values = Literal["paper", "official"]
-COPIED, QUERIES = 0.4, 256  # of the code: self-attention maps are copied in the first 40 % of steps, up to 16 x 16
+COPIED, QUERIES = 0.4, 256  # as in the code: copies self-attention maps in the first 40 % of steps, up to 16 x 16
 
 
 @dataclass(frozen=True)
 class GIE(Method):
-    """Inserts the concept's re-weighted attention maps as growth inhibitors beside the prompt's.
+    """Inserts the concept's re-weighted attention maps as growth inhibitors, in addition to the prompt's maps.
 
     In each cross-attention layer, with `A(q, X)` the softmax of the image queries against the keys of text X, P the
     user's prompt, E the erasure prompt and C its own tokens:
@@ -43,50 +43,50 @@ class GIE(Method):
     first step.
 
     Paper: D. Chen, Z. Li, M. Fan, C. Chen, W. Zhou et al., 2025, "Growth Inhibitors for Suppressing Inappropriate Image
-    Concepts in Diffusion Models", ICLR 2025, arXiv 2408.01014 v2. Its equations could not be read and have no numbers
-    here; the formula is its algorithm, the window and the sizes of the adapter are those of its public code.
+    Concepts in Diffusion Models", ICLR 2025, arXiv 2408.01014 v2. Its equations were not available, so there are no
+    equation numbers. The formula is its algorithm. The window and the adapter's sizes come from its public code.
 
     Differs: `values="paper"` in one trajectory is the algorithm of the paper. The public code differs from it.
-    `values="official"`: the prompt's values come from the text of prompt and concept joined. The end token becomes the
-    concept's first word in context, and one padding column is dropped per concept token. `trajectories=2`: a second
-    trajectory draws the base model's picture, in a second denoiser call per step. The prompt's maps come from there.
-    In the first 40 % of the steps its self-attention up to 256 queries is copied. With both (`GIE.official`) the
-    concept's tokens stay part of the prompt after the window, as in the code; else the prompt is drawn without an edit
-    then. The second trajectory takes the scheduler's default step: with `eta`, or a scheduler that draws noise, it is
-    another picture. The published adapter's weights and its training are not available: `GIE.fit` trains one with a
-    detector instead of a language model as judge. Its inputs are standardised, and its weights never positive. Features
-    are measured without injection, not with weight 1. Where no start token soaks up attention (emoji, PixArt) the
-    features are the same softmax, which adds up to 1 over the text's tokens; a gated one was not tried. Several erasure
-    prompts act independently: their terms add up. SDXL's pooled text embedding does not pass cross-attention and is not
-    edited.
+    `values="official"` takes the prompt's values from prompt and concept encoded together. The end token becomes the
+    concept's first word in context, and one padding column is dropped per concept token. `trajectories=2` draws the
+    base model's picture in a second trajectory, with a second denoiser call per step. The prompt's maps come from
+    there, and in the first 40 % of the steps also its self-attention up to 256 queries. With both (`GIE.official`) the
+    concept's tokens stay in the prompt after the window, as in the code; otherwise the prompt is unedited after the
+    window. The second trajectory uses the scheduler's default step: with `eta`, or a scheduler that draws noise, it is
+    another picture. The published adapter's weights and training are not available: `GIE.fit` trains one with a
+    detector as judge instead of a language model. It standardises its inputs, and its weights are never positive.
+    Features are measured without injection, not with weight 1. If no start token absorbs attention (emoji, PixArt), the
+    features are the same softmax, with sum 1 over the text's tokens; a gated softmax was not tried. The terms of
+    several erasure prompts add up. SDXL's pooled text embedding does not pass cross-attention and is not edited.
 
     Args:
-        concepts: what to erase: names of shipped concepts, `Concept` objects, or a sequence of them. The phrases of a
-            concept are packed into as few erasure prompts as fit the encoder.
-        strength: >= 0; the weight -w of each concept token, or with an adapter the factor on what it predicts. 0 is the
-            base model, if the values are the paper's. The paper's fixed weight is not known.
-        window: (start, end), the part of the trajectory in which it acts, as fractions; `GIE.paper` has (0, 0.8).
-            With two trajectories it counts denoiser calls as the code does, of N steps those from `int(start (N + 1))`
-            to below `int(end (N + 1))`.
-        values: "paper" or "official"; official needs a causal text encoder, and prompt and concept in one text.
-        trajectories: 1, or 2 for the code's form, which needs a pipeline's call and is not compiled.
-        adapter: a file written by `GIE.fit`, for this model; "emoji" is the one that comes with that model; None for a
-            fixed weight.
+        concepts: the concepts to erase: names of shipped concepts, `Concept` objects, or a sequence of them. The
+            phrases of a concept are packed into as few erasure prompts as fit the encoder.
+        strength: >= 0; the weight -w of each concept token, or, with an adapter, the factor of its prediction. 0 is the
+            base model with the paper's values. The paper's fixed weight is unknown.
+        window: (start, end), the part of the trajectory with the edit, as fractions; `GIE.paper` has (0, 0.8). With two
+            trajectories it counts denoiser calls as in the code: of N steps, those from `int(start (N + 1))` to below
+            `int(end (N + 1))`.
+        values: "paper" or "official". "official" needs a causal text encoder, and the prompt and the erasure prompt
+            encoded together.
+        trajectories: 1, or 2 for the code's form, which needs pipeline calls and a denoiser that is not compiled.
+        adapter: a file that `GIE.fit` wrote for this model, or "emoji" for the shipped adapter of that model. None for
+            a fixed weight.
         rows: one list of concepts per prompt of the batch, instead of `concepts` for all.
 
     Shapes: queries and outputs [B, Q, C] on conditional rows, text [1, L, D], features [B, tokens, layers], weights
     [B, tokens]. Unconditional rows are never edited.
 
     Raises:
-        ValueError: unknown concept or values, negative strength, a window outside [0, 1], trajectories other than 1 or
-            2, no concept; on `apply`: a pipeline without cross-attention or with a text encoder of another model, fused
-            projections, a phrase without tokens or over the encoder's limit; an adapter of another model or layer list;
-            official values on a bidirectional text encoder; two trajectories in inpainting or on PixArt, which does not
-            tell its guidance scale; an adapter or two trajectories with a compiled denoiser; in a call: `rows` that are
-            not as many as the prompts; official values without the prompt's text, or where both do not fit into one;
-            two trajectories with `guidance_rescale`, or where the denoiser is called by itself.
-        TypeError: a pipeline of another family; `rows` or concepts that are not lists of concepts.
-        FileNotFoundError: no such adapter.
+        ValueError: a concept or `values` is unknown, `strength` is negative, `window` is outside [0, 1], `trajectories`
+            is not 1 or 2, or there is no concept. On `apply`: the pipeline has no cross-attention, fused projections or
+            another model's text encoder; a phrase has no tokens or is over the encoder's limit; the adapter belongs to
+            another model or other layers; official values meet a bidirectional text encoder; two trajectories meet
+            inpainting, or PixArt, which does not expose its guidance scale; an adapter or two trajectories meet a
+            compiled denoiser. In a call: the numbers of `rows` and prompts differ; official values lack the prompt's
+            text or room for both texts; two trajectories meet `guidance_rescale` or a direct denoiser call.
+        TypeError: the family of the pipeline is unknown, or `rows` or `concepts` are not lists of concepts.
+        FileNotFoundError: the adapter does not exist.
 
     Example:
         >>> import efface
@@ -131,7 +131,7 @@ class GIE(Method):
 
     @classmethod
     def official(cls, concepts: Concepts, strength: float = 1.0, **fields: Any) -> GIE:
-        """What the public code computes: its values, its two trajectories and its window."""
+        """The form of the public code: its values, two trajectories and window."""
         return cls(concepts, strength, window=(0.0, 0.8), values="official", trajectories=2, **fields)
 
     @classmethod
@@ -147,40 +147,42 @@ class GIE(Method):
     ) -> GIE:
         """Trains an adapter on this pipeline, without labels, and returns GIE with it.
 
-        For each prompt and tuning seed a ladder of fixed strengths is drawn. A picture's loss is the detector's score
-        plus `fidelity` times what it has lost of the base model's picture. The adapter learns to predict a prompt's
-        best strength from the features of its tokens. A fifth of the prompts is held out and stops the training.
+        Draws a ladder of fixed strengths for each prompt and tuning seed. A picture's loss is the detector's score plus
+        `fidelity` times its loss of the base model's content. The adapter learns to predict a prompt's best strength
+        from the features of its tokens. A held-out fifth of the prompts stops the training.
 
         Args:
-            pipe: the pipeline; the adapter is for its model only.
-            concepts: what to erase, one at a time.
-            prompts: at least 5 texts, some that draw the concept and some that must not change; or texts by the name of
-                each concept.
-            detector: says whether the concept is there (`efface.Detector`); or one by the name of each concept.
-            out: the adapter's file. Judgements are kept in `<out>.ladder.json`, batch by batch: after a kill, the same
-                call continues there.
+            pipe: the pipeline. The adapter fits only its model.
+            concepts: the concepts to erase, one at a time.
+            prompts: at least 5 texts, some that draw the concept and some that the erasure should not change; or a
+                mapping from concept names to texts.
+            detector: an `efface.Detector` of the concept; or a mapping from concept names to detectors.
+            out: the adapter's file. `<out>.ladder.json` stores the judgements batch by batch, so the same call
+                continues after a kill.
             how: the settings below, and further arguments of the pipeline, such as `num_inference_steps`.
 
         The settings are:
 
         - `strengths` (0.5 to 8): the ladder; 0, the base model's picture, is always part of it.
-        - `seeds`: of each prompt's pictures, all below 10,000.
-        - `faithful` (`efface.pictures.likeness`): from pictures and the base model's [N, 3, H, W] to [N] in [0, 1]; or
-          one by the name of each concept.
-        - `fidelity` (0.5): what losing all of the base model's picture costs, where showing the concept costs 1.
+        - `seeds`: the seeds of each prompt's pictures, all below 10,000.
+        - `faithful` (`efface.pictures.likeness`): maps pictures and the base model's [N, 3, H, W] to [N] in [0, 1]; or
+        a mapping from concept names to such functions.
+        - `fidelity` (0.5): the cost of losing all content of the base model's picture, relative to the cost 1 of
+        showing the concept.
         - `held_out` (0.2): the share of prompts that stops the training.
         - `batch` (16): pictures per pipeline call.
-        - `patience` (200 epochs), `most_epochs` (5,000), `seed` (0): of the training.
-        - `progress`: called with what is drawn and the number of pictures since the last call.
+        - `patience` (200 epochs), `most_epochs` (5,000), `seed` (0): settings of the training.
+        - `progress`: called with the task and the number of pictures since the last call.
 
         Returns:
             GIE with the adapter, for all concepts.
 
         Raises:
-            ValueError: too few prompts, a setting out of range, seeds that are not tuning seeds, or a concept without
-                prompts, detector or `faithful`. An `out` that is a folder. Judgements that are damaged or of another
-                setting. Run-time erasers that are on. A detector that sees the concept in no picture of the base model.
-            TypeError: prompts that are not a sequence of texts, or a detector without a name.
+            ValueError: there are too few prompts, a setting is out of range, the seeds are not tuning seeds, or a
+                concept lacks prompts, detector or `faithful`; `out` is a folder; the stored judgements are damaged or
+                have other settings; run-time erasers are applied; the detector sees the concept in no picture of the
+                base model.
+            TypeError: `prompts` is not a sequence of texts, or a detector has no name.
 
         Example:
             >>> import tempfile
@@ -197,7 +199,7 @@ class GIE(Method):
         return cls(concepts, adapter=adapter)
 
     def _needs(self) -> tuple[str, ...]:
-        """Official values take the prompt's tokens from a longer text, so a prefix has to keep its states."""
+        """Official values read the prompt's tokens in a longer text, so a prefix has to keep its states."""
         more = {"causal_text": self.values == "official", "guidance_scale": self.trajectories == 2}
         return ("cross_text", *(need for need, needed in more.items() if needed))
 
@@ -230,7 +232,7 @@ class GIE(Method):
             memory["joined"] = joined(pipe, call.prompts, erasure_prompts, **call.settings)
 
     def around(self, call: DenoiserCall, forward: Callable[[], Any]) -> Any:
-        if call.pipe is None:  # nothing is known of the prompts, and each call is a first one
+        if call.pipe is None:  # the prompts are unknown, so each call counts as a first one
             for name in ("joined", "weights"):
                 call.memory.pop(name, None)
         if self.measures and call.erasure_prompts() and len(call.prompt) and "weights" not in call.memory:
@@ -240,9 +242,9 @@ class GIE(Method):
         return forward()
 
     def weigh(self, features: Tensor, layers: tuple[str, ...]) -> Tensor:
-        """Weights [B, tokens] of an erasure prompt's own tokens from the attention that they get, [B, tokens, layers].
+        """The weights [B, tokens] of an erasure prompt's own tokens, from the attention to them, [B, tokens, layers].
 
-        `layers` are the names of the cross-attention layers in the order in which they ran.
+        `layers` are the names of the cross-attention layers in execution order.
         """
         adapter = Adapter.load(str(self.adapter))
         adapter.check(adapter.model, layers, ordered=True)

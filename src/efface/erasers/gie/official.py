@@ -1,4 +1,4 @@
-"""What the public code of GIE takes from the text of prompt and concept joined.
+"""The official values of GIE's public code, from prompt and concept encoded together.
 
 With n tokens of the prompt and m of the concept, the code's text of L columns is:
 
@@ -7,7 +7,7 @@ With n tokens of the prompt and m of the concept, the code's text of L columns i
 - the next column, as the end token: the joined text's column n + 1;
 - the rest: the joined text's columns from n + m + 2 on.
 
-The prompt's maps go with it: column n + 1 is the end token, columns n + 2 to n + m + 1 are dropped.
+The prompt's maps change accordingly: column n + 1 is the end token, columns n + 2 to n + m + 1 are dropped.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Joined:
-    """Each prompt with each erasure prompt behind it: `states` [N, B, L, D]; `lengths` [B] of the prompts in tokens."""
+    """Each prompt followed by each erasure prompt: `states` [N, B, L, D]; `lengths` [B] of the prompts in tokens."""
 
     states: Tensor
     lengths: Tensor
 
 
 def joined(pipe: DiffusionPipeline, prompts: Sequence[str], erasure_prompts: Sequence[str], **settings: Any) -> Joined:
-    """Prompts and erasure prompts joined and encoded.
+    """Joins and encodes prompts and erasure prompts.
 
     Raises:
-        ValueError: two texts whose tokens change when they are joined, or that do not fit into one.
+        ValueError: the tokens of two texts change when joined, or the joined text is too long.
     """
     pairs, lengths = [], []
     for text, prompt in itertools.product(erasure_prompts, prompts):
@@ -59,7 +59,7 @@ def joined(pipe: DiffusionPipeline, prompts: Sequence[str], erasure_prompts: Seq
 
 
 def swapped(cross: CrossAttention, prompts: ErasurePrompts) -> Tensor:
-    """What the prompt's maps put out with the official values, less what they do with its own: [B, Q, C]."""
+    """The output of the prompt's maps with the official values, minus that with its own values: [B, Q, C]."""
     prompt, joins, lengths = _official(cross, prompts)
     key, value = cross.keys_values(prompt)
     difference = torch.zeros_like(value)
@@ -71,7 +71,7 @@ def swapped(cross: CrossAttention, prompts: ErasurePrompts) -> Tensor:
 
 
 def afterwards(cross: CrossAttention, prompts: ErasurePrompts) -> Tensor:
-    """What the text with the concept inserted puts out, less what the prompt does: the code's last steps."""
+    """The output for the text with the inserted concept, minus that for the prompt, as in the code's last steps."""
     prompt, joins, lengths = _official(cross, prompts)
     change = torch.zeros_like(cross.query)
     for text, columns, of_rows in zip(prompts.text.states, prompts.token_columns, joins, strict=True):
@@ -87,7 +87,9 @@ def afterwards(cross: CrossAttention, prompts: ErasurePrompts) -> Tensor:
 def _official(cross: CrossAttention, prompts: ErasurePrompts) -> tuple[Tensor, Tensor, Tensor]:
     """The prompts of the rows [B, L, D], joined with each erasure prompt [N, B, L, D], and their lengths [B]."""
     if cross.prompt is None or "joined" not in cross.memory:
-        raise ValueError('values="official" needs the text of each prompt. Call the pipeline with `prompt` alone.')
+        raise ValueError(
+            'values="official" needs the text of each prompt. Call the pipeline with `prompt`, without embeddings.'
+        )
     found: Joined = cross.memory["joined"]
     states = found.states[list(prompts.which)]
     if prompts.at is not None:

@@ -1,4 +1,4 @@
-"""The picture without erasure, drawn from the same noise while the erased one is drawn."""
+"""The second trajectory: the base model's picture, drawn from the same noise in parallel."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Trajectory:
-    """The latents of the other picture, and what the layers computed for it in the present step.
+    """The latents of the second picture, and its layer outputs in the current step.
 
     Args:
-        call: the present denoiser call.
-        latents: [B, C, h, w], before the present step.
-        scheduler: a copy of the pipeline's.
-        number: of this denoiser call, from 0 on; -1 before the first.
-        layers: by name, what each layer computed.
+        call: the current denoiser call.
+        latents: [B, C, h, w], before the current step.
+        scheduler: a copy of the pipeline's scheduler.
+        number: the number of this denoiser call, from 0 on; -1 before the first.
+        layers: name to the output of each layer.
     """
 
     call: DenoiserCall
@@ -37,24 +37,23 @@ class Trajectory:
 
     @property
     def steps(self) -> int:
-        """How many steps the pipeline was asked for."""
+        """The number of steps in the pipeline call."""
         return int(self.scheduler.num_inference_steps)
 
     @classmethod
     def of(cls, call: DenoiserCall) -> Trajectory:
-        """The one that the method's memory has, or a new one that begins where the denoiser's sample is.
+        """The trajectory in the method's memory, or a new one that starts at the denoiser's sample.
 
         Raises:
-            ValueError: the denoiser was called by itself, without its conditional rows, or with rescaled guidance.
+            ValueError: the denoiser was called directly, without its conditional rows, or with rescaled guidance.
         """
         pipe = call.pipe
         if pipe is None or call.first not in (0, len(call.prompt)):
             raise ValueError(
-                "Two trajectories need a call of the pipeline, with guidance in the same denoiser call. Use one "
-                "trajectory."
+                "Two trajectories need a pipeline call with guidance in the same denoiser call. Use one trajectory."
             )
         if getattr(pipe, "guidance_rescale", 0.0):
-            raise ValueError("Two trajectories know no `guidance_rescale`. Leave it 0, or use one trajectory.")
+            raise ValueError("Two trajectories do not support `guidance_rescale`. Leave it 0, or use one trajectory.")
         if "trajectory" not in call.memory:
             scheduler = copy.deepcopy(pipe.scheduler)
             scale = copy.deepcopy(scheduler).scale_model_input(torch.ones_like(call.sample[:1]), call.timestep)
@@ -66,7 +65,7 @@ class Trajectory:
         return found
 
     def step(self) -> None:
-        """Takes the picture one step further, and keeps what its layers compute."""
+        """Advances the picture by one step, and stores its layer outputs."""
         self.number += 1
         self.layers.clear()
         call, time = self.call, self.call.timestep
@@ -78,13 +77,13 @@ class Trajectory:
         self.latents = self.scheduler.step(prediction, time, self.latents, return_dict=False)[0]
 
     def cross(self, present: CrossAttention, prompts: ErasurePrompts) -> tuple[CrossAttention, Tensor]:
-        """A cross-attention layer with the query of the other picture, and what it puts out more there [B, Q, C].
+        """A cross-attention layer with the second picture's query, and the difference of its output there [B, Q, C].
 
-        `present` is the layer in the picture that is erased, on the rows of the erasure prompts.
+        `present` is the layer in the erased picture, on the rows of the erasure prompts.
         """
         there = self.layers[present.name]
         if present.output is None or there.output is None:
-            raise ValueError(f"Layer {present.name!r} has no output. Two trajectories work on conditional rows only.")
+            raise ValueError(f"Layer {present.name!r} has no output in the second trajectory. Use one trajectory.")
         query, output = prompts.on_rows(there.query), prompts.on_rows(there.output)
         return replace(present, query=query, output=output), output - present.output
 
@@ -92,19 +91,19 @@ class Trajectory:
         """The query and key [B, Q, C] of a self-attention layer."""
         there = self.layers[layer]
         if not isinstance(there, SelfAttention) or there.key is None:
-            raise ValueError(f"Layer {layer!r} was not seen as self-attention. Use one trajectory.")
+            raise ValueError(f"Layer {layer!r} did not run as self-attention. Use one trajectory.")
         return prompts.on_rows(there.query), prompts.on_rows(there.key)
 
 
 def check_trajectory(pipe: DiffusionPipeline) -> None:
-    """ValueError if a second picture cannot be drawn with this pipeline's."""
+    """Raises ValueError if the pipeline does not support a second trajectory."""
     if not hasattr(type(pipe), "guidance_scale"):
         raise ValueError(
-            f"Two trajectories need the guidance scale of the call, but {family(pipe).name} pipelines do not tell it. "
+            f"Two trajectories need the guidance scale of the call, which {family(pipe).name} pipelines do not expose. "
             "Use one trajectory."
         )
     if "mask_image" in inspect.signature(type(pipe).__call__).parameters:
         raise ValueError(
-            f"Two trajectories draw the base model's picture too, but {type(pipe).__name__} puts the given picture "
-            "back in after each step, which would not reach it. Use one trajectory."
+            f"Two trajectories also draw the base model's picture, but {type(pipe).__name__} inserts the given picture "
+            "only into the first one after each step. Use one trajectory."
         )
