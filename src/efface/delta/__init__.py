@@ -1,4 +1,4 @@
-"""What editors learn: `Delta`, on and off a pipeline, in arithmetic and in files."""
+"""`Delta`, the result of an editor: applying, removing, arithmetic and files."""
 
 from .applied import check_written, forget, handles, unedited
 from .delta import Delta, active, present

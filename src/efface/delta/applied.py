@@ -1,4 +1,4 @@
-"""The deltas that are on a pipeline: put on, checked, changed, copied and taken off."""
+"""The deltas on a pipeline: applying, checking, changing, copying and removing them."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from .overlay import OVERLAYS, Changes, Overlay
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-FIRST = "check_inputs"  # the method that a call of a pipeline begins with
+FIRST = "check_inputs"  # the first method of a pipeline call
 
 
 class AppliedDelta(Hidden):
-    """A delta that is on a pipeline.
+    """An applied delta.
 
-    It stands in for the pipeline's first method, below what run-time erasers and earlier deltas put there. So each call
-    begins with the check that the pipeline still has the modules that the delta is on.
+    It wraps the pipeline's first method, inside the wrappers of run-time erasers and earlier deltas. So each call first
+    checks that the pipeline still has the modules with the delta.
 
     Args:
-        delta: at its present strength, which a handle changes.
-        pipe: what it was applied to; None for a copy of the modules alone.
+        delta: the delta at its current strength, which a handle changes.
+        pipe: its pipeline. None for a copy of the modules alone.
     """
 
     pipe: Any  # a weak reference
@@ -38,21 +38,21 @@ class AppliedDelta(Hidden):
     def __init__(self, delta: Changes, pipe: DiffusionPipeline | None) -> None:
         self.delta, self.name, self.hidden = delta, FIRST, None
         self.pipe = (lambda: None) if pipe is None else weakref.ref(pipe)
-        self.modules: list[Callable[[], Any]] = []  # a pipeline can be freed with deltas on
+        self.modules: list[Callable[[], Any]] = []  # a pipeline with deltas can be freed
         self.listed = True
 
     @property
     def parts(self) -> list[str]:
-        """What it edits, such as "unet"."""
+        """The edited parts, such as "unet"."""
         return list(dict.fromkeys(name.partition(".")[0] for name in self.delta.weights))
 
     def overlays(self) -> list[Overlay]:
-        """Those that have the delta on."""
+        """The overlays with this delta."""
         found = [OVERLAYS[module] for ref in self.modules if (module := ref()) in OVERLAYS]
         return [overlay for overlay in found if self in overlay.on]
 
     def put(self) -> Handle:
-        """Puts the delta on the pipeline, or leaves nothing if that breaks half way."""
+        """Applies the delta. If this fails, nothing stays applied."""
         pipe = self.pipe()
         modules = {name: part(pipe, name) for name in self.parts}
         for name, module in modules.items():
@@ -75,14 +75,14 @@ class AppliedDelta(Hidden):
         return Handle(self.delta, self.change, self.remove)
 
     def change(self, delta: Changes) -> None:
-        """Puts the delta with another strength in its place.
+        """Replaces the delta by one with another strength.
 
         Raises:
-            ValueError: it is off, or its weights cannot be written now.
-            RuntimeError: something else has changed what it edits.
+            ValueError: the delta was removed, or its weights cannot be written now.
+            RuntimeError: other code changed the edited weights.
         """
         if not self.listed:
-            raise ValueError("This delta is no longer on. Apply it again to change it.")
+            raise ValueError("This delta was already removed. Apply it again to change it.")
         overlays = self.overlays()
         for overlay in overlays:
             overlay.check()
@@ -90,11 +90,11 @@ class AppliedDelta(Hidden):
             self.delta = delta
 
     def remove(self) -> None:
-        """Takes the delta off.
+        """Removes the delta.
 
         Raises:
             ValueError: its weights cannot be written now.
-            RuntimeError: something else has changed what it edits.
+            RuntimeError: other code changed the edited weights.
         """
         overlays = self.overlays()
         for overlay in overlays:
@@ -106,7 +106,7 @@ class AppliedDelta(Hidden):
 
     @contextmanager
     def _rewriting(self, overlays: Sequence[Overlay]) -> Iterator[None]:
-        """Writes the modules anew after the block. If that breaks, everything stays as before."""
+        """Writes the modules again after the block. If this fails, everything stays as before."""
         delta, before = self.delta, [overlay.on for overlay in overlays]
         try:
             yield
@@ -125,7 +125,7 @@ class AppliedDelta(Hidden):
                     overlay.release()
 
     def leave(self) -> None:
-        """Gives the pipeline its first method back; a shallow copy of it keeps this one, which does nothing more."""
+        """Restores the pipeline's first method. A shallow copy keeps this wrapper, which then has no effect."""
         self.listed, pipe = False, self.pipe()
         for above in stand_ins(pipe) if pipe is not None else ():
             if above.hidden is self:
@@ -136,7 +136,7 @@ class AppliedDelta(Hidden):
                 setattr(pipe, FIRST, self.hidden)
 
     def check(self) -> None:
-        """Raises RuntimeError unless the delta is in effect on the modules that the pipeline has now."""
+        """Raises RuntimeError unless the delta is in effect on the pipeline's current modules."""
         pipe = self.pipe()
         for name in self.parts if self.listed else ():
             called = getattr(pipe, name, None)
@@ -162,7 +162,7 @@ class AppliedDelta(Hidden):
 
 
 def stand_ins(pipe: DiffusionPipeline) -> list[Hidden]:
-    """What stands in for the first method, the outermost first, without what a shallow copy has from its original."""
+    """The wrappers of the first method, outermost first, without those that a shallow copy has from its original."""
     wake(pipe)
     found, below = [], vars(pipe).get(FIRST)
     while isinstance(below, Hidden) and below.pipe() is pipe:
@@ -172,31 +172,31 @@ def stand_ins(pipe: DiffusionPipeline) -> list[Hidden]:
 
 
 def overlays(pipe: DiffusionPipeline) -> list[Overlay]:
-    """Those of the pipeline's modules that have deltas on."""
+    """The overlays of the pipeline's modules with deltas."""
     modules = [part(pipe, name) for name, module in pipe.components.items() if isinstance(module, nn.Module)]
     return [OVERLAYS[module] for module in modules if module in OVERLAYS]
 
 
 def entries(pipe: DiffusionPipeline) -> list[AppliedDelta]:
-    """The deltas that are on the pipeline's modules, in the order in which they were applied."""
+    """The deltas on the pipeline's modules, in the order of application."""
     found = [entry for overlay in overlays(pipe) for entry in overlay.on if isinstance(entry, AppliedDelta)]
     return list(dict.fromkeys(found))
 
 
 def _all(pipe: DiffusionPipeline) -> list[AppliedDelta]:
-    """Also those whose modules the pipeline no longer has."""
+    """All deltas, also those whose modules the pipeline no longer has."""
     return list(dict.fromkeys([*entries(pipe), *(each for each in stand_ins(pipe) if isinstance(each, AppliedDelta))]))
 
 
 def check_written(pipe: DiffusionPipeline) -> None:
-    """Raises if the deltas that are on are not in effect as they were applied.
+    """Raises unless the applied deltas are in effect.
 
-    It compares at most 4096 elements of each edited tensor, bit for bit. LoRAs (PEFT) may be fused and unfused, and the
-    model moved and cast.
+    Compares at most 4096 elements of each edited tensor, bit by bit. Accepts LoRAs (PEFT) that were fused or unfused,
+    and a moved or cast model.
 
     Raises:
-        RuntimeError: the pipeline has another module than the one that a delta edits, or `load_state_dict` or something
-            else has written to an edited tensor. The message names it, with the cure.
+        RuntimeError: the pipeline has another module than the edited one, or other code, such as `load_state_dict`,
+            wrote to an edited tensor. The message names the tensor and the cure.
     """
     for each in stand_ins(pipe):
         if isinstance(each, AppliedDelta):
@@ -206,9 +206,9 @@ def check_written(pipe: DiffusionPipeline) -> None:
 
 
 def forget(pipe: DiffusionPipeline) -> None:
-    """Takes all deltas off the list and leaves the weights as they are now, which become the model's own.
+    """Forgets all deltas. The current weights become the model's own.
 
-    Use it after something else has changed the weights, so that nothing can be put back. The handles then do nothing.
+    Use it after other code changed the weights, so that they cannot be restored. The handles then have no effect.
     """
     for each in _all(pipe):
         each.leave()
@@ -217,14 +217,14 @@ def forget(pipe: DiffusionPipeline) -> None:
 
 
 def handles(pipe: DiffusionPipeline) -> list[Handle]:
-    """A handle for each delta that is on, in the order in which they were applied.
+    """One handle per applied delta, in the order of application.
 
-    Use it for lost handles, and for a copy made by `copy.deepcopy`, which has the original's deltas without handles. A
-    delta whose module was replaced is listed too.
+    Use it for lost handles, and for a copy from `copy.deepcopy`, which has the original's deltas without handles. The
+    list includes deltas whose module was replaced.
     """
     return [each.handle() for each in _all(pipe)]
 
 
 def unedited(pipe: DiffusionPipeline) -> dict[str, Tensor]:
-    """The model's own values of what deltas have changed just now, by canonical name."""
+    """The model's own values of the tensors that deltas change, by canonical name."""
     return {name: own for overlay in overlays(pipe) for name, own in overlay.own().items()}

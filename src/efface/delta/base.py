@@ -1,4 +1,4 @@
-"""Which model a delta belongs to: fingerprints of the model's own values of what the delta changes."""
+"""Identifies the base model of a delta by fingerprints of the model's own values of the changed tensors."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("float64", "float32", "float16", "bfloat16")
 Base: TypeAlias = Mapping[str, Mapping[str, str]]
-"""Precision to parameter name to sha256 of the value at that precision."""
+"""Precision to parameter name to SHA-256 of the value at that precision."""
 
 
 def model_name(pipe: DiffusionPipeline) -> str:
-    """What to call the model: a hub id, the name of its folder (not where it lies), or its family."""
+    """The model's name: a hub id, the name of its folder without the path, or its family."""
     name = pipe.name_or_path
     return (Path(name).name if name and Path(name).exists() else name) or family(pipe).name
 
 
 def own_values(pipe: DiffusionPipeline, weights: Mapping[str, Change]) -> dict[str, Tensor]:
-    """The model's own values (no delta on) of what `weights` changes.
+    """The model's own values, without deltas, of the tensors in `weights`.
 
     Raises:
-        ValueError: the pipeline has no such tensor, or one that cannot be edited, or one of another shape.
+        ValueError: the pipeline lacks a tensor, or the tensor cannot be edited or has another shape.
     """
     overlaid, own = unedited(pipe), {}
     for name, change in weights.items():
@@ -41,14 +41,14 @@ def own_values(pipe: DiffusionPipeline, weights: Mapping[str, Change]) -> dict[s
         own[name] = overlaid.get(name, weight(part(pipe, prefix), path))
         if own[name].shape != change.shape:
             raise ValueError(
-                f"{name!r} is changed as {list(change.shape)}, but it is {list(own[name].shape)}. Another architecture "
-                "needs a fit of its own."
+                f"Expected a change of {name!r} with shape {list(own[name].shape)}, got {list(change.shape)}. Fit the "
+                "delta again for this architecture."
             )
     return own
 
 
 def base_of(values: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
-    """Fingerprints of these values at their own precision and all narrower ones."""
+    """Fingerprints of these values at their precision and all narrower ones."""
     known = PRECISIONS[min(map(_place, values.values())) :]
     return {precision: _fingerprints(values, precision) for precision in known}
 
@@ -59,33 +59,33 @@ def combined(fingerprints: Mapping[str, str]) -> str:
 
 
 def base_hash(base: Base) -> str:
-    """One hash over the values at the precision of the fit; "" if the model is not known."""
+    """One hash over the values at the precision of the fit; "" if the model is unknown."""
     return combined(next(iter(base.values()))) if base else ""
 
 
 def lacks(base: Base, weights: Mapping[str, Change]) -> str:
-    """What of the changed weights the base has no hash of, in words; "" if it has all."""
+    """Names a changed weight without a hash in the base; "" if all have one."""
     missing = [name for hashes in base.values() for name in weights.keys() - hashes.keys()]
     return f"the value of {min(missing)!r} in it" if missing else "" if base else "its weights"
 
 
 def check_base(pipe: DiffusionPipeline, weights: Mapping[str, Change], base: Base, model: str) -> None:
-    """Raises unless the pipeline's model is the one that `base` describes.
+    """Raises unless `base` describes the pipeline's model.
 
     Raises:
-        ValueError: a base that does not describe all weights; other shapes or values. The message names both models.
+        ValueError: `base` does not describe all weights, or shapes or values differ. The message names both models.
     """
     if what := lacks(base, weights):
         raise ValueError(
-            f"The delta does not say which model it belongs to: its `base` has no hash of {what}, and it would change "
-            "any model. Make it by an editor's `fit`, or with `Delta.fitted`."
+            f"The delta does not identify its base model, because its `base` has no hash of {what}. Make it with an "
+            "editor's `fit`, or with `Delta.fitted`."
         )
     try:
         own = own_values(pipe, weights)
     except ValueError as error:
         raise ValueError(
-            f"The delta was fitted on {model!r} (base hash {base_hash(base)[:16]}) and does not fit this pipeline, "
-            f"{model_name(pipe)!r}: {error}"
+            f"The delta was fitted on {model!r} (base hash {base_hash(base)[:16]}) and does not match this pipeline, "
+            f"{model_name(pipe)!r}. {error}"
         ) from error
     narrow = PRECISIONS[max(map(_place, own.values()))]
     precision = narrow if narrow in base else next(iter(base))
@@ -94,20 +94,20 @@ def check_base(pipe: DiffusionPipeline, weights: Mapping[str, Change], base: Bas
     if differ:
         raise ValueError(
             f"The delta was fitted on {model!r} (base hash {combined(want)[:16]}), but this pipeline is "
-            f"{model_name(pipe)!r} ({combined(got)[:16]}): {len(differ)} of {len(want)} weights differ, the first is "
-            f"{differ[0]!r}. Load the model it was fitted on, or fit it again."
+            f"{model_name(pipe)!r} ({combined(got)[:16]}); {len(differ)} of {len(want)} weights differ, first "
+            f"{differ[0]!r}. Load the delta's base model, or fit it again."
         )
 
 
 def common_base(a: Base, b: Base) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """The base of a sum, at the precisions that both know; and the names in which the two models differ."""
+    """The base of a sum, at the precisions of both; and the names of differing weights."""
     both = [precision for precision in a if precision in b]
     differ = [name for p in both for name, value in b[p].items() if a[p].get(name, value) != value]
     return {precision: {**a[precision], **b[precision]} for precision in both}, differ
 
 
 def _fingerprints(values: Mapping[str, Tensor], precision: str) -> dict[str, str]:
-    """sha256 of the shape and bytes of each tensor, rounded to a precision."""
+    """SHA-256 of the shape and bytes of each tensor, rounded to a precision."""
     found = {}
     for name, value in values.items():
         rounded = value.detach().to("cpu", getattr(torch, precision)).contiguous()
@@ -118,5 +118,5 @@ def _fingerprints(values: Mapping[str, Tensor], precision: str) -> dict[str, str
 
 
 def _place(value: Tensor) -> int:
-    """Where the tensor's precision stands in `PRECISIONS`."""
+    """The index of the tensor's precision in `PRECISIONS`."""
     return PRECISIONS.index(str(value.dtype).removeprefix("torch."))

@@ -1,4 +1,4 @@
-"""`Delta`: what an editor learned, as a value that is an eraser, adds and scales, and lies in one file."""
+"""`Delta`, the result of an editor: an eraser that supports addition and scaling and is stored in one file."""
 
 from __future__ import annotations
 
@@ -29,33 +29,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Delta:
-    """What an editor learned: changes of weights, the model they belong to, and how they came about.
+    """The result of an editor: changes of weights, their base model, and their origin.
 
-    It is an eraser: `apply` adds the changes to the pipeline's weights and returns a handle that takes them off. While
-    it is on, LoRAs may be fused and unfused, and the model cast, moved, compiled and deep-copied. Other changes of the
-    weights are errors, and so is another module in the pipeline: in the pipeline's calls and on any use of the handle.
+    A delta is an eraser: `apply` adds the changes to the pipeline's weights, and returns a handle that removes them.
+    While it is applied, LoRAs may be fused and unfused, and the model cast, moved, compiled and deep-copied. Any other
+    change of the weights or modules raises an error in pipeline calls and on use of the handle.
 
     Args:
         weights: canonical parameter name, such as "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight",
-            to its change: `Factors` where it is of low rank (and they are smaller), else a tensor of its shape.
+            to its change: `Factors` if these are smaller, otherwise a tensor of its shape.
         method: the editor's name.
         fields: the editor's fields, as JSON types.
-        concepts: what it erases.
+        concepts: the erased concepts.
         seed: the seed of the fit.
-        model: what the base model is called.
-        base: precision to parameter name to sha256 of the model's own value (no delta on), at the precision of the fit
-            and all narrower ones: a delta fitted in float32 fits the same model loaded in float16.
-        after: deltas that were on during the fit, hash to strength: it is of use on top of them only.
-        versions: of the software.
-        info: what else the editor has to say, as JSON types: errors, norms, losses.
+        model: the name of the base model.
+        base: precision to parameter name to SHA-256 of the model's own value, at the precision of the fit and all
+            narrower ones. So a delta fitted in float32 matches the same model in float16.
+        after: the deltas that were applied during the fit, hash to strength. The delta requires them.
+        versions: software versions.
+        info: further facts from the editor as JSON types: errors, norms, losses.
         strength: >= 0, the factor on all changes; 0 is the base model.
 
     Raises:
-        ValueError: changes that are empty or not finite, or a negative strength; on `apply`: no base, another base
-            model (the error names both), weights that are quantised, fused or offloaded, a missing delta of `after`, or
-            the delta is on already.
-        RuntimeError: while a delta is on, from its handle, from `apply` and in the pipeline's calls: something else has
-            changed weights that the delta edits, or replaced their module. Nothing is touched (see `check_written`).
+        ValueError: the changes are empty or not finite, or `strength` is negative. On `apply`: `base` is missing, the
+            base model differs (the error names both), weights are quantised, fused or offloaded, a delta of `after` is
+            missing, or the delta is already applied.
+        RuntimeError: other code changed edited weights or replaced their module. Handles, `apply` and pipeline calls
+            raise it, and change nothing (see `check_written`).
 
     Example:
         >>> import efface
@@ -89,12 +89,11 @@ class Delta:
         object.__setattr__(self, "concepts", as_concepts(self.concepts))
         object.__setattr__(self, "strength", checks.number("strength", self.strength, 0))
         if not self.weights:
-            raise ValueError("A delta needs at least one changed weight, but got none. Fit one with an editor.")
+            raise ValueError("Expected at least one changed weight, got none. Fit a delta with an editor.")
         for name, change in self.weights.items():
             if not all(bool(t.isfinite().all()) for t in tensors(change)):
                 raise ValueError(
-                    f"The change of {name!r} has values that are not finite, and would make the model draw noise. Fit "
-                    "it again with gentler settings."
+                    f"The change of {name!r} has values that are not finite. Fit it again with gentler settings."
                 )
 
     @classmethod
@@ -108,18 +107,18 @@ class Delta:
         seed: int = 0,
         info: Mapping[str, Any] | None = None,
     ) -> Delta:
-        """The delta that an editor hands back.
+        """Makes the delta that an editor returns.
 
         Args:
             editor: the editor, a dataclass.
-            pipe: the pipeline that it was fitted on, with the deltas on that it was fitted on top of.
-            weights: the changes from what `pipe` has now.
-            concepts: what it erases.
+            pipe: the pipeline of the fit, with the deltas that were applied during the fit.
+            weights: the changes from the current weights of `pipe`.
+            concepts: the erased concepts.
             seed: the seed of the fit.
-            info: what else the editor has to say, as JSON types.
+            info: further facts from the editor, as JSON types.
 
         Raises:
-            ValueError: changes that do not fit the pipeline's weights, or are not finite.
+            ValueError: the changes do not match the pipeline's weights, or are not finite.
         """
         settings = config(editor)
         return cls(
@@ -148,30 +147,31 @@ class Delta:
     # ---- on a pipeline
 
     def apply(self, pipe: DiffusionPipeline) -> Handle:
-        """Takes effect immediately. The handle takes it off again, and is also a context manager.
+        """Applies the delta immediately. The handle removes it again, and is also a context manager.
 
         Raises:
-            ValueError: as `check`; the delta is on already, alone or in a sum.
-            RuntimeError: something else has changed what deltas that are on edit (see `check_written`).
+            ValueError: as `check`, or the delta is already applied, alone or in a sum.
+            RuntimeError: other code changed weights that applied deltas edit (see `check_written`).
         """
         check_written(pipe)
         self.check(pipe)
         if any(self._has(delta) for delta in active(pipe)):
             raise ValueError(
-                f"The delta {self.hash[:16]} is on already, alone or in a sum, and its change would count twice. Set "
-                "the `strength` of the handle that is on, or remove it first."
+                f"The delta {self.hash[:16]} is already applied, alone or in a sum, and its change would count twice. "
+                "Set the `strength` of its handle, or remove it first."
             )
         return AppliedDelta(self, pipe).put()
 
     def _has(self, other: Delta) -> bool:
-        """Whether the two are one delta, or one of them is a sum with the other in it."""
+        """Whether the two deltas are equal, or one is a sum that contains the other."""
         return self.hash in _within(other.config()) or other.hash in _within(self.config())
 
     def check(self, pipe: DiffusionPipeline) -> None:
-        """Raises unless the delta belongs to this pipeline's model, and what it was fitted on top of is on.
+        """Raises unless the delta matches the pipeline's model, and the deltas of `after` are applied.
 
         Raises:
-            ValueError: no base or another base model, weights that cannot be edited, or a missing delta of `after`.
+            ValueError: `base` is missing, the base model differs, weights cannot be edited, or a delta of `after` is
+                missing.
         """
         check_base(pipe, self.weights, self.base, self.model)
         on = {delta.hash: delta.strength for delta in active(pipe)}
@@ -180,22 +180,25 @@ class Delta:
                 state = f"on at {on[earlier]:g}" if earlier in on else "not on"
                 raise ValueError(
                     f"The delta was fitted on top of the delta {earlier[:16]} at strength {strength:g}, which is "
-                    f"{state}. Apply that first, as in efface.stack(pipe, earlier, this)."
+                    f"{state}. Apply that one first, as in efface.stack(pipe, earlier, this)."
                 )
 
     def merge(self, pipe: DiffusionPipeline) -> None:
-        """Adds the changes to the pipeline's weights for good; `pipe.save_pretrained` then writes an ordinary model.
+        """Adds the changes to the pipeline's weights permanently. `pipe.save_pretrained` then writes an ordinary model.
 
         Raises:
-            ValueError: deltas are on (they would be saved too, or lost); otherwise as `apply`.
+            ValueError: deltas are applied, or as `apply`.
         """
         if active(pipe):
-            raise ValueError("A delta is on. Remove its handle before merging; to merge several, merge their sum.")
+            raise ValueError(
+                "The pipeline has an applied delta. Remove its handle before merging, or merge the sum of several "
+                "deltas."
+            )
         self.apply(pipe)
         forget(pipe)
 
     def config(self) -> dict[str, Any]:
-        """What a record stores: all but the numbers, with their hash."""
+        """The facts for records: everything except the tensors, and their hash."""
         return self._header() | {"base": self.base_hash, "hash": self.hash}
 
     # ---- arithmetic on the changes
@@ -214,29 +217,28 @@ class Delta:
         return self * -1.0
 
     def __add__(self, other: Delta) -> Delta:
-        """Both changes, at their present strengths, as one delta of strength 1.
+        """The sum of both changes, at their current strengths, as one delta of strength 1.
 
         Raises:
-            ValueError: the deltas belong to different models, one of them does not know its model, or one is in the
-                other. Twice a delta is `2 * delta`.
+            ValueError: the base models differ, one is unknown, or one delta contains the other. Write `2 * delta` to
+                double a delta.
         """
         if not isinstance(other, Delta):
             return NotImplemented
         if self._has(other):
             raise ValueError(
-                f"The delta {other.hash[:16]} would be added to itself, alone or in a sum, and its change would count "
-                "twice. Scale it instead, as in `2 * delta`."
+                f"Both sides contain the delta {other.hash[:16]}, and its change would count twice. Scale it instead, "
+                "as in `2 * delta`."
             )
         if not (self.base and other.base):
             raise ValueError(
-                "One of the deltas does not know which model it belongs to (`base` is empty), and neither would their "
-                "sum. Make it with `Delta.fitted`."
+                "One of the deltas does not identify its base model (`base` is empty). Make it with `Delta.fitted`."
             )
         base, differ = common_base(self.base, other.base)
         if differ:
             raise ValueError(
                 f"The deltas were fitted on different models, {self.model!r} ({self.base_hash[:16]}) and "
-                f"{other.model!r} ({other.base_hash[:16]}): {differ[0]!r} differs. Fit them on one model."
+                f"{other.model!r} ({other.base_hash[:16]}), which differ in {differ[0]!r}. Fit them on one model."
             )
         weights: dict[str, Change] = {}
         for delta in (self, other):
@@ -259,10 +261,10 @@ class Delta:
         return self + -other if isinstance(other, Delta) else NotImplemented
 
     def truncated(self, rank: int) -> Delta:
-        """Every change at most of this rank; `info["truncated"]` has the relative errors. Vectors stay dense.
+        """Limits every change to this rank. `info["truncated"]` has the relative errors. Vectors stay dense.
 
         Raises:
-            ValueError: a rank below 1.
+            ValueError: `rank` is below 1.
         """
         made = {n: truncate(c, rank) if len(c.shape) in (2, 4) else (c, 0.0) for n, c in self.weights.items()}
         sizes = {name: float(dense(change).norm()) for name, change in self.weights.items()}
@@ -280,12 +282,12 @@ class Delta:
 
     @property
     def base_hash(self) -> str:
-        """One hash over the model's own values of what is changed, at the precision of the fit."""
+        """One hash over the model's own values of the changed tensors, at the precision of the fit."""
         return base_hash(self.base)
 
     @cached_property
     def hash(self) -> str:
-        """sha256 over names, shapes and values of the changes (not the strength), the base, and `after`."""
+        """SHA-256 over names, shapes and values of the changes (not the strength), the base, and `after`."""
         digest = hashlib.sha256(json.dumps([self.base_hash, sorted(self.after.items())]).encode())
         for name, change in sorted(self.weights.items()):
             for tensor in tensors(change):
@@ -294,57 +296,57 @@ class Delta:
         return digest.hexdigest()
 
     def _header(self) -> dict[str, Any]:
-        """All but the numbers, as JSON types."""
+        """Everything except the tensors, as JSON types."""
         found = {name: getattr(self, name) for name in field_names(self) if name != "weights"}
         found["concepts"] = [asdict(c) for c in self.concepts]
         as_json: dict[str, Any] = json.loads(json.dumps(found))
         return as_json
 
     def save(self, path: str | Path) -> None:
-        """Writes one safetensors file: the factors or tensors, and everything else as JSON in its header.
+        """Writes one safetensors file: the factors or tensors, and everything else as JSON in the header.
 
-        The file appears whole or not at all.
+        The file appears completely or not at all.
 
         Raises:
-            OSError: the file cannot be written, as on a full disk. An older one stays.
+            OSError: the file cannot be written, for example on a full disk. An older file stays.
         """
         file.save(path, self.weights, self._header())
 
     @classmethod
     def load(cls, path: str | Path) -> Delta:
-        """Reads a file that `save` has written.
+        """Reads a file that `save` wrote.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is cut short, damaged, of a newer version, something else than a delta, or does not say which
-                model it belongs to.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is incomplete, damaged, of a newer version, not a delta, or does not identify its base
+                model.
         """
         return file.load(path, cls)
 
     def export(
         self, path: str | Path, layout: Layout = "diffusers", rank: int | None = None, dtype: torch.dtype | None = None
     ) -> float:
-        """Writes a LoRA for other tools, at the present strength, and returns its relative error.
+        """Writes a LoRA for other tools, at the current strength, and returns its relative error.
 
         Args:
             path: the safetensors file.
-            layout: "diffusers", for `pipe.load_lora_weights` (PEFT), or "kohya", for A1111 and ComfyUI (diffusers reads
-                it too).
-            rank: the largest rank of a change. None loses nothing, but makes a large file of dense changes.
-            dtype: of the file; None: float32 for diffusers, float16 for kohya.
+            layout: "diffusers", for `pipe.load_lora_weights` (PEFT), or "kohya", for A1111 and ComfyUI (diffusers also
+                reads it).
+            rank: the largest rank of a change. None loses nothing, but gives large files for dense changes.
+            dtype: dtype of the file. None: float32 for diffusers, float16 for kohya.
 
         Raises:
-            ValueError: what a LoRA cannot hold: biases and norms, parts other than the UNet; a delta that needs others
-                under it; an unknown layout or a rank below 1.
+            ValueError: the delta has changes that a LoRA cannot hold (biases, norms, parts other than the UNet) or
+                requires other deltas; `layout` is unknown, or `rank` is below 1.
             OSError: the file cannot be written.
         """
         if self.after:
-            raise ValueError("This delta needs others under it. Export the sum of all: (earlier + this).export(...).")
+            raise ValueError("This delta requires others. Export the sum of all: (earlier + this).export(...).")
         return export(path, self.weights, self.strength, layout, rank, dtype, self.method)
 
 
 def _within(config: Mapping[str, Any]) -> dict[str, float]:
-    """The hash of a delta and of all that it is a sum of, with their strengths, from what records store."""
+    """The hashes of a delta and of its summands, with their strengths, from a record."""
     found = {config["hash"]: config["strength"]}
     for part in config["info"].get("sum of", ()):
         found |= {name: config["strength"] * strength for name, strength in _within(part).items()}
@@ -352,12 +354,13 @@ def _within(config: Mapping[str, Any]) -> dict[str, float]:
 
 
 def active(pipe: DiffusionPipeline) -> list[Delta]:
-    """The deltas that are on, in the order in which they were applied."""
+    """The applied deltas, in the order of application."""
     return [entry.delta for entry in entries(pipe) if isinstance(entry.delta, Delta)]
 
 
 def present(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """What shapes a pipeline's pictures apart from its weights, as JSON types: scheduler, deltas, erasers and LoRAs."""
+    """The facts that affect a pipeline's pictures besides its weights, as JSON types: scheduler, deltas, erasers and
+    LoRAs."""
     site = SITES.get(denoiser_of(pipe))
     schedule = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
     found = {

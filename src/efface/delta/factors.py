@@ -1,4 +1,4 @@
-"""The change of one tensor, dense or as two thin factors: functions of tensors, which know no model and no file."""
+"""The change of one tensor, dense or as two thin factors. These functions know no model and no file."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """A change of low rank: dW = B A.
+    """A low-rank change: dW = B A.
 
     Args:
         B: [out, r].
         A: [r, in], or [r, in, h, w] for a convolution.
 
     Raises:
-        ValueError: other shapes.
+        ValueError: the shapes do not match.
     """
 
     B: Tensor
@@ -28,7 +28,7 @@ class Factors:
     def __post_init__(self) -> None:
         if self.B.ndim != 2 or self.A.ndim not in (2, 4) or self.B.shape[1] != self.A.shape[0]:
             raise ValueError(
-                f"Expected factors B [out, r] and A [r, in] or [r, in, h, w], but got {list(self.B.shape)} and "
+                f"Expected factors B [out, r] and A [r, in] or [r, in, h, w], got {list(self.B.shape)} and "
                 f"{list(self.A.shape)}. Give both the same rank r."
             )
 
@@ -53,12 +53,12 @@ def dense(change: Change) -> Tensor:
 
 
 def tensors(change: Change) -> tuple[Tensor, ...]:
-    """What a change consists of: B and A, or the dense tensor."""
+    """The tensors of a change: B and A, or the dense tensor."""
     return (change.B, change.A) if isinstance(change, Factors) else (change,)
 
 
 def each(change: Change, function: Callable[[Tensor], Tensor]) -> Change:
-    """The change with `function` applied to its tensors, such as a move to another device."""
+    """Applies `function` to the tensors of a change, for example to move it to another device."""
     return Factors(function(change.B), function(change.A)) if isinstance(change, Factors) else function(change)
 
 
@@ -68,7 +68,7 @@ def scaled(change: Change, by: float) -> Change:
 
 
 def added(a: Change, b: Change) -> Change:
-    """The sum of two changes; factors stay factors."""
+    """The sum of two changes. Factors stay factors."""
     if isinstance(a, Factors) and isinstance(b, Factors):
         if torch.equal(a.A, b.A):
             return Factors(a.B + b.B, a.A)
@@ -77,23 +77,22 @@ def added(a: Change, b: Change) -> Change:
 
 
 def truncate(change: Change, rank: int | None = None) -> tuple[Factors, float]:
-    """The nearest change of lower rank, and its relative error (Frobenius norm).
+    """The nearest change of limited rank, and its relative error (Frobenius norm).
 
     The rank is that of the [out, in] matrix. Factors are truncated without making that matrix.
 
     Args:
         change: a matrix, a convolution, or factors.
-        rank: the largest rank to keep; None: the rank that the change has. Factors that meet it come back unchanged.
+        rank: the largest rank. None: the rank of the change. Factors within the limit stay unchanged.
 
     Raises:
-        ValueError: a rank below 1, or a change without a rank, such as that of a bias.
+        ValueError: `rank` is below 1, or the change has no rank, such as that of a bias.
     """
     if rank is not None and rank < 1:
-        raise ValueError(f"Expected a rank of at least 1, but got {rank}. Give a larger one.")
+        raise ValueError(f"Expected a rank >= 1, got {rank}. Give a larger one.")
     if len(change.shape) not in (2, 4):
         raise ValueError(
-            f"Expected a matrix or a convolution, but got a tensor {list(change.shape)}, which has no rank. Leave "
-            "it dense."
+            f"Expected a matrix or a convolution, got a tensor {list(change.shape)}, which has no rank. Leave it dense."
         )
     if isinstance(change, Factors):
         if rank is None or change.rank <= rank:
@@ -104,7 +103,7 @@ def truncate(change: Change, rank: int | None = None) -> tuple[Factors, float]:
     else:
         u, s, v = torch.linalg.svd(change.flatten(1).double(), full_matrices=False)
         dtype = change.dtype
-    rest = (s * s).flip(0).cumsum(0).flip(0).sqrt()  # rest[k]: what is lost at rank k
+    rest = (s * s).flip(0).cumsum(0).flip(0).sqrt()  # rest[k]: the loss at rank k
     if rank is None:
         rank = max(1, int((rest > 0).sum()))
     error = float(rest[rank] / rest[0]) if rank < len(s) and rest[0] > 0 else 0.0

@@ -1,4 +1,4 @@
-"""The file of a delta: safetensors, with everything but the tensors as JSON in the header."""
+"""The file of a delta: safetensors, with everything except the tensors as JSON in the header."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .factors import Change, Factors
 
 HEADER, FORMAT = "efface", 1
 DTYPES = ("float64", "float32", "float16", "bfloat16")
-ANEW = "Make it anew with `efface fit`."
+ANEW = "Make it again with `efface fit`."
 T = TypeVar("T")
 
 
@@ -24,7 +24,7 @@ def save(path: str | Path, weights: Mapping[str, Change], header: Mapping[str, A
     """Writes the changes, with a header of JSON types.
 
     Raises:
-        OSError: the file cannot be written. An older one stays.
+        OSError: the file cannot be written. An older file stays.
     """
     tensors: dict[str, Tensor] = {}
     for name, change in weights.items():
@@ -36,29 +36,29 @@ def save(path: str | Path, weights: Mapping[str, Change], header: Mapping[str, A
 
 
 def load(path: str | Path, make: Callable[..., T]) -> T:
-    """Reads what `save` has written and hands it to `make`: the changes, and the header as keywords.
+    """Reads a file that `save` wrote, and calls `make` with the changes, and the header as keywords.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is cut short, damaged, of a newer version or not a delta, or does not say which model it belongs
-            to.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is incomplete, damaged, of a newer version or not a delta, or does not identify its base
+            model.
     """
     from .. import schema
 
     path = Path(path)
     if not files.there(path):
-        raise FileNotFoundError(f"There is no delta {path}: make one with `efface fit`.")
+        raise FileNotFoundError(f"There is no delta {path}. Make one with `efface fit`.")
     metadata, tensors = files.read_tensors(path, ANEW)
     text = metadata.get(HEADER, "")
-    if not text.startswith("{"):  # such as that of a GIE adapter, or a LoRA
+    if not text.startswith("{"):  # such as a GIE adapter or a LoRA
         raise ValueError(
-            f"{path} is a safetensors file, but not a delta of Efface. Give what `efface fit` wrote; load a LoRA "
+            f"{path} is a safetensors file, but not a delta of Efface. Give a file from `efface fit`; load a LoRA "
             "with pipe.load_lora_weights, and an adapter with GIE(adapter=...)."
         )
     header = files.json_of(text, f"the header of {path}", ANEW, nan=True)
     if header.get("format") != FORMAT:
         found = checks.shown(header.get("format"))
-        raise ValueError(f"{path} has format {found}, but this version reads {FORMAT}. Update Efface.")
+        raise ValueError(f"Expected format {FORMAT} in {path}, got {found}. Update Efface.")
     schema.check(header, schema.DeltaHeader, path, ANEW)
     del header["format"]
     if strange := [name for name, t in tensors.items() if str(t.dtype).removeprefix("torch.") not in DTYPES]:
@@ -72,10 +72,10 @@ def load(path: str | Path, make: Callable[..., T]) -> T:
         made = make(weights, **header)
         what = lacks(header.get("base", {}), weights)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a whole delta ({error}). {ANEW}") from error
+        raise ValueError(f"{path} is not a complete delta ({error}). {ANEW}") from error
     if what:
         raise ValueError(
-            f"{path} does not say which model it belongs to: its header has no hash of {what}, and it would change any "
-            "model. Make it anew with `efface fit`."
+            f"{path} does not identify its base model, because its header has no hash of {what}. Make it again with "
+            "`efface fit`."
         )
     return made

@@ -1,4 +1,4 @@
-"""A delta's weights as a LoRA for other tools, and how far the file is from them."""
+"""Exports a delta's weights as a LoRA for other tools, and measures the error."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def export(
     dtype: torch.dtype | None = None,
     method: str = "",
 ) -> float:
-    """Writes the file and returns its relative error; for the arguments see `Delta.export`.
+    """Writes the file, and returns its relative error. See `Delta.export` for the arguments.
 
     Raises:
-        ValueError: an unknown layout, a rank below 1, or changes that a LoRA cannot hold.
-        OSError: the file cannot be written. An older one stays.
+        ValueError: `layout` is unknown, `rank` is below 1, or a LoRA cannot hold the changes.
+        OSError: the file cannot be written. An older file stays.
     """
     if layout not in get_args(Layout):
-        raise ValueError(f"Expected `layout` to be 'diffusers' or 'kohya', but got {layout!r}.")
+        raise ValueError(f"Expected `layout` to be 'diffusers' or 'kohya', got {layout!r:.80}. Give one of the two.")
     wrong = [n for n, c in weights.items() if not (n.startswith("unet.") and len(c.shape) in (2, 4))]
     if wrong:
         raise ValueError(
-            f"A LoRA holds matrices and convolutions of the UNet, but {len(wrong)} of the {len(weights)} changes are "
-            f"others, such as {wrong[0]!r}. Fit without `biases`, or merge the delta and save the whole model."
+            f"Expected changes of matrices and convolutions of the UNet, got {len(wrong)} others of {len(weights)}, "
+            f"such as {wrong[0]!r}. Fit without `biases`, or merge the delta and save the complete model."
         )
     if layout == "kohya" and (unread := next((n for n in weights if ".add_embedding." in n), None)):
         raise ValueError(
@@ -46,7 +46,7 @@ def export(
     dtype = dtype or (torch.float32 if layout == "diffusers" else torch.float16)
     factors = {name.removesuffix(".weight"): truncate(change, rank)[0] for name, change in weights.items()}
     ranks = {module.removeprefix("unet."): each.rank for module, each in factors.items()}
-    alpha = float(torch.tensor(max(ranks.values()), dtype=dtype))  # as the file will say
+    alpha = float(torch.tensor(max(ranks.values()), dtype=dtype))  # as stored in the file
     tensors: dict[str, Tensor] = {}
     lost = whole = 0.0
     for (module, change), given in zip(factors.items(), weights.values(), strict=True):
@@ -66,7 +66,7 @@ def export(
 def _named(module: str, b: Tensor, a: Tensor, layout: Layout, alpha: float) -> dict[str, Tensor]:
     """The factors of one module under the layout's names.
 
-    kohya: every module has the same `alpha`, because diffusers takes one for all; a tool scales by alpha / rank.
+    kohya: every module has the same `alpha`, because diffusers reads one for all. Tools scale by alpha / rank.
     """
     up = b if a.ndim == 2 else b[:, :, None, None]
     if layout == "diffusers":
@@ -77,7 +77,7 @@ def _named(module: str, b: Tensor, a: Tensor, layout: Layout, alpha: float) -> d
 
 
 def _peft(ranks: Mapping[str, int]) -> dict[str, Any]:
-    """The fields of PEFT's `LoraConfig`, as diffusers keeps them in a file: every module has its rank as alpha."""
+    """The fields of PEFT's `LoraConfig`, as diffusers stores them. Every module has its rank as alpha."""
     r = max(ranks.values())
     others = {module: rank for module, rank in ranks.items() if rank != r}
     config = {"r": r, "lora_alpha": r, "rank_pattern": others, "alpha_pattern": others, "target_modules": sorted(ranks)}
@@ -85,7 +85,7 @@ def _peft(ranks: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _balanced(change: Factors, strength: float) -> tuple[Tensor, Tensor]:
-    """B and A with columns and rows of like size, so that they fit into half precision."""
+    """B and A with columns and rows of similar size, so that they fit into half precision."""
     b, a = change.B.double() * strength, change.A.double()
     left, right = b.norm(dim=0), a.flatten(1).norm(dim=1)
     by = torch.where((left > 0) & (right > 0), (right / left.clamp_min(1e-300)).sqrt(), torch.ones_like(left))

@@ -1,7 +1,7 @@
-"""A module with deltas on: its weights are its own values, exactly, plus the sum of the changes.
+"""A module with deltas: its weights are exactly its own values plus the sum of the changes.
 
-They are made anew on each change, so deltas come off in any order, and the last one leaves the module as it was, to the
-bit.
+Each change computes the weights again. So deltas can be removed in any order, and without deltas the module is bitwise
+the original.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .watch import Seal, Watch, differing
 
 
 class Changes(Protocol):
-    """What an overlay knows of a delta: its changes, by canonical parameter name, and how much of them is added."""
+    """An overlay's view of a delta: its changes by canonical parameter name, and their factor."""
 
     @property
     def weights(self) -> Mapping[str, Change]: ...
@@ -30,7 +30,7 @@ class Changes(Protocol):
 
 
 class Listed(Protocol):
-    """A delta that is on, at its present strength, and its modules."""
+    """An applied delta at its current strength, and its modules."""
 
     delta: Changes
     modules: list[Callable[[], Any]]
@@ -38,12 +38,12 @@ class Listed(Protocol):
 
 @dataclass(frozen=True)
 class _Kept:
-    """What is known about an edited tensor.
+    """The facts on an edited tensor.
 
     Args:
-        own: its value without any delta.
-        fused: the LoRAs (PEFT) that were fused into that value.
-        seal: what the tensor holds now.
+        own: its value without deltas.
+        fused: the LoRAs (PEFT) that are fused into that value.
+        seal: a seal of its current content.
     """
 
     own: Tensor
@@ -52,11 +52,11 @@ class _Kept:
 
 
 class Overlay(Watch):
-    """A module with deltas on, and the hook that checks it.
+    """A module with deltas, and the hook that checks it.
 
     Args:
         module: a part of a pipeline.
-        name: of that part, such as "unet".
+        name: the name of that part, such as "unet".
     """
 
     def __init__(self, module: nn.Module, name: str) -> None:
@@ -64,16 +64,16 @@ class Overlay(Watch):
         self.module: Callable[[], Any] = weakref.ref(module)
         self.name = name
         self.on: Sequence[Listed] = ()
-        self.kept: dict[str, _Kept] = {}  # by path inside the module
-        self.loaded: set[str] = set()  # paths that `load_state_dict` has written to since
+        self.kept: dict[str, _Kept] = {}  # by path in the module
+        self.loaded: set[str] = set()  # paths that `load_state_dict` wrote to since then
         OVERLAYS[module] = self
 
     def own(self) -> dict[str, Tensor]:
-        """By canonical name, the edited tensors without any delta."""
+        """The edited tensors without deltas, by canonical name."""
         return {f"{self.name}.{path}": self._own(path) for path in self.kept}
 
     def _own(self, path: str) -> Tensor:
-        """A tensor's own value, with the LoRAs that are fused into it now."""
+        """A tensor's own value, with the currently fused LoRAs."""
         kept = self.kept[path]
         changes, now = _fused_since(self.module(), path, kept.fused)
         if now == kept.fused:
@@ -84,10 +84,10 @@ class Overlay(Watch):
         return value
 
     def write(self, names: Iterable[str]) -> None:
-        """Writes own values plus the changes that are on to these tensors; own values exactly where none acts.
+        """Writes own values plus the applied changes to these tensors. Without changes, writes exactly the own values.
 
         Raises:
-            ValueError: one of them cannot be written now. None was.
+            ValueError: a tensor cannot be written now. No tensor was written.
         """
         paths = [name.removeprefix(f"{self.name}.") for name in names if name.startswith(f"{self.name}.")]
         targets = {path: stored(self.module(), path) for path in paths}
@@ -109,7 +109,7 @@ class Overlay(Watch):
                 change = dense(each(delta.weights[f"{self.name}.{path}"], lambda x: x.to(own.device)))
                 precise = value.to(torch.promote_types(value.dtype, torch.float32))
                 value = precise + delta.strength * change.to(precise.dtype)
-        with torch.inference_mode(target.is_inference()), torch.no_grad():  # where the model was loaded in that mode
+        with torch.inference_mode(target.is_inference()), torch.no_grad():  # if the model was loaded in that mode
             target.copy_(value)
         self._seal(path, Seal.of(target, names))
 
@@ -117,38 +117,38 @@ class Overlay(Watch):
         self.kept[path] = replace(self.kept[path], seal=seal)
 
     def check(self, *, keep_loaded: bool = False) -> None:
-        """Raises unless the tensors hold what was written to them.
+        """Raises unless the tensors hold their written content.
 
         Args:
-            keep_loaded: what `load_state_dict` has replaced is to stay, so it is no error.
+            keep_loaded: accepts tensors that `load_state_dict` replaced, which then stay.
 
         Raises:
-            RuntimeError: something else has written to a tensor. The message names it, with the cure.
+            RuntimeError: other code wrote to a tensor. The message names the tensor and the cure.
         """
         if self.loaded and not keep_loaded:
             raise RuntimeError(
-                f"`load_state_dict` has replaced {len(self.loaded)} of the weights that a delta edits, such as "
-                f"{f'{self.name}.{min(self.loaded)}'!r}, so the delta is no longer in them. Call `handle.remove()`, "
-                "which keeps the loaded weights, and apply the delta again."
+                f"`load_state_dict` replaced {len(self.loaded)} of the weights that a delta edits, such as "
+                f"{f'{self.name}.{min(self.loaded)}'!r}. Call `handle.remove()`, which keeps the loaded weights, and "
+                "apply the delta again."
             )
         if strange := self.strange() - self.loaded:
             raise RuntimeError(
-                f"Something else has changed {len(strange)} of the weights that a delta edits, such as "
-                f"{f'{self.name}.{min(strange)}'!r}: a LoRA that was unloaded while fused, a replaced layer, a "
-                "quantisation, or an assignment to the weight. Undo that change, or call "
-                "`efface.delta.forget(pipe)`, which keeps the weights as they are now and takes the deltas off the "
-                "list."
+                f"Other code changed {len(strange)} of the weights that a delta edits, such as "
+                f"{f'{self.name}.{min(strange)}'!r} (by unloading a fused LoRA, replacing a layer, quantising, or "
+                "assigning to the weight). Undo that change, or call `efface.delta.forget(pipe)`, which keeps the "
+                "current weights and forgets the deltas."
             )
 
     def strange(self) -> set[str]:
-        """The paths whose tensors do not hold what was written, up to casts and LoRAs fused or unfused since."""
+        """The paths whose tensors do not hold their written content, up to casts and LoRAs fused or unfused since
+        then."""
         pairs: dict[str, tuple[Seal, Tensor]] = {}
         found: set[str] = set()
         for path, kept in self.kept.items():
             try:
                 pairs[path] = kept.seal, stored(self.module(), path)
             except Elsewhere:
-                continue  # it cannot be seen
+                continue  # not visible
             except ValueError:
                 found.add(path)
         for path in differing(pairs):
@@ -164,16 +164,16 @@ class Overlay(Watch):
         return found
 
     def after_load(self, module: nn.Module, keys: Any) -> None:
-        """Notes what `load_state_dict` has replaced."""
+        """Records the tensors that `load_state_dict` replaced."""
         self.loaded = self.strange()
 
     def release(self) -> None:
-        """Takes all deltas off the list. The weights keep their present values."""
+        """Forgets all deltas. The weights keep their current values."""
         OVERLAYS.pop(self.module(), None)
         self.take_off(self.module())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
-        """A copy of the module has the same deltas on, and own values that it does not share."""
+        """A copy of the module has the same deltas, and separate own values."""
         copy = memo.get(id(self.module()))  # a module is known before its hooks are copied
         if copy is None:
             return Watch()
@@ -190,7 +190,7 @@ OVERLAYS: weakref.WeakKeyDictionary[nn.Module, Overlay] = weakref.WeakKeyDiction
 
 
 def _fused_since(module: nn.Module, path: str, then: tuple[str, ...]) -> tuple[list[Tensor], tuple[str, ...]]:
-    """What LoRAs that were fused or unfused since `then` have added to a tensor, where known; and those fused now."""
+    """The change of a tensor by LoRAs fused or unfused since `then`, if known; and the currently fused LoRAs."""
     layer, now = fused(module, path)
     changes = [fused_change(layer, [name], path) for name in now if name not in then]
     undone = [fused_change(layer, [name], path) for name in then if name not in now]

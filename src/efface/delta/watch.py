@@ -1,7 +1,7 @@
-"""Whether weights still hold what was written to them, and the hook that asks when their module is called.
+"""Checks whether weights still hold their written content, with a hook on calls of their module.
 
-A tensor's pointer and version counter cannot tell: `weight.data += x`, by which LoRAs are fused, moves neither. A seal
-therefore keeps a strided sample of the values, which is compared bit for bit.
+`weight.data += x`, which fuses LoRAs, changes neither a tensor's pointer nor its version counter. A seal therefore
+stores a strided sample of the values and compares it bit by bit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SAMPLE = 4096  # elements of a tensor that are compared, at most
+SAMPLE = 4096  # largest number of compared elements per tensor
 SHARE = 1000  # on an accelerator, a check costs at most 1 / SHARE of the time between two checks
 _PAUSED: ContextVar[bool] = ContextVar("paused", default=False)
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -27,13 +27,13 @@ _NARROW = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2
 
 @dataclass(frozen=True)
 class Seal:
-    """What a tensor held when it was written.
+    """The content of a tensor at the time of writing.
 
     Args:
         sample: some of its elements.
-        shape: of the tensor.
-        fused: names of the LoRAs (PEFT) that were fused into it then.
-        other: the largest distance of the sample that a failed check has seen since; None: no check has failed.
+        shape: shape of the tensor.
+        fused: names of the LoRAs (PEFT) that were fused into it at that time.
+        other: the largest distance from the sample in a failed check since then. None: no check failed.
     """
 
     sample: Tensor
@@ -46,9 +46,9 @@ class Seal:
         return cls(sampled(tensor).clone(), tensor.shape, fused)
 
     def near(self, tensor: Tensor, changes: Sequence[Tensor] = ()) -> bool:
-        """Whether the tensor holds what was sealed plus these changes of it, up to rounding.
+        """Whether the tensor holds the sealed content plus these changes, up to rounding.
 
-        A value that was added and subtracted again leaves rounding errors of its own size, which `other` knows.
+        Adding and subtracting a value leaves rounding errors on its scale, which `other` records.
         """
         if tensor.shape != self.shape:
             return False
@@ -57,12 +57,12 @@ class Seal:
         for change in changes:
             moved += sampled(change).to(now)
         size = kept.abs() + moved.abs() + (0 if self.other is None else self.other.to(now))
-        if tensor.element_size() >= 4:  # the rounding of large elements hides such a small change
+        if tensor.element_size() >= 4:  # the rounding of large elements hides a small change
             size = size + size.max()
         return bool(((now - kept - moved).abs() <= 2 * torch.finfo(tensor.dtype).eps * size).all())
 
     def moved(self, tensor: Tensor) -> Seal:
-        """The seal, which now also knows how far the tensor is from it."""
+        """The seal, updated with the tensor's distance."""
         if tensor.shape != self.shape:
             return self
         now = sampled(tensor).double()
@@ -70,7 +70,8 @@ class Seal:
         return replace(self, other=far if self.other is None else torch.maximum(far, self.other.to(far)))
 
     def cast(self, tensor: Tensor) -> bool:
-        """Whether the tensor holds what was sealed, in another precision or after a cast to a narrower one and back."""
+        """Whether the tensor holds the sealed content in another precision, or after a cast to a narrower one and
+        back."""
         if tensor.shape != self.shape:
             return False
         now = sampled(tensor)
@@ -79,7 +80,7 @@ class Seal:
 
 
 def sampled(tensor: Tensor) -> Tensor:
-    """At most `SAMPLE` elements, at a stride that meets every column."""
+    """At most `SAMPLE` elements, at a stride that covers every column."""
     step = -(-tensor.numel() // SAMPLE)
     while step > 1 and math.gcd(step, tensor.shape[-1]) > 1:
         step += 1
@@ -87,7 +88,7 @@ def sampled(tensor: Tensor) -> Tensor:
 
 
 def differing(pairs: Mapping[str, tuple[Seal, Tensor]]) -> list[str]:
-    """The names of the tensors that no longer match their seals; one synchronisation serves all of a device."""
+    """The names of the tensors that no longer match their seals. Synchronises once per device."""
     flags, others = {}, []
     for name, (seal, tensor) in pairs.items():
         now, kept = sampled(tensor), seal.sample
@@ -108,7 +109,7 @@ def _bits(x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def unwatched() -> Iterator[None]:
-    """Calls of the module in this block have other weights in place, which are not compared."""
+    """Calls of the module in this block use other weights, which are not compared."""
     token = _PAUSED.set(True)
     try:
         yield
@@ -117,10 +118,10 @@ def unwatched() -> Iterator[None]:
 
 
 class Watch:
-    """A hook on a module, which asks for a check when the module is called or has loaded weights.
+    """A hook on a module that starts a check when the module is called or loaded weights.
 
-    By itself, as in a pickle, it does nothing: a subclass says what is checked. It skips checks within a trajectory
-    (the same text, and time goes on) while they would cost more than their share.
+    By itself, as in a pickle, it has no effect: a subclass defines the check. It skips checks within a trajectory (same
+    text, continuing time) while they would cost more than their share.
     """
 
     def __init__(self) -> None:
@@ -128,10 +129,10 @@ class Watch:
         self.time, self.next = math.inf, 0.0
 
     def check(self) -> None:
-        """Raises if the module is not what it should be."""
+        """Raises unless the module is as expected."""
 
     def after_load(self, module: nn.Module, keys: Any) -> None:
-        """The module has had `load_state_dict`."""
+        """Called after `load_state_dict` of the module."""
 
     def put(self, module: nn.Module) -> None:
         module.register_forward_pre_hook(self, with_kwargs=True)
@@ -139,7 +140,7 @@ class Watch:
 
     @staticmethod
     def take_off(module: nn.Module) -> None:
-        """Takes off the watch of a module, also one that a copy or a pickle has brought along."""
+        """Removes the watch of a module, also one from a copy or a pickle."""
         for key, hook in [*module._forward_pre_hooks.items()]:
             if isinstance(hook, Watch):
                 del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
@@ -154,7 +155,9 @@ class Watch:
         moment = kwargs.get("timestep", args[1] if len(args) > 1 else None)
         began, same_text = time.perf_counter(), text is not None and self.text is not None and self.text() is text
         forward = True
-        if not isinstance(moment, Tensor) or moment.device.type == "cpu":  # elsewhere, reading it waits for the device
+        if (
+            not isinstance(moment, Tensor) or moment.device.type == "cpu"
+        ):  # on other devices, reading it would synchronise
             last, self.time = self.time, _number(moment)
             forward = self.time < last
         if same_text and forward and began < self.next:
@@ -172,7 +175,7 @@ _wrapped: Any = getattr(torch._C, "_functorch").is_functorch_wrapped_tensor  # n
 
 
 def _number(moment: Any) -> float:
-    """A time as a number; without one, or under `torch.func`, each call is a trajectory of its own."""
+    """A time as a number. Without one, or under `torch.func`, each call counts as a separate trajectory."""
     if isinstance(moment, Tensor):
         if not moment.numel() or _wrapped(moment):
             return math.inf

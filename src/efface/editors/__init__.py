@@ -1,1 +1,1 @@
-"""Methods that learn a delta: one file each, found by name through `efface.registry`."""
+"""Methods that learn a delta. Each is one file, which `efface.registry` finds by its name."""

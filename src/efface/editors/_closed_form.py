@@ -1,4 +1,4 @@
-"""What UCE and RECE share: rows of texts, and the change T of the text that stands for the change of every layer."""
+"""Shared by UCE and RECE: rows of texts, and the change T of the text that represents the change of every layer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def check_positive(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise ValueError(f"Expected `{name}` to be a finite number > 0, but got {value!r}.")
+        raise ValueError(f"Expected `{name}` to be a finite number > 0, got {value!r:.80}. Give more than 0.")
 
 
 # ---------------------------------------------------------------- texts
@@ -30,32 +30,35 @@ def _plain(text: str) -> str:
 
 
 def anchors_of(concepts: Sequence[Concept], anchor: str | None = None) -> dict[str, str]:
-    """Phrase to the text it is to read as; ValueError if that is the phrase itself, or two different ones."""
+    """Maps each phrase to its anchor. Raises ValueError if the anchor is the phrase itself, or is ambiguous."""
     if not concepts:
-        raise ValueError("Nothing to erase: give at least one concept.")
+        raise ValueError("Expected concepts to erase, got none. Give at least one.")
     found: dict[str, str] = {}
     for concept in concepts:
         to = concept.anchor if anchor is None else anchor
         for phrase in concept.phrases:
             if _plain(phrase) == _plain(to):
-                raise ValueError(f"The concept {concept.name!r} has itself as anchor, {to!r}: name something else.")
+                raise ValueError(f"The concept {concept.name!r} has itself as anchor, {to!r}. Name another anchor.")
             if _plain(found.setdefault(phrase, to)) != _plain(to):
-                raise ValueError(f"{phrase!r} is to read as {found[phrase]!r} and as {to!r}: give one of them.")
+                raise ValueError(
+                    f"Expected one anchor for {phrase!r}, got {found[phrase]!r} and {to!r}. Give one of them."
+                )
     return found
 
 
 def kept_texts(preserve: Sequence[str], concepts: Sequence[Concept], erased: Mapping[str, str]) -> tuple[str, ...]:
-    """All texts to preserve, once each; ValueError if one is also to be erased."""
+    """All texts to preserve, once each. Raises ValueError if one is also erased."""
     gone = {_plain(phrase) for phrase in erased}
     kept = dict.fromkeys([*preserve, *(text for concept in concepts for text in concept.keep)])
     for text in kept:
         if _plain(text) in gone:
-            raise ValueError(f"{text!r} is to be erased and to be preserved: take it out of one of the two.")
+            raise ValueError(f"{text!r} is both erased and preserved. Remove it from one of the two.")
     return tuple(kept)
 
 
 class Texts:
-    """Texts as the pipeline encodes them, each once, in batches that fit memory; all have to be readable."""
+    """Texts as the pipeline encodes them, each once, in batches that fit into memory. Refuses texts that the encoder
+    cannot read."""
 
     def __init__(self, pipe: DiffusionPipeline, texts: Sequence[str], batch: int = 64) -> None:
         unique = list(dict.fromkeys(texts))
@@ -69,17 +72,17 @@ class Texts:
         made, read = encoded.text.shape[-1], {w.shape[1] for w in keys_values(pipe).values()}
         if read != {made}:
             raise ValueError(
-                f"Expected keys and values that read the text as it is encoded (width {made}), but those of this "
-                f"{type(pipe).__name__} read width {', '.join(map(str, sorted(read)))}: the text is projected first. "
+                f"Expected keys and values that read the encoded text (width {made}), got width "
+                f"{', '.join(map(str, sorted(read)))} in this {type(pipe).__name__}, which projects the text first. "
                 "Use a run-time eraser, such as EIUP."
             )
 
     def rows(self, text: str) -> Tensor:
-        """Every position of a text, [L, D] in float64."""
+        """All positions of a text, [L, D] in float64."""
         return self._rows[text].double()
 
     def last(self, text: str) -> int:
-        """Where the last token of its own stands; the start token for the empty text."""
+        """The position of the last own token; of the start token for the empty text."""
         return self._last[text]
 
     def gram(self, texts: Sequence[str], last: bool = False) -> Tensor:
@@ -100,10 +103,10 @@ def step(concept: Tensor, anchor: Tensor, gram: Tensor, erase_scale: float, lam:
     k = torch.addmm(gram, concept.T, concept, alpha=erase_scale)
     k.diagonal().add_(lam)
     moved = (anchor != concept).any(1)
-    moved[:1] |= not moved.any()  # an edit that moves nothing is still an edit
+    moved[:1] |= not moved.any()  # an edit without effect is still an edit
     rows, root = concept[moved], torch.linalg.cholesky(k)
     left = erase_scale * (anchor[moved] - rows).T
-    if len(rows) > len(k):  # D rows say it all
+    if len(rows) > len(k):  # D rows suffice
         return torch.cholesky_solve(rows.T @ left.T, root).T, torch.eye(len(k), dtype=k.dtype)
     return left, torch.cholesky_solve(rows.T, root).T
 
@@ -118,7 +121,7 @@ def layered(
 ) -> dict[str, Change]:
     """The change of each weight W [C, D] towards W c + sum_j s_j (||W C^T|| / ||W A_j^T||) W a_j, with the K of `step`.
 
-    `phrases`: of each, its rows C [N, D] and those of every attribute, A_j [N, D].
+    `phrases`: per phrase, its rows C [N, D] and those of every attribute, A_j [N, D].
     """
     concept = torch.cat([rows for rows, _ in phrases])
     k = torch.addmm(gram, concept.T, concept, alpha=erase_scale)
@@ -142,13 +145,13 @@ def compact(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def residual(left: Tensor, right: Tensor, concept: Tensor, anchor: Tensor) -> float:
-    """||T c - g|| / ||c - g||: 0 if the edit does all it should, 1 if it does nothing."""
+    """||T c - g|| / ||c - g||: 0 if the edit is complete, 1 if it has no effect."""
     moved = concept + (concept @ right.T) @ left.T
     return float((moved - anchor).norm() / (concept - anchor).norm().clamp_min(torch.finfo(torch.float64).tiny))
 
 
 def condition(concept: Tensor, gram: Tensor, erase_scale: float, lam: float) -> float:
-    """An upper bound of the condition number of K, by power iteration (its least eigenvalue is at least lam)."""
+    """An upper bound of the condition number of K, by power iteration (its smallest eigenvalue is at least lam)."""
     x = torch.ones(len(gram), dtype=gram.dtype)
     for _ in range(30):
         x = erase_scale * (concept.T @ (concept @ x)) + gram @ x
@@ -157,7 +160,7 @@ def condition(concept: Tensor, gram: Tensor, erase_scale: float, lam: float) -> 
 
 
 def changes(weights: Mapping[str, Tensor], left: Tensor, right: Tensor) -> dict[str, Change]:
-    """W (T - I) for every W [C, D], in float32: the exact factors, or one tensor where that is smaller."""
+    """W (T - I) for every W [C, D], in float32: the exact factors, or one tensor if that is smaller."""
     n, width = right.shape
     whole: Tensor | None = None
     found: dict[str, Change] = {}

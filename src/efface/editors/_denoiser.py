@@ -1,7 +1,7 @@
-"""A pipeline's denoiser with interchangeable weights, and what it sees while it draws.
+"""A pipeline's denoiser with interchangeable weights, and its inputs during drawing.
 
-The pipeline's own parameters are never written to: other weights are put in their place for the length of one call. So
-a frozen teacher is the pipeline itself, there is one network in memory, and an exception leaves nothing behind.
+Nothing writes to the pipeline's parameters: other weights replace them during one call. So the pipeline itself is the
+frozen teacher, memory holds one network, and an exception leaves no trace.
 """
 
 from __future__ import annotations
@@ -34,18 +34,20 @@ Weights = Mapping[str, Tensor]  # canonical name -> tensor
 
 
 def trained(denoiser: nn.Module, train: str, outer: Sequence[str] = (), *, biases: bool = True) -> list[str]:
-    """Names of the denoiser's parameters that a mode trains; "u" leaves those alone that begin as `outer` says.
+    """The names of the denoiser's parameters that a mode trains. "u" excludes names with the prefixes `outer`.
 
-    Without `biases`, only matrices and convolutions train, which a LoRA can hold.
+    Without `biases`, only matrices and convolutions train, because a LoRA can hold only these.
 
     Raises:
-        ValueError: an unknown mode, one that finds nothing here, or a LoRA in the way.
+        ValueError: the mode is unknown or finds no parameters, or a LoRA is loaded.
     """
     if train not in get_args(Train):
-        raise ValueError(f"Expected `train` to be one of {', '.join(get_args(Train))}, but got {train!r}.")
+        raise ValueError(
+            f"Expected `train` to be one of {', '.join(get_args(Train))}, got {train!r:.80}. Give one of these."
+        )
     names = [name for name, weight in denoiser.named_parameters() if biases or weight.ndim > 1]
     if any(".base_layer." in name or ".lora_" in name for name in names):
-        raise ValueError("A LoRA is loaded: unload it (`pipe.unload_lora_weights()`) or fuse it before `fit`.")
+        raise ValueError("A LoRA is loaded. Unload it (`pipe.unload_lora_weights()`) or fuse it before `fit`.")
     attention = [
         (f"{n}.", m.is_cross_attention) for n, m in denoiser.named_modules() if hasattr(m, "is_cross_attention")
     ]
@@ -59,7 +61,7 @@ def trained(denoiser: nn.Module, train: str, outer: Sequence[str] = (), *, biase
     }
     found = [name for name in names if rules[train](name)]
     if not found:
-        raise ValueError(f"`train={train!r}` finds no parameters in this {type(denoiser).__name__}: use another mode.")
+        raise ValueError(f"`train={train!r}` finds no parameters in this {type(denoiser).__name__}. Use another mode.")
     return found
 
 
@@ -68,9 +70,9 @@ def trained(denoiser: nn.Module, train: str, outer: Sequence[str] = (), *, biase
 
 @dataclass(frozen=True)
 class Points:
-    """What the denoiser saw on trajectories, N rows: `x` [N, C, h, w], `t` [N], `prompt` [N], rows of the condition.
+    """Points on trajectories, N rows: `x` [N, C, h, w], `t` [N], `prompt` [N], which are rows of the condition.
 
-    `own` [N, C, h, w]: the conditional prediction there of the weights that drew the trajectory, if it was kept.
+    `own` [N, C, h, w]: the conditional prediction there with the weights that drew the trajectory, if stored.
     """
 
     x: Tensor
@@ -85,7 +87,7 @@ class Points:
         return Points(self.x[rows], self.t[rows], self.prompt[rows], None if self.own is None else self.own[rows])
 
     def parts(self, n: int) -> list[Points]:
-        """Cut into at most n parts of nearly equal length."""
+        """Splits the points into at most n parts of nearly equal length."""
         return [self[rows] for rows in torch.arange(len(self), device=self.x.device).chunk(n)]
 
     @classmethod
@@ -96,7 +98,7 @@ class Points:
 
 
 class _Within(nn.Module):
-    """A block of a module, to be called while the whole module has other weights."""
+    """A block of a module, called while the whole module has other weights."""
 
     block: Callable[..., Any]
 
@@ -110,20 +112,20 @@ class _Within(nn.Module):
 
 
 class Denoiser:
-    """A pipeline's denoiser with texts at hand, callable with other weights than its own.
+    """A pipeline's denoiser with encoded texts, callable with other weights.
 
     Args:
-        pipe: the pipeline; nothing of it is changed.
-        texts: row k of the condition is texts[k - 1]; row 0 is the unconditional one.
+        pipe: the pipeline, which stays unchanged.
+        texts: row k of the condition is texts[k - 1]. Row 0 is the unconditional text.
         train: which parameters may differ.
-        biases: whether biases and the scales of norms may differ too.
-        sampler_steps: steps of a full trajectory of the pipeline's own scheduler.
-        precision: "auto" follows the weights: float32 weights are trained in float32, half precision by bfloat16
-            autocast with float32 copies of the trained tensors.
+        biases: whether biases and the scales of norms may also differ.
+        sampler_steps: steps of a full trajectory of the pipeline's scheduler.
+        precision: "auto" follows the weights: float32 weights train in float32. Half-precision weights train with
+            bfloat16 autocast and float32 copies of the trained tensors.
 
     Attributes:
-        base: the pipeline's own trained tensors, by canonical name.
-        rows: denoiser rows computed so far, the measure of cost.
+        base: the pipeline's tensors that a fit trains, by canonical name.
+        rows: number of denoiser rows computed so far, as a measure of cost.
     """
 
     def __init__(
@@ -141,31 +143,34 @@ class Denoiser:
         parameters = dict(self.module.named_parameters())
         if any(p.is_meta or not p.is_floating_point() or p.element_size() < 2 for p in parameters.values()):
             raise ValueError(
-                "The denoiser is quantised or offloaded: load it in memory in float32, float16 or bfloat16."
+                "The denoiser is quantised or offloaded. Load it into memory in float32, float16 or bfloat16."
             )
         if any(w.is_inference() for w in (*parameters.values(), *self.module.buffers())):
             raise ValueError(
-                "The denoiser was loaded under `torch.inference_mode()`, and such weights cannot take part in "
-                "training: load the pipeline outside of it. The fit itself may run anywhere."
+                "The denoiser was loaded under `torch.inference_mode()`, and such weights cannot be trained. Load the "
+                "pipeline outside of it."
             )
         config = self.module.config
         if config.in_channels != config.out_channels or facts.distilled(self.module):
             raise ValueError(
-                "Expected a text-to-image denoiser with guidance, but this one is for inpainting or distilled to few "
-                "steps: it has no unconditional prediction to train against."
+                "Expected a text-to-image denoiser with an unconditional prediction, got one for inpainting or "
+                "distilled to few steps. Use a base model with guidance."
             )
         self.base = {self.prefix + n: parameters[n].detach() for n in self.names}
         self.frozen = {n: p.detach() for n, p in parameters.items() if self.prefix + n not in self.base}
         self.device, own = pipe._execution_device, next(iter(parameters.values())).dtype
         self.amp = precision == "bfloat16" or (precision == "auto" and own in (torch.float16, torch.bfloat16))
         if self.amp and self.device.type == "cuda" and not torch.cuda.is_bf16_supported():
-            raise ValueError("This device has no bfloat16: load the pipeline in float32 and use precision='float32'.")
+            raise ValueError("This device has no bfloat16. Load the pipeline in float32 and use precision='float32'.")
         if own == torch.float16 and self.device.type == "cpu":
             raise ValueError(
-                "The pipeline is in float16, which does not train on a CPU: load it in float32 or bfloat16."
+                "The pipeline is in float16, which does not train on a CPU. Load it in float32 or bfloat16."
             )
         if not self.amp and own in (torch.float16, torch.bfloat16):
-            raise ValueError(f"The pipeline is in {own}: use precision='bfloat16', or load it in float32.")
+            raise ValueError(
+                f"The pipeline is in {own}, which does not train in this precision. Use precision='bfloat16', or load "
+                "it in float32."
+            )
         self.dtype = torch.float32 if self.amp else own
         self.pipe, self.condition = pipe, condition(pipe, texts)
         self.scheduler = copy.deepcopy(pipe.scheduler)
@@ -175,18 +180,18 @@ class Denoiser:
         self.rows = 0
 
     def add(self, texts: Sequence[str]) -> Tensor:
-        """Further texts; the rows of the condition that they get."""
+        """Adds texts, and returns their rows of the condition."""
         more, first = condition(self.pipe, texts), len(self.condition.text)
         added = {n: torch.cat([v, more.added[n][1:]]) for n, v in self.condition.added.items()}
         self.condition = replace(self.condition, text=torch.cat([self.condition.text, more.text[1:]]), added=added)
         return torch.arange(first, len(self.condition.text))
 
     def student(self) -> dict[str, Tensor]:
-        """Copies of the trained tensors, in float32 under autocast, that ask for gradients."""
+        """Copies of the trained tensors that require gradients, in float32 under autocast."""
         return {n: w.to(self.dtype, copy=True).requires_grad_() for n, w in self.base.items()}
 
     def __call__(self, x: Tensor, t: Tensor, prompt: Tensor, weights: Weights | None = None) -> Tensor:
-        """The prediction [N, C, h, w] of the pipeline, or with other trained weights; gradients reach only those."""
+        """The prediction [N, C, h, w] of the pipeline, or with other trained weights, which alone receive gradients."""
         self.rows += len(x)
         inner = {} if weights is None else {n.removeprefix(self.prefix): w for n, w in weights.items()}
         if torch.is_grad_enabled():
@@ -198,9 +203,9 @@ class Denoiser:
 
     @contextmanager
     def _recomputing(self, weights: Weights) -> Iterator[None]:
-        """Gradient checkpointing, where it is on, with these weights in place when a block is computed again.
+        """Keeps these weights in place when gradient checkpointing, if enabled, recomputes a block.
 
-        That happens in `backward`, when the pipeline's own weights are back.
+        The recomputation happens in `backward`, after the pipeline's weights are restored.
         """
         on = [m for m in self.module.modules() if getattr(m, "gradient_checkpointing", False)]
         if not on or not torch.is_grad_enabled():
@@ -240,10 +245,10 @@ class Denoiser:
         keep: bool = False,
         noise: Tensor | None = None,
     ) -> Points:
-        """Draws [B] prompts from noise and returns what the denoiser sees after `stops` [M, B] steps: M * B points.
+        """Draws [B] prompts from noise, and returns the denoiser's inputs after `stops` [M, B] steps: M * B points.
 
-        With `keep` the conditional predictions there come along. `noise` [1 or B, C, h, w] is drawn if not given.
-        Guidance 1 computes no unconditional rows.
+        `keep` adds the conditional predictions there. `noise` [1 or B, C, h, w] is random by default. Guidance 1
+        computes no unconditional rows.
         """
         scheduler, last = copy.deepcopy(self.scheduler), int(stops.max())
         extra = {"generator": rng} if "generator" in inspect.signature(scheduler.step).parameters else {}
@@ -270,7 +275,7 @@ class Denoiser:
         return Points(x, t, prompt, None if points.own is None else points.own.flatten(0, 1))
 
     def change(self, weights: Weights) -> dict[str, Tensor]:
-        """The difference from the pipeline's own weights."""
+        """The difference from the pipeline's weights."""
         return {name: w.detach() - self.base[name].to(w.dtype) for name, w in weights.items()}
 
 

@@ -1,4 +1,4 @@
-"""How far edited weights stray from the base model on a prompt, and points at which to hold them in place."""
+"""The distance of edited weights from the base model on a prompt, and calibration points that limit it."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import Generator, Tensor
 
 from ._denoiser import Denoiser, Points, Weights
 
-TIMES = 4  # of a trajectory, evenly spread, to measure at
-POINTS = 8  # of a trajectory, random, to distil at
+TIMES = 4  # measured steps of a trajectory, evenly spread
+POINTS = 8  # distilled steps of a trajectory, random
 CHUNK = 32  # prompts in a trajectory
 
 
 class Misalignment:
     """MD(p) = mean over times of || e_edited(x_t, p, t) - e_base(x_t, p, t) ||^2 / elements.
 
-    x_t lies on the base model's trajectory of p, from a noise that all prompts share. So the base model's predictions
-    come with the trajectory, which is drawn once per prompt, whatever it is compared with.
+    x_t lies on the base model's trajectory of p, from a noise that all prompts share. The trajectory includes the base
+    model's predictions and is drawn once per prompt, for all comparisons.
 
     Args:
-        net: the denoiser; prompts are added to its condition.
+        net: the denoiser, to whose condition prompts are added.
         base: the base model's trained tensors.
-        seed: of the noise.
-        guidance: of the trajectory; 1 is none.
+        seed: seed of the noise.
+        guidance: guidance scale of the trajectory; 1 means no guidance.
     """
 
     def __init__(self, net: Denoiser, base: Weights, seed: int, guidance: float = 1.0) -> None:
@@ -36,7 +36,7 @@ class Misalignment:
         self.known: dict[str, Points] = {}
 
     def __call__(self, prompts: Sequence[str], edited: Weights | None) -> Tensor:
-        """MD [N] of each prompt; None: the weights that the pipeline has now."""
+        """MD [N] of each prompt. None: the current weights of the pipeline."""
         new = [p for p in dict.fromkeys(prompts) if p not in self.known]
         for k in range(0, len(new), CHUNK):
             self._draw(new[k : k + CHUNK])
@@ -50,7 +50,7 @@ class Misalignment:
 
     def _draw(self, prompts: Sequence[str]) -> None:
         stops = self.stops[:, None].expand(-1, len(prompts))
-        rng = Generator().manual_seed(0)  # for schedulers that add noise on the way
+        rng = Generator().manual_seed(0)  # for schedulers that add noise at each step
         rows, given = self.net.add(prompts), {"keep": True, "noise": self.noise}
         drawn = self.net.trajectory(rows, stops, self.base, self.guidance, rng, **given)
         for k, prompt in enumerate(prompts):
@@ -58,7 +58,7 @@ class Misalignment:
 
 
 def calibration(net: Denoiser, prompts: Sequence[str], teacher: Weights | None, guidance: float, seed: int) -> Points:
-    """Points on a guided trajectory of the teacher for each prompt, with the teacher's predictions."""
+    """Points on a guided trajectory of the teacher per prompt, with the teacher's predictions."""
     rng, rows = Generator().manual_seed(seed), net.add(prompts)
     chunks = []
     for part in rows.split(CHUNK):

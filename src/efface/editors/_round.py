@@ -1,4 +1,4 @@
-"""One round of CCRT: a probe, the search for what it disturbs, and the fit that holds that in place."""
+"""One round of CCRT: a probe, the search for prompts that it disturbs, and the fit that preserves them."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from .esd import ESD
 
 @dataclass(frozen=True)
 class Round:
-    """One removal of a sequence: probe, search, fit.
+    """One removal in a sequence: probe, search, fit.
 
     Args:
-        method: the settings of the training, with no None left.
-        eta, teacher, reg: of `method`, as `CCRT` describes them.
+        method: the settings of the training, all resolved.
+        eta, teacher, reg: fields of `CCRT`.
         search: further arguments of the search for prompts.
-        net: the denoiser; its own weights are those of the round before.
+        net: the denoiser, with the weights of the previous round.
         base: the base model's trained tensors.
-        name: of the concept.
-        rows: of the concept's phrases in the net's condition.
-        seed: of everything random.
-        folder: of checkpoints.
+        name: the name of the concept.
+        rows: the concept's phrases as rows of the net's condition.
+        seed: seed of all random numbers.
+        folder: the folder of checkpoints.
     """
 
     method: Training
@@ -48,7 +48,8 @@ class Round:
     folder: Path | None
 
     def run(self, source: Calibration, fitness: Misalignment, judge: Misalignment) -> tuple[State, dict[str, Any]]:
-        """Probe, search, fit; with the prompts and the distances before, of the probe and after."""
+        """Runs probe, search and fit. Returns the change, the prompts, and the distances before, after the probe and at
+        the end."""
         probe = self.fit("probe").shipped
         prompts = source.prompts(
             lambda texts: fitness(texts, probe).tolist(),
@@ -64,7 +65,7 @@ class Round:
         return state, {"prompts": prompts, "distance": distance}
 
     def fit(self, what: str, prompts: Sequence[str] = ()) -> State:
-        """ESD on the concept, and the distillation on `prompts`."""
+        """Fits ESD on the concept, with the distillation on `prompts`."""
         method, net = self.method, self.net
         esd = ESD(eta=self.eta, **{name: getattr(method, name) for name in field_names(Training)})
         teacher = self.base if self.teacher == "base" else None

@@ -1,4 +1,5 @@
-"""The calibration prompts of CCRT: entities, alone or together, on which an edited model strays most from its base."""
+"""The calibration prompts of CCRT: combinations of entities on which the edited model differs most from its base
+model."""
 
 from __future__ import annotations
 
@@ -26,12 +27,12 @@ ENTITIES: tuple[str, ...] = (
 
 
 def words(text: str) -> set[str]:
-    """The words of a text that carry meaning."""
+    """The content words of a text."""
     return set(re.findall(r"\w+", text.casefold())) - LITTLE
 
 
 def related(text: str, phrases: Iterable[str], broader: Broader | None = None) -> bool:
-    """Whether a text shares a word with one of the phrases, or is a kind of it, at any distance."""
+    """Whether a text shares a word with one of the phrases, or is a direct or indirect kind of it."""
     forbidden = {word for phrase in phrases for word in words(phrase)}
     seen: set[str] = set()
     queue = [text]
@@ -46,13 +47,13 @@ def related(text: str, phrases: Iterable[str], broader: Broader | None = None) -
 
 
 def compose(entities: Sequence[str]) -> str:
-    """ "a cat, an apple and a boat"."""
+    """Lists entities, such as "a cat, an apple and a boat"."""
     named = [f"{'an' if entity[0].casefold() in 'aeiou' else 'a'} {entity}" for entity in entities]
     return named[0] if len(named) == 1 else f"{', '.join(named[:-1])} and {named[-1]}"
 
 
 def crossover(a: Individual, b: Individual, broader: Broader | None = None) -> Individual:
-    """The direct hypernyms and hyponyms that the parents share; if there are none, both parents together."""
+    """The direct hypernyms and hyponyms that the parents share. If there are none, both parents."""
     broader = broader or {}
 
     def near(individual: Individual) -> set[str]:
@@ -64,7 +65,7 @@ def crossover(a: Individual, b: Individual, broader: Broader | None = None) -> I
 
 
 def mutate(individual: Individual, entities: Sequence[str], rate: float, rng: random.Random) -> Individual:
-    """Each gene replaced by a random entity with probability `rate`."""
+    """Replaces each gene by a random entity with probability `rate`."""
     return tuple(rng.choice(entities) if rng.random() < rate else gene for gene in individual)
 
 
@@ -81,9 +82,9 @@ def search(
 ) -> list[tuple[Individual, float]]:
     """The `keep` fittest individuals with their scores, best first.
 
-    In each generation the `keep` fittest survive; four fifths of them pair off at random and have one child each; a
-    quarter of all is copied with mutations. Children of more than three entities, and such as are not allowed, are
-    dropped. Nobody is scored twice.
+    Each generation selects the `keep` fittest. Four fifths of them form random pairs with one child each, and a quarter
+    is copied with mutations. Children with more than three entities or with excluded ones are dropped. No individual is
+    scored twice.
     """
     scores: dict[Individual, float] = {}
 
@@ -106,18 +107,18 @@ def search(
 
 
 class Calibration:
-    """Where calibration prompts come from: entities that have nothing to do with what is removed, and how they are put.
+    """The source of calibration prompts: entities unrelated to the removed concepts, and a template.
 
     Args:
         entities: names of things.
         removed: phrases of all removed concepts.
         template: a text with {} for the entities.
-        composer: entities to a prompt; None: the template.
+        composer: makes a prompt from entities. None: the template.
         broader: entity to its direct hypernyms.
-        fits: whether the text encoder takes a prompt; individuals whose prompt it cuts off are left out.
+        fits: whether a prompt fits the text encoder. Individuals with longer prompts are left out.
 
     Raises:
-        ValueError: fewer than two entities are left.
+        ValueError: fewer than two entities remain.
     """
 
     def __init__(
@@ -134,9 +135,8 @@ class Calibration:
         self.entities = [entity for entity in dict.fromkeys(entities) if self.allowed((entity,))]
         if len(self.entities) < 2:
             raise ValueError(
-                "Expected two entities or more that have nothing to do with the removed concepts and fit the text "
-                f"encoder, but of "
-                f"{len(entities)} there are {len(self.entities)}: give others."
+                "Expected at least two entities that are unrelated to the removed concepts and fit the text encoder, "
+                f"got {len(self.entities)} of {len(entities)}. Give others."
             )
 
     def allowed(self, individual: Individual) -> bool:
@@ -144,7 +144,7 @@ class Calibration:
         return unrelated and self.fits(self.put(individual))
 
     def put(self, individual: Sequence[str]) -> str:
-        """The entities in the template."""
+        """Fills the entities into the template."""
         return self.template.format(compose(individual))
 
     def prompts(
@@ -158,11 +158,12 @@ class Calibration:
         path: Path | None = None,
         key: str = "",
     ) -> list[str]:
-        """The prompts of the fittest; kept in the file `path`, and read from there if it was written for `key`."""
+        """The prompts of the fittest. Stores them in the file `path`, and reads them from there if it was written for
+        `key`."""
         if path and files.there(path):
             from .. import schema
 
-            kept = schema.read(path, schema.Prompts, "Delete it, and the search begins anew.")
+            kept = schema.read(path, schema.Prompts, "Delete it to start the search again.")
             if kept["key"] == key:
                 return list(kept["prompts"])
         best = search(
@@ -178,7 +179,7 @@ class Calibration:
         composed = [(self.composer or self.put)(one) for one, _ in best]
         found = [text for text in composed if self.composer is None or not related(text, self.removed)]
         if not found:
-            raise ValueError("Every prompt of the composer names a removed concept: give another composer.")
+            raise ValueError("Every prompt of the composer names a removed concept. Give another composer.")
         if path:
             files.write_json(path, {"key": key, "prompts": found})
         return found

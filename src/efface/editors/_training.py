@@ -1,7 +1,7 @@
-"""How ESD, SDD and CCRT are fitted: their shared fields, the loop, and the checkpoints that it goes on from.
+"""The training of ESD, SDD and CCRT: shared fields, the loop, and its checkpoints.
 
-Most of the time goes into trajectories, which show the network what it sees while it draws: a guided one is drawn up to
-a random step. One trajectory serves `reuse` updates, at steps of their own.
+Most of the time goes into guided trajectories up to a random step, which yield the network's inputs during drawing. One
+trajectory serves `reuse` updates, at different steps.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 EVERY = 20  # updates between checkpoints, at least
-LOOK, LOOK_IMAGES = 50, 16  # updates between looks of the detector, pictures in a look
+LOOK, LOOK_IMAGES = 50, 16  # updates between judgements by the detector, pictures per judgement
 
 
 # ---------------------------------------------------------------- how a fit is run
@@ -41,28 +41,29 @@ LOOK, LOOK_IMAGES = 50, 16  # updates between looks of the detector, pictures in
 
 @dataclass(frozen=True)
 class Training:
-    """The fields that ESD, SDD and CCRT share; None takes the value that suits the pipeline's family.
+    """The fields that ESD, SDD and CCRT share. None means the default of the pipeline's family.
 
     Args:
-        train: which weights: "x" all of cross-attention, "x-strict" its keys and values only, "u" all but
+        train: the trained weights: "x" all of cross-attention, "x-strict" its keys and values only, "u" all but
             cross-attention, time embedding and output layers, "self" self-attention, "full" everything.
         steps: updates; 0 learns nothing.
-        lr: of AdamW, constant.
-        batch: points in an update.
+        lr: constant learning rate of AdamW.
+        batch: points per update.
         reuse: updates that one trajectory serves.
-        accumulate: parts in which an update's batch is computed; the same update with less memory.
+        accumulate: number of parts of an update's batch. More parts give the same update with less memory.
         sampler_steps: steps of a full trajectory.
-        guidance: of the trajectories; 1 is none.
-        weight_decay: of AdamW, towards zero.
-        clip: largest norm of a gradient; 0 does not clip.
-        precision: "float32", "bfloat16" (autocast, trained tensors in float32), or "auto" by the pipeline's own.
-        biases: whether biases and the scales of norms train too. A delta that changes them has no LoRA.
+        guidance: guidance scale of the trajectories; 1 means no guidance.
+        weight_decay: weight decay of AdamW, towards zero.
+        clip: largest norm of a gradient; 0 means no clipping.
+        precision: "float32", "bfloat16" (autocast, trained tensors in float32), or "auto", which follows the pipeline.
+        biases: whether biases and the scales of norms also train. A delta with these changes cannot be exported as a
+            LoRA.
     """
 
     off: ClassVar[Mapping[str, Any] | None] = {"steps": 0}
     needs: ClassVar[tuple[str, ...]] = ("training",)
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """Family -> the values that None stands for; "" for families not named."""
+    """Family -> the default values; "" for all other families."""
 
     train: Train = "x"
     steps: int | None = None
@@ -81,7 +82,8 @@ class Training:
         for name, choices in (("train", get_args(Train)), ("precision", get_args(Precision))):
             if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"Expected `{name}` to be one of {', '.join(choices)}, but got {getattr(self, name)!r}."
+                    f"Expected `{name}` to be one of {', '.join(choices)}, got {getattr(self, name)!r:.80}. Give one "
+                    "of these."
                 )
         for name, least in (("steps", 0), ("batch", 1), ("reuse", 1), ("accumulate", 1), ("sampler_steps", 1)):
             if getattr(self, name) is not None or name == "accumulate":
@@ -89,16 +91,16 @@ class Training:
         for name in ("guidance", "weight_decay", "clip"):
             check_number(name, getattr(self, name))
         if type(self.biases) is not bool:
-            raise ValueError(f"Expected `biases` to be True or False, but got {self.biases!r}. Give one of the two.")
+            raise ValueError(f"Expected `biases` to be True or False, got {self.biases!r:.80}. Give one of the two.")
         if self.lr is not None and not check_number("lr", self.lr) > 0:
-            raise ValueError(f"Expected `lr` to be above 0, but got {self.lr!r}.")
+            raise ValueError(f"Expected `lr` > 0, got {self.lr!r:.80}. Give more than 0.")
         if self.guidance < 1:
-            raise ValueError(f"Expected `guidance` to be at least 1 (no guidance), but got {self.guidance!r}.")
+            raise ValueError(f"Expected `guidance` >= 1 (no guidance), got {self.guidance!r:.80}. Give 1 or more.")
 
     def resolved(self, pipe: DiffusionPipeline) -> Self:
-        """The same with the family's values where a field is None; `lr` is a third for "u" and "full".
+        """Replaces fields that are None by the family's values. `lr` is a third for "u" and "full".
 
-        ValueError if the pipeline's denoiser cannot be trained.
+        Raises ValueError if the pipeline's denoiser cannot be trained.
         """
         check(self, pipe)
         method: Self = filled(self, pipe)
@@ -107,32 +109,32 @@ class Training:
         return method
 
     def denoiser(self, pipe: DiffusionPipeline, texts: Sequence[str]) -> Denoiser:
-        """The pipeline's denoiser, for a fit with these settings, which have no None left."""
+        """The pipeline's denoiser for a fit with these resolved settings."""
         return Denoiser(pipe, texts, self.train, self.sampler_steps or 1, self.precision, self.biases)
 
 
 def check_integer(name: str, value: Any, least: int) -> None:
-    """ValueError unless an integer >= least."""
+    """Raises ValueError unless the value is an integer >= least."""
     if type(value) is not int or value < least:
-        raise ValueError(f"Expected `{name}` to be an integer >= {least}, but got {value!r}.")
+        raise ValueError(f"Expected `{name}` to be an integer >= {least}, got {value!r:.80}. Give {least} or more.")
 
 
 def check_number(name: str, value: Any, least: float = 0.0, most: float = math.inf) -> float:
-    """ValueError unless a finite number within the bounds."""
+    """Raises ValueError unless the value is a finite number within the bounds."""
     if type(value) not in (int, float) or not math.isfinite(value) or not least <= value <= most:
         bounds = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-        raise ValueError(f"Expected `{name}` to be a number {bounds}, but got {value!r}.")
+        raise ValueError(f"Expected `{name}` to be a number {bounds}, got {value!r:.80}. Give such a number.")
     return float(value)
 
 
 def phrases(pipe: DiffusionPipeline, concepts: Concepts, *more: str) -> tuple[tuple[Concept, ...], list[str]]:
-    """The concepts, and the texts that evoke them, each once; ValueError for what the pipeline cannot read.
+    """The concepts and their phrases, each once. Raises ValueError for texts that the pipeline cannot read.
 
-    `more`: further texts that are checked as the phrases are.
+    `more`: further texts for the same checks.
     """
     found = as_concepts(concepts)
     if not found:
-        raise ValueError("Expected at least one concept to erase, but got none.")
+        raise ValueError("Expected at least one concept to erase, got none. Name one.")
     texts = list(dict.fromkeys(phrase for concept in found for phrase in concept.phrases))
     check_phrases(pipe, [*texts, *more])
     return found, texts
@@ -142,7 +144,7 @@ def phrases(pipe: DiffusionPipeline, concepts: Concepts, *more: str) -> tuple[tu
 
 
 class State:
-    """All that a fit goes on from: student, average, AdamW, random numbers, step, losses."""
+    """The state of a fit for checkpoints: student, average, AdamW, random numbers, step, losses."""
 
     def __init__(self, net: Denoiser, run: Training, ema: float | None, seed: int, streams: Sequence[str]) -> None:
         self.student = net.student()
@@ -161,7 +163,7 @@ class State:
         return self.student if self.average is None else self.average
 
     def info(self) -> dict[str, Any]:
-        """What a delta says of its fit: updates, and the mean loss of the first and the last tenth of them."""
+        """The facts of a fit for its delta: updates, and the mean loss of the first and the last tenth of them."""
         tenth = max(1, self.step // 10)
         first, last = (sum(part) / tenth if part else None for part in (self.losses[:tenth], self.losses[-tenth:]))
         return {"steps": self.step, "loss": [first, last]}
@@ -171,7 +173,7 @@ class State:
             raise RuntimeError(f"The weights are not finite after {self.step} updates. Lower `lr`, or clip gradients.")
 
     def save(self, path: Path, identity: Mapping[str, Any]) -> None:
-        """Writes a checkpoint, whole or not at all."""
+        """Writes a checkpoint atomically."""
         tensors = {f"student/{n}": w.detach() for n, w in self.student.items()}
         tensors |= {f"average/{n}": w for n, w in (self.average or {}).items()}
         for name, w in self.student.items():
@@ -185,11 +187,11 @@ class State:
     def load(self, path: Path, identity: Mapping[str, Any]) -> None:
         from .. import schema
 
-        away = "Move it away, and the fit begins anew."
+        away = "Move it away to start the fit again."
         said, tensors = files.read_tensors(path, away)
         header = {name: files.json_of(said.get(name, "null"), f"`{name}` in {path}", away) for name in ("fit", "done")}
         schema.check(header, schema.Checkpoint, path, away)
-        cure = "Move it away, or run the command that began it."
+        cure = "Move it away, or run the command that started it."
         same = {f"student/{name}" for name in self.student} == {name for name in tensors if name.startswith("student/")}
         earlier = EARLIER | {"biases": identity.get("biases") if same else True}
         theirs = {name: value for name, value in earlier.items() if name in identity} | header["fit"]
@@ -215,7 +217,7 @@ class State:
 
 ADAM = ("step", "exp_avg", "exp_avg_sq")
 EARLIER = {"drawn_by": "student", "search_guidance": 1.0}
-"""What a fit did whose checkpoint is older than the field."""
+"""The field values of fits with older checkpoints."""
 
 
 # ---------------------------------------------------------------- the detector
@@ -224,11 +226,11 @@ EARLIER = {"drawn_by": "student", "search_guidance": 1.0}
 def look(
     pipe: DiffusionPipeline, net: Denoiser, detector: Detector, texts: Sequence[str]
 ) -> Callable[[Weights], float]:
-    """The share of 16 pictures of `texts` in which the detector's worse judge sees the concept, for given weights."""
+    """The share of 16 pictures of `texts` in which the detector's worse judge sees the concept, with given weights."""
     shown = [texts[k % len(texts)] for k in range(LOOK_IMAGES)]
 
     def share(weights: Weights) -> float:
-        # So that scheduler and progress bar of the user's pipeline stay as they are.
+        # Leaves scheduler and progress bar of the user's pipeline unchanged.
         shadow = cast("Any", copy.copy(pipe))
         own = {
             "scheduler": copy.deepcopy(pipe.scheduler),
@@ -267,20 +269,20 @@ def run(
 
     Args:
         net: the denoiser.
-        settings: with no None left.
-        draw: `reuse * batch` points for the updates from this step on, drawn with the shipped weights.
-        loss: of the student on some points; a mean, so that parts of a batch add up.
-        seed: of the random numbers.
-        name: what the progress bar shows.
-        identity: what a checkpoint must agree in to be gone on from.
-        ema: the share that the average keeps in an update; None keeps no average, and the student is shipped.
-        streams: names of the random streams; the first draws points, the loss may use the others.
-        checkpoint: a safetensors file; if it is there, the fit goes on from it.
-        look: the share of pictures with the concept; asked every 50 updates. The fit ends once it is at most `below`.
+        settings: resolved settings.
+        draw: returns `reuse * batch` points for the updates from this step on, drawn with the shipped weights.
+        loss: the student's mean loss on some points.
+        seed: seed of the random numbers.
+        name: the name on the progress bar.
+        identity: facts that a checkpoint must match.
+        ema: the decay of the running average. None: no average; the student is shipped.
+        streams: names of the random streams. The first draws points; the loss may use the others.
+        checkpoint: a safetensors file. If it exists, the fit continues from it.
+        look: returns the share of pictures with the concept, every 50 updates. The fit ends once it is at most `below`.
 
     Raises:
-        ValueError: the checkpoint is another fit's.
-        RuntimeError: the loss is not finite; the last checkpoint stays as it is.
+        ValueError: the checkpoint belongs to another fit.
+        RuntimeError: the loss is not finite. The last checkpoint stays.
     """
     state = State(net, settings, ema, seed, streams)
     path = None if checkpoint is None else Path(checkpoint)
@@ -312,13 +314,13 @@ def _update(state: State, settings: Training, batch: Points, loss: Any, ema: flo
         value = loss(state.student, points, state.rng) * (len(points) / len(batch))
         if not value.requires_grad:
             raise RuntimeError(
-                "The loss does not depend on the trained weights, so nothing can be learned: gradients were turned off "
-                "within it. Take `torch.no_grad()` and `.detach()` out of the loss."
+                "The loss does not depend on the trained weights, because gradients are off within it. Remove "
+                "`torch.no_grad()` and `.detach()` from the loss."
             )
         value.backward()
         total += float(value.detach())
     if not math.isfinite(total):
-        kept = f"the last checkpoint is kept in {path}" if path and path.exists() else "there is no checkpoint yet"
+        kept = f"the last checkpoint is in {path}" if path and path.exists() else "there is no checkpoint yet"
         raise RuntimeError(
             f"The loss is {total} in update {state.step + 1} at lr {settings.lr:g}; {kept}. Lower `lr` or set `clip`."
         )
@@ -333,7 +335,7 @@ def _update(state: State, settings: Training, batch: Points, loss: Any, ema: flo
 
 @contextlib.contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Without dropout; the mode of every submodule comes back."""
+    """Disables dropout, and restores the mode of every submodule."""
     modes = {m: m.training for m in module.modules()}
     module.eval()
     try:
@@ -345,7 +347,7 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _progress(name: str, total: int, state: State) -> Iterator[Callable[[int], None]]:
-    """Tells the updates with loss and images per second; a bar if nobody listens and stderr is a terminal."""
+    """Reports the updates with loss and images per second. Without a listener, shows a bar if stderr is a terminal."""
     began, images = time.perf_counter(), 0
     with contextlib.ExitStack() as ends:
         meter = progress.current()

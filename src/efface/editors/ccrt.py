@@ -1,4 +1,4 @@
-"""CCRT: concepts are removed one after another, and what the last removal made the model forget is held in place."""
+"""CCRT: removes concepts one after another, and preserves the prompts that each removal disturbs most."""
 
 from __future__ import annotations
 
@@ -32,50 +32,48 @@ Teacher = Literal["base", "previous"]
 
 @dataclass(frozen=True)
 class CCRT(Training):
-    """Removes concepts in a sequence of rounds: ESD, plus a distillation on prompts that the removal disturbs most.
+    """Removes concepts in rounds: ESD plus a distillation on the prompts that the removal disturbs most.
 
         L = L_ESD(c) + reg || e(x_t, p, t) - e*(x_t, p, t) ||^2 / elements        e: trained, e*: teacher, p in P
-        P: composed from the fittest of a genetic search; fitness of p = MD(p) of a probe (plain ESD, thrown away)
+        P: composed from the fittest of a genetic search; fitness of p = MD(p) of a probe (ESD alone, discarded)
         MD(p) = E_t || e_edited(x_t, p, t) - e_base(x_t, p, t) ||^2 / elements    the misalignment distance
 
-    A round goes on from the weights of the one before; its delta is of use on top of the earlier ones.
+    A round continues from the weights of the previous round. Its delta works only on top of the earlier deltas.
 
     Paper: T. Han, W. Sun, Y. Hu, C. Fang, Y. Zhang, S. Ma, T. Zheng, Z. Chen, Z. Wang, 2024, "Continuous Concepts
-    Removal in Text-to-image Diffusion Models", NeurIPS 2025, arXiv 2412.00580. Equation numbers cannot be given: its
-    body could not be read. Written from the abstract and from what the published code does; `CCRT.paper()` has that
-    code's settings.
+    Removal in Text-to-image Diffusion Models", NeurIPS 2025, arXiv 2412.00580. There are no equation numbers, because
+    only the abstract and the published code were available. `CCRT.paper()` has that code's settings.
 
-    Differs: all calibration prompts are trained on, at random (the code draws one before training). Student and teacher
-    see the same x_t, the teacher's (in the code, each its own). The teacher is the base model in every round (in the
-    code, the round before, so that drift adds up). The fitness is a mean over times, with noise that all prompts share,
-    and base trajectories are drawn once for all generations and rounds (in the code: one random time and two
-    trajectories, each time anew). It is measured without guidance (in the code, on trajectories of guidance 3: see
-    `search_guidance`). The trajectories use the pipeline's own scheduler, the code's is DDIM. By default biases do not
-    train, unlike in the code, so that every default round exports as a LoRA. Entities that share a word with a
-    removed concept, or are a kind of it, are left out. Prompts come from a template unless a composer is given (in the
-    code, a language model), entities from a short list of ours (in the code, the 1,000 classes of ImageNet, with
-    WordNet's hypernyms). Mutants join their originals.
+    Differs: training draws from all calibration prompts at random (code: one prompt, drawn before training). Student
+    and teacher see the teacher's x_t (code: each its own). The teacher is the base model in every round (code: the
+    previous round, so that drift accumulates). The fitness is a mean over times with shared noise, and base
+    trajectories are drawn once for all generations and rounds (code: one random time and two new trajectories each). It
+    is measured without guidance (code: guidance 3, see `search_guidance`). The trajectories use the pipeline's
+    scheduler (code: DDIM). By default biases do not train, unlike in the code, so that every default round exports as a
+    LoRA. Entities that share a word with a removed concept, or are a kind of it, are left out. Prompts come from a
+    template unless a composer is given (code: a language model). Entities come from a short list (code: the 1,000
+    classes of ImageNet, with WordNet's hypernyms). Mutants join their originals.
 
     Args:
         train, steps, lr, batch, reuse, accumulate, sampler_steps, guidance, weight_decay, clip, precision, biases: as
-            for `ESD`, of the probe and the fit; code: "x", 1000, 1e-5, 1, 1, 1, 50, 3, and biases train.
+        for `ESD`, for the probe and the fit; code: "x", 1000, 1e-5, 1, 1, 1, 50, 3, and biases train.
         eta: ESD's erase strength, >= -1; code: 1.
-        reg: weight of the distillation, >= 0; 0 is ESD round by round, without probe and search; code: 0.01, of which
-            little was to be seen on `emoji`.
-        teacher: "base", or "previous" for the round before.
-        keep: individuals that survive a generation, and calibration prompts in the end; code: 100.
-        generations: of the search; code: 6.
-        mutation: chance of a gene to be replaced, in a quarter of the population; code: 0.05.
-        search_guidance: of the trajectories on which fitness is measured, >= 1; 1 is none and halves their cost; code:
-            3.
+        reg: weight of the distillation, >= 0; 0 is ESD in rounds, without probe and search; code: 0.01, which has
+            little effect on `emoji`.
+        teacher: "base", or "previous" for the previous round.
+        keep: selected individuals per generation, and the number of calibration prompts; code: 100.
+        generations: generations of the search; code: 6.
+        mutation: probability of replacing a gene, in a quarter of the population; code: 0.05.
+        search_guidance: guidance scale of the trajectories for the fitness, >= 1. 1 means no guidance, at half the
+            cost; code: 3.
         template: a text with {} for the entities.
 
     Shapes: latents x_t and predictions [B, C, h, w]; text [B, L, D].
 
     Raises:
-        ValueError: a field out of range; fewer than two entities left; run-time erasers or a LoRA on the pipeline; a
-            text over the encoder's limit; a checkpoint of another fit.
-        TypeError: a pipeline of another family.
+        ValueError: a field is out of range; fewer than two entities remain; the pipeline has run-time erasers or a
+            LoRA; a text is over the encoder's limit; or the checkpoint belongs to another fit.
+        TypeError: the family of the pipeline is unknown.
         RuntimeError: the loss is not finite.
 
     Example:
@@ -109,13 +107,15 @@ class CCRT(Training):
         for name, least in (("keep", 2), ("generations", 0)):
             check_integer(name, getattr(self, name), least)
         if self.teacher not in get_args(Teacher):
-            raise ValueError(f"Expected `teacher` to be 'base' or 'previous', but got {self.teacher!r}.")
+            raise ValueError(
+                f"Expected `teacher` to be 'base' or 'previous', got {self.teacher!r:.80}. Give one of the two."
+            )
         if self.template is not None and "{}" not in self.template:
             raise ValueError(f"Expected `template` to hold {{}} for the entities, but got {self.template!r}.")
 
     @classmethod
     def paper(cls) -> CCRT:
-        """The settings of the published code, for Stable Diffusion 1.4; its 1,000 entities have to be given."""
+        """The settings of the published code for Stable Diffusion 1.4. You have to give its 1,000 entities."""
         given: dict[str, Any] = {"steps": 1000, "lr": 1e-5, "batch": 1, "reuse": 1, "sampler_steps": 50}
         given |= {"keep": 100, "generations": 6, "mutation": 0.05, "search_guidance": 3.0}
         return cls(reg=0.01, biases=True, **given)
@@ -124,7 +124,7 @@ class CCRT(Training):
     def fit(
         self, pipe: DiffusionPipeline, concepts: Concepts, *, seed: int = 0, checkpoint: Any = None, **options: Any
     ) -> Delta:
-        """The delta of all rounds together; arguments as for `sequence`."""
+        """Returns the sum of all rounds as one delta. Takes the arguments of `sequence`."""
         first, *later = self.sequence(pipe, concepts, seed=seed, checkpoint=checkpoint, **options)
         return sum(later, start=first)
 
@@ -140,19 +140,19 @@ class CCRT(Training):
         broader: Broader | None = None,
         composer: Callable[[Sequence[str]], str] | None = None,
     ) -> list[Delta]:
-        """One delta per concept, each fitted on top of those before; `pipe` is left as found.
+        """Returns one delta per concept, each fitted on top of the earlier ones. Leaves `pipe` unchanged.
 
-        Their `info` has the calibration prompts, and the mean misalignment distance before the round, of the probe and
-        after, on these prompts and on all entities, at noise that was not searched with.
+        Their `info` has the calibration prompts, and the mean misalignment distance before the round, after the probe
+        and after the round. The distances cover these prompts and all entities, with noise that the search did not use.
 
         Args:
-            pipe: the pipeline. Deltas that are on are earlier rounds.
-            concepts: what to remove, in this order.
-            seed: of everything random.
-            checkpoint: a folder from which the same call goes on after an interruption.
-            entities: names of things, the first population of the search.
+            pipe: the pipeline. Its deltas count as earlier rounds.
+            concepts: the concepts to remove, in this order.
+            seed: seed of all random numbers.
+            checkpoint: a folder with which the same call continues after an interruption.
+            entities: names of things, the initial population of the search.
             broader: entity to its direct hypernyms, for crossover.
-            composer: entities to the prompt that is trained on, such as a language model; None: the template.
+            composer: makes training prompts from entities, such as a language model. None: the template.
         """
         found, _ = phrases(pipe, concepts)
         method = self.resolved(pipe)

@@ -1,4 +1,4 @@
-"""ESD: the concept's prediction is trained to be what negative guidance would have made of it."""
+"""ESD: trains the concept's prediction towards the negatively guided one."""
 
 from __future__ import annotations
 
@@ -26,52 +26,53 @@ Drawer = Literal["student", "frozen"]
 
 @dataclass(frozen=True)
 class ESD(Training):
-    """Fine-tunes the denoiser so that its prediction for a concept points away from it; needs only the concept's name.
+    """Fine-tunes the denoiser so that its prediction for a concept points away from it. Needs only the concept's name.
 
         L = || e(x_t, c, t) - target ||^2 / elements
         target = e*(x_t, t) - eta (e*(x_t, c, t) - e*(x_t, t))                        e*: frozen, e: trained, c: concept
         target = e*(x_t, f, t) - eta (e*(x_t, c, t) - e*(x_t, t)),  L on e(x_t, f, t)   to erase c from f only
 
-    x_t is drawn by the student, guided with the prompt c (or f), up to a random step of the pipeline's own scheduler.
-    The coefficients of the target sum to one, so the same formula serves networks that predict v.
+    The student draws x_t, guided with the prompt c (or f), up to a random step of the pipeline's scheduler. The
+    coefficients of the target sum to one, so the formula also holds for v-prediction.
 
     Paper: R. Gandikota, J. Materzynska, J. Fiotto-Kaufman, D. Bau, 2023, "Erasing Concepts from Diffusion Models", ICCV
     2023, arXiv 2303.07345, equation 6. `ESD.paper()` has its settings, `ESD.code_2025()` those of the authors' current
-    code, which also brought erasing from a text.
+    code, which added `erase_from`.
 
     Differs: `eta` is the paper's. The authors' current code has a `negative_guidance` instead. Without `erase_from` it
-    is eta + 1, so that their 2 is eta 1, and their 1 merely maps the concept onto the empty prompt. With `erase_from`
-    it is eta itself. The time step fits the noise in x_t exactly, and latents are scaled as the scheduler wants them.
-    The authors sample with DDIM (in 2025 PNDM): set `pipe.scheduler` before `fit` for theirs. The empty prompt is what
-    inference uses: zeros on SDXL. One trajectory serves `reuse` updates at steps of their own. "u" leaves the time
-    embedding and the output layers alone, as the paper's code did. By default biases do not train, unlike in the
-    authors' code, so that every default fit exports as a LoRA.
+    is eta + 1: their 2 is eta 1, and their 1 maps the concept onto the empty prompt. With `erase_from` it is eta. The
+    time step matches the noise in x_t exactly, and latents are scaled for the scheduler. The authors sample with DDIM
+    (in 2025 PNDM): set `pipe.scheduler` before `fit` for theirs. The empty prompt is that of inference: zeros on SDXL.
+    One trajectory serves `reuse` updates at different steps. "u" excludes the time embedding and the output layers, as
+    the paper's code did. By default biases do not train, unlike in the authors' code, so that every default fit exports
+    as a LoRA.
 
     Args:
-        train: "x" (ESD-x: cross-attention; for names and styles), "u" (ESD-u: all but cross-attention; for what prompts
-            only hint at), "x-strict" (keys and values of cross-attention), "self" or "full".
-        steps: updates, >= 0; paper: 1000. None: what suits the family, as for `lr`, `batch`, `reuse`, `sampler_steps`.
-        lr: of AdamW; paper: 1e-5. The family's is a third for "u" and "full".
-        batch: points in an update; paper: 1.
+        train: "x" (ESD-x: cross-attention; for names and styles), "u" (ESD-u: all but cross-attention; for implied
+            concepts), "x-strict" (keys and values of cross-attention), "self" or "full".
+        steps: updates, >= 0; paper: 1000. None: the family's default, as for `lr`, `batch`, `reuse`, `sampler_steps`.
+        lr: learning rate of AdamW; paper: 1e-5. The family's default is a third for "u" and "full".
+        batch: points per update; paper: 1.
         reuse: updates that one trajectory serves; paper: 1.
-        accumulate: parts in which a batch is computed, to save memory.
+        accumulate: number of parts of a batch, to save memory.
         sampler_steps: K, steps of a full trajectory; paper: 50.
-        guidance: of the trajectories, >= 1; paper: 3.
-        weight_decay, clip: of AdamW and the gradient's norm; paper: 0, none.
+        guidance: guidance scale of the trajectories, >= 1; paper: 3.
+        weight_decay, clip: weight decay of AdamW, largest norm of the gradient; paper: 0, none.
         precision: "auto", "float32" or "bfloat16" (autocast; trained tensors stay float32).
-        eta: erase strength, >= -1; -1 is no change; paper: 1, also 3 and 10. None: what suits the family (1; on `emoji`
-            0.5, where 1 draws black shapes in place of the concept).
-        erase_from: the text f, for an attribute that is to go from one thing only ("cowboy hat" from "cowboy").
-        drawn_by: who draws x_t. "student": the weights in training (the paper). "frozen": the weights before the fit
+        eta: erase strength, >= -1; -1 is no change; paper: 1, also 3 and 10. None: the family's default (1; on `emoji`
+            0.5, because 1 draws black shapes there).
+        erase_from: the text f, to erase an attribute from one thing only ("cowboy hat" from "cowboy").
+        drawn_by: the weights that draw x_t. "student": those in training (the paper). "frozen": those before the fit
             (the code of 2025).
-        biases: whether biases and the scales of norms train too, as in the authors' code. Such a delta has no LoRA.
+        biases: whether biases and the scales of norms also train, as in the authors' code. Such a delta cannot be
+            exported as a LoRA.
 
     Shapes: latents x_t and predictions [B, C, h, w]; text [B, L, D].
 
     Raises:
-        ValueError: a field out of range; run-time erasers or a LoRA on the pipeline; a text over the encoder's limit; a
-            checkpoint of another fit.
-        TypeError: a pipeline of another family.
+        ValueError: a field is out of range; the pipeline has run-time erasers or a LoRA; a text is over the encoder's
+            limit; or the checkpoint belongs to another fit.
+        TypeError: the family of the pipeline is unknown.
         RuntimeError: the loss is not finite.
 
     Example:
@@ -96,19 +97,21 @@ class ESD(Training):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.drawn_by not in get_args(Drawer):
-            raise ValueError(f"Expected `drawn_by` to be 'student' or 'frozen', but got {self.drawn_by!r}.")
+            raise ValueError(
+                f"Expected `drawn_by` to be 'student' or 'frozen', got {self.drawn_by!r:.80}. Give one of the two."
+            )
         if self.eta is not None:
             check_number("eta", self.eta, least=-1)
 
     @classmethod
     def paper(cls, train: Any = "x", eta: float = 1.0) -> ESD:
-        """The paper's settings, for Stable Diffusion 1.4: the student draws, and biases train."""
+        """The paper's settings for Stable Diffusion 1.4. The student draws, and biases train."""
         fields: dict[str, Any] = {"steps": 1000, "lr": 1e-5, "batch": 1, "reuse": 1, "sampler_steps": 50}
         return cls(train=train, eta=eta, drawn_by="student", biases=True, **fields)
 
     @classmethod
     def code_2025(cls, train: Any = "x", eta: float = 1.0) -> ESD:
-        """The settings of the authors' code of 2025 for Stable Diffusion 1.4: the frozen model draws, biases train.
+        """The settings of the authors' code of 2025 for Stable Diffusion 1.4. The frozen model draws, and biases train.
 
         `eta` is the paper's; their default `negative_guidance` of 2 is eta 1 without `erase_from`.
         """
@@ -126,15 +129,15 @@ class ESD(Training):
         stop: Detector | None = None,
         below: float = 0.05,
     ) -> Delta:
-        """The delta that erases `concepts`; `pipe` is left as found.
+        """Returns the delta that erases `concepts`. Leaves `pipe` unchanged.
 
         Args:
-            pipe: the pipeline; deltas that are on belong to the model that is trained.
+            pipe: the pipeline. Its deltas are part of the trained model.
             concepts: each phrase of each concept is a prompt c, drawn at random.
-            seed: of everything random.
-            checkpoint: a safetensors file from which the same call goes on after an interruption.
-            stop: a detector; every 50 updates it looks at 16 pictures, and the fit ends once at most the share `below`
-                of them shows the concept.
+            seed: seed of all random numbers.
+            checkpoint: a safetensors file with which the same call continues after an interruption.
+            stop: a detector, which judges 16 pictures every 50 updates. The fit ends once at most the share `below` of
+                them shows the concept.
             below: see `stop`.
         """
         found, texts = phrases(pipe, concepts, *filter(None, [self.erase_from]))
@@ -155,7 +158,7 @@ class ESD(Training):
         return Delta.fitted(method, pipe, net.change(state.shipped), found, seed=seed, info=state.info())
 
     def points(self, net: Denoiser, prompts: Tensor, weights: Weights, rng: Generator) -> Points:
-        """`reuse * batch` points of one trajectory, with random ones of the prompts (rows of the condition)."""
+        """`reuse * batch` points of one trajectory, with random prompts (rows of the condition)."""
         reuse, batch = self.reuse or 1, self.batch or 1
         prompt = prompts[torch.randint(len(prompts), (batch,), generator=rng)]
         stops = torch.randint(len(net.scheduler.timesteps), (reuse, batch), generator=rng)
@@ -170,7 +173,7 @@ class ESD(Training):
 
     @torch.no_grad()
     def target(self, net: Denoiser, points: Points, teacher: Weights | None = None) -> tuple[Tensor, Tensor]:
-        """The student's prompts and what it should predict, by the pipeline's own weights or a teacher's."""
+        """The student's prompts and targets, from the pipeline's weights or a teacher's."""
         rows = [torch.zeros_like(points.prompt), points.prompt]
         if self.erase_from:
             rows.append(torch.full_like(points.prompt, len(net.condition.text) - 1))

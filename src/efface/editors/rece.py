@@ -1,4 +1,4 @@
-"""RECE: rounds of UCE, each against the embedding that would still bring the concept back."""
+"""RECE: rounds of UCE, each against an embedding that still recovers the concept."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["RECE"]
 
 @dataclass(frozen=True)
 class RECE:
-    """Edits as UCE does, then finds what the edited model still reads as the concept, and edits that too, in rounds.
+    """Edits as UCE, then finds embeddings that the edited model still reads as the concept, and edits these, in rounds.
 
     With T_0 the change of UCE (all layers: W = W_0 T), S = sum W_0^T W_0 over all keys and values, and c [D] each token
     of the concept, in the original text encoding:
@@ -37,40 +37,40 @@ class RECE:
         derive:  c' = argmin_x  sum ||W_0 T_k x - W_0 c||^2 + mu ||x||^2 = (mu I + T_k^T S T_k)^-1 T_k^T S c
         erase:   T_k+1 = T_k (I + (G - C')^T C' K^-1)                      K = C'^T C' + b P^T P + lam I
 
-    Only the last T touches the layers, as one pair of factors each. With `uce`, the rounds begin at weights W_1 that
-    UCE has edited before: then S is sum W_1^T W_1, T_0 = I, and the right side has sum W_1^T W_0 in place of S.
+    Only the last T changes the layers, with one pair of factors each. With `uce`, the rounds start at weights W_1 that
+    UCE edited. Then S is sum W_1^T W_1, T_0 = I, and the right side has sum W_1^T W_0 instead of S.
 
     Paper: C. Gong, K. Chen, Z. Wei, J. Chen, Y.-G. Jiang, 2024, "Reliable and Efficient Concept Erasure of
-    Text-to-Image Diffusion Models", ECCV, arXiv 2407.12383. Equation numbers cannot be given: the paper's text could
-    not be read, the formulas follow its public code.
+    Text-to-Image Diffusion Models", ECCV, arXiv 2407.12383. There are no equation numbers, because the formulas follow
+    its public code.
 
-    Differs: the form without layers is ours, and equal to the code's sums over layers. UCE in front of the rounds has
-    `preserve_scale` and `lam` of the rounds, as the authors' README says, where the file names of their checkpoints say
-    1 and 0.5. The last round is returned; the authors choose a round by a detector, which `on_epoch_end` allows. Their
-    1,734 artists are not preserved unless you give them. Of their penalties only that on ||c'|| is here.
+    Differs: the form without layers is Efface's, and equals the code's sums over layers. The initial UCE uses the
+    rounds' `preserve_scale` and `lam`, as in the authors' README; the file names of their checkpoints say 1 and 0.5.
+    `fit` returns the last round. The authors choose a round by a detector, for which `on_epoch_end` exists. It does not
+    preserve their 1,734 artists unless you give them. Of their penalties it has only that on ||c'||.
 
-    On `emoji`, whose text encoder reads both ways, every position of every phrase holds something of every prompt: the
-    paper's `mu` and `lam` there ruin unrelated pictures too. Its own values come from tuning seeds
+    The text encoder of `emoji` is bidirectional, so every position of a phrase resembles every prompt. The paper's `mu`
+    and `lam` damage unrelated pictures there. The defaults for `emoji` come from tuning seeds
     (`results/editors_tuning.json`).
 
     Args:
-        mu: > 0, holds c' small; far above the "mean eigenvalue" of S in `info`, the rounds do nothing. 0.1 or 0.001 in
-            the paper, for SD 1.4; None: 0.1, and 1 on `emoji`.
+        mu: > 0, penalises large c'. Far above the "mean eigenvalue" of S in `info`, the rounds have no effect. 0.1 or
+            0.001 in the paper, for SD 1.4. None: 0.1, and 1 on `emoji`.
         rounds: >= 0 pairs of derive and erase; 0 is UCE. None: 3, and 1 on `emoji`.
-        tokens: which tokens UCE edits in front, see `UCE`; the rounds edit every position.
-        preserve: texts that must read as before, beside each concept's `keep`. The empty text holds the start token,
-            which all prompts share: do not leave it out.
-        preserve_scale: b > 0, once for each erased phrase, as in the code; 0.1 in the paper.
+        tokens: the tokens that the initial UCE edits, see `UCE`. The rounds edit every position.
+        preserve: texts to preserve, in addition to each concept's `keep`. Include the empty text: it holds the start
+            token, which all prompts share.
+        preserve_scale: b > 0, per erased phrase, as in the code; 0.1 in the paper.
         lam: > 0; 0.1 in the paper. None: 0.1, and 100 on `emoji`.
-        uce: the UCE edit to begin at, as the authors' runs do: a delta that `UCE.fit` made, or its file. It has to be
-            of the same model, concepts and anchors. The result holds both. None: UCE is fitted in front.
+        uce: the initial UCE edit, as in the authors' runs: a delta from `UCE.fit`, or its file, for the same model,
+            concepts and anchors. The result holds both edits. None: fits UCE first.
 
-    Shapes: S, T [D, D]; c, c', g [N, D], one row for each position of each phrase.
+    Shapes: S, T [D, D]; c, c', g [N, D], one row per position of each phrase.
 
     Raises:
-        ValueError: an option out of range; `uce` of another editor, mode, model, or of other concepts; a file that is
-            not a delta; otherwise as `UCE`.
-        FileNotFoundError: `uce` names no file.
+        ValueError: an option is out of range; `uce` has another editor, mode, model or other concepts; its file is not
+            a delta; otherwise as `UCE`.
+        FileNotFoundError: the file of `uce` does not exist.
         TypeError: `uce` is neither a delta nor a path.
 
     Example:
@@ -86,7 +86,7 @@ class RECE:
         "emoji": {"mu": 1.0, "rounds": 1, "lam": 100.0},
         "": {"mu": 0.1, "rounds": 3, "lam": 0.1},
     }
-    """Family -> the values that None stands for; "" for families not named."""
+    """Family -> the default values; "" for all other families."""
 
     mu: float | None = None
     rounds: int | None = None
@@ -102,24 +102,24 @@ class RECE:
                 check_positive(name, getattr(self, name))
         check_positive("preserve_scale", self.preserve_scale)
         if self.rounds is not None and (type(self.rounds) is not int or self.rounds < 0):
-            raise ValueError(f"Expected `rounds` to be a whole number >= 0, but got {self.rounds!r}.")
+            raise ValueError(f"Expected `rounds` to be a whole number >= 0, got {self.rounds!r:.80}. Give 0 or more.")
         object.__setattr__(self, "preserve", UCE(tokens=self.tokens, preserve=self.preserve).preserve)  # checks both
         if self.uce is None:
             return
         given: Any = self.uce
         if not isinstance(given, (Delta, str, Path)):
-            raise TypeError(f"Expected `uce` to be a delta or its file, but got {str(given)[:80]!r}. Fit one with UCE.")
+            raise TypeError(f"Expected `uce` to be a delta or its file, got {str(given)[:80]!r}. Fit one with UCE.")
         uce = given if isinstance(given, Delta) else Delta.load(given)
         if uce.method != "uce" or uce.fields.get("mode") == "debias" or uce.after:
             got = f"{uce.method!r} (mode {uce.fields.get('mode')!r}){' on top of others' if uce.after else ''}"
             raise ValueError(
-                f"Expected `uce` to be an erasure that UCE fitted on the base model, but got a delta of {got}. Fit one "
+                f"Expected `uce` to be an erasure that UCE fitted on the base model, got a delta of {got}. Fit one "
                 "with UCE, or leave `uce` out."
             )
         if self.tokens is not None:
             raise ValueError(
-                f"Expected `tokens` or `uce`, but got both, {self.tokens!r} and a delta. The tokens of that edit are "
-                "chosen already, so leave `tokens` out."
+                f"Expected `tokens` or `uce`, got both, {self.tokens!r} and a delta. Leave `tokens` out, because `uce` "
+                "fixes the tokens."
             )
         object.__setattr__(self, "uce", uce)
 
@@ -135,12 +135,12 @@ class RECE:
 
     @classmethod
     def style(cls) -> RECE:
-        """The paper's settings for an artist's style; give the concept the anchor "art"."""
+        """The paper's settings for an artist's style. Give the concept the anchor "art"."""
         return cls(mu=1e-3, rounds=1, lam=0.1)
 
     @classmethod
     def hard_object(cls) -> RECE:
-        """The paper's settings for objects that UCE leaves in many pictures (church, garbage truck)."""
+        """The paper's settings for objects with a high residual rate under UCE (church, garbage truck)."""
         return cls(mu=1e-3, rounds=1, lam=0.1)
 
     @classmethod
@@ -149,17 +149,17 @@ class RECE:
         return cls(mu=0.1, rounds=1, lam=0.1)
 
     def resolved(self, pipe: DiffusionPipeline) -> RECE:
-        """The same with the family's values where a field is None."""
+        """Replaces fields that are None by the family's values."""
         found: RECE = filled(self, pipe)
         return found
 
     def config(self) -> dict[str, Any]:
-        """What a record stores: the fields, and of `uce` its hash."""
+        """The fields for records, with the hash of `uce`."""
         fields = json.loads(json.dumps(asdict(replace(self, uce=None))))
         return {"method": name_of(type(self)), **fields, "uce": self.uce and self.uce.hash}
 
     def front(self, pipe: DiffusionPipeline) -> UCE:
-        """The edit in front of the rounds, if none is given."""
+        """The initial edit, if none is given."""
         lam = self.resolved(pipe).lam
         return UCE(tokens=self.tokens, preserve=self.preserve, preserve_scale=self.preserve_scale, lam=lam or 0.0)
 
@@ -172,13 +172,13 @@ class RECE:
         seed: int = 0,
         on_epoch_end: Callable[[int, Delta], bool | None] | None = None,
     ) -> Delta:
-        """The delta after the last round. `pipe` is only read; nothing is random, `seed` goes into the record.
+        """Returns the delta after the last round. Only reads `pipe`. Nothing is random; `seed` goes into the record.
 
         Args:
             pipe: the pipeline.
-            concepts: what to erase.
+            concepts: the concepts to erase.
             seed: for the record.
-            on_epoch_end: called with the round (UCE is 0) and the delta so far; True ends the rounds there.
+            on_epoch_end: called with the round (UCE is 0) and the current delta. True ends the rounds.
         """
         check(self, pipe)
         method = self.resolved(pipe)
@@ -186,7 +186,7 @@ class RECE:
         wanted, weights = as_concepts(concepts), keys_values(pipe)
         given = method._given(pipe, wanted, weights)
         cross = None
-        if given:  # the rounds go on from weights that are edited already
+        if given:  # the rounds continue from edited weights
             info, width = dict(method.uce.info) if method.uce else {}, next(iter(weights.values())).shape[1]
             left, right = (torch.zeros(shape, dtype=torch.float64) for shape in ((width, 0), (0, width)))
             plain = {name: weight.detach().cpu().double() for name, weight in weights.items()}
@@ -208,8 +208,8 @@ class RECE:
         info["mean eigenvalue"] = float(s.trace()) / len(s)
         if mu > info["mean eigenvalue"]:
             checks.warn(
-                f"`mu` is {mu:g}, but the mean eigenvalue of this model's keys and values is "
-                f"{info['mean eigenvalue']:g}, so the rounds do next to nothing. Give a smaller one."
+                f"`mu` is {mu:g}, far above the mean eigenvalue of this model's keys and values, "
+                f"{info['mean eigenvalue']:g}, so the rounds have almost no effect. Give a smaller one."
             )
         steps = rounds(s, left, right, concept, anchor, gram, mu, lam, cross)
         for k, (left, right, note) in zip(range(1, count + 1), steps, strict=False):  # noqa: B007
@@ -221,14 +221,14 @@ class RECE:
     def _given(
         self, pipe: DiffusionPipeline, concepts: Sequence[Concept], weights: Mapping[str, Tensor]
     ) -> dict[str, Change]:
-        """The changes of `uce` at its strength, none without it; ValueError if it is of something else."""
+        """The changes of `uce` at its strength; none without it. Raises ValueError if it does not match this fit."""
         uce = self.uce
         if uce is None:
             return {}
         uce.check(pipe)
         if others := sorted(uce.weights.keys() - weights.keys()):
             raise ValueError(
-                f"Expected `uce` to change keys and values of cross-attention only, but it changes {others[0]!r}. Fit "
+                f"Expected `uce` to change only keys and values of cross-attention, got a change of {others[0]!r}. Fit "
                 "it with UCE on this pipeline."
             )
         anchor = "" if uce.fields.get("mode") == "moderate" else None
@@ -237,8 +237,8 @@ class RECE:
             odd = next(phrase for phrase in ours | theirs if ours.get(phrase) != theirs.get(phrase))
             it, now = (f"reads {odd!r} as {x[odd]!r}" if odd in x else f"has no {odd!r}" for x in (theirs, ours))
             raise ValueError(
-                f"Expected `uce` to erase the same phrases towards the same anchors, but it {it}, and what is to be "
-                f"erased now {now}. Give the same concepts, or fit another UCE."
+                f"Expected `uce` to erase the same phrases towards the same anchors, but it {it}, and this fit {now}. "
+                "Give the same concepts, or fit another UCE."
             )
         return {name: scaled(change, uce.strength) for name, change in uce.weights.items()}
 
@@ -254,7 +254,7 @@ class RECE:
 
 
 def sum_of_products(weights: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
-    """sum V^T W [D, D] in float64, of weights V and others W; with the same for both it is S."""
+    """sum V^T W [D, D] in float64, of weights V and W. Equal V and W give S."""
     s: Any = 0
     for weight, other in zip(weights, others, strict=True):
         s = torch.mm(weight.detach().cpu().double().T, other.detach().cpu().double()) + s
@@ -262,9 +262,10 @@ def sum_of_products(weights: Sequence[Tensor], others: Sequence[Tensor]) -> Tens
 
 
 def derive(s: Tensor, left: Tensor, right: Tensor, concept: Tensor, mu: float, cross: Tensor | None = None) -> Tensor:
-    """What the edited model reads as the original reads `concept`: rows c' [N, D], with T = I + left right.
+    """The embeddings that the edited model reads as the original reads `concept`: rows c' [N, D], with T = I + left
+    right.
 
-    `cross`: sum W_1^T W_0, if T edits other weights W_1 than the original ones.
+    `cross`: sum W_1^T W_0, if T edits weights W_1 that differ from the original.
     """
     ts = s + right.T @ (left.T @ s)  # T^T S
     k = ts + (ts @ left) @ right
@@ -285,7 +286,7 @@ def rounds(
     lam: float,
     cross: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, dict[str, float]]]:
-    """T - I as factors after each round, without end, and what is worth knowing; `gram` is b P^T P."""
+    """Yields T - I as factors after each round, endlessly, with facts. `gram` is b P^T P."""
     while True:
         derived = derive(s, left, right, concept, mu, cross)
         more_left, more_right = step(derived, anchor, gram, 1.0, lam)

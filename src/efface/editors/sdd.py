@@ -1,4 +1,4 @@
-"""SDD: the concept's prediction is trained to be the network's own unconditional one; its running average is kept."""
+"""SDD: trains the concept's prediction towards the network's unconditional one, and ships a running average."""
 
 from __future__ import annotations
 
@@ -27,56 +27,56 @@ Roles = Literal["readme", "code"]
 
 @dataclass(frozen=True)
 class SDD(Training):
-    """Distils the denoiser into itself: under the removal prompt it learns to predict what it would without a prompt.
+    """Distils the denoiser into itself: for the removal prompt it learns its unconditional prediction.
 
         L = || e_theta(z_t, c_s, t) - stopgrad(e_theta(z_t, "", t)) ||^2 / elements       c_s: removal prompt
         theta_bar = ema theta_bar + (1 - ema) theta                                         theta_bar: what is shipped
         z_t: guided trajectory of theta_bar with the sampling prompt c_p, up to a random step
 
-    Gentler than ESD, whose target with eta = 0 this is, except that nothing is frozen: it aims at "as if nothing had
-    been said", not away from the concept. Made for many concepts at once.
+    The target is ESD's with eta = 0, without a frozen network. It moves the concept to the unconditional prediction,
+    not away from the concept, so it is gentler than ESD. Intended for many concepts together.
 
     Paper: S. Kim, S. Jung, B. Kim, M. Choi, J. Shin, J. Lee, 2023, "Towards Safe Self-Distillation of Internet-Scale
-    Text-to-Image Diffusion Models", ICML 2023 workshop, arXiv 2307.05977. Equation numbers cannot be given: its body
-    could not be read. Written from the abstract, the pseudo-code that its authors published and the settings of their
-    training script, which `SDD.paper()` has.
+    Text-to-Image Diffusion Models", ICML 2023 workshop, arXiv 2307.05977. There are no equation numbers, because only
+    the abstract, the authors' pseudo-code and their training script were available. `SDD.paper()` has the script's
+    settings.
 
-    Differs: with several concepts the authors' pseudo-code and script disagree. In the pseudo-code ("readme") one
-    concept after another is shown (c_p) and all are removed together (c_s); in the script ("code") it is the other way
-    round. Both are here. The trajectories use the pipeline's own scheduler; the script's is DDIM, which you set with
-    `pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)` before `fit`. By default biases do not train,
-    unlike in the script, so that every default fit exports as a LoRA. Joined concepts that do not fit the text
-    encoder become several prompts that take turns, where the script cuts them off. A trajectory of 0 steps is pure
-    noise; in the script it is a finished picture with the time of pure noise. The time step is exactly the one of the
-    noise in z_t, not a random one near it. The average covers the trained tensors (the others do not move). The empty
-    prompt is what inference uses: zeros on SDXL. One trajectory serves `reuse` updates. `weight_decay` is 0, the
-    script's 1e-4 pulls the weights towards zero rather than towards the original.
+    Differs: with several concepts the authors' pseudo-code and script disagree. The pseudo-code ("readme") samples one
+    concept at a time (c_p) and removes all together (c_s). The script ("code") does the opposite. Both are available.
+    The trajectories use the pipeline's scheduler. The script uses DDIM, which you set with `pipe.scheduler =
+    DDIMScheduler.from_config(pipe.scheduler.config)` before `fit`. By default biases do not train, unlike in the
+    script, so that every default fit exports as a LoRA. Joined concepts that exceed the text encoder's limit become
+    several alternating prompts, whereas the script cuts them. A trajectory of 0 steps is pure noise; in the script it
+    is a finished picture with the time of pure noise. The time step matches the noise in z_t exactly, and is not a
+    random one near it. The average covers only the trained tensors. The empty prompt is that of inference: zeros on
+    SDXL. One trajectory serves `reuse` updates. `weight_decay` is 0, because the script's 1e-4 pulls the weights
+    towards zero, not towards the original.
 
     Args:
-        prompt_roles: "readme" or "code", see above; the same for one phrase. None: what suits the family ("code" on
-            `emoji`, on which "readme" leaves more of concepts with several phrases).
-        ema: share that the average keeps in an update, in [0, 1]: 0 is the student, 1 the original. Keep it below
-            1 - 3 / steps, or the average does not arrive. None: 0.999 from 1500 updates on (the script's), below that
-            1 - 5 / steps.
+        prompt_roles: "readme" or "code", see above; the same for one phrase. None: the family's default ("code" on
+            `emoji`, where "readme" has a higher residual rate for concepts with several phrases).
+        ema: decay of the average per update, in [0, 1]: 0 is the student, 1 the original. Above 1 - 3 / steps, the
+            average lags too far behind. None: 0.999 from 1500 updates on (the script's), below that 1 - 5 / steps.
         train: "x" (cross-attention, the script's), "x-strict", "u", "self" or "full".
-        steps: updates, >= 0; script: 1500. None: what suits the family, as for `lr`, `batch`, `reuse`, `sampler_steps`.
-        lr: of AdamW; script: 1e-5.
-        batch: points in an update; script: 1.
+        steps: updates, >= 0; script: 1500. None: the family's default, as for `lr`, `batch`, `reuse`, `sampler_steps`.
+        lr: learning rate of AdamW; script: 1e-5.
+        batch: points per update; script: 1.
         reuse: updates that one trajectory serves; script: 1.
-        accumulate: parts in which a batch is computed, to save memory.
+        accumulate: number of parts of a batch, to save memory.
         sampler_steps: K, steps of a full trajectory; script: 50.
-        guidance: of the trajectories, >= 1; script: 3.
-        weight_decay: of AdamW; script: 1e-4.
+        guidance: guidance scale of the trajectories, >= 1; script: 3.
+        weight_decay: weight decay of AdamW; script: 1e-4.
         clip: largest norm of the gradient; script: 1.
         precision: "auto", "float32" or "bfloat16" (autocast; trained tensors stay float32).
-        biases: whether biases and the scales of norms train too; script: True. Such a delta has no LoRA.
+        biases: whether biases and the scales of norms also train; script: True. Such a delta cannot be exported as a
+            LoRA.
 
     Shapes: latents z_t and predictions [B, C, h, w]; text [B, L, D].
 
     Raises:
-        ValueError: a field out of range; run-time erasers or a LoRA on the pipeline; a text over the encoder's limit; a
-            checkpoint of another fit.
-        TypeError: a pipeline of another family.
+        ValueError: a field is out of range; the pipeline has run-time erasers or a LoRA; a text is over the encoder's
+            limit; or the checkpoint belongs to another fit.
+        TypeError: the family of the pipeline is unknown.
         RuntimeError: the loss is not finite.
 
     Example:
@@ -100,17 +100,18 @@ class SDD(Training):
         super().__post_init__()
         if self.prompt_roles not in (None, *get_args(Roles)):
             raise ValueError(
-                f"Expected `prompt_roles` to be one of {', '.join(get_args(Roles))}, but got {self.prompt_roles!r}."
+                f"Expected `prompt_roles` to be one of {', '.join(get_args(Roles))}, got {self.prompt_roles!r:.80}. "
+                "Give one of these."
             )
         if self.ema is not None:
             check_number("ema", self.ema, most=1)
 
     @classmethod
     def paper(cls, prompt_roles: Roles = "code") -> SDD:
-        """The settings and the prompt roles of the published script, for Stable Diffusion 1.4.
+        """The settings and prompt roles of the published script for Stable Diffusion 1.4.
 
-        `SDD.paper("readme")` has the roles of the authors' pseudo-code. Which ones the paper's figures come from is not
-        known.
+        `SDD.paper("readme")` has the roles of the authors' pseudo-code. It is unknown which of them produced the
+        paper's figures.
         """
         fields: dict[str, Any] = {"steps": 1500, "lr": 1e-5, "batch": 1, "reuse": 1, "sampler_steps": 50}
         fields |= {"biases": True}
@@ -133,15 +134,15 @@ class SDD(Training):
         stop: Detector | None = None,
         below: float = 0.05,
     ) -> Delta:
-        """The delta that erases `concepts`, the average's; `pipe` is left as found.
+        """Returns the delta that erases `concepts`, from the running average. Leaves `pipe` unchanged.
 
         Args:
-            pipe: the pipeline; deltas that are on belong to the model that is trained.
-            concepts: the phrases of all of them are erased together.
-            seed: of everything random.
-            checkpoint: a safetensors file from which the same call goes on after an interruption.
-            stop: a detector; every 50 updates it looks at 16 pictures, and the fit ends once at most the share `below`
-                of them shows the concept.
+            pipe: the pipeline. Its deltas are part of the trained model.
+            concepts: the concepts to erase together, with all their phrases.
+            seed: seed of all random numbers.
+            checkpoint: a safetensors file with which the same call continues after an interruption.
+            stop: a detector, which judges 16 pictures every 50 updates. The fit ends once at most the share `below` of
+                them shows the concept.
             below: see `stop`.
         """
         found, words = phrases(pipe, concepts)
@@ -164,7 +165,7 @@ class SDD(Training):
         return Delta.fitted(method, pipe, net.change(state.shipped), found, seed=seed, info=state.info())
 
     def points(self, net: Denoiser, words: int, joined: int, weights: Weights, step: int, rng: Generator) -> Points:
-        """`reuse * batch` points of one trajectory, each with its removal prompt; both prompts take turns."""
+        """`reuse * batch` points of one trajectory, each with its removal prompt. Both kinds of prompts alternate."""
         reuse, batch = self.reuse or 1, self.batch or 1
         shown, removed = (1, words), (1 + words, joined)  # first row, number of rows
         if self.prompt_roles == "code":

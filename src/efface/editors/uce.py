@@ -1,4 +1,4 @@
-"""UCE: the projections that read the text are changed, in closed form, so that a concept reads as its anchor."""
+"""UCE: changes the projections that read the text, in closed form, so that a concept reads as its anchor."""
 
 from __future__ import annotations
 
@@ -46,43 +46,44 @@ class UCE:
         T  = I + a (G - C)^T C K^-1         K = a C^T C + b P^T P + lam I         C, G [N, D], P [M, D]
 
     T is the same for all layers: one Cholesky factorisation in float64 for the model, and for each layer the exact
-    factors B = a W (G - C)^T, A = C K^-1, of rank <= N. The edited model reads c as the plain one reads T c.
+    factors B = a W (G - C)^T, A = C K^-1, of rank <= N. The edited model reads c as the base model reads T c.
 
     Debiasing keeps the concept and shifts it towards attributes a_j, each by s_j. In the code of 2025 ("token") c reads
-    as c + sum s_j a_j. In that of 2023 ("layer"), the paper's, a shift counts in sizes of the concept in each layer:
+    as c + sum s_j a_j. In the paper's code of 2023 ("layer") the unit of a shift is the size of the concept in each
+    layer:
 
         W* c = W c + sum_j s_j (||W C^T|| / ||W A_j^T||) W a_j         C, A_j [N, D]: all tokens of the phrase
 
     Paper: R. Gandikota, H. Orgad, Y. Belinkov, J. Materzynska, D. Bau, 2024, "Unified Concept Editing in Diffusion
-    Models", WACV, arXiv 2308.14761. Equation numbers cannot be given: the formulas follow a summary and the public
+    Models", WACV, arXiv 2308.14761. There are no equation numbers, because the formulas follow a summary and the public
     code.
 
     Differs: `lam`, which makes K invertible, is not in the paper's objective but always in the code. The shared T, in
-    float64 by Cholesky, is ours; the code solves each layer with an explicit inverse in float32. The code's `tensor`
-    target is left out. `tokens="all"` is ours, for text encoders that are not causal. The empty text is preserved, as
-    in the code of 2023; its 1,734 artists are not, unless you give them. SDXL's pooled text is not edited, so part of
-    the concept gets past. Debiasing takes what measures the shares from you, where the script of 2023 has CLIP, five
-    templates for each profession, and a list of professions to preserve. A LoRA that is loaded stays as it is: only the
-    base weights are edited.
+    float64 by Cholesky, is Efface's; the code solves each layer with an explicit inverse in float32. The code's
+    `tensor` target is omitted. `tokens="all"` is Efface's, for text encoders that are not causal. The empty text is
+    preserved, as in the code of 2023; its 1,734 artists are not, unless you give them. SDXL's pooled text is not
+    edited, so part of the concept remains. Debiasing needs your function for measuring the shares; the script of 2023
+    has CLIP, five templates per profession, and a list of professions to preserve. A loaded LoRA stays unchanged: only
+    the base weights are edited.
 
     Args:
-        mode: "erase" onto each concept's `anchor`; "moderate": onto the empty text, whatever the anchor; "debias":
-            towards `attributes`, see `balance`.
-        tokens: which tokens of a text are edited. "last": the last one of its own (the code of 2025); "tail": from
-            there to the end of the padding (the code of 2023, the paper's); "all": every position. None: "tail" for
-            causal text encoders, "all" for others. Preserved texts: the last token for "last", else all positions.
-        preserve: texts that must read as before, beside each concept's `keep`.
-        attributes: debias: pairs (text, shift) of what the concept is shifted towards. `balance` finds the shifts.
-        shift: debias: what a shift of 1 is, "token" or "layer", see above.
+        mode: "erase" maps concepts onto their `anchor`. "moderate" maps them onto the empty text, for any anchor.
+            "debias" shifts them towards `attributes`, see `balance`.
+        tokens: the edited tokens of a text. "last": its last own token (the code of 2025). "tail": from there to the
+            end of the padding (the paper's code of 2023). "all": every position. None: "tail" for causal text encoders,
+            "all" for others. Preserved texts use the last token for "last", otherwise all positions.
+        preserve: texts to preserve, in addition to each concept's `keep`.
+        attributes: for debias: pairs (text, shift). The concept shifts towards these texts; `balance` finds the shifts.
+        shift: for debias: the unit of a shift, "token" or "layer", see above.
         erase_scale: a > 0; 1 in the paper.
         preserve_scale: b >= 0; None: max(0.1, 1 / number of preserved texts), as in the code of 2023.
-        lam: > 0, to be compared with the squared norm of a token; 0.5 in the code.
+        lam: > 0, on the scale of a token's squared norm; 0.5 in the code.
 
-    Shapes: W [C, D]; tokens [N, D], one row for each edited position of each phrase.
+    Shapes: W [C, D]; tokens [N, D], one row per edited position of each phrase.
 
     Raises:
-        ValueError: an option out of range; no concept; a phrase that is its own anchor, or is also preserved; on `fit`:
-            a phrase over the encoder's limit, fused or quantised projections.
+        ValueError: an option is out of range, there is no concept, or a phrase equals its anchor or a preserved text.
+            On `fit`: a phrase is over the encoder's limit, or the projections are fused or quantised.
 
     Example:
         >>> import efface
@@ -109,9 +110,14 @@ class UCE:
         choices = {"mode": get_args(Mode), "tokens": (*get_args(Tokens), None), "shift": get_args(Shift)}
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"Expected `{name}` to be one of {known}, but got {getattr(self, name)!r}.")
+                raise ValueError(
+                    f"Expected `{name}` to be one of {known}, got {getattr(self, name)!r:.80}. Give one of these."
+                )
         if isinstance(self.preserve, str):
-            raise ValueError(f"Expected `preserve` to be a sequence of texts, but got one, {self.preserve!r}.")
+            raise ValueError(
+                f"Expected `preserve` to be a sequence of texts, got one text, {self.preserve!r:.80}. Put it into a "
+                "list."
+            )
         pairs = self.attributes.items() if isinstance(self.attributes, Mapping) else self.attributes
         object.__setattr__(self, "preserve", tuple(self.preserve))
         object.__setattr__(self, "attributes", tuple((str(text), float(shift)) for text, shift in pairs))
@@ -121,28 +127,29 @@ class UCE:
             check_positive("preserve_scale", self.preserve_scale)
         if (self.mode == "debias") != bool(self.attributes):
             raise ValueError(
-                "Mode 'debias', and no other, needs `attributes` to shift between, such as (('a woman', 0.2), "
-                f"('a man', -0.2)), but got mode {self.mode!r} and {self.attributes!r}."
+                f"Expected `attributes` with mode 'debias' and with no other, got mode {self.mode!r} and "
+                f"{self.attributes!r:.80}. Give for example (('a woman', 0.2), ('a man', -0.2))."
             )
 
     @classmethod
     def code_2025(cls) -> UCE:
-        """The settings of the published code of 2025: the last token only, nothing preserved unless given."""
+        """The settings of the published code of 2025: only the last token, and nothing preserved unless given."""
         return cls(tokens="last", preserve=(), preserve_scale=1.0)
 
     @classmethod
     def debias_2023(cls, attributes: Sequence[str]) -> UCE:
-        """The settings of the published debiasing of 2023, the paper's; `balance` then finds the shifts.
+        """The settings of the paper's debiasing code of 2023. `balance` then finds the shifts.
 
         Args:
-            attributes: texts such as "male" and "female", whose shares are to be balanced.
+            attributes: texts such as "male" and "female", whose shares `balance` equalises.
         """
         pairs = tuple((text, 0.0) for text in checks.texts("attributes", attributes))
         return cls(mode="debias", shift="layer", tokens="tail", attributes=pairs, preserve_scale=0.1)
 
     @learning()
     def fit(self, pipe: DiffusionPipeline, concepts: Concepts, *, seed: int = 0) -> Delta:
-        """The delta that edits `concepts`. `pipe` is only read; nothing is random, `seed` goes into the record."""
+        """Returns the delta that edits `concepts`. Only reads `pipe`. Nothing is random; `seed` goes into the
+        record."""
         wanted = as_concepts(concepts)
         if self.shift == "layer" and self.attributes:
             phrases, gram, info = self._prepared(pipe, wanted)
@@ -154,7 +161,7 @@ class UCE:
         return Delta.fitted(self, pipe, made, wanted, seed=seed, info=info)
 
     def transform(self, pipe: DiffusionPipeline, concepts: Sequence[Concept]) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """T - I as factors [D, N] and [N, D] in float64, and what is worth knowing about them."""
+        """T - I as factors [D, N] and [N, D] in float64, and facts about them."""
         phrases, gram, info = self._prepared(pipe, concepts)
         concept = torch.cat([rows for rows, _ in phrases])
         if self.attributes:
@@ -169,14 +176,15 @@ class UCE:
             alone = residual(*step(concept, anchor, 0 * gram, self.erase_scale, self.lam), concept, anchor)
             cure = "fewer preserved texts or a smaller `preserve_scale`" if alone < rest / 2 else "a smaller `lam`"
             checks.warn(
-                f"Only {1 - rest:.0%} of the edit is done, and {1 - alone:.0%} if nothing were preserved. Give {cure}."
+                f"The edit is {1 - rest:.0%} complete, and would be {1 - alone:.0%} complete if nothing were "
+                f"preserved. Give {cure}."
             )
         return left, right, info | {"residual": rest}
 
     def _prepared(
         self, pipe: DiffusionPipeline, concepts: Sequence[Concept]
     ) -> tuple[list[tuple[Tensor, list[Tensor]]], Tensor, dict[str, Any]]:
-        """Each phrase's rows with those that it goes towards, b P^T P [D, D], and what is worth knowing."""
+        """Each phrase's rows with those of its target, b P^T P [D, D], and facts."""
         check(self, pipe)
         tokens = self.tokens or ("tail" if family(pipe).causal else "all")
         anchors = anchors_of(concepts, "" if self.mode == "moderate" else None)
@@ -213,26 +221,27 @@ class UCE:
         step: float | None = None,
         seed: int = 0,
     ) -> Delta:
-        """Debias in rounds: draw and measure with the edit on, shift by what is missing, edit again.
+        """Debiases in rounds: draws and measures with the edit, shifts by the missing shares, and edits again.
 
         With `shift="token"` a round adds to the shifts and edits the original weights, as in the code of 2025. With
-        "layer" it edits the weights of the round before, as in that of 2023. The shares of every round are in `info`.
+        "layer" it edits the weights of the round before, as in that of 2023. `info` has the shares of every round.
 
         Args:
-            pipe: the pipeline; it is left as found.
-            concept: one concept; others need shifts of their own.
-            measure: the share of each attribute in the pictures that `pipe` draws now, in the order of `attributes`.
-            wanted: the shares wanted; None: the same for all.
-            rounds: at most this many (30 in both codes).
-            tolerance: stops once every share is this near (0.05 in both codes).
-            step: how much of what is missing a round shifts by; None: 1 for "token", 0.1 for "layer", as in the codes.
+            pipe: the pipeline, which stays unchanged.
+            concept: one concept. Other concepts need different shifts.
+            measure: returns the share of each attribute in the current pictures of `pipe`, in the order of
+                `attributes`.
+            wanted: the target shares. None: equal shares.
+            rounds: the largest number of rounds (30 in both codes).
+            tolerance: the distance of every share from its target that ends the rounds (0.05 in both codes).
+            step: the factor from missing share to shift. None: 1 for "token", 0.1 for "layer", as in the codes.
             seed: for the record.
 
         Raises:
-            ValueError: another mode than "debias", a number of shares other than that of attributes, or as `fit`.
+            ValueError: the mode is not "debias", the numbers of shares and attributes differ, or as `fit`.
         """
         if self.mode != "debias":
-            raise ValueError(f"Expected mode 'debias' to balance, but got {self.mode!r}. Give it, with `attributes`.")
+            raise ValueError(f"Expected mode 'debias' to balance, got {self.mode!r}. Give it, with `attributes`.")
         texts, compounds = [text for text, _ in self.attributes], self.shift == "layer"
         aim = [1 / len(texts)] * len(texts) if wanted is None else list(wanted)
         by = step if step is not None else 0.1 if compounds else 1.0
@@ -247,8 +256,8 @@ class UCE:
                 history.append([float(share) for share in measure(pipe)])
                 if not len(history[-1]) == len(aim) == len(texts):
                     raise ValueError(
-                        f"Expected a share for each of {len(texts)} attributes, but got {len(history[-1])} measured "
-                        f"and {len(aim)} wanted. Give one for each, in the order of `attributes`."
+                        f"Expected a share for each of {len(texts)} attributes, got {len(history[-1])} measured and "
+                        f"{len(aim)} wanted. Give one for each, in the order of `attributes`."
                     )
                 gaps = [want - share for want, share in zip(aim, history[-1], strict=True)]
                 if max(map(abs, gaps)) < tolerance or k == rounds - 1:
