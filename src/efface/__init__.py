@@ -6,9 +6,9 @@
     with efface.erase(pipe, "alcohol"):
         images = pipe("a night at the pub").images
 
-The public names are those of `__init__.pyi`. They are imported on first use: `import efface` alone loads neither torch
-nor diffusers. Methods that other distributions register (see `efface.registry`) are reachable by their class name too:
-`efface.Mine`. A native name wins over a plug-in of the same name.
+The public names are those of `__init__.pyi`. Efface imports them on first use: `import efface` alone loads neither
+torch nor diffusers. Methods of other distributions (see `efface.registry`) are also available by class name:
+`efface.Mine`. A native name has priority over a plug-in of the same name.
 """
 
 from typing import Any

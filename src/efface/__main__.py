@@ -1,4 +1,4 @@
-"""The `efface` command; `python -m efface` is the same. Ctrl-C is heard before anything else is imported."""
+"""The `efface` command, also as `python -m efface`. Handles Ctrl-C before anything else is imported."""
 
 from ._interrupt import at_once
 

@@ -1,6 +1,6 @@
-"""What Ctrl-C does to the command: it ends the command while it loads; later it keeps what is finished.
+"""Ctrl-C ends the command while it loads. Later it keeps finished results.
 
-While libraries are imported, a `KeyboardInterrupt` comes out as any error, or as none: imports catch and wrap it.
+Imports may catch or wrap a `KeyboardInterrupt`, so it could surface as another error or disappear.
 """
 
 import os
@@ -20,12 +20,12 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 
 def at_once() -> None:
-    """From here on Ctrl-C ends the process, unless it is ignored, as in a shell's background job."""
+    """Lets Ctrl-C end the process, unless it is ignored, as in a shell's background job."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
 
 
 def gently() -> None:
-    """From here on Ctrl-C is a `KeyboardInterrupt` again."""
+    """Lets Ctrl-C raise `KeyboardInterrupt` again."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""A prompt encoded with some of its tokens masked."""
+"""Encodes a prompt with some of its tokens masked."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ def encode_masked(
     others: Sequence[str] = (),
     **settings: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """A prompt encoded as often as the longest list has sets of columns [N, L, D], and pooled.
+    """Encodes a prompt once per set of masked columns: states [N, L, D], and pooled texts.
 
-    `others`: the other prompts of its batch; where texts are padded to the longest, so is this one.
-    `columns`: by tokenizer, the columns whose tokens are masked for its encoder in the first text, the second, ..., as
-    `own_tokens` counts them. The mask is the tokenizer's own, or "!", the first word of CLIP's vocabulary, which has
-    none.
+    `others`: the other prompts of its batch, to whose length it is padded if the family does so. `columns`: per
+    tokenizer, the masked columns of the first text, the second, ..., as `own_tokens` counts them. The mask is the
+    tokenizer's mask token, or "!", the first word of CLIP's vocabulary, if there is none.
     """
     placed, here, facts = [], threading.get_ident(), family(pipe)
     for name, sets in columns.items():
@@ -47,7 +46,7 @@ def encode_masked(
 
 
 def _longest(pipe: DiffusionPipeline, texts: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
-    """The text that decides how far the others are padded, for each of the pipeline's encoders."""
+    """The text that determines the padding of the others, for each of the pipeline's encoders."""
     names = readers(pipe) if texts else ()
     return [max(texts, key=lambda text: len(read(pipe, text, name, **settings).ids)) for name in names]
 
@@ -63,7 +62,7 @@ def masked(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """The arguments of an encoder's call with masked tokens; None changes nothing."""
+    """The arguments of an encoder call with masked tokens. None changes nothing."""
     if threading.get_ident() != thread:  # another pipeline may share the text encoder
         return None
     ids = (args[0] if args else kwargs["input_ids"]).clone()

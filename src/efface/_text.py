@@ -1,4 +1,4 @@
-"""Texts as the pipeline encodes them: erasure prompts, prompts with masked tokens, and what a denoiser trains on."""
+"""Encodes texts as the pipeline does: erasure prompts, prompts with masked tokens, and training texts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .families import FAMILIES, Family, Reading, encode_parameters, encoder_name
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-# The `Site` of each denoiser that has erasers on, which knows the pipeline's own `encode_prompt`.
+# The `Site` of each denoiser with erasers, which knows the pipeline's original `encode_prompt`.
 SITES: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
@@ -26,8 +26,8 @@ SITES: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 class Encoded:
     """Texts as the pipeline encodes its prompts: `text` [N, L, D], `pooled` [N, P] or None, `own`, and `mask`.
 
-    `mask` [N, L] is False where the denoiser sees no text (None: it sees all columns). `own` holds for each text the
-    columns of its own tokens, those of the first encoder's states: not the start, end or padding tokens.
+    `mask` [N, L] is False for columns that the denoiser does not read (None: it reads all). `own` holds, per text, the
+    columns of its own tokens in the first encoder's states, without start, end and padding tokens.
     """
 
     text: Tensor
@@ -37,29 +37,29 @@ class Encoded:
 
 
 def own_encode(pipe: DiffusionPipeline) -> Any:
-    """The pipeline's own `encode_prompt`, without Efface's part."""
+    """The pipeline's original `encode_prompt`, without Efface's wrapper."""
     return getattr(pipe.encode_prompt, "original", pipe.encode_prompt)
 
 
 def readers(pipe: DiffusionPipeline) -> tuple[str, ...]:
-    """The tokenizers whose text encoders are there: SD 3 does without T5."""
+    """The tokenizers whose text encoders exist. SD 3 may lack T5."""
     return tuple(name for name in family(pipe).tokenizers if encoder_of(pipe, name) is not None)
 
 
 def encoder_of(pipe: DiffusionPipeline, tokenizer: str) -> Any:
-    """The text encoder that goes with a tokenizer, by its name; None if the pipeline does without."""
+    """The text encoder of a tokenizer, by name; None if the pipeline lacks it."""
     return getattr(pipe, encoder_name(tokenizer), None)
 
 
 def places(pipe: DiffusionPipeline, length: int | None = None, **settings: Any) -> dict[str, tuple[slice, slice]]:
-    """Where each encoder's states stand in a text [`length`, D]: columns and features, by the tokenizer's name."""
+    """The position of each encoder's states in a text [`length`, D]: columns and features, by the tokenizer's name."""
     return family(pipe).places(pipe, length, settings)
 
 
 def unknown(tokenizer: Any, text: str) -> list[str]:
-    """The words of a text that hold characters unknown to the tokenizer: it puts one and the same token in their place.
+    """The words of a text with characters that the tokenizer replaces by its unknown token.
 
-    CLIP's tokenizer knows every byte, and names its end token as the unknown one: it has no unknown characters.
+    CLIP's tokenizer knows every byte, and uses its end token as the unknown token, so it has no unknown characters.
     """
     marks = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     mark = tokenizer.unk_token_id
@@ -73,9 +73,9 @@ def unknown(tokenizer: Any, text: str) -> list[str]:
 
 
 def check_phrases(pipe: DiffusionPipeline, phrases: Sequence[str], **settings: Any) -> None:
-    """ValueError unless every text encoder can read all of each phrase.
+    """Raises ValueError unless every text encoder can read each phrase completely.
 
-    A phrase needs tokens, has to fit into the encoder, and may hold only characters that the tokenizer knows.
+    A phrase needs tokens, must not exceed the encoder's limit, and may have only characters that the tokenizer knows.
     """
     facts = family(pipe)
     for name in readers(pipe):
@@ -91,28 +91,28 @@ def check_phrases(pipe: DiffusionPipeline, phrases: Sequence[str], **settings: A
 
 
 def _whole(facts: Family, pipe: DiffusionPipeline, name: str, text: str, settings: Mapping[str, Any]) -> Reading:
-    """How an encoder reads a cleaned text; ValueError if the text has no tokens or does not fit."""
+    """A cleaned text as an encoder reads it. Raises ValueError if it has no tokens or is too long."""
     found, limit = facts.read(pipe, name, text), facts.limit(pipe, name, settings)
     if text and found.own.start == found.own.stop:
-        raise ValueError(f"The phrase {text!r} has no tokens for this pipeline: write the concept in other words.")
+        raise ValueError(f"The phrase {text!r:.80} has no tokens for this pipeline. Write the concept in other words.")
     if (length := len(found.ids)) > limit:
         raise ValueError(
-            f"The phrase {text!r} is {length} tokens long, but the text encoder takes {limit}: write a shorter one."
+            f"The phrase {text!r:.80} is {length} tokens long, but the text encoder takes {limit}. Write a shorter one."
         )
     return found
 
 
 def encode(pipe: DiffusionPipeline, texts: Sequence[str], *, differentiable: bool = False, **settings: Any) -> Encoded:
-    """The one place that encodes texts, by the pipeline's own `encode_prompt`.
+    """Encodes texts with the pipeline's original `encode_prompt`. All encoding goes through this function.
 
     Args:
         pipe: the pipeline.
-        texts: texts, each within the encoder's limit; "" is the pipeline's empty prompt.
-        differentiable: whether gradients reach the encoder, as they have to where the text holds the user's prompt.
+        texts: texts, each within the encoder's limit. "" is the pipeline's empty prompt.
+        differentiable: whether gradients reach the encoder, which texts with the user's prompt need.
         settings: further arguments of `encode_prompt`, such as `clip_skip`.
 
     Raises:
-        ValueError: a text without tokens, or over the limit.
+        ValueError: a text has no tokens, or is over the limit.
     """
     facts, found = family(pipe), {}
     for name in readers(pipe):
@@ -120,9 +120,7 @@ def encode(pipe: DiffusionPipeline, texts: Sequence[str], *, differentiable: boo
         found[name] = [_whole(facts, pipe, name, text, settings) for text in written]
     for first, *others in facts.texts:
         if any(a.own != b.own for name in others for a, b in zip(found[first], found[name], strict=True)):
-            raise ValueError(
-                f"The pipeline's tokenizers place the tokens of {list(texts)} differently: use other words."
-            )
+            raise ValueError(f"The pipeline's tokenizers split {list(texts)!s:.80} differently. Use other words.")
     text, pooled, mask = encode_cut(pipe, texts, settings, differentiable)
     first = facts.texts[0][0]
     shifts = [facts.shift(first, reading, text.shape[1]) for reading in found[first]]
@@ -131,32 +129,32 @@ def encode(pipe: DiffusionPipeline, texts: Sequence[str], *, differentiable: boo
 
 
 def check_width(pipe: DiffusionPipeline) -> None:
-    """ValueError unless the encoder makes texts of the width that the denoiser reads."""
+    """Raises ValueError unless the encoder's width matches the denoiser's."""
     read = family(pipe).text_width(denoiser_of(pipe))
     made = encode(pipe, [""]).text.shape[-1]
     if read is not None and made != read:
         raise ValueError(
-            f"The text encoder of this {type(pipe).__name__} makes states of width {made}, but its denoiser reads "
-            f"width {read}: load the two from one model."
+            f"The text encoder of this {type(pipe).__name__} returns states of width {made}, but its denoiser reads "
+            f"width {read}. Load the two from one model."
         )
 
 
 def cleaned(pipe: DiffusionPipeline, tokenizer: Any, texts: Sequence[str], **settings: Any) -> list[str]:
-    """Texts as the pipeline gives them to a tokenizer."""
+    """Texts as the pipeline passes them to a tokenizer."""
     return family(pipe).cleaned(pipe, tokenizer, texts, settings)
 
 
 def encode_cut(
     pipe: DiffusionPipeline, texts: Sequence[str], settings: dict[str, Any], differentiable: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Texts [N, L, D], pooled [N, P], and the mask [N, L], where there are any; what is over the limit is cut."""
+    """Texts [N, L, D], and pooled texts [N, P] and the mask [N, L] if there are any. Cuts texts at the limit."""
     method, facts = own_encode(pipe), family(pipe)
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
         out = method(**facts.encoding_arguments(pipe, texts, settings))
     if len(out) != len(facts.returns):
         raise TypeError(
             f"`encode_prompt` of this {type(pipe).__name__} returns {len(out)} values, but pipelines of {facts.name} "
-            f"return {len(facts.returns)}: it is not of a tested family. Use the text-to-image pipeline of the family."
+            f"return {len(facts.returns)}. Use the text-to-image pipeline of the family."
         )
     parts = dict(zip(facts.returns, out, strict=True))
     mask = parts.get("mask")
@@ -164,16 +162,16 @@ def encode_cut(
 
 
 def own_tokens(pipe: DiffusionPipeline, text: str, name: str, **settings: Any) -> range:
-    """The columns of a text's own tokens for one tokenizer, not counting padding in front. What is too long is cut.
+    """The columns of a text's own tokens for one tokenizer, without leading padding. Cuts texts at the limit.
 
-    The end token, where there is one, stands behind them.
+    The end token, if there is one, follows them.
     """
     own = read(pipe, text, name, **settings).own
     return range(own.start, own.stop)
 
 
 def read(pipe: DiffusionPipeline, text: str, name: str, **settings: Any) -> Reading:
-    """How one of the pipeline's encoders reads a text. What is too long is cut."""
+    """A text as one of the pipeline's encoders reads it. Cuts the text at the limit."""
     facts = family(pipe)
     found, limit = _read(facts, pipe, name, text, settings), facts.limit(pipe, name, settings)
     if (more := len(found.ids) - limit) <= 0:
@@ -189,18 +187,18 @@ def _read(facts: Family, pipe: DiffusionPipeline, name: str, text: str, settings
 
 
 def encoding_settings(call: inspect.BoundArguments) -> dict[str, Any]:
-    """The arguments of an `encode_prompt` call that change how any text is encoded."""
+    """The arguments of an `encode_prompt` call that change the encoding of any text."""
     names = dict.fromkeys(name for each in FAMILIES for name in each.settings)
     return {k: call.arguments[k] for k in names if call.arguments.get(k) is not None}
 
 
 @dataclass(frozen=True)
 class Unconditional:
-    """The empty text of a call, and which of its unconditional rows read another one.
+    """The empty text of a call, and the unconditional rows with another text.
 
-    The empty text is what the unconditional rows read without a negative prompt: "" as the pipeline encodes it, or what
-    it takes instead (SDXL base: zeros). `text` [B, L, D], or [1, L, D] if all rows share it; `mask` [B or 1, L] where
-    the denoiser masks text; `others` are the rows that a negative prompt changes.
+    The empty text is that of unconditional rows without a negative prompt: the encoded "", or its replacement (SDXL
+    base: zeros). `text` [B, L, D], or [1, L, D] if all rows share it; `mask` [B or 1, L] if the denoiser masks text;
+    `others` are the rows that a negative prompt changes.
     """
 
     text: Tensor
@@ -208,7 +206,7 @@ class Unconditional:
     others: tuple[int, ...]
 
 
-SAME = 1e-4  # a text as near as this to the empty one, relative to its length, is the empty one
+SAME = 1e-4  # a text within this relative distance of the empty one counts as empty
 
 
 @torch.no_grad()
@@ -219,14 +217,14 @@ def unconditional(
     negative_mask: Tensor | None,
     untouched: bool,
 ) -> Unconditional:
-    """What a call's unconditional rows would read without a negative prompt, and which of them read something else.
+    """The text of a call's unconditional rows without a negative prompt, and the rows with another text.
 
     Args:
         pipe: the pipeline.
         call: the arguments of its `encode_prompt`, with guidance on.
-        negative: [B, L, D], what the unconditional rows will read, however it was given.
-        negative_mask: [B, L] of it, where the denoiser masks text.
-        untouched: whether `negative` is what the pipeline itself made of these arguments.
+        negative: [B, L, D], the text of the unconditional rows, from any source.
+        negative_mask: its mask [B, L], if the denoiser masks text.
+        untouched: whether the pipeline itself made `negative` from these arguments.
     """
     given = [value for name, value in call.arguments.items() if name.startswith("negative")]
     nothing = untouched and all(_is_empty(value) for value in given)
@@ -236,7 +234,7 @@ def unconditional(
     length = max(columns.stop for columns, _ in places(pipe, **encoding_settings(call)).values())
     if nothing and negative.shape[1] == length:
         empty, empty_mask = negative.detach(), mask
-    else:  # encoded as the pipeline would, in a batch of the same size, so that it is the same to the bit
+    else:  # encoded as in the pipeline, in a batch of the same size, so that it is bitwise equal
         defaults = {n: p.default for n, p in encode_parameters(pipe).items()}
         texts = ("prompt", "pooled", "negative")  # texts, embeddings and masks
         arguments = {name: defaults[name] if name.startswith(texts) else v for name, v in call.arguments.items()}
@@ -251,14 +249,14 @@ def unconditional(
 
 
 def _is_empty(negative: Any) -> bool:
-    """Whether a negative prompt says nothing; embeddings may say something."""
+    """Whether a negative prompt is empty. Embeddings count as not empty."""
     if isinstance(negative, Tensor):
         return False
     return not negative or (not isinstance(negative, str) and not any(negative))
 
 
 def _other_rows(text: Tensor, mask: Tensor | None, empty: Tensor, empty_mask: Tensor | None) -> tuple[int, ...]:
-    """Which rows [B, L, D] differ from those of `empty`, by more than rounding."""
+    """The rows [B, L, D] that differ from those of `empty` by more than rounding."""
     if text.shape != empty.shape:
         return tuple(range(len(text)))
     wide, wide_empty = text.float().flatten(1), empty.to(text.device).float().flatten(1)
@@ -274,7 +272,7 @@ def fits(pipe: DiffusionPipeline, text: str) -> bool:
 
 
 def cut_off(pipe: DiffusionPipeline, text: str, **settings: Any) -> str:
-    """The end of a prompt that no text encoder of the pipeline reads; "" if all of it is read by one."""
+    """The end of a prompt that no text encoder of the pipeline reads; "" if one reads the whole prompt."""
     return min(_cut_off(pipe, text, **settings), key=len)
 
 
@@ -289,7 +287,7 @@ def _cut_off(pipe: DiffusionPipeline, text: str, **settings: Any) -> list[str]:
 
 
 def pack(pipe: DiffusionPipeline, phrases: Sequence[str], separator: str = " ") -> list[str]:
-    """Phrases joined, greedily and in order, into as few texts as fit the encoder."""
+    """Joins phrases, greedily and in order, into as few texts as fit the encoder."""
     texts = [phrases[0]]
     for phrase in phrases[1:]:
         joined = f"{texts[-1]}{separator}{phrase}"
@@ -302,30 +300,32 @@ def pack(pipe: DiffusionPipeline, phrases: Sequence[str], separator: str = " ") 
 
 @dataclass(frozen=True)
 class Condition:
-    """What a denoiser gets beside latents and time, one row per text; row 0 is the unconditional one."""
+    """The denoiser's inputs besides latents and time, one row per text. Row 0 is unconditional."""
 
     text: Tensor
     added: dict[str, Tensor]
     facts: Family
 
     def at(self, rows: Tensor) -> dict[str, Any]:
-        """Keyword arguments of a denoiser call for these rows."""
+        """The keyword arguments of a denoiser call for these rows."""
         rows = rows.to(self.text.device)
         return self.facts.training_arguments(self.text[rows], {name: v[rows] for name, v in self.added.items()})
 
 
 def condition(pipe: DiffusionPipeline, texts: Sequence[str]) -> Condition:
-    """Texts as the denoiser gets them in a call of the pipeline, behind the unconditional row of such a call.
+    """Texts as the denoiser gets them in a pipeline call, after the unconditional row of such a call.
 
-    The pipeline is of a family that offers `training`.
+    The pipeline's family must offer `training`.
 
     Raises:
-        ValueError: run-time erasers are on; a text without tokens, or over the encoder's limit.
+        ValueError: run-time erasers are applied, or a text has no tokens or is over the encoder's limit.
     """
     present = SITES.get(denoiser_of(pipe))
     if present is not None and present.applied:
         names = ", ".join(type(applied.method).__name__ for applied in present.applied)
-        raise ValueError(f"{names} is on, and would take part in the training: call `handle.remove()` before `fit`.")
+        raise ValueError(
+            f"{names} is applied to the pipeline and would affect the training. Call `handle.remove()` before `fit`."
+        )
     facts = family(pipe)
     for name in readers(pipe):
         for text in facts.cleaned(pipe, getattr(pipe, name), texts, {}):

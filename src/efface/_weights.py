@@ -1,4 +1,4 @@
-"""The denoiser's parts and weights, by name: what is read, edited in place and hashed."""
+"""Reads, edits and hashes the pipeline's parts and weights by name."""
 
 from __future__ import annotations
 
@@ -18,35 +18,38 @@ if TYPE_CHECKING:
 
 
 class Elsewhere(ValueError):
-    """A weight is in effect, but its values are not where they can be read: fused with others, or offloaded."""
+    """A weight is in effect but cannot be read, because it is fused with others or offloaded."""
 
 
 @contextmanager
 def learning() -> Iterator[None]:
-    """Gradients on, whatever is around it: scripts that draw often turn them off. Also a decorator."""
+    """Enables gradients, also inside code that disabled them. Also a decorator."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
 
 
 def part(pipe: DiffusionPipeline, name: str) -> nn.Module:
-    """A component of the pipeline, such as "unet", without what `torch.compile` wraps around it."""
+    """A component of the pipeline, such as "unet", without the wrapper of `torch.compile`."""
     module = getattr(pipe, name, None)
     if not isinstance(module, nn.Module):
-        raise ValueError(f"Expected a pipeline with a {name!r}, but this {type(pipe).__name__} has none.")
+        raise ValueError(
+            f"Expected a pipeline with a {name!r}, got a {type(pipe).__name__} without one. Use a pipeline of the "
+            "delta's family."
+        )
     return getattr(module, "_orig_mod", module)
 
 
 def denoiser_of(pipe: DiffusionPipeline) -> nn.Module:
-    """What predicts the noise, without what `torch.compile` wraps around it; text encoders may be missing."""
+    """The denoiser, without the wrapper of `torch.compile`. Text encoders may be missing."""
     module = getattr(pipe, denoiser_name(pipe) or family(pipe).denoiser)
     return getattr(module, "_orig_mod", module)
 
 
 def weight(root: nn.Module, path: str) -> Tensor:
-    """The tensor at a dotted path; behind a LoRA (PEFT) it is the base layer's.
+    """The tensor at a dotted path. Inside a LoRA (PEFT) it is the base layer's.
 
     Raises:
-        ValueError: no such tensor, or one that cannot be edited in place: quantised, offloaded to disk, or fused away.
+        ValueError: the tensor does not exist, or cannot be edited because it is quantised, offloaded to disk, or fused.
     """
     found = stored(root, path)
     if found.element_size() < 2:
@@ -55,13 +58,13 @@ def weight(root: nn.Module, path: str) -> Tensor:
 
 
 def stored(root: nn.Module, path: str) -> Tensor:
-    """As `weight`, also where layerwise casting stores it in 8 bits."""
+    """As `weight`, also if layerwise casting stores the tensor in 8 bits."""
     found: Any = root
     for name in path.split("."):
         if _on_disk(found):
             raise Elsewhere(
-                f"{path!r} is on the disk (group offload with `offload_to_disk_path`) and cannot be edited there. Load "
-                "the model without it, or apply the delta before it is switched on."
+                f"{path!r} is offloaded to disk (`offload_to_disk_path`) and cannot be edited there. Load the model "
+                "without this offload, or apply the delta before enabling it."
             )
         if isinstance(found, Attention) and name in ("to_q", "to_k", "to_v"):
             check_unfused(found)
@@ -69,19 +72,19 @@ def stored(root: nn.Module, path: str) -> Tensor:
             found = found.base_layer
         found = getattr(found, name, None)
     if not isinstance(found, Tensor):
-        raise ValueError(f"{type(root).__name__} has no weight {path!r}: this is another architecture.")
+        raise ValueError(f"{type(root).__name__} has no weight {path!r}. Load a model with the delta's architecture.")
     if type(found) not in (Tensor, nn.Parameter) or not found.is_floating_point():
         raise _quantised(found, path)
     if found.is_meta:
         raise Elsewhere(
-            f"{path!r} is not in memory: load the model without sequential or disk offload, or take that off with "
+            f"{path!r} is not in memory. Load the model without sequential or disk offload, or remove the offload with "
             "`pipe.remove_all_hooks()`."
         )
     return found
 
 
 def _on_disk(module: Any) -> bool:
-    """Whether diffusers keeps the module's weights in a file while it is not called."""
+    """Whether diffusers stores the module's weights in a file between calls."""
     registry = getattr(module, "_diffusers_hook", None)
     hook = None if registry is None else registry.get_hook("group_offloading")
     return getattr(getattr(hook, "config", None), "offload_to_disk_path", None) is not None
@@ -89,8 +92,8 @@ def _on_disk(module: Any) -> bool:
 
 def _quantised(tensor: Tensor, path: str) -> ValueError:
     return ValueError(
-        f"{path!r} is quantised ({type(tensor).__name__}, {tensor.dtype}), and a quantised weight cannot be edited: "
-        "load the model in float32, float16 or bfloat16."
+        f"{path!r} is quantised ({type(tensor).__name__}, {tensor.dtype}), and cannot be edited. Load the model in "
+        "float32, float16 or bfloat16."
     )
 
 
@@ -106,7 +109,7 @@ def fused(root: nn.Module, path: str) -> tuple[Any, tuple[str, ...]]:
 
 
 def fused_change(layer: Any, names: Iterable[str], path: str) -> Tensor | None:
-    """What fusing these LoRAs adds to a layer's weight; None if that is not known."""
+    """The change of a layer's weight by fusing these LoRAs; None if unknown."""
     total: Tensor | None = None
     for name in names:
         known = name in getattr(layer, "lora_A", {}) and name not in getattr(layer, "lora_variant", {})
@@ -119,7 +122,7 @@ def fused_change(layer: Any, names: Iterable[str], path: str) -> Tensor | None:
 
 
 def keys_values(pipe: DiffusionPipeline) -> dict[str, Tensor]:
-    """What reads the text: `to_k` and `to_v` [C, D] of every cross-attention layer, by canonical name."""
+    """The weights that read the text: `to_k` and `to_v` [C, D] of every cross-attention layer, by canonical name."""
     root, facts = denoiser_of(pipe), family(pipe)
     if not layer_names(pipe):
         raise ValueError(refusal("An edit of keys and values in closed form", ("cross_text",), pipe))
@@ -128,11 +131,11 @@ def keys_values(pipe: DiffusionPipeline) -> dict[str, Tensor]:
 
 def check_unfused(attn: Attention, denoiser: str = "unet") -> None:
     if isinstance(attn.processor, FusedAttnProcessor2_0):  # `fused_projections` stays set after unfusing
-        raise Elsewhere(f"The attention projections are fused: call `pipe.{denoiser}.unfuse_qkv_projections()` first.")
+        raise Elsewhere(f"The attention projections are fused. Call `pipe.{denoiser}.unfuse_qkv_projections()` first.")
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over sorted names, shapes, dtypes and bytes."""
+    """SHA-256 over sorted names, shapes, dtypes and bytes."""
     found = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
@@ -142,10 +145,10 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def text_hash(pipe: DiffusionPipeline, unedited: Mapping[str, Tensor]) -> str:
-    """sha256 over sorted (name, shape, dtype, bytes) of the weights of the denoiser that read the text.
+    """SHA-256 over sorted (name, shape, dtype, bytes) of the denoiser's weights that read the text.
 
-    They are what makes keys and values from the text. `unedited`: the values, by canonical name, of what a delta has
-    changed just now.
+    These weights make keys and values from the text. `unedited`: the original values of weights that deltas change, by
+    canonical name.
     """
     denoiser, facts = denoiser_of(pipe), family(pipe)
     present: dict[str, Any] = {name: reader.weight for name, reader in facts.text_readers(denoiser).items()}
@@ -153,7 +156,7 @@ def text_hash(pipe: DiffusionPipeline, unedited: Mapping[str, Tensor]) -> str:
 
 
 def adapters(pipe: DiffusionPipeline) -> dict[str, str]:
-    """The LoRAs (PEFT) that are on, by name, each as a sha256 of its weights and scales."""
+    """The active LoRAs (PEFT) by name, each as a SHA-256 of its weights and scales."""
     found: dict[str, dict[str, Tensor]] = {}
     for part_name, root in pipe.components.items():
         modules: Any = root.named_modules() if isinstance(root, nn.Module) else ()
@@ -168,6 +171,6 @@ def adapters(pipe: DiffusionPipeline) -> dict[str, str]:
 
 
 def layer_names(pipe: DiffusionPipeline) -> tuple[str, ...]:
-    """Names of the denoiser's cross-attention layers, as they are registered."""
+    """The names of the denoiser's cross-attention layers, in registration order."""
     named = denoiser_of(pipe).named_modules()
     return tuple(name for name, module in named if isinstance(module, Attention) and module.is_cross_attention)

@@ -111,7 +111,7 @@ class CCRT(Training):
                 f"Expected `teacher` to be 'base' or 'previous', got {self.teacher!r:.80}. Give one of the two."
             )
         if self.template is not None and "{}" not in self.template:
-            raise ValueError(f"Expected `template` to hold {{}} for the entities, but got {self.template!r}.")
+            raise ValueError(f"Expected `template` to hold {{}} for the entities, got {self.template!r:.80}. Add it.")
 
     @classmethod
     def paper(cls) -> CCRT:

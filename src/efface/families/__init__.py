@@ -1,7 +1,8 @@
-"""All that differs between models: one file per family, found by walking; and what methods and families have in common.
+"""The differences between models: one file per family, found automatically; and the facts that methods and families
+share.
 
-A new family is one file here and a tiny pipeline in the tests. A method says what it needs, a family what it offers;
-refusals and tables are computed from the two.
+A new family is one file here and a tiny pipeline in the tests. Methods declare needs, families declare offers; refusals
+and tables follow from both.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The fields that a method leaves open, filled with what suits the pipeline's family.
+"""Fills a method's open fields with the defaults of the pipeline's family.
 
-A method keeps its own table, `defaults`: by the name of a family the values that None stands for there, and under ""
-those for all others. The families that the table names are those on which the values were calibrated. An empty entry
-stands for the defaults in the class itself.
+A method has a table, `defaults`: family name to the values of fields that are None; "" applies to all other families.
+The values were calibrated on the named families. An empty entry means the defaults of the class.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ if TYPE_CHECKING:
 
 
 def filled(method: Any, pipe: DiffusionPipeline) -> Any:
-    """The method with the values of the pipeline's family where a field is None."""
+    """Replaces fields that are None by the values of the pipeline's family."""
     missing = _missing(method, pipe)
     return replace(method, **missing) if missing else method
 
 
 def uncalibrated(method: Any, pipe: DiffusionPipeline) -> str:
-    """Says that the defaults a method uses here were calibrated elsewhere; "" if they were calibrated here.
+    """A note that a method's defaults were not calibrated for this family; "" if they were.
 
-    It is also "" if the method has no table of defaults, or if every field of the table is given.
+    Also "" if the method has no table of defaults, or if every field of the table is given.
     """
     table, facts = _table(method), family(pipe)
     if not table or facts.name in table or (table.get("") and not _missing(method, pipe)):
@@ -40,7 +39,7 @@ def _table(method: Any) -> Mapping[str, Mapping[str, Any]]:
 
 
 def _missing(method: Any, pipe: DiffusionPipeline) -> dict[str, Any]:
-    """The values of the family, or those of "", for the fields that are None."""
+    """The family's values, or those of "", for the fields that are None."""
     table = _table(method)
     values = table.get(family(pipe).name, table.get("", {}))
     return {name: value for name, value in values.items() if getattr(method, name) is None}

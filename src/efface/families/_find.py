@@ -1,4 +1,4 @@
-"""Which family a pipeline is of. Families are found by walking this package: there is no list of them."""
+"""Finds the family of a pipeline, among all families in the modules of this package."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _DENOISERS = tuple(dict.fromkeys(each.denoiser for each in FAMILIES))
 
 
 def family(pipe: DiffusionPipeline) -> Family:
-    """The family of a pipeline, told by its class, its denoiser's class and its text encoders.
+    """The family of a pipeline, by its class, its denoiser's class and its text encoders.
 
     Raises:
-        TypeError: not a pipeline that Efface knows.
-        ValueError: the pipeline of a known family lacks a text encoder or a tokenizer.
+        TypeError: Efface does not know the pipeline.
+        ValueError: the pipeline is of a known family, but lacks a text encoder or a tokenizer.
     """
     for each in FAMILIES:
         if each.recognises(pipe):
@@ -40,17 +40,17 @@ def family(pipe: DiffusionPipeline) -> Family:
 
 
 def denoiser_name(pipe: DiffusionPipeline) -> str:
-    """The pipeline's attribute that predicts the noise; "" if it has none. Text encoders may be missing."""
+    """The pipeline's attribute for the denoiser; "" if it has none. Text encoders may be missing."""
     return next((name for name in _DENOISERS if held(pipe).get(name) is not None), "")
 
 
 def _unknown(pipe: DiffusionPipeline) -> Exception:
-    """What is wrong with a pipeline that no family recognises."""
+    """The error for a pipeline of an unknown family."""
     parts, got, name = getattr(pipe, "components", {}), type(pipe).__name__, denoiser_name(pipe)
     if parts and not hasattr(pipe, "encode_prompt"):
         return TypeError(
-            f"{got} has no `encode_prompt`, which tells Efface which rows are conditional: use a pipeline that has it, "
-            "such as StableDiffusionPipeline."
+            f"{got} has no `encode_prompt`, which Efface needs to identify the conditional rows. Use a pipeline with "
+            "it, such as StableDiffusionPipeline."
         )
     if parts and (frames := video_argument(type(pipe))):
         return _untested(f"{got}, which draws videos (`{frames}`)")
@@ -61,8 +61,7 @@ def _unknown(pipe: DiffusionPipeline) -> Exception:
         if each.has_slots(pipe) and (lost := each.lost(pipe)):
             return ValueError(
                 f"This {got} has no {' and no '.join(f'`{part}`' for part in lost)}, but Efface encodes the concept's "
-                "phrases with the text encoders, also where the prompts are given as embeddings. "
-                f"{each.cure_for_lost(lost)}."
+                f"phrases with the text encoders, also if prompts are embeddings. {each.cure_for_lost(lost)}."
             )
     there = [part for slot, part in parts.items() if slot.startswith("text_encoder") and part is not None]
     return _untested(f"{got} with {' and '.join(map(_class_name, there)) or 'no text encoder'}")
@@ -76,6 +75,6 @@ def _untested(got: str) -> TypeError:
     names = ", ".join(each.name for each in FAMILIES)
     denoisers = ", ".join(sorted({each.denoiser_class for each in FAMILIES}))
     return TypeError(
-        f"Expected a diffusers text-to-image pipeline of a tested family ({names}), but got {got}. Use a pipeline "
+        f"Expected a diffusers text-to-image pipeline of a tested family ({names}), got {got}. Use a pipeline "
         f"whose denoiser is one of {denoisers}, with the text encoders of its family (SD and SDXL: CLIP)."
     )

@@ -1,7 +1,7 @@
-"""What methods need and families offer, put together: refusals, and the matrix of methods and families.
+"""Compares the methods' needs with the families' offers, for refusals and for the matrix of methods and families.
 
-A method's `needs` are names from `OFFERS`; "cross_text|joint_text" is either of the two. They may depend on its fields:
-its `forms` then say which fields to look at, by the words for them, such as {"`trajectories=2`": {"trajectories": 2}}.
+A method's `needs` are names from `OFFERS`; "cross_text|joint_text" means either. If they depend on fields, `forms` maps
+labels to field values, such as {"`trajectories=2`": {"trajectories": 2}}.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROOMS = ("erasers", "editors")
 class Form(NamedTuple):
     """A method with its default fields, or one of its forms.
 
-    `method` is its name in the registry, `label` says which form it is ("" for the default one).
+    `method` is its registered name. `label` names the form; "" is the default form.
     """
 
     method: str
@@ -38,7 +38,8 @@ def lacking(needs: Iterable[str], offers: Iterable[str]) -> tuple[str, ...]:
 
 
 def forms() -> list[Form]:
-    """Every eraser and editor, its default form first. All are imported; a plugin that lacks a package is left out."""
+    """All forms of every eraser and editor, the default form first. Imports all of them, except plug-ins that lack a
+    package."""
     found = []
     for name, room in registry.methods().items():
         if room not in ROOMS:
@@ -53,7 +54,7 @@ def forms() -> list[Form]:
 
 
 def _needs(cls: Any, fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a class needs with these fields; only a class whose needs depend on them is made."""
+    """The needs of a class with these fields. Makes an object only if the needs depend on fields."""
     if not isinstance(needs := getattr(cls, "needs", ()), property):
         return tuple(needs)
     made = cls(Concept("a concept"), **fields) if hasattr(cls, "apply") else cls(**fields)
@@ -64,26 +65,26 @@ def _needs(cls: Any, fields: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def check(method: Any, pipe: DiffusionPipeline) -> None:
-    """ValueError if a method needs what the pipeline does not offer; TypeError for an unknown pipeline."""
+    """Raises ValueError if the pipeline lacks a method's needs, and TypeError if its family is unknown."""
     needs, facts, cls = tuple(getattr(method, "needs", ())), family(pipe), type(method)
     offers = facts.offered(pipe) if needs else frozenset()
     if not (lacks := lacking(needs, offers)):
         return
     named: Mapping[str, Mapping[str, Any]] = getattr(cls, "forms", {})
-    if named and lacking(_needs(cls, {}), offers):  # the default form does not work here either
+    if named and lacking(_needs(cls, {}), offers):  # the default form also fails here
         named = {}
     labels = [label for label, fields in named.items() if set(lacks) & set(_needs(cls, fields))]
     raise ValueError(refusal(cls.__name__, needs, pipe, " and ".join(labels)))
 
 
 def refusal(who: str, needs: Iterable[str], pipe: DiffusionPipeline, label: str = "") -> str:
-    """The message for a pipeline that does not offer what somebody needs.
+    """The message for a pipeline that lacks needs.
 
     Args:
-        who: what needs it, such as the name of a method's class.
+        who: the subject, such as the name of a method's class.
         needs: names from `OFFERS`.
         pipe: a pipeline of a known family.
-        label: which form of the method needs it, if its default form does not.
+        label: the form of the method with the need, if the default form lacks it.
     """
     facts, needs = family(pipe), tuple(needs)
     offers = facts.offered(pipe)
@@ -93,17 +94,17 @@ def refusal(who: str, needs: Iterable[str], pipe: DiffusionPipeline, label: str 
     here = f"Use {who} without it, or with it on {where}" if label else f"Use it on {where}"
     return (
         f"{who}{f' with {label}' if label else ''} needs {wanted}, but this {type(pipe).__name__} ({facts.name}) has "
-        f"{has}. {here}; what works on {facts.name} is {what_works(facts, offers)}."
+        f"{has}. {here}; {facts.name} works with {what_works(facts, offers)}."
     )
 
 
 def what_works(facts: Family, offers: Iterable[str] | None = None, without: str = "") -> str:
-    """The methods that work in their default form, in words, with what a call has to be given for those that guide.
+    """Lists the methods that work in their default form, and the call arguments that guided methods need.
 
     Args:
         facts: the family.
-        offers: of the pipeline; None: of the family.
-        without: leaves out methods that need this, such as "guidance".
+        offers: the pipeline's offers. None: the family's.
+        without: excludes methods with this need, such as "guidance".
     """
     offers = set(facts.offers if offers is None else offers)
     fit = [form for form in forms() if not form.label and not lacking(form.needs, offers) and without not in form.needs]
@@ -118,7 +119,7 @@ def what_works(facts: Family, offers: Iterable[str] | None = None, without: str 
 
 
 def about(facts: Family) -> str:
-    """A line about a family for lists: how its text is read, and which methods work."""
+    """A line about a family for lists: how it reads text, and the working methods."""
     kinds = dict.fromkeys("bidirectional" if t in facts.bidirectional else "causal" for t in facts.tokenizers)
     layers = "cross-attention" if facts.cross_attention else "joint attention"
     encoders = "encoder" if len(facts.tokenizers) == 1 else "encoders"
@@ -126,7 +127,7 @@ def about(facts: Family) -> str:
 
 
 def matrix() -> dict[tuple[str, str], dict[str, str]]:
-    """(method, form) -> family -> "yes", "" for no, or what a call has to be given."""
+    """(method, form) -> family -> "yes", "" for no, or the required call arguments."""
     return {
         (form.method, form.label): {
             each.name: ""

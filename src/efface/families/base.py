@@ -1,7 +1,7 @@
-"""What a family of pipelines is: how it reads texts, how it calls its denoiser, and what it offers to methods.
+"""The facts of a family of pipelines: reading of texts, denoiser calls, and offers to methods.
 
-A new family is one file in this package: it makes one or more `Family` objects, and overrides here what differs. A
-family names no method. What methods may need, and families may offer, is listed in `OFFERS`.
+A new family is one file in this package, which makes `Family` objects and overrides the differences. A family names no
+method. `OFFERS` lists possible needs of methods and offers of families.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Offer(NamedTuple):
-    """Something that a family may offer: its words in messages, and what it means."""
+    """A possible offer of a family: its words in messages, and its meaning."""
 
     words: str
     meaning: str
@@ -45,7 +45,7 @@ OFFERS: Mapping[str, Offer] = {
     ),
     "guidance_scale": Offer(
         "the guidance scale of the call",
-        "The pipeline object tells the guidance scale of its present call.",
+        "The pipeline object exposes the guidance scale of its current call.",
     ),
     "text_weights": Offer(
         "weights that read the encoded text",
@@ -53,7 +53,7 @@ OFFERS: Mapping[str, Offer] = {
     ),
     "training": Offer(
         "a denoiser that trains outside of the pipeline's call",
-        "The denoiser predicts from latents, time and encoded text alone, on steps of the pipeline's own scheduler.",
+        "The denoiser predicts from latents, time and encoded text alone, on steps of the pipeline's scheduler.",
     ),
 }
 
@@ -63,37 +63,36 @@ _JOINT = ("add_k_proj", "add_v_proj", "to_k", "to_v")
 
 @dataclass(frozen=True)
 class Family:
-    """What hooks and methods need to know about a family of pipelines.
+    """The facts on a family of pipelines for hooks and methods.
 
     Args:
-        name: as used in docs and errors.
-        denoiser_class: the denoiser is of this class, or of one derived from it.
-        encoders: how the class names of the text encoders begin that every pipeline of the family has: `text_encoder`,
+        name: the name in docs and errors.
+        denoiser_class: the class of the denoiser, or a base class of it.
+        encoders: prefixes of the class names of the family's text encoders, in the order `text_encoder`,
             `text_encoder_2`, ...; "" for any class.
-        offers: names from `OFFERS`. `offered` says what one pipeline has.
-        denoiser: the pipeline's attribute that predicts the noise.
-        returns: what `encode_prompt` returns, in order: "text", "pooled", "mask", the same with "negative" ("negative",
-            "negative_pooled", "negative_mask"), or "ids".
-        texts: the tokenizers whose encoders' states the denoiser reads: those of a group stand side by side in the same
-            columns, the groups one behind the other.
-        pools: the tokenizers whose encoders' pooled states stand side by side in "pooled", the text that reaches the
-            denoiser past attention.
+        offers: names from `OFFERS`. `offered` lists those of one pipeline.
+        denoiser: the pipeline's attribute for the denoiser.
+        returns: the outputs of `encode_prompt`, in order: "text", "pooled", "mask", the same for negative prompts
+            ("negative", "negative_pooled", "negative_mask"), or "ids".
+        texts: the tokenizers whose encoders' states the denoiser reads, in groups. States of a group share columns,
+            side by side; groups follow each other.
+        pools: the tokenizers whose encoders' pooled states form "pooled", side by side. This text bypasses attention.
         bidirectional: the tokenizers whose encoders are not causal (BERT, T5).
-        resizable: the tokenizers whose limit the argument `max_sequence_length` of a call sets.
-        left_padded: the tokenizers whose padding stands in front of the text.
-        padded_to_limit: whether all texts have as many columns as the encoder's limit; else as many as the longest text
-            of an `encode_prompt` call needs.
-        settings: the arguments of `encode_prompt` that change how any text is encoded.
-        width_names: where the denoiser's config says how wide the text is that it reads; the first that is set counts.
-        scale: the argument of a call, and with some pipelines their attribute, that is the guidance scale.
-        guidance_in_two_calls: whether predictions without the prompt come from denoiser calls of their own, rather than
-            from further rows of the same call.
-        unit_time: whether the denoiser gets times from 0 to 1, rather than steps of the training.
+        resizable: the tokenizers whose limit follows the call argument `max_sequence_length`.
+        left_padded: the tokenizers that pad before the text.
+        padded_to_limit: whether all texts are padded to the encoder's limit. Otherwise they are padded to the longest
+            text of an `encode_prompt` call.
+        settings: the arguments of `encode_prompt` that change the encoding of any text.
+        width_names: entries of the denoiser's config with the width of its text. The first that is set counts.
+        scale: the call argument, and in some pipelines the attribute, with the guidance scale.
+        guidance_in_two_calls: whether unconditional predictions come from separate denoiser calls, not from rows of the
+            same call.
+        unit_time: whether the denoiser takes times from 0 to 1, not training steps.
         text_argument, time_argument, mask_argument, pooled_argument: the denoiser's arguments for the text, the time,
             the mask of the text's padding, and the pooled text.
-        shared_arguments: the denoiser's arguments that are the same for all rows of a batch.
+        shared_arguments: the denoiser's arguments that all rows of a batch share.
         projection: the denoiser's module that projects the text for all layers; "" if there is none.
-        outer_layers: beginnings of the names of the denoiser's parameters in front of its blocks and behind them.
+        outer_layers: prefixes of the names of the denoiser's parameters before and after its blocks.
     """
 
     name: str
@@ -125,48 +124,48 @@ class Family:
 
     @property
     def tokenizers(self) -> tuple[str, ...]:
-        """All that see the prompt."""
+        """All tokenizers that read the prompt."""
         return tuple(dict.fromkeys(itertools.chain(*self.texts, self.pools)))
 
     @property
     def cross_attention(self) -> bool:
-        """Whether the denoiser reads text in layers of its own, rather than together with the picture."""
+        """Whether the denoiser reads text in cross-attention, not in joint attention."""
         return "cross_text" in self.offers
 
     @property
     def causal(self) -> bool:
-        """Whether a text token sees only earlier ones, so that a prefix keeps its embedding."""
+        """Whether a text token sees only earlier tokens, so that a prefix keeps its states."""
         return not self.bidirectional
 
     @property
     def pooled(self) -> bool:
-        """Whether a pooled text reaches the denoiser past attention."""
+        """Whether a pooled text bypasses attention."""
         return "pooled" in self.returns
 
     @property
     def masked(self) -> bool:
-        """Whether the denoiser gets a mask of the text's padding."""
+        """Whether the denoiser takes a mask of the text's padding."""
         return "mask" in self.returns
 
     @property
     def returns_negative(self) -> bool:
-        """Whether `encode_prompt` encodes the negative prompts together with the prompts; else it is called again."""
+        """Whether `encode_prompt` encodes the negative prompts together with the prompts. Otherwise it is called
+        again."""
         return "negative" in self.returns
 
     @property
     def guidance_condition(self) -> str:
-        """What a call has to be given so that it has guidance; "" if the pipeline's defaults do."""
+        """The call arguments that enable guidance; "" if the pipeline's defaults do."""
         return "" if self.returns_negative else f"`{self.scale}` above 1 and a negative prompt"
 
     def guided(self, guidance: float) -> dict[str, Any]:
-        """The arguments of a call whose guidance scale is `guidance`; 1 is no guidance."""
+        """The call arguments for this guidance scale; 1 means no guidance."""
         return {self.scale: guidance} if self.returns_negative else {self.scale: guidance, "negative_prompt": ""}
 
     def protocol(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of a suite's call, as this family takes them: `guidance` becomes `guidance_scale`.
+        """A suite's call arguments for this family: `guidance` becomes `guidance_scale`.
 
-        A suite's guidance is that of predictions with and without the prompt. FLUX's is distilled: there, the
-        pipeline's own default stands.
+        A suite's guidance is classifier-free guidance. FLUX is guidance-distilled and keeps the pipeline's default.
         """
         rest = {name: value for name, value in call.items() if name != "guidance"}
         return rest | ({self.scale: call["guidance"]} if "guidance" in call and self.scale == "guidance_scale" else {})
@@ -174,7 +173,7 @@ class Family:
     # ---- which pipelines are of the family
 
     def recognises(self, pipe: DiffusionPipeline) -> bool:
-        """Whether a pipeline is of this family, told by its class, its denoiser and its text encoders."""
+        """Whether a pipeline is of this family, by its class, its denoiser and its text encoders."""
         if not self.has_denoiser(pipe) or not self.has_slots(pipe) or self.lost(pipe):
             return False
         if not hasattr(pipe, "encode_prompt") or video_argument(type(pipe)):
@@ -183,30 +182,30 @@ class Family:
         return all(is_kind(part, kind) for part, kind in zip(found, self.encoders, strict=True))
 
     def has_denoiser(self, pipe: DiffusionPipeline) -> bool:
-        """Whether the pipeline's denoiser is of this family's class."""
+        """Whether the pipeline's denoiser has this family's class."""
         return self.denoiser_class in class_names(held(pipe).get(self.denoiser))
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """The pipeline's attributes for the text encoders that it has to have."""
+        """The pipeline's attributes for the required text encoders."""
         return tuple("text_encoder" + (f"_{k + 1}" if k else "") for k in range(len(self.encoders)))
 
     def has_slots(self, pipe: DiffusionPipeline) -> bool:
-        """Whether the pipeline's class has room for this family's text encoders, and for no others."""
+        """Whether the pipeline's class takes exactly this family's text encoders."""
         there = {name for name in held(pipe) if name.startswith("text_encoder")}
         return set(self.slots) <= there <= {*self.slots, *map(encoder_name, self.tokenizers)}
 
     def lost(self, pipe: DiffusionPipeline) -> list[str]:
-        """The text encoders and tokenizers that the pipeline should have and does not have."""
+        """The required text encoders and tokenizers that the pipeline lacks."""
         named = [name for slot in self.slots for name in (slot, slot.replace("text_encoder", "tokenizer"))]
         return [name for name in named if held(pipe).get(name, "") is None]
 
     def cure_for_lost(self, lost: Sequence[str]) -> str:
-        """What to do about lost text encoders."""
-        return "Load the pipeline with all its text encoders and tokenizers, and keep them while an eraser is on"
+        """The cure for missing text encoders."""
+        return "Load the pipeline with all its text encoders and tokenizers, and keep them while an eraser is applied"
 
     def offered(self, pipe: DiffusionPipeline) -> frozenset[str]:
-        """What this pipeline offers: `offers`, less what its denoiser or its class lacks."""
+        """The offers of this pipeline: `offers`, without those that its denoiser or class lacks."""
         found = self.offers - {"guidance_scale"}
         if self.tells_scale(pipe):
             found |= {"guidance_scale"}
@@ -216,25 +215,25 @@ class Family:
         return found
 
     def tells_scale(self, pipe: DiffusionPipeline) -> bool:
-        """Whether the pipeline object tells the guidance scale of its call."""
+        """Whether the pipeline object exposes the guidance scale of its call."""
         return hasattr(type(pipe), self.scale)
 
     def adds_rows(self, pipe: DiffusionPipeline) -> bool:
-        """Whether the pipeline adds rows of its own to denoiser calls (perturbed attention guidance)."""
+        """Whether the pipeline adds further rows to denoiser calls (perturbed attention guidance)."""
         return hasattr(type(pipe), "set_pag_applied_layers")
 
     def distilled(self, denoiser: nn.Module) -> bool:
-        """Whether the denoiser takes the guidance scale as an input and does without unconditional predictions."""
+        """Whether the denoiser is guidance-distilled: it takes the guidance scale as an input."""
         return False
 
     def train_timesteps(self, pipe: DiffusionPipeline) -> int:
-        """The time that stands for pure noise, in the denoiser's units."""
+        """The time of pure noise, in the denoiser's unit."""
         return 1 if self.unit_time else pipe.scheduler.config.num_train_timesteps
 
     # ---- texts
 
     def limit(self, pipe: DiffusionPipeline, tokenizer: str, settings: Mapping[str, Any]) -> int:
-        """How many tokens of a text the pipeline encodes with this tokenizer, start and end included."""
+        """The largest number of tokens for this tokenizer, including start and end."""
         most = int(getattr(pipe, tokenizer).model_max_length)
         longest = encode_parameters(pipe).get("max_sequence_length")
         if longest is None or tokenizer not in self.resizable:
@@ -244,27 +243,27 @@ class Family:
     def cleaned(
         self, pipe: DiffusionPipeline, tokenizer: Any, texts: Sequence[str], settings: Mapping[str, Any]
     ) -> list[str]:
-        """Texts as the pipeline gives them to a tokenizer."""
+        """Texts as the pipeline passes them to a tokenizer."""
         convert = getattr(pipe, "maybe_convert_prompt", None)  # textual inversion: one word, several tokens
         return [convert(text, tokenizer) for text in texts] if convert else list(texts)
 
     def read(self, pipe: DiffusionPipeline, tokenizer: str, text: str) -> Reading:
-        """How an encoder reads a cleaned text; nothing is cut off."""
+        """A cleaned text as an encoder reads it, without truncation."""
         make = getattr(pipe, tokenizer)
         own, ids = (list(make(text, add_special_tokens=special).input_ids) for special in (False, True))
         start = next(k for k in range(len(ids) + 1) if ids[k : k + len(own)] == own)
         return Reading(ids, slice(start, start + len(own)))
 
     def shift(self, tokenizer: str, reading: Reading, length: int) -> int:
-        """How far a text's tokens move to the right in `length` columns, because padding stands in front of them."""
+        """The offset of a text's tokens in `length` columns because of padding before them."""
         return length - len(reading.ids) if tokenizer in self.left_padded else 0
 
     def places(
         self, pipe: DiffusionPipeline, length: int | None, settings: Mapping[str, Any]
     ) -> dict[str, tuple[slice, slice]]:
-        """Where each encoder's states stand in a text [L, D]: its columns and features, by the tokenizer's name.
+        """The position of each encoder's states in a text [L, D]: columns and features, by the tokenizer's name.
 
-        `length` is L, which is needed where texts are not padded to the encoder's limit.
+        `length` is L, which is needed if texts are not padded to the encoder's limit.
         """
         found, end = {}, 0
         for group in self.texts:
@@ -277,26 +276,26 @@ class Family:
         return found
 
     def state_width(self, encoder: Any) -> int:
-        """The features of an encoder's states."""
+        """The number of features of an encoder's states."""
         return int(encoder.config.hidden_size)
 
     def encoding_arguments(
         self, pipe: DiffusionPipeline, texts: Sequence[str], settings: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Arguments of `encode_prompt` that encode these texts, one row each, without guidance."""
+        """The arguments of `encode_prompt` for these texts, one row each, without guidance."""
         call = {"prompt": list(texts), "prompt_2": None, "prompt_3": None, "num_images_per_prompt": 1, **settings}
         call |= {"device": pipe._execution_device, "do_classifier_free_guidance": False}
         taken = encode_parameters(pipe)
         return {name: value for name, value in call.items() if name in taken}
 
     def text_width(self, denoiser: nn.Module) -> int | None:
-        """How wide the text is that the denoiser reads; None if its config does not say."""
+        """The width of the denoiser's text; None if its config does not say."""
         config: Any = denoiser.config
         read = next((config[name] for name in self.width_names if config.get(name) is not None), None)
         return read if isinstance(read, int) else None
 
     def lengthened(self, text: Tensor, mask: Tensor | None, length: int) -> tuple[Tensor, Tensor | None] | None:
-        """The same texts [N, L, D] and mask in `length` columns; None if the denoiser would read them differently."""
+        """The same texts [N, L, D] and mask in `length` columns; None if padding would change the text."""
         if length == text.shape[1]:
             return text, mask
         if length < text.shape[1] or not self.masked:
@@ -305,7 +304,7 @@ class Family:
         return self.padded(text, length), self.padded(seen[..., None], length)[..., 0]
 
     def padded(self, columns: Tensor, length: int) -> Tensor:
-        """Columns [..., L, D] of a text with zeros where padding would stand in `length` columns."""
+        """Columns [..., L, D] of a text, with zeros as padding to `length` columns."""
         from torch.nn.functional import pad
 
         more = length - columns.shape[-2]
@@ -327,17 +326,17 @@ class Family:
         return {**arguments, self.pooled_argument: pooled}
 
     def for_length(self, arguments: dict[str, Any], length: int) -> dict[str, Any]:
-        """The denoiser's arguments with what else depends on the text's `length` in columns, such as positions."""
+        """The denoiser's arguments with other inputs that depend on the text's `length`, such as positions."""
         return arguments
 
     def text_projection(self, denoiser: nn.Module) -> nn.Module | None:
-        """The module that projects the text for all layers, where there is one."""
+        """The module that projects the text for all layers, if there is one."""
         return getattr(denoiser, self.projection) if self.projection else None
 
     def text_readers(self, denoiser: nn.Module) -> dict[str, nn.Module]:
         """The projections that make keys and values from the text, by their names in the denoiser.
 
-        In joint attention they are those of the text alone, or, where there are none, those of text and picture.
+        In joint attention these are the text's projections, or those of text and picture if the text has none.
         """
         if not self.cross_attention:
             named = {name: m for name, m in denoiser.named_modules() if name.rpartition(".")[2] in _JOINT}
@@ -347,7 +346,7 @@ class Family:
         return {f"{name}.{part}": getattr(layer, part) for name, layer in layers for part in ("to_k", "to_v")}
 
     def training_added(self, pipe: DiffusionPipeline, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the denoiser gets in training besides latents, time and text, from what `encode_prompt` returned."""
+        """Further training inputs of the denoiser, from the output of `encode_prompt`."""
         return {}
 
     def training_arguments(self, text: Tensor, added: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""CogView4: a GLM decoder read in joint attention, padding in front and all, with guidance in a second call."""
+"""CogView4: a GLM decoder, read in joint attention including its leading padding, with guidance in a second call."""
 
 from __future__ import annotations
 

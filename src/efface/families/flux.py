@@ -1,4 +1,4 @@
-"""FLUX.1 and the embedded `emoji-flux`: T5 read in joint attention, CLIP pooled, guidance in a second call."""
+"""FLUX.1 and the embedded `emoji-flux`: T5 in joint attention, pooled CLIP, guidance in a second call."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _Flux(Family):
     shared_arguments: tuple[str, ...] = ("img_ids", "txt_ids")  # positions
 
     def for_length(self, arguments: dict[str, Any], length: int) -> dict[str, Any]:
-        """With as many positions of text; they are all zero."""
+        """Adds the positions of the text, which are all zero."""
         return {**arguments, "txt_ids": arguments["txt_ids"].new_zeros(length, arguments["txt_ids"].shape[-1])}
 
 

@@ -1,4 +1,4 @@
-"""PixArt-alpha and -sigma: T5, whose text is projected and whose padding is masked, read in cross-attention."""
+"""PixArt-alpha and -sigma: T5 with projected text and masked padding, in cross-attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SD 3 and 3.5: two CLIP encoders side by side and T5 behind them, or without it, read in joint attention."""
+"""SD 3 and 3.5: two CLIP encoders side by side, followed by an optional T5, in joint attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SDXL: two text encoders side by side, read in cross-attention, and a pooled text past it."""
+"""SDXL: two text encoders side by side, in cross-attention, and a pooled text that bypasses it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _SDXL(UNet):
         return super().cure_for_lost(lost)
 
     def training_added(self, pipe: DiffusionPipeline, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The pooled text, and the size of a whole picture at the resolution of the base model."""
+        """The pooled text, and the size of an uncropped picture at the base model's resolution."""
         pooled = parts["pooled"]
         side = pipe.default_sample_size * pipe.vae_scale_factor
         size = {"original_size": (side, side), "crops_coords_top_left": (0, 0), "target_size": (side, side)}

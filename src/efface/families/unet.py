@@ -1,4 +1,4 @@
-"""SD 1.x and 2.x, and the embedded `emoji` models that share their UNet: one text encoder, read in cross-attention."""
+"""SD 1.x and 2.x, and the embedded `emoji` models with the same UNet: one text encoder, in cross-attention."""
 
 from __future__ import annotations
 

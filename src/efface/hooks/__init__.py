@@ -1,29 +1,28 @@
-"""Where methods meet a pipeline. This package knows no method and no family.
+"""Connects run-time methods with pipelines. This package knows no method and no family.
 
-The names of `__all__` are public, and provisional until version 1.0: they may change between minor versions, and
-CHANGELOG says how. `Method` is the base class for methods of your own; docs/own_method.md leads through one.
+The names of `__all__` are public, and provisional until version 1.0: they may change between minor versions, with an
+entry in CHANGELOG. `Method` is the base class for your methods; docs/own_method.md is a tutorial.
 
 Glossary:
 
-- *Method*: what acts at run time, such as EIUP. Yours is a frozen dataclass derived from `Method`.
-- *Denoiser*: the UNet or transformer that predicts the noise. Each has one ordered list of the methods that are on
-  (`Site`); methods come off in any order, and with the last one every hook is gone.
-- *Call of the pipeline*: one `pipe(...)`. It is followed from `check_inputs` to `maybe_free_model_hooks` by methods of
-  the pipeline object that are wrapped (`pipeline`). `encode_prompt` says which rows of the batch will be conditional.
-- *Denoiser call*: one call of the denoiser, once or twice a step. `around` runs in place of it.
-- *Batch rows*: the rows of a denoiser call: unconditional ones, then conditional ones, then further predictions that
-  methods ask for; where these texts have another length, a further call of the denoiser holds them. The engine
-  compares the batch with what `encode_prompt` returned (`batch`); a caller without a pipeline says it by
-  `efface.conditional_rows`.
-- *Erasure prompts*: texts of the concept that take part in attention. They are encoded in each call of the pipeline,
-  the same texts once.
-- *Layer*: an attention module. Its query is seen behind `to_q` and its output is edited in front of `to_out[0]`, on
-  conditional rows; processors stay as they are. Unconditional rows are edited by methods that say so
-  (`touches_uncond`), where they read another text than the empty one.
-- *Prediction*: what the denoiser puts out for the conditional rows, which `guide` changes before the pipeline's own
-  guidance works on it.
-- *Plan and record*: what each method has to do in a denoiser call, and what it did (`watch`). Where the two differ the
-  call raises: nothing is drawn without the methods and without a word.
+- *Method*: a run-time eraser, such as EIUP. It is a frozen dataclass derived from `Method`.
+- *Denoiser*: the UNet or transformer that predicts the noise. Each has one ordered list of applied methods (`Site`).
+Methods can be removed in any order; with the last one, all hooks disappear.
+- *Call of the pipeline*: one `pipe(...)`. Efface wraps methods of the pipeline object to follow it from `check_inputs`
+to `maybe_free_model_hooks` (`pipeline`). `encode_prompt` determines which rows of the batch are conditional.
+- *Denoiser call*: one call of the denoiser, once or twice per step. `around` replaces it.
+- *Batch rows*: the rows of a denoiser call: unconditional rows, then conditional rows, then further predictions for
+methods. Texts of another length need a further denoiser call. The engine compares the batch with the output of
+`encode_prompt` (`batch`). Callers without a pipeline declare the rows with `efface.conditional_rows`.
+- *Erasure prompts*: texts of the concept that methods use in attention. Each pipeline call encodes them, equal texts
+once.
+- *Layer*: an attention module. Hooks read its query after `to_q` and edit its output before `to_out[0]`, on conditional
+rows. Processors stay unchanged. Methods with `touches_uncond` also edit unconditional rows whose text is not the empty
+one.
+- *Prediction*: the denoiser's output for the conditional rows. `guide` changes it before the pipeline applies its
+guidance.
+- *Plan and record*: the expected and the actual edits of each method in a denoiser call (`watch`). If the two differ,
+the call raises an error, so no picture is drawn without the methods unnoticed.
 
 Imports run from `texts`, `attention`, `watch`, `copies` and `forward` to `contract`, `prompts`, `layers`, `pipeline`,
 `batch`, `edits`, `prediction`, `step`, `denoiser`, `sites` and `method`.

@@ -1,4 +1,4 @@
-"""What a method sees of an attention layer."""
+"""Attention layers as methods see them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .texts import ErasurePrompts, Text
 
 @dataclass(eq=False)
 class _Layer:
-    """What both kinds of layers have in common; all tensors hold the rows that are edited, and no others.
+    """The common base of both kinds of layers. All tensors hold only the edited rows.
 
     Args:
         attn: the layer, diffusers' `Attention`, with its own projections.
         query: [B, Q, C].
-        output: [B, Q, C], what the layer puts out in front of `to_out`, before any method.
-        name: of the layer in the denoiser.
-        memory: of the method; it is empty when a call of the pipeline begins.
+        output: [B, Q, C], the layer's output before `to_out`, before any method.
+        name: the layer's name in the denoiser.
+        memory: the method's memory, which is empty at the start of a pipeline call.
     """
 
     attn: Any
@@ -32,7 +32,7 @@ class _Layer:
     memory: Mapping[str, Any] = field(default_factory=dict)
 
     def at(self, rows: Tensor) -> Self:
-        """The same layer, on some of the rows."""
+        """The same layer on some of the rows."""
         return replace(self, query=self.query[rows], output=None if self.output is None else self.output[rows])
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -52,17 +52,17 @@ class SelfAttention(_Layer):
 
     Args:
         attn: the layer, diffusers' `Attention`, with its own projections.
-        query: its projection of the picture.
-        output: what the layer puts out in front of `to_out`, before any method.
-        name: of the layer in the denoiser.
-        memory: of the method; it is empty when a call of the pipeline begins.
-        key: its projection of the picture.
-        value: its projection of the picture.
+        query: the layer's query projection of the picture.
+        output: the layer's output before `to_out`, before any method.
+        name: the layer's name in the denoiser.
+        memory: the method's memory, which is empty at the start of a pipeline call.
+        key: the layer's key projection of the picture.
+        value: the layer's value projection of the picture.
 
     Shapes: `query`, `key`, `value` and `output` [B, Q, C].
 
     Raises:
-        RuntimeError: `attend` with tensors whose shapes do not fit the layer.
+        RuntimeError: `attend` gets tensors whose shapes do not match the layer.
 
     Example:
         >>> import torch
@@ -82,7 +82,7 @@ class SelfAttention(_Layer):
         return replace(super().at(rows), key=key, value=value)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Softmax attention of projections, which may be those of different pictures.
+        """Softmax attention of projections, which may come from different pictures.
 
         Args:
             query, key, value: [B, Q, C].
@@ -96,25 +96,25 @@ class SelfAttention(_Layer):
 
 @dataclass(eq=False)
 class CrossAttention(_Layer):
-    """A cross-attention layer, on the rows that a method edits: conditional ones, or (`unconditional`) others.
+    """A cross-attention layer on the rows that a method edits: conditional rows, or others if `unconditional`.
 
     Args:
         attn: the layer, diffusers' `Attention`, with its own projections.
-        query: its projection of the picture.
-        output: what the layer puts out in front of `to_out`, before any method; None for unconditional rows.
-        name: of the layer in the denoiser.
-        memory: of the method; it is empty when a call of the pipeline begins.
-        prompt: what the conditional rows read; None for unconditional ones.
-        neutral: R texts that stand for "some picture", the empty prompt first.
-        empty: what unconditional rows read in a call without a negative prompt, one for each row, or one for all. None
-            without guidance; the empty prompt takes its place.
+        query: the layer's query projection of the picture.
+        output: the layer's output before `to_out`, before any method; None for unconditional rows.
+        name: the layer's name in the denoiser.
+        memory: the method's memory, which is empty at the start of a pipeline call.
+        prompt: the text of the conditional rows; None for unconditional rows.
+        neutral: R neutral texts, the empty prompt first.
+        empty: the text of unconditional rows in a call without a negative prompt, one per row or one for all. None
+            without guidance; then the empty prompt replaces it.
         unconditional: whether guidance pushes away from these rows: the unconditional ones, and further predictions of
             methods that `repel`.
 
     Shapes: `query` and `output` [B, Q, C]; keys and values in heads [B, heads, L, d].
 
     Raises:
-        ValueError: `with_empty` on a layer without neutral texts.
+        ValueError: `with_empty` is called on a layer without neutral texts.
 
     Example:
         >>> import torch
@@ -136,7 +136,7 @@ class CrossAttention(_Layer):
         return replace(super().at(rows), prompt=prompt, empty=empty)
 
     def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """What the layer's `to_k` and `to_v` make of a text.
+        """The keys and values of a text, from the layer's `to_k` and `to_v`.
 
         Args:
             states: [B, L, D].
@@ -150,11 +150,11 @@ class CrossAttention(_Layer):
         return (key if self.attn.norm_k is None else self.attn.norm_k(key)), value
 
     def attend(self, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Softmax attention of the query to one text for each row.
+        """Softmax attention of the query to one text per row.
 
         Args:
             key, value: [B, heads, L, d], as `keys_values` returns them.
-            mask: bool [B, L], the columns that are read; None: all.
+            mask: bool [B, L], the columns to read; None: all.
 
         Returns:
             [B, Q, C], as `output`.
@@ -164,11 +164,11 @@ class CrossAttention(_Layer):
     def attend_texts(self, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """Softmax attention of every row to each of N texts.
 
-        The batch is folded into the queries: one fused call for all texts and rows, no copy of the keys.
+        Folds the batch into the queries: one fused call for all texts and rows, without copies of the keys.
 
         Args:
             key, value: [N, heads, L, d].
-            mask: bool [N, L], the columns that are read; None: all.
+            mask: bool [N, L], the columns to read; None: all.
 
         Returns:
             [N, B, Q, C].
@@ -177,7 +177,7 @@ class CrossAttention(_Layer):
         return self._attend(query, key, value, mask).unflatten(1, self.query.shape[:2])
 
     def would_be(self, text: Text) -> Tensor:
-        """What the layer would put out for N other texts.
+        """The layer's output for N other texts.
 
         Args:
             text: states [N, L, D].
@@ -188,9 +188,9 @@ class CrossAttention(_Layer):
         return self.attend_texts(*self.keys_values(text.states), text.mask)
 
     def with_empty(self, text: Text) -> Tensor:
-        """What the layer would put out for the R neutral texts, the empty one first, and for N others.
+        """The layer's output for the R neutral texts, the empty one first, and for N other texts.
 
-        It never depends on the user's negative prompt.
+        The output never depends on the user's negative prompt.
 
         Args:
             text: states [N, L, D].
@@ -203,7 +203,7 @@ class CrossAttention(_Layer):
         """
         if self.neutral is None:
             raise ValueError(
-                f"Layer {self.name!r} has no neutral texts. Give `CrossAttention` some, the empty one first."
+                f"Layer {self.name!r} has no neutral texts. Give `CrossAttention` neutral texts, the empty one first."
             )
         empty, others = self.empty or self.neutral[:1], Text.cat([self.neutral[1:], text])
         if len(empty) == 1:
@@ -212,9 +212,9 @@ class CrossAttention(_Layer):
         return torch.cat([nothing[None], self.would_be(others)])
 
     def mass(self, prompts: ErasurePrompts) -> tuple[Tensor, ...]:
-        """The softmax over each erasure prompt at its own tokens, as the mean over heads and queries.
+        """The softmax over each erasure prompt at its own tokens, averaged over heads and queries.
 
-        One-hot values make attention return its own map, a few columns at a time; no map is written out.
+        One-hot values make attention return its map, a few columns at a time, so the full map is never stored.
 
         Args:
             prompts: N erasure prompts.

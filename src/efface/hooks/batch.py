@@ -1,4 +1,4 @@
-"""Which rows of a denoiser call are conditional, and what the rows read."""
+"""Determines which rows of a denoiser call are conditional, and the text of each row."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Batch:
     """The rows of one denoiser call.
 
     Args:
-        first, last: the conditional rows; unconditional ones stand before them, further predictions behind.
-        rows: of the call that runs, further predictions included.
-        prompt: what the conditional rows read.
-        empty: what unconditional rows read without a negative prompt; one text if all read the same.
-        time: as the denoiser gets it.
+        first, last: the range of conditional rows. Unconditional rows precede them; further predictions follow.
+        rows: number of rows of the call, including further predictions.
+        prompt: the text of the conditional rows.
+        empty: the text of unconditional rows without a negative prompt; one text if all rows share it.
+        time: the time as the denoiser gets it.
         repelled: rows that guidance pushes away from.
         encoded_empty: `empty` before any projection.
-        projected: whether the texts are as the layers read them.
+        projected: whether the texts are projected for the layers.
     """
 
     first: int
@@ -43,35 +43,35 @@ class Batch:
         return self.last - self.first
 
     def replaced(self, hidden: Tensor, conditional: Tensor) -> Tensor:
-        """All rows, with other conditional ones."""
+        """All rows, with the conditional rows replaced."""
         if len(conditional) == len(hidden):
             return conditional
         return torch.cat([hidden[: self.first], conditional, hidden[self.last :]])
 
 
 def first_row(text: Tensor, call: Call | None, given: tuple[int, int] | None, facts: Family) -> int:
-    """The number of unconditional rows, found by comparing the call's text [rows, L, D] with what was encoded.
+    """The number of unconditional rows. Compares the call's text [rows, L, D] with the encoded texts.
 
     Args:
-        text: of the denoiser call.
-        call: the call of the pipeline that is going on.
-        given: the number of unconditional rows and of all rows, where the caller says it.
-        facts: of the family.
+        text: the text of the denoiser call.
+        call: the current pipeline call.
+        given: the number of unconditional rows and of all rows, if the caller declared them.
+        facts: the family.
 
     Raises:
-        RuntimeError: it cannot be told.
+        RuntimeError: the number is ambiguous.
     """
     n = len(text)
     if given is not None:
         first, expected = given
         if n != expected:
             raise RuntimeError(
-                f"`conditional_rows` was given {expected} rows, but the denoiser call has {n}. Give one truth value "
-                "for each row of the call."
+                f"Expected {n} rows in `conditional_rows`, as in the denoiser call, got {expected}. Give one truth "
+                "value per row of the call."
             )
         return first
     if call is None:
-        raise RuntimeError(watch.unknown_rows(n, "no call of the pipeline is going on"))
+        raise RuntimeError(watch.unknown_rows(n, "outside of a pipeline call"))
     positive, negative = call.positive, call.negative
     p = len(positive)
     if facts.guidance_in_two_calls and text is negative:  # which may equal the prompt
@@ -88,32 +88,32 @@ def first_row(text: Tensor, call: Call | None, given: tuple[int, int] | None, fa
 
 
 def compiled_first_row(text: Tensor, call: Call | None, given: tuple[int, int] | None, facts: Family) -> int:
-    """The same inside a compiled denoiser, where nothing can be compared."""
+    """As `first_row`, inside a compiled denoiser, which does not allow comparisons."""
     if given is not None:
         return given[0]
     if call is None:
-        raise RuntimeError(watch.unknown_rows(len(text), "no call of the pipeline is going on"))
+        raise RuntimeError(watch.unknown_rows(len(text), "outside of a pipeline call"))
     if call.negative is None:
         return 0
     if facts.guidance_in_two_calls:
         raise ValueError(
-            f"With `{facts.scale}` above 1, which call of a compiled denoiser is the unconditional one cannot be "
-            "told. Give a pipeline that is not compiled."
+            f"With `{facts.scale}` above 1, Efface cannot recognise the unconditional call of a compiled denoiser. "
+            "Give a pipeline that is not compiled."
         )
     return len(text) - len(call.positive)
 
 
 def negated_rows(first: int, call: Call | None, given: tuple[int, int] | None) -> dict[int, int]:
-    """The unconditional rows that may read another text than the empty one, and the conditional row of each."""
+    """The unconditional rows whose text may differ from the empty one, and the conditional row of each."""
     blind = call is not None and call.blind and call.negative is not None
-    if given is not None or blind:  # not known: to the empty text nothing happens but rounding
+    if given is not None or blind:  # unknown; an edit of the empty text only causes rounding
         return {row: row for row in range(first)}
     empty = call.unconditional if call is not None else None
     return {row: row for row in empty.others} if empty is not None and first else {}
 
 
 def repelled(owners: dict[int, int], device: torch.device, before: Repelled | None) -> Repelled | None:
-    """The rows that guidance pushes away from, `owners`, on the device; the same object as `before` if it is equal."""
+    """The rows that guidance pushes away from, with their `owners`, on the device. Returns `before` itself if equal."""
     rows, of = tuple(owners), tuple(owners.values())
     if not rows:
         return None

@@ -1,4 +1,4 @@
-"""What a run-time method says of itself, and what it may do in a call of the pipeline."""
+"""The interface of a run-time method: its declarations, and its functions in a pipeline call."""
 
 from __future__ import annotations
 
@@ -24,22 +24,23 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Memory = dict[str, Any]
-"""What a method keeps from step to step: a dictionary from a name of yours to any value.
+"""A method's memory across steps: a dictionary from names to any values.
 
-The engine empties it when a call of the pipeline begins. It is the only place for state: a method is a frozen value,
-and may be on several pipelines.
+The engine empties it at the start of a pipeline call. It is the only place for state, because a method is a frozen
+value and may be on several pipelines.
 
     previous = memory.get("momentum", 0.0)
 """
 
 Seen = Callable[[str, CrossAttention | SelfAttention], None]
-"""Gets a layer's name, and what the layer computed on the conditional rows."""
+"""Receives a layer's name, and the layer's computation on the conditional rows."""
 
 
 def computed(read: Callable[[Any], T]) -> T:
-    """The value of a class attribute of a method that depends on its fields, read by `read(method)`.
+    """A class attribute whose value depends on the method's fields: `read(method)`.
 
-    It is a property. Type checkers take it for the attribute that `Method` declares; they refuse `@property` there.
+    At run time it is a property. For type checkers it is the attribute that `Method` declares, where they refuse
+    `@property`.
 
         guides: ClassVar[bool] = computed(lambda self: self.strength > 0)
     """
@@ -48,16 +49,16 @@ def computed(read: Callable[[Any], T]) -> T:
 
 @dataclass(frozen=True)
 class Encoding:
-    """What a call of the pipeline encodes; `Method.prepared` gets it.
+    """The texts that a pipeline call encodes. `Method.prepared` receives it.
 
     Args:
-        prompts: one for each conditional row; None where the caller gave embeddings.
+        prompts: one per conditional row; None if the caller gave embeddings.
         settings: further arguments of `encode_prompt`, such as `clip_skip`.
 
     Shapes: `prompts` has P texts; the call has P * `num_images_per_prompt` conditional rows.
 
     Raises:
-        AttributeError: setting a field: it is frozen.
+        AttributeError: a field is set. The object is frozen.
 
     Example:
         >>> from efface.hooks import Encoding
@@ -71,23 +72,23 @@ class Encoding:
 
 @dataclass(frozen=True, eq=False)
 class DenoiserCall:
-    """One call of the denoiser, before it runs; `Method.around` gets it.
+    """One call of the denoiser, before it runs. `Method.around` receives it.
 
     Args:
-        sample: what the denoiser gets, unconditional rows first.
+        sample: the denoiser's input, unconditional rows first.
         first: the number of unconditional rows.
-        prompt: what the conditional rows read.
-        timestep: as the denoiser gets it.
-        erasure_prompts: gives those of the method, in `plain` as the layers read them; None if none acts.
-        pipe: the pipeline whose call this is part of; None if the denoiser was called by itself.
-        memory: of the method.
-        plain: calls the denoiser without any method, on another sample if given, and shows what the layers computed. A
-            method that uses it says `calls_denoiser = True`.
+        prompt: the text of the conditional rows.
+        timestep: the time as the denoiser gets it.
+        erasure_prompts: returns the method's erasure prompts, projected inside `plain`; None if none acts.
+        pipe: the pipeline of the current call; None for direct denoiser calls.
+        memory: the method's memory.
+        plain: calls the denoiser without any method, by default on `sample`, and shows the layers' computations.
+            Methods that use it declare `calls_denoiser = True`.
 
     Shapes: `sample` [rows, C, h, w] (FLUX: [rows, L, C]); `prompt` holds rows - `first` texts.
 
     Raises:
-        ValueError: on a compiled denoiser, before `around` runs, for a method that says `calls_denoiser`.
+        ValueError: the denoiser is compiled and the method declares `calls_denoiser`. Raised before `around` runs.
 
     Example:
         >>> from efface.hooks import DenoiserCall, Method
@@ -109,22 +110,22 @@ class DenoiserCall:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the denoiser predicts in one step, conditional rows only, float32 or wider; `Method.guide` gets it.
+    """The denoiser's predictions in one step for conditional rows, float32 or wider. `Method.guide` receives it.
 
     Args:
-        prompt: for the user's prompt, before any method changed it.
-        negative: the same rows' unconditional prediction.
-        concept: for the concept's text, all else (noise, pooled size, ControlNet, IP-Adapter) as in the prompt's row;
-            the mean, if the phrases fill several texts.
-        guidance_scale: of the pipeline's call; NaN where pipelines do not tell it.
-        time: 0 is pure noise, 1 the picture; it broadcasts over the predictions. For a method with `counts_steps` it is
-            the middle of the present step, as a share of all steps.
-        memory: of the method.
+        prompt: the prediction for the user's prompt, before any method changed it.
+        negative: the unconditional prediction of the same rows.
+        concept: the prediction for the concept's text, with all other inputs (noise, pooled size, ControlNet,
+            IP-Adapter) as in the prompt's row. The mean, if the phrases fill several texts.
+        guidance_scale: the guidance scale of the pipeline call; NaN if the pipeline does not expose it.
+        time: 0 is pure noise, 1 the picture. Broadcasts over the predictions. For methods with `counts_steps`, the
+            middle of the current step as a share of all steps.
+        memory: the method's memory.
 
     Shapes: `prompt`, `negative` and `concept` [B, C, h, w] (FLUX: [B, L, C]); `time` [].
 
     Raises:
-        AttributeError: setting a field: it is frozen.
+        AttributeError: a field is set. The object is frozen.
 
     Example:
         >>> import torch
@@ -144,7 +145,7 @@ class Prediction:
 
 
 class Contract:
-    """What a run-time method may say of itself and do; here, nothing.
+    """The interface of a run-time method. The defaults here do nothing.
 
     A subclass is a frozen dataclass with `concepts` and overrides `edit` (cross-attention), `edit_self`
     (self-attention), `guide` (predicted noise), `rewrite` (text, once), `rewrite` and `reread` (text, at each step),
@@ -152,37 +153,38 @@ class Contract:
     """
 
     off: ClassVar[dict[str, Any] | None] = None
-    needs: ClassVar[tuple[str, ...]] = ()  # of a pipeline: names from `efface.families.OFFERS`
+    needs: ClassVar[tuple[str, ...]] = ()  # required of the pipeline: names from `efface.families.OFFERS`
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # by family, see `efface.families.filled`; {}: no table
     touches_uncond: ClassVar[bool] = False  # whether it may change unconditional rows
     edits_attention: ClassVar[bool] = False
     edits_self_attention: ClassVar[bool] = False
-    guides: ClassVar[bool] = False  # changes the prediction, which takes guidance
-    # guidance pushes away from its further predictions, so others edit them as unconditional rows
+    guides: ClassVar[bool] = False  # changes the prediction, which needs guidance
+    # guidance pushes away from its further predictions, so other methods edit them like unconditional rows
     repels: ClassVar[bool] = False
-    negates: ClassVar[bool] = False  # changes the negative prompts, which takes guidance
+    negates: ClassVar[bool] = False  # changes the negative prompts, which needs guidance
     packs: ClassVar[bool] = True  # phrases share erasure prompts; a method may need one prompt per phrase
-    # the mean of each group of texts stands for "some picture"; may be ()
+    # groups of neutral texts; each group's mean is used; may be ()
     references: ClassVar[tuple[tuple[str, ...], ...]] = (("",),)
-    # its times are shares of the steps done in a call of the pipeline, as papers count them, not of the noise
+    # its times are shares of the steps of a pipeline call, as in papers, not of the noise
     counts_steps: ClassVar[bool] = False
-    # `around` makes denoiser calls of its own, which a compiled denoiser does not allow
+    # `around` makes further denoiser calls, which a compiled denoiser does not allow
     calls_denoiser: ClassVar[bool] = False
 
     # These two have no annotation: pyright would then refuse subclasses that declare them as `Converted`.
     if TYPE_CHECKING:
         concepts = cast("tuple[Concept, ...]", ())
-    rows = cast("tuple[tuple[Concept, ...], ...] | None", None)  # the concepts of each prompt, not the same for all
+    rows = cast("tuple[tuple[Concept, ...], ...] | None", None)  # the concepts of each prompt, if they differ
     window: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        """Checks the fields that methods share: `concepts`, and `strength`, `window` and `rows` where there are any."""
+        """Checks the fields that methods share: `concepts`, and `strength`, `window` and `rows` if the method has
+        them."""
         concepts, names = as_concepts(self.concepts), field_names(self)
         checked: dict[str, Any] = {"concepts": concepts}
         if "rows" in names:
             checked["rows"] = as_rows(self.rows, concepts)
         for name in ("strength", "window"):
-            optional = getattr(type(self), name, ()) is None  # None is a value only where it is the default
+            optional = getattr(type(self), name, ()) is None  # None is allowed only as the default
             if name in names and not (optional and getattr(self, name) is None):
                 value = getattr(self, name)
                 checked[name] = checks.number(name, value, 0) if name == "strength" else checks.window(name, value)
@@ -201,7 +203,7 @@ class Contract:
         return self.guides and not self.is_off()
 
     def weight(self, time: Tensor | float) -> Tensor | float:
-        """How much it acts at a time, 0 (pure noise) to 1 (the picture): 1 inside its window, 0 outside."""
+        """The weight of the edit at a time from 0 (pure noise) to 1 (the picture): 1 inside the window, 0 outside."""
         start, end = self.window
         if (start, end) == (0.0, 1.0):
             return 1.0
@@ -210,14 +212,14 @@ class Contract:
         return float(start <= float(time) <= end)
 
     def exempt(self, time: Tensor) -> str:
-        """Why it changes nothing at this time, beside its window; "" if it acts. It is only written into the record."""
+        """The reason, besides the window, for no change at this time; "" if it acts. Only the record uses it."""
         return ""
 
     def check(self, pipe: DiffusionPipeline) -> None:
-        """ValueError if it cannot work on this pipeline; asked by `apply` and before any change through the handle.
+        """Raises ValueError if the method cannot work on this pipeline. `apply` and changes through the handle call it.
 
-        Here: a pipeline without what the method needs, and a phrase that a text encoder cannot read. A method that
-        overrides it calls `super().check(pipe)`.
+        By default it checks `needs`, and whether the text encoders can read each phrase. An override calls
+        `super().check(pipe)`.
         """
         check_needs(self, pipe)
         concepts = dict.fromkeys([*self.concepts, *itertools.chain(*(self.rows or ()))])
@@ -226,52 +228,54 @@ class Contract:
     def prepared(
         self, pipe: DiffusionPipeline, erasure_prompts: Sequence[str], call: Encoding | None, memory: Memory
     ) -> None:
-        """Called when the erasure prompts were encoded: by `apply`, in each call of the pipeline, and after changes.
+        """Called after the erasure prompts are encoded: by `apply`, in each pipeline call, and after changes.
 
-        `call` says what else the pipeline encodes; None outside of a call.
+        `call` holds the prompts of the pipeline call; None outside of a call.
         """
 
     def around(self, call: DenoiserCall, forward: Callable[[], Any]) -> Any:
-        """In place of a denoiser call: what `forward()` returns, which runs the methods behind it and the denoiser."""
+        """Replaces a denoiser call. Returns the result of `forward()`, which runs the following methods and the
+        denoiser."""
         return forward()
 
     def edit(self, out: Tensor, cross: CrossAttention, prompts: ErasurePrompts) -> Tensor:
-        """The cross-attention output [B, Q, C] without the concept of the erasure prompts.
+        """Returns the cross-attention output [B, Q, C] without the concept of the erasure prompts.
 
-        The rows are conditional. A method with `touches_uncond` also gets those with `cross.unconditional`: the
-        unconditional rows that read another text than the empty one, and further rows that guidance pushes away from.
+        The rows are conditional. A method with `touches_uncond` also receives rows with `cross.unconditional`:
+        unconditional rows with a negative prompt, and further rows that guidance pushes away from.
         """
         return out
 
     def edit_self(self, out: Tensor, layer: SelfAttention, prompts: ErasurePrompts) -> Tensor:
-        """The self-attention output [B, Q, C] of conditional rows."""
+        """Returns the self-attention output [B, Q, C] of conditional rows."""
         return out
 
     def guide(self, seen: Prediction) -> Tensor:
-        """What to add to `seen.prompt` [B, C, h, w]. Every method sees the plain one: what they add is summed."""
+        """Returns the change of `seen.prompt` [B, C, h, w]. All methods see the unchanged prediction, and their changes
+        are summed."""
         return torch.zeros_like(seen.prompt)
 
     def rewrite(
         self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], call: inspect.BoundArguments, memory: Memory
     ) -> tuple[Any, ...]:
-        """What `encode_prompt` returned, changed; `memory` is empty and lasts for this call of the pipeline."""
+        """Changes the output of `encode_prompt`. `memory` is empty and lasts for this pipeline call."""
         return encoded
 
     def negate(
         self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], call: inspect.BoundArguments, prompts: int
     ) -> tuple[Any, ...]:
-        """What `encode_prompt` returned for the negative prompts of so many prompts, changed.
+        """Changes the output of `encode_prompt` for the negative prompts of so many prompts.
 
-        Only where they get an `encode_prompt` of their own (FLUX).
+        Only called if negative prompts have a separate `encode_prompt` call (FLUX).
         """
         return encoded
 
     def reread(self, text: Tensor, pooled: Tensor | None, time: Tensor, memory: Memory) -> tuple[Tensor, Tensor | None]:
-        """The text [B, L, D] and pooled text that the conditional rows read at this time."""
+        """Returns the text [B, L, D] and pooled text of the conditional rows at this time."""
         return text, pooled
 
     def groups(self, concepts: Sequence[Concept]) -> list[tuple[Concept, ...]]:
-        """Which concepts share erasure prompts: those of a guided prediction do."""
+        """Groups concepts that share erasure prompts. Those of a guided prediction share them."""
         if self.guides:
             return [tuple(concepts)] if concepts else []
         return [(concept,) for concept in dict.fromkeys(concepts)]

@@ -1,4 +1,4 @@
-"""Efface's part of a pipeline's methods, and the erasers of a deep copy: they go on when the copy is first used."""
+"""Efface's wrappers of pipeline methods, and the erasers of deep copies, which are applied at the copy's first use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Hidden:
-    """What stands in for a method of one pipeline object; deep copies of the pipeline get its erasers.
+    """A wrapper of a method of one pipeline object. Deep copies of the pipeline receive its erasers.
 
     `original` is the pipeline's own method: `texts` asks for it by that name.
     """
@@ -28,8 +28,8 @@ class Hidden:
         pipe = self.pipe()
         if pipe is None:
             raise RuntimeError(
-                f"This pipeline is a shallow copy of one that had erasers on and is gone, so `{self.name}` has no "
-                f"pipeline to work on. Make the copy with `copy.deepcopy` or `from_pipe`, or `del pipe.{self.name}`."
+                f"This pipeline is a shallow copy of a deleted pipeline with erasers, so `{self.name}` has no "
+                f"pipeline. Make the copy with `copy.deepcopy` or `from_pipe`, or `del pipe.{self.name}`."
             )
         return self.hidden or MethodType(getattr(type(pipe), self.name), pipe)
 
@@ -42,11 +42,11 @@ class Hidden:
 
 
 class Copies:
-    """What a deep copy of a guarded pipeline needs to be guarded as well.
+    """The data with which a deep copy of a pipeline receives its erasers.
 
     Args:
-        erasers: those that are on now.
-        apply: puts them on a pipeline.
+        erasers: the current erasers.
+        apply: applies them to a pipeline.
     """
 
     def __init__(self, erasers: Callable[[], Sequence[Any]], apply: Callable[[Any, Sequence[Any]], None]) -> None:
@@ -62,7 +62,7 @@ class Copies:
 
 
 class Waiting:
-    """A deep copy that has not been used yet; its erasers go on when it is."""
+    """A deep copy before its first use, which will apply its erasers."""
 
     def __init__(self, erasers: Sequence[Any], apply: Callable[[Any, Sequence[Any]], None]) -> None:
         self.erasers, self.apply = erasers, apply
@@ -78,7 +78,7 @@ class Waiting:
         return _First(self, of.name)
 
     def wake(self) -> None:
-        """Puts the erasers on the copy."""
+        """Applies the erasers to the copy."""
         pipe, self.pipe = self.pipe() if self.pipe is not None else None, None
         for retire in self.retire:
             retire()
@@ -93,7 +93,7 @@ class Waiting:
 
 
 class _First:
-    """A method of a deep copy, until it is called for the first time."""
+    """A method of a deep copy before its first call."""
 
     def __init__(self, waiting: Waiting, name: str) -> None:
         self.waiting, self.name, self.hidden = waiting, name, waiting.hidden[name]
@@ -107,13 +107,13 @@ class _First:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         pipe = self.pipe()
         if pipe is None:
-            raise RuntimeError(f"`{self.name}` belongs to a pipeline that is gone: copy the pipeline again.")
+            raise RuntimeError(f"`{self.name}` belongs to a deleted pipeline. Copy the pipeline again.")
         self.waiting.wake()
         return getattr(pipe, self.name)(*args, **kwargs)
 
 
 def wake(pipe: DiffusionPipeline) -> None:
-    """Puts the erasers on a deep copy of a guarded pipeline, if it has not been used yet."""
+    """Applies the erasers to a deep copy of a pipeline, before its first use."""
     for value in tuple(vars(pipe).values()):
         if isinstance(value, _First):
             value.waiting.wake()
@@ -121,7 +121,7 @@ def wake(pipe: DiffusionPipeline) -> None:
 
 
 def hide(pipe: DiffusionPipeline, acts: Mapping[str, Callable[..., Any]], copies: Copies) -> dict[str, Hidden]:
-    """Puts `acts` in place of the pipeline's methods of these names."""
+    """Replaces the pipeline's methods of these names by `acts`."""
     made = {name: Hidden(pipe, name, act, copies) for name, act in acts.items() if hasattr(pipe, name)}
     for name, method in made.items():
         setattr(pipe, name, method)
@@ -129,7 +129,7 @@ def hide(pipe: DiffusionPipeline, acts: Mapping[str, Callable[..., Any]], copies
 
 
 def show(methods: Mapping[str, Hidden]) -> None:
-    """Puts back what `hide` hid, where nobody put something else in its place since."""
+    """Restores the methods that `hide` replaced, unless other code replaced them since then."""
     for name, method in methods.items():
         pipe = method.pipe()
         if pipe is not None and vars(pipe).get(name) is method:

@@ -1,4 +1,4 @@
-"""The methods that are on a denoiser: one ordered list, walked in each call of the denoiser."""
+"""The ordered list of methods on a denoiser, which each denoiser call runs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _GUARD = threading.Lock()
 
 
 class Site:
-    """All that Efface keeps about one denoiser while methods are on."""
+    """Efface's state for one denoiser while methods are applied."""
 
     def __init__(self, denoiser: nn.Module, facts: Family) -> None:
         self.facts = facts
@@ -59,7 +59,7 @@ class Site:
     def denoiser(self) -> nn.Module:
         found = self._denoiser()
         if found is None:
-            raise ValueError("The denoiser of these erasers is gone.")
+            raise ValueError("The denoiser of these erasers was deleted. Load the pipeline again.")
         return found
 
     @property
@@ -68,7 +68,7 @@ class Site:
 
     @property
     def edited_layers(self) -> int:
-        """How many layers a method edits that edits cross-attention."""
+        """The number of layers that a cross-attention method edits."""
         return len(self.layers.cross)
 
     # ---- the list
@@ -87,7 +87,7 @@ class Site:
         def swap(changed: Contract) -> None:
             present = owner()
             if present is None:
-                raise ValueError("The pipeline of this eraser is gone.")
+                raise ValueError("The pipeline of this eraser was deleted. Apply the eraser to another pipeline.")
             self._change(present, applied, changed)
 
         def remove() -> None:
@@ -101,11 +101,11 @@ class Site:
         return applied.handle
 
     def _check(self, pipe: DiffusionPipeline, method: Contract) -> None:
-        """ValueError if the method cannot work on this pipeline."""
+        """Raises ValueError if the method cannot work on this pipeline."""
         if self.facts.adds_rows(pipe):
             raise ValueError(
-                f"{type(pipe).__name__} adds rows of its own to each denoiser call (perturbed attention guidance), so "
-                "it is not known which rows are conditional. Use the pipeline without PAG, or an editor such as UCE."
+                f"{type(pipe).__name__} adds rows to each denoiser call (perturbed attention guidance), so Efface "
+                "cannot identify the conditional rows. Use the pipeline without PAG, or an editor such as UCE."
             )
         if method.edits_attention and not self.layers.cross:
             raise ValueError(refusal(type(method).__name__, ("cross_text",), pipe))
@@ -117,12 +117,12 @@ class Site:
             check_unfused(layer.attn, self.facts.denoiser)
 
     def _change(self, pipe: DiffusionPipeline, applied: Applied, changed: Contract) -> None:
-        """Puts a changed method in place of one that is on; after an error the old one is still there."""
+        """Replaces an applied method by a changed one. After an error the old one stays."""
         call = self.calls.call if self.calls.drawing is not None else None
         if call is not None and changed.guides != applied.method.guides:
             raise ValueError(
-                f"This change moves {type(changed).__name__} to other rows of the batch, which cannot be done "
-                "while the pipeline is drawing. Set it between two calls."
+                f"This change moves {type(changed).__name__} to other rows of the batch while the pipeline is drawing. "
+                "Set it between two calls."
             )
         trial = Applied(changed, memory=applied.memory, record=applied.record)
         trial.check_rows(self.images_per_prompt, len(call.positive) if call else None)
@@ -131,7 +131,8 @@ class Site:
         self._checked = None
 
     def prepare(self, pipe: DiffusionPipeline, applied: Applied, encoder: Encoder, *, blind: bool = False) -> None:
-        """Encodes a method's erasure prompts; `blind`: what was encoded stays, because the text encoder is gone."""
+        """Encodes a method's erasure prompts. `blind`: keeps the earlier encoding, because the text encoder was
+        removed."""
         if blind and applied.prompts is not None:
             applied.place(self.images_per_prompt)
             return
@@ -144,7 +145,7 @@ class Site:
         return self.calls.call.images_per_prompt if self.calls.call else 1
 
     def forget_if_empty(self) -> None:
-        """Without a method nothing is kept about the denoiser."""
+        """Drops the state of a denoiser without methods."""
         if not self.applied and (denoiser := self._denoiser()) is not None:
             SITES.pop(denoiser, None)
 
@@ -160,7 +161,7 @@ class Site:
     # ---- hooks on modules
 
     def refit(self) -> None:
-        """Hooks on the denoiser while a method is on, and on the attention layers exactly while one needs them."""
+        """Hooks the denoiser while methods are applied, and the attention layers while a method needs them."""
         self._checked = None
         self._fit()
 
@@ -178,7 +179,7 @@ class Site:
         self.layers.fit(denoiser, cross=cross, own=own)
 
     def check_pipeline(self, pipe: DiffusionPipeline | None) -> DiffusionPipeline:
-        """In front of a call: the denoiser is still ours, no other thread draws, and all hooks are on top."""
+        """Checks before a call that the denoiser is unchanged, no other thread draws, and all hooks are outermost."""
         present = getattr(pipe, self.facts.denoiser, None)
         if pipe is None or getattr(present, "_orig_mod", present) is not self._denoiser():
             raise RuntimeError(watch.swapped(self.facts.denoiser, type(pipe).__name__))
@@ -198,7 +199,7 @@ class Site:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """One thread at a time: what this denoiser's methods know of the present call cannot be shared."""
+        """Allows one thread at a time, because the methods' state of the current call cannot be shared."""
         here = threading.get_ident()
         with _GUARD:
             if self._busy not in (None, here):
@@ -211,7 +212,7 @@ class Site:
 
     @contextmanager
     def rows_given(self, conditional: Sequence[bool]) -> Iterator[None]:
-        """The rows of denoiser calls inside: unconditional ones first."""
+        """Declares the rows of denoiser calls inside the block: unconditional rows first."""
         before, self.given, self._checked = self.given, (conditional.count(False), len(conditional)), None
         try:
             yield
@@ -221,8 +222,8 @@ class Site:
     def check_no_rows_given(self) -> None:
         if self.given is not None:
             raise RuntimeError(
-                "The pipeline was called inside `efface.conditional_rows`, which tells the rows of denoiser calls that "
-                "are made without it. Leave that block first: a call of the pipeline tells its rows itself."
+                "The pipeline was called inside `efface.conditional_rows`, which is for direct denoiser calls. Leave "
+                "that block first."
             )
 
     def _on_entering(self) -> None:
@@ -235,7 +236,7 @@ class Site:
             raise RuntimeError(watch.bypassed(self.facts.denoiser))
 
     def _enter(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """In place of the denoiser's `forward`."""
+        """Replaces the denoiser's `forward`."""
         if torch.compiler.is_compiling():
             return self._denoise(forward, args, kwargs)
         with self.alone():
@@ -256,7 +257,7 @@ class Site:
         return self.step.run()
 
     def _begin(self, timestep: Tensor | float, text: Tensor, mask: Tensor | None) -> Batch:
-        """Which rows are conditional, what time it is, and what the rows read."""
+        """Determines the conditional rows, the time, and the text of each row."""
         call, given, compiling = self.calls.call, self.given, torch.compiler.is_compiling()
         if compiling:
             first = compiled_first_row(text, call, given, self.facts)
@@ -281,7 +282,7 @@ class Site:
         return Batch(first, n, n, prompt, empty, time, self._repelled, empty, not self.layers.projects)
 
     def _first_row(self, text: Tensor, call: Call | None) -> int:
-        """The number of unconditional rows; texts are compared once, and the methods get their rows then."""
+        """The number of unconditional rows. Compares texts once per batch, and assigns the methods their rows."""
         if self.given is None:
             self.calls.check_thread()
         if self._checked is None or self._checked[0] is not text:
@@ -296,14 +297,14 @@ class Site:
         return self._checked[1]
 
     def _check_negatives(self, text: Tensor, call: Call | None) -> None:
-        """A method that changes negative prompts cannot act on a text that it has not made."""
+        """Refuses negative prompts that a method which changes them did not make."""
         acting = [method for method in self._methods() if method.negates and not method.is_off()]
         made = None if call is None else call.negative
         if acting and (made is None or made.shape != text.shape or not torch.equal(made, text)):
             raise RuntimeError(
                 f"{type(acting[0]).__name__} changes the negative prompt in `encode_prompt`, but the unconditional "
-                "rows of this denoiser call read another text. Call the pipeline, or give the denoiser what "
-                "`pipe.encode_prompt` returns now."
+                "rows of this denoiser call have another text. Call the pipeline, or give the denoiser the current "
+                "output of `pipe.encode_prompt`."
             )
 
     def refuse_without_guidance(self) -> None:
@@ -322,7 +323,7 @@ class Site:
         return self.step.edit_self(layer, hidden)
 
     def _project(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """In place of what projects the text for all layers, where there is such a module (PixArt)."""
+        """Replaces the `forward` of the module that projects the text for all layers, if there is one (PixArt)."""
         out = forward(*args, **kwargs)
         if self.step is not None:
             self.step.project(out, forward)

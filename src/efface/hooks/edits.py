@@ -1,4 +1,4 @@
-"""What methods make of a layer's output, row by row of the batch."""
+"""The methods' edits of a layer's output, by rows of the batch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .prompts import Applied
 from .texts import ErasurePrompts, Repelled
 
 Acting = Sequence[tuple[Applied, Tensor | float]]
-"""The methods that edit attention in this denoiser call, each with the weight of its window."""
+"""The methods that edit attention in this denoiser call, with the weight of their windows."""
 
 
 def edited(batch: Batch, acting: Acting, layer: Layer, query: Tensor, hidden: Tensor) -> Tensor:
-    """A cross-attention output [rows, Q, C], edited by every method in turn."""
+    """The cross-attention output [rows, Q, C], after the edits of every method in turn."""
     if batch.conditional:
         at = slice(batch.first, batch.last)
         given = out = hidden[at]
@@ -40,7 +40,7 @@ def edited(batch: Batch, acting: Acting, layer: Layer, query: Tensor, hidden: Te
 
 
 def edited_self(batch: Batch, acting: Acting, seen: SelfAttention, hidden: Tensor) -> Tensor:
-    """A self-attention output [rows, Q, C], edited by every method in turn; conditional rows only."""
+    """The self-attention output [rows, Q, C], after the edits of every method on conditional rows."""
     given = out = hidden[batch.first : batch.last]
     for applied, weight in acting:
         if not applied.method.edits_self_attention:
@@ -82,7 +82,7 @@ def _edit_self(applied: Applied, seen: SelfAttention, prompts: ErasurePrompts) -
 
 
 def _on_rows(out: Tensor, rows: Tensor | None, weight: Tensor | float, edit: Edit) -> Tensor:
-    """`out` with these rows edited; the weight is a tensor only where a window is compiled."""
+    """`out` with edits of these rows. The weight is a tensor only if a window is compiled."""
     if rows is None:
         changed = edit(out, None)
     elif len(rows):

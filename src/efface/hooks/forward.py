@@ -1,7 +1,7 @@
-"""Efface's part of a module's `forward`: put on, found again, copied and taken off.
+"""Efface's wrapper of a module's `forward`: installing, finding, copying and removing it.
 
-diffusers' own `ModelHook` is lost when something else restores a `forward` that it saved earlier: CPU offload does so
-after every call. A `Forward` is therefore checked before each use, and goes back on top of whatever is there then.
+diffusers' `ModelHook` is lost when other code restores an earlier `forward`, as CPU offload does after every call.
+Efface therefore checks a `Forward` before each use, and installs it again as the outermost wrapper.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch import nn
 from .copies import Copies
 
 Act = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-"""What to do in place of a `forward`: it gets the one below, and the arguments."""
+"""Replaces a `forward`: receives the inner one and the arguments."""
 
 
 class Forward:
-    """What stands in front of a module's `forward`; without `act` it only passes calls on.
+    """A wrapper of a module's `forward`. Without `act` it only forwards calls.
 
     Args:
-        module: whose `forward` it is.
-        act: what to do instead.
-        copied: called with a deep copy of the module, when such a copy is called for the first time.
+        module: the module.
+        act: replaces the `forward`.
+        copied: called with a deep copy of the module at the copy's first call.
     """
 
     def __init__(self, module: nn.Module, act: Act, copied: Copies | None = None) -> None:
@@ -41,11 +41,11 @@ class Forward:
         module.forward = self.outer
 
     def on_top(self) -> bool:
-        """Whether a call of the module comes here first."""
+        """Whether this wrapper is the outermost."""
         return self.act is not None and vars(self.module()).get("forward") is self.outer
 
     def take_off(self) -> None:
-        """The module is called as without it; where something was put on top, it stays below and passes calls on."""
+        """Removes the wrapper. Under other wrappers it stays, and only forwards calls."""
         self.act, module = None, self.module()
         if module is None:
             return
@@ -62,7 +62,7 @@ class Forward:
         return self.act(self.below, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
-        """In a copy of the module, that copy's own forward."""
+        """In a copy of the module, the copy's wrapper."""
         made = Forward.__new__(Forward)
         memo[id(self)] = made
         made.act, made.copies = None, None
@@ -102,7 +102,7 @@ def _is_own(module: nn.Module, function: Any) -> bool:
 
 
 class Entered:
-    """Two of torch's hooks on a module: whether a call of it came by `act` too, which a replaced `forward` skips.
+    """Two torch hooks on a module, which detect calls that skip `act` because `forward` was replaced.
 
     Args:
         before: called before each `forward`.
@@ -121,7 +121,7 @@ class Entered:
 
 
 class _Quiet:
-    """A hook of torch's that calls a function without arguments, and in a copy of the module does nothing."""
+    """A torch hook that calls a function without arguments, and has no effect in copies of the module."""
 
     def __init__(self, function: Callable[[], None]) -> None:
         self.function = function

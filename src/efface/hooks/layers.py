@@ -1,4 +1,4 @@
-"""The attention layers of a denoiser: they see queries, keys and values go by, and hand outputs over to be edited."""
+"""The attention layers of a denoiser. Hooks observe queries, keys and values, and pass outputs to the edits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .forward import Act, Forward
 
 
 class Watcher(Protocol):
-    """What the layers call."""
+    """The interface that layers call."""
 
     def edit(self, layer: Layer, hidden: Tensor) -> Tensor: ...
 
@@ -23,10 +23,10 @@ class Watcher(Protocol):
 
 
 class Layer:
-    """One attention module; hooks on its submodules see the query and hand over what comes in front of `to_out`.
+    """One attention module. Hooks on its submodules observe the query, and pass on the input of `to_out`.
 
     Args:
-        site: what edits.
+        site: performs the edits.
         name: of the module in the denoiser.
         attn: the module, diffusers' `Attention`.
     """
@@ -43,7 +43,7 @@ class Layer:
         self.whole: Any = None  # the processor that does not call `to_q` or `to_out`, if it is of that kind
 
     def acts(self) -> dict[nn.Module, Act]:
-        """What to do in each submodule; loading or unloading a LoRA swaps them."""
+        """The action in each submodule. Loading or unloading a LoRA replaces submodules."""
         if self.whole is not None:
             return {self.attn: self._around}
         found: dict[nn.Module, Act] = {getattr(self.attn, part): self._keep(part) for part in self.seen}
@@ -51,7 +51,7 @@ class Layer:
         return found
 
     def fit(self) -> None:
-        """Hooks the present submodules, on top of whatever else is on them."""
+        """Hooks the current submodules, as the outermost hooks."""
         if self.whole is not None and self.attn.processor is not self.whole:
             self.whole = None
         parts = [*(getattr(self.attn, part) for part in self.seen), self.attn.to_out[0]]
@@ -67,12 +67,12 @@ class Layer:
         self.hooks = {}
 
     def begin(self) -> None:
-        """Nothing was seen of this denoiser call yet."""
+        """Resets the observations at the start of a denoiser call."""
         self.to_q = self.to_k = self.to_v = None
         self.came = False
 
     def take_whole(self) -> None:
-        """From now on the module is watched from outside, until it gets another processor."""
+        """Watches the complete module from now on, until it gets another processor."""
         self.whole = self.attn.processor
         self.fit()
 
@@ -91,10 +91,10 @@ class Layer:
         return forward(hidden, *others, **kwargs)
 
     def _around(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Around a module whose processor uses the weights of `to_q` or `to_out` without calling these modules.
+        """Wraps a module whose processor uses the weights of `to_q` or `to_out` without calling these modules.
 
-        What they would give is computed again, and the edit goes behind `to_out`, which is linear. A processor that
-        computes something else than attention to the text is left alone, so that the call raises.
+        Computes their outputs again, and applies the edit after `to_out`, which is linear. Ignores processors that do
+        not compute attention to the text, so that the call raises.
         """
         out = forward(*args, **kwargs)
         query, attended = attention(self.attn, *args, **kwargs)
@@ -120,7 +120,8 @@ def attention(
     attention_mask: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The query and what comes in front of `to_out` [B, Q, C], by the module's own projections; None if not plain."""
+    """The query and the input of `to_out` [B, Q, C], from the module's projections; None if the attention is not
+    standard."""
     mask = attention_mask
     odd = hidden_states.ndim != 3 or attn.group_norm or attn.spatial_norm
     if odd or encoder_hidden_states is None or (mask is not None and mask.numel() != len(mask) * mask.shape[-1]):
@@ -131,7 +132,7 @@ def attention(
 
 
 class SelfLayer(Layer):
-    """One self-attention module, for methods that edit it."""
+    """One self-attention module."""
 
     seen = ("to_q", "to_k", "to_v")
 
@@ -143,12 +144,12 @@ class SelfLayer(Layer):
 
 
 class Layers:
-    """All attention layers of a denoiser, and the module that projects the text for them, where there is one.
+    """All attention layers of a denoiser, and the module that projects their text, if there is one.
 
     Args:
-        facts: of the family.
-        site: what edits.
-        project: in place of the projection's `forward`.
+        facts: the family.
+        site: performs the edits.
+        project: replaces the projection's `forward`.
     """
 
     def __init__(self, facts: Family, site: Watcher, project: Act) -> None:
@@ -160,11 +161,11 @@ class Layers:
 
     @property
     def projects(self) -> bool:
-        """Whether the text is projected before the layers read it."""
+        """Whether a module projects the text for the layers."""
         return self._projection is not None
 
     def find(self, denoiser: nn.Module) -> None:
-        """Takes the layers that the denoiser has now; those that it no longer has lose their hooks."""
+        """Finds the denoiser's current layers, and removes the hooks of former layers."""
         known: dict[nn.Module, Layer] = {layer.attn: layer for layer in (*self.cross, *self.own)}
         named = [(n, m) for n, m in denoiser.named_modules() if isinstance(m, Attention)]
         kinds = {True: Layer, False: SelfLayer}
@@ -175,7 +176,7 @@ class Layers:
         self.own = [layer for layer in found if isinstance(layer, SelfLayer)]
 
     def fit(self, denoiser: nn.Module | None, *, cross: bool, own: bool) -> None:
-        """Hooks the layers that are wanted, and takes the hooks off all others."""
+        """Hooks the needed layers, and removes the hooks of all others."""
         hook, projection = self._projecting, None if denoiser is None else self._facts.text_projection(denoiser)
         if hook is not None and (not cross or projection is not self._projection or not hook.on_top()):
             hook.take_off()

@@ -13,41 +13,39 @@ if TYPE_CHECKING:
 
 
 class Method(Contract):
-    """The base class of run-time methods, for methods of your own too. Provisional until version 1.0.
+    """The base class of run-time methods, including yours. Provisional until version 1.0.
 
-    Provisional means: until 1.0 the names of `efface.hooks`, what they take and what they return may change between
-    minor versions. CHANGELOG lists each change under "Provisional API", with what to write instead. A patch version
-    changes none of them.
+    Provisional means: until 1.0, names, arguments and results in `efface.hooks` may change between minor versions.
+    CHANGELOG lists each change under "Provisional API", with its replacement. Patch versions change none of them.
 
-    A method is a frozen dataclass whose fields are its settings. It says what it is in class attributes, and overrides
-    what it changes; docs/own_method.md leads through one, and `efface.testing.check` tries it.
+    A method is a frozen dataclass whose fields are its settings. It declares its properties in class attributes, and
+    overrides functions. See the tutorial docs/own_method.md; `efface.testing.check` tests a method.
 
     Args:
         concepts: the first field: names of shipped concepts, `Concept` objects, or a sequence of them. After
             `__post_init__` it holds a tuple of `Concept` objects.
-        strength: a field that you may have, >= 0, in units of your choice; it can be set on the handle.
-        rows: a field that you may have, None by default: the concepts of each prompt of a batch.
-        window: a field that you may have, (start, end) as fractions of the trajectory; outside of it the engine leaves
-            the method out. 0 is pure noise, 1 the picture.
+        strength: an optional field, >= 0, in a unit of your choice, which can be set on the handle.
+        rows: an optional field, None by default: the concepts of each prompt of a batch.
+        window: an optional field, (start, end) as fractions of the trajectory: 0 is pure noise, 1 the picture. The
+            engine skips the method outside of it.
 
     Class attributes, as constants or properties:
 
     - `off`: the field values that make it the identity, such as `{"strength": 0.0}`; None if there are none.
-    - `needs`: what a pipeline has to offer, names from `efface.families.OFFERS`, such as `("cross_text",)`.
-    - `edits_attention`: it overrides `edit`. `edits_self_attention`: it overrides `edit_self` as well.
+    - `needs`: requirements of the pipeline, as names from `efface.families.OFFERS`, such as `("cross_text",)`.
+    - `edits_attention`: it overrides `edit`. `edits_self_attention`: it also overrides `edit_self`.
     - `guides`: it overrides `guide`. Each conditional row is predicted once more for the concept's text.
     - `touches_uncond`: it may change unconditional rows.
-    - `counts_steps`: its times are shares of the steps of a pipeline's call, however often a scheduler calls the
-      denoiser in a step. Step k of N, counted from 0, is at (k + 1/2) / N. Without it, and in denoiser calls without a
-      pipeline, times follow the noise.
+    - `counts_steps`: its times are shares of the steps of a pipeline call, for any number of denoiser calls per step.
+    Step k of N, counted from 0, is at (k + 1/2) / N. Without it, and in direct denoiser calls, times follow the noise.
 
     Shapes: a layer's output [B, Q, C] in `edit` and `edit_self`; predictions [B, C, h, w] in `guide` (FLUX: [B, L, C]);
     text [B, L, D] in `reread`. B counts the conditional rows with the same concepts.
 
     Raises:
-        ValueError: no concept, an unknown one, a strength below 0, or a window out of [0, 1]; on `apply`: a pipeline
-            without what the method needs, or a phrase that a text encoder cannot read.
-        TypeError: `concepts` or `rows` of another type; on `apply`: a pipeline of an unknown family.
+        ValueError: there is no concept, or an unknown one; `strength` is below 0; or `window` is outside [0, 1]. On
+            `apply`: the pipeline lacks a requirement, or a text encoder cannot read a phrase.
+        TypeError: `concepts` or `rows` has another type. On `apply`: the family of the pipeline is unknown.
 
     Example:
         >>> from dataclasses import dataclass
@@ -69,17 +67,17 @@ class Method(Contract):
     """
 
     def apply(self, pipe: DiffusionPipeline) -> Handle:
-        """Puts the method on a pipeline; it acts from the next call on.
+        """Applies the method to a pipeline. It acts from the next call on.
 
         Args:
-            pipe: a diffusers text-to-image pipeline of a known family. Other methods may be on it already.
+            pipe: a diffusers text-to-image pipeline of a known family, also with other methods.
 
         Returns:
-            A handle that takes the method off again: by `remove()`, or as a context manager.
+            A handle that removes the method: by `remove()`, or as a context manager.
 
         Raises:
-            ValueError: the pipeline lacks what the method needs, or cannot read a phrase.
-            TypeError: a pipeline of an unknown family.
+            ValueError: the pipeline lacks a requirement, or cannot read a phrase.
+            TypeError: the family of the pipeline is unknown.
         """
         here = site(pipe)
         try:

@@ -1,4 +1,4 @@
-"""A call of the pipeline, followed from `check_inputs` to `maybe_free_model_hooks` by methods that are wrapped."""
+"""Follows a pipeline call from `check_inputs` to `maybe_free_model_hooks` by wrapping the pipeline's methods."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Opening:
-    """A call of the pipeline, from `check_inputs` on."""
+    """A pipeline call, from `check_inputs` on."""
 
     thread: int
     prompts: bool = False  # whether they were encoded
@@ -37,19 +37,19 @@ class Opening:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """What the latest `encode_prompt` said about the batches to come.
+    """The facts on the coming batches from the latest `encode_prompt`.
 
     Args:
-        positive: what the conditional rows read.
-        negative: what the unconditional rows read; None without guidance.
-        unconditional: where text is read in cross-attention: the empty text, and the rows that read another one.
+        positive: the text of the conditional rows.
+        negative: the text of the unconditional rows; None without guidance.
+        unconditional: for cross-attention: the empty text, and the rows with another text.
         images_per_prompt: as in the call.
         encoding: the prompts and the settings.
         pipe: the pipeline.
-        guidance_scale: of the call; NaN where pipelines do not tell it.
-        inside: whether it belongs to a call of the pipeline, rather than an `encode_prompt` by itself.
-        blind: there is no text encoder any more: what the unconditional rows read cannot be compared with "".
-        negative_mask, negative_pooled: of `negative`, where there are any.
+        guidance_scale: the guidance scale of the call; NaN if the pipeline does not expose it.
+        inside: whether it belongs to a pipeline call, not to a separate `encode_prompt`.
+        blind: whether the text encoder was removed, so that the unconditional text cannot be compared with "".
+        negative_mask, negative_pooled: mask and pooled text of `negative`, if there are any.
     """
 
     positive: Tensor
@@ -67,7 +67,7 @@ class Call:
 
 
 class Guarded(Protocol):
-    """The denoiser whose pipelines are followed."""
+    """The interface of the denoiser whose pipelines are followed."""
 
     facts: Family
     applied: list[Applied]
@@ -90,16 +90,16 @@ class Guarded(Protocol):
 
 
 class Calls:
-    """Follows the calls of all pipelines that share one denoiser; one of them draws at a time.
+    """Follows the calls of all pipelines that share one denoiser. One of them draws at a time.
 
     Attributes:
-        opening: a call that has begun.
-        call: what it said about its rows.
-        drawing: the thread whose call is in its steps.
+        opening: a call that started.
+        call: the facts on its rows.
+        drawing: the thread that is running steps.
         guarded: whether the denoiser was called in this step.
         stepped: whether there was a step before.
-        counted: whether the call that draws says how many steps it has.
-        progress: the middle of its present step, as a share of all steps. A step may take several denoiser calls.
+        counted: whether the number of steps of the call is known.
+        progress: the middle of the current step, as a share of all steps. A step may need several denoiser calls.
     """
 
     def __init__(self, site: Guarded) -> None:
@@ -153,8 +153,8 @@ class Calls:
         def saved(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             names = ", ".join(type(applied.method).__name__ for applied in site.applied)
             warnings.warn(
-                f"Erasers act at run time and are not saved: {names} is on now, but the pipeline that is loaded from "
-                "this folder will be unguarded. Apply the erasers again after loading.",
+                "`save_pretrained` does not save run-time erasers, so a pipeline loaded from this folder draws "
+                f"without {names}. Apply the erasers again after loading.",
                 stacklevel=3,
             )
             return original(*args, **kwargs)
@@ -165,7 +165,7 @@ class Calls:
         self.pipes.append((owner, hide(pipe, acts, site.copies)))
 
     def close(self) -> None:
-        """Puts the pipelines' own methods back."""
+        """Restores the pipelines' methods."""
         for _, methods in self.pipes:
             show(methods)
         self.pipes.clear()
@@ -174,17 +174,17 @@ class Calls:
         self.end()
 
     def lacks_encoder(self, pipe: DiffusionPipeline) -> bool:
-        """Whether a text encoder was dropped since a method was applied, as people do to save memory."""
+        """Whether a text encoder was removed since a method was applied, which saves memory."""
         had = next((names for ref, names in self.encoders if ref() is pipe), ())
         return any(encoder_of(pipe, name) is None for name in had)
 
     def check_thread(self) -> None:
-        """RuntimeError if another thread's call of the pipeline is going on."""
+        """Raises RuntimeError during another thread's pipeline call."""
         if self.call is not None and self.call.thread != threading.get_ident():
             raise RuntimeError(watch.TWO_THREADS)
 
     def start(self, steps: int | None = None) -> None:
-        """The steps of a call of the pipeline begin."""
+        """Called at the start of a pipeline call's steps."""
         self.check_thread()
         self.site.check_no_rows_given()
         self.drawing, self.counted = threading.get_ident(), bool(steps)
@@ -192,14 +192,14 @@ class Calls:
         self._measure()
 
     def end(self) -> None:
-        """The steps are over."""
+        """Called after the last step."""
         self.drawing, self.counted = None, False
 
     def _measure(self) -> None:
         self.progress.fill_((self._done + 0.5) / self._steps)
 
     def step(self) -> None:
-        """A step of the pipeline is over."""
+        """Called after each step."""
         if self.site.applied and self.call is not None and not self.guarded:
             raise RuntimeError(watch.not_entered(self.site.facts.denoiser))
         self.guarded, self.stepped = False, True
@@ -209,7 +209,7 @@ class Calls:
     # ---- encode_prompt
 
     def _encode(self, pipe: DiffusionPipeline, encode_prompt: Callable[[], Any], bound: inspect.BoundArguments) -> Any:
-        """`encode_prompt`, and what it says about the rows to come."""
+        """Runs `encode_prompt`, and stores its facts on the coming rows."""
         facts, applied = self.site.facts, self.site.applied
         settings, images = encoding_settings(bound), bound.arguments["num_images_per_prompt"]
         guided = bound.arguments.get("do_classifier_free_guidance", False)
@@ -250,7 +250,7 @@ class Calls:
         return made
 
     def _negated(self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], bound: inspect.BoundArguments) -> Any:
-        """The negative prompts, which some pipelines encode after the prompts."""
+        """Stores the negative prompts, which some pipelines encode after the prompts."""
         call = self.call
         if call is None:
             return encoded
@@ -266,7 +266,7 @@ class Calls:
 
 
 class _Loop:
-    """The pipeline's progress bar; while it is open the pipeline draws, and each step of it has to be guarded."""
+    """The pipeline's progress bar. While it is open, the pipeline draws, and each step has to pass the erasers."""
 
     def __init__(self, bar: Any, calls: Calls) -> None:
         self.bar, self.calls = bar, calls
@@ -298,7 +298,7 @@ class _Loop:
 
 
 def _prompts(arguments: dict[str, Any]) -> list[str] | None:
-    """The texts of a call's prompts, one for each conditional row; None if it gave embeddings."""
+    """The texts of a call's prompts, one per conditional row; None for embeddings."""
     prompt, others = arguments["prompt"], [arguments.get("prompt_2"), arguments.get("prompt_3")]
     if prompt is None or arguments.get("prompt_embeds") is not None or any(o not in (None, prompt) for o in others):
         return None
@@ -312,4 +312,6 @@ def _warn_of_cut_prompts(
     texts = [*prompts, *([negatives] if isinstance(negatives, str) else negatives)]
     for text in dict.fromkeys(texts):
         if lost := cut_off(pipe, text, **settings):  # Python says the same thing once
-            warnings.warn(f"A prompt is longer than the text encoder takes; not read is {lost!r}.", stacklevel=6)
+            warnings.warn(
+                f"A prompt is longer than the text encoder's limit, which ignores {lost!r}. Shorten it.", stacklevel=6
+            )

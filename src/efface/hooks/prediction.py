@@ -1,4 +1,4 @@
-"""Predicted noise: further rows of denoiser calls that show the concept, and what methods make of them."""
+"""Predictions: further rows of denoiser calls for the concept, and the methods' use of them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from .prompts import Applied
 from .texts import ErasurePrompts, Text
 
 Guiding = Sequence[tuple[Applied, Tensor | float]]
-"""The methods that change this prediction, each with the weight of its window."""
+"""The methods that change this prediction, with the weight of their windows."""
 
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """Texts whose predictions are asked for, for some of the conditional rows.
+    """Texts whose predictions a method needs, for some of the conditional rows.
 
     Args:
-        prompts: N texts; each of them is predicted for all of `rows`.
+        prompts: N texts, each predicted for all of `rows`.
         rows: conditional rows, counted from 0, on the device: [R].
-        owners: the same as numbers, if guidance pushes away from these predictions; else none.
+        owners: the same as numbers, if guidance pushes away from these predictions; otherwise empty.
     """
 
     prompts: ErasurePrompts
@@ -34,12 +34,12 @@ class Asked:
 
     @property
     def size(self) -> int:
-        """How many rows of a denoiser call the predictions take."""
+        """The number of denoiser rows for the predictions."""
         return len(self.prompts.text) * len(self.rows)
 
 
 def concepts_of(guiding: Guiding, every: Tensor) -> list[Asked]:
-    """What the methods ask for, in their order; `every`: all conditional rows, counted from 0."""
+    """The needed predictions, in the order of the methods. `every`: all conditional rows, counted from 0."""
     found = []
     for applied, _ in guiding:
         for prompts in applied.acting:
@@ -50,10 +50,10 @@ def concepts_of(guiding: Guiding, every: Tensor) -> list[Asked]:
 
 
 def by_call(facts: Family, arguments: dict[str, Any], asked: Sequence[Asked]) -> list[list[int]]:
-    """Which of the texts share a denoiser call: first those that fit into the present one, then the others by length.
+    """Groups texts that share a denoiser call: first those that fit into the current one, then the others by length.
 
-    Texts of several lengths share a call where the family can lengthen them. Elsewhere a text in more columns would be
-    another text.
+    Texts of different lengths share a call if the family can lengthen them. In other families, padding changes the
+    text.
     """
     given = Text(arguments[facts.text_argument], facts.text_mask(arguments))
     texts = [given, *(each.prompts.text for each in asked)]
@@ -69,10 +69,9 @@ def by_call(facts: Family, arguments: dict[str, Any], asked: Sequence[Asked]) ->
 def with_rows(
     facts: Family, arguments: dict[str, Any], asked: Sequence[Asked], first: int, *, alone: bool = False
 ) -> dict[str, Any]:
-    """The denoiser's arguments with further rows: for each text that is asked for, its rows once more with that text.
+    """The denoiser's arguments with further rows: a copy of the rows for each needed text, with that text.
 
-    Rows are counted from the `first` conditional one on. `alone` leaves the present rows out; all texts then have one
-    length.
+    Rows count from the `first` conditional row on. `alone` omits the current rows; all texts then have one length.
     """
     if not asked:
         return arguments
@@ -104,7 +103,7 @@ def with_rows(
 
 
 def repelled_rows(asked: Sequence[Asked], first: int) -> dict[int, int]:
-    """The further rows, from `first` on, that guidance pushes away from, and the conditional row that each is for."""
+    """The further rows, from `first` on, that guidance pushes away from, and the conditional row of each."""
     found: dict[int, int] = {}
     for each in asked:
         for k in range(len(each.prompts.text)):
@@ -121,15 +120,15 @@ def guided(
     guidance_scale: float,
     times: Sequence[Tensor],
 ) -> Tensor:
-    """The prediction of the conditional rows `out` [B, ...], changed by what each method adds.
+    """The prediction of the conditional rows `out` [B, ...] plus the change of each method.
 
     Args:
-        out: of the conditional rows.
+        out: the prediction of the conditional rows.
         negative: the unconditional prediction of the same rows.
-        concepts: what `concepts_of` asks for, each with its prediction [N * R, ...].
+        concepts: the result of `concepts_of`, each with its prediction [N * R, ...].
         guiding: the methods.
-        guidance_scale: of the call.
-        times: of each method.
+        guidance_scale: the guidance scale of the call.
+        times: the time of each method.
     """
     dtype = torch.promote_types(out.dtype, torch.float32)
     prompt, negative, asked = out.to(dtype), negative.to(dtype), iter(concepts)
@@ -147,7 +146,7 @@ def guided(
 
 
 def _in_rows(value: Any, rows: int, put: Callable[[Tensor], Tensor]) -> Any:
-    """An argument of the denoiser in other rows than its `rows`; what is not per row stays."""
+    """An argument of the denoiser for other rows. Arguments without rows stay."""
     if isinstance(value, Tensor):
         return put(value) if value.ndim and len(value) == rows else value
     if isinstance(value, dict):
@@ -158,21 +157,21 @@ def _in_rows(value: Any, rows: int, put: Callable[[Tensor], Tensor]) -> Any:
 
 
 def needs_guidance(method: Contract, denoiser: nn.Module | None, facts: Family) -> str:
-    """What is wrong with a call without unconditional rows, and what to do."""
+    """The message for a call without unconditional rows."""
     needs, name = f"{type(method).__name__} needs guidance", f"`{facts.scale}`"
     if facts.guidance_in_two_calls:
-        needs = f"{needs} with an unconditional prediction in each step of a pipeline's call"
+        needs = f"{needs} with an unconditional prediction in each step of a pipeline call"
         if facts.returns_negative:
             return f"{needs}. Set {name} above 1, or use method 'safree'."
         return (
-            f'{needs}. Set {name} above 1 and give a `negative_prompt`, for which "" will do (a model that is '
-            "distilled to do without may draw worse with it), or use method 'safree'."
+            f'{needs}. Set {name} above 1 and give a `negative_prompt`, for example "" (a guidance-distilled model may '
+            "draw worse with it), or use method 'safree'."
         )
     needs = f"{needs}, with conditional and unconditional rows in one batch of a call"
     other = "eiup" if facts.cross_attention else "safree"
     if denoiser is not None and facts.distilled(denoiser):
-        return f"{needs}, but this denoiser is distilled to do without ({name} is its input). Use {other!r}."
+        return f"{needs}, but this denoiser is guidance-distilled ({name} is its input). Use {other!r}."
     return (
-        f"{needs} of the pipeline. Set {name} above 1 (a denoiser that is called by itself needs both kinds of rows in "
+        f"{needs} of the pipeline. Set {name} above 1 (for direct denoiser calls, declare both kinds of rows in "
         f"`efface.conditional_rows`), or use method {other!r}."
     )

@@ -1,4 +1,4 @@
-"""One method that is on a pipeline: its erasure prompts, encoded, and placed on the rows of the batch."""
+"""One applied method: its encoded erasure prompts, and their rows of the batch."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 class Encoder:
-    """Encodes texts in one call of the pipeline: the same texts once, however many methods ask for them.
+    """Encodes texts in one pipeline call. Encodes equal texts once for all methods.
 
     Args:
         pipe: the pipeline.
-        call: what else the pipeline encodes; None outside of a call.
+        call: the prompts of the pipeline call; None outside of a call.
     """
 
     def __init__(self, pipe: DiffusionPipeline, call: Encoding | None) -> None:
@@ -40,20 +40,20 @@ class Encoder:
         return self.known[key]
 
 
-@dataclass(eq=False)  # each is itself: the same method may be on twice
+@dataclass(eq=False)  # compared by identity: the same method may be applied twice
 class Applied:
-    """A method that is on, and its erasure prompts.
+    """An applied method and its erasure prompts.
 
     Args:
-        method: what is on.
+        method: the method.
         of: the concepts of each erasure prompt.
-        sets: all erasure prompts, those of one length together. Only methods that guide have several sets.
-        neutral: the texts that stand for "some picture", the mean of each group.
-        acting: the erasure prompts with the rows of the present batch.
-        memory: of the present call of the pipeline.
-        record: what it did.
-        handle: what its user holds.
-        encoded: the texts as they were encoded, before any projection.
+        sets: all erasure prompts, grouped by length. Only methods that guide have several sets.
+        neutral: the mean of each group of neutral texts.
+        acting: the erasure prompts with their rows of the current batch.
+        memory: the memory of the current pipeline call.
+        record: the record of its edits.
+        handle: the user's handle.
+        encoded: the encoded texts before any projection.
     """
 
     method: Contract
@@ -70,11 +70,11 @@ class Applied:
 
     @property
     def prompts(self) -> ErasurePrompts | None:
-        """All erasure prompts of a method that edits attention, and the first set of one that guides."""
+        """All erasure prompts of a method that edits attention; for a method that guides, the first set."""
         return self.sets[0] if self.sets else None
 
     def prepare(self, pipe: DiffusionPipeline, images_per_prompt: int, encoder: Encoder) -> None:
-        """Encodes the erasure prompts, and the neutral texts with them."""
+        """Encodes the erasure prompts and the neutral texts."""
         method = self.method
         if not (method.edits_attention or method.guides):
             return
@@ -98,7 +98,7 @@ class Applied:
         method.prepared(pipe, [text for _, text in texts], encoder.call, self.memory)
 
     def texts(self, pipe: DiffusionPipeline) -> list[tuple[tuple[Concept, ...], str]]:
-        """The erasure prompts, and the concepts that each is for."""
+        """The erasure prompts, with the concepts of each."""
         method, found = self.method, []
         rows, separator = [method.concepts] if method.rows is None else method.rows, ", " if method.guides else " "
         for group in dict.fromkeys(group for row in rows for group in method.groups(row)):
@@ -107,7 +107,7 @@ class Applied:
         return found
 
     def project(self, projection: Callable[[Tensor], Tensor]) -> None:
-        """Puts the texts through what the denoiser has in front of its layers; once for each encoding."""
+        """Applies the denoiser's text projection to the texts, once per encoding."""
         if self._unprojected is None or self.prompts is None:
             return
         (text, sizes), self._unprojected = self._unprojected, None
@@ -118,7 +118,7 @@ class Applied:
         self.place(self._images_per_prompt)
 
     def place(self, images_per_prompt: int, batch: int | None = None) -> None:
-        """Gives the erasure prompts of a method with `rows` their rows of the batch, `batch` conditional ones."""
+        """Assigns the erasure prompts of a method with `rows` to the `batch` conditional rows."""
         row_concepts, self._images_per_prompt = self.method.rows, images_per_prompt
         self.check_rows(images_per_prompt, batch)
         if row_concepts is None or self.prompts is None:
@@ -144,29 +144,29 @@ class Applied:
             )
 
     def check_text(self, text: Tensor) -> None:
-        """ValueError if the erasure prompts and the call's text differ in width, device or dtype."""
+        """Raises ValueError if the erasure prompts and the call's text differ in width, device or dtype."""
         ours = self.encoded
         if self.prompts is None or ours is None or self.method.is_off() or not len(text):
             return
         if ours.shape[-1] != text.shape[-1]:
             raise ValueError(
-                f"The call's text has width {text.shape[-1]}, but the pipeline's own encoder makes width "
+                f"The call's text has width {text.shape[-1]}, but the pipeline's encoder returns width "
                 f"{ours.shape[-1]}. Give embeddings of this encoder, or a prompt."
             )
         mixed = ours.dtype != text.dtype and not torch.is_autocast_enabled(text.device.type)
         if ours.device != text.device or mixed:
             raise ValueError(
                 f"The erasure prompts of {type(self.method).__name__} are {ours.dtype} on {ours.device}, but the "
-                f"call's text is {text.dtype} on {text.device}: the model was moved after `apply`. Call the pipeline, "
-                "which encodes them anew, or apply the eraser again."
+                f"call's text is {text.dtype} on {text.device}. Call the pipeline, which encodes them again, or apply "
+                "the eraser again."
             )
 
 
 def _by_length(encoder: Encoder, texts: list[str], together: bool) -> tuple[ErasurePrompts, ...]:
-    """The texts of a method that guides, those of one length together.
+    """The texts of a method that guides, grouped by length.
 
-    They are encoded `together` only where all texts have one length. Elsewhere the longest would change the others,
-    which may be for other rows of the batch.
+    Encodes them `together` only if all texts have one length. Otherwise the longest text would change the others, which
+    may belong to other rows of the batch.
     """
     found: dict[int, list[tuple[int, Encoded]]] = {}
     for k, made in enumerate([encoder(texts)] if together else [encoder([text]) for text in texts]):
@@ -182,7 +182,7 @@ def _by_length(encoder: Encoder, texts: list[str], together: bool) -> tuple[Eras
 
 
 def _means(text: Text, sizes: list[int]) -> Text | None:
-    """The mean of each group of texts; where text is masked, of those that have a token in a column. None: no group."""
+    """The mean of each group of texts. With masks, the mean over texts with a token in the column. None: no group."""
     if not sizes:
         return None
     if text.mask is None:

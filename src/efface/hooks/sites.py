@@ -1,4 +1,4 @@
-"""From a pipeline to what Efface keeps about its denoiser."""
+"""Finds Efface's state of a pipeline's denoiser."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def site(pipe: DiffusionPipeline) -> Site:
-    """The site of a pipeline's denoiser; TypeError for a pipeline Efface does not know."""
+    """The site of a pipeline's denoiser. Raises TypeError if the family is unknown."""
     facts = family(pipe)
     wake(pipe)
     denoiser = denoiser_of(pipe)
@@ -29,7 +29,7 @@ def site(pipe: DiffusionPipeline) -> Site:
 
 
 def handles(pipe: DiffusionPipeline) -> list[Handle]:
-    """Of the methods that are on, in their order."""
+    """The handles of the applied methods, in order."""
     facts = family(pipe)
     wake(pipe)
     present = getattr(pipe, facts.denoiser)
@@ -39,7 +39,7 @@ def handles(pipe: DiffusionPipeline) -> list[Handle]:
 
 @contextmanager
 def rows_given(pipe: DiffusionPipeline, conditional: Sequence[bool]) -> Iterator[None]:
-    """See `efface.conditional_rows`; without methods on there is nothing to tell."""
+    """See `efface.conditional_rows`. Has no effect without methods."""
     family(pipe)
     wake(pipe)
     found = SITES.get(denoiser_of(pipe))

@@ -1,4 +1,4 @@
-"""One call of the denoiser: the text read anew, methods around the call, attention edited, the prediction changed."""
+"""One denoiser call: changes of the text, `around`, edits of attention, and changes of the prediction."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from .prompts import Applied
 from .texts import ErasurePrompts, Text
 
 Plan = list[tuple[Applied, Tensor | float, str]]
-"""Of each method in a denoiser call: the weight of its window, and why it has nothing to do, if so."""
+"""Per method in a denoiser call: the weight of its window, and the reason if it does not act."""
 
 
 class Where(Protocol):
-    """The denoiser that is called."""
+    """The called denoiser."""
 
     facts: Family
     applied: list[Applied]
@@ -42,12 +42,12 @@ class Where(Protocol):
 
 
 class Step:
-    """A denoiser call that is going on.
+    """The current denoiser call.
 
     Args:
         where: the denoiser.
-        forward: its own `forward`.
-        names: of the arguments that were given by position.
+        forward: its original `forward`.
+        names: names of the positional arguments.
         arguments: all arguments, by name; the first is the noisy sample.
         batch: the rows.
     """
@@ -68,7 +68,7 @@ class Step:
         self._predicted = False  # whether all methods have had their turn
 
     def run(self) -> Any:
-        """What the denoiser returns."""
+        """Runs the call, and returns the denoiser's output."""
         self._reread()
         run: Callable[[], Any] = self._predict
         for applied in reversed(self.where.applied):
@@ -84,7 +84,7 @@ class Step:
         return out
 
     def _reread(self) -> None:
-        """Puts in the text that conditional rows read at this time."""
+        """Replaces the text of the conditional rows by that of this time."""
         batch, arguments, facts = self.batch, self.arguments, self.where.facts
         text, all_pooled = arguments[facts.text_argument], facts.pooled_text(arguments)
         given = prompt, pooled = text[batch.first :], None if all_pooled is None else all_pooled[batch.first :]
@@ -99,7 +99,7 @@ class Step:
             self.arguments = facts.with_pooled(self.arguments, torch.cat([all_pooled[: batch.first], pooled]))
 
     def _time(self, method: Contract) -> Tensor:
-        """The time as the method counts it."""
+        """The time in the method's unit."""
         calls = self.where.calls
         counted = method.counts_steps and calls.counted and self.where.given is None
         return calls.progress.to(self.time.device, copy=True) if counted else self.time
@@ -125,7 +125,7 @@ class Step:
         )
 
     def _plain(self, call: Callable[[], Any], seen: Seen) -> Tensor:
-        """A call in which no method acts."""
+        """Runs the call without methods."""
         self.acting, self.seen, self.batch.rows = [], seen, self.batch.last
         try:
             return self._ran(call)[0]
@@ -154,13 +154,13 @@ class Step:
         return found
 
     def _acts_on_unconditional(self, method: Contract) -> bool:
-        """Whether it has something to do, or to refuse, in a call without conditional rows."""
+        """Whether a method acts on, or refuses, a call without conditional rows."""
         if method.edits_attention:
             return method.touches_uncond and self.batch.repelled is not None
         return method.touches_uncond or (method.guides and not self.where.facts.guidance_in_two_calls)
 
     def _predict(self) -> Any:
-        """The denoiser's output, with attention edited and the prediction of the conditional rows changed."""
+        """The denoiser's output, with edited attention and the changed prediction of the conditional rows."""
         batch, apart = self.batch, self.where.facts.guidance_in_two_calls
         negatives = self._negatives() if apart else []
         plan = self._plan()
@@ -174,12 +174,12 @@ class Step:
         return out
 
     def _guided(self, guiding: list[tuple[Applied, Tensor | float]], negatives: list[ErasurePrompts]) -> Any:
-        """The output, with the concepts predicted in further rows or in further calls, which are used and dropped."""
+        """The output, with concept predictions from further rows or calls, which are dropped after use."""
         batch, where, method = self.batch, self.where, guiding[0][0].method
         if self.arguments.get("skip_layers") is not None:
             raise ValueError(
                 f"{type(method).__name__} changes the conditional prediction, which `skip_guidance_layers` compares "
-                "with one of its own. Leave them out, or use method 'safree'."
+                "with a separate one. Leave them out, or use method 'safree'."
             )
         if not 0 < batch.first < batch.last and not negatives:
             raise ValueError(needs_guidance(method, where.denoiser, where.facts))
@@ -203,7 +203,8 @@ class Step:
         return (sample, *out[1:]) if isinstance(out, tuple) else type(out)(sample=sample)
 
     def _with_further(self, asked: Sequence[Asked], which: Sequence[int]) -> tuple[Any, dict[int, Tensor]]:
-        """The denoiser's output with some of what is asked for in further rows, and these predictions by number."""
+        """The denoiser's output with some of the needed predictions in further rows, and these predictions by
+        number."""
         batch, where = self.batch, self.where
         some = [asked[k] for k in which]
         owners = negated_rows(batch.first, where.calls.call, where.given) | repelled_rows(some, batch.last)
@@ -214,7 +215,8 @@ class Step:
         return out, dict(zip(which, out[0][batch.last :].split([each.size for each in some]), strict=True))
 
     def _further_alone(self, asked: Sequence[Asked], which: Sequence[int]) -> dict[int, Tensor]:
-        """The predictions, by number, of texts that fit into no call with the conditional rows: one call for them."""
+        """The predictions, by number, of texts that do not fit into a call with the conditional rows, from one separate
+        call."""
         batch, facts = self.batch, self.where.facts
         some = [asked[k] for k in which]
         owners = repelled_rows(some, 0)
@@ -228,7 +230,7 @@ class Step:
         return dict(zip(which, out[0].split([each.size for each in some]), strict=True))
 
     def _asked_negatives(self, negatives: Sequence[ErasurePrompts], every: Tensor) -> list[Asked]:
-        """The unconditional predictions, which other methods edit where they read another text than the empty one."""
+        """The unconditional predictions. Other methods edit those with a negative prompt."""
         where = self.where
         negated = negated_rows(len(negatives), where.calls.call, where.given)
         pairs = enumerate(negatives)
@@ -241,7 +243,7 @@ class Step:
         return getattr(call.pipe(), self.where.facts.scale, math.nan)  # a callback may have changed it
 
     def _negatives(self) -> list[ErasurePrompts]:
-        """The negative prompt of each conditional row, where unconditional predictions have a call of their own."""
+        """The negative prompt of each conditional row, if unconditional predictions have a separate call."""
         call, conditional = self.where.calls.call, self.batch.conditional
         if call is None or not conditional:
             return []
@@ -251,8 +253,8 @@ class Step:
             return []
         if conditional != len(text):
             raise ValueError(
-                f"The call has {conditional} rows of prompts, but {len(text)} of negative prompts. Give a list, one "
-                "for each."
+                f"The call has {conditional} rows of prompts, but {len(text)} of negative prompts. Give one negative "
+                "prompt per prompt."
             )
         rows = [slice(k, k + 1) for k in range(len(text))]
         return [
@@ -260,7 +262,7 @@ class Step:
         ]
 
     def _keep(self, plan: Plan) -> None:
-        """Writes what ran into the records."""
+        """Records the edits that ran."""
         if torch.compiler.is_compiling():
             return
         for applied, _, exempt in plan:
@@ -274,7 +276,7 @@ class Step:
                 applied.record.add((), exempt)
 
     def _call(self, arguments: dict[str, Any]) -> Any:
-        """The denoiser itself, its arguments by position and by keyword as they were given."""
+        """Calls the denoiser with the original positional and keyword arguments."""
         named = {name: value for name, value in arguments.items() if name not in self._names}
         return self._forward(*(arguments[name] for name in self._names), **named)
 
@@ -282,11 +284,11 @@ class Step:
 
     @property
     def _needed(self) -> bool:
-        """Whether the cross-attention layers have something to do."""
+        """Whether the cross-attention layers are needed."""
         return bool(self.acting) or self.seen is not None
 
     def _ran(self, call: Callable[[], Any]) -> Any:
-        """A call of the denoiser itself, in which every layer that is needed comes by, or an error."""
+        """Calls the denoiser. Raises unless every needed layer ran."""
         out, missed = self._once(call)
         if missed and not torch.compiler.is_compiling():  # a processor that skips `to_q` or `to_out`
             for layer in missed:
@@ -304,13 +306,13 @@ class Step:
 
     @property
     def _wanted(self) -> list[Layer]:
-        """The layers that have to come by in this call."""
+        """The layers that have to run in this call."""
         cross, own = self.where.layers.cross if self._needed else [], self.where.layers.own
         edits = any(a.method.edits_self_attention and not a.method.is_off() for a in self.where.applied)
         return [*cross, *own] if edits and self._needed and self.batch.conditional else cross
 
     def edit(self, layer: Layer, hidden: Tensor) -> Tensor:
-        """A cross-attention output [rows, Q, C] in front of `to_out`, edited by every active method in turn."""
+        """The cross-attention output [rows, Q, C] before `to_out`, after the edits of every active method in turn."""
         batch, query = self.batch, layer.to_q
         if query is None or not self._needed or not batch.projected:
             return hidden
@@ -324,7 +326,7 @@ class Step:
         return edited(batch, self.acting, layer, query, hidden)
 
     def edit_self(self, layer: Layer, hidden: Tensor) -> Tensor:
-        """A self-attention output [rows, Q, C] in front of `to_out`."""
+        """The self-attention output [rows, Q, C] before `to_out`, after the edits."""
         batch = self.batch
         if not batch.conditional:
             return hidden
@@ -339,9 +341,9 @@ class Step:
         return edited_self(batch, self.acting, layer_seen, hidden)
 
     def project(self, projected: Tensor, projection: Callable[[Tensor], Tensor]) -> None:
-        """The text that the denoiser has projected for all layers; our texts are projected while its weights are there.
+        """The denoiser's projected text. Also projects the methods' texts while the weights are in memory.
 
-        Offloading loads them for this moment only.
+        Offloading loads the weights only for this moment.
         """
         batch = self.batch
         batch.prompt, batch.projected = replace(batch.prompt, states=projected[batch.first : batch.last]), True
@@ -353,7 +355,7 @@ class Step:
 
 
 def refuse_without_guidance(where: Where) -> None:
-    """ValueError if a method that is on needs guidance."""
+    """Raises ValueError if an applied method needs guidance."""
     for applied in where.applied:
         method = applied.method
         acts = applied.prompts is not None if method.guides else method.negates

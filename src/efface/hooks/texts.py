@@ -1,4 +1,4 @@
-"""Encoded texts, the erasure prompts that a method acts with, and the rows that guidance pushes away from."""
+"""Encoded texts, erasure prompts, and rows that guidance pushes away from."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch import Tensor
 class Text:
     """Encoded texts, as a layer reads them.
 
-    `len(text)` is the number of texts, and `text[rows]` chooses some of them, by a slice, a list or a tensor.
+    `len(text)` is the number of texts. `text[rows]` selects some of them by a slice, a list or a tensor.
 
     Args:
-        states: what the text encoder returned for each token.
-        mask: the columns that the denoiser reads; None: all.
+        states: the text encoder's state of each token.
+        mask: the columns that the denoiser reads. None: all.
 
     Shapes: `states` [N, L, D], `mask` bool [N, L].
 
     Raises:
-        IndexError: `text[rows]` for rows that are not there.
+        IndexError: `text[rows]` with rows out of range.
 
     Example:
         >>> import torch
@@ -40,15 +40,15 @@ class Text:
         return len(self.states)
 
     def __getitem__(self, rows: Any) -> Text:
-        """Some of the texts, by a slice, a list or a tensor."""
+        """Selects texts by a slice, a list or a tensor."""
         return Text(self.states[rows], None if self.mask is None else self.mask[rows])
 
     @staticmethod
     def cat(texts: Sequence[Text]) -> Text:
-        """All texts, one behind the other; masked if each of them is.
+        """Concatenates texts. The result is masked if each text is.
 
         Args:
-            texts: with the same L and D.
+            texts: texts with the same L and D.
         """
         masks = [text.mask for text in texts if text.mask is not None]
         return Text(torch.cat([text.states for text in texts]), torch.cat(masks) if len(masks) == len(texts) else None)
@@ -56,20 +56,20 @@ class Text:
 
 @dataclass(frozen=True, eq=False)
 class ErasurePrompts:
-    """The erasure prompts of some rows of the batch. A method gets one such object for each set of rows.
+    """The erasure prompts of some rows of the batch. A method receives one such object per set of rows.
 
     Args:
-        text: the encoded erasure prompts, N of them.
-        token_columns: of each, the columns of the phrase's own tokens.
-        batch_rows: the conditional rows that they act on, counted from 0; None: all.
+        text: the N encoded erasure prompts.
+        token_columns: per erasure prompt, the columns of the phrase's own tokens.
+        batch_rows: their conditional rows, counted from 0. None: all.
         at: the same on the device.
-        which: the places of these among all erasure prompts of the method.
-        pooled: the pooled texts, where the denoiser reads them; for guided predictions.
+        which: their positions among all erasure prompts of the method.
+        pooled: the pooled texts for guided predictions, if the denoiser reads them.
 
     Shapes: `text.states` [N, L, D], `at` [rows], `pooled` [N, P].
 
     Raises:
-        IndexError: `of` with a place that is not there.
+        IndexError: `of` with a position out of range.
 
     Example:
         >>> import torch
@@ -87,11 +87,11 @@ class ErasurePrompts:
     pooled: Tensor | None = None
 
     def of(self, which: Sequence[int], batch_rows: Sequence[int]) -> ErasurePrompts:
-        """Some of the erasure prompts, for some rows.
+        """Selects erasure prompts for some rows.
 
         Args:
-            which: the places of the erasure prompts.
-            batch_rows: the conditional rows that they act on, counted from 0.
+            which: the positions of the erasure prompts.
+            batch_rows: their conditional rows, counted from 0.
         """
         chosen = list(which)
         return ErasurePrompts(
@@ -104,18 +104,18 @@ class ErasurePrompts:
         )
 
     def on_rows(self, values: Tensor) -> Tensor:
-        """Of values of all conditional rows, those of the rows that these erasure prompts act on.
+        """Selects the values of the rows of these erasure prompts.
 
         Args:
-            values: [B, ...], one for each conditional row.
+            values: [B, ...], one per conditional row.
         """
         return values if self.at is None else values[self.at]
 
     def weights(self, strength: float) -> Tensor:
-        """`-strength` at the columns of the own tokens and 0 elsewhere, to multiply values with.
+        """Weights for values: `-strength` at the columns of the own tokens, 0 elsewhere.
 
         Args:
-            strength: of the method.
+            strength: the method's strength.
 
         Returns:
             [N, 1, L, 1], which broadcasts over values in heads [N, heads, L, d].
@@ -129,13 +129,13 @@ class ErasurePrompts:
 
 @dataclass(eq=False)
 class Repelled:
-    """Rows of a denoiser call that guidance pushes away from, and that methods with `touches_uncond` edit.
+    """Rows of a denoiser call that guidance pushes away from. Methods with `touches_uncond` edit them.
 
     They are the unconditional rows with a negative prompt, and further predictions of methods that `repel`.
 
     Args:
-        rows: their places in the batch.
-        owners: the conditional rows that they are for.
+        rows: their positions in the batch.
+        owners: the conditional row of each.
         at, of: the same on the device.
     """
 
@@ -146,7 +146,7 @@ class Repelled:
     places: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     def rows_of(self, prompts: ErasurePrompts) -> Tensor | None:
-        """Which of them erasure prompts act on, counted from 0; None: all."""
+        """The rows among them on which erasure prompts act, counted from 0. None: all."""
         if prompts.batch_rows is None:
             return None
         if prompts.batch_rows in self.places:

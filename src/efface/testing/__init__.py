@@ -4,8 +4,8 @@
 
     print(efface.testing.check(Mine("cat")))
 
-`check` tries what every method promises (`conformance`) on tiny random pipelines (`tiny`), which need no download and
-no GPU. In pytest, parametrise over `checks()`. The kit needs what Efface itself needs, and no test framework.
+`check` tests the promises of every method (`conformance`) on tiny random pipelines (`tiny`), without download or GPU.
+In pytest, parametrise over `checks()`. The kit needs no test framework and no packages besides Efface's.
 """
 
 from .conformance import ConformanceError, DoesNotApply, Trial

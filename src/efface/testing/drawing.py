@@ -1,4 +1,4 @@
-"""What tiny pipelines draw, with methods on and without, and what of a pipeline a method could change."""
+"""Draws with tiny pipelines, with and without methods, and compares pipeline states."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ def denoiser_of(pipe: Any) -> Any:
 
 
 def change(a: Tensor, b: Tensor) -> float:
-    """How far `a` is from `b`, relative to the size of `b`."""
+    """The distance of `a` from `b`, relative to the size of `b`."""
     return float((a.detach() - b.detach()).norm() / b.detach().norm())
 
 
 def latents(pipe: Any, prompt: str | Sequence[str] | None = PROMPT, **options: Any) -> Tensor:
-    """What the pipeline draws, before decoding.
+    """The latents of the pipeline's pictures.
 
     Args:
         pipe: a tiny pipeline.
-        prompt: one prompt, or one for each row of the batch.
-        options: of the pipeline's call. Picture i of a call has seed i, and `seed` shifts them; `guidance_scale` is the
-            scale of true guidance where the family has both kinds.
+        prompt: one prompt, or one per row of the batch.
+        options: options of the pipeline call. Picture i of a call has seed i, shifted by `seed`. `guidance_scale` is
+            the scale of true guidance for families with both kinds.
 
     Returns:
-        Latents, one for each picture: [N, C, h, w], or [N, L, C] for FLUX.
+        Latents, one per picture: [N, C, h, w], or [N, L, C] for FLUX.
     """
     given = options.get("prompt_embeds")
     prompt = list(prompt) if isinstance(prompt, tuple) else prompt
@@ -58,16 +58,17 @@ def latents(pipe: Any, prompt: str | Sequence[str] | None = PROMPT, **options: A
 
 
 untouched = functools.cache(lambda family: pipeline(family))
-"""A pipeline of the family that is the same object in each call; for reading only."""
+"""A shared pipeline of the family, for reading only."""
 
 
 scratch = functools.cache(lambda family: pipeline(family))
-"""A pipeline of the family to find out whether a method refuses it, so that what the method leaves is not missed."""
+"""A separate pipeline for testing whether a method refuses the family, so that traces on the main pipeline stay
+visible."""
 
 
 @functools.cache
 def ready(family: str) -> tuple[Any, State]:
-    """A pipeline to put methods on, after diffusers and transformers added what they add, and its snapshot."""
+    """A pipeline for methods, after the additions of diffusers and transformers, and its snapshot."""
     pipe = pipeline(family)
     latents(pipe)
     for name, part in pipe.components.items():
@@ -77,9 +78,9 @@ def ready(family: str) -> tuple[Any, State]:
 
 
 def drawn(family: str = "sd1", *methods: Any, prompt: str | tuple[str, ...] = PROMPT, **options: Any) -> Tensor:
-    """What a pipeline draws with these methods on, and no others; without one, what the base model draws.
+    """The latents with these methods only; without methods, those of the base model.
 
-    Results are kept: the methods and the options have to be hashable.
+    Caches results, so methods and options must be hashable.
     """
     return _drawn(family, *methods, prompt=prompt, **{"num_inference_steps": STEPS, **options})
 
@@ -94,13 +95,13 @@ def _drawn(family: str, *methods: Any, prompt: str | tuple[str, ...], **options:
 
 
 def forget() -> None:
-    """Drops all pipelines and results that are kept, which a broken method may have spoilt."""
+    """Drops all cached pipelines and results, which a broken method may have damaged."""
     for kept in (untouched, scratch, ready, _drawn):
         kept.cache_clear()
 
 
 def snapshot(pipe: Any) -> State:
-    """All that a method could change: weights by value, processors and other attributes by identity."""
+    """The state that a method could change: weights by value, processors and other attributes by identity."""
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     weights = {f"{p}.{n}": weight.clone() for p, part in parts.items() for n, weight in part.state_dict().items()}
     inside = {
@@ -116,7 +117,7 @@ def snapshot(pipe: Any) -> State:
 
 
 def differences(after: State, before: State) -> list[str]:
-    """The names of what differs between two snapshots."""
+    """The names of the differences between two snapshots."""
     weights, processors, attributes = before
     found = [name for name, weight in weights.items() if not torch.equal(after[0][name], weight)]
     found += [name for name in processors.keys() | after[1].keys() if after[1].get(name) is not processors.get(name)]

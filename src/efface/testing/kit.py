@@ -1,4 +1,4 @@
-"""The promises of a method, tried one by one or all together."""
+"""Tests the promises of a method, one by one or all together."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ KEPT, BROKEN, DOES_NOT_APPLY = "kept", "BROKEN", "-"
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One promise on one family, to be called with a method.
+    """A test of one promise on one family, callable with a method.
 
     Args:
         promise: a function of `efface.testing.conformance`.
-        families: the families to try; the check uses the first one that the method does not refuse.
+        families: candidate families. The check uses the first one that the method does not refuse.
         steps: denoising steps of each call.
     """
 
@@ -32,15 +32,15 @@ class Check:
     steps: int = drawing.STEPS
 
     def __call__(self, method: Any) -> None:
-        """Tries the promise.
+        """Tests the promise.
 
         Args:
-            method: a method object. The kit gives it a concept of its own, whose words the tiny tokenizers know.
+            method: a method object. The kit replaces its concept by one whose words the tiny tokenizers know.
 
         Raises:
-            ConformanceError: the method breaks the promise, or refuses all `families` of one that is tried once.
-            DoesNotApply: the promise is not about this method on this family.
-            TypeError: no method object.
+            ConformanceError: the method breaks the promise, or refuses all `families`.
+            DoesNotApply: the promise does not apply to this method on this family.
+            TypeError: `method` is not a method object.
         """
         trial, before = self._trial(method)
         skipped = None
@@ -63,7 +63,7 @@ class Check:
         return f"{name}-{self.families[0]}" if len(self.families) == 1 else name
 
     def _trial(self, method: Any) -> tuple[Trial, drawing.State]:
-        """The method with the kit's concept, on a pipeline of the first family that it works on; and its snapshot."""
+        """The method with the kit's concept, on a pipeline of its first working family; and the snapshot."""
         if not isinstance(method, Method) or not field_names(method):
             raise TypeError(
                 "Expected a method object of a frozen dataclass that is derived from `efface.hooks.Method`, got "
@@ -76,24 +76,24 @@ class Check:
             if self.promise is conformance.refuses_what_it_cannot_do or not (said := refusal(asked)):
                 pipe, before = drawing.ready(family)
                 return dataclasses.replace(asked, pipe=pipe), before
-        if self.promise in conformance.ONCE:  # else tests that are all skipped would pass
+        if self.promise in conformance.ONCE:  # otherwise a run with only skipped tests would pass
             name, families = type(method).__name__, ", ".join(self.families)
-            raise ConformanceError(f"{name} refuses all of {families}. Add a family that it works on. {said}")
+            raise ConformanceError(f"{name} refuses all of {families}. Add a working family. {said}")
         raise DoesNotApply(said)
 
 
 def checks(families: Sequence[str] | None = None, steps: int = drawing.STEPS) -> list[Check]:
-    """The promises as callables with a name, to parametrise a test over. Building the list builds no pipeline.
+    """The promises as named callables, for parametrised tests. Building the list builds no pipeline.
 
     Args:
         families: names of `FAMILIES`; None: all.
-        steps: denoising steps of each call; more than 3 for a method that acts in a part of the trajectory only.
+        steps: denoising steps of each call; more than 3 for a method that acts only in a part of the trajectory.
 
     Returns:
-        A check for each promise and family, and one for each promise that one family can show.
+        One check per promise and family, and one per promise that needs only one family.
 
     Raises:
-        ValueError: an unknown family, or none.
+        ValueError: `families` is empty or has an unknown name.
 
     Example:
         >>> import efface.testing
@@ -126,13 +126,13 @@ def _known(families: Sequence[str] | None) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What one check found.
+    """The result of one check.
 
     Args:
         promise: the name of the promise.
-        family: where it was tried; "" if on the first family that the method works on.
+        family: the tested family; "" for the first working family.
         outcome: "kept", "BROKEN", or "-" if the promise does not apply.
-        message: what is broken and what to look at, or why the promise does not apply.
+        message: the fault and where to look, or why the promise does not apply.
     """
 
     promise: str
@@ -142,7 +142,7 @@ class Finding:
 
 
 class Report(tuple[Finding, ...]):
-    """The findings of `check`; printed, a table of promises and families."""
+    """The findings of `check`. Prints as a table of promises and families."""
 
     def __str__(self) -> str:
         families = list(dict.fromkeys(finding.family for finding in self if finding.family))
@@ -151,7 +151,7 @@ class Report(tuple[Finding, ...]):
             cells.setdefault(finding.promise.replace("_", " "), {})[finding.family] = finding.outcome
         lines = [["", *families]]
         for promise, outcomes in cells.items():
-            # a promise that is tried once stands in the first column
+            # a promise with a single test is in the first column
             once = [outcomes[""], *[""] * (len(families) - 1)] if "" in outcomes else None
             lines.append([promise, *(once or [outcomes[family] for family in families])])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -163,27 +163,27 @@ class Report(tuple[Finding, ...]):
 
     @property
     def broken(self) -> list[Finding]:
-        """The findings of promises that are broken."""
+        """The findings of broken promises."""
         return [finding for finding in self if finding.outcome == BROKEN]
 
 
 def check(method: Any, families: Sequence[str] | None = None, steps: int = drawing.STEPS) -> Report:
-    """Tries all promises of a run-time method on tiny pipelines; half a minute for all families.
+    """Tests all promises of a run-time method on tiny pipelines. All families take half a minute.
 
     Args:
-        method: a method object, such as `Mine("cat")`. The kit gives it a concept of its own, whose words the tiny
+        method: a method object, such as `Mine("cat")`. The kit replaces its concept by one whose words the tiny
             tokenizers know.
         families: names of `FAMILIES`; None: all.
-        steps: denoising steps of each call; more than 3 for a method that acts in a part of the trajectory only.
+        steps: denoising steps of each call; more than 3 for a method that acts only in a part of the trajectory.
 
     Returns:
-        The findings. `print(check(...))` shows a table: "kept", or "-" where a promise does not apply.
+        The findings. `print(check(...))` shows a table: "kept", or "-" if a promise does not apply.
 
     Raises:
-        ConformanceError: the method breaks promises, or refuses all families. The message has the table and says for
-            each broken promise what to look at. What the method raises by itself is not caught.
-        TypeError: no method object.
-        ValueError: an unknown family.
+        ConformanceError: the method breaks promises, or refuses all families. The message has the table, and says where
+            to look for each broken promise. Other exceptions of the method pass through.
+        TypeError: `method` is not a method object.
+        ValueError: a family is unknown.
 
     Example:
         >>> import efface, efface.testing

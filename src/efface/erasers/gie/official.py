@@ -50,8 +50,8 @@ def joined(pipe: DiffusionPipeline, prompts: Sequence[str], erasure_prompts: Seq
             limit = tokenizer.model_max_length - 2
             if n + m != both or both > limit:
                 raise ValueError(
-                    f"Official values join prompt and erasure prompt into one text, but {pairs[-1]!r} has {both} "
-                    f'tokens (expected {n} + {m}, and at most {limit}). Shorten one of them, or use values="paper".'
+                    f"Expected prompt and erasure prompt to join into {n} + {m} and at most {limit} tokens, got {both} "
+                    f"for {pairs[-1]!r:.80}. Shorten one of them, or use values='paper'."
                 )
         lengths.append(n)
     states = encode(pipe, pairs, differentiable=True, **settings).text.unflatten(0, (len(erasure_prompts), -1))

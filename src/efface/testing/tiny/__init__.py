@@ -1,13 +1,13 @@
-"""Tiny random pipelines of all families, whole and real: tokenizers, text models, denoiser, VAE and scheduler.
+"""Tiny random pipelines of all families, complete with tokenizers, text models, denoiser, VAE and scheduler.
 
-Random weights alone test little: attention would be uniform and all texts alike. Here the token embeddings and the
-query, key and value projections are scaled so that the words of a prompt change the picture. A family is one file of
-this package, found by walking.
+With default random weights, attention would be uniform and all texts alike. So the token embeddings and the query, key
+and value projections are scaled until the words of a prompt change the picture. Each family is one file of this
+package, found automatically.
 
 A family's file has:
 
 - `BUILDERS`: name -> a function that builds a pipeline.
-- `EACH`: the names of those that every method is tried on.
+- `EACH`: the names of the pipelines on which every method is tested.
 - `PIPELINES` and `options`, if its pipelines need further arguments in a call: their classes, and a function that adds
   the arguments.
 """
@@ -34,7 +34,7 @@ FAMILIES: tuple[str, ...] = tuple(name for file in FILES for name in file.EACH)
 
 
 def pipeline(family: str = "sd1") -> Any:
-    """Builds a tiny pipeline; the weights are random and the same each time.
+    """Builds a tiny pipeline. The weights are random, with a fixed seed.
 
     Args:
         family: one of `FAMILIES`, or a variant of one, such as "sd35".
@@ -44,7 +44,7 @@ def pipeline(family: str = "sd1") -> Any:
         "dog", "beer", "wine", "glass", "red", "big" and "moon".
 
     Raises:
-        ValueError: there is no such family.
+        ValueError: the family is unknown.
 
     Example:
         >>> import efface.testing
@@ -64,7 +64,7 @@ def pipeline(family: str = "sd1") -> Any:
 
 
 def call_options(pipe: Any, options: dict[str, Any], prompts: int) -> dict[str, Any]:
-    """The arguments of a call of `prompts` prompts, with those that the family's pipelines need."""
+    """The arguments of a call with `prompts` prompts, including those that the family's pipelines need."""
     for file in FILES:
         if isinstance(pipe, getattr(file, "PIPELINES", ())):
             options = file.options(pipe, options, prompts)
