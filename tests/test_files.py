@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 
 import efface
 from efface import Delta, Run, calibration, files, schema
+from efface.detectors import _encoders, classifier, nudenet, q16
 from efface.editors import _search
 from efface.erasers.gie import fit
 from efface.erasers.gie.adapter import Adapter
-from efface.metrics import _detectors, _encoders
 from efface.pictures import read_picture
 from efface.report.compare import entries, grouped
 from efface.runs.card import summary
@@ -87,7 +87,7 @@ class Reader(NamedTuple):
 
 
 def _labels(folder: Path) -> None:
-    _detectors._labels(folder / "classifier/config.json")
+    classifier._labels(folder / "classifier/config.json")
 
 
 JSON = {
@@ -118,13 +118,13 @@ JSON = {
 LINES = {
     "samples": Reader("run/cat/samples.jsonl", read_run),
     "base samples": Reader("run/base/samples.jsonl", read_run),
-    "boxes": Reader("boxes.jsonl", lambda f: _detectors._stored(str(f / "boxes.jsonl"))),
+    "boxes": Reader("boxes.jsonl", lambda f: nudenet._stored(str(f / "boxes.jsonl"))),
 }
 HEADERS = {
     "delta": Reader("delta.safetensors", lambda f: Delta.load(f / "delta.safetensors")),
     "adapter": Reader("adapter.safetensors", lambda f: Adapter.load(f / "adapter.safetensors")),
     "checkpoint": Reader("esd.safetensors", read_checkpoint),
-    "tensors": Reader("delta.safetensors", lambda f: _detectors._safetensors.__wrapped__(f / "delta.safetensors")),
+    "tensors": Reader("delta.safetensors", lambda f: q16._safetensors.__wrapped__(f / "delta.safetensors")),
 }
 OTHERS = {
     "csv": Reader("prompts.csv", lambda f: _csv.read(f / "prompts.csv", ("prompt",))),

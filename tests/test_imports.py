@@ -19,13 +19,15 @@ ROOT = Path(efface.__file__).parent
 
 # What each part may import, besides itself. `efface` is the package's own `__init__`.
 FILES = {"files", "schema", "pictures", "records"}
-FACTS = {"registry", "checks", "core", "families"} | FILES
+FACTS = {"registry", "checks", "fields", "core", "families"} | FILES
 TEXTS = FACTS | {"_weights", "_text", "_masking"}
 HOOKS = TEXTS | {"hooks", "delta"}
 MAY_IMPORT: dict[str, set[str]] = {
     "registry": set(),
     "checks": {"registry"},
-    "core": {"registry", "checks"},
+    "fields": set(),
+    "_concepts": {"registry", "checks", "fields"},
+    "core": {"registry", "checks", "fields", "_concepts"},
     "files": {"checks"},
     "schema": {"checks", "files"},
     "pictures": {"checks", "files"},
@@ -41,25 +43,26 @@ MAY_IMPORT: dict[str, set[str]] = {
     "attacks": HOOKS,
     "testing": TEXTS | {"hooks"},
     "models": FACTS,
-    "metrics": FACTS | {"models"},
+    "detectors": FACTS | {"models"},
+    "metrics": FACTS | {"models", "detectors"},
     "suites": FACTS | {"models"},
     "intervals": {"checks"},
     "progress": set(),
     "pipelines": TEXTS | {"delta", "models"},
     "api": HOOKS | {"pipelines"},
     "calibration": FACTS | {"api", "pipelines", "delta", "intervals"},
-    "runs": HOOKS | {"models", "api", "pipelines", "metrics", "progress"},
+    "runs": HOOKS | {"models", "api", "pipelines", "metrics", "detectors", "progress"},
     "report": FACTS | {"runs"},
     "tables": FACTS | {"runs", "report"},
     "jobs": HOOKS | {"models", "api", "pipelines", "runs", "progress"},
     "_interrupt": set(),
     "cli": FACTS
-    | {"models", "api", "pipelines", "calibration", "metrics", "runs", "report", "tables", "jobs", "progress"}
+    | {"models", "api", "pipelines", "calibration", "detectors", "runs", "report", "tables", "jobs", "progress"}
     | {"_interrupt"},
     "__main__": {"cli", "_interrupt"},
     "efface": {
         *("registry", "core", "records", "pictures", "pipelines", "api", "calibration", "erasers", "editors"),
-        *("attacks", "metrics", "suites", "delta", "runs", "report", "tables"),
+        *("attacks", "detectors", "suites", "delta", "runs", "report", "tables"),
     },
 }
 

@@ -26,7 +26,9 @@ from torch import Tensor
 import efface
 from efface import Row, Sample, Score, registry
 from efface.core import config
-from efface.metrics import _detectors, _encoders, _features, _samples, _stats, clip_score, in_prompt_clip
+from efface.detectors import _base, _encoders, _named, classifier, nudenet
+from efface.detectors.eyes import EmojiEyes
+from efface.metrics import _features, _judging, _samples, _stats, clip_score, in_prompt_clip
 from efface.metrics.asr import ASR
 from efface.metrics.clip_score import ClipScore
 from efface.metrics.detection import Detection
@@ -225,7 +227,7 @@ def test_a_detector_that_fails_is_not_safe(tmp_path: Path) -> None:
 
 def test_pictures_of_several_sizes_are_judged_in_order() -> None:
     pictures = [sample(f"r{k}", torch.full((3, 16 + 8 * (k % 2), 16), k / 10), concept="cat") for k in range(9)]
-    hits, _ = _detectors.judged(pictures, stub(0.45), lambda s: ("cat",))
+    hits, _ = _judging.judged(pictures, stub(0.45), lambda s: ("cat",))
     assert hits.tolist() == [[k / 10 > 0.45 for k in range(9)]]
     assert [len(b) for b in _samples.batches([sample(f"r{k}") for k in range(130)])] == [64, 64, 2]
 
@@ -238,13 +240,13 @@ def test_the_eyes_are_a_detector_and_a_look_is_kept(monkeypatch: pytest.MonkeyPa
     pictures = torch.rand(5, 3, 64, 64, generator=generator)
     expected = load_eyes().concept(pictures, "alcohol")
     assert torch.equal(efface.detector("eyes", "alcohol")(pictures), expected)
-    monkeypatch.setattr(_detectors.EmojiEyes, "look", lambda self, images: pytest.fail("looked twice"))
+    monkeypatch.setattr(EmojiEyes, "look", lambda self, images: pytest.fail("looked twice"))
     both = [
         (p, keep)
         for p, keep in zip(pictures, (("cat",), ("dog", "cat"), ("rocket",), ("cat",), ("watermark",)), strict=True)
     ]
     samples = [Sample(Row(f"r{k}", "x", 0, keep=keep), pixels=p) for k, (p, keep) in enumerate(both)]
-    hits, words = _detectors.judged(samples, "eyes", lambda s: s.row.keep)
+    hits, words = _judging.judged(samples, "eyes", lambda s: s.row.keep)
     for k, (p, keep) in enumerate(both):
         assert torch.equal(hits[:, k], load_eyes().concept(p[None], keep)[:, 0])
     assert "worse" in words
@@ -305,7 +307,7 @@ def test_another_package_brings_a_detector(add_detectors: Callable[..., None]) -
     assert [s.value for s in Detection(detector="bright")(shades())] == [
         s.value for s in Detection(detector=Bright)(shades())
     ]
-    assert _detectors.judges_anything_unsafe("bright") and not _detectors.judges_anything_unsafe("eyes")
+    assert _named.judges_anything_unsafe("bright") and not _named.judges_anything_unsafe("eyes")
     with pytest.raises(ValueError, match="The detector 'bright' has no option 'treshold'. Did you mean 'threshold'"):
         efface.detector({"name": "bright", "treshold": 1})
     with pytest.raises(ValueError, match=r"Unknown detector 'brihgt'\. Did you mean 'bright'\? There is: .*bright"):
@@ -314,9 +316,9 @@ def test_another_package_brings_a_detector(add_detectors: Callable[..., None]) -
 
 def test_a_detector_name_is_taken_once(add_detectors: Callable[..., None]) -> None:
     add_detectors(eyes=f"{__name__}:Bright")
-    with pytest.raises(ValueError, match=r"'eyes' is a detector of Efface and a plugin, .*:Bright\. Rename that one"):
+    with pytest.raises(ValueError, match=r"'eyes' is efface\.detectors\.eyes and .*:Bright\. Rename that one"):
         efface.detector("eyes", "cat")
-    assert efface.detector("nudenet").name.startswith("NudeNet")
+    assert efface.detector("nudenet3_any5_t0.5").name.startswith("NudeNet")
 
 
 def test_what_another_package_registers_has_to_be_a_detector(add_detectors: Callable[..., None]) -> None:
@@ -343,9 +345,9 @@ def test_nudenet_sees_what_it_sees_in_the_file(tmp_path: Path, monkeypatch: pyte
     import cv2
 
     handed: list[np.ndarray] = []
-    real = _detectors._nudenet()
+    real = nudenet._nudenet()
     monkeypatch.setattr(
-        _detectors, "_nudenet", lambda: SimpleNamespace(detect=lambda x: handed.append(x) or real.detect(x))
+        nudenet, "_nudenet", lambda: SimpleNamespace(detect=lambda x: handed.append(x) or real.detect(x))
     )
     samples = []
     for k in range(3):
@@ -381,10 +383,10 @@ def boxes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         asked.append(round(float(pixels.mean()) / 25.5))
         return [{"class": c, "score": s, "box": list(b)} for c, s, b in BOXES[asked[-1]]]
 
-    monkeypatch.setattr(_detectors, "_nudenet", lambda: SimpleNamespace(detect=detect))
-    _detectors._looks.clear()
+    monkeypatch.setattr(nudenet, "_nudenet", lambda: SimpleNamespace(detect=detect))
+    _base._looks.clear()
     yield asked
-    _detectors._looks.clear()
+    _base._looks.clear()
 
 
 def shades() -> list[Sample]:
@@ -414,12 +416,12 @@ def test_boxes_are_stored_once_and_counted_in_both_ways(tmp_path: Path, boxes: l
     assert scores["nudenet_counts"].value == 5 and scores["nudenet_counts"].n == 4
     assert scores["nudenet_counts/FEMALE_BREAST_EXPOSED"].value == scores["nudenet_counts/FEET_EXPOSED"].value == 2
     assert scores["nudenet_counts"].low <= 5 <= scores["nudenet_counts"].high and boxes == [0, 1, 2, 3]
-    _detectors._looks.clear()
+    _base._looks.clear()
     once = by_name(NudenetCounts(threshold=0.25, count="pictures", store=str(store))(shades()))
     assert once["nudenet_counts"].value == 3 and boxes == [0, 1, 2, 3]  # read, not detected again
     assert json.loads(store.read_text().splitlines()[0])["boxes"][0] == ["FEMALE_BREAST_EXPOSED", 0.55, [0, 0, 4, 4]]
     store.write_text(store.read_text()[:-9])  # as after a crash: the last picture is looked at again
-    _detectors._looks.clear()
+    _base._looks.clear()
     assert by_name(NudenetCounts(threshold=0.25, store=str(store))(shades()))["nudenet_counts"].value == 5
     assert boxes == [0, 1, 2, 3, 3]
 
@@ -430,7 +432,7 @@ def test_a_judge_refuses_what_it_cannot_judge(boxes: list[int]) -> None:
 
 
 def test_a_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    _detectors._nudenet.cache_clear()
+    nudenet._nudenet.cache_clear()
     monkeypatch.setitem(sys.modules, "nudenet", None)
     with pytest.raises(ImportError, match=r'pip install "efface\[nudenet\]"'):
         Removal(detector="nudenet")(shades(), shades())
@@ -514,7 +516,7 @@ class SeesGrey:
 @pytest.fixture
 def judges(clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A detector of each kind."""
-    monkeypatch.setattr(_detectors, "_nudenet", SeesGrey)
+    monkeypatch.setattr(nudenet, "_nudenet", SeesGrey)
     save_file({"prompts": torch.randn(2, 12)}, tmp_path / "q16.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"id2label": {"0": "cat", "1": "dog"}}))
     (tmp_path / "model.safetensors").touch()
@@ -522,7 +524,7 @@ def judges(clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
     def logits(self: Any, images: Tensor) -> list[Tensor]:
         return list(torch.tensor([[1.0, 0.0]]).expand(len(images), 2))
 
-    monkeypatch.setattr(_detectors.Classifier, "look", logits)
+    monkeypatch.setattr(classifier.Classifier, "look", logits)
     made = {
         "eyes": efface.detector("eyes", "cat"),
         "nudenet": efface.detector("nudenet", "nudity"),
@@ -530,7 +532,7 @@ def judges(clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
         "q16": efface.detector({"name": "q16", "prompts": str(tmp_path / "q16.safetensors"), "clip": clip}),
         "classifier": efface.detector({"name": "classifier", "folder": str(tmp_path)}, "cat"),
     }
-    assert {*_detectors.KINDS, "nudenet"} == made.keys()
+    assert registry.methods("detectors").keys() == made.keys()
     return made
 
 

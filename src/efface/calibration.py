@@ -10,16 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import checks, files
-from .core import (
-    Concept,
-    ConceptLike,
-    Detector,
-    as_concepts,
-    check_detector,
-    check_eraser,
-    config,
-    field_names,
-)
+from .core import Concept, ConceptLike, Detector, as_concepts, check_detector, check_eraser, config
+from .fields import field_names
 from .intervals import Rate
 
 if TYPE_CHECKING:

@@ -79,7 +79,10 @@ def methods(room: str | None = None) -> dict[str, str]:
     origin: dict[str, str] = {}
     for each, name, source in sorted(entries, key=lambda entry: (ROOMS.index(entry[0]), entry[1])):
         if name in found:
-            raise ValueError(f"Expected method names to be unique, but {name!r} is {origin[name]} and {source}.")
+            raise ValueError(
+                f"Expected {_word(each)} names to be unique, but {name!r} is {origin[name]} and {source}. Rename that "
+                "one, or uninstall its package."
+            )
         found[name], origin[name] = each, source
     return {name: each for name, each in found.items() if room in (None, each)}
 

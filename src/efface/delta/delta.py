@@ -16,7 +16,8 @@ import torch
 from .. import __version__, checks
 from .._text import SITES
 from .._weights import adapters, denoiser_of
-from ..core import Concepts, ConceptsField, Converted, Handle, as_concepts, config, field_names
+from ..core import Concepts, ConceptsField, Handle, as_concepts, config
+from ..fields import Converted, field_names
 from . import file
 from .applied import AppliedDelta, check_written, entries, forget
 from .base import Base, base_hash, base_of, check_base, common_base, model_name, own_values

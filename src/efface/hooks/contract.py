@@ -6,22 +6,22 @@ import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from .. import checks
 from .._text import check_phrases
-from ..core import Concept, as_concepts, as_rows, field_names
+from ..core import Concept, as_concepts, as_rows
 from ..families import check as check_needs
+from ..fields import field_names
 from .attention import CrossAttention, SelfAttention
 from .texts import ErasurePrompts, Text
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-T = TypeVar("T")
 
 Memory = dict[str, Any]
 """What a method keeps from step to step: a dictionary from a name of yours to any value.
@@ -34,16 +34,6 @@ and may be on several pipelines.
 
 Seen = Callable[[str, CrossAttention | SelfAttention], None]
 """Gets a layer's name, and what the layer computed on the conditional rows."""
-
-
-def computed(read: Callable[[Any], T]) -> T:
-    """The value of a class attribute of a method that depends on its fields, read by `read(method)`.
-
-    It is a property. Type checkers take it for the attribute that `Method` declares; they refuse `@property` there.
-
-        guides: ClassVar[bool] = computed(lambda self: self.strength > 0)
-    """
-    return cast("T", property(read))
 
 
 @dataclass(frozen=True)

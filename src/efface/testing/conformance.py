@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from .. import registry
-from ..core import Concept, Handle, field_names
+from ..core import Concept, Handle
 from ..families import OFFERS, lacking
 from ..families import family as facts_of
+from ..fields import field_names
 from . import drawing
 from .drawing import ALCOHOL, CAT, PROMPT, PROMPTS, change, denoiser_of, differences, drawn, latents, snapshot
 from .tiny import pipeline
