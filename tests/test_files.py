@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import efface
-from efface import Delta, Run, calibration, files, schema
+from efface import Delta, Run, _trials, files, schema
 from efface.detectors import _encoders, classifier, nudenet, q16
 from efface.editors import _search
 from efface.erasers.gie import fit
@@ -95,13 +95,13 @@ JSON = {
     "base run": Reader("run/base/run.json", read_run),
     "scores": Reader("run/cat/scores.json", read_run),
     "card": Reader("run/cat/card.json", read_run),
-    "setting": Reader("calibration/setting.json", lambda f: calibration._same_setting(f / "calibration", SETTING)),
+    "setting": Reader("calibration/setting.json", lambda f: _trials.same_setting(f / "calibration", SETTING)),
     "plain judgements": Reader(
-        "calibration/plain.json", lambda f: calibration._judgements(f / "calibration/plain.json", 2, ("left",))
+        "calibration/plain.json", lambda f: _trials._read(f / "calibration/plain.json", 2, ("left",))
     ),
     "judgements": Reader(
         "calibration/strength-2.json",
-        lambda f: calibration._judgements(f / "calibration/strength-2.json", 2, ("left", "kept")),
+        lambda f: _trials._read(f / "calibration/strength-2.json", 2, ("left", "kept")),
     ),
     "ladder": Reader("ladder.json", lambda f: fit.Ladder(f / "ladder.json", {"call": {}})),
     "prompts": Reader("ccrt/1/prompts.json", read_prompts),
