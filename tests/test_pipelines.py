@@ -199,18 +199,9 @@ def as_one_file(pipe: StableDiffusionPipeline, file: Path) -> None:
     def block(ours: str, theirs: str) -> None:
         for name in unet:
             if name.startswith(f"{ours}."):
-                rest = name.removeprefix(f"{ours}.")
-                for old, new in (
-                    *(("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("norm2", "out_layers.0")),
-                    *(
-                        ("conv2", "out_layers.3"),
-                        ("time_emb_proj", "emb_layers.1"),
-                        ("conv_shortcut", "skip_connection"),
-                    ),
-                ):
-                    if ".resnets." in f".{ours}." and rest.startswith(f"{old}."):
-                        rest = f"{new}.{rest.removeprefix(f'{old}.')}"
-                names[name] = f"{prefix}{theirs}.{rest}"
+                part, dot, rest = name.removeprefix(f"{ours}.").partition(".")
+                part = RESNET.get(part, part) if ".resnets." in f".{ours}." else part
+                names[name] = f"{prefix}{theirs}.{part}{dot}{rest}"
 
     for k in range(blocks):
         for j in range(each):

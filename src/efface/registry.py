@@ -200,15 +200,19 @@ def split(method: str) -> tuple[str, str]:
 
 
 def presets(cls: type) -> dict[str, Callable[..., Any]]:
-    """What makes a method with published settings, by name: the class methods that take `concepts`.
+    """What makes a method with published settings, by name: class methods that take `concepts`, of an editor all.
 
     Example:
         >>> from efface import registry
         >>> list(registry.presets(registry.resolve("safree")))
         ['paper', 'artist', 'official_sdxl']
+        >>> list(registry.presets(registry.resolve("esd")))
+        ['paper', 'code_2025']
     """
     named = {name: getattr(cls, name) for name, kind in vars(cls).items() if isinstance(kind, classmethod)}
-    return {name: make for name, make in named.items() if next(iter(signature(make).parameters), "") == "concepts"}
+    edits = hasattr(cls, "fit")
+    firsts = {name: next(iter(signature(make).parameters), "") for name, make in named.items()}
+    return {name: make for name, make in named.items() if edits or firsts[name] == "concepts"}
 
 
 def preset_names(name: str, room: str) -> list[str]:
@@ -234,7 +238,7 @@ def preset_names(name: str, room: str) -> list[str]:
                 "classmethod"
             ]:
                 taken = [arg.arg for arg in part.args.args[1:]]
-                if taken[:1] == ["concepts"]:
+                if taken[:1] == ["concepts"] or room == "editors":
                     found.append(part.name)
     return found
 

@@ -15,6 +15,7 @@ from .options import (
     AsJson,
     ConceptNames,
     DeltaFiles,
+    Guidance,
     MethodName,
     ModelName,
     Overwrite,
@@ -40,7 +41,7 @@ def erase(
     images: Annotated[int, typer.Option(min=1, help="How many pictures, with seeds one apart.")] = 4,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the first picture.")] = 1_000_000,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
-    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 7.5,
+    guidance: Guidance = None,
     negative: Annotated[str, typer.Option(help="The user's own negative prompt.")] = "",
     out: Annotated[Path | None, typer.Option(help="Output folder; a fresh numbered one if left out.")] = None,
     overwrite: Overwrite = False,
@@ -63,6 +64,7 @@ def erase(
         from .. import api, jobs
 
         pipe = load(model, loading)
+        check_guidance(erasers, guidance, pipe)
         api.stack(pipe, *erasers).remove()  # a phrase too long or a wrong pipeline is found before anything is drawn
         for what, text in (("prompt", prompt), ("negative prompt", negative)):
             if lost := api.cut_off(pipe, text):
