@@ -210,7 +210,7 @@ def presets(cls: type) -> dict[str, Callable[..., Any]]:
         ['paper', 'code_2025']
     """
     named = {name: getattr(cls, name) for name, kind in vars(cls).items() if isinstance(kind, classmethod)}
-    edits = hasattr(cls, "fit")
+    edits = hasattr(cls, "fit") and not hasattr(cls, "apply")
     firsts = {name: next(iter(signature(make).parameters), "") for name, make in named.items()}
     return {name: make for name, make in named.items() if edits or firsts[name] == "concepts"}
 

@@ -80,8 +80,7 @@ def bench(
         registry.resolve(suite, "suites")
         checks.path("--out", out)
         bars = parse_bars(bar)
-        if ray is not None:
-            checks.text("--ray", ray)
+        checks.text("--ray", "local" if ray is None else ray)
         if model is None and data is not None:
             raise ValueError(f"Expected a model to draw {suite}, got none. Give --model FOLDER, or a hub id.")
         targets, erasers = find_erasers(concept, phrase, method, delta, set_)
@@ -99,7 +98,7 @@ def bench(
         check_guidance(erasers, guidance, pipe)
         command = shlex.join(["efface", *sys.argv[1:]])
         options = {"eraser": erasers, "out": out, "base": base, "batch": batch, "name": name, "command": command}
-        options |= {"guidance": guidance, "ray": runs.Cluster(ray, name, loading) if ray else None}
+        options |= {"guidance": guidance, "ray": runs.Cluster(ray, name, loading) if ray is not None else None}
         kept = f"What was finished is in {out}; run the same command, it continues."
         with told(lambda: kept if out.is_dir() else ""), telling():
             made = jobs.bench(chosen, pipe, score=not no_score, **options)

@@ -167,16 +167,16 @@ def check_guidance(erasers: list[Any], guidance: float | None, pipe: Pipeline | 
     """ValueError for an eraser that needs guidance where there is none, by --guidance or by the pipeline's default."""
     if guidance is not None:
         checks.number("--guidance", guidance)
-        why = f"--guidance is {guidance:g}" if guidance <= 1 else ""
+        why, cure = f"--guidance is {guidance:g}" if guidance <= 1 else "", "a value"
     else:
         from ..families import family
 
         why = "this model draws without it by default" if pipe and family(pipe).guidance_condition else ""
+        cure = "--guidance"
     for eraser in erasers:
         if why and getattr(eraser, "wants_guidance", False):
             raise ValueError(
-                f"{type(eraser).__name__} needs guidance, but {why}. Give --guidance with a value above 1, or --method "
-                "eiup."
+                f"{type(eraser).__name__} needs guidance, but {why}. Give {cure} above 1, or --method eiup."
             )
 
 
