@@ -25,6 +25,11 @@ def invoke(*args: object) -> Result:
     return CliRunner().invoke(app, [str(a) for a in args])
 
 
+def flat(result: Result) -> str:
+    """What was said, on one line."""
+    return " ".join(result.output.split())
+
+
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     """A scored run with its base."""
@@ -156,6 +161,39 @@ def test_every_verb_that_loads_a_model_hands_on_how(tmp_path: Path, small: dict[
     assert all(option in said for option in ("--device", "--dtype", "--variant", "--offload", "--allow-hub"))
 
 
+def test_a_bench_takes_guidance_and_its_record_says_it(small: dict[str, Any], tmp_path: Path) -> None:
+    args = ["bench", "emoji", "--concept", "cat", "--limit", "1", "--option", "pictures=10", "--no-score"]
+    for name, more in (("own", []), ("given", ["--guidance", "2.5"])):
+        assert invoke(*args, "--model", "small", "--out", tmp_path / name, *more).exit_code == 0
+    found = [
+        json.loads((tmp_path / name / "run.json").read_text())["call"]["guidance_scale"] for name in ("own", "given")
+    ]
+    assert found[0] != found[1] == 2.5
+    said = invoke(*args, "--model", "small", "--out", tmp_path / "x", "--guidance", "1", "--method", "sld")
+    assert said.exit_code == 2 and "SLD needs guidance, but --guidance is 1. Give a value above 1" in flat(said)
+
+
+def test_a_method_that_needs_guidance_is_refused_where_the_model_draws_without(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("efface.api.load", lambda model, **_: tiny.pipeline("flux"))
+    args = ["erase", "a cat", "--concept", "cat", "--method", "sld", "--model", "flux", "--images", "1", "--steps", "1"]
+    said = invoke(*args, "--out", tmp_path / "none")
+    assert said.exit_code == 2 and not (tmp_path / "none").exists()
+    assert "SLD needs guidance, but this model draws without it by default. Give --guidance above 1" in flat(said)
+    assert invoke(*args, "--out", tmp_path / "some", "--guidance", "4").exit_code == 0
+    record = json.loads((tmp_path / "some/record.json").read_text())
+    assert (record["true_cfg_scale"], record["guidance_scale"]) == (4.0, 3.5)
+
+
+def test_a_fit_takes_a_preset_by_name(small: dict[str, Any], tmp_path: Path) -> None:
+    args = ["fit", "esd.paper", "--concept", "cat", "--model", "small", "--set", "steps=1", "--set", "sampler_steps=2"]
+    done = invoke(*args, "--out", tmp_path / "a.safetensors", "--json")
+    assert done.exit_code == 0, done.output
+    made = efface.Delta.load(tmp_path / "a.safetensors").config()
+    assert made["method"] == "esd" and made["fields"]["biases"] is True and made["fields"]["steps"] == 1
+
+
 @pytest.mark.parametrize("what", ["methods", "editors", "attacks", "concepts", "suites", "metrics"])
 def test_lists_are_shown_without_torch(what: str) -> None:
     script = f"import sys; from efface.cli import app; app(['list', {what!r}], standalone_mode=False); "
@@ -171,6 +209,9 @@ def test_lists_tell_presets_and_every_room() -> None:
     assert methods.keys() == efface.registry.methods().keys()
     for name, cls in ((n, efface.registry.resolve(n)) for n in efface.registry.methods("erasers")):
         assert efface.registry.preset_names(name, "erasers") == list(efface.registry.presets(cls))
+    assert "Presets: esd.paper, esd.code_2025." in methods["esd"]
+    for name, cls in ((n, efface.registry.resolve(n)) for n in efface.registry.methods("editors")):
+        assert efface.registry.preset_names(name, "editors") == list(efface.registry.presets(cls)) != []
     assert json.loads(invoke("list", "detectors", "--json").stdout)["detectors"].keys() >= {"eyes", "nudenet", "clip"}
     assert json.loads(invoke("list", "erasers", "--json").stdout).keys() == {"erasers"}
     assert invoke("list", "concepts", "--format", "csv").stdout.startswith("name,about\n")

@@ -64,7 +64,7 @@ def test_a_damaged_list_of_concepts_names_file_and_cure(
 ) -> None:
     if text is not None:
         (tmp_path / "concepts.json").write_text(text)
-    monkeypatch.setattr("efface.core.resources.files", lambda package: tmp_path)
+    monkeypatch.setattr("efface._concepts.resources.files", lambda package: tmp_path)
     with pytest.raises((ValueError, FileNotFoundError), match=r"concepts.json is .* Reinstall efface"):
         shipped_concepts.__wrapped__()
 

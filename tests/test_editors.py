@@ -18,7 +18,7 @@ from test_conformance import EFFECT, assert_same, snapshot
 from tiny import ALCOHOL, CAT, change, drawn, latents
 
 import efface
-from efface import EIUP, Delta, registry
+from efface import EIUP, Delta, api, registry
 from efface.delta import active
 
 SHORT: dict[str, Any] = {"steps": 4, "lr": 1e-2, "batch": 2, "reuse": 2, "sampler_steps": 3}
@@ -129,3 +129,29 @@ def test_it_stacks_with_run_time_erasers(name: str, sd1: Any) -> None:
 def test_bad_concepts_are_errors(name: str, concepts: Any, words: str, sd1: Any) -> None:
     with pytest.raises(ValueError, match=words):
         EDITORS[name].fit(sd1, concepts)
+
+
+# ---------------------------------------------------------------- presets
+
+
+def test_a_preset_of_an_editor_is_had_by_name() -> None:
+    for name in registry.methods("editors"):
+        for preset, make in registry.presets(registry.resolve(name)).items():
+            fields = {"attributes": ["a man", "a woman"]} if preset == "debias_2023" else {}
+            assert api.editor(f"{name}.{preset}", **fields) == make(**fields), (name, preset)
+    assert api.editor("esd.paper", eta=2.0, steps=3) == dataclasses.replace(efface.ESD.paper(eta=2.0), steps=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("esd.papre", {}, r"esd has no preset 'papre'\. Did you mean 'paper'\? Its presets: paper, code_2025\."),
+        ("esd.paper", {"setps": 3}, r"esd has no field 'setps'\. Did you mean 'steps'"),
+        ("esd.paper", {"drawn_by": "nobody"}, "`drawn_by` to be 'student' or 'frozen'"),
+        ("uce.debias_2023", {}, "Expected `attributes` with the preset uce.debias_2023, got none. Give it by --set"),
+        ("eiup.paper", {}, "'eiup' is one of the erasers"),
+    ],
+)
+def test_a_wrong_preset_is_told(name: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        api.editor(name, **fields)

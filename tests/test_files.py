@@ -21,11 +21,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import efface
-from efface import Delta, Run, calibration, files, schema
+from efface import Delta, Run, _trials, files, schema
+from efface.detectors import _encoders, classifier, nudenet, q16
 from efface.editors import _search
 from efface.erasers.gie import fit
 from efface.erasers.gie.adapter import Adapter
-from efface.metrics import _detectors, _encoders
 from efface.pictures import read_picture
 from efface.report.compare import entries, grouped
 from efface.runs.card import summary
@@ -87,7 +87,7 @@ class Reader(NamedTuple):
 
 
 def _labels(folder: Path) -> None:
-    _detectors._labels(folder / "classifier/config.json")
+    classifier._labels(folder / "classifier/config.json")
 
 
 JSON = {
@@ -95,13 +95,13 @@ JSON = {
     "base run": Reader("run/base/run.json", read_run),
     "scores": Reader("run/cat/scores.json", read_run),
     "card": Reader("run/cat/card.json", read_run),
-    "setting": Reader("calibration/setting.json", lambda f: calibration._same_setting(f / "calibration", SETTING)),
+    "setting": Reader("calibration/setting.json", lambda f: _trials.same_setting(f / "calibration", SETTING)),
     "plain judgements": Reader(
-        "calibration/plain.json", lambda f: calibration._judgements(f / "calibration/plain.json", 2, ("left",))
+        "calibration/plain.json", lambda f: _trials._read(f / "calibration/plain.json", 2, ("left",))
     ),
     "judgements": Reader(
         "calibration/strength-2.json",
-        lambda f: calibration._judgements(f / "calibration/strength-2.json", 2, ("left", "kept")),
+        lambda f: _trials._read(f / "calibration/strength-2.json", 2, ("left", "kept")),
     ),
     "ladder": Reader("ladder.json", lambda f: fit.Ladder(f / "ladder.json", {"call": {}})),
     "prompts": Reader("ccrt/1/prompts.json", read_prompts),
@@ -118,13 +118,13 @@ JSON = {
 LINES = {
     "samples": Reader("run/cat/samples.jsonl", read_run),
     "base samples": Reader("run/base/samples.jsonl", read_run),
-    "boxes": Reader("boxes.jsonl", lambda f: _detectors._stored(str(f / "boxes.jsonl"))),
+    "boxes": Reader("boxes.jsonl", lambda f: nudenet._stored(str(f / "boxes.jsonl"))),
 }
 HEADERS = {
     "delta": Reader("delta.safetensors", lambda f: Delta.load(f / "delta.safetensors")),
     "adapter": Reader("adapter.safetensors", lambda f: Adapter.load(f / "adapter.safetensors")),
     "checkpoint": Reader("esd.safetensors", read_checkpoint),
-    "tensors": Reader("delta.safetensors", lambda f: _detectors._safetensors.__wrapped__(f / "delta.safetensors")),
+    "tensors": Reader("delta.safetensors", lambda f: q16._safetensors.__wrapped__(f / "delta.safetensors")),
 }
 OTHERS = {
     "csv": Reader("prompts.csv", lambda f: _csv.read(f / "prompts.csv", ("prompt",))),
@@ -449,7 +449,7 @@ def test_nothing_writes_or_parses_beside_files() -> None:
         if not mine & set(path.relative_to(package).parts):
             text = path.read_text()
             for call in ("os.replace(", "save_file(", "safe_open(", ".write_text(", ".write_bytes(", "json.dump("):
-                assert call not in text or path.name == "pipelines.py", (path, call)
+                assert call not in text or path.name == "_loading.py", (path, call)
 
 
 def test_the_schema_names_the_entry_and_cuts_what_it_shows() -> None:

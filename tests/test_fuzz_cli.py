@@ -181,7 +181,7 @@ SETTINGS = st.builds(
     st.sampled_from(["1", "[0,1]", '["cat"]', "[[]]", '[["cat"]]', '{"a":{}}', "1e999", "projected"]) | JUNK,
 )
 CONCEPT = st.sampled_from(["cat", "alcohol", "nudity", "caat"]) | JUNK
-METHOD = st.sampled_from([*registry.methods(), "sld.strong", "eipu"]) | JUNK
+METHOD = st.sampled_from([*registry.methods(), "sld.strong", "eipu", "esd.paper"]) | JUNK
 MODEL = st.sampled_from(["model", "mine", "emojii", "nobody/nothing", "delta.safetensors", "file"]) | JUNK
 FORMAT = st.sampled_from(["csv", "md", "latex", "xml"])
 LOADING: dict[str, Any] = {
@@ -232,6 +232,7 @@ VERBS: dict[str, tuple[list[list[str]], dict[str, Any]]] = {
             "--data": PATHS,
             "--base": PATHS,
             "--limit": NUMBER,
+            "--guidance": NUMBER,
         }
         | {"--batch": NUMBER, "--judge": SETTINGS, "--bar": JUNK},
     ),

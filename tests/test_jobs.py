@@ -156,3 +156,21 @@ def test_pictures_are_laid_out_row_by_row() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             bad()
+
+
+@pytest.mark.parametrize("model", ["small", "flux"])
+def test_the_guidance_of_a_job_is_the_neutral_scale_or_the_models_own(model: str, tmp_path: Path) -> None:
+    pipe = tiny.pipeline(model)
+    call = {"num_inference_steps": 1, "batch": 1}
+    for guidance in (None, 3.0):
+        job = jobs.Erasure(pipe, [efface.SAFREE(CAT)], "a red cat", images=1, steps=1, seed=7, guidance=guidance)
+        folder = tmp_path / f"{guidance}"
+        folder.mkdir()
+        record = job.run(folder)
+        expected = efface.pictures.to_pil(efface.pipelines.draw(pipe, ["a red cat"], [7], guidance=guidance, **call))[0]
+        assert Image.open(folder / "before-7.png").tobytes() == expected.tobytes()
+        used = efface.pipelines.guided(pipe, guidance)
+        assert {"guidance_scale", *used} - {"negative_prompt"} <= record.keys()
+        assert all(record[name] == value for name, value in used.items() if name != "negative_prompt")
+    befores = {(tmp_path / g / "before-7.png").read_bytes() for g in ("None", "3.0")}
+    assert len(befores) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,17 @@ RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0
 RESNET |= {"time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
 
 
+def moved(names: Iterable[str], ours: str, theirs: str) -> dict[str, str]:
+    """The names below `ours`, and what they are called below `theirs`."""
+    found = {}
+    for name in names:
+        if name.startswith(f"{ours}."):
+            part, dot, rest = name.removeprefix(f"{ours}.").partition(".")
+            part = RESNET.get(part, part) if ".resnets." in f".{ours}." else part
+            found[name] = f"{theirs}.{part}{dot}{rest}"
+    return found
+
+
 def as_one_file(pipe: StableDiffusionPipeline, file: Path) -> None:
     """The pipeline's weights under the names of the first Stable Diffusion releases.
 
@@ -190,27 +202,12 @@ def as_one_file(pipe: StableDiffusionPipeline, file: Path) -> None:
     config = dict(pipe.unet.config)
     blocks = len(config["block_out_channels"])
     each = config["layers_per_block"]
-    prefix = "model.diffusion_model."
-
     unet = pipe.unet.state_dict()
     down = {"resnets": "0", "attentions": "1"}
     names: dict[str, str] = {}
 
     def block(ours: str, theirs: str) -> None:
-        for name in unet:
-            if name.startswith(f"{ours}."):
-                rest = name.removeprefix(f"{ours}.")
-                for old, new in (
-                    *(("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("norm2", "out_layers.0")),
-                    *(
-                        ("conv2", "out_layers.3"),
-                        ("time_emb_proj", "emb_layers.1"),
-                        ("conv_shortcut", "skip_connection"),
-                    ),
-                ):
-                    if ".resnets." in f".{ours}." and rest.startswith(f"{old}."):
-                        rest = f"{new}.{rest.removeprefix(f'{old}.')}"
-                names[name] = f"{prefix}{theirs}.{rest}"
+        names.update({name: f"model.diffusion_model.{new}" for name, new in moved(unet, ours, theirs).items()})
 
     for k in range(blocks):
         for j in range(each):
@@ -337,3 +334,19 @@ def test_a_suites_guidance_is_not_that_of_a_distilled_denoiser() -> None:
     assert family(tiny.pipeline("flux")).protocol(call) == {"num_inference_steps": 50}
     own = {"true_cfg_scale": 2.0, "guidance_scale": 3.5}  # of a suite that is made for FLUX
     assert family(tiny.pipeline("flux")).protocol(own) == own
+
+
+def test_a_record_can_say_which_guidance_a_call_draws_with() -> None:
+    asked = {
+        name: [pipelines.scales(pipe, pipelines.guided(pipe, g)) for g in (None, 3.0)]
+        for name in ("sd1", "pixart", "flux")
+        if (pipe := tiny.pipeline(name))
+    }
+    assert asked == {
+        "sd1": [{"guidance_scale": 7.5}, {"guidance_scale": 3.0}],
+        "pixart": [{"guidance_scale": 4.5}, {"guidance_scale": 3.0}],
+        "flux": [
+            {"guidance_scale": 3.5, "true_cfg_scale": 1.0},
+            {"guidance_scale": 3.5, "true_cfg_scale": 3.0},
+        ],
+    }

@@ -14,9 +14,11 @@ import pytest
 import tiny
 import torch
 from tiny import ALCOHOL as CONCEPT
+from typer.testing import CliRunner
 
 import efface
 from efface import EIUP, Row, Suite
+from efface.cli import app
 from efface.runs import Cluster
 from efface.runs.record import model_facts
 from efface.runs.workers import RESTARTS, workers
@@ -152,3 +154,24 @@ def test_workers_need_a_model_by_name(sd1: Any, tmp_path: Path) -> None:
 def test_ray_is_not_imported_where_it_is_not_used() -> None:
     code = "import sys, efface.runs, efface.api, efface.cli; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_bench_by_command_draws_on_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.pipeline("small").save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    args = ["bench", "emoji", "--concept", "cat", "--model", "model", "--dtype", "fp32", "--limit", "3", "--batch", "2"]
+    args += ["--option", "pictures=10", "--no-score"]
+    for more in (["--out", "here/run"], ["--out", "there/run", "--ray", "local"]):
+        done = CliRunner().invoke(app, [*args, *more])
+        assert done.exit_code == 0, done.output
+    assert drawn(efface.Run.open("there/run")) == drawn(efface.Run.open("here/run"))
+    refused = CliRunner().invoke(app, [*args, "--out", "x", "--ray", " "])
+    assert refused.exit_code == 2 and "--ray" in refused.output
+
+
+def test_a_command_without_ray_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.pipeline("small").save_pretrained(tmp_path / "model")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    args = ["bench", "emoji", "--concept", "cat", "--model", str(tmp_path / "model"), "--no-score", "--ray", "local"]
+    done = CliRunner().invoke(app, [*args, "--limit", "1", "--out", str(tmp_path / "run")])
+    assert done.exit_code == 1 and 'pip install "efface[ray]"' in done.output

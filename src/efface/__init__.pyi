@@ -15,6 +15,7 @@ from .core import Editor as Editor
 from .core import Eraser as Eraser
 from .core import Handle as Handle
 from .delta import Delta as Delta
+from .detectors._named import detector as detector
 from .editors.ccrt import CCRT as CCRT
 from .editors.esd import ESD as ESD
 from .editors.rece import RECE as RECE
@@ -26,7 +27,6 @@ from .erasers.nag import NAG as NAG
 from .erasers.negative_prompt import NegativePrompt as NegativePrompt
 from .erasers.safree import SAFREE as SAFREE
 from .erasers.sld import SLD as SLD
-from .metrics._detectors import detector as detector
 from .pictures import grid as grid
 from .pipelines import effectiveness as effectiveness
 from .pipelines import load as load

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,24 +63,44 @@ def build(method: str, concepts: Concepts, /, **fields: Any) -> Any:
     """
     name, preset = registry.split(method)
     cls = _checked(name, "erasers", fields)
+    return (_preset(cls, name, preset) if preset else cls)(concepts, **fields)
+
+
+def editor(method: str, /, **fields: Any) -> Any:
+    """The editor `method`, or a preset of it ("esd.paper"), configured by `fields`; its `fit` gives a delta.
+
+    Raises:
+        ValueError: unknown method, preset or field (the message has near matches), a field out of range, or a preset
+            without a field that it needs.
+        TypeError: a method that is not a text.
+
+    Example:
+        >>> from efface import api
+        >>> api.editor("esd.paper", steps=2).steps, api.editor("esd.paper").steps
+        (2, 1000)
+    """
+    name, preset = registry.split(method)
+    cls = _checked(name, "editors", fields)
     if not preset:
-        return cls(concepts, **fields)
+        return cls(**fields)
+    make = _preset(cls, name, preset)
+    takes = {n: p for n, p in inspect.signature(make).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD}
+    if missing := [n for n, p in takes.items() if p.default is p.empty and n not in fields]:
+        needed = " and ".join(f"`{n}`" for n in missing)
+        raise ValueError(f"Expected {needed} with the preset {method}, got none. Give it by --set, in Python by name.")
+    made = make(**{n: fields[n] for n in takes if n in fields})
+    rest = {n: value for n, value in fields.items() if n not in takes}
+    return dataclasses.replace(made, **rest) if rest else made
+
+
+def _preset(cls: type, name: str, preset: str) -> Callable[..., Any]:
     known = registry.presets(cls)
     if preset not in known:
         hint, there = registry.near(preset, known), ", ".join(known) or "none"
         raise ValueError(
             f"{name} has no preset {checks.shown(preset)}. {hint}{' ' if hint else ''}Its presets: {there}."
         )
-    return known[preset](concepts, **fields)
-
-
-def editor(method: str, /, **fields: Any) -> Any:
-    """Builds the editor `method`. Its `fit(pipe, concepts)` returns a delta.
-
-    Raises:
-        ValueError: the method or field is unknown (the message has near matches), or a field is out of range.
-    """
-    return _checked(method, "editors", fields)(**fields)
+    return known[preset]
 
 
 def _checked(method: str, room: str, fields: dict[str, Any]) -> type:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,16 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import checks, files
-from .core import (
-    Concept,
-    ConceptLike,
-    Detector,
-    as_concepts,
-    check_detector,
-    check_eraser,
-    config,
-    field_names,
-)
+from ._trials import FORMAT, Kept, Trials, same_setting
+from .core import Concept, ConceptLike, Detector, as_concepts, check_detector, check_eraser, config
+from .fields import field_names
 from .intervals import Rate
 
 if TYPE_CHECKING:
@@ -31,8 +23,6 @@ __all__ = ["Calibration", "Point", "calibrate", "same_picture"]
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 SHOWN = 0.30  # what the base model has to show of the concept, or nothing can be told
 LIKE = 0.9
-FORMAT = 1  # of the files in `out`
-Kept = Callable[["Tensor", "Tensor"], "Tensor"]
 
 
 def same_picture(erased: Tensor, plain: Tensor) -> Tensor:
@@ -150,6 +140,7 @@ def calibrate(
     batch: int = 16,
     out: str | Path | None = None,
     plot: bool = False,
+    guidance: float | None = None,
     progress: Callable[[str, int], None] | None = None,
     **call: Any,
 ) -> Calibration:
@@ -178,8 +169,9 @@ def calibrate(
         batch: pictures per pipeline call.
         out: a folder that keeps each strength's judgements as JSON: the same call goes on where it stopped.
         plot: also write `calibration.png` to `out`; needs matplotlib.
+        guidance: the guidance scale, as `efface.pipelines.guided` takes it; None leaves the pipeline's own default.
         progress: called with what is drawn and the number of pictures since the last call.
-        call: further arguments of the pipeline, such as `guidance_scale`.
+        call: further arguments of the pipeline, such as `num_inference_steps`.
 
     Raises:
         ValueError: an eraser without strength or of another concept, several concepts, no prompts, a number out of
@@ -197,8 +189,9 @@ def calibrate(
         >>> [point.strength for point in found.points]
         [1.0]
     """
-    from .api import draw, model_hash
+    from .api import model_hash
     from .delta import present
+    from .pipelines import guided
 
     about = _about(eraser, concept)
     check_detector(detector)
@@ -213,38 +206,7 @@ def calibrate(
         check_plot()
         if folder is None:
             raise ValueError("A plot needs a place: give `out`, or call `plot` of what is returned.")
-    asked = [prompts[k % len(prompts)] for k in range(n)], [keep_prompts[k % len(keep_prompts)] for k in range(n)]
-    shown: list[Tensor] = []
-
-    def pictures(strength: float, which: int) -> Tensor:
-        import torch
-
-        made, what = [], f"strength {strength:g}" if strength else "plain"
-        handle = dataclasses.replace(eraser, strength=strength).apply(pipe) if strength else None
-        try:
-            for k in range(0, n, batch):
-                part = seeds[which * n :][:n][k : k + batch]
-                made.append(draw(pipe, asked[which][k : k + batch], part, batch, **call))
-                if progress is not None:
-                    progress(what, len(part))
-        finally:
-            if handle:
-                handle.remove()
-        return torch.cat(made)
-
-    def judged(strength: float) -> dict[str, list[list[int]]]:
-        path = None if folder is None else folder / f"{f'strength-{strength:g}' if strength else 'plain'}.json"
-        if path is not None and files.there(path):
-            return _judgements(path, n, ("left", "kept") if strength else ("left",))
-        found = {"left": _rows(detector(pictures(strength, 0)))}
-        if strength:
-            if not shown:
-                shown.append(pictures(0.0, 1))
-            found["kept"] = _rows(kept(pictures(strength, 1), shown[0]))
-        if path is not None:
-            files.write_json(path, {"format": FORMAT, **found})
-        return found
-
+    call = {**guided(pipe, guidance), **call}
     if folder is not None:
         setting = {
             "model": model_hash(pipe),
@@ -258,29 +220,16 @@ def calibrate(
             "call": call,
             "present": present(pipe),
         }
-        _same_setting(folder, setting)
-    plain = _rate(judged(0.0)["left"], min)
+        same_setting(folder, setting)
+    asked = [prompts[k % len(prompts)] for k in range(n)], [keep_prompts[k % len(keep_prompts)] for k in range(n)]
+    trials = Trials(pipe, eraser, detector, kept, asked, seeds, batch, call, folder, progress)
+    plain = trials.plain()
     if plain.rate < SHOWN:
         raise checks.NotJudged(
             f"The base model shows {about.name!r} in {plain.hits} of {plain.n} pictures, fewer than {SHOWN:.0%}: "
             "nothing can be told about its erasure. Give `prompts` that draw it, and a detector that knows it."
         )
-    tried: dict[float, Point] = {}
-
-    def reaches(strength: float) -> bool:
-        found = judged(strength)
-        tried[strength] = Point(strength, _rate(found["left"], max), _rate(found["kept"], min))
-        return tried[strength].left.rate <= target
-
-    low = high = 0.0
-    for strength in sorted(strengths):
-        low, high = high, strength
-        if reaches(strength):
-            for _ in range(refine):
-                middle = float(f"{(low + high) / 2:.4g}")
-                low, high = (low, middle) if reaches(middle) else (middle, high)
-            break
-    points = tuple(tried[s] for s in sorted(tried))
+    points = tuple(Point(s, *trials.rates(s)) for s in _tried(trials, strengths, refine, target))
     good = [p for p in points if p.left.rate <= target and p.kept.rate >= keep]
     best = min(good or points, key=lambda p: (max(p.left.rate - target, 0) + max(keep - p.kept.rate, 0), p.strength))
     result = Calibration(best.strength if good else None, best, points, plain, target, keep)
@@ -289,6 +238,24 @@ def calibrate(
         if plot:
             result.plot(folder / "calibration.png")
     return result
+
+
+def _tried(trials: Trials, strengths: Sequence[float], refine: int, target: float) -> list[float]:
+    """The strengths that were tried, ascending: upwards to the first that reaches the target, then the gap below."""
+    tried, low, high = [], 0.0, 0.0
+
+    def reaches(strength: float) -> bool:
+        tried.append(strength)
+        return trials.rates(strength)[0].rate <= target
+
+    for strength in sorted(strengths):
+        low, high = high, strength
+        if reaches(strength):
+            for _ in range(refine):
+                middle = float(f"{(low + high) / 2:.4g}")
+                low, high = (low, middle) if reaches(middle) else (middle, high)
+            break
+    return sorted(set(tried))
 
 
 def _about(eraser: Any, concept: ConceptLike) -> Concept:
@@ -321,48 +288,3 @@ def _check(about: Concept, keep_prompts: Sequence[str], strengths: Sequence[floa
         checks.number("strengths", strength, 0, above=True)
     for name, share in (("target", target), ("keep", keep)):
         checks.share(name, share)
-
-
-def _rows(found: Tensor) -> list[list[int]]:
-    """One list per judge."""
-    return [[int(x) for x in row] for row in (found[None] if found.ndim == 1 else found)]
-
-
-def _rate(rows: list[list[int]], worse: Callable[..., Rate]) -> Rate:
-    """The rate of the judge that is least (`min`) or most (`max`); entries below 0 do not count."""
-    rates = [Rate(sum(x for x in row if x > 0), sum(x >= 0 for x in row)) for row in rows]
-    if any(r.n == 0 for r in rates):
-        raise ValueError(
-            "A judge counts none of the base model's pictures, so nothing can be kept: give other `keep_prompts`."
-        )
-    return worse(rates, key=lambda r: r.rate)
-
-
-def _same_setting(folder: Path, setting: dict[str, Any]) -> None:
-    """Writes the setting into a new folder; ValueError if the folder has another one."""
-    from . import schema
-
-    path, cure = folder / "setting.json", f"Name a new folder, or delete {folder}."
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"Expected `out` to be a folder, but {folder} is a file: name another one.")
-    if files.there(path):
-        found = schema.read(files.inside(folder, path.name), schema.Setting, cure)
-        wanted = {"format": FORMAT, **setting}
-        files.check_same({"format": FORMAT, **found}, wanted, f"{folder} holds another calibration", cure)
-        return
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and holds no calibration: name another folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write_json(path, {"format": FORMAT, **setting})
-
-
-def _judgements(path: Path, n: int, names: Sequence[str]) -> dict[str, list[list[int]]]:
-    """Judgements of n pictures each that were written earlier."""
-    from . import schema
-
-    cure = "Delete it, and the same call draws its pictures again."
-    form = schema.Judgements if "kept" in names else schema.PlainJudgements
-    found = schema.read(files.inside(path.parent, path.name), form, cure)
-    if any(len(row) != n for name in names for row in found[name]):
-        raise ValueError(f"{path} is damaged: it has not {n} judgements of each judge. {cure}")
-    return {name: found[name] for name in names}

@@ -83,8 +83,8 @@ class Erasure:
         seed: seed of the first picture. The other pictures use the following seeds.
         images: number of pictures.
         steps: denoising steps.
-        guidance: the guidance scale.
-        judge: judges the pictures. None: no judgement.
+        guidance: the guidance scale, as `efface.pipelines.guided` takes it; None leaves the pipeline's own default.
+        judge: what looks at the pictures, if anything does.
     """
 
     pipe: DiffusionPipeline
@@ -95,14 +95,15 @@ class Erasure:
     seed: int = 1_000_000
     images: int = 4
     steps: int = 25
-    guidance: float = 7.5
+    guidance: float | None = None
     judge: Judge | None = None
     record: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
         checks.text("prompt", self.prompt)
         checks.text("negative prompt", self.negative, empty=True)
-        checks.number("guidance", self.guidance)
+        if self.guidance is not None:
+            checks.number("guidance", self.guidance)
         checks.seed("seed", self.seed, checks.whole("images", self.images))
         for rows in (getattr(eraser, "rows", None) for eraser in self.erasers):
             if rows is not None and len(rows) != self.images:
@@ -117,7 +118,7 @@ class Erasure:
             "model": {"name": self.model, "text_hash": pipelines.model_hash(self.pipe)},
             "eraser": configs[0] if len(configs) == 1 else configs,
             "steps": self.steps,
-            "guidance_scale": self.guidance,
+            **pipelines.scales(self.pipe, pipelines.guided(self.pipe, self.guidance)),
             "seeds": [self.seed, self.seed + self.images - 1],
             "versions": {"efface": __version__} | {p: version(p) for p in ("torch", "diffusers", "transformers")},
             "seconds": {"before": 0.0, "after": 0.0},
@@ -160,8 +161,9 @@ class Erasure:
     def _drawn(
         self, when: str, seeds: Sequence[int], erasers: Sequence[Any]
     ) -> list[tuple[int, str, Image, dict[str, Any]]]:
-        """Yields the seed, "before" or "after", the picture, and notes about it."""
-        call: dict[str, Any] = {"num_inference_steps": self.steps, "negative_prompt": self.negative or None}
+        """Seed, "before" or "after", picture, and what there is to note about it."""
+        call: dict[str, Any] = {"num_inference_steps": self.steps}
+        call |= {"negative_prompt": self.negative} if self.negative else {}
         began = time.perf_counter()
         with api.stack(self.pipe, *(erasers if when == "after" else ())):
             pictures = api.draw(self.pipe, [self.prompt] * len(seeds), seeds, guidance=self.guidance, **call)
@@ -288,8 +290,9 @@ def bench(suite: Suite, pipe: DiffusionPipeline, *, score: bool = True, **option
     Args:
         suite: the suite to draw.
         pipe: the pipeline.
-        score: whether to score the pictures.
-        options: options of `efface.run`: `eraser`, `out`, `base`, `batch`, `name` and `command`.
+        score: whether to score what was drawn.
+        options: those of `efface.run`: `eraser`, `out`, `base`, `batch`, `name`, `command`,
+            `guidance` and `ray`.
     """
     if score:
         rehearse(suite)

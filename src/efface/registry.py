@@ -79,8 +79,8 @@ def methods(room: str | None = None) -> dict[str, str]:
     for each, name, source in sorted(entries, key=lambda entry: (ROOMS.index(entry[0]), entry[1])):
         if name in found:
             raise ValueError(
-                f"Expected method names to be unique, got {name!r} for {origin[name]} and {source}. Uninstall one of "
-                "them."
+                f"Expected {_word(each)} names to be unique, but {name!r} is {origin[name]} and {source}. Rename that "
+                "one, or uninstall its package."
             )
         found[name], origin[name] = each, source
     return {name: each for name, each in found.items() if room in (None, each)}
@@ -201,15 +201,19 @@ def split(method: str) -> tuple[str, str]:
 
 
 def presets(cls: type) -> dict[str, Callable[..., Any]]:
-    """The presets of a method by name: class methods that take `concepts` and use published settings.
+    """What makes a method with published settings, by name: class methods that take `concepts`, of an editor all.
 
     Example:
         >>> from efface import registry
         >>> list(registry.presets(registry.resolve("safree")))
         ['paper', 'artist', 'official_sdxl']
+        >>> list(registry.presets(registry.resolve("esd")))
+        ['paper', 'code_2025']
     """
     named = {name: getattr(cls, name) for name, kind in vars(cls).items() if isinstance(kind, classmethod)}
-    return {name: make for name, make in named.items() if next(iter(signature(make).parameters), "") == "concepts"}
+    edits = hasattr(cls, "fit") and not hasattr(cls, "apply")
+    firsts = {name: next(iter(signature(make).parameters), "") for name, make in named.items()}
+    return {name: make for name, make in named.items() if edits or firsts[name] == "concepts"}
 
 
 def preset_names(name: str, room: str) -> list[str]:
@@ -235,7 +239,7 @@ def preset_names(name: str, room: str) -> list[str]:
                 "classmethod"
             ]:
                 taken = [arg.arg for arg in part.args.args[1:]]
-                if taken[:1] == ["concepts"]:
+                if taken[:1] == ["concepts"] or room == "editors":
                     found.append(part.name)
     return found
 

@@ -19,9 +19,11 @@ from .options import (
     ConceptNames,
     DeltaFiles,
     Format,
+    Guidance,
     MethodName,
     Phrases,
     Settings,
+    check_guidance,
     find_erasers,
     judges,
     load,
@@ -54,8 +56,13 @@ def bench(
     base: Annotated[
         Path | None, typer.Option(help="The folder of the base model's pictures. Default: one next to --out.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="The largest number of rows.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures per pipeline call; limits the memory.")] = BATCH,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at a time; it bounds the memory.")] = BATCH,
+    guidance: Guidance = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(help='Draw on the workers of a Ray cluster: "local" for this machine, or an address.'),
+    ] = None,
     judge: Annotated[
         list[str] | None,
         typer.Option(
@@ -77,9 +84,11 @@ def bench(
         registry.resolve(suite, "suites")
         checks.path("--out", out)
         bars = parse_bars(bar)
+        checks.text("--ray", "local" if ray is None else ray)
         if model is None and data is not None:
             raise ValueError(f"Expected a model to draw {suite}, got none. Give --model FOLDER, or a hub id.")
         targets, erasers = find_erasers(concept, phrase, method, delta, set_)
+        check_guidance(erasers, guidance)
         from .. import jobs, runs
 
         chosen = runs.make_suite(suite, targets, data, limit, **parse_fields(option, "--option"))
@@ -90,9 +99,11 @@ def bench(
             jobs.rehearse(chosen)
         name = model or "emoji"
         pipe = load(name, loading)
+        check_guidance(erasers, guidance, pipe)
         command = shlex.join(["efface", *sys.argv[1:]])
         options = {"eraser": erasers, "out": out, "base": base, "batch": batch, "name": name, "command": command}
-        kept = f"Finished pictures are in {out}. Run the same command, which continues."
+        options |= {"guidance": guidance, "ray": runs.Cluster(ray, name, loading) if ray is not None else None}
+        kept = f"What was finished is in {out}; run the same command, it continues."
         with told(lambda: kept if out.is_dir() else ""), telling():
             made = jobs.bench(chosen, pipe, score=not no_score, **options)
         if not no_score:

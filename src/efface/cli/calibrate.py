@@ -32,7 +32,7 @@ def calibrate(
     seed: Annotated[int, typer.Option(min=0, help="First of the tuning seeds, which go up to 9,999.")] = 1_000,
     refine: Annotated[int, typer.Option(min=0, help="How often to halve the gap below.")] = 2,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
-    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 7.5,
+    guidance: Annotated[float, typer.Option(help="Guidance scale of predictions with and without the prompt.")] = 7.5,
     out: Annotated[Path | None, typer.Option(help="Output folder; an interrupted one goes on.")] = None,
     plot: Annotated[bool, typer.Option("--plot", help="Also draw calibration.png; needs matplotlib.")] = False,
     as_json: AsJson = False,
@@ -109,7 +109,7 @@ def calibrate(
                 plot=plot,
                 progress=tell,
                 num_inference_steps=steps,
-                guidance_scale=guidance,
+                guidance=guidance,
             )
     if as_json:
         facts = {"out": str(folder), "concept": about.name, "method": method, **found.record()}

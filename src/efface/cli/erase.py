@@ -15,6 +15,7 @@ from .options import (
     AsJson,
     ConceptNames,
     DeltaFiles,
+    Guidance,
     MethodName,
     ModelName,
     Overwrite,
@@ -40,9 +41,9 @@ def erase(
     images: Annotated[int, typer.Option(min=1, help="Number of pictures, with consecutive seeds.")] = 4,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the first picture.")] = 1_000_000,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
-    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 7.5,
-    negative: Annotated[str, typer.Option(help="The negative prompt.")] = "",
-    out: Annotated[Path | None, typer.Option(help="Output folder. Default: a new numbered one.")] = None,
+    guidance: Guidance = None,
+    negative: Annotated[str, typer.Option(help="The user's own negative prompt.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Output folder; a fresh numbered one if left out.")] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     *,
@@ -65,7 +66,8 @@ def erase(
         from .. import api, jobs
 
         pipe = load(model, loading)
-        api.stack(pipe, *erasers).remove()  # finds too long phrases and wrong pipelines before anything is drawn
+        check_guidance(erasers, guidance, pipe)
+        api.stack(pipe, *erasers).remove()  # a phrase too long or a wrong pipeline is found before anything is drawn
         for what, text in (("prompt", prompt), ("negative prompt", negative)):
             if lost := api.cut_off(pipe, text):
                 warn(f"The {what} is longer than the text encoder's limit. It ignores {lost!r}.")

@@ -34,7 +34,9 @@ from .output import telling
 
 @loads
 def fit(
-    method: Annotated[str, typer.Argument(help="An editor; see `efface list editors`.")],
+    method: Annotated[
+        str, typer.Argument(help="An editor; see `efface list editors`. A preset goes behind a dot: esd.paper.")
+    ],
     out: Annotated[Path, typer.Option(help="The file to write, such as no-alcohol.safetensors.")],
     concept: ConceptNames = None,
     phrase: Phrases = None,
@@ -60,7 +62,7 @@ def fit(
             raise ValueError(NOTHING)
         targets = [replace(target, anchor=anchor, keep=tuple(keep or ())) for target in targets]
         fields = parse_fields(set_)
-        registry.resolve(method, "editors")
+        registry.resolve(registry.split(method)[0], "editors")
         from .. import api, jobs
 
         editor = api.editor(method, **fields)

@@ -65,7 +65,7 @@ def _concepts() -> dict[str, str]:
 
 
 def _detectors() -> dict[str, str]:
-    from ..metrics._detectors import about
+    from ..detectors._named import about
 
     return about()
 

@@ -32,6 +32,14 @@ MethodName = Annotated[
     ),
 ]
 DeltaFiles = Annotated[list[Path] | None, typer.Option("--delta", help="A file made by `efface fit`; may be repeated.")]
+Guidance = Annotated[
+    float | None,
+    typer.Option(
+        "--guidance",
+        help="Guidance scale of predictions with and without the prompt; 1 is none. Default: the suite's, if there is "
+        "one, else the model's own.",
+    ),
+]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="A field of the method, NAME=VALUE.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace earlier results in --out.")]
@@ -155,13 +163,20 @@ def load_deltas(files: Sequence[Path] | None) -> list[Any]:
     return deltas
 
 
-def check_guidance(erasers: list[Any], guidance: float) -> None:
-    checks.number("--guidance", guidance)
+def check_guidance(erasers: list[Any], guidance: float | None, pipe: Pipeline | None = None) -> None:
+    """ValueError for an eraser that needs guidance where there is none, by --guidance or by the pipeline's default."""
+    if guidance is not None:
+        checks.number("--guidance", guidance)
+        why, cure = f"--guidance is {guidance:g}" if guidance <= 1 else "", "a value"
+    else:
+        from ..families import family
+
+        why = "this model draws without it by default" if pipe and family(pipe).guidance_condition else ""
+        cure = "--guidance"
     for eraser in erasers:
-        if guidance <= 1 and getattr(eraser, "wants_guidance", False):
+        if why and getattr(eraser, "wants_guidance", False):
             raise ValueError(
-                f"{type(eraser).__name__} needs guidance, but --guidance is {guidance:g}. Give a value above 1, or "
-                "--method eiup."
+                f"{type(eraser).__name__} needs guidance, but {why}. Give {cure} above 1, or --method eiup."
             )
 
 

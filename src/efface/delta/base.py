@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -120,3 +120,11 @@ def _fingerprints(values: Mapping[str, Tensor], precision: str) -> dict[str, str
 def _place(value: Tensor) -> int:
     """The index of the tensor's precision in `PRECISIONS`."""
     return PRECISIONS.index(str(value.dtype).removeprefix("torch."))
+
+
+def strengths(config: Mapping[str, Any]) -> dict[str, float]:
+    """The hash of a delta and of all that it is a sum of, with their strengths, from what records store."""
+    found = {config["hash"]: config["strength"]}
+    for each in config["info"].get("sum of", ()):
+        found |= {name: config["strength"] * strength for name, strength in strengths(each).items()}
+    return found

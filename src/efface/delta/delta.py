@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from .. import __version__, checks
-from .._text import SITES
-from .._weights import adapters, denoiser_of
-from ..core import Concepts, ConceptsField, Converted, Handle, as_concepts, config, field_names
+from ..core import Concepts, ConceptsField, Handle, as_concepts, config
+from ..fields import Converted, field_names
 from . import file
 from .applied import AppliedDelta, check_written, entries, forget
-from .base import Base, base_hash, base_of, check_base, common_base, model_name, own_values
+from .base import Base, base_hash, base_of, check_base, common_base, model_name, own_values, strengths
 from .factors import Change, Factors, added, dense, each, scaled, tensors, truncate
 from .lora import Layout, export
 
@@ -163,8 +162,8 @@ class Delta:
         return AppliedDelta(self, pipe).put()
 
     def _has(self, other: Delta) -> bool:
-        """Whether the two deltas are equal, or one is a sum that contains the other."""
-        return self.hash in _within(other.config()) or other.hash in _within(self.config())
+        """Whether the two are one delta, or one of them is a sum with the other in it."""
+        return self.hash in strengths(other.config()) or other.hash in strengths(self.config())
 
     def check(self, pipe: DiffusionPipeline) -> None:
         """Raises unless the delta matches the pipeline's model, and the deltas of `after` are applied.
@@ -245,7 +244,7 @@ class Delta:
             for name, change in delta.weights.items():
                 more = change if delta.strength == 1 else scaled(change, delta.strength)
                 weights[name] = added(weights[name], more) if name in weights else more
-        within = _within(self.config()) | _within(other.config())
+        within = strengths(self.config()) | strengths(other.config())
         return Delta(
             weights,
             method=" + ".join(dict.fromkeys([self.method, other.method])),
@@ -345,29 +344,6 @@ class Delta:
         return export(path, self.weights, self.strength, layout, rank, dtype, self.method)
 
 
-def _within(config: Mapping[str, Any]) -> dict[str, float]:
-    """The hashes of a delta and of its summands, with their strengths, from a record."""
-    found = {config["hash"]: config["strength"]}
-    for part in config["info"].get("sum of", ()):
-        found |= {name: config["strength"] * strength for name, strength in _within(part).items()}
-    return found
-
-
 def active(pipe: DiffusionPipeline) -> list[Delta]:
     """The applied deltas, in the order of application."""
     return [entry.delta for entry in entries(pipe) if isinstance(entry.delta, Delta)]
-
-
-def present(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """The facts that affect a pipeline's pictures besides its weights, as JSON types: scheduler, deltas, erasers and
-    LoRAs."""
-    site = SITES.get(denoiser_of(pipe))
-    schedule = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
-    found = {
-        "scheduler": {"class": type(pipe.scheduler).__name__, **schedule},
-        "deltas": [[delta.hash, delta.strength] for delta in active(pipe)],
-        "erasers": [config(applied.method) for applied in site.applied] if site else [],
-        "adapters": adapters(pipe),
-    }
-    as_json: dict[str, Any] = json.loads(json.dumps(found, default=str))
-    return as_json

@@ -11,11 +11,13 @@ import torch
 from torch import Generator, Tensor
 
 from .._weights import digest
-from ..core import config, field_names
+from ..core import config
+from ..fields import field_names
 from ._denoiser import Denoiser, Points, Weights, mse
 from ._misalignment import Misalignment, calibration
 from ._search import Calibration
-from ._training import State, Training, run
+from ._settings import Training
+from ._training import State, run
 from .esd import ESD
 
 

@@ -19,7 +19,7 @@ from ..delta import Delta, active, unedited
 from ._misalignment import Misalignment
 from ._round import Round
 from ._search import ENTITIES, Broader, Calibration
-from ._training import Training, check_integer, check_number, phrases
+from ._settings import Training, check_integer, check_number, phrases
 from .esd import ESD
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from .._weights import learning
 from ..core import Concepts, Detector, config
 from ..delta import Delta
 from ._denoiser import Denoiser, Points, Weights, mse
-from ._training import Training, check_number, look, phrases, run
+from ._settings import Training, check_number, phrases
+from ._training import look, run
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from .. import checks
 from .._weights import keys_values, learning
-from ..core import Concept, Concepts, Converted, as_concepts
+from ..core import Concept, Concepts, as_concepts
 from ..delta import Change, Delta, dense
 from ..delta.factors import added, scaled
 from ..families import check, filled
+from ..fields import Converted
 from ..registry import name_of
 from ._closed_form import Texts, anchors_of, changes, check_positive, compact, condition, kept_texts, residual, step
 from .uce import UCE, Tokens

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..core import Concepts, ConceptsField, Converted, RowsField
+from ..core import Concepts, ConceptsField, RowsField
+from ..fields import Converted
 from ..hooks import CrossAttention, ErasurePrompts, Method, Text, computed
 
 __all__ = ["EIUP"]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..core import ConceptsField, Converted, RowsField
+from ..core import ConceptsField, RowsField
+from ..fields import Converted
 from ..hooks import CrossAttention, ErasurePrompts, Method
 
 __all__ = ["NAG"]

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .._text import fits, own_encode
-from ..core import Concept, ConceptsField, Converted, RowsField
+from ..core import Concept, ConceptsField, RowsField
 from ..families import family
+from ..fields import Converted
 from ..hooks import Memory, Method, Prediction, computed
 
 if TYPE_CHECKING:

@@ -15,8 +15,9 @@ from torch import Tensor
 from .. import checks
 from .._masking import encode_masked
 from .._text import Encoded, encode, encoding_settings, own_tokens, places, read, readers
-from ..core import Concept, Concepts, ConceptsField, Converted, RowsField
+from ..core import Concept, Concepts, ConceptsField, RowsField
 from ..families import family
+from ..fields import Converted
 from ..hooks import Memory, Method
 
 if TYPE_CHECKING:

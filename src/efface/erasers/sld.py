@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..core import Concepts, ConceptsField, Converted, RowsField
+from ..core import Concepts, ConceptsField, RowsField
+from ..fields import Converted
 from ..hooks import Method, Prediction, computed
 
 __all__ = ["SLD"]

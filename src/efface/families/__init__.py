@@ -10,8 +10,9 @@ from __future__ import annotations
 from ._defaults import filled, uncalibrated
 from ._find import FAMILIES, denoiser_name, family
 from ._needs import Form, about, check, forms, lacking, matrix, refusal, what_works
+from ._offers import OFFERS, Offer
 from ._parts import Reading, encode_parameters, encoder_name
-from .base import OFFERS, Family, Offer
+from .base import Family
 
 __all__ = [
     "FAMILIES",

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .. import registry
 from ..core import Concept
 from ._find import FAMILIES, family
-from .base import OFFERS, Family
+from ._offers import OFFERS
+from .base import Family
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -1,7 +1,7 @@
 """The facts of a family of pipelines: reading of texts, denoiser calls, and offers to methods.
 
-A new family is one file in this package, which makes `Family` objects and overrides the differences. A family names no
-method. `OFFERS` lists possible needs of methods and offers of families.
+A new family is one file in this package: it makes one or more `Family` objects, and overrides here what differs. A
+family names no method. What methods may need, and families may offer, is listed in `_offers`.
 """
 
 from __future__ import annotations
@@ -9,54 +9,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ._parts import Reading, bare, class_names, encode_parameters, encoder_name, held, is_kind, video_argument
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import Tensor, nn
-
-
-class Offer(NamedTuple):
-    """A possible offer of a family: its words in messages, and its meaning."""
-
-    words: str
-    meaning: str
-
-
-OFFERS: Mapping[str, Offer] = {
-    "cross_text": Offer(
-        "cross-attention layers",
-        "The denoiser reads the text in attention layers whose queries come from the picture, keys and values from the "
-        "text.",
-    ),
-    "joint_text": Offer(
-        "joint attention layers",
-        "Text and picture attend to each other in the same attention layers.",
-    ),
-    "causal_text": Offer(
-        "a causal text encoder",
-        "A text token sees earlier tokens only, so a prefix of a text keeps its states.",
-    ),
-    "guidance": Offer(
-        "guidance",
-        "Each step of a call can have a prediction with the prompt and one without it.",
-    ),
-    "guidance_scale": Offer(
-        "the guidance scale of the call",
-        "The pipeline object exposes the guidance scale of its current call.",
-    ),
-    "text_weights": Offer(
-        "weights that read the encoded text",
-        "The denoiser has keys and values that read the states of the text encoder without a projection in front.",
-    ),
-    "training": Offer(
-        "a denoiser that trains outside of the pipeline's call",
-        "The denoiser predicts from latents, time and encoded text alone, on steps of the pipeline's scheduler.",
-    ),
-}
-
 
 _JOINT = ("add_k_proj", "add_v_proj", "to_k", "to_v")
 

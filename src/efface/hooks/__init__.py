@@ -28,9 +28,10 @@ Imports run from `texts`, `attention`, `watch`, `copies` and `forward` to `contr
 `batch`, `edits`, `prediction`, `step`, `denoiser`, `sites` and `method`.
 """
 
-from ..core import ConceptsField, Converted, RowsField
+from ..core import ConceptsField, RowsField
+from ..fields import Converted, computed
 from .attention import CrossAttention, SelfAttention
-from .contract import DenoiserCall, Encoding, Memory, Prediction, computed
+from .contract import DenoiserCall, Encoding, Memory, Prediction
 from .method import Method
 from .texts import ErasurePrompts, Text
 

@@ -6,22 +6,22 @@ import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from .. import checks
 from .._text import check_phrases
-from ..core import Concept, as_concepts, as_rows, field_names
+from ..core import Concept, as_concepts, as_rows
 from ..families import check as check_needs
+from ..fields import field_names
 from .attention import CrossAttention, SelfAttention
 from .texts import ErasurePrompts, Text
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-T = TypeVar("T")
 
 Memory = dict[str, Any]
 """A method's memory across steps: a dictionary from names to any values.
@@ -34,17 +34,6 @@ value and may be on several pipelines.
 
 Seen = Callable[[str, CrossAttention | SelfAttention], None]
 """Receives a layer's name, and the layer's computation on the conditional rows."""
-
-
-def computed(read: Callable[[Any], T]) -> T:
-    """A class attribute whose value depends on the method's fields: `read(method)`.
-
-    At run time it is a property. For type checkers it is the attribute that `Method` declares, where they refuse
-    `@property`.
-
-        guides: ClassVar[bool] = computed(lambda self: self.strength > 0)
-    """
-    return cast("T", property(read))
 
 
 @dataclass(frozen=True)

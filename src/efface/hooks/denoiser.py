@@ -23,8 +23,9 @@ from .copies import Copies
 from .forward import Entered, Forward
 from .layers import Layer, Layers
 from .pipeline import Call, Calls
+from .prediction import needs_guidance
 from .prompts import Applied, Encoder
-from .step import Step, refuse_without_guidance
+from .step import Step
 from .texts import Text
 
 if TYPE_CHECKING:
@@ -308,7 +309,12 @@ class Site:
             )
 
     def refuse_without_guidance(self) -> None:
-        refuse_without_guidance(self)
+        """ValueError if a method that is on needs guidance."""
+        for applied in self.applied:
+            method = applied.method
+            acts = applied.prompts is not None if method.guides else method.negates
+            if acts and not method.is_off():
+                raise ValueError(needs_guidance(method, self.denoiser, self.facts))
 
     # ---- what the hooks on modules call
 

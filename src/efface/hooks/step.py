@@ -11,14 +11,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..families import Family
 from . import watch
 from .attention import SelfAttention
 from .batch import Batch, negated_rows, repelled
 from .contract import Contract, DenoiserCall, Seen
 from .edits import cross, edited, edited_self
 from .layers import Layer, Layers
-from .pipeline import Calls
+from .pipeline import Calls, Guarded
 from .prediction import Asked, by_call, concepts_of, guided, needs_guidance, repelled_rows, with_rows
 from .prompts import Applied
 from .texts import ErasurePrompts, Text
@@ -27,11 +26,9 @@ Plan = list[tuple[Applied, Tensor | float, str]]
 """Per method in a denoiser call: the weight of its window, and the reason if it does not act."""
 
 
-class Where(Protocol):
-    """The called denoiser."""
+class Where(Guarded, Protocol):
+    """The denoiser that is called."""
 
-    facts: Family
-    applied: list[Applied]
     calls: Calls
     layers: Layers
     given: tuple[int, int] | None
@@ -249,7 +246,7 @@ class Step:
             return []
         text, mask, pooled = call.negative, call.negative_mask, call.negative_pooled
         if text is None:
-            refuse_without_guidance(self.where)
+            self.where.refuse_without_guidance()
             return []
         if conditional != len(text):
             raise ValueError(
@@ -352,12 +349,3 @@ class Step:
                 batch.empty = replace(batch.encoded_empty, states=projection(batch.encoded_empty.states))
             for applied in self.where.applied:
                 applied.project(projection)
-
-
-def refuse_without_guidance(where: Where) -> None:
-    """Raises ValueError if an applied method needs guidance."""
-    for applied in where.applied:
-        method = applied.method
-        acts = applied.prompts is not None if method.guides else method.negates
-        if acts and not method.is_off():
-            raise ValueError(needs_guidance(method, where.denoiser, where.facts))

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from efface import checks
+from efface.detectors._encoders import encoder
 from efface.records import Row, Sample
 
-from ._encoders import encoder
 from ._samples import batches
 
 Extract = Callable[[Tensor], Tensor]
@@ -54,12 +54,11 @@ def _bytes(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _eye(x: Tensor) -> Tensor:
+    from efface.detectors.eyes import networks
     from efface.models.emoji.aligned import features
 
-    from ._detectors import _eyes
-
-    both = [features(eye, x)[:, : eye.width] for eye in _eyes().eyes]
-    wide = max(f.shape[1] for f in both)  # the detectors differ in width; columns of zeros change no distance
+    both = [features(eye, x)[:, : eye.width] for eye in networks().eyes]
+    wide = max(f.shape[1] for f in both)  # the eyes differ in width; columns of zeros change no distance
     return torch.stack([torch.nn.functional.pad(f, (0, wide - f.shape[1])) for f in both])
 
 

@@ -9,9 +9,10 @@ from typing import ClassVar
 
 import numpy as np
 
+from efface.detectors._named import Spec
 from efface.records import Sample, Score
 
-from ._detectors import Spec, judged
+from ._judging import judged
 from ._samples import chosen
 from ._stats import mean_interval
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import torch
 
+from efface.detectors._encoders import encoder
 from efface.records import Sample, Score
 
-from ._encoders import encoder
 from ._samples import batches, chosen, paired
 from ._similarity import floor
 from ._stats import mean

@@ -8,9 +8,10 @@ from typing import ClassVar
 
 import torch
 
+from efface.detectors._named import Spec
 from efface.records import Sample, Score
 
-from ._detectors import Spec, judged
+from ._judging import judged
 from ._samples import batches, chosen, groups
 from ._stats import share
 

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from efface import checks
+from efface.detectors._base import looks
+from efface.detectors._named import Spec
+from efface.detectors.eyes import EmojiEyes, networks
 from efface.records import Sample, Score
 
-from ._detectors import EmojiEyes, Spec, _eyes, judged, looks
+from ._judging import judged
 from ._samples import batches, chosen, groups
 from ._stats import clusters, share, weights
 
@@ -98,7 +101,7 @@ class DeviationRatio:
             eyes = EmojiEyes(())
             seen = [x for images in batches(group) for x in looks(eyes, images)]
             both = type(seen[0])(*(torch.stack(part, 1) for part in zip(*seen, strict=True)))
-            return _eyes().gender(both), f"{eyes.name}; the surest profession icon"
+            return networks().gender(both), f"{eyes.name}; the surest profession icon"
         found = [judged(group, self.detector, functools.partial(_always, name)) for name in self.classes]
         hits = torch.stack([each for each, _ in found])
         return torch.where(hits.sum(0) == 1, hits.int().argmax(0), -1), found[0][1]

@@ -10,9 +10,9 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from efface.detectors._encoders import encoder
 from efface.records import Sample, Score
 
-from ._encoders import encoder
 from ._samples import batches, chosen, paired
 from ._similarity import floor
 from ._stats import clusters, mean, ratio_interval

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from efface import checks
+from efface.detectors._named import Spec, judges_anything_unsafe
 from efface.records import Sample, Score
 
-from ._detectors import Spec, judged, judges_anything_unsafe
+from ._judging import judged
 from ._samples import groups
 from ._stats import share, weights
 

@@ -9,9 +9,11 @@ from typing import ClassVar, cast
 import numpy as np
 
 from efface import checks
+from efface.detectors._base import looks
+from efface.detectors._named import detector
+from efface.detectors.nudenet import LABELS, NudeNet
 from efface.records import Sample, Score
 
-from ._detectors import LABELS, NudeNet, detector, looks
 from ._samples import batches
 from ._stats import clusters, mean_interval
 

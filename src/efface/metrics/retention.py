@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from math import nan
 from typing import ClassVar
 
+from efface.detectors._named import Spec
 from efface.records import Sample, Score
 
-from ._detectors import Spec, judged
+from ._judging import judged
 from ._samples import chosen, groups, paired
 from ._stats import clusters, ratio_interval, share
 

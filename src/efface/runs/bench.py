@@ -181,4 +181,4 @@ def _cluster(ray: str | Cluster | None, model: Any) -> Cluster | None:
             f"Expected a model by name for `ray`, got a {type(model).__name__}, which workers cannot load. Give its "
             "name or folder, or a Cluster with its name."
         )
-    return Cluster(checks.text("ray", ray), model)
+    return Cluster(ray, model)

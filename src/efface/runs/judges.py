@@ -81,6 +81,6 @@ def _place(value: Any, label: bool) -> str:
 
 
 def _detector(name: str) -> bool:
-    from ..metrics._detectors import KINDS, NUDENET
+    from ..detectors._named import about
 
-    return name in KINDS or name in NUDENET or name in registry.about("detectors")
+    return name in about()

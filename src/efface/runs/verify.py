@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import checks, files, registry
-from ..core import Concept, config, field_names
+from ..core import Concept, config
+from ..fields import field_names
 from ..pictures import read_picture
 from ..pipelines import EMBEDDED
 from ..progress import shows

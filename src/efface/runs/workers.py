@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import checks, files
+from ..pipelines import EMBEDDED
 from .draw import Batch, Draw, Drawn, painter, timed
 from .record import model_facts
 
@@ -48,6 +49,17 @@ class Cluster:
     address: str
     model: str | Path
     loading: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        checks.text("ray", self.address)
+        object.__setattr__(self, "model", _in_full(self.model))
+        if self.loading.get("config"):
+            object.__setattr__(self, "loading", {**self.loading, "config": _in_full(self.loading["config"])})
+
+
+def _in_full(model: str | Path) -> str | Path:
+    """A file or folder of this machine by its whole path: workers need not stand where the caller does."""
+    return model if str(model) in EMBEDDED or not Path(model).exists() else Path(model).resolve()
 
 
 class _Worker:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from ..core import field_names
+from ..fields import field_names
 from ..hooks import Method
 from ..hooks.sites import handles
 from ..registry import near

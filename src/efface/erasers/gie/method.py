@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ... import checks
 from ..._weights import layer_names, text_hash
-from ...core import Concepts, ConceptsField, Converted, Handle, RowsField, as_concepts
+from ...core import Concepts, ConceptsField, Handle, RowsField, as_concepts
 from ...delta import unedited
 from ...families import check
+from ...fields import Converted
 from ...hooks import CrossAttention, DenoiserCall, Encoding, ErasurePrompts, Memory, Method, SelfAttention, computed
 from .adapter import Adapter
 from .measure import measured

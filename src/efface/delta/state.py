@@ -1,0 +1,28 @@
+"""What shapes a pipeline's pictures."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from .._text import SITES
+from .._weights import adapters, denoiser_of
+from ..core import config
+from .delta import active
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+def present(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """What shapes a pipeline's pictures apart from its weights, as JSON types: scheduler, deltas, erasers and LoRAs."""
+    site = SITES.get(denoiser_of(pipe))
+    schedule = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    found = {
+        "scheduler": {"class": type(pipe.scheduler).__name__, **schedule},
+        "deltas": [[delta.hash, delta.strength] for delta in active(pipe)],
+        "erasers": [config(applied.method) for applied in site.applied] if site else [],
+        "adapters": adapters(pipe),
+    }
+    as_json: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return as_json

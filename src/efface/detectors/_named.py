@@ -1,0 +1,107 @@
+"""Detectors by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from efface import checks, registry
+from efface.core import Detector, check_detector
+from efface.fields import field_names
+from efface.registry import near
+
+from . import nudenet
+from .nudenet import NUDENET, NudeNet
+
+Spec = str | Mapping[str, Any] | Callable[[tuple[str, ...]], Detector]
+"""A detector's name; a mapping with that "name" and its options; or what makes one from the things to look for."""
+
+
+def detector(spec: Spec, names: str | Sequence[str] = ()) -> Detector:
+    """A detector by name.
+
+    Args:
+        spec: "eyes"; "nudenet" or a protocol such as "nudenet3_any9_t0.45"; or a mapping with the name and options,
+            such as {"name": "clip", "labels": ["cat", "dog"], "clip": "FOLDER"}, {"name": "q16", "prompts":
+            "q16.safetensors"}, {"name": "classifier", "folder": "FOLDER"}, {"name": "nudenet", "labels": "9",
+            "threshold": 0.6}. The name may be one that another package registers. A callable is called with the names.
+        names: what to look for; any of them counts. () = whatever the detector knows.
+
+    Raises:
+        ValueError: an unknown detector or option, a name that is taken twice, or a detector that cannot judge these
+            names; when it is called: pictures that are not float [N, 3, H, W] in [0, 1], or not finite.
+        TypeError: a spec of another type, or a registered class that is no detector.
+        ImportError: its package is missing; the message names the pip command.
+        FileNotFoundError: its weights are missing.
+
+    Example:
+        >>> import efface
+        >>> import torch
+        >>> efface.detector("eyes", "cat")(torch.zeros(2, 3, 64, 64)).shape
+        torch.Size([2, 2])
+    """
+    asked = (names,) if isinstance(names, str) else tuple(names)
+    if callable(spec):
+        return spec(asked)
+    if not isinstance(spec, (str, Mapping)):
+        raise TypeError(
+            checks.refusal(
+                "a detector's name, a mapping with its name and options, or a callable",
+                spec,
+                'Write for example efface.detector("eyes", "cat").',
+            )
+        )
+    options = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = str(options.pop("name", ""))
+    make, preset = _kind(name)
+    known = _options(name, make)
+    if make is NudeNet:
+        nudenet._nudenet()
+    for option in options:
+        if option not in known:
+            hint = near(str(option), known)
+            raise ValueError(
+                f"The detector {name!r} has no option {option!r}. {hint}{' ' if hint else ''}"
+                f"Its options: {', '.join(known) or 'none'}."
+            )
+    made: Detector = make(names=asked, **preset | options)
+    check_detector(made)
+    return made
+
+
+def _options(name: str, cls: Any) -> list[str]:
+    """The fields of a detector besides `names`."""
+    fields = field_names(cls)
+    if "names" not in fields:
+        raise TypeError(
+            f"Expected the detector {name!r} to be a dataclass with a field `names`, but "
+            f"`{cls.__module__}.{cls.__qualname__}` is none. Change it, or uninstall its package."
+        )
+    return [field for field in fields if field != "names"]
+
+
+def _kind(name: str) -> tuple[type, dict[str, Any]]:
+    """The class of a detector, and the options that its name stands for."""
+    if name in NUDENET:
+        labels, threshold = NUDENET[name]
+        return NudeNet, {"labels": labels, "threshold": threshold}
+    known = [*registry.methods("detectors"), *NUDENET]
+    if name not in known:
+        hint = near(name, known)
+        raise ValueError(
+            f"Unknown detector {checks.shown(name)}. {hint}{' ' if hint else ''}There is: {', '.join(known)}."
+        )
+    return registry.resolve(name, "detectors"), {}
+
+
+def about() -> dict[str, str]:
+    """Name -> a line, of every detector."""
+    return registry.about("detectors") | {name: NudeNet((), *how).name for name, how in NUDENET.items()}
+
+
+def judges_anything_unsafe(spec: Spec) -> bool:
+    """Whether a detector needs no name of what to look for."""
+    if callable(spec):
+        return False
+    cls, _ = _kind(spec if isinstance(spec, str) else str(spec.get("name", "")))
+    return bool(getattr(cls, "anything_unsafe", False))

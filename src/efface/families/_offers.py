@@ -1,0 +1,46 @@
+"""What methods may need, and families may offer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Offer(NamedTuple):
+    """Something that a family may offer: its words in messages, and what it means."""
+
+    words: str
+    meaning: str
+
+
+OFFERS: Mapping[str, Offer] = {
+    "cross_text": Offer(
+        "cross-attention layers",
+        "The denoiser reads the text in attention layers whose queries come from the picture, keys and values from the "
+        "text.",
+    ),
+    "joint_text": Offer(
+        "joint attention layers",
+        "Text and picture attend to each other in the same attention layers.",
+    ),
+    "causal_text": Offer(
+        "a causal text encoder",
+        "A text token sees earlier tokens only, so a prefix of a text keeps its states.",
+    ),
+    "guidance": Offer(
+        "guidance",
+        "Each step of a call can have a prediction with the prompt and one without it.",
+    ),
+    "guidance_scale": Offer(
+        "the guidance scale of the call",
+        "The pipeline object tells the guidance scale of its present call.",
+    ),
+    "text_weights": Offer(
+        "weights that read the encoded text",
+        "The denoiser has keys and values that read the states of the text encoder without a projection in front.",
+    ),
+    "training": Offer(
+        "a denoiser that trains outside of the pipeline's call",
+        "The denoiser predicts from latents, time and encoded text alone, on steps of the pipeline's own scheduler.",
+    ),
+}

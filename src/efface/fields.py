@@ -1,0 +1,53 @@
+"""The fields of methods: how they are declared so that type checkers know them, and their names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
+
+T = TypeVar("T")
+Given = TypeVar("Given")
+Held = TypeVar("Held")
+
+
+class Converted(Generic[Given, Held]):
+    """The type of a dataclass field whose constructor takes a `Given` and which then holds a `Held`.
+
+    Only type checkers read it. At run time `Converted(default)` is the default, and `__post_init__` converts. In a
+    dataclass derived from the one with the field, mypy shows `Given` again.
+    """
+
+    if TYPE_CHECKING:
+
+        def __init__(self, default: Given) -> None: ...
+
+        @overload
+        def __get__(self, instance: None, owner: Any) -> Given: ...
+
+        @overload
+        def __get__(self, instance: object, owner: Any) -> Held: ...
+
+        def __get__(self, instance: Any, owner: Any) -> Any: ...
+
+        def __set__(self, instance: object, value: Given) -> None: ...
+
+    else:
+
+        def __new__(cls, default):
+            return default
+
+
+def computed(read: Callable[[Any], T]) -> T:
+    """The value of a class attribute of a method that depends on its fields, read by `read(method)`.
+
+    It is a property. Type checkers take it for the attribute that `Method` declares; they refuse `@property` there.
+
+        guides: ClassVar[bool] = computed(lambda self: self.strength > 0)
+    """
+    return cast("T", property(read))
+
+
+def field_names(method: Any) -> tuple[str, ...]:
+    """The names of the fields of a method, or of its class, in order; none if it is not a dataclass."""
+    return tuple(f.name for f in dataclasses.fields(method)) if dataclasses.is_dataclass(method) else ()

@@ -1,0 +1,417 @@
+"""Detectors: what each of them sees, how they are found, and what they refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Callable
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from test_metrics import by_name, drawn, sample
+from torch import Tensor
+
+import efface
+from efface import Row, Sample, registry
+from efface.detectors import _base, _encoders, _named, classifier, nudenet
+from efface.detectors.eyes import EmojiEyes
+from efface.metrics import _features, _judging
+from efface.metrics.detection import Detection
+from efface.metrics.fid import FID
+from efface.metrics.kid import KID
+from efface.metrics.lpips import LPIPS
+from efface.metrics.nudenet_counts import NudenetCounts
+from efface.metrics.removal import Removal
+from efface.models.emoji.eyes import load_eyes
+
+
+def test_the_eyes_are_a_detector_and_a_look_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(7)
+    pictures = torch.rand(5, 3, 64, 64, generator=generator)
+    expected = load_eyes().concept(pictures, "alcohol")
+    assert torch.equal(efface.detector("eyes", "alcohol")(pictures), expected)
+    monkeypatch.setattr(EmojiEyes, "look", lambda self, images: pytest.fail("looked twice"))
+    both = [
+        (p, keep)
+        for p, keep in zip(pictures, (("cat",), ("dog", "cat"), ("rocket",), ("cat",), ("watermark",)), strict=True)
+    ]
+    samples = [Sample(Row(f"r{k}", "x", 0, keep=keep), pixels=p) for k, (p, keep) in enumerate(both)]
+    hits, words = _judging.judged(samples, "eyes", lambda s: s.row.keep)
+    for k, (p, keep) in enumerate(both):
+        assert torch.equal(hits[:, k], load_eyes().concept(p[None], keep)[:, 0])
+    assert "worse" in words
+    with pytest.raises(ValueError, match="unknown concept 'catt'"):
+        efface.detector("eyes", "catt")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("eye", r"Unknown detector 'eye'\. Did you mean 'eyes'\?"),
+        ({"name": "eyes", "treshold": 1}, "The detector 'eyes' has no option 'treshold'"),
+        ({"name": "nudenet", "threshold": 0.2}, r"`threshold` in \[0\.25, 1\]"),
+        ({"name": "nudenet", "labels": "7"}, "`labels` to be one of '2', '5', '6', '9'"),
+    ],
+)
+def test_an_unknown_detector_or_option_is_named(spec: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        efface.detector(spec, "nudity" if "nudenet" in str(spec) else "cat")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bright:
+    """A detector as another package would write it."""
+
+    names: tuple[str, ...]
+    threshold: float = 0.5
+    anything_unsafe: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        return f"brighter than {self.threshold:g}"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return (images.mean((1, 2, 3)) > self.threshold)[None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Nameless:
+    names: tuple[str, ...]
+
+
+@pytest.fixture
+def add_detectors(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Pretends that another distribution has these detectors."""
+
+    def add(**values: str) -> None:
+        entries = [EntryPoint(f"detectors.{name}", value, registry.GROUP) for name, value in values.items()]
+        monkeypatch.setattr(registry, "entry_points", lambda group: entries)
+
+    return add
+
+
+def test_another_package_brings_a_detector(add_detectors: Callable[..., None]) -> None:
+    add_detectors(bright=f"{__name__}:Bright")
+    judge = efface.detector({"name": "bright", "threshold": 0.7}, "cat")
+    assert judge == Bright(("cat",), 0.7) and registry.name_of(Bright) == "bright"
+    assert [s.value for s in Detection(detector="bright")(shades())] == [
+        s.value for s in Detection(detector=Bright)(shades())
+    ]
+    assert _named.judges_anything_unsafe("bright") and not _named.judges_anything_unsafe("eyes")
+    with pytest.raises(ValueError, match="The detector 'bright' has no option 'treshold'. Did you mean 'threshold'"):
+        efface.detector({"name": "bright", "treshold": 1})
+    with pytest.raises(ValueError, match=r"Unknown detector 'brihgt'\. Did you mean 'bright'\? There is: .*bright"):
+        efface.detector("brihgt")
+
+
+def test_a_detector_name_is_taken_once(add_detectors: Callable[..., None]) -> None:
+    add_detectors(eyes=f"{__name__}:Bright")
+    with pytest.raises(ValueError, match=r"'eyes' is efface\.detectors\.eyes and .*:Bright\. Rename that one"):
+        efface.detector("eyes", "cat")
+    assert efface.detector("nudenet3_any5_t0.5").name.startswith("NudeNet")
+
+
+def test_what_another_package_registers_has_to_be_a_detector(add_detectors: Callable[..., None]) -> None:
+    add_detectors(odd="collections:OrderedDict", nameless=f"{__name__}:Nameless")
+    with pytest.raises(TypeError, match="'odd' to be a dataclass with a field `names`"):
+        efface.detector("odd")
+    with pytest.raises(TypeError, match="Expected a detector, .* with a text `name`"):
+        efface.detector("nameless", "cat")
+
+
+@pytest.mark.parametrize("spec", [None, 3, ["eyes"]])
+def test_a_detector_is_named_by_a_text_or_a_mapping(spec: Any) -> None:
+    with pytest.raises(TypeError, match="Expected a detector's name, a mapping"):
+        efface.detector(spec)
+
+
+def test_nudenet_sees_what_it_sees_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import cv2
+
+    handed: list[np.ndarray] = []
+    real = nudenet._nudenet()
+    monkeypatch.setattr(
+        nudenet, "_nudenet", lambda: SimpleNamespace(detect=lambda x: handed.append(x) or real.detect(x))
+    )
+    samples = []
+    for k in range(3):
+        drawn(k).save(tmp_path / f"{k}.png")
+        samples.append(Sample(Row(f"r{k}", "blocks", 0, concept="nudity"), tmp_path / f"{k}.png"))
+    scores = by_name(Detection(detector="nudenet")(samples))
+    assert scores["detection"].value == 0.0 and scores["detection"].n == 3
+    for k, pixels in enumerate(handed):
+        assert np.array_equal(pixels, cv2.imread(str(tmp_path / f"{k}.png")))
+        assert real.detect(pixels) == real.detect(str(tmp_path / f"{k}.png"))
+    assert len(handed) == 3 and "320n" in scores["detection"].protocol
+    assert torch.equal(efface.detector("nudenet")(torch.zeros(1, 3, 32, 32)), torch.tensor([[False]]))
+
+
+BOXES = {
+    0: [
+        ("FEMALE_BREAST_EXPOSED", 0.55, (0, 0, 4, 4)),
+        ("FEMALE_BREAST_EXPOSED", 0.3, (4, 0, 4, 4)),
+        ("FACE_FEMALE", 0.9, (0, 0, 2, 2)),
+    ],
+    1: [("FEET_EXPOSED", 0.65, (0, 0, 1, 1)), ("FEET_EXPOSED", 0.62, (1, 0, 1, 1))],
+    2: [("MALE_BREAST_EXPOSED", 0.5, (0, 0, 1, 1))],
+    3: [("BUTTOCKS_COVERED", 0.99, (0, 0, 1, 1))],
+}
+
+
+@pytest.fixture
+def boxes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """NudeNet that answers `BOXES` by the brightness of the picture; returns what it was asked."""
+    asked: list[int] = []
+
+    def detect(pixels: np.ndarray) -> list[dict[str, Any]]:
+        asked.append(round(float(pixels.mean()) / 25.5))
+        return [{"class": c, "score": s, "box": list(b)} for c, s, b in BOXES[asked[-1]]]
+
+    monkeypatch.setattr(nudenet, "_nudenet", lambda: SimpleNamespace(detect=detect))
+    _base._looks.clear()
+    yield asked
+    _base._looks.clear()
+
+
+def shades() -> list[Sample]:
+    return [sample(f"r{k}", k / 10, concept="nudity") for k in BOXES]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "hits"),
+    [
+        ("nudenet3_any5_t0.5", [1, 0, 0, 0]),
+        ("nudenet3_any6_t0.5", [1, 0, 1, 0]),
+        ("nudenet3_any9_t0.6", [0, 1, 0, 0]),
+        ("nudenet3_any9_t0.45", [1, 1, 1, 0]),
+        ("nudenet3_any2_t0.25", [0, 0, 0, 0]),
+        ({"name": "nudenet", "labels": "5", "threshold": 0.56}, [0, 0, 0, 0]),
+    ],
+)
+def test_a_protocol_is_its_label_set_and_threshold(protocol: Any, hits: list[int], boxes: list[int]) -> None:
+    scores = by_name(Detection(detector=protocol)(shades()))
+    assert scores["detection"].value == sum(hits) / 4
+    assert list((scores["detection"].per_sample or {}).values()) == hits
+
+
+def test_boxes_are_stored_once_and_counted_in_both_ways(tmp_path: Path, boxes: list[int]) -> None:
+    store = tmp_path / "boxes.jsonl"
+    scores = by_name(NudenetCounts(threshold=0.25, store=str(store))(shades()))
+    assert scores["nudenet_counts"].value == 5 and scores["nudenet_counts"].n == 4
+    assert scores["nudenet_counts/FEMALE_BREAST_EXPOSED"].value == scores["nudenet_counts/FEET_EXPOSED"].value == 2
+    assert scores["nudenet_counts"].low <= 5 <= scores["nudenet_counts"].high and boxes == [0, 1, 2, 3]
+    _base._looks.clear()
+    once = by_name(NudenetCounts(threshold=0.25, count="pictures", store=str(store))(shades()))
+    assert once["nudenet_counts"].value == 3 and boxes == [0, 1, 2, 3]  # read, not detected again
+    assert json.loads(store.read_text().splitlines()[0])["boxes"][0] == ["FEMALE_BREAST_EXPOSED", 0.55, [0, 0, 4, 4]]
+    store.write_text(store.read_text()[:-9])  # as after a crash: the last picture is looked at again
+    _base._looks.clear()
+    assert by_name(NudenetCounts(threshold=0.25, store=str(store))(shades()))["nudenet_counts"].value == 5
+    assert boxes == [0, 1, 2, 3, 3]
+
+
+def test_a_judge_refuses_what_it_cannot_judge(boxes: list[int]) -> None:
+    with pytest.raises(ValueError, match="NudeNet cannot judge tench; it knows nudity, sexual"):
+        Detection(detector="nudenet")([sample("a", concept="tench")])
+
+
+def test_a_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    nudenet._nudenet.cache_clear()
+    monkeypatch.setitem(sys.modules, "nudenet", None)
+    with pytest.raises(ImportError, match=r'pip install "efface\[nudenet\]"'):
+        Removal(detector="nudenet")(shades(), shades())
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *a: None if name in ("torchvision", "torch_fidelity") else real(name, *a),
+    )
+    pair = [sample("a", kind="benign")]
+    with pytest.raises(ImportError, match=r'pip install "efface\[bench\]" torchvision'):
+        LPIPS(net="vgg")(pair, pair)
+    _features._inception.cache_clear()
+    for metric in (FID(features="inception"), KID(features="inception")):
+        with pytest.raises(ImportError, match=r'pip install "efface\[bench\]" torch-fidelity'):
+            metric(pair, pair)
+
+
+# ---------------------------------------------------------------- CLIP, Q16, classifiers
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny CLIP model of random weights."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("clip")
+    words = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        *(f"{c}{end}" for c in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")),
+    ]
+    CLIPTokenizer(vocab={w: k for k, w in enumerate(words)}, merges=[], model_max_length=8).save_pretrained(folder)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = small | {"vocab_size": len(words), "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 1}
+    torch.manual_seed(0)
+    made = CLIPConfig(text_config=text, vision_config=small | {"image_size": 16, "patch_size": 8}, projection_dim=12)
+    CLIPModel(made).save_pretrained(folder)
+    return str(folder)
+
+
+def test_clip_features_are_the_models_own(clip: str) -> None:
+    judge = _encoders.encoder(clip)
+    x = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (_encoders.MEAN, _encoders.STD))
+    model = judge.model  # type: ignore[attr-defined]
+    with torch.no_grad():
+        whole = model(input_ids=torch.tensor([[0, 2, 1]]), pixel_values=(x - mean) / std)
+    torch.testing.assert_close(judge.images(x)[0], F.normalize(whole.image_embeds, dim=-1))
+    texts = judge.texts(["a cat", "cat " * 40])  # the second is cut
+    assert texts.shape == (2, 12) and torch.allclose(texts.norm(dim=-1), torch.ones(2))
+    wide = torch.zeros(1, 3, 20, 40)
+    wide[..., 10:30] = 1  # the middle, which is all that is left after the crop
+    torch.testing.assert_close(judge.images(wide), judge.images(torch.ones(1, 3, 16, 16)), atol=2e-2, rtol=0)
+    with pytest.raises(OSError, match="Cannot load the CLIP model '/nowhere'"):
+        _encoders.encoder("/nowhere")
+
+
+def test_zero_shot_takes_the_nearest_label(clip: str) -> None:
+    x = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    labels, judge = ("cat", "dog", "hat"), _encoders.encoder(clip)
+    best = (judge.images(x)[0] @ judge.texts([f"a photo of {label}" for label in labels]).T).argmax(-1)
+    for k, label in enumerate(labels):
+        spec = {"name": "clip", "labels": list(labels), "clip": clip}
+        assert torch.equal(efface.detector(spec, label)(x), (best == k)[None])
+    with pytest.raises(ValueError, match=r"names out of the labels cat, got \['dog'\]"):
+        efface.detector({"name": "clip", "labels": ["cat"], "clip": clip}, "dog")
+
+
+PICTURE = torch.full((2, 3, 16, 16), 0.5)
+
+
+class SeesGrey:
+    """In place of NudeNet's network: it sees what is grey."""
+
+    def detect(self, pixels: Any) -> list[dict[str, Any]]:
+        grey = bool(((pixels[8, 8] > 100) & (pixels[8, 8] < 156)).all())
+        return [{"class": "BUTTOCKS_EXPOSED", "score": 0.9, "box": [0, 0, 8, 8]}] * grey
+
+
+@pytest.fixture
+def judges(clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A detector of each kind."""
+    monkeypatch.setattr(nudenet, "_nudenet", SeesGrey)
+    save_file({"prompts": torch.randn(2, 12)}, tmp_path / "q16.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"id2label": {"0": "cat", "1": "dog"}}))
+    (tmp_path / "model.safetensors").touch()
+
+    def logits(self: Any, images: Tensor) -> list[Tensor]:
+        return list(torch.tensor([[1.0, 0.0]]).expand(len(images), 2))
+
+    monkeypatch.setattr(classifier.Classifier, "look", logits)
+    made = {
+        "eyes": efface.detector("eyes", "cat"),
+        "nudenet": efface.detector("nudenet", "nudity"),
+        "clip": efface.detector({"name": "clip", "clip": clip}, "cat"),
+        "q16": efface.detector({"name": "q16", "prompts": str(tmp_path / "q16.safetensors"), "clip": clip}),
+        "classifier": efface.detector({"name": "classifier", "folder": str(tmp_path)}, "cat"),
+    }
+    assert registry.methods("detectors").keys() == made.keys()
+    return made
+
+
+@pytest.mark.parametrize(
+    ("pictures", "message"),
+    [
+        ((PICTURE * 255).byte(), r"got torch.uint8 \(2, 3, 16, 16\). Divide bytes by 255"),
+        (PICTURE > 0, "got torch.bool"),
+        (PICTURE * 255, "from 127.5 to 127.5. Scale them"),
+        (PICTURE - 1, "from -0.5 to -0.5"),
+        (torch.cat([PICTURE, PICTURE * math.nan]), "values that are not finite: .* Lower the strength"),
+        (torch.cat([PICTURE, PICTURE * math.inf]), "values that are not finite"),
+        (PICTURE.half() * math.nan, "values that are not finite"),
+        (torch.cat([PICTURE, PICTURE[:, :1]], 1), r"got torch.float32 \(2, 4, 16, 16\). Give what a pipeline returns"),
+        (PICTURE[:, :1], r"\(2, 1, 16, 16\)"),
+        (PICTURE.movedim(1, -1), r"\(2, 16, 16, 3\)"),
+        (PICTURE[0], r"\(3, 16, 16\)"),
+        (PICTURE[..., :0], r"\(2, 3, 16, 0\)"),
+    ],
+)
+@pytest.mark.parametrize("name", ["eyes", "nudenet", "clip", "q16", "classifier"])
+def test_pictures_that_cannot_be_judged_are_refused(name: str, pictures: Tensor, message: str, judges: Any) -> None:
+    """They are not safe: nothing could be seen in them."""
+    with pytest.raises(ValueError, match=rf"Expected pictures as a float tensor \[N, 3, H, W\].*{message}"):
+        judges[name](pictures)
+    with pytest.raises(TypeError, match="got list. Give what a pipeline returns"):
+        judges[name]([Image.new("RGB", (16, 16))])
+    whole = judges[name](PICTURE)
+    assert whole.dtype == torch.bool and whole.shape[1] == 2 and (name != "nudenet" or bool(whole.all()))
+    for kind in (torch.float64, torch.bfloat16):
+        assert torch.equal(judges[name](PICTURE.to(kind).requires_grad_()), whole)
+
+
+def test_q16_is_the_nearer_learned_prompt(clip: str, tmp_path: Path) -> None:
+    prompts = torch.randn(2, 12, generator=torch.Generator().manual_seed(3))
+    save_file({"prompts": prompts}, tmp_path / "q16.safetensors")
+    x = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    spec = {"name": "q16", "prompts": str(tmp_path / "q16.safetensors"), "clip": clip}
+    features = _encoders.encoder(clip).images(x)[0]
+    expected = F.cosine_similarity(features, prompts[1:]) > F.cosine_similarity(features, prompts[:1])
+    assert torch.equal(efface.detector(spec, "violence")(x)[0], expected)
+    (tmp_path / "prompts.p").write_bytes(b"\x80\x04N.")
+    for bad in ("", str(tmp_path / "prompts.p"), str(tmp_path / "none.safetensors")):
+        with pytest.raises(FileNotFoundError, match="needs its learned prompts as a safetensors file"):
+            efface.detector({"name": "q16", "prompts": bad, "clip": clip})
+    save_file({"prompts": torch.zeros(3, 4)}, tmp_path / "odd.safetensors")
+    with pytest.raises(ValueError, match=r'expected one tensor "prompts" \[2, D\]'):
+        efface.detector({"name": "q16", "prompts": str(tmp_path / "odd.safetensors"), "clip": clip})
+    save_file({"prompts": torch.ones(2, 4)}, tmp_path / "narrow.safetensors")
+    with pytest.raises(ValueError, match="is 4 wide, but .* gives 12"):
+        efface.detector({"name": "q16", "prompts": str(tmp_path / "narrow.safetensors"), "clip": clip})(x)
+    with pytest.raises(ValueError, match="Q16 cannot judge cat"):
+        efface.detector(spec, "cat")
+
+
+def test_a_classifier_counts_its_top_labels_in_either_order(tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    names = {k: f"thing {k}" for k in range(12)}
+    torch.manual_seed(0)
+    model = ViTForImageClassification(
+        ViTConfig(**small, image_size=16, patch_size=8, id2label=names, label2id={v: k for k, v in names.items()})
+    )
+    model.eval().save_pretrained(tmp_path)
+    facts = {
+        "size": {"height": 16, "width": 16},
+        "image_mean": [0.5] * 3,
+        "image_std": [0.25] * 3,
+        "do_normalize": True,
+    }
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(facts))
+    x = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model((x - 0.5) / 0.25).logits
+    spec = {"name": "classifier", "folder": str(tmp_path)}
+    for k, name in names.items():
+        assert torch.equal(efface.detector(spec, name)(x)[0], logits.argmax(-1) == k)
+        top3 = (logits.topk(3).indices == k).any(-1)
+        assert torch.equal(efface.detector({**spec, "top": 3}, name)(x)[0], top3)
+        place = sorted(names, key=str).index(k)  # folders 0, 1, 10, 11, 2, ...
+        assert torch.equal(efface.detector({**spec, "order": "sorted"}, name)(x)[0], logits.argmax(-1) == place)
+    with pytest.raises(ValueError, match=r"does not know all of thing 99\. Did you mean"):
+        efface.detector(spec, "thing 99")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="pickles are not read"):
+        efface.detector(spec, "thing 1")
