@@ -15,17 +15,17 @@ from .registry import near
 
 @dataclasses.dataclass(frozen=True)
 class Concept:
-    """Something that must not be drawn.
+    """Something that the model must not draw.
 
     Args:
-        name: what to call it in files and reports.
-        phrases: short texts that evoke it; `(name,)` if left empty. They become erasure prompts.
-        anchor: text to map the concept onto, for methods that need one; "" is the unconditional text.
-        keep: neighbours that must survive, for methods that can preserve.
+        name: its name in files and reports.
+        phrases: short texts that evoke it. They become erasure prompts. Default: `(name,)`.
+        anchor: the text that methods with an anchor map the concept to. "" is the unconditional text.
+        keep: related texts that methods with preservation leave unchanged.
 
     Raises:
-        ValueError: an empty name or phrase.
-        TypeError: a name that is no text, or `phrases` or `keep` that are no sequence of texts.
+        ValueError: `name` or a phrase is empty.
+        TypeError: `name` is not a text, or `phrases` or `keep` is not a sequence of texts.
 
     Example:
         >>> from efface import Concept
@@ -46,8 +46,7 @@ class Concept:
         object.__setattr__(self, "keep", keep)
         if not all(p.strip() for p in self.phrases):
             raise ValueError(
-                f"Expected the phrases of {checks.shown(self.name)} to be texts, got an empty one. Remove it: an empty "
-                "text erases nothing."
+                f"Expected the phrases of {checks.shown(self.name)} to be texts, got an empty one. Remove it."
             )
 
 
@@ -64,12 +63,13 @@ def shipped_concepts() -> Mapping[str, Concept]:
 
 @functools.cache
 def concept_sources() -> Mapping[str, str]:
-    """Where the phrases of a shipped concept were published, by name; concepts with phrases of ours are left out."""
+    """The published source of a shipped concept's phrases, by name. Concepts without a published source are left
+    out."""
     return {name: source for name, (_, source) in _shipped().items() if source}
 
 
 def _shipped() -> dict[str, tuple[Concept, str]]:
-    """The shipped concepts with their sources. Ours have a list of phrases; published ones name their source."""
+    """The shipped concepts with their sources. In the file, a concept without a source is a plain list of phrases."""
     file = resources.files("efface") / "concepts.json"
     try:
         data = json.loads(file.read_text("utf-8"))
@@ -88,12 +88,12 @@ def concept(name: str) -> Concept:
     """The shipped concept of that name.
 
     Args:
-        name: one of those that `efface list concepts` shows; upper and lower case differ. Names with a dot, such as
-            "nudity.safree", are published word lists; the list shows their sources.
+        name: a name from `efface list concepts`. Upper and lower case differ. Names with a dot, such as
+            "nudity.safree", are published word lists; `efface list concepts` shows their sources.
 
     Raises:
-        ValueError: no such concept; the message lists near matches. A free text is written `Concept("...")`.
-        TypeError: the name is no text.
+        ValueError: there is no such concept. The message lists near matches. Write other texts as `Concept("...")`.
+        TypeError: `name` is not a text.
 
     Example:
         >>> import efface
@@ -115,13 +115,13 @@ def concept(name: str) -> Concept:
         hint = near(name, known)
         raise ValueError(
             f"{checks.shown(name)} is not a shipped concept. {hint}{' ' if hint else ''}`efface list concepts` shows "
-            f"all. Write a text of your own as Concept({checks.shown(name)}), on the command line as --phrase."
+            f"all. Write any other text as Concept({checks.shown(name)}), on the command line as --phrase."
         )
     return known[name]
 
 
 def as_concepts(concepts: Concepts, known: Sequence[Concept] = ()) -> tuple[Concept, ...]:
-    """Concepts from names and `Concept` objects; a bare name must be one of `known` or a shipped one."""
+    """Concepts from names and `Concept` objects. A name must be in `known` or belong to a shipped concept."""
     if isinstance(concepts, (Concept, str)):
         concepts = (concepts,)
     names = {c.name: c for c in known}
@@ -138,7 +138,7 @@ RowsField = Converted[Rows, tuple[tuple[Concept, ...], ...] | None]
 
 
 def as_rows(rows: Rows, known: Sequence[Concept]) -> tuple[tuple[Concept, ...], ...] | None:
-    """One tuple of concepts per prompt of the batch, or None for "the same everywhere"."""
+    """One tuple of concepts per prompt of the batch. None means the same concepts for every prompt."""
     if rows is None:
         return None
     if isinstance(rows, (str, Concept)) or not isinstance(rows, Sequence):

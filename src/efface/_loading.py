@@ -1,7 +1,7 @@
 """Pipelines loaded from names, folders and files.
 
-Files of strangers are read and never trusted: weights are safetensors, a folder decides neither which packages are
-imported nor that a hub is contacted, and code that comes with a model is not run.
+Model files are not trusted. Weights must be safetensors. A folder cannot cause an import of other packages or a
+download, and code that comes with a model never runs.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from .core import Pipeline
 
 EMBEDDED = {"emoji": "64 x 64 pixels", "emoji-128": "128 x 128 pixels", "emoji-flux": "128 x 128 pixels, FLUX-shaped"}
-"""The models that come with the package, and what they draw."""
+"""The embedded models, and the size of their pictures."""
 Offload = Literal["model", "sequential", "group"]
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 LIBRARIES = ("diffusers", "transformers")
-"""The packages that model_index.json may name, besides diffusers' own pipeline modules and our embedded models."""
+"""The packages that model_index.json may name, in addition to diffusers' pipeline modules and the embedded models."""
 KINDS = {
     "v1": "StableDiffusionPipeline",
     "v2": "StableDiffusionPipeline",
@@ -33,8 +33,8 @@ KINDS = {
     "flux-dev": "FluxPipeline",
     "flux-schnell": "FluxPipeline",
 }
-"""What diffusers calls the kind of a checkpoint in one file, and the class of pipeline for it."""
-ONLY_SAFETENSORS = "Only safetensors are read, never pickles"
+"""diffusers' name for the kind of a single-file checkpoint, and its pipeline class."""
+ONLY_SAFETENSORS = "Efface reads only safetensors, never pickles"
 
 
 def load(
@@ -47,27 +47,27 @@ def load(
     config: str | Path | None = None,
     allow_hub: bool = False,
 ) -> Pipeline:
-    """A diffusers text-to-image pipeline, ready for erasers.
+    """Loads a diffusers text-to-image pipeline.
 
     Args:
-        model: "emoji", "emoji-128" or "emoji-flux" for an embedded model; else a folder that `save_pretrained` wrote,
-            a checkpoint in one .safetensors file, or a hub id such as "owner/name".
-        dtype: of the weights in memory: "fp16", "bf16", "fp32" or one of torch's. None: float32.
-        device: such as "cuda". None: the CPU, or with `offload` this machine's accelerator.
-        variant: which files of a folder are read, such as "fp16" for `*.fp16.safetensors`.
-        offload: what waits on the CPU until it is needed: whole parts ("model"), groups of layers ("group") or single
-            layers ("sequential", slowest and smallest).
-        config: for a checkpoint in one file: a folder that `save_pretrained` wrote for a model of this kind. Its
-            tokenizers, scheduler and configurations are used, never its weights.
-        allow_hub: whether files may be downloaded from the Hugging Face hub. Without it, a hub id is looked up in the
-            local cache.
+        model: "emoji", "emoji-128" or "emoji-flux" for an embedded model; otherwise a folder that `save_pretrained`
+            wrote, a single-file .safetensors checkpoint, or a hub id such as "owner/name".
+        dtype: dtype of the weights in memory: "fp16", "bf16", "fp32" or a `torch.dtype`. None: float32.
+        device: such as "cuda". None: the CPU, or this machine's accelerator if `offload` is given.
+        variant: the variant of the folder's files, such as "fp16" for `*.fp16.safetensors`.
+        offload: what stays on the CPU until it is used: whole parts ("model"), groups of layers ("group") or single
+            layers ("sequential": least memory, slowest).
+        config: for a single-file checkpoint: a folder that `save_pretrained` wrote for a model of the same kind. Efface
+            uses its tokenizers, scheduler and configurations, never its weights.
+        allow_hub: allows downloads from the Hugging Face hub. Otherwise Efface looks for a hub id in the local cache
+            only.
 
     Raises:
-        ImportError: the text encoder of an embedded model is not installed.
-        FileNotFoundError: no such folder or file, or a hub id that is not in the cache.
-        ValueError: weights that are damaged, missing, pickles or of another version; a model_index.json that names
-            classes of other packages; a variant that the folder lacks; a device that this machine lacks.
-        OSError: a hub id that cannot be reached.
+        ImportError: the package with an embedded model's text encoder is not installed.
+        FileNotFoundError: the folder or file does not exist, or the hub id is not in the cache.
+        ValueError: weights are damaged, missing, pickles or of another version; model_index.json names classes of other
+            packages; the folder lacks the variant; this machine lacks the device.
+        OSError: the hub cannot be reached.
         TypeError: `model` is neither a name nor a path, or `dtype` is not a dtype.
 
     Example:
@@ -77,7 +77,7 @@ def load(
         384
     """
     if not isinstance(model, (str, Path)):
-        raise TypeError(f'Expected the model to be "emoji", a folder or a hub id, but got {model!r}.')
+        raise TypeError(f'Expected the model to be "emoji", a folder or a hub id, got {model!r}. Give one of these.')
     kind, target = _dtype(dtype), _device(device, offload)
     path = Path(model)
     files.refuse_pickle(path)
@@ -85,7 +85,7 @@ def load(
         for name, given in (("variant", variant), ("config", config)):
             if given is not None:
                 raise ValueError(
-                    f"Expected no `{name}` for the embedded model {str(model)!r}, but got {str(given)!r}. Leave it out."
+                    f"Expected no `{name}` for the embedded model {str(model)!r}, got {str(given)!r}. Leave it out."
                 )
         pipe = _embedded(str(model), kind)
     elif path.suffix == ".safetensors":
@@ -93,7 +93,7 @@ def load(
     else:
         if config is not None:
             raise ValueError(
-                f"Expected no `config` for {str(model)!r}, which is not a checkpoint in one file. Leave it out."
+                f"Expected `config` only for a single-file checkpoint, got it for {str(model)!r}. Leave it out."
             )
         pipe = _saved(model, kind, variant, allow_hub)
     return cast("Pipeline", _placed(pipe, target, offload))
@@ -107,17 +107,17 @@ def _dtype(dtype: object) -> torch.dtype | None:
     found = getattr(torch, DTYPES.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype):
         raise TypeError(
-            f"Expected `dtype` to be one of {', '.join(DTYPES)} or one of torch's, such as torch.float16, but got "
-            f"{dtype!r}."
+            f"Expected `dtype` to be one of {', '.join(DTYPES)} or a `torch.dtype`, got {dtype!r:.80}. Give one of "
+            "these."
         )
     return found
 
 
 def _device(device: object, offload: object) -> torch.device | None:
-    """Where the pipeline computes; None for the CPU without offloading."""
+    """The device of the pipeline; None for the CPU without offloading."""
     if offload is not None and offload not in get_args(Offload):
         raise ValueError(
-            f"Expected `offload` to be one of {', '.join(get_args(Offload))}, but got {offload!r}. Leave it out to "
+            f"Expected `offload` to be one of {', '.join(get_args(Offload))}, got {offload!r:.80}. Leave it out to "
             "keep all parts on the device."
         )
     if device is None and offload is None:
@@ -128,19 +128,19 @@ def _device(device: object, offload: object) -> torch.device | None:
     if device is None:
         if there is None:
             raise ValueError(
-                f"Expected an accelerator for `offload`={offload!r}, but this machine has none. Leave `offload` out."
+                f"Expected an accelerator for `offload`={offload!r}, got a machine without one. Leave `offload` out."
             )
         return there
     try:
         found = torch.device(cast("str", device))
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f'Expected `device` to be such as "cpu" or "cuda:0", but got {device!r}. Name one.') from error
+        raise ValueError(
+            f'Expected `device` to be a device such as "cpu" or "cuda:0", got {device!r:.80}. Name one.'
+        ) from error
     names = [str(there), "cpu"] if there else ["cpu"]
     count = torch.accelerator.device_count() if there else 0
     if found.type not in ("cpu", "meta") and (there is None or found.type != there.type or (found.index or 0) >= count):
-        raise ValueError(
-            f"Expected a device that this machine has, but got {str(found)!r}. There is: {', '.join(names)}."
-        )
+        raise ValueError(f"Expected a device of this machine, got {str(found)!r}. Choose from: {', '.join(names)}.")
     return found
 
 
@@ -169,7 +169,7 @@ def _embedded(model: str, dtype: torch.dtype | None) -> Any:
 
 
 def _saved(model: str | Path, dtype: torch.dtype | None, variant: str | None, allow_hub: bool) -> Any:
-    """The pipeline in a folder, or of a hub id."""
+    """Loads the pipeline from a folder or a hub id."""
     from diffusers import DiffusionPipeline
     from safetensors import SafetensorError
 
@@ -177,16 +177,18 @@ def _saved(model: str | Path, dtype: torch.dtype | None, variant: str | None, al
     ours: list[str] = []
     if path.exists():
         if path.is_dir() and not (path / "model_index.json").exists():
-            raise FileNotFoundError(f"{path} is not a saved pipeline: it has no model_index.json. Give its top folder.")
+            raise FileNotFoundError(
+                f"{path} has no model_index.json, so it is not a saved pipeline. Give the top folder of one."
+            )
         if not path.is_dir():
             raise ValueError(
-                f"{path} is neither a folder nor a .safetensors file. {ONLY_SAFETENSORS}: give a folder that "
-                "`save_pretrained` wrote, or a checkpoint in one .safetensors file."
+                f"{path} is neither a folder nor a .safetensors file, and {ONLY_SAFETENSORS}. Give a folder that "
+                "`save_pretrained` wrote, or a single-file .safetensors checkpoint."
             )
         if odd := [each for each in path.rglob("*") if not (each.is_file() or each.is_dir())]:
             raise ValueError(
-                f"Expected files and folders in {path}, but {odd[0]} is neither, or a link to nothing. Remove it, or "
-                "download the pipeline again."
+                f"Expected only files and folders in {path}, got {odd[0]}, which is a broken link or a special file. "
+                "Remove it, or download the pipeline again."
             )
         ours = _check_index(path / "model_index.json")
     elif not _is_hub_id(str(model)):
@@ -222,18 +224,18 @@ def _is_hub_id(model: str) -> bool:
 
 
 def _check_index(file: Path) -> list[str]:
-    """The modules of our embedded models that a model_index.json names, imported, so that diffusers finds them.
+    """Imports the embedded models' modules that a model_index.json names, so that diffusers finds them.
 
     Raises:
-        ValueError: it is not what `save_pretrained` writes, or it names classes of other packages: diffusers would
-            import them.
+        ValueError: `save_pretrained` did not write the file, or it names classes of other packages, which diffusers
+            would import.
     """
     import diffusers
     from diffusers import pipelines
 
     index = files.read_json(file, "Save the pipeline again, or download it again.")
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
-        raise ValueError(f"{file} names no pipeline class: it is not what `save_pretrained` writes. Save it again.")
+        raise ValueError(f"{file} names no pipeline class. Save the pipeline again with `save_pretrained`.")
     kind = getattr(diffusers, index["_class_name"], None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
         raise ValueError(
@@ -249,14 +251,14 @@ def _check_index(file: Path) -> list[str]:
             ours.append(library.removeprefix("efface.models."))
         elif library not in LIBRARIES and not hasattr(pipelines, library):
             raise ValueError(
-                f"{file} takes {part!r} from the package {library[:80]!r}, and a file does not decide what is "
-                f"imported. Build this pipeline in Python, or save it with parts of {' or '.join(LIBRARIES)}."
+                f"{file} takes {part!r} from the package {library[:80]!r}, which Efface does not import for a file. "
+                f"Build this pipeline in Python, or save it with parts of {' or '.join(LIBRARIES)}."
             )
     known = ("emoji.vae", "emoji128.vae", "emoji128.text")
     if strange := [name for name in ours if name not in known]:
         raise ValueError(
-            f"{file} names efface.models.{strange[0]}, which this version of Efface lacks. There is: "
-            f"{', '.join(f'efface.models.{name}' for name in known)}."
+            f"{file} names efface.models.{strange[0]}, which this version of Efface lacks. Update Efface, or use one "
+            f"of: {', '.join(f'efface.models.{name}' for name in known)}."
         )
     for name in ours:
         importlib.import_module(f"efface.models.{name}")
@@ -264,7 +266,7 @@ def _check_index(file: Path) -> list[str]:
 
 
 def _cannot_load(folder: Path, variant: str | None, error: Exception) -> str:
-    """Why a folder cannot be loaded: its variants, or its damaged files."""
+    """The error for a folder that cannot be loaded: it names the available variants or the damaged files."""
     weights = [file for file in folder.rglob("*.safetensors") if file.parent != folder]
     found = {file.name.split(".")[-2] for file in weights if file.name.count(".") > 1 and "-of-" not in file.name}
     variants = sorted(name for name in found if not name.isdigit() and "-of-" not in name)
@@ -274,7 +276,7 @@ def _cannot_load(folder: Path, variant: str | None, error: Exception) -> str:
         return f"{folder} has {which}. Give one of its variants: {', '.join(map(repr, variants))}."
     if variant is not None and not variants:
         return f"{folder} has no variant {variant!r}, only weights without a variant. Leave `variant` out."
-    broken = ", ".join(map(str, damaged(folder))) or "one that it needs is missing"
+    broken = ", ".join(map(str, damaged(folder))) or "a required file is missing"
     return (
         f"The pipeline in {folder} cannot be loaded ({error}). Damaged files: {broken}. {ONLY_SAFETENSORS}. Save the "
         "pipeline again, or download it again."
@@ -282,7 +284,7 @@ def _cannot_load(folder: Path, variant: str | None, error: Exception) -> str:
 
 
 def damaged(folder: Path) -> list[Path]:
-    """The files of a saved pipeline that are not safetensors or not JSON, though they are named so."""
+    """The files of a saved pipeline whose content is not the safetensors or JSON that their names promise."""
     from safetensors import SafetensorError, safe_open
 
     found = []
@@ -299,17 +301,18 @@ def damaged(folder: Path) -> list[Path]:
 
 
 def _single_file(file: Path, dtype: torch.dtype | None, config: str | Path | None, allow_hub: bool) -> Any:
-    """The pipeline whose weights are all in one file; tokenizers and configurations come from `config` or the hub."""
+    """Loads a pipeline whose weights are all in one file. Takes tokenizers and configurations from `config` or the
+    hub."""
     import diffusers
     from diffusers.loaders.single_file_utils import SingleFileComponentError, infer_diffusers_model_type
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not file.is_file():
-        raise FileNotFoundError(f"There is no file {str(file)!r}. Give the path of a checkpoint in one file.")
+        raise FileNotFoundError(f"There is no file {str(file)!r}. Give the path of a single-file checkpoint.")
     if config is None and not allow_hub:
         raise ValueError(
-            f"{file} holds weights only, and its tokenizers and configurations are not known. Give config=FOLDER "
+            f"{file} holds only weights, without tokenizers and configurations. Give config=FOLDER "
             "(--config) with a saved model of this kind, or allow_hub=True (--allow-hub) to download them."
         )
     try:
@@ -317,8 +320,8 @@ def _single_file(file: Path, dtype: torch.dtype | None, config: str | Path | Non
             index = Path(config) / "model_index.json"
             if not index.is_file():
                 raise FileNotFoundError(
-                    f"{config} is not a saved pipeline: it has no model_index.json. Give a folder that "
-                    "`save_pretrained` wrote for a model of this kind."
+                    f"{config} has no model_index.json, so it is not a saved pipeline. Give a folder that "
+                    "`save_pretrained` wrote for a model of the same kind."
                 )
             _check_index(index)
             named = files.read_json(index, "")["_class_name"]
@@ -327,8 +330,8 @@ def _single_file(file: Path, dtype: torch.dtype | None, config: str | Path | Non
         cls = getattr(diffusers, named, None)
         if not (isinstance(cls, type) and hasattr(cls, "from_single_file")):
             raise ValueError(
-                f"{file} is not a checkpoint of a kind that is read from one file ({named or 'unknown'}). Give a "
-                "folder that `save_pretrained` wrote."
+                f"{file} is a single-file checkpoint of a kind that Efface does not read ({named or 'unknown'}). Give "
+                "a folder that `save_pretrained` wrote."
             )
         more: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
         where = None if config is None else str(config)
@@ -338,6 +341,6 @@ def _single_file(file: Path, dtype: torch.dtype | None, config: str | Path | Non
             raise
         reason = str(error).strip().partition("\n")[0][:300]
         raise ValueError(
-            f"{file} cannot be loaded ({reason}). Give a whole checkpoint, and as `config` a saved model of the same "
-            "kind and size."
+            f"{file} cannot be loaded ({reason}). Give a complete checkpoint, and as `config` a saved model of the "
+            "same kind and size."
         ) from error

@@ -72,7 +72,7 @@ def editor(method: str, /, **fields: Any) -> Any:
     Raises:
         ValueError: unknown method, preset or field (the message has near matches), a field out of range, or a preset
             without a field that it needs.
-        TypeError: a method that is not a text.
+        TypeError: `method` is not a text.
 
     Example:
         >>> from efface import api

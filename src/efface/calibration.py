@@ -170,7 +170,7 @@ def calibrate(
         out: a folder that keeps each strength's judgements as JSON: the same call goes on where it stopped.
         plot: also write `calibration.png` to `out`; needs matplotlib.
         guidance: the guidance scale, as `efface.pipelines.guided` takes it; None leaves the pipeline's own default.
-        progress: called with what is drawn and the number of pictures since the last call.
+        progress: called with the task and the number of pictures since the last call.
         call: further arguments of the pipeline, such as `num_inference_steps`.
 
     Raises:

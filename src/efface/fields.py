@@ -39,9 +39,10 @@ class Converted(Generic[Given, Held]):
 
 
 def computed(read: Callable[[Any], T]) -> T:
-    """The value of a class attribute of a method that depends on its fields, read by `read(method)`.
+    """A class attribute whose value depends on the method's fields: `read(method)`.
 
-    It is a property. Type checkers take it for the attribute that `Method` declares; they refuse `@property` there.
+    At run time it is a property. For type checkers it is the attribute that `Method` declares, where they refuse
+    `@property`.
 
         guides: ClassVar[bool] = computed(lambda self: self.strength > 0)
     """

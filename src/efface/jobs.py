@@ -84,7 +84,7 @@ class Erasure:
         images: number of pictures.
         steps: denoising steps.
         guidance: the guidance scale, as `efface.pipelines.guided` takes it; None leaves the pipeline's own default.
-        judge: what looks at the pictures, if anything does.
+        judge: judges the pictures. None: no judgement.
     """
 
     pipe: DiffusionPipeline
@@ -161,7 +161,7 @@ class Erasure:
     def _drawn(
         self, when: str, seeds: Sequence[int], erasers: Sequence[Any]
     ) -> list[tuple[int, str, Image, dict[str, Any]]]:
-        """Seed, "before" or "after", picture, and what there is to note about it."""
+        """Yields the seed, "before" or "after", the picture, and notes about it."""
         call: dict[str, Any] = {"num_inference_steps": self.steps}
         call |= {"negative_prompt": self.negative} if self.negative else {}
         began = time.perf_counter()
@@ -290,9 +290,8 @@ def bench(suite: Suite, pipe: DiffusionPipeline, *, score: bool = True, **option
     Args:
         suite: the suite to draw.
         pipe: the pipeline.
-        score: whether to score what was drawn.
-        options: those of `efface.run`: `eraser`, `out`, `base`, `batch`, `name`, `command`,
-            `guidance` and `ray`.
+        score: whether to score the pictures.
+        options: options of `efface.run`: `eraser`, `out`, `base`, `batch`, `name`, `command`, `guidance` and `ray`.
     """
     if score:
         rehearse(suite)

@@ -250,7 +250,7 @@ def about(room: str) -> dict[str, str]:
     Example:
         >>> from efface import registry
         >>> registry.about("suites")["coco"]
-        'COCO captions: what must survive any erasure.'
+        'COCO captions: prompts that no erasure should change.'
     """
     found = {name: f"a plugin, {entry.value}" for (where, name), entry in _plugins() if where == room}
     for name in _files(room):

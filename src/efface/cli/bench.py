@@ -56,8 +56,8 @@ def bench(
     base: Annotated[
         Path | None, typer.Option(help="The folder of the base model's pictures. Default: one next to --out.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at a time; it bounds the memory.")] = BATCH,
+    limit: Annotated[int | None, typer.Option(min=1, help="The largest number of rows.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures per pipeline call; limits the memory.")] = BATCH,
     guidance: Guidance = None,
     ray: Annotated[
         str | None,
@@ -103,7 +103,7 @@ def bench(
         command = shlex.join(["efface", *sys.argv[1:]])
         options = {"eraser": erasers, "out": out, "base": base, "batch": batch, "name": name, "command": command}
         options |= {"guidance": guidance, "ray": runs.Cluster(ray, name, loading) if ray is not None else None}
-        kept = f"What was finished is in {out}; run the same command, it continues."
+        kept = f"Finished pictures are in {out}. Run the same command, which continues."
         with told(lambda: kept if out.is_dir() else ""), telling():
             made = jobs.bench(chosen, pipe, score=not no_score, **options)
         if not no_score:

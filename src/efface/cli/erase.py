@@ -42,8 +42,8 @@ def erase(
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the first picture.")] = 1_000_000,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
     guidance: Guidance = None,
-    negative: Annotated[str, typer.Option(help="The user's own negative prompt.")] = "",
-    out: Annotated[Path | None, typer.Option(help="Output folder; a fresh numbered one if left out.")] = None,
+    negative: Annotated[str, typer.Option(help="The negative prompt.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Output folder. Default: a new numbered one.")] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     *,
@@ -67,7 +67,7 @@ def erase(
 
         pipe = load(model, loading)
         check_guidance(erasers, guidance, pipe)
-        api.stack(pipe, *erasers).remove()  # a phrase too long or a wrong pipeline is found before anything is drawn
+        api.stack(pipe, *erasers).remove()  # finds too long phrases and wrong pipelines before anything is drawn
         for what, text in (("prompt", prompt), ("negative prompt", negative)):
             if lost := api.cut_off(pipe, text):
                 warn(f"The {what} is longer than the text encoder's limit. It ignores {lost!r}.")

@@ -123,7 +123,7 @@ def _place(value: Tensor) -> int:
 
 
 def strengths(config: Mapping[str, Any]) -> dict[str, float]:
-    """The hash of a delta and of all that it is a sum of, with their strengths, from what records store."""
+    """The hashes of a delta and of its summands, with their strengths, from a record."""
     found = {config["hash"]: config["strength"]}
     for each in config["info"].get("sum of", ()):
         found |= {name: config["strength"] * strength for name, strength in strengths(each).items()}

@@ -162,7 +162,7 @@ class Delta:
         return AppliedDelta(self, pipe).put()
 
     def _has(self, other: Delta) -> bool:
-        """Whether the two are one delta, or one of them is a sum with the other in it."""
+        """Whether the two deltas are equal, or one is a sum that contains the other."""
         return self.hash in strengths(other.config()) or other.hash in strengths(self.config())
 
     def check(self, pipe: DiffusionPipeline) -> None:

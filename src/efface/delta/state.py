@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 def present(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """What shapes a pipeline's pictures apart from its weights, as JSON types: scheduler, deltas, erasers and LoRAs."""
+    """The facts that affect a pipeline's pictures besides its weights, as JSON types: scheduler, deltas, erasers and
+    LoRAs."""
     site = SITES.get(denoiser_of(pipe))
     schedule = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
     found = {

@@ -54,7 +54,7 @@ class NudeNet(Looking):
     Args:
         names: things to look for; only nudity is known.
         labels: "2", "5", "6" or "9", see `LABELS`.
-        threshold: >= 0.25, below which NudeNet itself drops boxes.
+        threshold: at least 0.25, because NudeNet drops boxes below.
         store: a JSON-lines file that boxes are read from and added to, one picture a line; "" = none.
     """
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Offer(NamedTuple):
-    """Something that a family may offer: its words in messages, and what it means."""
+    """A possible offer of a family: its words in messages, and its meaning."""
 
     words: str
     meaning: str
@@ -33,7 +33,7 @@ OFFERS: Mapping[str, Offer] = {
     ),
     "guidance_scale": Offer(
         "the guidance scale of the call",
-        "The pipeline object tells the guidance scale of its present call.",
+        "The pipeline object exposes the guidance scale of its current call.",
     ),
     "text_weights": Offer(
         "weights that read the encoded text",
@@ -41,6 +41,6 @@ OFFERS: Mapping[str, Offer] = {
     ),
     "training": Offer(
         "a denoiser that trains outside of the pipeline's call",
-        "The denoiser predicts from latents, time and encoded text alone, on steps of the pipeline's own scheduler.",
+        "The denoiser predicts from latents, time and encoded text alone, on steps of the pipeline's scheduler.",
     ),
 }

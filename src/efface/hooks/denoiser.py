@@ -309,7 +309,7 @@ class Site:
             )
 
     def refuse_without_guidance(self) -> None:
-        """ValueError if a method that is on needs guidance."""
+        """Raises ValueError if an applied method needs guidance."""
         for applied in self.applied:
             method = applied.method
             acts = applied.prompts is not None if method.guides else method.negates

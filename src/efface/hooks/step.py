@@ -27,7 +27,7 @@ Plan = list[tuple[Applied, Tensor | float, str]]
 
 
 class Where(Guarded, Protocol):
-    """The denoiser that is called."""
+    """The called denoiser."""
 
     calls: Calls
     layers: Layers

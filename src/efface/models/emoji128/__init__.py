@@ -87,7 +87,7 @@ def check(path: Path, expected: str) -> Path:
     """Returns `path` if the file has the SHA-256 `expected`.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: the file differs from the one that was published.
     """
     if not path.is_file():
