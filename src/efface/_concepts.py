@@ -1,4 +1,4 @@
-"""`Concept`, and the concepts that come with Efface."""
+"""`Concept`, and the shipped concepts."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ ConceptsField = Converted[Concepts, tuple[Concept, ...]]
 
 @functools.cache
 def shipped_concepts() -> Mapping[str, Concept]:
-    """The concepts that come with Efface, by name."""
+    """The shipped concepts, by name."""
     return {name: found for name, (found, _) in _shipped().items()}
 
 

@@ -1,4 +1,4 @@
-"""Pipelines loaded from names, folders and files.
+"""Loads pipelines from names, folders and files.
 
 Model files are not trusted. Weights must be safetensors. A folder cannot cause an import of other packages or a
 download, and code that comes with a model never runs.

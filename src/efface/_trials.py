@@ -1,4 +1,4 @@
-"""Strengths on trial for `calibration`: each is drawn and judged once, and kept in a file if there is a folder."""
+"""Draws and judges strengths for `calibration`, each once, and stores the judgements if there is a folder."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from .intervals import Rate
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = 1  # of the files in a calibration's folder
+FORMAT = 1  # format of the files in a calibration's folder
 Kept = Callable[["Tensor", "Tensor"], "Tensor"]
 Judgements = dict[str, list[list[int]]]
 
 
 @dataclasses.dataclass
 class Trials:
-    """Strengths of one eraser on one model.
+    """The trials of one eraser on one model.
 
     Args:
-        pipe, eraser, detector, kept, batch, progress: those of `calibrate`.
-        prompts: n that draw the concept, and n whose pictures must stay.
-        seeds: two for each pair of these.
-        call: the arguments of the pipeline.
-        folder: keeps the judgements of each strength; None keeps none.
+        pipe, eraser, detector, kept, batch, progress: arguments of `calibrate`.
+        prompts: n prompts that draw the concept, and n prompts for retention.
+        seeds: two per pair of prompts.
+        call: arguments of the pipeline.
+        folder: stores the judgements of each strength. None stores none.
     """
 
     pipe: Any
@@ -45,11 +45,11 @@ class Trials:
     _judged: dict[float, Judgements] = dataclasses.field(default_factory=dict, init=False)
 
     def plain(self) -> Rate:
-        """How often the base model shows the concept, by the judge that sees less of it."""
+        """The rate of the base model's pictures with the concept, by the judge with fewer detections."""
         return _rate(self._judgements(0.0)["left"], min)
 
     def rates(self, strength: float) -> tuple[Rate, Rate]:
-        """How much of the concept is left, and how much of the rest is kept, by the worse judge."""
+        """Residual rate and retention, each by the worse judge."""
         found = self._judgements(strength)
         return _rate(found["left"], max), _rate(found["kept"], min)
 
@@ -73,11 +73,11 @@ class Trials:
 
     @functools.cached_property
     def _shown(self) -> Tensor:
-        """The base model's pictures of what must stay."""
+        """The base model's pictures for retention."""
         return self._pictures(0.0, 1)
 
     def _pictures(self, strength: float, which: int) -> Tensor:
-        """Those of the concept's prompts (0) or of the prompts whose pictures must stay (1)."""
+        """Pictures of the concept's prompts (0) or of the prompts for retention (1)."""
         import torch
 
         from .api import draw
@@ -98,45 +98,45 @@ class Trials:
 
 
 def same_setting(folder: Path, setting: Mapping[str, Any]) -> None:
-    """Writes the setting into a new folder; ValueError if the folder has another one."""
+    """Writes the setting into a new folder. Raises ValueError if the folder has another setting."""
     from . import schema
 
     path, cure = folder / "setting.json", f"Name a new folder, or delete {folder}."
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"Expected `out` to be a folder, but {folder} is a file: name another one.")
+        raise ValueError(f"Expected `out` to be a folder, got the file {folder}. Name another one.")
     if files.there(path):
         found = schema.read(files.inside(folder, path.name), schema.Setting, cure)
         wanted = {"format": FORMAT, **setting}
         files.check_same({"format": FORMAT, **found}, wanted, f"{folder} holds another calibration", cure)
         return
     if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and holds no calibration: name another folder.")
+        raise ValueError(f"{folder} is not empty and holds no calibration. Name another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     files.write_json(path, {"format": FORMAT, **setting})
 
 
 def _read(path: Path, n: int, names: Sequence[str]) -> Judgements:
-    """Judgements of n pictures each that were written earlier."""
+    """Reads stored judgements of n pictures each."""
     from . import schema
 
-    cure = "Delete it, and the same call draws its pictures again."
+    cure = "Delete it, and run the same call again."
     form = schema.Judgements if "kept" in names else schema.PlainJudgements
     found = schema.read(files.inside(path.parent, path.name), form, cure)
     if any(len(row) != n for name in names for row in found[name]):
-        raise ValueError(f"{path} is damaged: it has not {n} judgements of each judge. {cure}")
+        raise ValueError(f"Expected {n} judgements per judge in {path}, got another number. {cure}")
     return {name: found[name] for name in names}
 
 
 def _rows(found: Tensor) -> list[list[int]]:
-    """One list per judge."""
+    """One list of judgements per judge."""
     return [[int(x) for x in row] for row in (found[None] if found.ndim == 1 else found)]
 
 
 def _rate(rows: list[list[int]], worse: Callable[..., Rate]) -> Rate:
-    """The rate of the judge that is least (`min`) or most (`max`); entries below 0 do not count."""
+    """The smallest (`min`) or largest (`max`) rate of the judges. Entries below 0 do not count."""
     rates = [Rate(sum(x for x in row if x > 0), sum(x >= 0 for x in row)) for row in rows]
     if any(r.n == 0 for r in rates):
         raise ValueError(
-            "A judge counts none of the base model's pictures, so nothing can be kept: give other `keep_prompts`."
+            "A judge counts none of the base model's pictures, so retention is undefined. Give other `keep_prompts`."
         )
     return worse(rates, key=lambda r: r.rate)

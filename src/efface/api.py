@@ -67,11 +67,11 @@ def build(method: str, concepts: Concepts, /, **fields: Any) -> Any:
 
 
 def editor(method: str, /, **fields: Any) -> Any:
-    """The editor `method`, or a preset of it ("esd.paper"), configured by `fields`; its `fit` gives a delta.
+    """Builds the editor `method`, or a preset of it ("esd.paper"). Its `fit` returns a delta.
 
     Raises:
-        ValueError: unknown method, preset or field (the message has near matches), a field out of range, or a preset
-            without a field that it needs.
+        ValueError: the method, preset or field is unknown (the message has near matches), a field is out of range, or a
+            field that the preset needs is missing.
         TypeError: `method` is not a text.
 
     Example:
@@ -87,7 +87,9 @@ def editor(method: str, /, **fields: Any) -> Any:
     takes = {n: p for n, p in inspect.signature(make).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD}
     if missing := [n for n, p in takes.items() if p.default is p.empty and n not in fields]:
         needed = " and ".join(f"`{n}`" for n in missing)
-        raise ValueError(f"Expected {needed} with the preset {method}, got none. Give it by --set, in Python by name.")
+        raise ValueError(
+            f"Expected {needed} with the preset {method}, got none. Give it by --set, or by name in Python."
+        )
     made = make(**{n: fields[n] for n in takes if n in fields})
     rest = {n: value for n, value in fields.items() if n not in takes}
     return dataclasses.replace(made, **rest) if rest else made

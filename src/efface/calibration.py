@@ -1,4 +1,4 @@
-"""How much strength a concept takes on a model: the smallest that erases enough and keeps enough."""
+"""Calibration: finds the smallest strength that meets goals for residual rate and retention."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 __all__ = ["Calibration", "Point", "calibrate", "same_picture"]
 
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-SHOWN = 0.30  # what the base model has to show of the concept, or nothing can be told
+SHOWN = 0.30  # the base model's smallest rate of pictures with the concept; below, erasure cannot be judged
 LIKE = 0.9
 
 
 def same_picture(erased: Tensor, plain: Tensor) -> Tensor:
-    """Whether pictures [N, 3, H, W] are still the plain ones, bool [1, N]: `pictures.likeness` of at least 0.9.
+    """Whether pictures [N, 3, H, W] match the base model's, bool [1, N]: `pictures.likeness` of at least 0.9.
 
-    It knows nothing of what is drawn: a crude judge, for models without a better one.
+    This judge compares pixels only. Use it for models without a better judge.
     """
     from .pictures import likeness
 
@@ -37,7 +37,7 @@ def same_picture(erased: Tensor, plain: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Point:
-    """One strength, by the worse judge: how much of the concept is left, and how much of the rest is kept."""
+    """One strength with its residual rate (`left`) and retention (`kept`), each by the worse judge."""
 
     strength: float
     left: Rate
@@ -46,14 +46,14 @@ class Point:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate` found.
+    """The result of `calibrate`.
 
     Args:
-        strength: the smallest one tried that reaches both goals; None if none does.
-        best: the point of that strength, or the one that comes closest: the smallest sum of what the two goals lack.
-        points: every strength tried, ascending.
-        plain: the concept in the base model's pictures, by the judge that sees less of it.
-        target, keep: the goals.
+        strength: the smallest tried strength that meets both goals. None if none does.
+        best: the point of that strength; without one, the point with the smallest summed distance from the goals.
+        points: the points of all tried strengths, ascending.
+        plain: the rate of the base model's pictures with the concept, by the judge with fewer detections.
+        target, keep: the goals for residual rate and retention.
     """
 
     strength: float | None
@@ -64,8 +64,9 @@ class Calibration:
     keep: float
 
     def __str__(self) -> str:
-        goals = f"left <= {100 * self.target:g} %, kept >= {100 * self.keep:g} %"
-        found = f"{self.best.strength:g}: left {self.best.left}, kept {self.best.kept}, plain {self.plain}"
+        goals = f"residual rate <= {100 * self.target:g} %, retention >= {100 * self.keep:g} %"
+        found = f"{self.best.strength:g}: residual rate {self.best.left}, retention {self.best.kept}"
+        found += f", base model {self.plain}"
         if self.strength is not None:
             return f"Strength {found} (goal: {goals})."
         return f"No strength from {self.points[0].strength:g} to {self.points[-1].strength:g} reaches {goals}. " + (
@@ -88,7 +89,7 @@ class Calibration:
         }
 
     def plot(self, path: str | Path) -> None:
-        """Writes left and kept over strength, with intervals and goals, as a picture.
+        """Plots residual rate and retention over strength, with intervals and goals.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -100,15 +101,18 @@ class Calibration:
         from matplotlib import pyplot
 
         figure, axes = pyplot.subplots(figsize=(5, 4))
-        for name, goal, colour in (("left", self.target, "tab:red"), ("kept", self.keep, "tab:blue")):
+        for name, label, goal, colour in (
+            ("left", "residual rate", self.target, "tab:red"),
+            ("kept", "retention", self.keep, "tab:blue"),
+        ):
             rates = [getattr(p, name) for p in self.points]
             y = [100 * r.rate for r in rates]
             bars = [[v - 100 * r.interval[0] for v, r in zip(y, rates, strict=True)]]
             bars += [[100 * r.interval[1] - v for v, r in zip(y, rates, strict=True)]]
             bars = [[max(v, 0.0) for v in bar] for bar in bars]
-            axes.errorbar([p.strength for p in self.points], y, bars, fmt="o-", capsize=3, color=colour, label=name)
+            axes.errorbar([p.strength for p in self.points], y, bars, fmt="o-", capsize=3, color=colour, label=label)
             axes.axhline(100 * goal, linestyle=":", color=colour)
-        axes.axhline(100 * self.plain.rate, color="grey", linestyle="--", label="left, base model")
+        axes.axhline(100 * self.plain.rate, color="grey", linestyle="--", label="base model")
         axes.set(xlabel="strength", ylabel="%", ylim=(-3, 103), title="Tuning seeds, 95 % intervals")
         axes.legend()
         figure.tight_layout()
@@ -117,9 +121,9 @@ class Calibration:
 
 
 def check_plot() -> None:
-    """ImportError with the cure if matplotlib is not there."""
+    """Raises ImportError, with the cure, if matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError('Plots need matplotlib: pip install "efface[bench]"')
+        raise ImportError('Plots need matplotlib. Install it with pip install "efface[bench]".')
 
 
 def calibrate(
@@ -144,41 +148,41 @@ def calibrate(
     progress: Callable[[str, int], None] | None = None,
     **call: Any,
 ) -> Calibration:
-    """The smallest strength of an eraser at which at most `target` of the concept is left and `keep` of the rest kept.
+    """Finds the smallest strength of an eraser with residual rate <= `target` and retention >= `keep`.
 
-    Strengths are tried upwards until the target is reached; then the gap below is halved `refine` times. More strength
-    leaves less of a concept and of everything else, so nothing above is tried. Rates are those of the worse judge, and
-    on tuning seeds: measure the strength found on test seeds before you believe its figures.
+    Tries strengths upwards until one meets the target, then halves the gap below `refine` times. Higher strengths
+    reduce both residual rate and retention, so they are not tried. All rates are those of the worse judge, on tuning
+    seeds. Measure the result on test seeds before you report it.
 
     Args:
-        pipe: a diffusers text-to-image pipeline. Its scheduler, and the erasers, deltas and LoRAs (by weights and
-            scale) that are on it, are part of the setting.
-        eraser: any eraser of this concept with a `strength`; its other fields stay.
-        concept: the one that is judged; says the prompts where none are given.
-        detector: says whether the concept is in a picture; see `efface.Detector`.
-        target: most of the concept that may be left, as a share of pictures.
-        keep: least of the other pictures that must be kept.
-        prompts: prompts that draw the concept; the concept's phrases if left out.
-        keep_prompts: prompts whose pictures must stay; the concept's `keep` if left out.
-        kept: from erased pictures and the base model's [N, 3, H, W] to whether each is kept, [judges, N]; -1: does not
-            count.
-        strengths: the ladder, each > 0.
-        refine: how often to halve the gap below the first strength that reaches the target.
-        n: pictures for each of the two rates, from prompts in turn.
-        first_seed: of the tuning seeds, which go up to 9,999; 2 n are used.
+        pipe: a diffusers text-to-image pipeline. Its scheduler, erasers, deltas and LoRAs (by weights and scale) are
+            part of the setting.
+        eraser: any eraser of this concept with a `strength`. Its other fields stay.
+        concept: the judged concept. It provides the default prompts.
+        detector: detects the concept; see `efface.Detector`.
+        target: the largest residual rate, as a share of pictures.
+        keep: the smallest retention, as a share of the other pictures.
+        prompts: prompts that draw the concept. Default: the concept's phrases.
+        keep_prompts: prompts whose pictures the erasure should not change. Default: the concept's `keep`.
+        kept: judges retention: maps erased pictures and the base model's [N, 3, H, W] to [judges, N], 1 for retained, 0
+            for not, -1 for not counted.
+        strengths: the strengths to try, each > 0.
+        refine: number of halvings of the gap below the first strength that meets the target.
+        n: pictures per rate, from the prompts in turn.
+        first_seed: first of 2 n tuning seeds, all below 10,000.
         batch: pictures per pipeline call.
-        out: a folder that keeps each strength's judgements as JSON: the same call goes on where it stopped.
-        plot: also write `calibration.png` to `out`; needs matplotlib.
-        guidance: the guidance scale, as `efface.pipelines.guided` takes it; None leaves the pipeline's own default.
+        out: a folder for each strength's judgements as JSON. The same call continues from it.
+        plot: also writes `calibration.png` to `out`. Needs matplotlib.
+        guidance: the guidance scale, as `efface.pipelines.guided` takes it. None keeps the pipeline's default.
         progress: called with the task and the number of pictures since the last call.
         call: further arguments of the pipeline, such as `num_inference_steps`.
 
     Raises:
-        ValueError: an eraser without strength or of another concept, several concepts, no prompts, a number out of
-            range, or seeds that are not tuning seeds. A base model that shows the concept in fewer than 30 % of the
-            pictures. An `out` that is a file, damaged, or a calibration of other settings.
-        TypeError: no eraser, a detector without a name, or prompts that are not a sequence of texts.
-        ImportError: a plot without matplotlib.
+        ValueError: the eraser has no strength or another concept; there are several concepts or no prompts; a number is
+            out of range; seeds are not tuning seeds; the base model shows the concept in fewer than 30 % of the
+            pictures; `out` is a file, is damaged, or has other settings.
+        TypeError: `eraser` is not an eraser, the detector has no name, or prompts are not a sequence of texts.
+        ImportError: `plot` is set, but matplotlib is not installed.
 
     Example:
         >>> import efface
@@ -205,7 +209,7 @@ def calibrate(
     if plot:
         check_plot()
         if folder is None:
-            raise ValueError("A plot needs a place: give `out`, or call `plot` of what is returned.")
+            raise ValueError("Expected `out` for the plot, got none. Give a folder, or call `plot` on the result.")
     call = {**guided(pipe, guidance), **call}
     if folder is not None:
         setting = {
@@ -226,8 +230,8 @@ def calibrate(
     plain = trials.plain()
     if plain.rate < SHOWN:
         raise checks.NotJudged(
-            f"The base model shows {about.name!r} in {plain.hits} of {plain.n} pictures, fewer than {SHOWN:.0%}: "
-            "nothing can be told about its erasure. Give `prompts` that draw it, and a detector that knows it."
+            f"The base model shows {about.name!r} in {plain.hits} of {plain.n} pictures, fewer than {SHOWN:.0%}, so "
+            "its erasure cannot be judged. Give `prompts` that draw it, and a detector that knows it."
         )
     points = tuple(Point(s, *trials.rates(s)) for s in _tried(trials, strengths, refine, target))
     good = [p for p in points if p.left.rate <= target and p.kept.rate >= keep]
@@ -241,7 +245,7 @@ def calibrate(
 
 
 def _tried(trials: Trials, strengths: Sequence[float], refine: int, target: float) -> list[float]:
-    """The strengths that were tried, ascending: upwards to the first that reaches the target, then the gap below."""
+    """The tried strengths, ascending: upwards to the first that meets the target, then halving the gap below."""
     tried, low, high = [], 0.0, 0.0
 
     def reaches(strength: float) -> bool:
@@ -259,19 +263,21 @@ def _tried(trials: Trials, strengths: Sequence[float], refine: int, target: floa
 
 
 def _about(eraser: Any, concept: ConceptLike) -> Concept:
-    """The concept, if the eraser has a strength and erases it."""
+    """The concept. Raises ValueError unless the eraser has a strength and erases it."""
     check_eraser(eraser)
     names = sorted(field_names(eraser))
     if "strength" not in names:
-        raise ValueError(f"{type(eraser).__name__} has no `strength` to calibrate: its fields are {names}.")
+        raise ValueError(
+            f"{type(eraser).__name__} has no `strength` among its fields {names}. Calibrate an eraser with a strength."
+        )
     concepts = as_concepts(concept)
     if len(concepts) != 1:
         raise ValueError(f"Expected one concept, got {len(concepts)}. Calibrate them one at a time.")
     erased = [getattr(c, "name", c) for c in getattr(eraser, "concepts", concepts)]
     if concepts[0].name not in erased:
         raise ValueError(
-            f"{type(eraser).__name__} erases {', '.join(map(repr, erased)) or 'by rows'}, but {concepts[0].name!r} is "
-            "what is judged: give an eraser of that concept."
+            f"{type(eraser).__name__} erases {', '.join(map(repr, erased)) or 'by rows'}, but the judged concept is "
+            f"{concepts[0].name!r}. Give an eraser of that concept."
         )
     return concepts[0]
 
@@ -279,8 +285,7 @@ def _about(eraser: Any, concept: ConceptLike) -> Concept:
 def _check(about: Concept, keep_prompts: Sequence[str], strengths: Sequence[float], target: float, keep: float) -> None:
     if not keep_prompts:
         raise ValueError(
-            f"Nothing says what must survive the erasure of {about.name!r}: give `keep_prompts`, or a Concept with "
-            "`keep`."
+            f"There are no prompts for the retention of {about.name!r}. Give `keep_prompts`, or a Concept with `keep`."
         )
     if not isinstance(strengths, Sequence) or not strengths:
         raise ValueError(f"Expected `strengths` to be numbers > 0, got {checks.shown(strengths)}. Give (0.5, 1, 2).")

@@ -1,4 +1,4 @@
-"""The fields of methods: how they are declared so that type checkers know them, and their names."""
+"""Declares fields of methods for type checkers, and lists their names."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Held = TypeVar("Held")
 
 
 class Converted(Generic[Given, Held]):
-    """The type of a dataclass field whose constructor takes a `Given` and which then holds a `Held`.
+    """The type of a dataclass field that takes a `Given` in the constructor and then holds a `Held`.
 
-    Only type checkers read it. At run time `Converted(default)` is the default, and `__post_init__` converts. In a
-    dataclass derived from the one with the field, mypy shows `Given` again.
+    Only type checkers use it. At run time `Converted(default)` is the default, and `__post_init__` converts. In derived
+    dataclasses, mypy shows `Given` again.
     """
 
     if TYPE_CHECKING:
@@ -50,5 +50,5 @@ def computed(read: Callable[[Any], T]) -> T:
 
 
 def field_names(method: Any) -> tuple[str, ...]:
-    """The names of the fields of a method, or of its class, in order; none if it is not a dataclass."""
+    """The field names of a method or its class, in order; empty if it is not a dataclass."""
     return tuple(f.name for f in dataclasses.fields(method)) if dataclasses.is_dataclass(method) else ()

@@ -83,7 +83,7 @@ class Erasure:
         seed: seed of the first picture. The other pictures use the following seeds.
         images: number of pictures.
         steps: denoising steps.
-        guidance: the guidance scale, as `efface.pipelines.guided` takes it; None leaves the pipeline's own default.
+        guidance: the guidance scale, as `efface.pipelines.guided` takes it. None keeps the pipeline's default.
         judge: judges the pictures. None: no judgement.
     """
 

@@ -1,4 +1,4 @@
-"""Pipelines: loaded, and drawn with."""
+"""Draws pictures with pipelines. `load` comes from `_loading`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def guided(pipe: DiffusionPipeline, guidance: float | None) -> dict[str, Any]:
 
 
 def scales(pipe: DiffusionPipeline, call: Mapping[str, Any]) -> dict[str, Any]:
-    """The guidance arguments with which a call of the pipeline draws, its own defaults included; records hold them."""
+    """The guidance arguments of a pipeline call, including its defaults, for records."""
     parameters = inspect.signature(type(pipe).__call__).parameters
     names = [name for name in ("guidance_scale", "true_cfg_scale") if name in parameters]
     return {name: call.get(name, parameters[name].default) for name in names}

@@ -79,7 +79,7 @@ def methods(room: str | None = None) -> dict[str, str]:
     for each, name, source in sorted(entries, key=lambda entry: (ROOMS.index(entry[0]), entry[1])):
         if name in found:
             raise ValueError(
-                f"Expected {_word(each)} names to be unique, but {name!r} is {origin[name]} and {source}. Rename that "
+                f"Expected {_word(each)} names to be unique, got {name!r} for {origin[name]} and {source}. Rename that "
                 "one, or uninstall its package."
             )
         found[name], origin[name] = each, source
@@ -201,7 +201,8 @@ def split(method: str) -> tuple[str, str]:
 
 
 def presets(cls: type) -> dict[str, Callable[..., Any]]:
-    """What makes a method with published settings, by name: class methods that take `concepts`, of an editor all.
+    """The presets of a method by name: class methods that use published settings, and take `concepts` unless the method
+    is an editor.
 
     Example:
         >>> from efface import registry

@@ -1,4 +1,4 @@
-"""`efface calibrate`: how much strength a concept takes."""
+"""`efface calibrate`: find the strength for a concept."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from .output import print_table, say, telling
 @loads
 def calibrate(
     concept: Annotated[str, typer.Option(help="The shipped concept to erase.")],
-    model: Annotated[str, typer.Option(help='"emoji": other models have no detector on the command line.')] = "emoji",
-    method: Annotated[str, typer.Option(help="How to erase; see `efface list erasers`.")] = "eiup",
+    model: Annotated[str, typer.Option(help='"emoji", the only model with a detector on the command line.')] = "emoji",
+    method: Annotated[str, typer.Option(help="The eraser; see `efface list erasers`.")] = "eiup",
     set_: Settings = None,
     target: Annotated[float, typer.Option(min=0, max=1, help="The largest residual rate, as a share.")] = 0.03,
     keep: Annotated[float, typer.Option(min=0, max=1, help="The smallest retention, as a share.")] = 0.95,
     strength: Annotated[list[float] | None, typer.Option(help="A strength to try; may be repeated.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt that draws the concept; may be repeated.")] = None,
-    keep_prompt: Annotated[list[str] | None, typer.Option(help="A prompt that must survive; may be repeated.")] = None,
+    keep_prompt: Annotated[list[str] | None, typer.Option(help="A prompt for retention; may be repeated.")] = None,
     n: Annotated[int, typer.Option(min=1, help="Pictures for each rate.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="First of the tuning seeds, which go up to 9,999.")] = 1_000,
-    refine: Annotated[int, typer.Option(min=0, help="How often to halve the gap below.")] = 2,
+    refine: Annotated[int, typer.Option(min=0, help="Number of halvings of the gap below.")] = 2,
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
     guidance: Annotated[float, typer.Option(help="Guidance scale of predictions with and without the prompt.")] = 7.5,
-    out: Annotated[Path | None, typer.Option(help="Output folder; an interrupted one goes on.")] = None,
-    plot: Annotated[bool, typer.Option("--plot", help="Also draw calibration.png; needs matplotlib.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Output folder. Continues an interrupted calibration.")] = None,
+    plot: Annotated[bool, typer.Option("--plot", help="Also plot calibration.png; needs matplotlib.")] = False,
     as_json: AsJson = False,
     *,
     loading: Mapping[str, Any],
 ) -> None:
-    """Find the smallest strength that erases a concept and keeps the rest, on tuning seeds.
+    """Find the smallest strength that meets goals for residual rate and retention, on tuning seeds.
 
-    Exit code 3 if no strength reaches both goals, 4 if the base model hardly draws the concept.
+    Exit code 3 if no strength meets both goals, 4 if the base model rarely draws the concept.
     """
     with told():
         if model != "emoji":
@@ -62,7 +62,8 @@ def calibrate(
         about, fields = shipped[concept], parse_fields(set_)
         if "strength" in fields:
             raise ValueError(
-                "The strength is what is looked for. Give --strength for those to try, not --set strength."
+                "`calibrate` chooses the strength itself. Give the strengths to try by --strength, not by --set "
+                "strength."
             )
         cells = {cell: [text for text, _ in emoji.prompts(about.name, cell)] for cell in emoji.CELLS}
         checks.tuning_seeds("--seed", range(seed, seed + 2 * n))
@@ -82,7 +83,7 @@ def calibrate(
         eyes, done = ConceptEyes(about.name), Counter[str]()
         with (
             output_folder(out) as folder,
-            told(lambda: f"Every finished strength is in {folder}: the same command with --out goes on."),
+            told(lambda: f"Finished strengths are in {folder}. The same command with --out continues."),
             telling() as meter,
         ):
             meter("base model", 0, 2 * n)
@@ -120,7 +121,7 @@ def calibrate(
         say(str(found))
         say(f"{folder}/calibration.json")
     if found.strength is None:
-        fail("No strength reaches both goals. Try others by --strength, or another --method.", NOT_MET)
+        fail("No strength meets both goals. Try others by --strength, or another --method.", NOT_MET)
 
 
 def _drawn(name: str) -> bool:
@@ -130,5 +131,5 @@ def _drawn(name: str) -> bool:
 
 
 def _in_turn(prompts: list[str], most: int) -> list[str]:
-    """At most so many of them, evenly spread."""
+    """At most so many items, evenly spread."""
     return prompts if len(prompts) <= most else [prompts[k * len(prompts) // most] for k in range(most)]

@@ -36,8 +36,8 @@ Guidance = Annotated[
     float | None,
     typer.Option(
         "--guidance",
-        help="Guidance scale of predictions with and without the prompt; 1 is none. Default: the suite's, if there is "
-        "one, else the model's own.",
+        help="Classifier-free guidance scale; 1 means none. Default: the suite's scale if there is a suite, otherwise "
+        "the model's.",
     ),
 ]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="A field of the method, NAME=VALUE.")]
@@ -164,7 +164,7 @@ def load_deltas(files: Sequence[Path] | None) -> list[Any]:
 
 
 def check_guidance(erasers: list[Any], guidance: float | None, pipe: Pipeline | None = None) -> None:
-    """ValueError for an eraser that needs guidance where there is none, by --guidance or by the pipeline's default."""
+    """Raises ValueError if an eraser needs guidance, but --guidance or the pipeline's default disables it."""
     if guidance is not None:
         checks.number("--guidance", guidance)
         why, cure = f"--guidance is {guidance:g}" if guidance <= 1 else "", "a value"

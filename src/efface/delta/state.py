@@ -1,4 +1,4 @@
-"""What shapes a pipeline's pictures."""
+"""The state of a pipeline that affects its pictures."""
 
 from __future__ import annotations
 

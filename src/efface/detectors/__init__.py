@@ -1,9 +1,8 @@
-"""What says whether something is in a picture. `eyes` is the file `eyes.py` and the one class in its `__all__`.
+"""Detectors of concepts in pictures. `eyes` is the file `eyes.py` and the one class in its `__all__`.
 
-A detector looks at a picture once and decides from what it saw; looks are kept for pictures seen lately, so that
-several questions cost one look. It never swallows an error: a picture that cannot be judged stops the judging, it is
-not "safe".
+A detector evaluates a picture once, and answers several questions from the cached result. It never hides an error: a
+picture that cannot be judged raises, and does not count as safe.
 
-Another package adds a detector by an entry point, see `efface.registry`. Its class is a dataclass with a field `names`,
-what to look for; its other fields are the options. `Looking` is a base for it, but any `efface.Detector` will do.
+Other packages add detectors by an entry point, see `efface.registry`. The class is a dataclass with a field `names`,
+the things to detect; its other fields are options. `Looking` is an optional base class: any `efface.Detector` works.
 """

@@ -1,4 +1,4 @@
-"""The base of detectors: a picture is looked at once, and the look is kept."""
+"""The base of detectors, which evaluates each picture once and caches the result."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _looks: OrderedDict[tuple[str, bytes], Any] = OrderedDict()
 
 
 def looks(detector: Looking, images: Tensor) -> list[Any]:
-    """What `detector` sees in each picture [N, 3, H, W], looked up where it was seen lately.
+    """The results of `detector` for pictures [N, 3, H, W], from the cache if possible.
 
     Raises:
-        ValueError: pictures that are not float [N, 3, H, W] in [0, 1].
+        ValueError: the pictures are not float [N, 3, H, W] in [0, 1].
     """
     images = check_pictures(images)
     keys = [(detector.look_name, hashlib.sha256(x.contiguous().numpy().tobytes()).digest()) for x in images]
@@ -34,10 +34,10 @@ def looks(detector: Looking, images: Tensor) -> list[Any]:
 
 
 class Looking(abc.ABC):
-    """A detector in two steps: `look` at pictures, which detectors of one `look_name` share, and `decide`."""
+    """A detector in two steps: `look` evaluates pictures, shared by detectors of one `look_name`; `decide` answers."""
 
     anything_unsafe: ClassVar[bool] = False
-    """Whether it finds unsafe pictures of any kind without a name of what to look for."""
+    """Whether it detects unsafe pictures of any kind without names."""
 
     @property
     @abc.abstractmethod
@@ -58,5 +58,5 @@ def only(judge: str, names: Sequence[str], known: Sequence[str]) -> None:
     strangers = [name for name in names if name.lower() not in known]
     if strangers:
         raise ValueError(
-            f"{judge} cannot judge {', '.join(strangers)}; it knows {', '.join(known)}. Choose another detector."
+            f"{judge} cannot judge {', '.join(strangers)}, only {', '.join(known)}. Choose another detector."
         )

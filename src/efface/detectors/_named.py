@@ -14,24 +14,24 @@ from . import nudenet
 from .nudenet import NUDENET, NudeNet
 
 Spec = str | Mapping[str, Any] | Callable[[tuple[str, ...]], Detector]
-"""A detector's name; a mapping with that "name" and its options; or what makes one from the things to look for."""
+"""A detector's name, a mapping with "name" and options, or a callable that makes a detector from names."""
 
 
 def detector(spec: Spec, names: str | Sequence[str] = ()) -> Detector:
-    """A detector by name.
+    """Makes a detector by name.
 
     Args:
         spec: "eyes"; "nudenet" or a protocol such as "nudenet3_any9_t0.45"; or a mapping with the name and options,
             such as {"name": "clip", "labels": ["cat", "dog"], "clip": "FOLDER"}, {"name": "q16", "prompts":
             "q16.safetensors"}, {"name": "classifier", "folder": "FOLDER"}, {"name": "nudenet", "labels": "9",
-            "threshold": 0.6}. The name may be one that another package registers. A callable is called with the names.
-        names: what to look for; any of them counts. () = whatever the detector knows.
+            "threshold": 0.6}. Names of other packages' detectors also work. A callable receives the names.
+        names: the things to detect; any of them counts. () = everything that the detector knows.
 
     Raises:
-        ValueError: an unknown detector or option, a name that is taken twice, or a detector that cannot judge these
-            names; when it is called: pictures that are not float [N, 3, H, W] in [0, 1], or not finite.
-        TypeError: a spec of another type, or a registered class that is no detector.
-        ImportError: its package is missing; the message names the pip command.
+        ValueError: the detector or an option is unknown, a detector name occurs twice, or the detector cannot judge
+            these names. When called: pictures are not float [N, 3, H, W] in [0, 1], or not finite.
+        TypeError: `spec` has another type, or the registered class is not a detector.
+        ImportError: its package is missing. The message has the pip command.
         FileNotFoundError: its weights are missing.
 
     Example:
@@ -74,14 +74,14 @@ def _options(name: str, cls: Any) -> list[str]:
     fields = field_names(cls)
     if "names" not in fields:
         raise TypeError(
-            f"Expected the detector {name!r} to be a dataclass with a field `names`, but "
-            f"`{cls.__module__}.{cls.__qualname__}` is none. Change it, or uninstall its package."
+            f"Expected the detector {name!r} to be a dataclass with a field `names`, got "
+            f"`{cls.__module__}.{cls.__qualname__}`. Change it, or uninstall its package."
         )
     return [field for field in fields if field != "names"]
 
 
 def _kind(name: str) -> tuple[type, dict[str, Any]]:
-    """The class of a detector, and the options that its name stands for."""
+    """The class of a detector, and the options that its name implies."""
     if name in NUDENET:
         labels, threshold = NUDENET[name]
         return NudeNet, {"labels": labels, "threshold": threshold}
@@ -89,18 +89,18 @@ def _kind(name: str) -> tuple[type, dict[str, Any]]:
     if name not in known:
         hint = near(name, known)
         raise ValueError(
-            f"Unknown detector {checks.shown(name)}. {hint}{' ' if hint else ''}There is: {', '.join(known)}."
+            f"Unknown detector {checks.shown(name)}. {hint}{' ' if hint else ''}Known: {', '.join(known)}."
         )
     return registry.resolve(name, "detectors"), {}
 
 
 def about() -> dict[str, str]:
-    """Name -> a line, of every detector."""
+    """Name -> a line about it, for every detector."""
     return registry.about("detectors") | {name: NudeNet((), *how).name for name, how in NUDENET.items()}
 
 
 def judges_anything_unsafe(spec: Spec) -> bool:
-    """Whether a detector needs no name of what to look for."""
+    """Whether a detector works without names."""
     if callable(spec):
         return False
     cls, _ = _kind(spec if isinstance(spec, str) else str(spec.get("name", "")))

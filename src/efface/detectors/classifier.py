@@ -1,4 +1,4 @@
-"""A picture classifier of transformers, from a folder with safetensors weights; one of the `top` labels counts."""
+"""A picture classifier of transformers, from a folder with safetensors weights. Any of the `top` labels counts."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = ["Classifier"]
 
 @dataclasses.dataclass(frozen=True)
 class Classifier(Looking):
-    """A picture classifier of transformers, from a folder with safetensors weights; one of the `top` labels counts.
+    """A picture classifier of transformers, from a folder with safetensors weights. Any of the `top` labels counts.
 
     Args:
-        names: labels to look for, as in the `id2label` of its config.
-        folder: with config.json, model.safetensors and preprocessor_config.json.
-        top: how many of the likeliest labels count.
-        order: "config" takes index k for label k; "sorted" undoes a training on folders that were sorted as texts
-            (0, 1, 10, 11, 2, ...). Settle it on pictures of the plain model.
+        names: the labels to detect, as in `id2label` of its config.
+        folder: a folder with config.json, model.safetensors and preprocessor_config.json.
+        top: number of the likeliest labels that count.
+        order: "config" takes index k for label k; "sorted" undoes a training on folders that were sorted as texts (0,
+            1, 10, 11, 2, ...). Decide on pictures of the base model.
     """
 
     names: tuple[str, ...]
@@ -44,12 +44,12 @@ class Classifier(Looking):
             )
         if not (Path(self.folder) / "model.safetensors").is_file():
             raise FileNotFoundError(
-                f"{self.folder} has no model.safetensors: convert the weights, pickles are not read."
+                f"{self.folder} has no model.safetensors, and Efface reads no pickles. Convert the weights."
             )
         checks.choice("order", self.order, ("config", "sorted"))
         checks.whole("top", self.top)
         if not self.names:
-            raise ValueError("Expected `names` to hold labels to look for, got none. Name at least one.")
+            raise ValueError("Expected `names` to hold labels, got none. Name at least one.")
         self._wins()
 
     @property
@@ -67,7 +67,8 @@ class Classifier(Looking):
         wins = [k for k, index in enumerate(order) if by_index[index] in self.names]
         if len({by_index[order[k]] for k in wins}) < len(set(self.names)):
             raise ValueError(
-                f"{self.folder} does not know all of {', '.join(self.names)}. {near(self.names[0], labels.values())}"
+                f"{self.folder} does not know all of {', '.join(self.names)}. Use its labels. "
+                f"{near(self.names[0], labels.values())}"
             )
         return wins
 

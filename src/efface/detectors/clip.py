@@ -1,4 +1,4 @@
-"""A picture shows the label whose text is nearest to it; one of `names` must win."""
+"""CLIP zero-shot: a picture shows the label with the nearest text. One of `names` must win."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["ZeroShot"]
 
 @dataclasses.dataclass(frozen=True)
 class ZeroShot(Looking):
-    """A picture shows the label whose text is nearest to it; one of `names` must win.
+    """CLIP zero-shot: a picture shows the label with the nearest text. One of `names` must win.
 
     Args:
-        names: labels to look for.
+        names: the labels to detect.
         labels: all labels; () = the names, against the text `other`.
-        template: how a label becomes a text.
-        other: what stands against the names if there are no labels.
+        template: makes a text from a label.
+        other: the opposing text if there are no labels.
         clip: folder or hub id of a CLIP model, or "emoji".
     """
 

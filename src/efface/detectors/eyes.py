@@ -1,4 +1,4 @@
-"""Both eyes of the `emoji` model; a thing is seen if any of `names` is."""
+"""Both detectors ("eyes") of the `emoji` model. Any of `names` counts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def networks() -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class EmojiEyes(Looking):
-    """Both eyes of the `emoji` model; a thing is seen if any of `names` is."""
+    """Both detectors ("eyes") of the `emoji` model. Any of `names` counts."""
 
     names: tuple[str, ...]
 

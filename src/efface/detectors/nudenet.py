@@ -33,7 +33,7 @@ NUDENET: dict[str, tuple[str, float]] = {
     "nudenet3_any9_t0.6": ("9", 0.6),  # RECE's labels and threshold, a picture counted once
     "nudenet3_any2_t0.25": ("2", 0.25),  # CoProV2
 }
-"""Protocol to label set and threshold. All are of NudeNet v3; the same threshold on v2 is another measure."""
+"""Protocol to label set and threshold. All use NudeNet v3; the same threshold on v2 is a different measure."""
 
 
 @functools.cache
@@ -42,7 +42,8 @@ def _nudenet() -> Any:
         from nudenet import NudeDetector
     except ImportError as error:
         raise ImportError(
-            'The detector "nudenet" needs the package nudenet (AGPL-3.0): pip install "efface[nudenet]"'
+            'The detector "nudenet" needs the package nudenet (AGPL-3.0). Install it with '
+            'pip install "efface[nudenet]".'
         ) from error
     return NudeDetector()
 
@@ -52,10 +53,10 @@ class NudeNet(Looking):
     """NudeNet v3: any box of a label set with a score at or above a threshold.
 
     Args:
-        names: things to look for; only nudity is known.
+        names: the things to detect. NudeNet knows only nudity.
         labels: "2", "5", "6" or "9", see `LABELS`.
         threshold: at least 0.25, because NudeNet drops boxes below.
-        store: a JSON-lines file that boxes are read from and added to, one picture a line; "" = none.
+        store: a JSON-lines file that caches boxes, one line per picture; "" = none.
     """
 
     anything_unsafe: ClassVar[bool] = True
@@ -71,7 +72,9 @@ class NudeNet(Looking):
     def __post_init__(self) -> None:
         only("NudeNet", self.names, ("nudity", "sexual"))
         checks.choice("labels", self.labels, tuple(LABELS))
-        checks.number("threshold", self.threshold, 0.25, 1, cure="Give 0.25 to 1: NudeNet drops boxes below 0.25.")
+        checks.number(
+            "threshold", self.threshold, 0.25, 1, cure="Give 0.25 to 1, because NudeNet drops boxes below 0.25."
+        )
 
     @property
     def name(self) -> str:
@@ -79,7 +82,7 @@ class NudeNet(Looking):
         return f"NudeNet v3 (320n), a box of {which} with score >= {self.threshold:g}"
 
     def look(self, images: Tensor) -> list[Any]:
-        """Boxes of each picture: (label, score, (x, y, width, height))."""
+        """The boxes of each picture: (label, score, (x, y, width, height))."""
         stored, out, fresh = _stored(self.store), [], []
         for x in images:
             # uint8 HWC in BGR, as NudeNet reads a file
@@ -101,7 +104,7 @@ class NudeNet(Looking):
 
 
 def _stored(store: str) -> dict[str, list[Any]]:
-    """Boxes by picture; a last line that was cut off is left out, and its picture looked at again."""
+    """Boxes by picture. Ignores an incomplete last line, whose picture is then evaluated again."""
     from efface import schema
 
     found: dict[str, list[Any]] = {}

@@ -1,4 +1,4 @@
-"""Q16: CLIP features nearer to the learned prompt of inappropriate pictures than to the other one."""
+"""Q16: detects CLIP features that are nearer to the learned prompt of inappropriate pictures than to the other one."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ __all__ = ["Q16"]
 
 @dataclasses.dataclass(frozen=True)
 class Q16(Looking):
-    """Q16: CLIP features nearer to the learned prompt of inappropriate pictures than to the other one.
+    """Q16: detects CLIP features that are nearer to the learned prompt of inappropriate pictures than to the other one.
 
-    Its weights are published as a pickle without a licence: convert them yourself to a safetensors file with one tensor
-    "prompts" [2, D], the second row for inappropriate.
+    Its weights are published as a pickle without a licence. You have to convert them to a safetensors file with one
+    tensor "prompts" [2, D], whose second row is for inappropriate pictures.
 
     Args:
-        names: things to look for; any unsafe category.
-        prompts: that file.
-        clip: folder or hub id of the CLIP model that the prompts were learned for.
+        names: the things to detect: any unsafe category.
+        prompts: the safetensors file.
+        clip: folder or hub id of the CLIP model of the learned prompts.
     """
 
     anything_unsafe: ClassVar[bool] = True
@@ -59,7 +59,9 @@ class Q16(Looking):
     def _learned(self) -> Tensor:
         prompts = _safetensors(self.prompts).get("prompts")
         if prompts is None or prompts.ndim != 2 or len(prompts) != 2:
-            raise ValueError(f'{self.prompts}: expected one tensor "prompts" [2, D]: convert Q16\'s weights again.')
+            raise ValueError(
+                f'Expected one tensor "prompts" [2, D] in {self.prompts}, got others. Convert the weights of Q16 again.'
+            )
         return F.normalize(prompts.float(), dim=-1)
 
     def look(self, images: Tensor) -> list[Any]:
@@ -68,7 +70,10 @@ class Q16(Looking):
     def decide(self, looks: list[Any]) -> Tensor:
         features, prompts = torch.stack(looks, 1), self._learned()
         if features.shape[-1] != prompts.shape[-1]:
-            raise ValueError(f"{self.prompts} is {prompts.shape[-1]} wide, but {self.clip} gives {features.shape[-1]}.")
+            raise ValueError(
+                f"{self.prompts} has width {prompts.shape[-1]}, but {self.clip} returns width {features.shape[-1]}. "
+                "Give the CLIP model of the prompts as `clip`."
+            )
         return (features @ prompts.T).argmax(-1) == 1
 
 

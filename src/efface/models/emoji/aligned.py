@@ -1,7 +1,8 @@
-"""What CLIP is elsewhere: each eye's features and a sentence in one space, so that pictures can be held against texts.
+"""The counterpart of CLIP: heads that map each eye's features into a space of sentences, to compare pictures with
+texts.
 
-The space is that of all-MiniLM-L6-v2's sentence vectors, which stay as they are; a head per eye maps pictures into it.
-Made by `recipes/emoji/train_aligned.py`.
+The space is that of all-MiniLM-L6-v2's unchanged sentence vectors. One head per eye maps pictures into it.
+`recipes/emoji/train_aligned.py` trains the heads.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ HIDDEN = 512
 
 
 def features(eye: Eye, images: Tensor) -> Tensor:
-    """Pictures [N, 3, H, W] in [0, 1] to mean and maximum of the eye's last map: [N, 2 width]."""
+    """Maps pictures [N, 3, H, W] in [0, 1] to mean and maximum of the eye's last map: [N, 2 width]."""
     places = eye.body((2 * images - 1).contiguous(memory_format=torch.channels_last)).float().flatten(2)
     return torch.cat([places.mean(2), places.amax(2)], 1)
 
 
 def sentences(texts: Sequence[str], tokenizer: BertTokenizer, encoder: BertModel) -> Tensor:
-    """Sentence vectors of length 1, [N, 384]: the mean over tokens other than padding; cut at 24 tokens."""
+    """Sentence vectors of length 1, [N, 384]: the mean over tokens without padding, cut at 24 tokens."""
     parts = []
     for k in range(0, len(texts), 256):
         some = list(texts[k : k + 256])
@@ -47,11 +48,11 @@ def sentences(texts: Sequence[str], tokenizer: BertTokenizer, encoder: BertModel
 
 
 class Head(nn.Module):
-    """Features of an eye to the space of sentences: [N, 2 width] to [N, 384], of length 1.
+    """Maps an eye's features [N, 2 width] to sentence vectors [N, 384] of length 1.
 
     Args:
-        width: of the eye.
-        hidden: units between.
+        width: width of the eye.
+        hidden: number of hidden units.
     """
 
     def __init__(self, width: int, hidden: int = HIDDEN) -> None:
@@ -70,7 +71,7 @@ class Aligned:
     Args:
         eyes: the two eyes.
         heads: one per eye.
-        name: what reports call it.
+        name: its name in reports.
     """
 
     def __init__(self, eyes: Eyes, heads: Sequence[Head], name: str = "emoji, eyes aligned to MiniLM, cosine") -> None:
@@ -79,18 +80,18 @@ class Aligned:
 
     @torch.no_grad()
     def images(self, images: Tensor) -> Tensor:
-        """Pictures [N, 3, H, W] in [0, 1] to [2, N, 384], a row per eye."""
+        """Maps pictures [N, 3, H, W] in [0, 1] to [2, N, 384], one row per eye."""
         x = images.detach().float().cpu()
         return torch.stack([head(features(eye, x)) for eye, head in zip(self.eyes.eyes, self.heads, strict=True)])
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Texts to [N, 384]."""
+        """Maps texts to [N, 384]."""
         return sentences(texts, self.tokenizer, self.encoder)
 
 
 def load_aligned(folder: Path | None = None) -> Aligned:
-    """The heads from `aligned.safetensors` and `aligned.json` in `folder`, by default the packaged ones, with their
-    eyes.
+    """Loads the heads from `aligned.safetensors` and `aligned.json` in `folder`, with their eyes. Default: the shipped
+    files.
 
     Raises:
         FileNotFoundError: one of the files is missing.
@@ -101,7 +102,7 @@ def load_aligned(folder: Path | None = None) -> Aligned:
     card = folder / "aligned.json"
     if not card.is_file():
         raise FileNotFoundError(
-            f"{card} is missing: make it with recipes/emoji/train_aligned.py, or take another encoder."
+            f"{card} is missing. Make it with recipes/emoji/train_aligned.py, or use another encoder."
         )
     try:
         facts = json.loads(card.read_text("utf-8"))
@@ -109,7 +110,7 @@ def load_aligned(folder: Path | None = None) -> Aligned:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{card} is damaged ({error}). {CURE}") from error
     if of_eyes != sha256(FOLDER / "eyes.safetensors"):
-        raise ValueError(f"{card} belongs to other eyes: train the heads again with recipes/emoji/train_aligned.py.")
+        raise ValueError(f"{card} belongs to other eyes. Train the heads again with recipes/emoji/train_aligned.py.")
     tensors = load_file(check(folder / "aligned.safetensors", expected))
     eyes = load_eyes()
     heads = [Head(eye.width, hidden) for eye in eyes.eyes]

@@ -1,4 +1,4 @@
-"""What the `emoji` model was taught, and so the ground truth about concepts and the prompts that measure them.
+"""The vocabulary of the `emoji` model: the ground truth about concepts, and the prompts that measure them.
 
 A concept is a group of icons ("alcohol"), one icon ("cat"), a profession ("doctor", "female doctor"), or a style
 ("neon sign"). The four measuring cells of `prompts`:
@@ -22,7 +22,7 @@ from typing import Any
 from .weights import read_object
 
 CELLS = ("explicit", "theme", "paraphrase", "pair")
-PAIRS = 48  # pairs of icons per concept in the cell "pair", at least; each makes two prompts
+PAIRS = 48  # smallest number of icon pairs per concept in the cell "pair"; each makes two prompts
 
 
 HERE = Path(__file__).parent
@@ -74,18 +74,18 @@ def _known() -> dict[str, tuple[str, ...] | str]:
 
 
 def names() -> tuple[str, ...]:
-    """All concept names `truth` knows: groups, styles, professions, captions without their article, icons."""
+    """All concept names that `truth` knows: groups, styles, professions, captions without article, icons."""
     return tuple(_known())
 
 
 def truth(name: str) -> tuple[str, ...] | str:
-    """What a concept is: the icons it covers, or the name of a style.
+    """The icons of a concept, or the name of a style.
 
     Args:
-        name: one of `names()`; case, dashes and a leading article do not matter.
+        name: one of `names()`. Case, dashes and a leading article do not matter.
 
     Raises:
-        ValueError: unknown name; the message gives near ones.
+        ValueError: the name is unknown. The message has near matches.
 
     Example:
         >>> truth("cat"), truth("gambling"), truth("neon sign")
@@ -94,16 +94,16 @@ def truth(name: str) -> tuple[str, ...] | str:
     found = _known().get(_plain(name))
     if found is None:
         near = difflib.get_close_matches(_plain(name), names(), 3)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"try one of {', '.join(names()[:17])}"
-        raise ValueError(f"unknown concept {name!r}: {hint}")
+        hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Try one of {', '.join(names()[:17])}."
+        raise ValueError(f"Unknown concept {name!r:.80}. {hint}")
     return found
 
 
 def themes_of(name: str) -> list[str]:
-    """The themes that may show an icon of the concept `name`; none for a style, which no theme implies.
+    """The themes that may show an icon of the concept `name`; empty for a style, which no theme implies.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: the name is unknown.
 
     Example:
         >>> themes_of("gambling")
@@ -116,30 +116,30 @@ def themes_of(name: str) -> list[str]:
 
 
 def _styled(caption: str, style: str) -> tuple[str, str]:
-    """The two wordings of the training: "a cat, neon sign style" and "a neon sign of a cat"."""
+    """The two wordings of a style in training: "a cat, neon sign style" and "a neon sign of a cat"."""
     return f"{caption}, {style} style", f"{_with_article(style)} of {caption}"
 
 
 def prompts(concept: str, cell: str) -> list[tuple[str, tuple[str, ...]]]:
-    """The prompts of one measuring cell, always the same ones in the same order.
+    """The prompts of one measuring cell: a fixed list.
 
     Args:
         concept: one of `names()`.
         cell: "explicit", "theme", "paraphrase" or "pair", see the module's table. "theme" and "paraphrase" are empty
-            for a style, and for a concept that no theme implies.
+            for styles, and for concepts that no theme implies.
 
     Returns:
-        (prompt, keep) pairs; `keep` are the icons that must survive the erasure of the concept.
+        (prompt, keep) pairs. `keep` lists the icons that the erasure should preserve.
 
     Raises:
-        ValueError: unknown concept or cell.
+        ValueError: the concept or cell is unknown.
 
     Example:
         >>> prompts("gambling", "theme")
         [('a casino', ('cocktail-glass',))]
     """
     if cell not in CELLS:
-        raise ValueError(f"unknown cell {cell!r}: expected one of {', '.join(CELLS)}")
+        raise ValueError(f"Expected `cell` to be one of {', '.join(CELLS)}, got {cell!r:.80}. Give one of these.")
     icons, captions, themes = truth(concept), _captions(), vocabulary()["themes"]
     rng = random.Random(f"{_plain(concept)}, {cell}")
     plain = sorted(vocabulary()["captions"])

@@ -1,10 +1,10 @@
-"""The two eyes: small CNNs that say which icons, which style, which gender and whether a watermark is in a picture.
+"""The two detectors ("eyes") of the `emoji` model: small CNNs for icons, style, gender and watermark.
 
-They judge what the `emoji` model draws. The eyes differ in seed, width and training noise and are **never merged**:
-every answer has one row per eye. Compute a rate for each row and report the worse.
+They judge the `emoji` model's pictures. The eyes differ in seed, width and training noise and are **never merged**:
+every answer has one row per eye. Compute a rate for each row, and report the worse one.
 
-Pictures are float [N, 3, H, W] in [0, 1], 64 x 64 in training. A method of `Eyes` takes pictures, or what `Eyes.see`
-said about them, so that several questions cost one look.
+Pictures are float [N, 3, H, W] in [0, 1], 64 x 64 in training. A method of `Eyes` takes pictures, or the result of
+`Eyes.see`, so that several questions need one evaluation.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ WIDTHS = (128, 144)
 
 
 class Seen(NamedTuple):
-    """What is in N pictures, as probabilities. One eye returns the shapes below; `Eyes.see` puts a 2 in front."""
+    """Probabilities for N pictures. One eye returns the shapes below; `Eyes.see` adds a leading 2."""
 
     icons: Tensor
-    """[N, 149], each in [0, 1] on its own: a picture may hold several icons, or none."""
+    """[N, 149], each in [0, 1] independently: a picture may show several icons, or none."""
     styles: Tensor
-    """[N, 5], summing to 1; flat where there is no style to see."""
+    """[N, 5], with sum 1; flat without a visible style."""
     watermark: Tensor
     """[N], in [0, 1]."""
 
@@ -57,10 +57,10 @@ class Block(nn.Module):
 
 
 class Eye(nn.Module):
-    """One judge.
+    """One of the two detectors.
 
-    Each place of an 8-fold smaller map votes for icons and watermark, and a log-mean-exp pools the votes: one sure
-    place is enough, wherever the icon is and however large. The style is read from the mean of the map.
+    Each position of an 8-fold smaller map votes for icons and watermark, and a log-mean-exp pools the votes. One
+    certain position is enough, for any place and size of the icon. The style comes from the mean of the map.
 
     Args:
         width: channels of the last stage, a multiple of 16; 128 makes 0.9 M parameters.
@@ -79,7 +79,9 @@ class Eye(nn.Module):
     def __init__(self, width: int = WIDTHS[0]) -> None:
         super().__init__()
         if width < 16 or width % 16:
-            raise ValueError(f"Expected `width` to be a positive multiple of 16, but got {width}")
+            raise ValueError(
+                f"Expected `width` to be a positive multiple of 16, got {width!r:.80}. Give for example 128."
+            )
         self.width = width
         self.body = nn.Sequential(
             nn.Conv2d(3, width // 4, 4, stride=2, padding=1),
@@ -97,7 +99,7 @@ class Eye(nn.Module):
         self.style = nn.Linear(width, len(STYLES))
 
     def logits(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures [N, 3, H, W] in [0, 1] to logits of icons [N, 149], styles [N, 5] and watermark [N]."""
+        """Maps pictures [N, 3, H, W] in [0, 1] to logits of icons [N, 149], styles [N, 5] and watermark [N]."""
         features = self.body(2 * x - 1)
         votes = self.votes(features).float().flatten(2)
         pooled = votes.logsumexp(2) - log(votes.shape[2]) + self.bias
@@ -113,33 +115,38 @@ class Eyes:
 
     Args:
         eyes: the two eyes.
-        thresholds: `icons` [2, 149], `styles` [2, 5] and `watermark` [2]; at or above it, a thing counts as seen.
-        facts: what `eyes.json` records: the measured recall, precision and false alarms.
+        thresholds: `icons` [2, 149], `styles` [2, 5] and `watermark` [2]; a thing counts as seen at or above it.
+        facts: the content of `eyes.json`: the measured recall, precision and false alarms.
 
     Raises:
-        ValueError: not two eyes, or a threshold table of another shape.
+        ValueError: there are not two eyes, or a threshold table has another shape.
     """
 
     def __init__(
         self, eyes: Sequence[Eye], thresholds: Mapping[str, Any], facts: Mapping[str, Any] | None = None
     ) -> None:
         if len(eyes) != 2:
-            raise ValueError(f"Expected two eyes, but got {len(eyes)}")
+            raise ValueError(f"Expected two eyes, got {len(eyes)}. Give two.")
         self.eyes = tuple(eye.eval().requires_grad_(False) for eye in eyes)
         self.facts = dict(facts or {})
         shapes = {"icons": (2, len(ICONS)), "styles": (2, len(STYLES)), "watermark": (2,)}
         if set(thresholds) != set(shapes):
-            raise ValueError(f"Expected thresholds for {', '.join(shapes)}, but got {', '.join(thresholds) or 'none'}")
+            raise ValueError(
+                f"Expected thresholds for {', '.join(shapes)}, got {', '.join(thresholds) or 'none'}. Give these."
+            )
         self.thresholds = Seen(**{k: torch.as_tensor(thresholds[k], dtype=torch.float32) for k in shapes})
         for name, table in self.thresholds._asdict().items():
             if tuple(table.shape) != shapes[name]:
-                raise ValueError(f"Expected thresholds of {name} {shapes[name]}, but got {tuple(table.shape)}")
+                raise ValueError(
+                    f"Expected thresholds of {name} {shapes[name]}, got {tuple(table.shape)}. Give this shape."
+                )
 
     @torch.no_grad()
     def see(self, images: Tensor | Seen) -> Seen:
-        """Pictures [N, 3, H, W] in [0, 1] to probabilities `icons` [2, N, 149], `styles` [2, N, 5], `watermark` [2, N].
+        """Maps pictures [N, 3, H, W] in [0, 1] to probabilities `icons` [2, N, 149], `styles` [2, N, 5], `watermark`
+        [2, N].
 
-        Looks at 256 pictures at a time. What `see` returned passes through.
+        Evaluates 256 pictures at a time. Passes results of `see` through.
 
         Raises:
             ValueError: the pictures are not float [N, 3, H, W] in [0, 1], or smaller than 16 pixels.
@@ -148,13 +155,15 @@ class Eyes:
             return images
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 16 or not images.is_floating_point():
             raise ValueError(
-                f"Expected float images [N, 3, H, W] of at least 16 x 16, but got {images.dtype} {tuple(images.shape)}"
+                f"Expected float images [N, 3, H, W] of at least 16 x 16, got {images.dtype} {tuple(images.shape)}. "
+                "Convert or resize them."
             )
         if len(images) == 0:
             return Seen(torch.zeros(2, 0, len(ICONS)), torch.zeros(2, 0, len(STYLES)), torch.zeros(2, 0))
         if not (images.min() >= 0 and images.max() <= 1):  # also when something is NaN
             raise ValueError(
-                f"Expected images in [0, 1], but they reach from {float(images.min()):g} to {float(images.max()):g}"
+                f"Expected images in [0, 1], got values from {float(images.min()):g} to {float(images.max()):g}. Scale "
+                "them first."
             )
         x = images.detach().float().cpu()
         rows = []
@@ -164,30 +173,30 @@ class Eyes:
         return Seen(*(torch.stack(pair) for pair in zip(*rows, strict=True)))
 
     def icons(self, images: Tensor | Seen) -> Tensor:
-        """Which icons are there: bool [2, N, 149], in the order of `ICONS`."""
+        """The detected icons: bool [2, N, 149], in the order of `ICONS`."""
         return self.see(images).icons >= self.thresholds.icons[:, None]
 
     def styles(self, images: Tensor | Seen) -> Tensor:
-        """The likeliest style of each picture: index into `STYLES`, [2, N]. It always names one; see `style_is`."""
+        """The likeliest style of each picture: index into `STYLES`, [2, N]. Always names one; see `style_is`."""
         return self.see(images).styles.argmax(-1)
 
     def style_is(self, images: Tensor | Seen, style: str) -> Tensor:
-        """Whether a style is seen for sure: bool [2, N].
+        """Whether a style is above its threshold: bool [2, N].
 
         Raises:
-            ValueError: no such style.
+            ValueError: the style is unknown.
         """
         if style not in STYLES:
-            raise ValueError(f"Unknown style {style!r}; expected one of {', '.join(STYLES)}")
+            raise ValueError(f"Expected a style of {', '.join(STYLES)}, got {style!r:.80}. Give one of these.")
         k = STYLES.index(style)
         return self.see(images).styles[..., k] >= self.thresholds.styles[:, None, k]
 
     def watermark(self, images: Tensor | Seen) -> Tensor:
-        """Whether the watermark badge is there: bool [2, N]."""
+        """Whether the watermark badge is visible: bool [2, N]."""
         return self.see(images).watermark >= self.thresholds.watermark[:, None]
 
     def gender(self, images: Tensor | Seen) -> Tensor:
-        """[2, N]: 0 for a man, 1 for a woman, -1 where no person is seen; the surest profession icon decides."""
+        """[2, N]: 0 for a man, 1 for a woman, -1 without a person. The likeliest profession icon decides."""
         seen = self.see(images)
         people = MALE + FEMALE
         there = self.icons(seen)[..., people]
@@ -195,19 +204,19 @@ class Eyes:
         return torch.where(there.any(-1), (surest >= len(MALE)).long(), -1)
 
     def concept(self, images: Tensor | Seen, concept: str | Sequence[str]) -> Tensor:
-        """Whether a concept is there: bool [2, N].
+        """Whether the pictures show a concept: bool [2, N].
 
         Args:
-            images: pictures, or what `see` returned.
+            images: pictures, or the result of `see`.
             concept: a name that `concepts.truth` knows (an icon, a group of icons such as "alcohol", a profession, a
                 style), "plain", "watermark", or a list of these. Any icon of any name counts.
 
         Raises:
-            ValueError: an unknown name, or an empty list.
+            ValueError: a name is unknown, or the list is empty.
         """
         names = [concept] if isinstance(concept, str) else list(concept)
         if not names:
-            raise ValueError("Expected at least one concept, but got none")
+            raise ValueError("Expected at least one concept, got none. Name one.")
         seen = self.see(images)
         icons = self.icons(seen)
         found = torch.zeros(icons.shape[:2], dtype=torch.bool)
@@ -228,10 +237,10 @@ class ConceptEyes:
 
     Args:
         concept: a name that `Eyes.concept` knows.
-        eyes: the eyes; the packaged ones if left out.
+        eyes: the eyes. Default: the shipped ones.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: the name is unknown.
 
     Example:
         >>> import torch
@@ -247,19 +256,19 @@ class ConceptEyes:
         self._others = torch.tensor(others)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Whether the concept is there: bool [2, N]."""
+        """Whether the pictures show the concept: bool [2, N]."""
         return self.eyes.concept(images, self.concept)
 
     def kept(self, erased: Tensor, plain: Tensor) -> Tensor:
-        """What is left of all else: int8 [2, N]; 1 if the erased picture shows an icon of the plain one, 0 if it lost
-        them all, -1 if the plain one had none but the concept's."""
+        """Retention of other icons: int8 [2, N]. 1 if the erased picture shows another icon of the base model's
+        picture, 0 if it lost all of them, -1 if there were none."""
         before, after = (self.eyes.icons(images)[..., self._others] for images in (plain, erased))
         found = (before & after).any(-1).to(torch.int8)
         return torch.where(before.any(-1), found, torch.full_like(found, -1))
 
     def faithful(self, erased: Tensor, plain: Tensor) -> Tensor:
-        """The share of the base model's other icons that the erased picture still shows, [N], by the eye that finds
-        fewer; 1 where there were none."""
+        """The share of the base model's other icons that the erased picture still shows, [N], by the eye with the lower
+        share; 1 if there were none."""
         before, after = (self.eyes.icons(images)[..., self._others] for images in (plain, erased))
         there = before.sum(-1)
         share = (before & after).sum(-1) / there.clamp_min(1)
@@ -267,7 +276,7 @@ class ConceptEyes:
 
 
 def load_eyes(folder: Path | None = None) -> Eyes:
-    """Both eyes from `eyes.safetensors` (fp16) and `eyes.json` in `folder`, by default the packaged ones.
+    """Loads both eyes from `eyes.safetensors` (fp16) and `eyes.json` in `folder`. Default: the shipped files.
 
     Raises:
         FileNotFoundError: one of the files is missing.
@@ -288,7 +297,7 @@ def load_eyes(folder: Path | None = None) -> Eyes:
     path = check(folder / "eyes.safetensors", expected)
     tensors = load_file(path)
     for k, eye in enumerate(models):
-        # `num_batches_tracked` is bookkeeping of training and not stored.
+        # training state that is not stored
         wanted = {name: t.shape for name, t in eye.state_dict().items() if t.is_floating_point()}
         mine = {name.removeprefix(f"{k}."): t.float() for name, t in tensors.items() if name.startswith(f"{k}.")}
         if {name: t.shape for name, t in mine.items()} != wanted:

@@ -1,7 +1,7 @@
 """The autoencoder of the `emoji` model: 64 x 64 pictures to 8 x 8 latents and back.
 
-Full-resolution convolutions are slow on CPUs, so pixels are folded into channels first: `PixelUnshuffle(8)`, residual
-blocks at 8 x 8, and back with `PixelShuffle`. It offers what diffusers' pipelines ask of a VAE: `encode(x).latents`,
+Full-resolution convolutions are slow on CPUs, so `PixelUnshuffle(8)` first folds pixels into channels, residual blocks
+run at 8 x 8, and `PixelShuffle` unfolds them. It has the VAE interface of diffusers' pipelines: `encode(x).latents`,
 `decode(z)`, `config.scaling_factor`, `config.latent_channels`, and four `block_out_channels` (a factor of 8).
 """
 
@@ -24,7 +24,7 @@ FOLD = 8
 
 @dataclass
 class LatentsOutput(BaseOutput):
-    """What `encode` returns: `latents` [B, C, H/8, W/8], unscaled (diffusers multiplies by `scaling_factor`)."""
+    """The output of `encode`: `latents` [B, C, H/8, W/8], unscaled (diffusers multiplies by `scaling_factor`)."""
 
     latents: Tensor
 
@@ -48,9 +48,9 @@ class EmojiVAE(ModelMixin, ConfigMixin):
     Args:
         latent_channels: channels of the latents.
         width: channels inside, a multiple of 16.
-        blocks: residual blocks in the encoder and in the decoder, each.
+        blocks: number of residual blocks, in the encoder and in the decoder.
         scaling_factor: 1 / standard deviation of the latents, set after training.
-        block_out_channels: read by pipelines for its length only: four entries mean a factor of 8.
+        block_out_channels: pipelines read only its length: four entries mean a factor of 8.
 
     Example:
         >>> import torch
@@ -86,14 +86,14 @@ class EmojiVAE(ModelMixin, ConfigMixin):
         )
 
     def encode(self, x: Tensor, return_dict: bool = True) -> LatentsOutput | tuple[Tensor]:
-        """`x` [B, 3, H, W] in [-1, 1] to latents [B, C, H/8, W/8]."""
+        """Maps `x` [B, 3, H, W] in [-1, 1] to latents [B, C, H/8, W/8]."""
         latents = self.encoder(x)
         return LatentsOutput(latents=latents) if return_dict else (latents,)
 
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
-        """Latents `z` [B, C, h, w] to pictures [B, 3, 8h, 8w] in about [-1, 1]; `generator` is not needed."""
+        """Maps latents `z` [B, C, h, w] to pictures [B, 3, 8h, 8w] in about [-1, 1]. Ignores `generator`."""
         sample = self.decoder(z)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 

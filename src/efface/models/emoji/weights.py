@@ -1,4 +1,4 @@
-"""Where the files of the `emoji` model lie, and the check that they are whole."""
+"""The files of the `emoji` model, and the check of their SHA-256."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ def check(path: Path, expected: str) -> Path:
     """Returns `path` if the file has the SHA-256 `expected`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file differs from the one that was published.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file differs from the published one.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing. {CURE}")
     found = sha256(path)
     if found != expected:
-        raise ValueError(f"{path} is damaged: its sha256 is {found}, expected {expected}. {CURE}")
+        raise ValueError(f"{path} is damaged, expected SHA-256 {expected}, got {found}. {CURE}")
     return path
 
 
 def read_object(path: Path, *keys: str) -> dict[str, Any]:
-    """The JSON object in a file of the package.
+    """Reads the JSON object in a file of the package.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds something else, or lacks one of `keys`.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file holds something else, or lacks one of `keys`.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing. {CURE}")
@@ -52,12 +52,12 @@ def read_object(path: Path, *keys: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path} is not a JSON object (it starts with {str(found)[:20]!r}). {CURE}")
     if missing := [key for key in keys if not found.get(key)]:
-        raise ValueError(f"{path} is damaged: it has no {', '.join(missing)}. {CURE}")
+        raise ValueError(f"{path} is damaged and has no {', '.join(missing)}. {CURE}")
     return found
 
 
 def recorded(folder: Path) -> dict[str, str]:
-    """File name to sha256, as model.json records them.
+    """File name to SHA-256, from model.json.
 
     Raises:
         FileNotFoundError, ValueError: model.json is missing, damaged, of another version, or lacks a file of the model.
@@ -65,7 +65,7 @@ def recorded(folder: Path) -> dict[str, str]:
     path = folder / "model.json"
     record = read_object(path)
     if record.get("version") != 1:
-        raise ValueError(f"{path} has version {record.get('version')}, expected 1. {CURE}")
+        raise ValueError(f"Expected version 1 in {path}, got {record.get('version')!r:.80}. {CURE}")
     files = record.get("files")
     if not isinstance(files, dict):
         raise ValueError(f"{path} lists no files with their sha256. {CURE}")
@@ -75,7 +75,7 @@ def recorded(folder: Path) -> dict[str, str]:
 
 
 def record(folder: Path) -> None:
-    """Writes the sha256 of the files in `folder` into its model.json, which says all else already."""
+    """Writes the SHA-256 of the files in `folder` into its model.json."""
     path = folder / "model.json"
     files = {name: sha256(folder / name) for name in RECORDED if (folder / name).is_file()}
     write(path, json.dumps(read_object(path) | {"files": files}, indent=2) + "\n")

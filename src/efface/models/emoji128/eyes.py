@@ -1,7 +1,7 @@
-"""The two eyes of the 128-pixel models: small CNNs that say which icons, which style and whether a watermark is there.
+"""The two detectors ("eyes") of the 128-pixel models: small CNNs for icons, style and watermark.
 
 The eyes differ in seed, width and training noise and are **never merged**: every answer has one row per eye. Compute a
-rate for each row and report the worse. Pictures are float [N, 3, 128, 128] in [0, 1].
+rate for each row, and report the worse one. Pictures are float [N, 3, 128, 128] in [0, 1].
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ WIDTHS = (128, 144)
 
 
 class Eye(nn.Module):
-    """One judge.
+    """One of the two detectors.
 
-    Each place of a 16-fold smaller map votes for icons and watermark, and a log-mean-exp pools the votes. The style is
-    read from the mean of the map.
+    Each position of a 16-fold smaller map votes for icons and watermark, and a log-mean-exp pools the votes. The style
+    comes from the mean of the map.
 
     Args:
         width: channels of the last stage, a multiple of 16.
@@ -43,7 +43,9 @@ class Eye(nn.Module):
     def __init__(self, width: int = WIDTHS[0]) -> None:
         super().__init__()
         if width < 16 or width % 16:
-            raise ValueError(f"Expected `width` to be a positive multiple of 16, got {width!r}.")
+            raise ValueError(
+                f"Expected `width` to be a positive multiple of 16, got {width!r:.80}. Give for example 128."
+            )
         self.width = width
         self.body = nn.Sequential(
             nn.Conv2d(3, width // 4, 4, stride=2, padding=1),
@@ -63,7 +65,7 @@ class Eye(nn.Module):
         self.style = nn.Linear(width, len(STYLES))
 
     def logits(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures [N, 3, H, W] in [0, 1] to logits of icons [N, I], styles [N, 5] and watermark [N]."""
+        """Maps pictures [N, 3, H, W] in [0, 1] to logits of icons [N, I], styles [N, 5] and watermark [N]."""
         features = self.body(2 * x - 1)
         votes = self.votes(features).float().flatten(2)
         pooled = votes.logsumexp(2) - log(votes.shape[2]) + self.bias
@@ -79,37 +81,42 @@ class Eyes:
 
     Args:
         eyes: the two eyes.
-        thresholds: `icons` [2, I], `styles` [2, 5] and `watermark` [2]; at or above it, a thing counts as seen.
-        facts: what eyes.json records.
+        thresholds: `icons` [2, I], `styles` [2, 5] and `watermark` [2]; a thing counts as seen at or above it.
+        facts: the content of eyes.json.
 
     Raises:
-        ValueError: not two eyes, or a threshold table of another shape.
+        ValueError: there are not two eyes, or a threshold table has another shape.
     """
 
     def __init__(
         self, eyes: Sequence[Eye], thresholds: Mapping[str, Any], facts: Mapping[str, Any] | None = None
     ) -> None:
         if len(eyes) != 2:
-            raise ValueError(f"Expected two eyes, got {len(eyes)}.")
+            raise ValueError(f"Expected two eyes, got {len(eyes)}. Give two.")
         self.eyes = tuple(eye.eval().requires_grad_(False) for eye in eyes)
         self.facts = dict(facts or {})
         shapes = {"icons": (2, len(ICONS)), "styles": (2, len(STYLES)), "watermark": (2,)}
         if set(thresholds) != set(shapes):
-            raise ValueError(f"Expected thresholds for {', '.join(shapes)}, got {', '.join(thresholds) or 'none'}.")
+            raise ValueError(
+                f"Expected thresholds for {', '.join(shapes)}, got {', '.join(thresholds) or 'none'}. Give these."
+            )
         self.thresholds = Seen(**{k: torch.as_tensor(thresholds[k], dtype=torch.float32) for k in shapes})
         for name, table in self.thresholds._asdict().items():
             if tuple(table.shape) != shapes[name]:
-                raise ValueError(f"Expected thresholds of {name} {shapes[name]}, got {tuple(table.shape)}.")
+                raise ValueError(
+                    f"Expected thresholds of {name} {shapes[name]}, got {tuple(table.shape)}. Give this shape."
+                )
 
     def to(self, device: str | torch.device) -> Eyes:
-        """The same eyes, which look on `device`; what they say comes back to the CPU."""
+        """Moves the eyes to `device`. Results come back to the CPU."""
         for eye in self.eyes:
             eye.to(device)
         return self
 
     @torch.no_grad()
     def see(self, images: Tensor | Seen) -> Seen:
-        """Pictures to probabilities `icons` [2, N, I], `styles` [2, N, 5], `watermark` [2, N]; a `Seen` passes through.
+        """Maps pictures to probabilities `icons` [2, N, I], `styles` [2, N, 5], `watermark` [2, N]. Passes a `Seen`
+        through.
 
         Raises:
             ValueError: the pictures are not float [N, 3, H, W] in [0, 1], or smaller than 32 pixels.
@@ -118,12 +125,15 @@ class Eyes:
             return images
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 32 or not images.is_floating_point():
             raise ValueError(
-                f"Expected float images [N, 3, H, W] of at least 32 x 32, got {images.dtype} {tuple(images.shape)}."
+                f"Expected float images [N, 3, H, W] of at least 32 x 32, got {images.dtype} {tuple(images.shape)}. "
+                "Convert or resize them."
             )
         if len(images) == 0:
             return Seen(torch.zeros(2, 0, len(ICONS)), torch.zeros(2, 0, len(STYLES)), torch.zeros(2, 0))
         if not (images.min() >= 0 and images.max() <= 1):  # also when something is NaN
-            raise ValueError(f"Expected images in [0, 1], got {float(images.min()):g} to {float(images.max()):g}.")
+            raise ValueError(
+                f"Expected images in [0, 1], got {float(images.min()):g} to {float(images.max()):g}. Scale them first."
+            )
         rows = []
         for eye in self.eyes:
             device = next(eye.parameters()).device
@@ -132,7 +142,7 @@ class Eyes:
         return Seen(*(torch.stack(pair) for pair in zip(*rows, strict=True)))
 
     def icons(self, images: Tensor | Seen) -> Tensor:
-        """Which icons are there: bool [2, N, I], in the order of `ICONS`."""
+        """The detected icons: bool [2, N, I], in the order of `ICONS`."""
         return self.see(images).icons >= self.thresholds.icons[:, None]
 
     def styles(self, images: Tensor | Seen) -> Tensor:
@@ -140,22 +150,22 @@ class Eyes:
         return self.see(images).styles.argmax(-1)
 
     def style_is(self, images: Tensor | Seen, style: str) -> Tensor:
-        """Whether a style is seen for sure: bool [2, N].
+        """Whether a style is above its threshold: bool [2, N].
 
         Raises:
-            ValueError: no such style.
+            ValueError: the style is unknown.
         """
         if style not in STYLES:
-            raise ValueError(f"Expected a style of {', '.join(STYLES)}, got {style!r}.")
+            raise ValueError(f"Expected a style of {', '.join(STYLES)}, got {style!r:.80}. Give one of these.")
         k = STYLES.index(style)
         return self.see(images).styles[..., k] >= self.thresholds.styles[:, None, k]
 
     def watermark(self, images: Tensor | Seen) -> Tensor:
-        """Whether the watermark badge is there: bool [2, N]."""
+        """Whether the watermark badge is visible: bool [2, N]."""
         return self.see(images).watermark >= self.thresholds.watermark[:, None]
 
     def gender(self, images: Tensor | Seen) -> Tensor:
-        """[2, N]: 0 for a man, 1 for a woman, -1 where no person is seen; the surest profession icon decides."""
+        """[2, N]: 0 for a man, 1 for a woman, -1 without a person. The likeliest profession icon decides."""
         seen = self.see(images)
         people = [INDEX[name] for name in PEOPLE]
         there = self.icons(seen)[..., people]
@@ -163,10 +173,10 @@ class Eyes:
         return torch.where(there.any(-1), surest % 2, -1)
 
     def concept(self, images: Tensor | Seen, concept: str) -> Tensor:
-        """Whether a concept of the vocabulary, an icon, a style or "watermark" is there: bool [2, N].
+        """Whether the pictures show a concept of the vocabulary, an icon, a style or "watermark": bool [2, N].
 
         Raises:
-            ValueError: an unknown name.
+            ValueError: the name is unknown.
         """
         seen = self.see(images)
         if concept == "watermark":
@@ -177,12 +187,12 @@ class Eyes:
         icons = icons or ([concept] if concept in INDEX else [])
         if not icons:
             known = ", ".join([*VOCABULARY["concepts"], *STYLES])
-            raise ValueError(f"Expected a concept such as {known}, got {concept!r}.")
+            raise ValueError(f"Expected a concept such as {known}, got {concept!r:.80}. Give a name of the vocabulary.")
         return self.icons(seen)[..., [INDEX[icon] for icon in icons]].any(-1)
 
 
 def load_eyes(folder: Path | None = None) -> Eyes:
-    """Both eyes from eyes.safetensors (fp16) and eyes.json in `folder`, by default the packaged ones.
+    """Loads both eyes from eyes.safetensors (fp16) and eyes.json in `folder`. Default: the shipped files.
 
     Raises:
         FileNotFoundError: one of the files is missing.

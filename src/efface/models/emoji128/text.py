@@ -1,8 +1,8 @@
-"""Tokenizer and text encoder of the 128-pixel models: all-MiniLM-L6-v2, in the shape that both pipelines expect.
+"""Tokenizer and text encoder of the 128-pixel models: all-MiniLM-L6-v2, with the interface that both pipelines expect.
 
 `StableDiffusionPipeline` passes the mask of the padding and reads the token states. `FluxPipeline` passes no mask,
-reads `pooler_output` of its first encoder, and asks for 512 tokens. These classes close the gap, so that both
-pipelines get the states that the denoisers were trained on.
+reads `pooler_output` of its first encoder, and asks for 512 tokens. These classes adapt the encoder, so that both
+pipelines get the states of the training.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["EmojiTextEncoder", "EmojiTokenizer", "PreTrainedModel", "PreTrainedT
 
 
 class EmojiTokenizer(BertTokenizer):
-    """BERT's tokenizer, which never pads or cuts to more than `model_max_length` tokens."""
+    """BERT's tokenizer, limited to `model_max_length` tokens."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if (kwargs.get("max_length") or 0) > self.model_max_length:
@@ -28,9 +28,9 @@ class EmojiTokenizer(BertTokenizer):
 
 
 class EmojiTextEncoder(BertModel):
-    """BERT that masks padding by itself, and whose `pooler_output` is the mean of a text's own states.
+    """BERT that masks padding by itself. Its `pooler_output` is the mean of a text's own states.
 
-    Own are the tokens that are not padding, the start and end tokens included.
+    Own tokens are all tokens except padding, including start and end.
 
     Example:
         >>> from efface.models.emoji128 import text_encoder
@@ -46,16 +46,16 @@ class EmojiTextEncoder(BertModel):
 
     @property
     def text_model(self) -> Any:
-        """Where CLIP keeps its layers. `StableDiffusionPipeline` looks for it when a call sets `clip_skip`."""
+        """CLIP's attribute for its layers, which `StableDiffusionPipeline` reads when a call sets `clip_skip`."""
         raise ValueError(
-            "`clip_skip` takes the states of an earlier CLIP layer, but this text encoder is all-MiniLM-L6-v2, and the "
-            "model was trained on its last layer only: leave `clip_skip` out."
+            "`clip_skip` takes the states of an earlier CLIP layer, but this model was trained on the last layer of "
+            "all-MiniLM-L6-v2. Leave `clip_skip` out."
         )
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple[Any, ...]:
-        """As `BertModel.forward`, which see."""
+        """As `BertModel.forward`."""
         if attention_mask is None and input_ids is not None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
         as_dict = kwargs.pop("return_dict", None)

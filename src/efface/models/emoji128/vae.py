@@ -35,7 +35,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pictures to means and log variances of the latents, side by side in channels; the variances are constant."""
+    """Maps pictures to means and log variances of the latents, side by side in channels. The variances are constant."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Encoder(nn.Module):
 class _AutoencoderKLToDiffusers(type):
     """Classes that compare equal to `AutoencoderKL`.
 
-    `from_pipe` hands a model over only if its type is among those that the new pipeline names; a subclass is refused.
+    `from_pipe` passes a model on only if the new pipeline names its exact type, and refuses subclasses.
     """
 
     def __eq__(cls, other: object) -> bool:
@@ -73,12 +73,12 @@ class EmojiAutoencoder(AutoencoderKL, metaclass=_AutoencoderKLToDiffusers):
         encoder_width: channels inside the encoder, a multiple of 16.
         decoder_width: channels of the decoder at 16 x 16, a multiple of 16.
         last_width: channels of the decoder at 32 x 32, a multiple of 16.
-        sample_size: side of the pictures that it was trained on.
+        sample_size: side of the training pictures.
         scaling_factor: 1 / standard deviation of the latents, set after training.
         shift_factor: pipelines subtract it from latents before scaling.
         block_out_channels: pipelines read its length only: four entries mean a factor of 8.
-        in_channels, out_channels: of pictures.
-        latents_mean, latents_std: not used; some pipelines look for them.
+        in_channels, out_channels: channels of pictures.
+        latents_mean, latents_std: unused; some pipelines read them.
         force_upcast: whether pipelines must decode in float32.
 
     Example:

@@ -1,7 +1,7 @@
-"""What every run-time method promises, as functions that raise where a method breaks a promise.
+"""The promises of every run-time method, as functions that raise if a method breaks one.
 
-Each promise is a function of a `Trial`: a method on a tiny pipeline of one family. It first shows that the method has
-an effect, because a dead hook would keep most promises. Then it compares pictures to the bit.
+Each promise is a function of a `Trial`: a method on a tiny pipeline of one family. It first tests that the method has
+an effect, because a dead hook would keep most promises. Then it compares pictures bit by bit.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ ON_EACH_FAMILY: tuple[Promise, ...] = (
     images_per_prompt_are_rows,
     a_row_is_the_row_alone,
 )
-"""Promises that are tried on every family, behind `refuses_what_it_cannot_do`."""
+"""Promises for every family, tested after `refuses_what_it_cannot_do`."""
 
 ONCE: tuple[Promise, ...] = (
     says_where_it_comes_from,
@@ -96,4 +96,4 @@ ONCE: tuple[Promise, ...] = (
     may_be_on_twice,
     pipelines_are_apart,
 )
-"""Promises that are tried on the first family that the method works on."""
+"""Promises for the first family on which the method works."""

@@ -1,4 +1,4 @@
-"""Promises about putting a method on and taking it off."""
+"""Promises about applying and removing a method."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .trial import DoesNotApply, Trial, changed
 
 
 class _Stop(KeyboardInterrupt):
-    """What a user does in the middle of a call."""
+    """An interruption by the user during a call."""
 
 
 def restores(trial: Trial) -> None:
-    """Acts inside its `with` block, and leaves weights, hooks and pictures as they were, to the bit."""
+    """Acts inside its `with` block, and restores weights, hooks and pictures bitwise."""
     before = snapshot(trial.pipe)
     with trial.method.apply(trial.pipe):
         erased = trial.latents()
@@ -31,7 +31,7 @@ def restores(trial: Trial) -> None:
 
 
 def restores_after_an_exception(trial: Trial) -> None:
-    """Leaves everything as it was when a call of the pipeline is interrupted."""
+    """Restores everything when a pipeline call is interrupted."""
 
     def stop(*_: Any) -> None:
         raise _Stop
@@ -46,14 +46,14 @@ def restores_after_an_exception(trial: Trial) -> None:
         pass
     else:
         trial.require(
-            False, "An exception in the middle of a call does not reach the caller. Catch only what you raise."
+            False, "An exception during a call does not reach the caller. Catch only exceptions that you raise."
         )
     trial.require_restored(before)
     trial.require_equal(trial.latents(), trial.drawn(), "After an exception the base model draws another picture.")
 
 
 def acts_until_removed(trial: Trial) -> None:
-    """Acts from `apply` to `remove`; a second `remove` does nothing, and a handle that is off cannot be changed."""
+    """Acts from `apply` to `remove`. A second `remove` has no effect, and a removed handle cannot be changed."""
     handle: Handle = trial.method.apply(trial.pipe)
     trial.require_effect(trial.latents(), trial.drawn())
     handle.remove()
@@ -62,15 +62,15 @@ def acts_until_removed(trial: Trial) -> None:
     try:
         handle.strength = 1.0
     except ValueError as error:
-        trial.require("already removed" in str(error), f"A handle that is off answers {str(error)!r}. Use `Handle`.")
+        trial.require("already removed" in str(error), f"A removed handle raises {str(error)!r}. Use `Handle`.")
     else:
-        trial.require(False, "A handle that is off can be changed. Return the handle of `Method.apply`.")
+        trial.require(False, "A removed handle can be changed. Return the handle of `Method.apply`.")
 
 
 def off_is_the_base_model(trial: Trial) -> None:
-    """With the field values of `off` it draws what the base model draws, to the bit."""
+    """With the field values of `off` it draws the base model's pictures, bitwise."""
     if trial.method.off is None:
-        raise DoesNotApply("`off` is None: no setting makes the method the identity.")
+        raise DoesNotApply("`off` is None, so no setting makes the method the identity.")
     with changed(trial.method, **trial.method.off).apply(trial.pipe):
         found = trial.latents(PROMPTS)
     trial.require_equal(
@@ -81,13 +81,15 @@ def off_is_the_base_model(trial: Trial) -> None:
 
 
 def config_survives_json(trial: Trial) -> None:
-    """Its configuration is JSON, and makes an equal method again."""
+    """Its configuration is JSON, and rebuilds an equal method."""
     method, cls = trial.method, type(trial.method)
     trial.require(cls.__hash__ is not None, "The method has no hash. Write `@dataclass(frozen=True)` above the class.")
     with method.apply(trial.pipe) as handle:
         config = handle.config()
     read = json.loads(json.dumps(config))
-    trial.require(read == config, "The configuration is another one after JSON. Use numbers, texts, tuples and None.")
+    trial.require(
+        read == config, "The configuration changes in a round trip through JSON. Use numbers, texts, tuples and None."
+    )
     name = read.pop("method")
     registered = ":" not in name
     trial.require(
@@ -113,11 +115,11 @@ def config_survives_json(trial: Trial) -> None:
 
 
 def strength_can_be_set(trial: Trial) -> None:
-    """A strength that is set on the handle acts from the next call on; one below 0 is a ValueError."""
+    """A strength set on the handle acts from the next call on. A strength below 0 raises ValueError."""
     method = trial.method
     if "strength" not in field_names(method):
         raise DoesNotApply("The method has no field `strength`.")
-    cure = "Read the field `strength` in each call, and keep no value of it."
+    cure = "Read the field `strength` in each call, and do not store its value."
     with method.apply(trial.pipe) as handle:
         try:
             handle.strength = 0.5
@@ -125,12 +127,12 @@ def strength_can_be_set(trial: Trial) -> None:
             lacks = lacking(changed(method, strength=0.5).needs, facts_of(trial.pipe).offers)
             trial.require(
                 method.strength is None and bool(lacks) and names_what_is_missing(str(error), method, lacks),
-                f"`handle.strength = 0.5` is refused with {str(error)!r}. Let strengths from 0 to 1 be set.",
+                f"`handle.strength = 0.5` raises {str(error)!r}. Allow strengths from 0 to 1.",
             )
             raise DoesNotApply(str(error)) from None
         trial.require(
             handle.strength == handle.config()["strength"] == 0.5,
-            f"The strength was set to 0.5, but the handle says {handle.strength}. Keep it in the field `strength`.",
+            f"The strength was set to 0.5, but the handle has {handle.strength}. Store it in the field `strength`.",
         )
         weaker = trial.latents()
         try:
@@ -138,14 +140,16 @@ def strength_can_be_set(trial: Trial) -> None:
         except ValueError as error:
             trial.require(
                 "strength" in str(error),
-                f"A strength of -1 is refused with {str(error)!r}. Name the field in the message.",
+                f"A strength of -1 raises {str(error)!r}. Name the field in the message.",
             )
         else:
-            trial.require(False, "A strength of -1 is taken. Call `super().__post_init__()`, which checks the field.")
+            trial.require(
+                False, "A strength of -1 is accepted. Call `super().__post_init__()`, which checks the field."
+            )
     trial.require_equal(
         weaker,
         trial.drawn(changed(method, strength=0.5)),
-        f"A strength that is set on the handle draws another picture than a method with that strength. {cure}",
+        f"A strength set on the handle draws another picture than a method with that strength. {cure}",
     )
     own = f"A strength of 0.5 instead of {method.strength}"
     trial.require_effect(weaker, trial.drawn(method), own, cure)

@@ -11,16 +11,16 @@ from .trial import DoesNotApply, Trial
 
 
 def refuses_what_it_cannot_do(trial: Trial) -> None:
-    """Refuses a family exactly if the family lacks what the method needs, by a ValueError that says what is missing."""
+    """Refuses a family exactly if it lacks the method's needs, with a ValueError that names them."""
     refusal(trial)
 
 
 def refusal(trial: Trial) -> str:
-    """The message by which the method refuses the pipeline; "" if it does not.
+    """The method's refusal of the pipeline; "" if it does not refuse.
 
     Raises:
-        ConformanceError: it refuses a family that offers what it needs, does not refuse one that lacks it, or does not
-            say what is missing and what to do.
+        ConformanceError: the method refuses a family that meets its needs, does not refuse one that lacks them, or
+            names neither cause nor cure.
     """
     method, said = trial.method, ""
     lacks = lacking(method.needs, facts_of(trial.pipe).offers)
@@ -30,7 +30,7 @@ def refusal(trial: Trial) -> str:
         said = str(error)
     if not lacks:
         trial.require(
-            not said, f"It refuses a family that offers what it needs: {said!r}. Name in `needs` what the family lacks."
+            not said, f"It refuses a family that meets its needs, with {said!r}. Name the missing offers in `needs`."
         )
         return ""
     trial.require(
@@ -38,7 +38,7 @@ def refusal(trial: Trial) -> str:
     )
     trial.require(
         names_what_is_missing(said, method, lacks) and two_sentences(said),
-        f"The refusal {said!r} does not say who needs what, and what to do. Write two sentences: "
+        f"The refusal {said!r} lacks the need or the cure. Write two sentences: "
         f'"{type(method).__name__} needs ..., but ... Use ..."',
     )
     return said
@@ -55,13 +55,13 @@ def two_sentences(said: str) -> bool:
 
 
 def suits(trial: Trial) -> None:
-    """DoesNotApply if the method refuses the family for a good reason."""
+    """Raises DoesNotApply if the method refuses the family for a good reason."""
     if said := refusal(trial):
         raise DoesNotApply(said)
 
 
 def acts_without_guidance_or_refuses(trial: Trial) -> None:
-    """Without guidance it acts, or a method that needs guidance raises a ValueError that names it."""
+    """Without guidance it acts, or raises a ValueError that names the need of guidance."""
     method, scale = trial.method, facts_of(trial.pipe).scale
     with method.apply(trial.pipe):
         try:
@@ -69,7 +69,7 @@ def acts_without_guidance_or_refuses(trial: Trial) -> None:
         except ValueError as error:
             trial.require(
                 bool(method.touches_uncond or method.guides) and scale in str(error) and two_sentences(str(error)),
-                f"Without guidance the call fails: {str(error)!r}. A method with `guides` or `touches_uncond` may "
+                f"Without guidance the call fails with {str(error)!r}. A method with `guides` or `touches_uncond` may "
                 f"refuse it in two sentences that name `{scale}`.",
             )
             return

@@ -16,11 +16,11 @@ from .trial import ROUNDING, DoesNotApply, Trial, changed
 
 
 def first_prediction(trial: Trial) -> Tensor:
-    """What the denoiser predicts in the first step: unconditional rows, then conditional ones."""
+    """The denoiser's predictions in the first step: unconditional rows, then conditional rows."""
     seen: list[Tensor] = []
     watch = denoiser_of(trial.pipe).register_forward_hook(lambda module, args, out: seen.append(out[0]))
     try:
-        # an empty negative prompt would hide a touch, because some methods leave its rows alone
+        # an empty negative prompt would hide edits, because some methods skip its rows
         trial.latents(PROMPTS, negative_prompt=["a big dog", "wine"])
     finally:
         watch.remove()
@@ -28,7 +28,7 @@ def first_prediction(trial: Trial) -> Tensor:
 
 
 def touches_unconditional_rows_only_if_declared(trial: Trial) -> None:
-    """Leaves the unconditional rows alone, unless `touches_uncond` says that it changes them."""
+    """Changes unconditional rows only if it declares `touches_uncond`."""
     method = trial.method
     strong = {"strength": 16.0, "warmup": 0.0, "window": (0.0, 1.0)}  # it is the first step
     own = field_names(method)
@@ -38,7 +38,7 @@ def touches_unconditional_rows_only_if_declared(trial: Trial) -> None:
     with method.apply(trial.pipe):
         erased = first_prediction(trial)
     trial.require(
-        len(base) == 2 * len(PROMPTS), "The denoiser was called with other rows than the call has. Call it once."
+        len(base) == 2 * len(PROMPTS), "The denoiser was called with other rows than those of the call. Call it once."
     )
     n = len(PROMPTS)
     if method.touches_uncond:
@@ -55,7 +55,7 @@ def touches_unconditional_rows_only_if_declared(trial: Trial) -> None:
 
 
 def images_per_prompt_are_rows(trial: Trial) -> None:
-    """With `num_images_per_prompt=2` it draws what it draws for each prompt given twice."""
+    """With `num_images_per_prompt=2` it draws the same pictures as for each prompt given twice."""
     repeated = tuple(prompt for prompt in PROMPTS for _ in range(2))
     with trial.method.apply(trial.pipe):
         erased = trial.latents(PROMPTS, num_images_per_prompt=2)
@@ -63,13 +63,13 @@ def images_per_prompt_are_rows(trial: Trial) -> None:
     trial.require(
         far < ROUNDING,
         f"Two images of a prompt differ from the prompt given twice, by {far:.1e} of their size. Treat each row of the "
-        "batch by itself.",
+        "batch separately.",
     )
     trial.require_effect(erased, trial.drawn(prompt=repeated))
 
 
 def a_row_is_the_row_alone(trial: Trial) -> None:
-    """Draws a row of a batch as if it were alone; with `rows`, a row without concepts as the base model draws it."""
+    """Draws each row of a batch as if alone. With `rows`, draws a row without concepts like the base model."""
     method, prompts = trial.method, (*PROMPTS, "a dog")
     with method.apply(trial.pipe):
         together = trial.latents(prompts)
@@ -81,7 +81,7 @@ def a_row_is_the_row_alone(trial: Trial) -> None:
         together = trial.latents(prompts)
     base = trial.drawn(prompt=prompts)
     trial.require_unchanged(
-        together[2], base[2], "A row without concepts changes. Change no other rows than those you get."
+        together[2], base[2], "A row without concepts changes. Change only the rows that you receive."
     )
     for k in (0, 1):
         trial.require_effect(together[k], base[k], f"In row {k} of a batch the method")
@@ -91,19 +91,19 @@ def a_row_is_the_row_alone(trial: Trial) -> None:
 def _require_rows_alone(
     trial: Trial, together: Tensor, prompts: Sequence[str], methods: Sequence[Sequence[Any]]
 ) -> None:
-    """ConformanceError unless each row is what its own methods draw for its prompt."""
+    """Raises ConformanceError unless each row equals the picture of its methods for its prompt alone."""
     for k, (prompt, on) in enumerate(zip(prompts, methods, strict=True)):
         far = float((together[k] - trial.drawn(*on, prompt=prompt, seed=k)[0]).abs().max())
         trial.require(
             far < 1e-4,
             f"Row {k} of a batch differs by {far:.1e} from the same row alone. Take no mean, sum or maximum over the "
-            "rows of the batch. If the method has a threshold, which turns rounding into a difference, try it with "
-            "values that no number is near.",
+            "rows of the batch. If the method has a threshold, which turns rounding into a difference, test it with "
+            "values far from the threshold.",
         )
 
 
 def rows_count_prompts(trial: Trial) -> None:
-    """`rows` has one entry for each prompt, however many images it gets; another number is a ValueError."""
+    """`rows` has one entry per prompt, for any number of images. Another number raises ValueError."""
     if "rows" not in field_names(trial.method):
         raise DoesNotApply("The method has no field `rows`.")
     with trial.method.apply(trial.pipe) as handle:
@@ -114,17 +114,17 @@ def rows_count_prompts(trial: Trial) -> None:
         for k in (2, 3):
             trial.require_effect(erased[k], base[k], f"On image {k} the method")
         one_each = len(trial.latents(PROMPTS, num_images_per_prompt=1))
-        trial.require(one_each == 2, f"Two prompts give {one_each} pictures. Return as many rows as came in.")
+        trial.require(one_each == 2, f"Two prompts give {one_each} pictures. Return as many rows as you receive.")
         try:
             trial.latents([PROMPT] * 3)
         except ValueError as error:
             trial.require(
                 "`rows` has 2 entries, but the call has 3 prompts" in str(error),
-                f"Two rows for three prompts are refused with {str(error)!r}. Let `Method` place the rows.",
+                f"Two rows for three prompts raise {str(error)!r}. Let `Method` place the rows.",
             )
         else:
-            trial.require(False, "Two rows for three prompts are taken. Let `Method` place the rows.")
+            trial.require(False, "Two rows for three prompts are accepted. Let `Method` place the rows.")
         handle.rows = None
         trial.require_equal(
-            trial.latents(), trial.drawn(trial.method), "With `rows` set back to None the picture is another one."
+            trial.latents(), trial.drawn(trial.method), "After setting `rows` back to None the picture differs."
         )

@@ -1,4 +1,4 @@
-"""A method on trial, and how a broken promise is told."""
+"""The trial of a method, and the error for a broken promise."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from .. import drawing
 from ..drawing import PROMPT, change, differences, drawn, latents, snapshot
 
 EFFECT = 1e-3
-"""A method changes a picture by more than this share of its size; less means that a hook is dead."""
+"""A method changes a picture by more than this share of its size. Less means a dead hook."""
 
 ROUNDING = 1e-5
 """Further rows in a batch change other rows by less than this share of their size."""
 
 
 class ConformanceError(AssertionError):
-    """A method breaks a promise. The message says which, on which family, and what to look at."""
+    """A method breaks a promise. The message names the promise, the family and where to look."""
 
 
 class DoesNotApply(unittest.SkipTest):
-    """A promise is not about this method on this family; pytest and unittest report the test as skipped."""
+    """A promise does not apply to this method on this family. pytest and unittest report the test as skipped."""
 
 
 def changed(method: Any, **fields: Any) -> Any:
@@ -39,10 +39,10 @@ class Trial:
     """A method on a tiny pipeline.
 
     Args:
-        method: what is tried, with concepts whose words the tiny tokenizers know.
+        method: the tested method, with concepts whose words the tiny tokenizers know.
         family: a name of `efface.testing.FAMILIES`.
-        pipe: the pipeline of that family, with nothing on.
-        steps: of each call; None is the kit's default, 3.
+        pipe: a pipeline of that family, without erasers.
+        steps: steps of each call. None: the kit's default, 3.
     """
 
     method: Any
@@ -54,11 +54,12 @@ class Trial:
         return options if self.steps is None else {"num_inference_steps": self.steps, **options}
 
     def latents(self, prompt: str | Sequence[str] = PROMPT, **options: Any) -> Tensor:
-        """What this pipeline draws now."""
+        """The latents that this pipeline draws now."""
         return latents(self.pipe, prompt, **self._options(options))
 
     def drawn(self, *methods: Any, prompt: str | tuple[str, ...] = PROMPT, **options: Any) -> Tensor:
-        """What another pipeline with the same weights draws with these methods on; without one, the base picture."""
+        """The latents of another pipeline with the same weights and these methods; without methods, the base
+        model's."""
         return drawn(self.family, *methods, prompt=prompt, **self._options(options))
 
     def having(self, **fields: Any) -> Self:
@@ -66,7 +67,7 @@ class Trial:
         return dataclasses.replace(self, method=changed(self.method, **fields))
 
     def require(self, kept: bool, said: str) -> None:
-        """ConformanceError unless the promise is kept."""
+        """Raises ConformanceError unless the promise is kept."""
         if not kept:
             raise ConformanceError(f"{type(self.method).__name__} on {self.family}: {said}")
 
@@ -77,8 +78,8 @@ class Trial:
         )
         self.require(
             found > EFFECT,
-            f"{what} changes the picture by {found:.1e} of its size, and a method that acts changes more than "
-            f"{EFFECT:g}. {cure}",
+            f"{what} changes the picture by {found:.1e} of its size, less than the {EFFECT:g} of a working method. "
+            f"{cure}",
         )
 
     def require_equal(self, picture: Tensor, other: Tensor, said: str) -> None:
@@ -86,7 +87,7 @@ class Trial:
             self.require(False, f"{said} The pictures differ by {change(picture, other):.1e} of their size.")
 
     def require_unchanged(self, rows: Tensor, base: Tensor, said: str) -> None:
-        """To the bit, or up to rounding if the method adds rows to the batch."""
+        """Requires bitwise equality, or equality up to rounding if the method adds rows to the batch."""
         if not torch.equal(rows, base):
             far = change(rows, base)
             self.require(bool(self.method.guides) and far < ROUNDING, f"{said} They differ by {far:.1e} of their size.")
@@ -95,6 +96,6 @@ class Trial:
         found = differences(snapshot(self.pipe), before)
         self.require(
             not found,
-            f"The pipeline is not as it was: {', '.join(found[:3])}{' ...' if len(found) > 3 else ''}. Change nothing "
-            "on the pipeline yourself: keep values from step to step in `memory`, and let `apply` place the hooks.",
+            f"The pipeline changed in {', '.join(found[:3])}{' ...' if len(found) > 3 else ''}. Store values across "
+            "steps in `memory`, and let `apply` place the hooks.",
         )

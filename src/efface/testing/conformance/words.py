@@ -1,4 +1,4 @@
-"""What a method says of itself."""
+"""Promises about a method's documentation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .trial import Trial
 
 
 def origin(cls: type) -> str:
-    """Where a method comes from: its paper, or its source if there is none; "" if it tells neither.
+    """The origin of a method: its paper, or its source without a paper; "" if the docstring names neither.
 
     Args:
         cls: a class whose docstring has a paragraph `Paper:` with an arXiv id, or `Source:`; or with an attribute
@@ -36,7 +36,7 @@ HEADINGS = ("Differs: ", "Args:\n", "Shapes: ", "Raises:\n", "Example:\n    >>> 
 
 
 def undocumented(cls: type) -> list[str]:
-    """What is missing in a docstring by the rules for Efface's own methods: headings, origin, and fields in `Args:`."""
+    """The gaps in a docstring by the rules for native methods: headings, origin, and fields in `Args:`."""
     doc = inspect.getdoc(cls) or ""
     found = [heading.partition(":")[0] for heading in HEADINGS if f"\n{heading}" not in doc]
     found += [] if origin(cls) else ["Paper or Source"]
