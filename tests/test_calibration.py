@@ -154,18 +154,21 @@ def test_it_goes_on_where_it_was_killed(tmp_path: Path) -> None:
         ({"n": 0}, "Expected a whole number `n` >= 1, got 0"),
         ({"refine": -1}, "number `refine` >= 0"),
         ({"batch": 0}, "number `batch` >= 1"),
-        ({"plot": True}, "A plot needs a place"),
+        ({"plot": True}, "Expected `out` for the plot"),
         ({"prompts": "a cat"}, r"`prompts` to be a sequence of texts, .* Write \('a cat',\)"),
         ({"keep_prompts": "a dog"}, "`keep_prompts` to be a sequence of texts"),
-        ({"detector": green}, "with a text `name` by which records know it"),
+        ({"detector": green}, "a detector with a text `name`"),
         ({"detector": Red}, "Expected a detector"),
         ({"concept": ["cat", "alcohol"]}, "Expected one concept, got 2"),
-        ({"concept": "cat", "eraser": efface.EIUP("alcohol")}, "EIUP erases 'alcohol', but 'cat' is what is judged"),
+        (
+            {"concept": "cat", "eraser": efface.EIUP("alcohol")},
+            "EIUP erases 'alcohol', but the judged concept is 'cat'",
+        ),
         ({"eraser": efface.EIUP(rows=[["cat"]])}, "EIUP erases by rows, but"),
         ({"eraser": efface.EIUP}, r"got the class EIUP. Write for example EIUP\('alcohol'\)"),
-        ({"eraser": "eiup"}, "got 'eiup'. Use efface.erase, which takes methods by name"),
-        ({"eraser": [Weaken()]}, r"got \[Weaken.*\. Give several one by one"),
-        ({"out": __file__}, "Expected `out` to be a folder, but .* is a file"),
+        ({"eraser": "eiup"}, "got 'eiup'. Pass method names to efface.erase"),
+        ({"eraser": [Weaken()]}, r"got \[Weaken.*\. Apply them one by one"),
+        ({"out": __file__}, "Expected `out` to be a folder, got the file"),
     ],
 )
 def test_bad_settings_are_found_before_anything_is_drawn(settings: dict[str, Any], message: str) -> None:
@@ -191,7 +194,7 @@ def test_what_cannot_be_told_is_said() -> None:
         calibrate(Pipe(shows=0.2))
     with pytest.raises(ValueError, match="counts none of the base model's pictures"):
         calibrate(Pipe(), kept=lambda erased, plain: torch.full((1, len(plain)), -1))
-    with pytest.raises(ValueError, match="what must survive the erasure of 'dog'"):
+    with pytest.raises(ValueError, match="no prompts for the retention of 'dog'"):
         efface.calibrate(Pipe(), Weaken(), efface.Concept("dog"), Red())
     with pytest.raises(ValueError, match="Fixed has no `strength`"):
         efface.calibrate(Pipe(), Fixed(), CAT, Red())

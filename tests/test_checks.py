@@ -144,7 +144,7 @@ def test_a_warning_points_at_the_line_of_the_user() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         editor.fit(pipe, Concept("cat", anchor="dog"))
-    (warning,) = [w for w in caught if "of the edit is done" in str(w.message)]
+    (warning,) = [w for w in caught if "complete, and would be" in str(w.message)]
     assert warning.filename == __file__
 
 

@@ -44,7 +44,7 @@ def test_the_command_ends_without_a_traceback_too(tmp_path: Path) -> None:
     ("args", "expected"),
     [
         (["", "--concept", "alcohol"], "Expected `prompt` to be a text that is not empty"),
-        (["a cat"], "Nothing to erase"),
+        (["a cat"], "nothing to erase"),
         (["a cat", "--concept", "alcohl"], "Did you mean 'alcohol'?"),
         (["a cat", "--concept", "cat", "--method", "eipu"], "Did you mean 'eiup'?"),
         (["a cat", "--concept", "cat", "--set", "strenght=2"], "Did you mean 'strength'?"),
@@ -64,9 +64,9 @@ def test_the_command_ends_without_a_traceback_too(tmp_path: Path) -> None:
             ["a cat", "--concept", "cat", "--method", "negative_prompt", "--guidance", "0.5"],
             "NegativePrompt needs guidance, but --guidance is 0.5. Give a value above 1, or --method eiup",
         ),
-        (["a cat", "--concept", "cat", "--seed", str(2**32 - 1)], "the last of 4 seeds has to stay below 2**32"),
+        (["a cat", "--concept", "cat", "--seed", str(2**32 - 1)], "so that all 4 seeds stay below 2**32"),
         (["a cat", "--concept", "cat", "--method", ""], "Unknown method ''"),
-        (["a cat", "--concept", "cat", "--set", "concepts=2"], "The concepts of eiup are not set like its fields"),
+        (["a cat", "--concept", "cat", "--set", "concepts=2"], "The concepts of eiup cannot be set as a field"),
         (["a cat", "--concept", "cat", "--set", "method=2"], "eiup has no field 'method'"),
         (["a cat", "--concept", "cat", "--images", "10", "--set", 'rows=[["cat"]]'], "`rows` has 1 entries, but --im"),
         (["a cat", "--concept", "cat", "--set", "rows=[]"], "`rows` has 0 entries, but --images is 4"),
@@ -125,10 +125,10 @@ def test_a_prompt_that_is_cut_is_told_once(tmp_path: Path) -> None:
     args = ["erase", "dog " * 30 + "cat", "--negative", "bird " * 22 + "ant", "--concept", "cat", "--images", "9"]
     done = run(*args, "--steps", "1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "The prompt is longer than the text encoder takes; not read is 'dog dog dog dog dog dog dog dog cat'" in (
+    assert "The prompt is longer than the text encoder's limit. It ignores 'dog dog dog dog dog dog dog dog cat'" in (
         done.stderr
     )
-    assert "The negative prompt is longer than the text encoder takes; not read is 'ant'" in done.stderr
+    assert "The negative prompt is longer than the text encoder's limit. It ignores 'ant'" in done.stderr
     assert [line.partition(" ")[0] for line in done.stderr.splitlines()] == ["Warning:", "Warning:", "drawn"]
 
 
@@ -148,7 +148,7 @@ def test_ctrl_c_in_the_middle_keeps_the_pictures_before_erasing(
 
     monkeypatch.setattr(api, "draw", draw)
     args = ["erase", "a cat", "--concept", "cat", "--images", "2", "--steps", "1", "--out", tmp_path / "out"]
-    assert "0 of 2 pictures were finished, and 2 more without erasing" in call(*args, code=130)
+    assert "0 of 2 pictures were finished, and 2 more of the base model" in call(*args, code=130)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         *("before-1000000.png", "before-1000001.png", "grid.png", "record.json")
     }
@@ -230,7 +230,7 @@ def test_a_name_that_is_too_long_has_a_cure(tmp_path: Path) -> None:
         ("tokenizer/tokenizer.json", "Damaged files: .*tokenizer/tokenizer.json"),
         ("unet/diffusion_pytorch_model.safetensors", "Damaged files: .*unet/diffusion_pytorch_model.safetensors"),
         ("vae/config.json", "Damaged files: .*vae/config.json"),
-        (None, "Only safetensors are read, never pickles"),
+        (None, "reads only safetensors, never pickles"),
     ],
 )
 def test_a_damaged_pipeline_names_its_file_and_the_cure(file: str | None, words: str, tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ def test_erase_writes_pictures_grid_and_record(tmp_path: Path) -> None:
         (["--concept", "kat"], "'kat' is not a shipped concept. Did you mean 'cat'? It can draw"),
         (["--concept", "cat", "--method", "sld", "--guidance", "1"], "SLD needs guidance, but --guidance is 1. Give"),
         (["--concept", "cat", "--model", "some/model"], "There is no detector"),
-        (["--concept", "cat", "--set", "strength=1"], "The strength is what is looked for"),
+        (["--concept", "cat", "--set", "strength=1"], "`calibrate` chooses the strength itself"),
     ],
 )
 def test_bad_calibrations_are_explained(args: list[str], expected: str, tmp_path: Path) -> None:
@@ -368,7 +368,7 @@ def test_calibrate_names_a_strength_and_goes_on_without_drawing(tmp_path: Path) 
     (tmp_path / "out/strength-1.json").write_text('{"left": [[1, 1, 1, 1]], "kept": [[1, 1, 1, 1]]}')
     done = CliRunner().invoke(app, [*args, "--out", str(tmp_path / "out")])
     assert done.exit_code == 3 and "No strength from 1 to 1 reaches" in " ".join(done.stdout.split())
-    assert "No strength reaches both goals" in done.stderr
+    assert "No strength meets both goals" in done.stderr
 
 
 @needs_weights
@@ -472,7 +472,7 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        (["fit", "uce"], "Nothing to erase"),
+        (["fit", "uce"], "nothing to erase"),
         (["fit", "uce", "--concept", "alcohl"], "Did you mean 'alcohol'?"),
         (["fit", "ucee", "--concept", "cat"], "Did you mean 'uce'?"),
         (["fit", "eiup", "--concept", "cat"], "'eiup' is one of the erasers"),
@@ -537,7 +537,7 @@ def test_fit_describe_export_merge_and_erase(tmp_path: Path) -> None:
     later = tmp_path / "later.safetensors"
     call("fit", "uce", "--phrase", "beer", "--after", file, "--out", later)
     assert made["hash"][:16] in call("delta", "info", later)
-    assert "Apply that first" in call(*draw, "--delta", later, "--out", tmp_path / "o", code=2)
+    assert "Apply that one first" in call(*draw, "--delta", later, "--out", tmp_path / "o", code=2)
     call(*draw, "--delta", file, "--delta", later, "--out", tmp_path / "p")
 
 
@@ -559,7 +559,7 @@ def test_the_same_fit_command_goes_on_after_an_interruption(tmp_path: Path, monk
     with monkeypatch.context() as patch:
         patch.setattr(_training, "_update", interrupt)
         kept = file.with_name("b.safetensors.checkpoint")
-        assert f"The same command goes on from {kept}" in call(*fit, file, code=130)
+        assert f"The same command continues from {kept}" in call(*fit, file, code=130)
     assert not file.exists()
     assert 'phrases[0]: "cat" there, "dog" here' in call(*(w if w != "cat" else "dog" for w in fit), file, code=2)
     with monkeypatch.context() as patch:
@@ -576,7 +576,7 @@ def test_the_same_fit_command_goes_on_after_an_interruption(tmp_path: Path, monk
     ("args", "expected"),
     [
         (["bench", "emojii", "--concept", "cat", "--out", "x"], "Did you mean 'emoji'?"),
-        (["bench", "emoji", "--out", "x"], "Nothing to erase"),
+        (["bench", "emoji", "--out", "x"], "nothing to erase"),
         (["bench", "emoji", "--concept", "caat", "--out", "x"], "Did you mean 'cat'"),
         (["bench", "emoji", "--concept", "cat", "--option", "picture=9", "--out", "x"], "Did you mean 'pictures'?"),
         (["bench", "emoji", "--concept", "cat", "--limit", "0", "--out", "x"], "--limit"),
@@ -585,7 +585,7 @@ def test_the_same_fit_command_goes_on_after_an_interruption(tmp_path: Path, monk
         (["bench", "emoji", "--concept", "cat", "--judge", "removl.detector=q16", "--out", "x"], "removal, retention"),
         (
             ["bench", "emoji", "--concept", "cat", "--judge", "removal.detector=nudenet", "--out", "x"],
-            "Nothing is drawn yet, for it could not be scored: NudeNet cannot judge cat",
+            "The suite could not be scored, so nothing was drawn: NudeNet cannot judge cat",
         ),
         (["bench", "emoji", "--concept", "cat", "--delta", "no.safetensors", "--out", "x"], "no.safetensors"),
         (["bench", "emoji", "--concept", "cat", "--judge", "asr.attack=x", "--out", "x"], "asr has no field 'attack'"),
@@ -607,7 +607,7 @@ def test_a_bench_that_is_interrupted_continues_and_is_reported(tmp_path: Path, m
     args = ["bench", "emoji", "--concept", "alcohol", "--limit", "8", "--batch", "2", "--out", "runs/a"]
     errors = interrupted(*args, once="runs/base-*/samples.jsonl", cwd=tmp_path)
     assert "Traceback" not in errors
-    assert "run the same command, it continues" in " ".join(errors.split())
+    assert "Run the same command, which continues" in " ".join(errors.split())
     (base,) = (tmp_path / "runs").glob("base-*")
     kept = (base / "samples.jsonl").read_bytes()
     assert 2 <= kept.count(b"\n") < 8

@@ -73,7 +73,7 @@ def test_the_exit_codes_are_told() -> None:
         (SafetensorError("I/O error: No space left on device (os error 28)"), 1, "No space left on device"),
         (KeyboardInterrupt(), 130, "Interrupted."),
         (efface.progress.Cancelled("at 1/2"), 130, "Interrupted."),
-        (efface.checks.NotJudged("nothing can be told"), 4, "nothing can be told"),
+        (efface.checks.NotJudged("cannot be judged"), 4, "cannot be judged"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
@@ -127,7 +127,7 @@ def test_pictures_that_differ_have_an_exit_code(
     pictures.vae.decoder.conv_out.bias.data += 1
     monkeypatch.setattr("efface.api.load", lambda model, **loading: pictures)
     done = invoke(*args)
-    assert done.exit_code == 3 and "pixels differ" in done.stdout and "not the same" in done.stderr
+    assert done.exit_code == 3 and "pixels differ" in done.stdout and "The pictures differ" in done.stderr
 
 
 # ---------------------------------------------------------------- options
@@ -257,7 +257,7 @@ def test_overwrite_is_advised_only_where_it_exists(verb: list[Any], tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("value", "words"),
-    [("[" * 60_000, "a plain value for --set strength"), ("1" * 5_000, "a plain value for --set strength")],
+    [("[" * 60_000, "a flat value for --set strength"), ("1" * 5_000, "a flat value for --set strength")],
     ids=["deep", "long"],
 )
 def test_a_value_that_json_cannot_hold_is_refused(value: str, words: str, tmp_path: Path) -> None:

@@ -455,22 +455,22 @@ CELLS = {
     "group-leaf-before": Cell(
         "group offload by leaves to the disk, then `apply`",
         before(group("leaf_level")),
-        refuses={DELTA: "is on the disk"},
+        refuses={DELTA: "is offloaded to disk"},
     ),
     "group-leaf-after": Cell(
         "`apply`, then group offload by leaves to the disk",
         after(group("leaf_level")),
-        stays={DELTA: "is on the disk"},
+        stays={DELTA: "is offloaded to disk"},
     ),
     "group-block-before": Cell(
         "group offload by blocks to the disk, then `apply`",
         before(group("block_level")),
-        refuses={DELTA: "is on the disk"},
+        refuses={DELTA: "is offloaded to disk"},
     ),
     "group-block-after": Cell(
         "`apply`, then group offload by blocks to the disk",
         after(group("block_level")),
-        stays={DELTA: "is on the disk"},
+        stays={DELTA: "is offloaded to disk"},
     ),
     "casting-before": Cell(
         "layerwise casting to fp8, then `apply`", before(casting), cast, restored=cast_plain, methods=NO_DELTA
@@ -530,7 +530,7 @@ CELLS = {
     "swap-denoiser-during": Cell(
         "another `pipe.unet` during a call",
         during(swap_denoiser),
-        refuses={NO_DELTA: "did not call the unet that has the erasers"},
+        refuses={NO_DELTA: "did not call the unet with the erasers"},
         restored=None,
         methods=NO_DELTA,
     ),
@@ -548,7 +548,7 @@ CELLS = {
     "forward-during": Cell(
         "the denoiser's `forward` replaced during a call",
         during(replace_forward),
-        refuses={ATTENTION: "runs outside a call of the denoiser", NO_DELTA: "was called without passing the erasers"},
+        refuses={ATTENTION: "ran outside of a denoiser call", NO_DELTA: "was called without the erasers"},
     ),
     "forward-for-a-while": Cell("a wrapper of `forward` that is taken off after `apply`", wrapped_for_a_while),
     "projection-during": Cell(
@@ -570,7 +570,7 @@ CELLS = {
         "a modular pipeline on the same denoiser (SDXL)",
         modular,
         family="sdxl",
-        refuses={NO_DELTA: "not known which rows are conditional"},
+        refuses={NO_DELTA: "cannot identify the conditional rows"},
         methods=("EIUP", "GIE", "SLD", "SAFREE"),
     ),
     "lora-fused-after": Cell(
@@ -643,7 +643,7 @@ for name, cache in CACHES.items():
         f"{name} ({'PixArt' if family == 'pixart' else 'FLUX'})",
         before(cache),
         family=family,
-        refuses={ALL_BUT_WORDS: "has a cache on"},
+        refuses={ALL_BUT_WORDS: "has a cache"},
         restored=None,
         methods=("EIUP", "GIE", "SLD") if family == "pixart" else ("SLD",),
     )
@@ -700,7 +700,7 @@ def test_it_acts_or_refuses_with_the_reason(name: str, method: str) -> None:
 
 
 def test_saving_says_that_erasers_are_not_saved(sd1: Any, tmp_path: Path) -> None:
-    said = pytest.warns(UserWarning, match="are not saved: EIUP, SLD is on now")
+    said = pytest.warns(UserWarning, match="draws without EIUP, SLD")
     with EIUP(ALCOHOL).apply(sd1), SLD(CAT).apply(sd1), said:
         sd1.save_pretrained(tmp_path)
     sd1.save_pretrained(tmp_path)  # no warning, which would be an error
@@ -769,7 +769,7 @@ def test_a_picture_for_which_the_denoiser_was_not_called_is_an_error() -> None:
 
     pipe = Elsewhere(**pipeline().components, requires_safety_checker=False)
     assert pipe(PROMPT)
-    with SAFREE(ALCOHOL).apply(pipe), pytest.raises(RuntimeError, match="did not call the unet that has the erasers"):
+    with SAFREE(ALCOHOL).apply(pipe), pytest.raises(RuntimeError, match="did not call the unet with the erasers"):
         pipe(PROMPT)
 
 
@@ -808,7 +808,7 @@ def test_a_deep_copy_can_be_copied_again(sd1: Any) -> None:
         second = copy.deepcopy(copy.deepcopy(sd1))
         third = copy.deepcopy(sd1)
     assert torch.equal(latents(second), drawn("sd1", EIUP(ALCOHOL)))
-    with pytest.raises(RuntimeError, match="not known which rows"), torch.no_grad():
+    with pytest.raises(RuntimeError, match="cannot identify the conditional rows"), torch.no_grad():
         third.unet(**batch())  # guarded before its first picture, too
     efface.active(second).remove()
     assert torch.equal(latents(second), drawn())

@@ -103,7 +103,7 @@ def test_inpainting_changes_what_is_masked(eraser: Any) -> None:
     call = {"image": PICTURE, "mask_image": mask, "strength": 0.9, "height": 16, "width": 16}
     pipe = other(StableDiffusionInpaintPipeline, pipeline())
     if getattr(eraser, "trajectories", 1) == 2:  # the picture beside would have to be blended too
-        with pytest.raises(ValueError, match="StableDiffusionInpaintPipeline puts the given picture back"):
+        with pytest.raises(ValueError, match="StableDiffusionInpaintPipeline inserts the given picture"):
             eraser.apply(pipe)
         return
     plain, erased = assert_erases(eraser, pipe, **call)

@@ -374,7 +374,7 @@ def test_q16_is_the_nearer_learned_prompt(clip: str, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="needs its learned prompts as a safetensors file"):
             efface.detector({"name": "q16", "prompts": bad, "clip": clip})
     save_file({"prompts": torch.zeros(3, 4)}, tmp_path / "odd.safetensors")
-    with pytest.raises(ValueError, match=r'expected one tensor "prompts" \[2, D\]'):
+    with pytest.raises(ValueError, match=r'Expected one tensor "prompts" \[2, D\]'):
         efface.detector({"name": "q16", "prompts": str(tmp_path / "odd.safetensors"), "clip": clip})
     save_file({"prompts": torch.ones(2, 4)}, tmp_path / "narrow.safetensors")
     with pytest.raises(ValueError, match="is 4 wide, but .* gives 12"):
@@ -413,5 +413,5 @@ def test_a_classifier_counts_its_top_labels_in_either_order(tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"does not know all of thing 99\. Did you mean"):
         efface.detector(spec, "thing 99")
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="pickles are not read"):
+    with pytest.raises(FileNotFoundError, match="reads no pickles"):
         efface.detector(spec, "thing 1")

@@ -104,7 +104,7 @@ def test_a_fit_on_top_of_an_earlier_one_belongs_on_top(name: str, sd1: Any) -> N
         with later.apply(sd1):
             both = latents(sd1)
     assert later.after == {earlier.hash: 1.0} and later.base_hash == earlier.base_hash
-    with pytest.raises(ValueError, match="Apply that first"):
+    with pytest.raises(ValueError, match="Apply that one first"):
         later.apply(sd1)
     assert change(both, drawn("sd1", earlier)) > EFFECT and later.hash != fitted(name, concept=CAT).hash
 

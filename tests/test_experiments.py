@@ -229,7 +229,7 @@ def test_a_killed_process_leaves_what_it_measured_and_no_lock(tmp_path: Path) ->
 def test_one_process_writes(tmp_path: Path) -> None:
     experiment = KINDS["outcome"]()
     store = Store(tmp_path / "work/trial")
-    with runner.lock(store.folder / "lock"), pytest.raises(BlockingIOError, match="at work in"):
+    with runner.lock(store.folder / "lock"), pytest.raises(BlockingIOError, match="working in"):
         run(experiment, tmp_path)
 
 

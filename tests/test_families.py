@@ -185,7 +185,7 @@ def test_a_text_encoder_that_is_dropped_while_an_eraser_is_on_is_named() -> None
             pipe.text_encoder = pipe.tokenizer = None
             call = {"prompt_embeds": text, "negative_prompt_embeds": negative}
             if type(eraser) is SAFREE or (type(eraser) is NegativePrompt and eraser.strength is None):
-                with pytest.raises(ValueError, match="`text_encoder`.*keep them while an eraser is on"):
+                with pytest.raises(ValueError, match="`text_encoder`.*keep them while an eraser is applied"):
                     tiny.latents(pipe, None, **call)
             else:  # the erasure prompts that were encoded by `apply` act
                 assert tiny.change(tiny.latents(pipe, None, **call), tiny.drawn(prompt="a red cat")) > 1e-2
@@ -208,7 +208,7 @@ def test_a_pipeline_that_encodes_otherwise_is_named() -> None:
     pipe = StableDiffusionLatentUpscalePipeline(**given, unet=unet)
     for eraser in ALL:
         with pytest.raises(
-            TypeError, match="LatentUpscalePipeline returns 4 values, .* return 2: it is not of a tested"
+            TypeError, match="LatentUpscalePipeline returns 4 values, .* return 2. Use the text-to-image"
         ):
             eraser.apply(pipe)
     assert "encode_prompt" not in vars(pipe)

@@ -51,7 +51,7 @@ def test_another_thread_cancels_a_job_and_what_was_finished_stays(
     meter = Meter(listen)
     with pytest.raises(Cancelled, match="cancelled at drawn 3/6"), progress.telling(meter):
         job.run(tmp_path)
-    assert "1 of 3 pictures were finished, and 1 more without erasing" in job.finished(tmp_path)
+    assert "1 of 3 pictures were finished, and 1 more of the base model" in job.finished(tmp_path)
     assert not json.loads((tmp_path / "record.json").read_text())["complete"]
 
 
@@ -61,7 +61,7 @@ def test_another_thread_cancels_a_job_and_what_was_finished_stays(
         ({"prompt": " "}, "`prompt` to be a text that is not empty"),
         ({"prompt": "\udcff"}, "`prompt` to be a text in UTF-8"),
         ({"images": 0}, "whole number `images` >= 1"),
-        ({"seed": 2**32 - 2}, "the last of 3 seeds has to stay below"),
+        ({"seed": 2**32 - 2}, "so that all 3 seeds stay below"),
         ({"guidance": float("nan")}, "`guidance` to be a finite number"),
     ],
 )

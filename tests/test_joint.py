@@ -418,10 +418,10 @@ def test_a_prompt_is_cut_off_where_no_encoder_reads_on() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             latents(pipe, twenty)
-        with pytest.warns(UserWarning, match="not read is 'red dog'"):
+        with pytest.warns(UserWarning, match="ignores 'red dog'"):
             latents(pipe, " ".join(["a big red dog"] * 6), max_sequence_length=23)
     bare = pipeline("sd35")
-    with eraser.apply(bare), pytest.warns(UserWarning, match="not read is 'red dog a big red dog'"):
+    with eraser.apply(bare), pytest.warns(UserWarning, match="ignores 'red dog a big red dog'"):
         latents(bare, twenty)
     with pytest.raises(ValueError, match="is 22 tokens long, but the text encoder takes 16"):
         encode(pipe, [twenty])
@@ -447,7 +447,7 @@ def test_what_needs_cross_attention_names_where_it_works_and_what_works_here(fam
         "flux": ("FLUX.1", "SAFREE, and NegativePrompt and SLD with `true_cfg_scale` above 1 and a negative prompt"),
     }[family]
     tested = "emoji, PixArt, SD 1.x/2.x or SDXL"
-    has, here = f"but this {type(pipe).__name__} \\({name}\\) has joint attention", f"what works on {name} is {works}"
+    has, here = f"but this {type(pipe).__name__} \\({name}\\) has joint attention", f"works with {name} is {works}"
     for eraser in (EIUP(CAT), EIUP.reconstruction(CAT), GIE(CAT), GIE(CAT, adapter="emoji")):
         said = f"{type(eraser).__name__} needs cross-attention layers, {has} .*Use it on {tested}; {here}"
         with pytest.raises(ValueError, match=said):

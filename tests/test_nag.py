@@ -316,13 +316,13 @@ def test_a_negative_prompt_that_names_the_concept_pushes_away_once_more(family: 
 
 @pytest.mark.parametrize("tau", [0.5, -1, math.inf, math.nan, True, "2"])
 def test_tau_is_a_finite_number_from_1_on(tau: Any) -> None:
-    with pytest.raises(ValueError, match=r"^Expected `tau` >= 1, got .*\. A smaller cap"):
+    with pytest.raises(ValueError, match=r"^Expected `tau` >= 1, got .*\. Give 1 or more"):
         NAG([CAT], tau=tau)
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.5, math.nan, False, None])
 def test_alpha_is_a_share(alpha: Any) -> None:
-    with pytest.raises(ValueError, match=r"^Expected `alpha` in \[0, 1\], got .*\. It is a share"):
+    with pytest.raises(ValueError, match=r"^Expected `alpha` in \[0, 1\], got .*\. Give a share"):
         NAG([CAT], alpha=alpha)
 
 

@@ -258,7 +258,9 @@ def test_safree_filters_the_tokens_of_a_text_without_a_start_token(monkeypatch: 
 
 def test_what_cannot_be_done_is_refused() -> None:
     pipe = pipeline("pixart")
-    with pytest.raises(ValueError, match=r"strength of its own needs the guidance scale of the call, but .*\(PixArt\)"):
+    with pytest.raises(
+        ValueError, match=r"a strength of its own needs the guidance scale of the call, but .*\(PixArt\)"
+    ):
         NegativePrompt([CAT], strength=3.0).apply(pipe)
     with pytest.raises(ValueError, match=r"official.* needs a causal text encoder, but .*\(PixArt\) has cross"):
         GIE([CAT], values="official").apply(pipe)

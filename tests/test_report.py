@@ -200,11 +200,11 @@ def test_runs_that_must_not_be_compared_are_refused_or_marked(tmp_path: Path) ->
         "judged by": make(tmp_path / "judge", "sld", judge=Judge("another detector")),
     }
     for what, other in others.items():
-        with pytest.raises(ValueError, match=f"must not be compared:\n  eiup and sld: .*{what}"):
+        with pytest.raises(ValueError, match=f"are not comparable:\n  eiup and sld: .*{what}"):
             write_report([a, other], tmp_path / "report.html")
         assert not (tmp_path / "report.html").exists()
     shown = page([a, *others.values()], tmp_path / "mixed.html", mixed=True)
-    assert "These runs must not be compared with one another. They stand in 5 groups" in shown.text
+    assert "These runs are not comparable. The page shows 5 groups" in shown.text
     assert "Group E: cats" in shown.text
     assert json.loads((tmp_path / "mixed.json").read_text())["not_comparable"]
     moved = make(tmp_path / "moved", "sld", model=runs.Run.open(a).record["model"] | {"name": "elsewhere/stub"})
@@ -245,7 +245,7 @@ def test_thumbnails_are_bounded(tmp_path: Path) -> None:
 
 
 def test_bad_input_is_explained_and_writes_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Nothing to report"):
+    with pytest.raises(ValueError, match="Expected runs for a report"):
         write_report([], tmp_path / "report.html")
     with pytest.raises(ValueError, match=r"named \.html"):
         write_report([make(tmp_path / "a")], tmp_path / "report.pdf")
@@ -260,7 +260,7 @@ def test_a_report_is_not_written_into_a_run_that_it_reads(place: str, tmp_path: 
     make(tmp_path / "a")
     (tmp_path / "link").symlink_to("a")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=r"is in the run folder .*\. Name another place"):
+    with pytest.raises(ValueError, match=r"is in the run folder .*\. Name a file elsewhere"):
         write_report([tmp_path / "a"], tmp_path / place)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -269,7 +269,7 @@ def test_the_numbers_replace_an_earlier_report_only(tmp_path: Path) -> None:
     make(tmp_path / "a")
     for content in ('{"name": "the user\'s own"}', "no JSON", "[]"):
         (tmp_path / "package.json").write_text(content)
-        with pytest.raises(ValueError, match=r"package\.json would be replaced .*\. Name another page"):
+        with pytest.raises(ValueError, match=r"numbers would replace .*package\.json.*\. Name another page"):
             write_report([tmp_path / "a"], tmp_path / "package.html")
         assert (tmp_path / "package.json").read_text() == content and not (tmp_path / "package.html").exists()
     for _ in range(2):
@@ -284,7 +284,7 @@ def test_a_report_says_once_that_pictures_are_unverified_and_needs_all_of_them(t
     lines.write_text("".join(json.dumps({k: v for k, v in e.items() if k != "sha256"}) + "\n" for e in entries))
     runs.score(folder, [Judge()])
     shown = page([folder], tmp_path / "report.html").text
-    assert shown.count("unverified. 36 pictures of the run and its base have no SHA-256") == 1
+    assert shown.count("unverified. 36 pictures of the run and its base run have no SHA-256") == 1
     (folder / "images/explicit-0.png").unlink()
     with pytest.raises(ValueError, match="is not finished: 28 of 36 pictures"):
         write_report([folder], tmp_path / "report.html")

@@ -138,8 +138,8 @@ def test_a_line_knows_where_its_record_starts(tmp_path: Path) -> None:
     [
         (b"", "lacks the columns prompt, seed. Its header has nothing"),
         (b"prompt,sede\n", "lacks the column seed. Its header has prompt, sede"),
-        (b"prompt,seed\na cat,1\na cat,1,2\n", "line 3, column 3: expected 2 fields, but got 3"),
-        (b"prompt,seed\na cat\n", "line 2, column 2: expected 2 fields, but got 1"),
+        (b"prompt,seed\na cat,1\na cat,1,2\n", "line 3, column 3: expected 2 fields, got 3"),
+        (b"prompt,seed\na cat\n", "line 2, column 2: expected 2 fields, got 1"),
         (b'prompt,seed\n"a\ncat",1\n"a dog,2\n', "line 4: not a CSV record"),
         (b'prompt,seed\n"a" cat,1\n', "line 2: not a CSV record"),
         (b"prompt,seed\n\xff\xfe,1\n", "is not UTF-8"),
@@ -162,7 +162,7 @@ def test_a_seed_that_is_none_is_named(tmp_path: Path, seed: str) -> None:
 def test_values_of_a_line(tmp_path: Path) -> None:
     line = _csv.read(write(tmp_path / "x.csv", "prompt seed g", (" ", "4294967295.0", "7.5")), ("seed",))[0]
     assert line.whole("seed") == 2**32 - 1 and line.number_in("g", 0, 10) == 7.5
-    with pytest.raises(ValueError, match="line 2, column 'prompt': expected a text, but it is empty"):
+    with pytest.raises(ValueError, match="line 2, column 'prompt': expected a text, got an empty one"):
         line.text("prompt")
     with pytest.raises(ValueError, match=r"column 'g': expected a number in \[0, 1\], got '7.5'"):
         line.number_in("g", 0, 1)
@@ -246,7 +246,7 @@ def data(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", EXTERNAL)
 def test_what_is_missing_says_where_it_lives(name: str, tmp_path: Path) -> None:
     suite, source = registry.resolve(name, "suites")(), importlib.import_module(f"efface.suites.{name}").SOURCE
-    with pytest.raises(ValueError, match="does not come with Efface: give the folder") as unsaid:
+    with pytest.raises(ValueError, match="does not ship with Efface. Give the folder") as unsaid:
         suite.load()
     with pytest.raises(FileNotFoundError, match="is missing") as missing:
         suite.load((), tmp_path)

@@ -238,11 +238,11 @@ def test_balance_of_2023_edits_what_it_has_edited(sd1: Any) -> None:
 
 def test_balance_says_what_does_not_fit(sd1: Any) -> None:
     editor = UCE.debias_2023(["red", "big moon"])
-    with pytest.raises(ValueError, match="a share for each of 2 attributes, but got 3 measured and 2 wanted"):
+    with pytest.raises(ValueError, match="a share for each of 2 attributes, got 3 measured and 2 wanted"):
         editor.balance(sd1, CAT, lambda pipe: [0.3, 0.3, 0.4])
     with pytest.raises(ValueError, match="but got 2 measured and 1 wanted"):
         editor.balance(sd1, CAT, lambda pipe: [0.5, 0.5], wanted=[1.0])
-    with pytest.raises(ValueError, match="Expected mode 'debias' to balance, but got 'erase'"):
+    with pytest.raises(ValueError, match="Expected mode 'debias' to balance, got 'erase'"):
         UCE().balance(sd1, CAT, lambda pipe: [])
     with pytest.raises(ValueError, match="`shift`"):
         UCE(shift="norm")  # type: ignore[arg-type]
@@ -274,9 +274,9 @@ def test_a_hundred_concepts_at_once(sd1: Any) -> None:
     ("make", "words"),
     [
         (lambda p: UCE().fit(p, Concept("dog", anchor=" Dog ")), "itself as anchor"),
-        (lambda p: UCE(preserve=("Cat",)).fit(p, CAT), "'Cat' is to be erased and to be preserved"),
-        (lambda p: UCE().fit(p, Concept("pet", ("cat", "dog"), keep=("dog",))), "to be erased and to be preserved"),
-        (lambda p: UCE().fit(p, [CAT, DOG]), "'cat' is to read as '' and as 'dog'"),
+        (lambda p: UCE(preserve=("Cat",)).fit(p, CAT), "'Cat' is both erased and preserved"),
+        (lambda p: UCE().fit(p, Concept("pet", ("cat", "dog"), keep=("dog",))), "both erased and preserved"),
+        (lambda p: UCE().fit(p, [CAT, DOG]), "Expected one anchor for 'cat', got '' and 'dog'"),
         (lambda p: UCE(lam=0.0), "`lam`"),
         (lambda p: UCE(erase_scale=-1.0), "`erase_scale`"),
         (lambda p: UCE(preserve_scale=-1.0), "`preserve_scale`"),
@@ -406,7 +406,7 @@ def test_a_callback_sees_every_round_and_can_stop(sd1: Any) -> None:
 
 
 def test_a_penalty_that_stifles_the_rounds_is_told(sd1: Any) -> None:
-    with pytest.warns(UserWarning, match="but the mean eigenvalue"):
+    with pytest.warns(UserWarning, match="far above the mean eigenvalue"):
         delta = RECE(mu=1e6, rounds=1).fit(sd1, DOG)
     assert delta.info["rounds"][0]["norm"] < 1e-3 and delta.info["mean eigenvalue"] > 0.1
 
@@ -466,8 +466,8 @@ def test_rece_takes_a_uce_at_its_strength(sd1: Any) -> None:
 def test_a_uce_of_something_else_is_refused(sd1: Any, tmp_path: Any) -> None:
     first = UCE().fit(sd1, DOG)
     for concept, words in (
-        (Concept("dog", anchor="moon"), "has no 'dog', and what is to be erased now reads 'dog' as 'moon'"),
-        (CAT, "reads 'cat' as 'dog', and what is to be erased now reads 'cat' as ''"),
+        (Concept("dog", anchor="moon"), "has no 'dog', and this fit reads 'dog' as 'moon'"),
+        (CAT, "reads 'cat' as 'dog', and this fit reads 'cat' as ''"),
         (Concept("pets", ("cat", "moon"), anchor="dog"), "has no 'moon', and what .* reads 'moon' as 'dog'"),
     ):
         with pytest.raises(ValueError, match=f"but it {words}") as refused:
@@ -477,7 +477,7 @@ def test_a_uce_of_something_else_is_refused(sd1: Any, tmp_path: Any) -> None:
     next(iter(keys_values(other).values())).data.add_(0.1)
     with pytest.raises(ValueError, match=r"was fitted on .* but this pipeline is .* weights differ"):
         RECE(uce=first).fit(other, DOG)
-    with pytest.raises(ValueError, match=r"does not say which model"):
+    with pytest.raises(ValueError, match=r"does not identify its base model"):
         RECE(uce=replace(first, base={})).fit(sd1, DOG)
     with first.apply(sd1):
         on_top = UCE().fit(sd1, Concept("moon"))
