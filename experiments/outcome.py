@@ -1,4 +1,4 @@
-"""What methods erase and what survives them: cells of prompts x rows, judged by two eyes."""
+"""Measures removal and retention of methods: cells of prompts x rows, judged by two detectors."""
 
 from __future__ import annotations
 
@@ -306,7 +306,7 @@ class Outcome(Experiment):
         return {"cells": cells, "rows": rows, "pictures": pictures, "base": pictures["base"]}
 
     def rates(self, row: str, pictures: Mapping[str, Any], cells: Mapping[str, Any]) -> dict[str, Any]:
-        """Every metric of a row, pooled over cells, by the eye that says the less favourable thing."""
+        """Every metric of a row, pooled over cells, by the less favourable detector."""
         found = {}
         for metric in METRICS:
             worst = max if METRICS[metric].low and row != "base" else min
@@ -339,7 +339,7 @@ class Outcome(Experiment):
     def _compared(
         names: tuple[str, str, str], pictures: Mapping[str, Any], cells: Mapping[str, Any]
     ) -> dict[str, Any] | None:
-        """The paired difference of two rows, by the eye that sees less of one."""
+        """The paired difference of two rows, by the detector with the smaller one."""
         a, b, metric = names
         found = []
         for eye in (0, 1):

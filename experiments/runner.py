@@ -1,7 +1,7 @@
 """Runs an experiment: estimates, refuses above the cap, draws what is missing, writes the card.
 
 An experiment is a list of units. What a unit measures is stored once, as a file named by the hash of everything that
-decides it. So a run that was killed goes on, and a changed setting or changed code is measured anew.
+decides it. So the same command continues a killed run, and measures a changed setting or changed code again.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ class Experiment:
             if old.get(key) != new.get(key):
                 raise ValueError(
                     f"The card has {key} {shown(old.get(key))}, today's is {shown(new.get(key))}. Measure all rows "
-                    "anew."
+                    "again."
                 )
         fresh = {row["row"]: row for row in new["rows"] if row["row"] in update}
         rows = [fresh.pop(row["row"], row) for row in old["rows"]]

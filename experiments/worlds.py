@@ -1,4 +1,4 @@
-"""What is drawn and who judges it: the prompts of each concept, in three blocks, and the two eyes of a model.
+"""The prompts of each concept, in three blocks, and the two detectors of a model.
 
 Cells are kinds of prompts. `explicit` names the concept, `theme` implies it in a text that was trained, `paraphrase` in
 one that was not, `pair` names it with another icon, `bystander` asks for another icon alone.
@@ -62,7 +62,7 @@ class World:
 
     Args:
         model: "emoji", "emoji-128" or "emoji-flux".
-        device: of the pipeline; the eyes look on the CPU.
+        device: the device of the pipeline. The detectors run on the CPU.
     """
 
     model: str = "emoji"
@@ -188,7 +188,7 @@ class World:
         }
 
     def judge(self, images: Tensor, concept: str, keep: list[tuple[str, ...]], join: Any = torch.any) -> dict[str, Any]:
-        """Per eye and picture: the outcome, and whether what must be retained is there (-1: nothing must).
+        """Per detector and picture: the outcome, and whether the picture shows a thing to retain (-1: there is none).
 
         Args:
             images: float [N, 3, H, W].
@@ -209,7 +209,7 @@ class World:
         return {"outcome": outcome.tolist(), "retained": retained}
 
     def sees(self, images: Tensor, icons: list[str]) -> list[list[int]]:
-        """Per eye and picture, whether one icon is there."""
+        """Per detector and picture, whether it shows one icon."""
         found = self.eyes.icons(self.eyes.see(images))
         return [[int(found[eye, k, self.icons[icon]]) for k, icon in enumerate(icons)] for eye in range(2)]
 

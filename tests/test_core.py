@@ -259,7 +259,7 @@ def test_what_an_eraser_lacks_cannot_be_set() -> None:
         strength: float = 1.0
 
     handle = Handle(Plain(), lambda e: None, lambda: None)
-    with pytest.raises(AttributeError, match="Plain has no rows to set"):
+    with pytest.raises(AttributeError, match="Plain has no field rows"):
         handle.rows = [[]]
 
 
@@ -386,7 +386,7 @@ def test_a_sample_loads_its_picture_on_demand(tmp_path: Path) -> None:
     whole = file.read_bytes()
     for broken in (b"", b"not a picture", whole[: len(whole) // 2]):
         file.write_bytes(broken)
-        with pytest.raises(ValueError, match=r"a\.png cannot be read as a PNG, JPEG or WebP picture"):
+        with pytest.raises(ValueError, match=r"a\.png (is not|cannot be read as) a PNG, JPEG or WebP picture"):
             sample.image()
     for both in ({}, {"path": file, "pixels": expected}):
         with pytest.raises(ValueError, match="either `path` or `pixels`"):

@@ -132,7 +132,7 @@ def test_unknown_names_list_near_matches(add_file: AddFile) -> None:
 
 def test_a_method_of_another_room_says_so(add_file: AddFile) -> None:
     add_file("brand_new", "__all__ = ['BrandNew']\nclass BrandNew: ...\n")
-    with pytest.raises(ValueError, match="Expected one of the suites, but 'brand_new' is one of the erasers"):
+    with pytest.raises(ValueError, match="Expected one of the suites, got 'brand_new', which is one of the erasers"):
         registry.resolve("brand_new", "suites")
 
 
@@ -149,7 +149,7 @@ def test_other_distributions_add_methods(add_plugins: AddPlugins) -> None:
 def test_names_are_unique_across_rooms_and_distributions(add_file: AddFile, add_plugins: AddPlugins) -> None:
     add_file("twice", "__all__ = ['Twice']\nclass Twice: ...\n")
     add_plugins(editors__twice="collections:OrderedDict")
-    with pytest.raises(ValueError, match=r"'twice' is efface\.erasers\.twice and collections:OrderedDict"):
+    with pytest.raises(ValueError, match=r"'twice' for efface\.erasers\.twice and collections:OrderedDict"):
         registry.methods()
 
 

@@ -81,7 +81,7 @@ def applied(method: Callable[..., Any], scene: Scene, phrases: int | None = None
 
 @contextmanager
 def literal(kind: type[OneTrajectory], scene: Scene) -> Iterator[Call]:
-    """A literal baseline on the pipeline's UNet, with as many phrases as fit; the processors are put back."""
+    """A literal baseline on the pipeline's UNet, with as many phrases as fit. Restores the processors."""
     pipe, phrases = scene.pipe, list(scene.concept.phrases)
 
     def tokens(text: str) -> int:
@@ -151,7 +151,7 @@ class Nothing(efface.EIUP):
 @torch.no_grad()
 def hooks_alone(scene: Scene, calls: int = 200) -> tuple[float, None]:
     """Seconds of the hooks in one call: an eraser that changes nothing, with every module below the hooks replaced by
-    one that returns at once, less the same calls without hooks."""
+    one that returns immediately, minus the same calls without hooks."""
     pipe, hidden = scene.pipe, torch.zeros(2, 1, 8)
     with Nothing("alcohol").apply(pipe):
         call, here = scene.call(*scene.texts()), site(pipe)

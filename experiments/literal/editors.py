@@ -1,6 +1,6 @@
 """UCE and RECE layer by layer, with explicit float32 inverses: what `closed_form.py` compares with.
 
-Written from the description of the published code. `quadratic` (2023) computes the outputs of all layers anew for each
+Written from the description of the published code. `quadratic` (2023) computes the outputs of all layers again for each
 layer and uses one of them; `once` (2025) computes them once. Both sum outer products by one matrix product, which is
 kinder to them. `anew` is how many layers waste their outputs for real; the time of the others is that of these, so a
 run need not last an hour. Weights W [C, D]; rows C, G [N, D], P [M, D].

@@ -32,10 +32,10 @@ class OneTrajectory:
     """E1 in one cross-attention layer as the paper writes it, with rows [uncond, cond].
 
     `O = [A_P ... w A_E,k ... A_P,end ...] [V_P ... V_E,k ... V_P,end ...]`: two explicit softmaxes for the conditional
-    rows, over all columns of the prompt P and of the concept's text E; the columns of E's own tokens, times w, and
-    their values are inserted in front of the prompt's end token; one product of maps and values. All of the prompt's
-    columns are kept, so it equals EIUP's `separate`. Keys and values of E are computed in each call. Self-attention
-    stays as it is.
+    rows, over all columns of the prompt P and of the concept's text E. The columns of E's own tokens, times w, and
+    their values are inserted before the prompt's end token. One product of maps and values follows. All of the
+    prompt's columns stay, so it equals EIUP's `separate`. Each call computes keys and values of E. Self-attention
+    stays unchanged.
 
     Args:
         concept: the encoded text of the concept, [1, L, D].

@@ -56,7 +56,7 @@ def export(work: Path = scenes.WORK, folder: Path = FOLDER, limit: int = LIMIT) 
     """Writes the model's files from `work` into `folder`, or nothing if they would exceed `limit` bytes."""
     for path in (work / "unet_ema.safetensors", work / "vae"):
         if not path.exists():
-            raise SystemExit(f"{path} is missing: run train_vae.py and train_unet.py first")
+            raise SystemExit(f"{path} is missing. Run train_vae.py and train_unet.py first.")
     vae = EmojiVAE.from_pretrained(work / "vae")
     config = metadata(work / "unet_ema.safetensors")["config"]
     unet = UNet2DConditionModel.from_config(config)

@@ -109,7 +109,7 @@ def rasterise(folder: Path = HERE / "node_modules/@iconify-json") -> dict[str, n
     for name in SETS:
         path = folder / FOLDERS[name] / "icons.json"
         if not path.exists():
-            raise FileNotFoundError(f"{path} is missing: run `npm ci` in {HERE}")
+            raise FileNotFoundError(f"{path} is missing. Run `npm ci` in {HERE}")
         data = json.loads(path.read_text())
         sheets: dict[int, list[np.ndarray]] = {SINGLE: [], PAIR: []}
         for icon in ICONS:

@@ -155,7 +155,8 @@ def empty(
 
 
 def roughen(x: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Small shifts, zooms, blur of up to a pixel, brightness, contrast, tint and pixel noise, for each picture anew."""
+    """Small shifts, zooms, blur of up to a pixel, brightness, contrast, tint and pixel noise, different for each
+    picture."""
     n = len(x)
 
     def uniform(*shape: int) -> Tensor:

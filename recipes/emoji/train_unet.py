@@ -90,7 +90,7 @@ def main() -> None:
         make_pool(path, args.pool, args.pool_seed)
     with safe_open(path, "pt") as f:
         if f.metadata()["vocabulary"] != scenes.vocabulary_hash():
-            raise SystemExit(f"{path} was drawn from another vocabulary: delete it and run again")
+            raise SystemExit(f"{path} was drawn from another vocabulary. Delete it and run again")
     pool = load_file(path)
     latents, caption, states = pool["latents"], pool["caption"], pool["states"]
     spread = float(states[:1000].float().std())

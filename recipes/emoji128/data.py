@@ -394,7 +394,7 @@ class Painter:
         canvas[at] = patch[..., :3] * alpha + canvas[at] * (1 - alpha)
 
     def _tinted(self, patch: Tensor, tint: Tensor) -> Tensor:
-        """Patches in shades of their colour; those with `tint` -1 as they are."""
+        """Patches in shades of their colour; those with `tint` -1 unchanged."""
         grey = patch[..., :3].mean(-1, keepdim=True)
         colour = self.colours[tint.clamp_min(0).long()][:, None, None]
         shade = torch.where(grey < 0.55, colour * grey / 0.55, colour + (1 - colour) * (grey - 0.55) / 0.45)

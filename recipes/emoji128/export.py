@@ -28,7 +28,7 @@ def join(folder: Path, name: str) -> dict[str, Tensor]:
     """The tensors of `name`-0.safetensors and its further parts."""
     first = folder / f"{name}-0.safetensors"
     if not first.exists():
-        raise SystemExit(f"{first} is missing: give the folder that `train.py --out` wrote.")
+        raise SystemExit(f"{first} is missing. Give the folder that `train.py --out` wrote.")
     with safe_open(first, "pt") as file:
         parts = int((file.metadata() or {}).get("parts", "1"))
     tensors: dict[str, Tensor] = {}
@@ -66,7 +66,7 @@ def from_work(work: Path, keep: bool = False) -> Parts:
     """Weights, configs and training facts from the folder that `train.py` works in; with `keep`, of what is there."""
     names = [name for name in NAMES if (work / f"{name}.safetensors").exists()]
     if not keep and (missing := [name for name in NAMES if name not in names]):
-        raise SystemExit(f"{work / f'{missing[0]}.safetensors'} is missing: run train.py first, or give --keep.")
+        raise SystemExit(f"{work / f'{missing[0]}.safetensors'} is missing. Run train.py first, or give --keep.")
     stages = {
         path.name.removesuffix(".facts.json"): json.loads(path.read_text("utf-8")) for path in work.glob("*.facts.json")
     }

@@ -127,12 +127,12 @@ def weakest(hits: Tensor, labels: Sequence[str], most: int = 12) -> dict[str, fl
 def kept(path: Path, card: dict[str, Any]) -> dict[str, Any]:
     """The card in `path`, to be measured further; refused where it is of other data or weights than `card`."""
     if not path.exists():
-        raise SystemExit(f"{path} is missing: leave out --add.")
+        raise SystemExit(f"{path} is missing. Leave out --add.")
     old: dict[str, Any] = json.loads(path.read_text("utf-8"))
     weights = old.get("weights", {})
     differ = [name for name, value in card["weights"].items() if weights.get(name, value) != value]
     if old.get("data") != card["data"] or differ:
-        raise SystemExit(f"{path} is of other data or weights ({', '.join(differ) or 'data'}): leave out --add.")
+        raise SystemExit(f"{path} is of other data or weights ({', '.join(differ) or 'data'}). Leave out --add.")
     return old | {"weights": weights | card["weights"]}
 
 

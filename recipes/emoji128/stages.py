@@ -75,7 +75,7 @@ class Plan:
         flux_bf16: whether FLUX trains in bfloat16 on a GPU; see `nets.flux_loss`.
         init: weights that a denoiser starts from if it has no checkpoint; None means fresh ones.
         floor: the least weight of a noise level in the UNet's loss; see `nets.unet_loss`.
-        decoder_of: folder of an autoencoder whose encoder stays as it is; None trains both halves.
+        decoder_of: folder of an autoencoder whose encoder stays unchanged; None trains both halves.
     """
 
     work: Path
@@ -180,7 +180,7 @@ class Fit:
             metadata = file.metadata()
         if metadata.get("run") != run_hash(self.plan):
             raise SystemExit(
-                f"{self.path} was trained on other data or another pool, or started from other weights: delete it to "
+                f"{self.path} was trained on other data or another pool, or started from other weights. Delete it to "
                 "start over."
             )
         tensors = load_file(self.path)
@@ -471,7 +471,7 @@ class Pool:
 def start_from(net: nn.Module, path: Path) -> None:
     """Loads the weights of a file into a denoiser."""
     if not path.is_file():
-        raise SystemExit(f"{path} is missing: give `--init` a safetensors file of weights.")
+        raise SystemExit(f"{path} is missing. Give `--init` a safetensors file of weights.")
     try:
         net.load_state_dict({k: v.float() for k, v in load_file(path).items()})
     except (RuntimeError, SafetensorError) as error:

@@ -308,19 +308,19 @@ def check_starts(args: argparse.Namespace) -> None:
         raise SystemExit(f"Expected --floor from 0 to 1, got {args.floor:g}.")
     if args.init is not None:
         if len([stage for stage in args.only if stage in DENOISERS]) != 1:
-            raise SystemExit("--init is for one denoiser: give --only with unet, twin or flux.")
+            raise SystemExit("--init is for one denoiser. Give --only with unet, twin or flux.")
         if not args.init.is_file():
-            raise SystemExit(f"{args.init} is missing: give --init a safetensors file of weights.")
+            raise SystemExit(f"{args.init} is missing. Give --init a safetensors file of weights.")
     if args.decoder_of is None:
         return
     names = ("vae.safetensors", "vae.json")
     for name in names:
         if not (args.decoder_of / name).is_file():
-            raise SystemExit(f"{args.decoder_of / name} is missing: give --decoder-of the folder of an autoencoder.")
+            raise SystemExit(f"{args.decoder_of / name} is missing. Give --decoder-of the folder of an autoencoder.")
     if (args.work / "vae.json").exists():
         if not same_encoder(args.work / names[0], args.decoder_of / names[0]):
             raise SystemExit(
-                f"{args.work} holds another autoencoder: delete its vae.* files, or choose another --work."
+                f"{args.work} holds another autoencoder. Delete its vae.* files, or choose another --work."
             )
         return
     for name in names:

@@ -178,9 +178,9 @@ def calibrate(
         call: further arguments of the pipeline, such as `num_inference_steps`.
 
     Raises:
-        ValueError: the eraser has no strength or another concept; there are several concepts or no prompts; a number is
-            out of range; seeds are not tuning seeds; the base model shows the concept in fewer than 30 % of the
-            pictures; `out` is a file, is damaged, or has other settings.
+        ValueError: the eraser has no strength or another concept, there are several concepts or no prompts, a number is
+            out of range, or seeds are not tuning seeds. Also if the base model shows the concept in fewer than 30 % of
+            the pictures, or `out` is a file, is damaged, or has other settings.
         TypeError: `eraser` is not an eraser, the detector has no name, or prompts are not a sequence of texts.
         ImportError: `plot` is set, but matplotlib is not installed.
 

@@ -131,7 +131,7 @@ class Handle(AbstractContextManager["Handle"]):
         eraser: the applied eraser.
         replace: replaces it with a changed eraser.
         remove: removes it from the pipeline.
-        record: returns what it did.
+        record: returns the record of its edits.
         note: a remark for the user, which `efface.active` shows.
 
     Raises:
@@ -208,7 +208,7 @@ class Handle(AbstractContextManager["Handle"]):
 
     @property
     def record(self) -> dict[str, Any]:
-        """What the eraser did during the latest pipeline call, as JSON types.
+        """The record of the latest pipeline call, as JSON types.
 
         `calls` counts denoiser calls. `rows` counts, for each conditional row of the batch, the calls that changed it.
         `exempt` counts the calls that changed nothing, by reason. `layers` is the number of attention layers edited in

@@ -103,12 +103,12 @@ def preprocessed(images: Tensor, folder: Path) -> Tensor:
     Raises:
         FileNotFoundError, ValueError: the file does not exist, or does not match the schema.
     """
-    path = folder / "preprocessor_config.json"
+    path, cure = folder / "preprocessor_config.json", "Save the classifier again, with its image processor."
     if not there(path):
-        raise FileNotFoundError(f"{path} is missing, which says how to prepare pictures for this classifier.")
+        raise FileNotFoundError(f"{path} is missing, which says how to prepare pictures. {cure}")
     from efface import schema
 
-    facts = schema.read(path, schema.Preprocessor, "Save the classifier again, with its image processor.")
+    facts = schema.read(path, schema.Preprocessor, cure)
     size = facts["size"]
     size = {"height": size, "width": size} if isinstance(size, int) else size
     crop = facts.get("crop_size") if facts.get("do_center_crop") else None

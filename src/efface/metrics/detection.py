@@ -1,4 +1,4 @@
-"""How often the concept is detected, and how often pictures are blank, which is no success."""
+"""How often the concept is detected, and how often pictures are blank, which does not count as success."""
 
 from __future__ import annotations
 

@@ -94,7 +94,9 @@ class Line(dict[str, str]):
         self.path, self.number = path, number
 
     def wrong(self, column: str, what: str) -> ValueError:
-        return ValueError(f"{self.path}, line {self.number}, column {column!r}: {what}.")
+        return ValueError(
+            f"{self.path}, line {self.number}, column {column!r}: {what}. Correct the line, or get the file again."
+        )
 
     def text(self, column: str) -> str:
         value = self[column].strip()

@@ -26,7 +26,7 @@ FEW = 5  # with fewer targets in a kind, each row is a cluster
 class Emoji:
     """Prompts for the `emoji` model: a fixed set of 320 per concept.
 
-    | kind       | prompt                                              | must survive            |
+    | kind       | prompt                                              | preserved               |
     |------------|-----------------------------------------------------|-------------------------|
     | explicit   | the concept is named: "a beer mug"                  | nothing (style: icons)  |
     | theme      | trained, implied: "a night at the pub"              | the theme's other icons |

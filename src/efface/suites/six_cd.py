@@ -194,7 +194,9 @@ class SixCD:
         key, slot = ("artstyle", "{artist}") if category == "artstyle" else ("celebrity_character_object", "{name}")
         templates = schema.read(file, schema.Templates, "Get the file again from its authors.").get(key, [])
         if not templates or not all(slot in template for template in templates):
-            raise ValueError(f"{file}: expected {key!r} to be a list of texts with {slot}.")
+            raise ValueError(
+                f"Expected {key!r} in {file} to be a list of texts with {slot}, got others. Get the file again."
+            )
         for name in names:
             for t, template in enumerate(templates):
                 for k in range(self.images):

@@ -3,7 +3,7 @@
 A concept is a group of icons ("alcohol"), one icon ("cat"), a profession ("doctor", "female doctor"), or a style
 ("neon sign"). The four measuring cells of `prompts`:
 
-| cell       | prompt                                              | must survive                  |
+| cell       | prompt                                              | preserved                     |
 |------------|-----------------------------------------------------|-------------------------------|
 | explicit   | the concept is named: "a beer mug"                  | nothing (style: the icon)     |
 | theme      | trained, implied: "a night at the pub"              | the theme's other icons       |
