@@ -93,7 +93,7 @@ def test_the_smallest_strength_that_reaches_both_goals() -> None:
     assert (found.points[0].left, found.points[1].left) == (Rate(50, 100), Rate(0, 100))
     assert found.points[1].kept == Rate(99, 100)
     assert found.plain == Rate(50, 100)  # by the judge that sees less, while 100 were there
-    assert "Strength 2: left 0.0 % [0.0, 3.7]" in str(found)
+    assert "Strength 2: residual rate 0.0 % [0.0, 3.7]" in str(found)
 
 
 def test_refining_halves_the_gap_below() -> None:
@@ -108,7 +108,7 @@ def test_when_nothing_reaches_it_the_best_trade_off_is_named() -> None:
     assert found.strength is None
     lacks = {p.strength: (p.left.rate - 0.03) + max(0.9 - p.kept.rate, 0) for p in found.points}
     assert found.best.strength == min(lacks, key=lambda s: lacks[s]) and len(found.points) == 4
-    assert "No strength from 0.25 to 2 reaches left <= 3 %, kept >= 90 %. The best trade-off is" in str(found)
+    assert "No strength from 0.25 to 2 reaches residual rate <= 3 %, retention >= 90 %. The best trade-off is" in str(found)
     assert found.record()["strength"] is None
 
 
@@ -184,9 +184,9 @@ def test_a_damaged_file_is_named_with_its_cure(file: str, damage: str, tmp_path:
     settings = {"strengths": [1.0], "n": 10, "out": tmp_path / "c"}
     calibrate(Pipe(), **settings)
     (tmp_path / f"c/{file}.json").write_text(damage)
-    with pytest.raises(ValueError, match=f"{file}.json is damaged: .* Delete it|Name a new folder") as error:
+    with pytest.raises(ValueError, match=rf"{file}\.json.*\. Delete it|Name a new folder") as error:
         calibrate(Pipe(), **settings)
-    assert ("is damaged" in str(error.value)) or (file == "setting" and damage.startswith('{"'))
+    assert ("Delete it" in str(error.value)) or (file == "setting" and damage.startswith('{"'))
 
 
 def test_what_cannot_be_told_is_said() -> None:

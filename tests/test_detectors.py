@@ -111,7 +111,7 @@ def test_another_package_brings_a_detector(add_detectors: Callable[..., None]) -
     assert _named.judges_anything_unsafe("bright") and not _named.judges_anything_unsafe("eyes")
     with pytest.raises(ValueError, match="The detector 'bright' has no option 'treshold'. Did you mean 'threshold'"):
         efface.detector({"name": "bright", "treshold": 1})
-    with pytest.raises(ValueError, match=r"Unknown detector 'brihgt'\. Did you mean 'bright'\? There is: .*bright"):
+    with pytest.raises(ValueError, match=r"Unknown detector 'brihgt'\. Did you mean 'bright'\? Known: .*bright"):
         efface.detector("brihgt")
 
 

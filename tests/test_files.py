@@ -227,7 +227,7 @@ def test_a_file_that_is_none_is_refused(name: str, harm: str, there: Path) -> No
     elif name == "boxes" and harm in ("truncated", "empty", "deep"):
         READERS[name].read(there)  # the last line was cut off: its picture is looked at again
     elif ("samples" in name and harm in DRAWN_AGAIN) or name == "picture":
-        with pytest.raises(ValueError, match=r"is not finished: \d of 3|cat-explicit-000|leads out"):
+        with pytest.raises(ValueError, match=r"is not finished and has \d of 3|cat-explicit-000|leads out"):
             READERS[name].read(there)
     else:
         refused(name, there)
@@ -371,7 +371,7 @@ def test_pictures_of_three_kinds_are_read(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["eps", "bmp", "gif", "tiff", "pdf", "bomb"])
 def test_pictures_of_other_kinds_and_bombs_are_not(kind: str, tmp_path: Path) -> None:
     picture(tmp_path / "x", kind)
-    with pytest.raises(ValueError, match=r"x cannot be read as a PNG, JPEG or WebP picture.*\. Delete it"):
+    with pytest.raises(ValueError, match=r"x (is not|cannot be read as) a PNG, JPEG or WebP picture.*\. Delete it"):
         read_picture(tmp_path / "x")
 
 
@@ -453,5 +453,5 @@ def test_nothing_writes_or_parses_beside_files() -> None:
 
 
 def test_the_schema_names_the_entry_and_cuts_what_it_shows() -> None:
-    with pytest.raises(ValueError, match=r"^x is damaged: expected `n` to be a valid integer, got 'a{70,}\.\.\.\. y$"):
+    with pytest.raises(ValueError, match=r"^x is damaged, expected `n` to be a valid integer, got 'a{70,}\.\.\.\. y$"):
         schema.check({"n": "a" * 500, "sha256": SHA}, schema.RowsFacts, "x", "y")

@@ -117,14 +117,14 @@ def test_a_method_file_exports_exactly_one_class(add_file: AddFile, source: str,
 def test_unknown_names_list_near_matches(add_file: AddFile) -> None:
     add_file("brand_new", "__all__ = ['BrandNew']\nclass BrandNew: ...\n")
     with pytest.raises(
-        ValueError, match=r"Unknown method 'brand-nwe'. Did you mean 'brand_new'\? There is: .*brand_new"
+        ValueError, match=r"Unknown method 'brand-nwe'. Did you mean 'brand_new'\? Known: .*brand_new"
     ):
         registry.resolve("brand-nwe")
-    with pytest.raises(ValueError, match=r"Unknown method 'zzzzzz'. There is: .*brand_new"):
+    with pytest.raises(ValueError, match=r"Unknown method 'zzzzzz'. Known: .*brand_new"):
         registry.resolve("zzzzzz")
-    with pytest.raises(ValueError, match=r"Unknown method ''. There is: "):
+    with pytest.raises(ValueError, match=r"Unknown method ''. Known: "):
         registry.resolve("")
-    with pytest.raises(ValueError, match=r"Unknown room 'eraser'. Did you mean 'erasers'\? There is: erasers, editors"):
+    with pytest.raises(ValueError, match=r"Unknown room 'eraser'. Did you mean 'erasers'\? Known: erasers, editors"):
         registry.methods("eraser")
     with pytest.raises(ValueError, match="Unknown room 'models'"):
         registry.resolve("brand_new", "models")

@@ -286,7 +286,7 @@ def test_a_report_says_once_that_pictures_are_unverified_and_needs_all_of_them(t
     shown = page([folder], tmp_path / "report.html").text
     assert shown.count("unverified. 36 pictures of the run and its base run have no SHA-256") == 1
     (folder / "images/explicit-0.png").unlink()
-    with pytest.raises(ValueError, match="is not finished: 28 of 36 pictures"):
+    with pytest.raises(ValueError, match="is not finished and has 28 of 36 pictures"):
         write_report([folder], tmp_path / "report.html")
 
 

@@ -399,7 +399,7 @@ def test_scores_stand_beside_the_plain_model_and_need_no_drawing(sd1: Any, tmp_p
         efface.score(run, metrics=[])
     lines = tmp_path / "a/samples.jsonl"
     lines.write_text("")
-    with pytest.raises(ValueError, match="is not finished: 0 of 3"):
+    with pytest.raises(ValueError, match="is not finished and has 0 of 3"):
         efface.score(run)
 
 

@@ -1,5 +1,4 @@
-"""The calibration prompts of CCRT: combinations of entities on which the edited model differs most from its base
-model."""
+"""The calibration prompts of CCRT: combinations of entities on which the edited and the base model differ most."""
 
 from __future__ import annotations
 

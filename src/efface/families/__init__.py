@@ -1,5 +1,4 @@
-"""The differences between models: one file per family, found automatically; and the facts that methods and families
-share.
+"""The differences between models, with one file per family; and the facts that methods and families share.
 
 A new family is one file here and a tiny pipeline in the tests. Methods declare needs, families declare offers; refusals
 and tables follow from both.

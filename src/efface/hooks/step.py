@@ -200,8 +200,7 @@ class Step:
         return (sample, *out[1:]) if isinstance(out, tuple) else type(out)(sample=sample)
 
     def _with_further(self, asked: Sequence[Asked], which: Sequence[int]) -> tuple[Any, dict[int, Tensor]]:
-        """The denoiser's output with some of the needed predictions in further rows, and these predictions by
-        number."""
+        """The denoiser's output with some predictions in further rows, and these predictions by number."""
         batch, where = self.batch, self.where
         some = [asked[k] for k in which]
         owners = negated_rows(batch.first, where.calls.call, where.given) | repelled_rows(some, batch.last)
@@ -212,8 +211,7 @@ class Step:
         return out, dict(zip(which, out[0][batch.last :].split([each.size for each in some]), strict=True))
 
     def _further_alone(self, asked: Sequence[Asked], which: Sequence[int]) -> dict[int, Tensor]:
-        """The predictions, by number, of texts that do not fit into a call with the conditional rows, from one separate
-        call."""
+        """The predictions, by number, of texts that need a separate call without the conditional rows."""
         batch, facts = self.batch, self.where.facts
         some = [asked[k] for k in which]
         owners = repelled_rows(some, 0)

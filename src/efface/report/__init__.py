@@ -1,5 +1,4 @@
-"""Writes run folders into one self-contained HTML page, without network or scripts, and its numbers into a JSON
-file."""
+"""Writes runs into one self-contained HTML page, without network or scripts, and its numbers into a JSON file."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The counterpart of CLIP: heads that map each eye's features into a space of sentences, to compare pictures with
-texts.
+"""The counterpart of CLIP: heads that map each eye's features into a space of sentences.
 
 The space is that of all-MiniLM-L6-v2's unchanged sentence vectors. One head per eye maps pictures into it.
 `recipes/emoji/train_aligned.py` trains the heads.
