@@ -51,7 +51,7 @@ def test_the_eyes_are_a_detector_and_a_look_is_kept(monkeypatch: pytest.MonkeyPa
     for k, (p, keep) in enumerate(both):
         assert torch.equal(hits[:, k], load_eyes().concept(p[None], keep)[:, 0])
     assert "worse" in words
-    with pytest.raises(ValueError, match="unknown concept 'catt'"):
+    with pytest.raises(ValueError, match="Unknown concept 'catt'"):
         efface.detector("eyes", "catt")
 
 
@@ -117,7 +117,7 @@ def test_another_package_brings_a_detector(add_detectors: Callable[..., None]) -
 
 def test_a_detector_name_is_taken_once(add_detectors: Callable[..., None]) -> None:
     add_detectors(eyes=f"{__name__}:Bright")
-    with pytest.raises(ValueError, match=r"'eyes' is efface\.detectors\.eyes and .*:Bright\. Rename that one"):
+    with pytest.raises(ValueError, match=r"'eyes' for efface\.detectors\.eyes and .*:Bright\. Rename that one"):
         efface.detector("eyes", "cat")
     assert efface.detector("nudenet3_any5_t0.5").name.startswith("NudeNet")
 
@@ -126,7 +126,7 @@ def test_what_another_package_registers_has_to_be_a_detector(add_detectors: Call
     add_detectors(odd="collections:OrderedDict", nameless=f"{__name__}:Nameless")
     with pytest.raises(TypeError, match="'odd' to be a dataclass with a field `names`"):
         efface.detector("odd")
-    with pytest.raises(TypeError, match="Expected a detector, .* with a text `name`"):
+    with pytest.raises(TypeError, match="Expected a detector with a text `name`"):
         efface.detector("nameless", "cat")
 
 
@@ -222,7 +222,7 @@ def test_boxes_are_stored_once_and_counted_in_both_ways(tmp_path: Path, boxes: l
 
 
 def test_a_judge_refuses_what_it_cannot_judge(boxes: list[int]) -> None:
-    with pytest.raises(ValueError, match="NudeNet cannot judge tench; it knows nudity, sexual"):
+    with pytest.raises(ValueError, match="NudeNet cannot judge tench, only nudity, sexual"):
         Detection(detector="nudenet")([sample("a", concept="tench")])
 
 
@@ -338,7 +338,7 @@ def judges(clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
         (PICTURE > 0, "got torch.bool"),
         (PICTURE * 255, "from 127.5 to 127.5. Scale them"),
         (PICTURE - 1, "from -0.5 to -0.5"),
-        (torch.cat([PICTURE, PICTURE * math.nan]), "values that are not finite: .* Lower the strength"),
+        (torch.cat([PICTURE, PICTURE * math.nan]), "values that are not finite\. Lower the strength"),
         (torch.cat([PICTURE, PICTURE * math.inf]), "values that are not finite"),
         (PICTURE.half() * math.nan, "values that are not finite"),
         (torch.cat([PICTURE, PICTURE[:, :1]], 1), r"got torch.float32 \(2, 4, 16, 16\). Give what a pipeline returns"),
@@ -377,7 +377,7 @@ def test_q16_is_the_nearer_learned_prompt(clip: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r'Expected one tensor "prompts" \[2, D\]'):
         efface.detector({"name": "q16", "prompts": str(tmp_path / "odd.safetensors"), "clip": clip})
     save_file({"prompts": torch.ones(2, 4)}, tmp_path / "narrow.safetensors")
-    with pytest.raises(ValueError, match="is 4 wide, but .* gives 12"):
+    with pytest.raises(ValueError, match="has width 4, but .* returns width 12"):
         efface.detector({"name": "q16", "prompts": str(tmp_path / "narrow.safetensors"), "clip": clip})(x)
     with pytest.raises(ValueError, match="Q16 cannot judge cat"):
         efface.detector(spec, "cat")
@@ -410,7 +410,7 @@ def test_a_classifier_counts_its_top_labels_in_either_order(tmp_path: Path) -> N
         assert torch.equal(efface.detector({**spec, "top": 3}, name)(x)[0], top3)
         place = sorted(names, key=str).index(k)  # folders 0, 1, 10, 11, 2, ...
         assert torch.equal(efface.detector({**spec, "order": "sorted"}, name)(x)[0], logits.argmax(-1) == place)
-    with pytest.raises(ValueError, match=r"does not know all of thing 99\. Did you mean"):
+    with pytest.raises(ValueError, match=r"does not know all of thing 99\. Use its labels\. Did you mean"):
         efface.detector(spec, "thing 99")
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="reads no pickles"):

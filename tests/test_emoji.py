@@ -357,7 +357,7 @@ def test_unknown_concept_names_near_ones(name: str, near: str) -> None:
 @pytest.mark.parametrize("name", ["", "the", "xyzzy", "plain"])
 def test_unknown_concept(name: str) -> None:
     for call in (emoji.truth, emoji.themes_of, lambda n: emoji.prompts(n, "explicit")):
-        with pytest.raises(ValueError, match="unknown concept"):
+        with pytest.raises(ValueError, match="Unknown concept"):
             call(name)
 
 

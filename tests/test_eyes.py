@@ -141,7 +141,7 @@ def test_what_is_kept_is_all_but_the_concept() -> None:
     assert cat.kept(erased, plain).tolist() == [[1, 1, 0, -1, 0], [1, 0, 0, 1, 1]]
     assert cat.faithful(erased, plain).tolist() == [0.5, 0.0, 0.0, 1.0, 0.0]
     assert ConceptEyes("neon sign", Told()).kept(erased[4:], plain[4:]).tolist() == [[1], [1]]  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="unknown concept 'nudity'"):
+    with pytest.raises(ValueError, match="Unknown concept 'nudity'"):
         ConceptEyes("nudity", Told())  # type: ignore[arg-type]
 
 

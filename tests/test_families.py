@@ -46,7 +46,7 @@ from efface.families.unet import EMOJI, SD
 
 CAT = Concept("cat")
 ALL = (EIUP([CAT]), GIE([CAT]), SLD([CAT]), SAFREE([CAT]), NegativePrompt([CAT]))
-TESTED = r"of a tested family \(CogView4, emoji, emoji-flux, FLUX.1, PixArt, SD 1.x/2.x, SD 3/3.5, SDXL\), but got "
+TESTED = r"of a tested family \(CogView4, emoji, emoji-flux, FLUX.1, PixArt, SD 1.x/2.x, SD 3/3.5, SDXL\), got "
 PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")
 
 

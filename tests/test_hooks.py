@@ -346,7 +346,7 @@ def test_negative_embeddings_cannot_be_added_to(sd1: Any) -> None:
 @pytest.mark.parametrize("other", [object(), None, tiny.picture_model()])
 def test_not_a_pipeline_is_a_type_error(other: Any) -> None:
     for eraser in (ERASER, NegativePrompt([CAT])):
-        with pytest.raises(TypeError, match="Expected a diffusers text-to-image pipeline .* but got"):
+        with pytest.raises(TypeError, match="Expected a diffusers text-to-image pipeline .* got"):
             eraser.apply(other)
 
 
