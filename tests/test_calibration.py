@@ -108,7 +108,8 @@ def test_when_nothing_reaches_it_the_best_trade_off_is_named() -> None:
     assert found.strength is None
     lacks = {p.strength: (p.left.rate - 0.03) + max(0.9 - p.kept.rate, 0) for p in found.points}
     assert found.best.strength == min(lacks, key=lambda s: lacks[s]) and len(found.points) == 4
-    assert "No strength from 0.25 to 2 reaches residual rate <= 3 %, retention >= 90 %. The best trade-off is" in str(found)
+    said = "No strength from 0.25 to 2 reaches residual rate <= 3 %, retention >= 90 %. The best trade-off is"
+    assert said in str(found)
     assert found.record()["strength"] is None
 
 

@@ -308,7 +308,7 @@ def test_lines_with_entries_of_other_types_are_refused(name: str, there: Path) -
             try:
                 READERS[name].read(there)
             except ValueError as error:
-                assert path.name in str(error) or "is not finished" in str(error) or "are not those" in str(error)
+                assert path.name in str(error) or "is not finished" in str(error) or "do not match" in str(error)
 
 
 @pytest.mark.parametrize("name", [name for name in HEADERS if name != "tensors"])
