@@ -296,7 +296,7 @@ def test_a_lora_that_is_unloaded_while_fused_is_an_error() -> None:
     add_lora(pipe)
     pipe.unet.fuse_lora()
     pipe.unet.unload_lora()
-    with pytest.raises(RuntimeError, match=r"Other code changed 8 of the weights .* by unloading a fused LoRA"):
+    with pytest.raises(RuntimeError, match=r"Other code changed 8 of the weights .*by unloading a fused LoRA"):
         latents(pipe)
     with pytest.raises(RuntimeError, match="Other code changed 8"):
         handle.remove()
@@ -356,10 +356,10 @@ def test_what_a_part_of_a_state_left_is_restored() -> None:
     first, second = DELTA.apply(pipe), (DELTA * 0.5).apply(pipe)
     loaded = {f"{KEY}.weight": plain[f"{KEY}.weight"] + 1}
     pipe.unet.load_state_dict(loaded, strict=False)
-    with pytest.raises(RuntimeError, match="has replaced 1 of the weights"):
+    with pytest.raises(RuntimeError, match="replaced 1 of the weights"):
         latents(pipe)
     first.remove()
-    with pytest.raises(RuntimeError, match="has replaced 1 of the weights"):
+    with pytest.raises(RuntimeError, match="replaced 1 of the weights"):
         latents(pipe)
     second.remove()
     assert same(state(pipe), plain | loaded)
@@ -470,7 +470,7 @@ def test_a_delta_acts_with_sequential_offload_and_comes_off_when_that_is_off() -
     accelerate.cpu_offload(pipe.unet, torch.device("cpu"))
     for _ in range(2):
         assert torch.equal(latents(pipe), drawn("sd1", DELTA))
-    with pytest.raises(ValueError, match=r"is not in memory: .*`pipe.remove_all_hooks\(\)`"):
+    with pytest.raises(ValueError, match=r"is not in memory\. .*`pipe.remove_all_hooks\(\)`"):
         handle.remove()
     assert torch.equal(latents(pipe), drawn("sd1", DELTA)) and handle.active
     with pytest.raises(ValueError, match="is not in memory"):

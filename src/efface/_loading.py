@@ -107,7 +107,8 @@ def _dtype(dtype: object) -> torch.dtype | None:
     found = getattr(torch, DTYPES.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype):
         raise TypeError(
-            f"Expected `dtype` to be one of {', '.join(DTYPES)} or a `torch.dtype`, got {dtype!r:.80}. Give one of "
+            f"Expected `dtype` to be one of {', '.join(DTYPES)} or a `torch.dtype`, got {checks.shown(dtype)}. Give "
+            "one of "
             "these."
         )
     return found
@@ -117,7 +118,8 @@ def _device(device: object, offload: object) -> torch.device | None:
     """The device of the pipeline; None for the CPU without offloading."""
     if offload is not None and offload not in get_args(Offload):
         raise ValueError(
-            f"Expected `offload` to be one of {', '.join(get_args(Offload))}, got {offload!r:.80}. Leave it out to "
+            f"Expected `offload` to be one of {', '.join(get_args(Offload))}, got {checks.shown(offload)}. Leave it "
+            "out to "
             "keep all parts on the device."
         )
     if device is None and offload is None:
@@ -135,7 +137,7 @@ def _device(device: object, offload: object) -> torch.device | None:
         found = torch.device(cast("str", device))
     except (RuntimeError, TypeError) as error:
         raise ValueError(
-            f'Expected `device` to be a device such as "cpu" or "cuda:0", got {device!r:.80}. Name one.'
+            f'Expected `device` to be a device such as "cpu" or "cuda:0", got {checks.shown(device)}. Name one.'
         ) from error
     names = [str(there), "cpu"] if there else ["cpu"]
     count = torch.accelerator.device_count() if there else 0

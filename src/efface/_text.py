@@ -94,10 +94,13 @@ def _whole(facts: Family, pipe: DiffusionPipeline, name: str, text: str, setting
     """A cleaned text as an encoder reads it. Raises ValueError if it has no tokens or is too long."""
     found, limit = facts.read(pipe, name, text), facts.limit(pipe, name, settings)
     if text and found.own.start == found.own.stop:
-        raise ValueError(f"The phrase {text!r:.80} has no tokens for this pipeline. Write the concept in other words.")
+        raise ValueError(
+            f"The phrase {checks.shown(text)} has no tokens for this pipeline. Write the concept in other words."
+        )
     if (length := len(found.ids)) > limit:
         raise ValueError(
-            f"The phrase {text!r:.80} is {length} tokens long, but the text encoder takes {limit}. Write a shorter one."
+            f"The phrase {checks.shown(text)} is {length} tokens long, but the text encoder takes {limit}. Write a "
+            "shorter one."
         )
     return found
 

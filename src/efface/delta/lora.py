@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .. import __version__, files
+from .. import __version__, checks, files
 from .factors import Change, Factors, dense, truncate
 
 Layout = Literal["diffusers", "kohya"]
@@ -32,7 +32,9 @@ def export(
         OSError: the file cannot be written. An older file stays.
     """
     if layout not in get_args(Layout):
-        raise ValueError(f"Expected `layout` to be 'diffusers' or 'kohya', got {layout!r:.80}. Give one of the two.")
+        raise ValueError(
+            f"Expected `layout` to be 'diffusers' or 'kohya', got {checks.shown(layout)}. Give one of the two."
+        )
     wrong = [n for n, c in weights.items() if not (n.startswith("unet.") and len(c.shape) in (2, 4))]
     if wrong:
         raise ValueError(

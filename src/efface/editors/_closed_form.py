@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .. import checks
 from .._text import check_phrases, encode
 from .._weights import keys_values
 from ..core import Concept
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 def check_positive(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise ValueError(f"Expected `{name}` to be a finite number > 0, got {value!r:.80}. Give more than 0.")
+        raise ValueError(f"Expected `{name}` to be a finite number > 0, got {checks.shown(value)}. Give more than 0.")
 
 
 # ---------------------------------------------------------------- texts

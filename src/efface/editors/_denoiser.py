@@ -17,6 +17,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
+from .. import checks
 from .._text import condition
 from .._weights import part
 from ..delta.watch import unwatched
@@ -43,7 +44,7 @@ def trained(denoiser: nn.Module, train: str, outer: Sequence[str] = (), *, biase
     """
     if train not in get_args(Train):
         raise ValueError(
-            f"Expected `train` to be one of {', '.join(get_args(Train))}, got {train!r:.80}. Give one of these."
+            f"Expected `train` to be one of {', '.join(get_args(Train))}, got {checks.shown(train)}. Give one of these."
         )
     names = [name for name, weight in denoiser.named_parameters() if biases or weight.ndim > 1]
     if any(".base_layer." in name or ".lora_" in name for name in names):

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args
 
+from .. import checks
 from .._text import check_phrases
 from ..core import Concept, Concepts, as_concepts
 from ..families import check, filled
@@ -59,7 +60,8 @@ class Training:
         for name, choices in (("train", get_args(Train)), ("precision", get_args(Precision))):
             if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"Expected `{name}` to be one of {', '.join(choices)}, got {getattr(self, name)!r:.80}. Give one "
+                    f"Expected `{name}` to be one of {', '.join(choices)}, got {checks.shown(getattr(self, name))}. "
+                    "Give one "
                     "of these."
                 )
         for name, least in (("steps", 0), ("batch", 1), ("reuse", 1), ("accumulate", 1), ("sampler_steps", 1)):
@@ -68,11 +70,15 @@ class Training:
         for name in ("guidance", "weight_decay", "clip"):
             check_number(name, getattr(self, name))
         if type(self.biases) is not bool:
-            raise ValueError(f"Expected `biases` to be True or False, got {self.biases!r:.80}. Give one of the two.")
+            raise ValueError(
+                f"Expected `biases` to be True or False, got {checks.shown(self.biases)}. Give one of the two."
+            )
         if self.lr is not None and not check_number("lr", self.lr) > 0:
-            raise ValueError(f"Expected `lr` > 0, got {self.lr!r:.80}. Give more than 0.")
+            raise ValueError(f"Expected `lr` > 0, got {checks.shown(self.lr)}. Give more than 0.")
         if self.guidance < 1:
-            raise ValueError(f"Expected `guidance` >= 1 (no guidance), got {self.guidance!r:.80}. Give 1 or more.")
+            raise ValueError(
+                f"Expected `guidance` >= 1 (no guidance), got {checks.shown(self.guidance)}. Give 1 or more."
+            )
 
     def resolved(self, pipe: DiffusionPipeline) -> Self:
         """Replaces fields that are None by the family's values. `lr` is a third for "u" and "full".
@@ -93,14 +99,16 @@ class Training:
 def check_integer(name: str, value: Any, least: int) -> None:
     """Raises ValueError unless the value is an integer >= least."""
     if type(value) is not int or value < least:
-        raise ValueError(f"Expected `{name}` to be an integer >= {least}, got {value!r:.80}. Give {least} or more.")
+        raise ValueError(
+            f"Expected `{name}` to be an integer >= {least}, got {checks.shown(value)}. Give {least} or more."
+        )
 
 
 def check_number(name: str, value: Any, least: float = 0.0, most: float = math.inf) -> float:
     """Raises ValueError unless the value is a finite number within the bounds."""
     if type(value) not in (int, float) or not math.isfinite(value) or not least <= value <= most:
         bounds = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-        raise ValueError(f"Expected `{name}` to be a number {bounds}, got {value!r:.80}. Give such a number.")
+        raise ValueError(f"Expected `{name}` to be a number {bounds}, got {checks.shown(value)}. Give such a number.")
     return float(value)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 
+from .. import checks
 from .._text import fits
 from .._weights import learning
 from ..core import Concepts
@@ -108,10 +109,12 @@ class CCRT(Training):
             check_integer(name, getattr(self, name), least)
         if self.teacher not in get_args(Teacher):
             raise ValueError(
-                f"Expected `teacher` to be 'base' or 'previous', got {self.teacher!r:.80}. Give one of the two."
+                f"Expected `teacher` to be 'base' or 'previous', got {checks.shown(self.teacher)}. Give one of the two."
             )
         if self.template is not None and "{}" not in self.template:
-            raise ValueError(f"Expected `template` to hold {{}} for the entities, got {self.template!r:.80}. Add it.")
+            raise ValueError(
+                f"Expected `template` to hold {{}} for the entities, got {checks.shown(self.template)}. Add it."
+            )
 
     @classmethod
     def paper(cls) -> CCRT:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 import torch
 from torch import Generator, Tensor
 
+from .. import checks
 from .._weights import learning
 from ..core import Concepts, Detector, config
 from ..delta import Delta
@@ -99,7 +100,8 @@ class ESD(Training):
         super().__post_init__()
         if self.drawn_by not in get_args(Drawer):
             raise ValueError(
-                f"Expected `drawn_by` to be 'student' or 'frozen', got {self.drawn_by!r:.80}. Give one of the two."
+                f"Expected `drawn_by` to be 'student' or 'frozen', got {checks.shown(self.drawn_by)}. Give one of the "
+                "two."
             )
         if self.eta is not None:
             check_number("eta", self.eta, least=-1)

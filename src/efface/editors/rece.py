@@ -103,7 +103,9 @@ class RECE:
                 check_positive(name, getattr(self, name))
         check_positive("preserve_scale", self.preserve_scale)
         if self.rounds is not None and (type(self.rounds) is not int or self.rounds < 0):
-            raise ValueError(f"Expected `rounds` to be a whole number >= 0, got {self.rounds!r:.80}. Give 0 or more.")
+            raise ValueError(
+                f"Expected `rounds` to be a whole number >= 0, got {checks.shown(self.rounds)}. Give 0 or more."
+            )
         object.__setattr__(self, "preserve", UCE(tokens=self.tokens, preserve=self.preserve).preserve)  # checks both
         if self.uce is None:
             return

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 import torch
 from torch import Generator, Tensor
 
+from .. import checks
 from .._text import pack
 from .._weights import learning
 from ..core import Concepts, Detector, config
@@ -101,7 +102,8 @@ class SDD(Training):
         super().__post_init__()
         if self.prompt_roles not in (None, *get_args(Roles)):
             raise ValueError(
-                f"Expected `prompt_roles` to be one of {', '.join(get_args(Roles))}, got {self.prompt_roles!r:.80}. "
+                f"Expected `prompt_roles` to be one of {', '.join(get_args(Roles))}, got "
+                f"{checks.shown(self.prompt_roles)}. "
                 "Give one of these."
             )
         if self.ema is not None:

@@ -111,11 +111,13 @@ class UCE:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(
-                    f"Expected `{name}` to be one of {known}, got {getattr(self, name)!r:.80}. Give one of these."
+                    f"Expected `{name}` to be one of {known}, got {checks.shown(getattr(self, name))}. Give one of "
+                    "these."
                 )
         if isinstance(self.preserve, str):
             raise ValueError(
-                f"Expected `preserve` to be a sequence of texts, got one text, {self.preserve!r:.80}. Put it into a "
+                f"Expected `preserve` to be a sequence of texts, got one text, {checks.shown(self.preserve)}. Put it "
+                "into a "
                 "list."
             )
         pairs = self.attributes.items() if isinstance(self.attributes, Mapping) else self.attributes
@@ -128,7 +130,7 @@ class UCE:
         if (self.mode == "debias") != bool(self.attributes):
             raise ValueError(
                 f"Expected `attributes` with mode 'debias' and with no other, got mode {self.mode!r} and "
-                f"{self.attributes!r:.80}. Give for example (('a woman', 0.2), ('a man', -0.2))."
+                f"{checks.shown(self.attributes)}. Give for example (('a woman', 0.2), ('a man', -0.2))."
             )
 
     @classmethod

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from .. import checks
 from .._text import fits, own_encode
 from ..core import Concept, ConceptsField, RowsField
 from ..families import family
@@ -98,7 +99,8 @@ class NegativePrompt(Method):
         for concepts in {self.concepts} if self.rows is None else set(self.rows):
             if self.strength is None and not fits(pipe, words(concepts)):
                 raise ValueError(
-                    f"The phrases do not fit into one negative prompt: {words(concepts)!r:.80}. Give fewer, or a "
+                    f"The phrases do not fit into one negative prompt: {checks.shown(words(concepts))}. Give fewer, or "
+                    "a "
                     "`strength`, which takes several texts."
                 )
         super().check(pipe)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ... import checks
 from ..._text import cleaned, encode, readers
 from ...hooks import CrossAttention, ErasurePrompts
 
@@ -51,7 +52,7 @@ def joined(pipe: DiffusionPipeline, prompts: Sequence[str], erasure_prompts: Seq
             if n + m != both or both > limit:
                 raise ValueError(
                     f"Expected prompt and erasure prompt to join into {n} + {m} and at most {limit} tokens, got {both} "
-                    f"for {pairs[-1]!r:.80}. Shorten one of them, or use values='paper'."
+                    f"for {checks.shown(pairs[-1])}. Shorten one of them, or use values='paper'."
                 )
         lengths.append(n)
     states = encode(pipe, pairs, differentiable=True, **settings).text.unflatten(0, (len(erasure_prompts), -1))

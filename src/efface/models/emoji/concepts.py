@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ... import checks
 from .weights import read_object
 
 CELLS = ("explicit", "theme", "paraphrase", "pair")
@@ -95,7 +96,7 @@ def truth(name: str) -> tuple[str, ...] | str:
     if found is None:
         near = difflib.get_close_matches(_plain(name), names(), 3)
         hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Try one of {', '.join(names()[:17])}."
-        raise ValueError(f"Unknown concept {name!r:.80}. {hint}")
+        raise ValueError(f"Unknown concept {checks.shown(name)}. {hint}")
     return found
 
 
@@ -139,7 +140,9 @@ def prompts(concept: str, cell: str) -> list[tuple[str, tuple[str, ...]]]:
         [('a casino', ('cocktail-glass',))]
     """
     if cell not in CELLS:
-        raise ValueError(f"Expected `cell` to be one of {', '.join(CELLS)}, got {cell!r:.80}. Give one of these.")
+        raise ValueError(
+            f"Expected `cell` to be one of {', '.join(CELLS)}, got {checks.shown(cell)}. Give one of these."
+        )
     icons, captions, themes = truth(concept), _captions(), vocabulary()["themes"]
     rng = random.Random(f"{_plain(concept)}, {cell}")
     plain = sorted(vocabulary()["captions"])

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ... import checks
 from .concepts import truth, vocabulary
 from .weights import CURE, FOLDER, check
 
@@ -80,7 +81,7 @@ class Eye(nn.Module):
         super().__init__()
         if width < 16 or width % 16:
             raise ValueError(
-                f"Expected `width` to be a positive multiple of 16, got {width!r:.80}. Give for example 128."
+                f"Expected `width` to be a positive multiple of 16, got {checks.shown(width)}. Give for example 128."
             )
         self.width = width
         self.body = nn.Sequential(
@@ -187,7 +188,7 @@ class Eyes:
             ValueError: the style is unknown.
         """
         if style not in STYLES:
-            raise ValueError(f"Expected a style of {', '.join(STYLES)}, got {style!r:.80}. Give one of these.")
+            raise ValueError(f"Expected a style of {', '.join(STYLES)}, got {checks.shown(style)}. Give one of these.")
         k = STYLES.index(style)
         return self.see(images).styles[..., k] >= self.thresholds.styles[:, None, k]
 

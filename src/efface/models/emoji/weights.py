@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from efface import checks
 from efface.files import write
 
 FOLDER = Path(__file__).parent / "weights"
@@ -65,7 +66,7 @@ def recorded(folder: Path) -> dict[str, str]:
     path = folder / "model.json"
     record = read_object(path)
     if record.get("version") != 1:
-        raise ValueError(f"Expected version 1 in {path}, got {record.get('version')!r:.80}. {CURE}")
+        raise ValueError(f"Expected version 1 in {path}, got {checks.shown(record.get('version'))}. {CURE}")
     files = record.get("files")
     if not isinstance(files, dict):
         raise ValueError(f"{path} lists no files with their sha256. {CURE}")

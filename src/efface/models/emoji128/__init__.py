@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from efface import checks
 from efface.files import write
 from efface.models import emoji
 from efface.models.emoji.weights import sha256
@@ -180,7 +181,8 @@ def load(
     """
     if model not in MODELS:
         raise ValueError(
-            f"Expected `model` to be one of {', '.join(map(repr, MODELS))}, got {model!r:.80}. Give one of these."
+            f"Expected `model` to be one of {', '.join(map(repr, MODELS))}, got {checks.shown(model)}. Give one of "
+            "these."
         )
     import torch
     from transformers.utils import logging

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from efface import checks
 from efface.models.emoji.eyes import Block, Seen
 
 from . import CURE, FOLDER, HERE, check
@@ -44,7 +45,7 @@ class Eye(nn.Module):
         super().__init__()
         if width < 16 or width % 16:
             raise ValueError(
-                f"Expected `width` to be a positive multiple of 16, got {width!r:.80}. Give for example 128."
+                f"Expected `width` to be a positive multiple of 16, got {checks.shown(width)}. Give for example 128."
             )
         self.width = width
         self.body = nn.Sequential(
@@ -156,7 +157,7 @@ class Eyes:
             ValueError: the style is unknown.
         """
         if style not in STYLES:
-            raise ValueError(f"Expected a style of {', '.join(STYLES)}, got {style!r:.80}. Give one of these.")
+            raise ValueError(f"Expected a style of {', '.join(STYLES)}, got {checks.shown(style)}. Give one of these.")
         k = STYLES.index(style)
         return self.see(images).styles[..., k] >= self.thresholds.styles[:, None, k]
 
@@ -187,7 +188,9 @@ class Eyes:
         icons = icons or ([concept] if concept in INDEX else [])
         if not icons:
             known = ", ".join([*VOCABULARY["concepts"], *STYLES])
-            raise ValueError(f"Expected a concept such as {known}, got {concept!r:.80}. Give a name of the vocabulary.")
+            raise ValueError(
+                f"Expected a concept such as {known}, got {checks.shown(concept)}. Give a name of the vocabulary."
+            )
         return self.icons(seen)[..., [INDEX[icon] for icon in icons]].any(-1)
 
 
