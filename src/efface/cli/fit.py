@@ -35,7 +35,7 @@ from .output import telling
 @loads
 def fit(
     method: Annotated[
-        str, typer.Argument(help="An editor; see `efface list editors`. A preset goes behind a dot: esd.paper.")
+        str, typer.Argument(help="An editor; see `efface list editors`. Write a preset after a dot: esd.paper.")
     ],
     out: Annotated[Path, typer.Option(help="The file to write, such as no-alcohol.safetensors.")],
     concept: ConceptNames = None,
