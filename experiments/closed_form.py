@@ -27,7 +27,7 @@ from torch import Tensor
 
 from efface.delta import dense
 from efface.editors._closed_form import changes, step
-from efface.editors.rece import rounds, sum_of_squares
+from efface.editors.rece import rounds, sum_of_products
 
 from .code import code_hash
 from .literal import editors as literal
@@ -155,7 +155,9 @@ def ours(problem: Problem, method: str) -> list[Tensor]:
     else:
         gram = problem.blank.T @ problem.blank
         left, right = step(problem.tail, problem.tail_anchor, B * gram, 1.0, LAM)
-        steps = rounds(sum_of_squares(problem.weights), left, right, concept, anchor, b * gram, MU, lam)
+        steps = rounds(
+            sum_of_products(problem.weights, problem.weights), left, right, concept, anchor, b * gram, MU, lam
+        )
         for _ in range(ROUNDS):
             left, right, _ = next(steps)
     return list(changes(names, left, right).values())
