@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -60,21 +61,19 @@ class ClosedForm(Experiment):
 
     def units(self, plan: Plan) -> list[Unit]:
         facts = {"machine": machine(), "code": code_hash(ClosedForm), "versions": plan.facts["versions"]}
+        least = {"concepts": self.concepts[0], "size": self.size, "n": 1, "budget": self.budget}
+
+        def pilot(method: str) -> float:
+            """Of a process with the fewest concepts; a literal method may spend its budget twice over."""
+            took = timed(lambda: fresh(self, least | {"method": method}))[1]
+            return took + (2 * self.budget * torch.get_num_threads() if method in AGAINST else 0)
+
         found = []
         for method in METHODS:
             for concepts in self.concepts:
-                given = {"method": method, "concepts": concepts, "size": self.size, "n": plan.n, "budget": self.budget}
-                least = given | {"concepts": self.concepts[0], "n": 1}
-                weight = concepts / self.concepts[0] * (1 if method in AGAINST else plan.n)
-                found.append(
-                    Unit(
-                        method,
-                        facts | given,
-                        lambda given=given: fresh(self, given),
-                        weight,
-                        lambda least=least: timed(lambda: fresh(self, least))[1],
-                    )
-                )
+                given = least | {"method": method, "concepts": concepts, "n": plan.n}
+                measure = partial(fresh, self, given)
+                found.append(Unit(method, facts | given, measure, 1.0, partial(pilot, method)))
         return found
 
     def one(self, given: dict[str, Any]) -> dict[str, Any]:

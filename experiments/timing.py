@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import random
 import resource
@@ -10,6 +11,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -72,6 +74,12 @@ class Timing(Experiment):
         facts = {"machine": machine(), "code": code_hash(*self.used, Timing), "versions": plan.facts["versions"]}
         names = [name for name in self.variants if not self.only or name in (self.against, *self.only)]
         found = []
+
+        @functools.cache
+        def pilot() -> float:
+            """Of a process of its own; all take about as long."""
+            return timed(lambda: fresh(self, {"scene": next(iter(self.scenes)), "variant": self.against}))[1]
+
         for scene in self.scenes:
             rounds = range(0 if self.warm else 1, plan.n + 1)
             built: list[Any] = []
@@ -84,18 +92,8 @@ class Timing(Experiment):
 
                 found.append(Unit(self.against, setting, measure, 1.0, lambda m=measure: timed(m)[1], f"round {scene}"))
             for name in names if self.memory else ():
-                setting = {**facts, "scene": scene, "memory of": name}
-                given = {"scene": scene, "variant": name}
-                found.append(
-                    Unit(
-                        name,
-                        setting,
-                        lambda g=given: fresh(self, g),
-                        1.0,
-                        lambda g=given: timed(lambda: fresh(self, g))[1],
-                        "memory",
-                    )
-                )
+                given, setting = {"scene": scene, "variant": name}, {**facts, "scene": scene, "memory of": name}
+                found.append(Unit(name, setting, partial(fresh, self, given), 1.0, pilot, "memory"))
         if self.count:
             found.append(Unit("count", {**facts, "count": True}, self.count, 1.0, lambda: 0.0, "count"))
         return found
