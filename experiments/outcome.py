@@ -182,7 +182,7 @@ class Outcome(Experiment):
         concepts, cells: what is drawn; cells without prompts in the block are left out.
         primary: comparisons (row, row, metric) that were named before drawing.
         against: the row that all others are compared with; these comparisons are adjusted by Holm.
-        aims: (row, metric, largest or smallest allowed value relative to nothing, or to the base model).
+        aims: (row, metric, limit): the largest allowed rate where low is good, else the smallest.
     """
 
     name: str

@@ -112,8 +112,8 @@ KINDS: dict[str, Callable[[], Experiment]] = {
     ),
     "fine-tuning": lambda: Timing(
         **ABOUT,
-        scenes={"tiny": lambda: tiny.pipeline("small")},
-        variants=finetune.variants("sdd", 4),
+        scenes={method: partial(finetune.scene, method, tiny.pipeline("small")) for method in ("esd", "sdd")},
+        variants=finetune.variants(4),
         against="naive",
         slower=True,
         used=(finetune.Naive,),
