@@ -228,7 +228,7 @@ class Outcome(Experiment):
             "keep": keep,
             "seeds": [numbers.start, n],
             "erasers": [{"delta": fitted.digest}] if fitted else [config(each) for each in erased],
-            "code": code_hash(*(map(type, erased) if erased else [efface.Delta if fitted else draw]), Outcome),
+            "code": code_hash(*([efface.Delta, type(arm.make)] if fitted else map(type, erased)), draw),
         }
         call = dict(plan.call)
         others = self._others(plan, concept, keep, numbers)

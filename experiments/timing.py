@@ -70,7 +70,7 @@ class Timing(Experiment):
         return dataclasses.replace(self, only=tuple(update), count=None).units(plan)
 
     def units(self, plan: Plan) -> list[Unit]:
-        facts = {"machine": machine(), "code": code_hash(*self.used, Timing), "versions": plan.facts["versions"]}
+        facts = {"machine": machine(), "code": code_hash(*self.used), "versions": plan.facts["versions"]}
         names = [name for name in self.variants if not self.only or name in (self.against, *self.only)]
         found = []
 

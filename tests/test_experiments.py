@@ -319,6 +319,19 @@ def test_a_card_of_other_code_is_named(drawn: Any, monkeypatch: pytest.MonkeyPat
     assert f"card of {card['date'][:10]}, other code: eiup" in capsys.readouterr().out
 
 
+def test_the_code_of_an_editor_counts_for_its_delta(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = KINDS["editors"]()
+    where = plan(tmp_path, experiment)
+    card = {
+        "rows": [
+            {"row": unit.row, "code": unit.setting["code"]} for unit in experiment.units(where) if unit.kind == "cell"
+        ]
+    }
+    assert runner.outdated(experiment, where, card) == []
+    other_code(monkeypatch, efface.UCE)
+    assert set(runner.outdated(experiment, where, card)) == {"uce"}
+
+
 def test_the_test_block_is_drawn_once_per_release(drawn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     experiment, folder, _ = drawn
     other_code(monkeypatch, efface.EIUP)
@@ -579,6 +592,7 @@ def test_a_variant_that_is_timed_again_leaves_the_others(tmp_path: Path) -> None
         "plain",
         "eiup projected",
     }
+    assert runner.outdated(experiment, plan(tmp_path, experiment), old) == []
     new = run(experiment, tmp_path, update=["eiup projected"])
     rows = {row["row"]: row for row in new["rows"]}
     assert [rows[name] for name in ("plain", "two trajectories")] == [old["rows"][0], old["rows"][2]]
