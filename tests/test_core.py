@@ -352,7 +352,7 @@ def test_one_that_cannot_come_off_does_not_keep_the_others_on_and_can_be_tried_a
 @pytest.mark.parametrize("seed", [-1, 2**32, 1.0, True])
 def test_a_seed_has_32_bits(seed: Any) -> None:
     Row("a", "a cat", 2**32 - 1)
-    with pytest.raises(ValueError, match=r"seed of row 'a' to be in 0 \.\.\. 2\*\*32 - 1"):
+    with pytest.raises(ValueError, match=r"whole number `seed` of row 'a' in"):
         Row("a", "a cat", seed)
 
 
@@ -363,9 +363,9 @@ def test_a_row_id_is_a_file_name(name: str) -> None:
 
 
 def test_a_row_asks_for_something_and_is_frozen() -> None:
-    with pytest.raises(ValueError, match="empty prompt"):
+    with pytest.raises(ValueError, match="`prompt` of row 'a' to be a text that is not empty"):
         Row("a", "  ", 0)
-    with pytest.raises(TypeError, match="`keep` of row 'a'"):
+    with pytest.raises(TypeError, match="`keep` of row 'a' to be a sequence"):
         Row("a", "a cat", 0, keep="dog")  # type: ignore[arg-type]
     call = {"guidance_scale": 7.0}
     row = Row("a", "a cat", 0, keep=["dog"], call=call)  # type: ignore[arg-type]
@@ -402,7 +402,7 @@ def test_a_suite_has_rows_with_unique_ids_and_a_hash_over_them() -> None:
     for other in ((rows[1], rows[0]), rows[:1], (rows[0], dataclasses.replace(rows[1], seed=1))):
         assert Suite("mine", "1", other).data_hash != suite.data_hash
     assert Suite("mine", "1", rows, data_hash="file").data_hash == "file"
-    with pytest.raises(ValueError, match="'a' is there twice"):
+    with pytest.raises(ValueError, match="to be unique, but 'a' is there twice"):
         Suite("mine", "1", (rows[0], rows[1], rows[0]))
     with pytest.raises(ValueError, match="has no rows"):
         Suite("mine", "1", ())

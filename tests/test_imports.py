@@ -83,7 +83,7 @@ ORDER = {
         *("prediction", "step", "denoiser", "sites", "method", "__init__"),
     ),
     "delta": ("factors", "watch", "overlay", "applied", "base", "file", "lora", "delta", "__init__"),
-    "runs": ("folder", "record", "judges", "draw", "workers", "bench", "card", "score", "verify", "__init__"),
+    "runs": ("folder", "remote", "record", "judges", "draw", "workers", "bench", "card", "score", "verify", "__init__"),
     "report": ("words", "compare", "plot", "pictures", "page", "__init__"),
 }
 

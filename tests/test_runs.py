@@ -667,6 +667,6 @@ def test_the_command_says_of_each_picture_whether_it_is_the_same(tmp_path: Path)
     lines(run.folder, forge)
     done = CliRunner().invoke(app, ["verify", str(run.folder)])
     assert done.exit_code == 3 and "5 of 6 pictures are the same to the bit." in done.stdout
-    assert [line.split()[:2] for line in done.stdout.splitlines() if "pixels differ" in line] == [["r0", "run"]]
+    assert [line.split()[:2] for line in done.stdout.splitlines() if "pixels differ" in line] == [["r0", "(run):"]]
     done = CliRunner().invoke(app, ["verify", str(tmp_path / "none")])
     assert done.exit_code == 2 and "is not a run folder" in done.stderr

@@ -356,14 +356,14 @@ def test_a_checkpoint_of_another_fit_is_refused_and_kept(sd1: Any, tmp_path: Pat
         (editor, ALCOHOL, 0, "phrases"),
         (editor, CAT, 1, "seed"),
     ):
-        with pytest.raises(ValueError, match=f"another fit .different: {what}"):
+        with pytest.raises(ValueError, match=f"(?s)another fit. .*{what}"):
             other.fit(sd1, concept, seed=seed, checkpoint=file)
-    with editor.fit(sd1, CAT).apply(sd1), pytest.raises(ValueError, match="different: base"):
+    with editor.fit(sd1, CAT).apply(sd1), pytest.raises(ValueError, match=r"differs in\n  base: "):
         editor.fit(sd1, CAT, checkpoint=file)
     assert file.read_bytes() == written
     fields, biased = {"drawn_by": "frozen", "biases": True}, replace(editor, biases=True)
     for name, value in fields.items():
-        with pytest.raises(ValueError, match=f"another fit .different: {name}"):
+        with pytest.raises(ValueError, match=f"(?s)another fit. .*{name}: "):
             replace(editor, **{name: value}).fit(sd1, CAT, checkpoint=file)
     for one, changed in ((editor, {}), (biased, {"biases": True})):  # as before there were these fields
         file.unlink()
@@ -373,10 +373,10 @@ def test_a_checkpoint_of_another_fit_is_refused_and_kept(sd1: Any, tmp_path: Pat
         old = {k: v for k, v in json.loads(header["fit"]).items() if k not in fields}
         save_file(parts, file, header | {"fit": json.dumps(old)})
         assert same(replace(editor, **changed).fit(sd1, CAT, checkpoint=file), want)
-    with pytest.raises(ValueError, match="another fit .different: biases"):
+    with pytest.raises(ValueError, match="(?s)another fit. .*biases: "):
         editor.fit(sd1, CAT, checkpoint=file)
     file.write_bytes(written[:100])
-    with pytest.raises(ValueError, match="is not a checkpoint"):
+    with pytest.raises(ValueError, match="no safetensors file"):
         editor.fit(sd1, CAT, checkpoint=file)
 
 
@@ -478,7 +478,7 @@ def test_pictures_that_became_nan_do_not_end_a_fit(sd1: Any, monkeypatch: pytest
     """A detector sees nothing in them."""
     monkeypatch.setattr(_training, "LOOK", 1)
     monkeypatch.setattr(sd1.vae, "decode", lambda z, **_: (torch.full((len(z), 3, 16, 16), torch.nan),))
-    with pytest.raises(ValueError, match="some values are not finite"):
+    with pytest.raises(ValueError, match="values that are not finite"):
         ESD(steps=2, **QUICK).fit(sd1, CAT, stop=lambda images: torch.zeros(1, len(images), dtype=torch.bool))
 
 

@@ -15,7 +15,7 @@ from tiny import CAT, WORDS, batch, change, latents
 from torch import Tensor
 
 import efface
-from efface import RECE, UCE, Concept
+from efface import RECE, UCE, Concept, api
 from efface._text import encode
 from efface._weights import keys_values
 from efface.delta import Delta, Factors, dense
@@ -246,7 +246,7 @@ def test_balance_says_what_does_not_fit(sd1: Any) -> None:
         UCE().balance(sd1, CAT, lambda pipe: [])
     with pytest.raises(ValueError, match="`shift`"):
         UCE(shift="norm")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="`attributes` should be a sequence of texts"):
+    with pytest.raises(TypeError, match="`attributes` to be a sequence of texts"):
         UCE.debias_2023("male, female")
     assert efface.delta.active(sd1) == []
 
@@ -495,5 +495,5 @@ def test_a_uce_of_something_else_is_refused(sd1: Any, tmp_path: Any) -> None:
     with pytest.raises(TypeError, match="`uce` to be a delta or its file"):
         RECE(uce=3)  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError, match="There is no delta"):
-        efface.api.editor("rece", uce=str(tmp_path / "absent.safetensors"))
+        api.editor("rece", uce=str(tmp_path / "absent.safetensors"))
     assert RECE(uce=UCE(mode="moderate").fit(sd1, CAT), rounds=0).fit(sd1, CAT).method == "rece"

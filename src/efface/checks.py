@@ -88,7 +88,7 @@ def number(
     elif not math.isfinite(given):
         cure = cure or "Give a finite number."
     bounds = _bounds(least, most, above, below) or " to be a finite number"
-    raise ValueError(refusal(f"`{name}`{bounds}", value, cure or _cure(small, least, most, above, below)))
+    raise ValueError(refusal(f"{_quoted(name)}{bounds}", value, cure or _cure(small, least, most, above, below)))
 
 
 def whole(name: str, value: object, least: float = 1, most: float = math.inf, *, cure: str = "") -> int:
@@ -106,7 +106,7 @@ def whole(name: str, value: object, least: float = 1, most: float = math.inf, *,
     if given is None:
         cure = cure or "Give a whole number."
     cure = cure or _cure(given is not None and given < least, least, most, False, False)
-    raise ValueError(refusal(f"a whole number `{name}`{_bounds(least, most, False, False)}", value, cure))
+    raise ValueError(refusal(f"a whole number {_quoted(name)}{_bounds(least, most, False, False)}", value, cure))
 
 
 def share(name: str, value: object) -> float:
@@ -125,11 +125,11 @@ def seed(name: str, value: object, count: int = 1) -> int:
 def tuning_seeds(name: str, values: Sequence[int]) -> tuple[int, ...]:
     """Seeds for choosing settings: all below 10,000, where no test seed is."""
     if not isinstance(values, Sequence) or not len(values):
-        raise ValueError(refusal(f"`{name}` to be seeds", values, "Give whole numbers, such as range(32)."))
+        raise ValueError(refusal(f"{_quoted(name)} to be seeds", values, "Give whole numbers, such as range(32)."))
     for value in (values[0], values[-1]) if isinstance(values, range) else values:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < TUNING_SEEDS:
             cure = "Give tuning seeds: settings that were chosen on test seeds cannot be measured on them."
-            raise ValueError(refusal(f"tuning seeds in [0, {TUNING_SEEDS - 1}] for `{name}`", value, cure))
+            raise ValueError(refusal(f"tuning seeds in [0, {TUNING_SEEDS - 1}] for {_quoted(name)}", value, cure))
     return tuple(values)
 
 
@@ -139,7 +139,7 @@ def window(name: str, value: object) -> tuple[float, float]:
     start, end = numbers if len(numbers) == 2 else (None, None)
     if start is None or end is None or not 0 <= start <= end <= 1:
         cure = "Give two fractions of the trajectory, such as (0.0, 0.8): 0 is pure noise, 1 the finished picture."
-        raise ValueError(refusal(f"`{name}` with 0 <= start <= end <= 1", value, cure))
+        raise ValueError(refusal(f"{_quoted(name)} with 0 <= start <= end <= 1", value, cure))
     return start, end
 
 
@@ -157,26 +157,28 @@ def choice(name: str, value: object, choices: Collection[Choice]) -> Choice:
             return each
     hint = near(value, [each for each in choices if isinstance(each, str)]) if isinstance(value, str) else ""
     known = ", ".join(map(repr, choices))
-    raise ValueError(refusal(f"`{name}` to be one of {known}", value, hint or "Give one of these."))
+    raise ValueError(refusal(f"{_quoted(name)} to be one of {known}", value, hint or "Give one of these."))
 
 
 def text(name: str, value: object, *, empty: bool = False) -> str:
     """A text; one without any character to read only where `empty` allows it."""
     if not isinstance(value, str):
-        raise TypeError(refusal(f"`{name}` to be a text", value, "Put it in quotes."))
+        raise TypeError(refusal(f"{_quoted(name)} to be a text", value, "Put it in quotes."))
     if re.search("[\ud800-\udfff]", value):
-        raise ValueError(f"Expected `{name}` to be a text in UTF-8, got {value!a:.80}. Write it anew.")
+        raise ValueError(f"Expected {_quoted(name)} to be a text in UTF-8, got {value!a:.80}. Write it anew.")
     if not empty and not value.strip():
-        raise ValueError(refusal(f"`{name}` to be a text that is not empty", value, "Write at least one word."))
+        raise ValueError(refusal(f"{_quoted(name)} to be a text that is not empty", value, "Write at least one word."))
     return value
 
 
 def texts(name: str, value: object) -> tuple[str, ...]:
     """Texts as a tuple; one text is refused, because it would fall apart into letters."""
     if isinstance(value, str):
-        raise TypeError(refusal(f"`{name}` to be a sequence of texts", value, f"Write ({shown(value)},)."))
+        raise TypeError(refusal(f"{_quoted(name)} to be a sequence of texts", value, f"Write ({shown(value)},)."))
     if not isinstance(value, Sequence) or not all(isinstance(each, str) for each in value):
-        raise TypeError(refusal(f"`{name}` to be a sequence of texts", value, "Write for example ('a dog', 'a tree')."))
+        raise TypeError(
+            refusal(f"{_quoted(name)} to be a sequence of texts", value, "Write for example ('a dog', 'a tree').")
+        )
     return tuple(text(name, each, empty=True) for each in value)
 
 
@@ -186,14 +188,16 @@ def path(name: str, value: object) -> Path:
     Records and messages name paths, and both are UTF-8.
     """
     if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
-        raise TypeError(refusal(f"`{name}` to be a path", value, "Give a text or a pathlib.Path."))
+        raise TypeError(refusal(f"{_quoted(name)} to be a path", value, "Give a text or a pathlib.Path."))
     given = os.fspath(value)
     try:
         whole_name = bool(given) and "\0" not in given and bool(given.encode())
     except UnicodeEncodeError:
         whole_name = False
     if not whole_name:
-        raise ValueError(f"Expected `{name}` to be a path in UTF-8, got {ascii(given)[:SHOWN]}. Give another name.")
+        raise ValueError(
+            f"Expected {_quoted(name)} to be a path in UTF-8, got {ascii(given)[:SHOWN]}. Give another name."
+        )
     return Path(given)
 
 
@@ -228,7 +232,7 @@ def fields(owner: str, cls: Any, given: Mapping[str, object], hidden: Collection
         if kind in _SIMPLE:
             _SIMPLE[kind](name, value)
         elif kind.startswith("tuple[") and not isinstance(value, (tuple, list, Mapping)):
-            raise ValueError(refusal(f"`{name}` to be a list", value, "Put it in brackets."))
+            raise ValueError(refusal(f"{_quoted(name)} to be a list", value, "Put it in brackets."))
 
 
 def warn(message: str) -> None:
@@ -244,7 +248,7 @@ _OURS = ("efface", "contextlib", "torch", "diffusers")
 
 def _flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise ValueError(refusal(f"`{name}` to be true or false", value, "Give one of these."))
+        raise ValueError(refusal(f"{_quoted(name)} to be true or false", value, "Give one of these."))
 
 
 _SIMPLE: dict[str, Callable[[str, object], object]] = {
@@ -254,6 +258,10 @@ _SIMPLE: dict[str, Callable[[str, object], object]] = {
     "str": lambda name, value: text(name, value, empty=True),
     "tuple[str, ...]": texts,
 }
+
+
+def _quoted(name: str) -> str:
+    return name if "`" in name else f"`{name}`"
 
 
 def _number(value: object) -> float | None:

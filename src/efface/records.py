@@ -57,9 +57,9 @@ class Row:
             cure = "Leave all other characters out."
             expected = "the id of a row to be a file name of letters, digits, '.', '_' and '-'"
             raise ValueError(checks.refusal(expected, self.id, cure))
-        checks.text(f"prompt of row {self.id}", self.prompt)
-        checks.seed(f"seed of row {self.id}", self.seed)
-        checks.texts(f"keep of row {self.id}", self.keep)
+        checks.text(f"`prompt` of row {self.id!r}", self.prompt)
+        checks.seed(f"`seed` of row {self.id!r}", self.seed)
+        checks.texts(f"`keep` of row {self.id!r}", self.keep)
         object.__setattr__(self, "keep", tuple(self.keep))
         object.__setattr__(self, "call", dict(self.call))
 
@@ -211,7 +211,7 @@ class Suite:
         if len(set(ids)) < len(ids):
             twice = next(i for i in ids if ids.count(i) > 1)
             raise ValueError(
-                f"Expected row ids of the suite {self.name!r} to be unique, got {twice!r} twice. Rename a row."
+                f"Expected row ids of the suite {self.name!r} to be unique, but {twice!r} is there twice. Rename a row."
             )
         if not self.data_hash:
             object.__setattr__(self, "data_hash", rows_hash(self.rows))

@@ -202,7 +202,7 @@ def presets(cls: type) -> dict[str, Callable[..., Any]]:
     Example:
         >>> from efface import registry
         >>> list(registry.presets(registry.resolve("safree")))
-        ['paper', 'artist']
+        ['paper', 'artist', 'official_sdxl']
     """
     named = {name: getattr(cls, name) for name, kind in vars(cls).items() if isinstance(kind, classmethod)}
     return {name: make for name, make in named.items() if next(iter(signature(make).parameters), "") == "concepts"}
@@ -214,7 +214,7 @@ def preset_names(name: str, room: str) -> list[str]:
     Example:
         >>> from efface import registry
         >>> registry.preset_names("safree", "erasers")
-        ['paper', 'artist']
+        ['paper', 'artist', 'official_sdxl']
     """
     spec = find_spec(f"efface.{room}.{name}") if name in _files(room) else None
     if spec is None or spec.origin is None:

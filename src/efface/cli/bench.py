@@ -89,7 +89,7 @@ def bench(
         command = shlex.join(["efface", *sys.argv[1:]])
         options = {"eraser": erasers, "out": out, "base": base, "batch": batch, "name": name, "command": command}
         kept = f"What was finished is in {out}; run the same command, it continues."
-        with told(lambda: kept if (out / "run.json").exists() else ""), telling():
+        with told(lambda: kept if out.is_dir() else ""), telling():
             made = jobs.bench(chosen, pipe, score=not no_score, **options)
         if not no_score:
             print_scores(made, as_json, format_, bars)

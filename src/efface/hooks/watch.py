@@ -136,11 +136,10 @@ def unknown_rows(rows: int, about: str) -> str:
     """A denoiser call whose conditional rows cannot be told."""
     return (
         f"The denoiser got {rows} rows of text that are not what `encode_prompt` returned ({about}), so it is not "
-        "known which rows are conditional. If another pipeline shares this denoiser, apply the erasers to that "
-        "pipeline. "
-        "If you call the denoiser yourself, do it inside `with efface.conditional_rows(pipe, [...]):`. Pipelines that "
-        "add "
-        "rows of their own are not supported."
+        "known which rows are conditional. If a callback changes the prompt during the call, draw each prompt in a "
+        "call of its own. If another pipeline shares this denoiser, apply the erasers to that pipeline. If you call "
+        "the denoiser yourself, do it inside `with efface.conditional_rows(pipe, [...]):`. A pipeline that adds rows "
+        "is not supported."
     )
 
 

@@ -66,7 +66,9 @@ class LPIPS:
         net, parts = _net(self.net), []
         for x, y in zip(batches(group, 16), batches(paired(group, base, self.name), 16), strict=True):
             if x.shape != y.shape:
-                raise ValueError(f"lpips compares pictures of one size, but got {tuple(x.shape)} and {tuple(y.shape)}.")
+                raise ValueError(
+                    f"Expected pictures of one size for lpips, got {tuple(x.shape)} and {tuple(y.shape)}. Give `size`."
+                )
             with torch.no_grad():
                 parts.append(net(2 * self._sized(x) - 1, 2 * self._sized(y) - 1).reshape(-1).float())
         words = (

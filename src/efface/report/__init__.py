@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from .. import __version__, files
+from .. import __version__, checks, files
 from ..runs import Run
 from .compare import entries, grouped
 from .page import view
@@ -58,7 +58,7 @@ def write_report(
         raise ValueError("Nothing to report: give at least one run folder.")
     out = Path(out)
     if out.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"Expected the report to be named .html, but got {out}.")
+        raise ValueError(checks.refusal("a report that is named .html", str(out), "Give --out NAME.html."))
     try:
         import jinja2
         import matplotlib  # noqa: F401

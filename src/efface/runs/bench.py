@@ -17,6 +17,7 @@ from .draw import agree, fill, locally, painter, several, work
 from .folder import LOCK, claim
 from .judges import metric_config
 from .record import DECIDES, FORMAT, Progress, Run, digest, model_facts, session, silent
+from .remote import local
 from .workers import Cluster, workers
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ def run(
         model: a name as `efface.load` takes it, or a pipeline without active erasers.
         name: what the record calls a pipeline; None: its class.
         eraser: what to apply, or several in order; None draws the plain model.
-        out: the run folder; made if it does not exist.
+        out: the run folder; made if it does not exist. Or an address that fsspec knows, such as s3://bucket/runs/a: the
+            run is made in a copy on this machine, and sent there after each batch.
         base: the folder of the plain pictures; None: `base-SUITE-HASH` beside `out`.
         limit: only the first so many rows, at least 1.
         batch: pictures per pipeline call, at least 1. It bounds the memory.
@@ -115,7 +117,7 @@ def run(
     if not rows:
         raise ValueError(f"The suite {suite.name!r} has no rows. Name another concept, or another data folder.")
     cluster = _cluster(ray, model)
-    folder = claim(Path(out))
+    folder = claim(local(out))
     from .. import api
     from ..delta import active
     from ..families import family
@@ -151,7 +153,7 @@ def run(
     if isinstance(base, Run):
         base = base.folder
     mark = digest({key: plain[key] for key in DECIDES})[:8]
-    beside = Path(base) if base is not None else folder.parent / f"base-{suite.name}-{mark}"
+    beside = local(base) if base is not None else folder.parent / f"base-{suite.name}-{mark}"
     if erasers and beside.resolve() == folder.resolve():
         raise ValueError(f"`base` and `out` are one folder, {folder}. Name two.")
     with contextlib.ExitStack() as ends:

@@ -14,6 +14,7 @@ from ..pictures import png, to_pil
 from ..records import Row
 from .folder import IMAGES, LOCK, RUN, SAMPLES, disk, mend
 from .record import DECIDES, Progress, Run
+from .remote import send
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -70,6 +71,7 @@ def fill(
     with disk(folder, 0 if earlier is None else None, total):
         files.inside(folder, IMAGES).mkdir(exist_ok=True)
         kept = mend(folder, total, size)
+        send(folder)  # what an earlier process made and could not send
         if earlier is not None and len(kept) == total:
             progress(what, total, total)
             if earlier["metrics"] != record["metrics"]:  # how the finished pictures are to be judged from now on
@@ -78,6 +80,7 @@ def fill(
             return earlier
         record = record | {"sessions": [*(earlier or {}).get("sessions", []), *record["sessions"]]}
         files.write_json(folder / RUN, record)
+    send(folder, [RUN])
     done = len(kept)
     progress(what, done, total)
     missing = [range(start, min(start + size, total)) for start in range(0, total, size) if start not in kept]
@@ -93,6 +96,7 @@ def fill(
                     entries[k] |= {"seconds": seconds, **notes, "row": dataclasses.asdict(rows[k])}
             files.sync(folder / IMAGES)
             files.append(folder / SAMPLES, "".join(json.dumps(entries[k]) + "\n" for k in numbers))
+        send(folder, [*(entries[k]["file"] for k in numbers), SAMPLES])
         done += len(numbers)
         progress(what, done, total)
     return record

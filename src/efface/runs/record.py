@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__, files
 from ..records import Metric, Row, Sample, Score, rows_hash
 from .folder import CARD, RUN, SCORES, kept
+from .remote import local
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -63,13 +64,14 @@ class Run:
         """
         from .. import schema
 
-        path = files.inside(Path(folder), RUN)
+        folder = local(folder)
+        path = files.inside(folder, RUN)
         if not files.there(path):
             raise FileNotFoundError(f"{folder} is not a run folder: it has no {RUN}. `efface bench` makes one.")
         record = files.read_json(path, RESTORE)
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise ValueError(f"{path} is not a record of format {FORMAT}. Run it again with this version of Efface.")
-        return cls(Path(folder), schema.check(record, schema.RunFile, path, RESTORE))
+        return cls(folder, schema.check(record, schema.RunFile, path, RESTORE))
 
     @property
     def n(self) -> int:

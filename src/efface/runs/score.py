@@ -13,6 +13,7 @@ from .card import summary
 from .folder import CARD, SCORES
 from .judges import make_metrics, metric_config, recorded
 from .record import FORMAT, Progress, Run, now, score_facts, silent, versions
+from .remote import send
 
 
 @shows
@@ -72,6 +73,7 @@ def score(
         },
     )
     files.write_json(run.folder / CARD, summary(run, plain, scores, base_scores, time.perf_counter() - began))
+    send(run.folder, [SCORES, CARD])
     return scores
 
 
