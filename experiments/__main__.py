@@ -19,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
     made.add_argument("name", help="an experiment, or: list, table CARD, docs")
     made.add_argument("card", nargs="?", type=Path, help="of `table`")
-    made.add_argument("--format", choices=(*tables.FORMATS, "svg"), default="markdown", help="of `table`")
+    made.add_argument("--format", choices=("md", "latex", "csv", "svg"), default="md", help="of `table`")
     made.add_argument("--estimate", action="store_true", help="time a few pictures per row, and stop")
     made.add_argument("--update", nargs="+", default=[], metavar="ROW", help="redraw these rows; the others stay")
     made.add_argument("--block", help="tuning, selection or test")
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.card is None:
             parser().error("`table` needs the path of a card.")
         card = json.loads(given.card.read_text("utf-8"))
-        print(docs.figure(card) if given.format == "svg" else tables.of_card(card).text(given.format))
+        print(docs.figure(card) if given.format == "svg" else tables.of_card(card, given.format), end="")
     elif given.name not in CATALOGUE:
         parser().error(f"{given.name!r} is not an experiment. There is: {', '.join(CATALOGUE)}.")
     elif given.one:
@@ -88,7 +88,7 @@ def measure(given: argparse.Namespace) -> int:
         print("Stopped. The same command goes on.", file=sys.stderr)
         return 130
     if found:
-        print(tables.of_card(found).text("markdown"), *found.get("verdict", []), f"Card: {out}", sep="\n")
+        print(tables.of_card(found), *found.get("verdict", []), f"Card: {out}", sep="\n")
     return 0
 
 

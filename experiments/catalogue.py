@@ -88,27 +88,9 @@ def finetuned() -> dict[str, Any]:
     return finetune.rows_per_update(efface.load("emoji")) | {"ccrt": finetune.counted(efface.load("emoji"), 20)}
 
 
-def timed_calls(name: str, model: str, batches: tuple[int, ...], **more: Any) -> Timing:
-    limits = {
-        "eiup projected": 1.05,
-        "eiup separate": 1.05,
-        "eiup gated": 1.05,
-        "projected, 1 phrase": 1.05,
-        "gie": 1.05,
-    }
-    limits |= {"safree": 1.02, "sld, 1 phrase": 1.5, "negative, own strength, 1 phrase": 1.5}
-    return Timing(
-        name=name,
-        question=f"What does a denoiser call with guidance cost, on {model}?",
-        scenes={f"{model}, batch {b}": partial(calls.scene, model, b) for b in batches},
-        variants={variant: partial(calls.seconds, make) for variant, make in calls.CALLS.items()},
-        against="plain",
-        effect=0.1,
-        targets={(f"{model}, batch 8", variant): limit for variant, limit in limits.items()},
-        used=(calls.seconds, efface.EIUP, efface.GIE, efface.SAFREE, efface.SLD, efface.NegativePrompt),
-        **more,
-    )
-
+SCENES = {f"{model}, batch {b}": partial(calls.scene, model, b) for model in ("emoji", "sd15") for b in (1, 8)}
+TARGETS = dict.fromkeys(("eiup projected", "projected, 1 phrase", "eiup separate", "eiup gated", "gie"), 1.05)
+TARGETS |= {"safree": 1.02, "sld, 1 phrase": 1.5, "negative, own strength, 1 phrase": 1.5}
 
 RUN_TIME = Sweep(
     name="run_time_sweep",
@@ -224,8 +206,19 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         removed=("cat", "guitar", "beer mug", "rocket", "rose"),
         kept=("octopus", "robot", "helicopter", "strawberry", "sunglasses", "trophy"),
     ),
-    timed_calls("eiup_overhead", "emoji", (1, 8), cap=1.0, memory=True),
-    timed_calls("eiup_overhead_sd15", "sd15", (1, 8), cap=6.0, n=3, warm=False),
+    Timing(
+        name="eiup_overhead",
+        question="What does a denoiser call with guidance cost, in times the base model's?",
+        cap=8.0,
+        n=5,
+        scenes=SCENES,
+        variants={variant: partial(calls.seconds, make) for variant, make in calls.CALLS.items()},
+        against="plain",
+        effect=0.1,
+        targets={(scene, variant): limit for scene in SCENES for variant, limit in TARGETS.items() if "8" in scene},
+        memory=tuple(scene for scene in SCENES if "emoji" in scene),
+        used=(calls.seconds, efface.EIUP, efface.GIE, efface.SAFREE, efface.SLD, efface.NegativePrompt),
+    ),
     Timing(
         name="guard_overhead",
         question="What do the hooks cost in a denoiser call, without any method's arithmetic?",
@@ -237,20 +230,17 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         targets={(model, "hooks"): 0.005 for model in ("emoji", "sd15")},
         used=(calls.hooks_alone,),
     ),
-    *(
-        Timing(
-            name=f"finetune_step_{method}",
-            question=f"What does an update of {method.upper()} cost, beside the published three-chain step?",
-            cap=0.5,
-            n=7,
-            scenes={"emoji": partial(efface.load, "emoji")},
-            variants=finetune.variants(method),
-            against="naive",
-            slower=True,
-            used=(finetune.Naive, {"esd": efface.ESD, "sdd": efface.SDD}[method]),
-            count=finetuned if method == "sdd" else None,
-        )
-        for method in ("esd", "sdd")
+    Timing(
+        name="finetune_step",
+        question="What does an update of ESD and SDD cost, beside the published three-chain step?",
+        cap=1.0,
+        n=7,
+        scenes={method: partial(finetune.scene, method) for method in ("esd", "sdd")},
+        variants=finetune.variants(),
+        against="naive",
+        slower=True,
+        used=(finetune.Naive, efface.ESD, efface.SDD),
+        count=finetuned,
     ),
     ClosedForm(name="closed_form", question="What do UCE and RECE cost, and how exact are they?", cap=1.0),
 )

@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from efface.delta import dense
 from efface.editors._closed_form import changes, step
-from efface.editors.rece import rounds, sum_of_squares
+from efface.editors.rece import rounds, sum_of_products
 
 from .code import code_hash
 from .literal import editors as literal
@@ -60,21 +61,19 @@ class ClosedForm(Experiment):
 
     def units(self, plan: Plan) -> list[Unit]:
         facts = {"machine": machine(), "code": code_hash(ClosedForm), "versions": plan.facts["versions"]}
+        least = {"concepts": self.concepts[0], "size": self.size, "n": 1, "budget": self.budget}
+
+        def pilot(method: str) -> float:
+            """Of a process with the fewest concepts; a literal method may spend its budget twice over."""
+            took = timed(lambda: fresh(self, least | {"method": method}))[1]
+            return took + (2 * self.budget * torch.get_num_threads() if method in AGAINST else 0)
+
         found = []
         for method in METHODS:
             for concepts in self.concepts:
-                given = {"method": method, "concepts": concepts, "size": self.size, "n": plan.n, "budget": self.budget}
-                least = given | {"concepts": self.concepts[0], "n": 1}
-                weight = concepts / self.concepts[0] * (1 if method in AGAINST else plan.n)
-                found.append(
-                    Unit(
-                        method,
-                        facts | given,
-                        lambda given=given: fresh(self, given),
-                        weight,
-                        lambda least=least: timed(lambda: fresh(self, least))[1],
-                    )
-                )
+                given = least | {"method": method, "concepts": concepts, "n": plan.n}
+                measure = partial(fresh, self, given)
+                found.append(Unit(method, facts | given, measure, 1.0, partial(pilot, method)))
         return found
 
     def one(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -155,7 +154,9 @@ def ours(problem: Problem, method: str) -> list[Tensor]:
     else:
         gram = problem.blank.T @ problem.blank
         left, right = step(problem.tail, problem.tail_anchor, B * gram, 1.0, LAM)
-        steps = rounds(sum_of_squares(problem.weights), left, right, concept, anchor, b * gram, MU, lam)
+        steps = rounds(
+            sum_of_products(problem.weights, problem.weights), left, right, concept, anchor, b * gram, MU, lam
+        )
         for _ in range(ROUNDS):
             left, right, _ = next(steps)
     return list(changes(names, left, right).values())

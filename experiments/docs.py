@@ -10,14 +10,19 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from . import tables
 from .code import ROOT
-from .tables import Table, percent
+from .tables import percent
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown with all columns left, as the pages have it."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, *rows)).replace("\n", f"\n|{'---|' * len(head)}\n", 1)
 
 
 def card(name: str, root: Path = ROOT) -> Any:
@@ -35,7 +40,9 @@ def block(marker: str, root: Path = ROOT) -> str:
     found = [(name, card(name, root)) for name in names]
     new = [(name, each) for name, each in found if isinstance(each, dict) and "form" in each]
     if new:
-        return "\n\n".join(f"{tables.caption(each, name)}\n\n{tables.of_card(each).markdown()}" for name, each in new)
+        return "\n\n".join(
+            f"{tables.caption(each, name)}\n\n{tables.of_card(each)}" for name, each in new
+        ).removesuffix("\n")
     content = b"".join((root / f"results/{name}.json").read_bytes() for name in names)
     if hashlib.sha256(content).hexdigest() != digest:
         raise ValueError(
@@ -86,11 +93,11 @@ def gates(found: Any) -> str:
     return f"""\
 Gate A, {found["a"]["n"]} held-out scenes after the autoencoder ({found["a"]["date"]}):
 
-{Table(["what", "named", "bar", "passed"], first).markdown()}
+{table(["what", "named", "bar", "passed"], first)}
 
 Gate C, what the model draws ({found["c"]["date"]}):
 
-{Table(["what", "rate", "bar", "passed"], drawn).markdown()}"""
+{table(["what", "rate", "bar", "passed"], drawn)}"""
 
 
 def _interval(p: Mapping[str, Any]) -> str:
@@ -111,7 +118,7 @@ def families() -> str:
             shown.append(cell or "-")
         rows.append([f"`{method}`{f' with {form}' if form else ''}", *shown])
     under = [f"\n({'abcdefgh'[k]}) with {note} in the call" for k, note in enumerate(notes)]
-    return "\n".join([Table(["method", *names], rows).markdown(), *under])
+    return "\n".join([table(["method", *names], rows), *under])
 
 
 def summary() -> str:
@@ -121,7 +128,7 @@ def summary() -> str:
         return block("summary")
     columns = {name: found[0]["columns"][name] for name in ("residual implicit", "retention", "nothing")}
     rows = {row["row"]: row for each in found for row in each["rows"]}
-    return tables.of_card({"form": 2, "columns": columns, "rows": list(rows.values())}).markdown()
+    return tables.of_card({"form": 2, "columns": columns, "rows": list(rows.values())})
 
 
 EARLIER = ("measured", "negatives", "pareto", "editors", "sequence", "speed", "fits", "leaderboard")

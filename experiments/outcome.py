@@ -182,7 +182,7 @@ class Outcome(Experiment):
         concepts, cells: what is drawn; cells without prompts in the block are left out.
         primary: comparisons (row, row, metric) that were named before drawing.
         against: the row that all others are compared with; these comparisons are adjusted by Holm.
-        aims: (row, metric, largest or smallest allowed value relative to nothing, or to the base model).
+        aims: (row, metric, limit): the largest allowed rate where low is good, else the smallest.
     """
 
     name: str
@@ -228,7 +228,7 @@ class Outcome(Experiment):
             "keep": keep,
             "seeds": [numbers.start, n],
             "erasers": [{"delta": fitted.digest}] if fitted else [config(each) for each in erased],
-            "code": code_hash(*(map(type, erased) if erased else [efface.Delta if fitted else draw]), Outcome),
+            "code": code_hash(*([efface.Delta, type(arm.make)] if fitted else map(type, erased)), draw),
         }
         call = dict(plan.call)
         others = self._others(plan, concept, keep, numbers)

@@ -260,8 +260,15 @@ def check_cap(experiment: Experiment, hours: Mapping[str, float], spent: float) 
 
 def outdated(experiment: Experiment, plan: Plan, card: Mapping[str, Any]) -> list[str]:
     """The rows of a card that other code has drawn than today's."""
-    today = {unit.row: unit.setting["code"] for unit in experiment.units(plan)}
-    return [row["row"] for row in card["rows"] if row["row"] in today and today[row["row"]] != row["code"]]
+    units, rows = experiment.units(plan), {row["row"]: row["code"] for row in card["rows"]}
+    return [
+        name for name in experiment.names(units) if name in rows and _own(name, units)[0].setting["code"] != rows[name]
+    ]
+
+
+def _own(row: str, units: Sequence[Unit]) -> list[Unit]:
+    """The units that a row's figures are from: its cells, or all units where rows are measured together."""
+    return [unit for unit in units if unit.row == row and unit.kind == "cell"] or list(units)
 
 
 def run(
@@ -317,10 +324,11 @@ def run(
             say(f"{k + 1}/{len(missing)} {unit.row}, {spent:.3g} core-hours, {left / 60:.0f} min left")
         found = [(unit, each) for unit in units if (each := store.found(unit))]
         card = _head(experiment, plan, command, found, first, spent) | experiment.rows(plan, found)
+        dates = {unit.digest: each["date"] for unit, each in found}
         for row in card["rows"]:
-            own = [(unit, each) for unit, each in found if unit.row == row["row"] and unit.kind == "cell"] or found
-            row |= {"code": own[0][0].setting["code"], "commit": first["commit"]}
-            row["date"] = max(each["date"] for _, each in own)
+            own = _own(row["row"], units)
+            row |= {"code": own[0].setting["code"], "commit": first["commit"]}
+            row["date"] = max(dates[unit.digest] for unit in own)
         if update and old:
             card = experiment.merged(old, card, update)
         card |= experiment.derived(card)

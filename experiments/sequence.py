@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+import efface
 from efface.core import Concept
 from efface.intervals import wilson
 from efface.pipelines import draw
@@ -55,7 +56,7 @@ class Sequenced(Experiment):
         first = {name: SEEDS[plan.block].stop - 10_000 * (k + 1) for k, name in enumerate((*self.removed, *self.kept))}
         setting = {**plan.facts, "things": {name: first[name] for name in things}, "n": plan.n, "round": rounds}
         setting |= {"deltas": [unit.digest for unit in fits]}
-        setting |= {"code": code_hash(type(self.editors[row]) if fits else draw, Sequenced)}
+        setting |= {"code": code_hash(*([efface.Delta, type(self.editors[row])] if fits else []), draw)}
 
         def pictures(name: str, n: int) -> torch.Tensor:
             prompt = f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import random
 import resource
@@ -10,6 +11,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,8 +28,8 @@ Measured = tuple[float, torch.Tensor | None]
 class Timing(Experiment):
     """Variants x scenes, in rounds.
 
-    Each round times every variant once, in a new order. A ratio is that of a round. The first round of a scene is not
-    counted, unless `warm` is off.
+    Each round times every variant once, in a new order. A ratio is that of a round. The first round of a scene only
+    warms up.
 
     Args:
         scenes: name to what builds it: a moment of a drawing, a model. Built once per process.
@@ -35,7 +37,7 @@ class Timing(Experiment):
         against: the variant that ratios are taken to; `slower` turns them around.
         effect: the least relative change that a variant must make to the prediction of `against`. A dead hook is cheap.
         targets: (scene, variant) to the largest ratio aimed at.
-        memory: whether each variant's memory is measured, in a process of its own.
+        memory: the scenes where each variant's memory is measured, in a process of its own.
         count: what is counted once, without timing.
         used: classes and functions whose code decides the figures.
     """
@@ -52,8 +54,7 @@ class Timing(Experiment):
     block: str = "none"
     effect: float = 0.0
     slower: bool = False
-    warm: bool = True
-    memory: bool = False
+    memory: tuple[str, ...] = ()
     targets: Mapping[tuple[str, str], float] = dataclasses.field(default_factory=dict)
     count: Callable[[], dict[str, Any]] | None = None
     only: tuple[str, ...] = ()
@@ -69,13 +70,18 @@ class Timing(Experiment):
         return dataclasses.replace(self, only=tuple(update), count=None).units(plan)
 
     def units(self, plan: Plan) -> list[Unit]:
-        facts = {"machine": machine(), "code": code_hash(*self.used, Timing), "versions": plan.facts["versions"]}
+        facts = {"machine": machine(), "code": code_hash(*self.used), "versions": plan.facts["versions"]}
         names = [name for name in self.variants if not self.only or name in (self.against, *self.only)]
         found = []
+
+        @functools.cache
+        def pilot() -> float:
+            """Of a process of its own; all take about as long."""
+            return timed(lambda: fresh(self, {"scene": next(iter(self.scenes)), "variant": self.against}))[1]
+
         for scene in self.scenes:
-            rounds = range(0 if self.warm else 1, plan.n + 1)
             built: list[Any] = []
-            for number in rounds:
+            for number in range(plan.n + 1):
                 setting = {**facts, "scene": scene, "round": number, "variants": names}
 
                 def measure(scene: str = scene, number: int = number, built: list[Any] = built) -> dict[str, Any]:
@@ -83,19 +89,9 @@ class Timing(Experiment):
                     return self._round(built[0], names, number)
 
                 found.append(Unit(self.against, setting, measure, 1.0, lambda m=measure: timed(m)[1], f"round {scene}"))
-            for name in names if self.memory else ():
-                setting = {**facts, "scene": scene, "memory of": name}
-                given = {"scene": scene, "variant": name}
-                found.append(
-                    Unit(
-                        name,
-                        setting,
-                        lambda g=given: fresh(self, g),
-                        1.0,
-                        lambda g=given: timed(lambda: fresh(self, g))[1],
-                        "memory",
-                    )
-                )
+            for name in names if scene in self.memory else ():
+                given, setting = {"scene": scene, "variant": name}, {**facts, "scene": scene, "memory of": name}
+                found.append(Unit(name, setting, partial(fresh, self, given), 1.0, pilot, "memory"))
         if self.count:
             found.append(Unit("count", {**facts, "count": True}, self.count, 1.0, lambda: 0.0, "count"))
         return found
@@ -123,7 +119,7 @@ class Timing(Experiment):
         memory = {(u.setting["scene"], u.row): e["raw"] for u, e in found if u.kind == "memory"}
         for scene in self.scenes:
             of = [e["raw"] for u, e in found if u.setting.get("scene") == scene and u.kind.startswith("round")]
-            timed_rounds = of[1 if self.warm else 0 :]
+            timed_rounds = of[1:]
             for name in of[0]["seconds"]:
                 taken = [each["seconds"][name] for each in timed_rounds]
                 ratios = [each["seconds"][name] / each["seconds"][self.against] for each in timed_rounds]

@@ -415,3 +415,16 @@ def test_a_classifier_counts_its_top_labels_in_either_order(tmp_path: Path) -> N
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="reads no pickles"):
         efface.detector(spec, "thing 1")
+
+
+def test_what_is_set_at_the_earlier_address_of_nudenet_is_set() -> None:
+    from efface.metrics import _detectors
+
+    assert _detectors is nudenet
+
+
+def test_a_detector_is_one_file_with_one_class_and_its_line() -> None:
+    for name, line in registry.about("detectors").items():
+        cls = registry.resolve(name, "detectors")
+        assert registry.name_of(cls) == name and (cls.__doc__ or "").partition("\n")[0] == line
+        assert _named.about()[name] == line

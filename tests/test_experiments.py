@@ -49,6 +49,7 @@ def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def noise(pipe: Any, prompts: Sequence[str], numbers: Sequence[int], **call: Any) -> torch.Tensor:
+    """What stands for drawing, where only the runner is tested."""
     return torch.stack([torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(s)) for s in numbers])
 
 
@@ -111,8 +112,8 @@ KINDS: dict[str, Callable[[], Experiment]] = {
     ),
     "fine-tuning": lambda: Timing(
         **ABOUT,
-        scenes={"tiny": lambda: tiny.pipeline("small")},
-        variants=finetune.variants("sdd", 4),
+        scenes={method: partial(finetune.scene, method, tiny.pipeline("small")) for method in ("esd", "sdd")},
+        variants=finetune.variants(4),
         against="naive",
         slower=True,
         used=(finetune.Naive,),
@@ -125,7 +126,9 @@ KINDS: dict[str, Callable[[], Experiment]] = {
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Experiment:
     monkeypatch.setattr("experiments.closed_form.fresh", lambda experiment, given: experiment.one(given))
-    return KINDS[request.param]()
+    monkeypatch.setattr(finetune, "K", 2)
+    made = KINDS[request.param]()
+    return dataclasses.replace(made, n=1) if isinstance(made, Outcome) else made
 
 
 def without(card: Mapping[str, Any], *keys: str) -> Any:
@@ -145,8 +148,8 @@ def says_how_it_was_made(made: dict[str, Any], kind: Experiment) -> None:
     assert len(made["data_sha256"]) == len(made["detector"]["thresholds_sha256"]) == 64
     assert made["detector"]["threshold"] and made["machine"] and made["code"]["commit"] and made["versions"]["torch"]
     assert all(len(row["code"]) == 64 and row["date"] and row["commit"] for row in made["rows"])
-    for form in tables.FORMATS:
-        text = tables.of_card(made).text(form)
+    for form in ("md", "latex", "csv"):
+        text = tables.of_card(made, form)
         assert all(
             row["row"].replace("_", "\\_") in text or row["row"] in text or row["row"] == "base" for row in made["rows"]
         )
@@ -314,6 +317,19 @@ def test_a_card_of_other_code_is_named(drawn: Any, monkeypatch: pytest.MonkeyPat
     (folder / "results/trial.json").write_text(json.dumps(card))
     command.main(["list"])
     assert f"card of {card['date'][:10]}, other code: eiup" in capsys.readouterr().out
+
+
+def test_the_code_of_an_editor_counts_for_its_delta(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = KINDS["editors"]()
+    where = plan(tmp_path, experiment)
+    card = {
+        "rows": [
+            {"row": unit.row, "code": unit.setting["code"]} for unit in experiment.units(where) if unit.kind == "cell"
+        ]
+    }
+    assert runner.outdated(experiment, where, card) == []
+    other_code(monkeypatch, efface.UCE)
+    assert set(runner.outdated(experiment, where, card)) == {"uce"}
 
 
 def test_the_test_block_is_drawn_once_per_release(drawn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -576,6 +592,7 @@ def test_a_variant_that_is_timed_again_leaves_the_others(tmp_path: Path) -> None
         "plain",
         "eiup projected",
     }
+    assert runner.outdated(experiment, plan(tmp_path, experiment), old) == []
     new = run(experiment, tmp_path, update=["eiup projected"])
     rows = {row["row"]: row for row in new["rows"]}
     assert [rows[name] for name in ("plain", "two trajectories")] == [old["rows"][0], old["rows"][2]]
@@ -664,13 +681,6 @@ def test_a_card_of_this_runner_fills_its_block_and_a_changed_earlier_one_does_no
         docs.block("measured", tmp_path)
 
 
-def test_tables_in_three_forms() -> None:
-    table = tables.Table(["method", "residual, %"], [["`a_b`", "1.0 % [0.1, 2.0]"]])
-    assert table.markdown() == "| method | residual, % |\n|---|---|\n| `a_b` | 1.0 % [0.1, 2.0] |"
-    assert r"\texttt{a\_b} & 1.0 \% [0.1, 2.0] \\" in table.latex() and table.latex().count(r"\\") == 2
-    assert table.csv() == 'method,"residual, %"\na_b,"1.0 % [0.1, 2.0]"'
-
-
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     experiment = KINDS["outcome"]()
     monkeypatch.setattr(command, "CATALOGUE", {"trial": experiment})
@@ -680,7 +690,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
     card = json.loads((tmp_path / "card.json").read_text())
     assert card["command"] == "python -m experiments trial --n 1" and "| `eiup` |" in capsys.readouterr().out
     assert command.main(["table", str(tmp_path / "card.json"), "--format", "latex"]) == 0
-    assert r"\texttt{eiup}" in capsys.readouterr().out
+    assert r"\begin{tabular}" in capsys.readouterr().out
     assert command.main([*base, "--block", "train"]) == 1
     assert "Error: Expected a block of" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -8,7 +8,7 @@ import pytest
 from efface.intervals import clustered, difference, holm, wilson
 
 RUNS, DRAWS = 150, 400
-DESIGNS = [(6, 21), (8, 16), (12, 11), (24, 5)]  # prompts, seeds of each
+DESIGNS = [(6, 21), (8, 16), (12, 11), (24, 5), (48, 11)]  # prompts, seeds of each
 RATES = [0.02, 0.1, 0.5, 0.95]
 LEAST = 0.91  # of 150 runs; 95 % is hit less often than this once in 100 designs
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 from tiny import latents, pipeline
 
 import efface
@@ -126,3 +127,11 @@ def test_public_names_of_hooks_are_documented(name: str) -> None:
 def test_the_base_class_says_that_it_is_provisional() -> None:
     assert "Provisional until version 1.0" in (inspect.getdoc(efface.hooks.Method) or "")
     assert "### Provisional API" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
+def test_a_layer_without_neutral_texts_says_what_is_missing() -> None:
+    cross = efface.hooks.CrossAttention(
+        Attention(query_dim=8, cross_attention_dim=6, heads=2, dim_head=4), torch.ones(1, 4, 8)
+    )
+    with pytest.raises(ValueError, match="has no neutral texts. Give `CrossAttention` some, the empty one first"):
+        cross.with_empty(efface.hooks.Text(torch.ones(1, 5, 6)))

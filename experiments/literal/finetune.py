@@ -17,6 +17,7 @@ import torch
 from torch import Generator, Tensor
 from torch.func import functional_call
 
+import efface
 from efface import CCRT, ESD, SDD, Concept
 from efface.core import config
 from efface.editors import _round, _search
@@ -77,39 +78,47 @@ class Naive:
 # ---------------------------------------------------------------- timing
 
 
-def naive(method: str, updates: int, pipe: Any) -> None:
-    step = Naive(pipe, method)
+Scene = tuple[Any, str]
+"""A pipeline and the method."""
+
+
+def scene(method: str, pipe: Any = None) -> Scene:
+    return pipe or efface.load("emoji"), method
+
+
+def naive(scene: Scene, updates: int) -> None:
+    step = Naive(*scene)
     for _ in range(updates):
         step.update()
 
 
-def ours(method: str, updates: int, reuse: int, pipe: Any) -> None:
+def ours(scene: Scene, updates: int, reuse: int) -> None:
+    pipe, method = scene
     fields = {"steps": updates, "lr": LR, "batch": BATCH, "reuse": reuse, "sampler_steps": K, "guidance": GUIDANCE}
     {"esd": ESD, "sdd": SDD}[method](**fields).fit(pipe, CONCEPT)
 
 
-def seconds(call: Callable[[Any], None], updates: int, pipe: Any) -> tuple[float, None]:
-    """Of an update."""
-    began = time.perf_counter()
-    call(pipe)
-    return (time.perf_counter() - began) / updates, None
+def variants(updates: int = 8) -> dict[str, Callable[[Scene], tuple[float, None]]]:
+    """Name to seconds of an update; `updates` are timed together."""
 
+    def seconds(call: Callable[[Scene, int], None], scene: Scene) -> tuple[float, None]:
+        began = time.perf_counter()
+        call(scene, updates)
+        return (time.perf_counter() - began) / updates, None
 
-def variants(method: str, updates: int = 8) -> dict[str, Callable[[Any], tuple[float, None]]]:
-    calls = {"naive": partial(naive, method, updates)}
-    calls |= {f"efface, reuse {reuse}": partial(ours, method, updates, reuse) for reuse in (1, 4)}
-    return {name: partial(seconds, call, updates) for name, call in calls.items()}
+    calls = {"naive": naive} | {f"efface, reuse {reuse}": partial(ours, reuse=reuse) for reuse in (1, 4)}
+    return {name: partial(seconds, call) for name, call in calls.items()}
 
 
 def rows_per_update(pipe: Any, updates: int = 8) -> dict[str, float]:
     """Denoiser rows of each variant of both methods."""
     found: dict[str, float] = {}
     for method in ("esd", "sdd"):
-        for name, call in variants(method, updates).items():
+        for name, call in variants(updates).items():
             seen: list[int] = []
             watch = pipe.unet.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(len(args[0])))
             try:
-                call(pipe)
+                call(scene(method, pipe))
             finally:
                 watch.remove()
             found[f"{method}: {name}"] = sum(seen) / updates

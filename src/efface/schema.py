@@ -249,7 +249,7 @@ class DeltaHeader(Form):
 
 
 class AdapterHeader(Form):
-    layers: Annotated[list[Short], Field(min_length=1, max_length=10_000)]
+    layers: Annotated[list[Short], Field(max_length=10_000)]
     model: Short
     text_encoder: Short
     facts: Facts
