@@ -509,7 +509,7 @@ def without(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
         (cut, "damaged"),
         (empty, "damaged"),
         (foreign, "not a delta of Efface"),
-        (newer, "format 99"),
+        (newer, "got 99"),
         (lacking, "not a complete delta"),
         (Path.unlink, "There is no delta"),
     ],

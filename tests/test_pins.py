@@ -119,7 +119,7 @@ def refusal(error: Exception) -> dict[str, str]:
 def told(message: str) -> str:
     """Without lists of what there is, which grow, and without what another package says of a damaged file."""
     message = re.sub(r"(Known|Choose from): .*", r"\1: ...", message.replace(str(FILES), "FILES"))
-    return re.sub(r"(not a complete safetensors file) \(.*\)\.", r"\1 (...).", message)
+    return re.sub(r"(damaged or not a safetensors file) \(.*\)\.", r"\1 (...).", message)
 
 
 # ---------------------------------------------------------------- pictures

@@ -339,7 +339,7 @@ def read_tensors(path: Path, cure: str) -> tuple[dict[str, str], dict[str, Tenso
         with safe_open(path, "pt") as file:
             return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is not a complete safetensors file ({error}). {cure}") from error
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error}). {cure}") from error
 
 
 def sha256(content: bytes) -> str:

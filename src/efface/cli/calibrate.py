@@ -117,7 +117,7 @@ def calibrate(
         typer.echo(json.dumps(facts, indent=1))
     else:
         rows = [(f"{point.strength:g}", str(point.left), str(point.kept)) for point in found.points]
-        print_table(("strength", "residual", "retention"), rows)
+        print_table(("strength", "residual rate", "retention"), rows)
         say(str(found))
         say(f"{folder}/calibration.json")
     if found.strength is None:
