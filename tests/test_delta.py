@@ -614,7 +614,7 @@ def test_whole_changes_need_their_full_rank_and_biases_do_not_fit(sd1: Any, tmp_
     bias = Delta({**delta.weights, BIAS: torch.ones(16)}, method="noise")
     path.unlink()
     for biases in (bias, Delta({BIAS: torch.ones(16)}, method="noise")):
-        count = f"but 1 of the {len(biases.weights)} changes are others, such as '{BIAS}'"
+        count = f"got 1 others of {len(biases.weights)}, such as '{BIAS}'"
         with pytest.raises(ValueError, match=f"{count}. Fit without `biases`, or merge the delta"):
             biases.export(path)
     with pytest.raises(ValueError, match="`layout`"):
