@@ -156,7 +156,7 @@ def test_bad_input_is_refused(eyes: Eyes) -> None:
         eyes.concept(seen(), "beer-mugg")
     with pytest.raises(ValueError, match=r"at least one"):
         eyes.concept(seen(), [])
-    with pytest.raises(ValueError, match=r"Unknown style"):
+    with pytest.raises(ValueError, match=r"Expected a style of"):
         eyes.style_is(seen(), "cubism")
     with pytest.raises(ValueError, match=r"multiple of 16"):
         Eye(20)
