@@ -47,7 +47,7 @@ class Run:
         >>> import efface
         >>> efface.Run.open(tempfile.mkdtemp())
         Traceback (most recent call last):
-        FileNotFoundError: ... is not a run folder: it has no run.json. `efface bench` makes one.
+        FileNotFoundError: ... has no run.json, so it is not a run folder. Make one with `efface bench`.
     """
 
     folder: Path

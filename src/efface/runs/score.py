@@ -43,7 +43,7 @@ def score(
         >>> import efface
         >>> efface.score(tempfile.mkdtemp())
         Traceback (most recent call last):
-        FileNotFoundError: ... is not a run folder: it has no run.json. `efface bench` makes one.
+        FileNotFoundError: ... has no run.json, so it is not a run folder. Make one with `efface bench`.
     """
     run = run if isinstance(run, Run) else Run.open(run)
     chosen = tuple(metrics) if metrics is not None else run.metrics or make_metrics(recorded(run))
