@@ -7,7 +7,8 @@ import dataclasses
 import gc
 import weakref
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import tiny
@@ -27,6 +28,7 @@ from transformers import T5Config, T5EncoderModel
 
 from efface import EIUP, GIE, SAFREE, SLD, Concept, NegativePrompt
 from efface._text import SITES, encode, pack
+from efface.core import ConceptsField, Converted, RowsField
 from efface.hooks import CrossAttention, ErasurePrompts, Method
 
 ERASER = EIUP([ALCOHOL])
@@ -548,3 +550,57 @@ def test_around_has_to_go_on_to_the_methods_behind_it(sd1: Any) -> None:
     with ERASER.apply(sd1), Plain([CAT]).apply(sd1), pytest.raises(RuntimeError, match="Call it once"):
         latents(sd1)
     assert torch.equal(latents(sd1), drawn())
+
+
+@dataclass(frozen=True)
+class Needless(Method):
+    """Edits cross-attention, and does not say that it needs any."""
+
+    edits_attention: ClassVar[bool] = True
+    concepts: ConceptsField = Converted(())
+    strength: float = 1.0
+    rows: RowsField = Converted(None)
+
+    def edit(self, out: Tensor, cross: Any, prompts: Any) -> Tensor:
+        return out * 2
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3", "cogview4"])
+def test_a_method_that_edits_layers_a_pipeline_lacks_is_refused_whatever_it_says_it_needs(family: str) -> None:
+    with pytest.raises(ValueError, match="Needless needs cross-attention layers, but this"):
+        Needless(ALCOHOL).apply(pipeline(family))
+
+
+def test_a_self_attention_layer_that_is_called_outside_of_a_step_is_an_error(sd1: Any) -> None:
+    layer = next(m for n, m in sd1.unet.named_modules() if n.endswith("attn1"))
+    with GIE(ALCOHOL, trajectories=2).apply(sd1), pytest.raises(RuntimeError, match="ran outside of a denoiser call"):
+        layer(torch.zeros(1, 4, layer.to_q.in_features))
+
+
+def test_a_shallow_copy_of_a_guarded_pipeline_that_is_gone_says_so() -> None:
+    pipe = pipeline()
+    handle = ERASER.apply(pipe)
+    twin = copy.copy(pipe)
+    del pipe
+    gc.collect()
+    with pytest.raises(RuntimeError, match="is a shallow copy of a deleted pipeline with erasers"):
+        twin.encode_prompt(PROMPT, "cpu", 1, True)
+    handle.remove()
+
+
+def test_a_method_of_a_deep_copy_that_is_gone_says_so() -> None:
+    pipe = pipeline()
+    with ERASER.apply(pipe):
+        encode = copy.deepcopy(pipe).encode_prompt
+        gc.collect()
+        with pytest.raises(RuntimeError, match="`encode_prompt` belongs to a deleted pipeline"):
+            encode(PROMPT, "cpu", 1, True)
+
+
+def test_a_compiled_denoiser_that_is_called_alone_does_not_guess_its_rows() -> None:
+    pipe = pipeline("small")
+    torch._dynamo.reset()
+    pipe.unet.compile(backend="eager")
+    text = pipe.encode_prompt(PROMPT, "cpu", 1, True)[0]
+    with ERASER.apply(pipe), pytest.raises(RuntimeError, match="outside of a pipeline call"):
+        pipe.unet(torch.zeros(1, pipe.unet.config.in_channels, 8, 8), 500, text)
