@@ -306,10 +306,10 @@ def test_what_safree_cannot_read_it_refuses(family: str) -> None:
     with SAFREE(ALCOHOL).apply(pipe):
         with pytest.raises(ValueError, match="`prompt_embeds`. Give the text"):
             latents(pipe, None, **given)
-        with pytest.raises(ValueError, match="another `prompt_2`. Leave it out"):
+        with pytest.raises(ValueError, match="a different `prompt_2`. Leave it out"):
             latents(pipe, PROMPT, prompt_2="a dog")
         if family == "sd3":
-            with pytest.raises(ValueError, match="another `prompt_3`. Leave it out"):
+            with pytest.raises(ValueError, match="a different `prompt_3`. Leave it out"):
                 latents(pipe, PROMPT, prompt_3="a dog")
     with (
         NegativePrompt(ALCOHOL).apply(pipe),

@@ -372,7 +372,7 @@ def test_what_cannot_run_is_refused_before_drawing(sd1: Any, tmp_path: Path) -> 
         efface.run(SUITE, sd1, out=tmp_path / "a", batch=0)
     with pytest.raises(ValueError, match="whole number `limit`"):
         efface.run(SUITE, sd1, out=tmp_path / "a", limit=0)
-    with pytest.raises(ValueError, match="one folder"):
+    with pytest.raises(ValueError, match="to be different folders"):
         efface.run(SUITE, sd1, out=tmp_path / "a", base=tmp_path / "a", eraser=ALCOHOL)
     with pytest.raises(TypeError, match="got 'eiup'. Pass method names to efface.erase"):
         efface.run(SUITE, sd1, out=tmp_path / "b", eraser="eiup")
