@@ -284,7 +284,7 @@ def test_other_folders_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(ValueError, match="holds other files"):
         claim(tmp_path)
-    with pytest.raises(ValueError, match="is a file"):
+    with pytest.raises(ValueError, match="got the file"):
         claim(tmp_path / "mine.txt")
     with pytest.raises(FileNotFoundError, match="not a run folder"):
         runs.Run.open(tmp_path)

@@ -468,7 +468,7 @@ def test_a_uce_of_something_else_is_refused(sd1: Any, tmp_path: Any) -> None:
     for concept, words in (
         (Concept("dog", anchor="moon"), "has no 'dog', and this fit reads 'dog' as 'moon'"),
         (CAT, "reads 'cat' as 'dog', and this fit reads 'cat' as ''"),
-        (Concept("pets", ("cat", "moon"), anchor="dog"), "has no 'moon', and what .* reads 'moon' as 'dog'"),
+        (Concept("pets", ("cat", "moon"), anchor="dog"), "has no 'moon', and this fit reads 'moon' as 'dog'"),
     ):
         with pytest.raises(ValueError, match=f"but it {words}") as refused:
             RECE(uce=first).fit(sd1, concept)
