@@ -431,7 +431,9 @@ def test_a_model_that_was_moved_encodes_anew_or_says_so(eraser: Any) -> None:
     with eraser.apply(pipe):
         pipe.to(torch.float64)
         wide = {k: v.double() if v.is_floating_point() else v for k, v in batch().items()}
-        with pytest.raises(ValueError, match=r"are torch.float32 on cpu, .* torch.float64 on cpu\. .* apply the eraser"):
+        with pytest.raises(
+            ValueError, match=r"are torch.float32 on cpu, .* torch.float64 on cpu\. .* apply the eraser"
+        ):
             bare(pipe, **wide)
         got = latents(pipe)
         assert change(bare(pipe, **wide), bare(pipeline().to(torch.float64), **wide)) > 1e-3
