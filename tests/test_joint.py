@@ -447,7 +447,7 @@ def test_what_needs_cross_attention_names_where_it_works_and_what_works_here(fam
         "flux": ("FLUX.1", "SAFREE, and NegativePrompt and SLD with `true_cfg_scale` above 1 and a negative prompt"),
     }[family]
     tested = "emoji, PixArt, SD 1.x/2.x or SDXL"
-    has, here = f"but this {type(pipe).__name__} \\({name}\\) has joint attention", f"works with {name} is {works}"
+    has, here = f"but this {type(pipe).__name__} \\({name}\\) has joint attention", f"{name} works with {works}"
     for eraser in (EIUP(CAT), EIUP.reconstruction(CAT), GIE(CAT), GIE(CAT, adapter="emoji")):
         said = f"{type(eraser).__name__} needs cross-attention layers, {has} .*Use it on {tested}; {here}"
         with pytest.raises(ValueError, match=said):
