@@ -177,19 +177,21 @@ def test_rows_go_with_their_pictures_over_several_batches(tmp_path: Path, monkey
 def test_a_full_disk_keeps_counts_and_names(full: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, saved = Image.Image.save, []
 
-    def save(picture: Image.Image, out: Any, *args: Any) -> None:
+    def save(picture: Image.Image, out: Any, **options: Any) -> None:
         saved.append(1)
         if len(saved) > full:
             out.write(b"begun")
             raise OSError(errno.ENOSPC, "No space left on device")
-        original(picture, out, *args)
+        original(picture, out, **options)
 
     monkeypatch.setattr(Image.Image, "save", save)
     args = ["erase", "a cat", "--concept", "cat", "--images", "2", "--steps", "1", "--out", tmp_path / "out"]
     said = call(*args, code=1)
     name = {1: "before-1000001.png", 3: "after-1000000.png"}[full]  # the third is the grid of the pictures before
     assert f"{tmp_path}/out/{name} cannot be written (No space left on device). Free some space" in said
-    assert {1: "and 1 more without", 3: "and 2 more without"}[full] in said and "0 of 2 pictures were finished" in said
+    assert {1: "and 1 more of the base model", 3: "and 2 more of the base model"}[
+        full
+    ] in said and "0 of 2 pictures were finished" in said
     record = json.loads((tmp_path / "out/record.json").read_text())
     kept = {entry[when]["file"] for entry in record["images"] for when in ("before", "after") if when in entry}
     grid = {"grid.png"} if full == 3 else set()
