@@ -149,7 +149,7 @@ def test_a_preset_of_an_editor_is_had_by_name() -> None:
         ("esd.paper", {"setps": 3}, r"esd has no field 'setps'\. Did you mean 'steps'"),
         ("esd.paper", {"drawn_by": "nobody"}, "`drawn_by` to be 'student' or 'frozen'"),
         ("uce.debias_2023", {}, "Expected `attributes` with the preset uce.debias_2023, got none. Give it by --set"),
-        ("eiup.paper", {}, "'eiup' is one of the erasers"),
+        ("eiup.paper", {}, "'eiup', which is one of the erasers"),
     ],
 )
 def test_a_wrong_preset_is_told(name: str, fields: dict[str, Any], message: str) -> None:

@@ -486,7 +486,7 @@ def test_a_decoder_is_trained_alone_and_the_export_keeps_the_rest(
     save_file({k: t + 1 for k, t in new.state_dict().items()}, work / "vae.safetensors")
     with pytest.raises(SystemExit, match="makes other latents: train unet, flux, eyes too"):
         export.kept(export.from_work(work, keep=True), package)
-    with pytest.raises(SystemExit, match="run train.py first, or give --keep"):
+    with pytest.raises(SystemExit, match="Run train.py first, or give --keep"):
         export.from_work(work)
 
 
@@ -543,5 +543,5 @@ def test_training_resumes_from_its_checkpoint_and_refuses_one_of_other_data(reci
     second.run(lambda step: (other(x) - y).square().mean(), 64)
     assert second.step > first.step
     torch.testing.assert_close(second.ema["weight"], torch.tensor([[1.0, -2.0]]), atol=0.05, rtol=0)
-    with pytest.raises(SystemExit, match="other data or another pool, or started from other weights: delete it"):
+    with pytest.raises(SystemExit, match="other data or another pool, or started from other weights\. Delete it"):
         fit(plan(1.0, pool=11), nn.Linear(2, 1))

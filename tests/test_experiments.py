@@ -293,7 +293,7 @@ def test_rows_that_must_not_be_compared_do_not_join(drawn: Any, what: str) -> No
     other = copy.deepcopy(old)
     other[what] = "another"
     (folder / "trial.json").write_text(json.dumps(other))
-    with pytest.raises(ValueError, match=f"The card has {what} .*Measure all rows anew"):
+    with pytest.raises(ValueError, match=f"The card has {what} .*Measure all rows again"):
         run(experiment, folder, update=["eiup"])
 
 

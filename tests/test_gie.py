@@ -159,7 +159,7 @@ def test_official_values_without_weights_are_not_plain(family: str) -> None:
 def test_official_values_say_what_they_cannot_do(sd1: Any) -> None:
     official = GIE([ALCOHOL], values="official")
     with official.apply(sd1):
-        with pytest.raises(ValueError, match=r"has 15 tokens \(expected 12 \+ 3, and at most 14\)"):
+        with pytest.raises(ValueError, match=r"12 \+ 3 and at most 14 tokens, got 15"):
             latents(sd1, "a big red dog at the pub and a big red cat")
         with pytest.raises(ValueError, match="needs the text of each prompt"):
             bare(sd1)
@@ -479,7 +479,7 @@ def test_adapters_that_do_not_fit_are_refused(pipe: Any, sd1: Any, family: str, 
     made = adapter(pipe)
     adapter(pipe, model="0123456789abcdef").save(path)
     with pytest.raises(
-        ValueError, match=rf"fitted on the model 0123456789ab.*this pipeline is {text_hash(pipe, {})[:12]}"
+        ValueError, match=rf"fitted on the model 0123456789ab.*this pipeline's model is {text_hash(pipe, {})[:12]}"
     ):
         GIE([ALCOHOL], adapter=path).apply(pipe)
     dataclasses.replace(made, layers=(*made.layers[:-1], "up.other")).save(path)
@@ -659,7 +659,7 @@ def test_a_damaged_ladder_is_named_with_its_cure(damage: Any, sd1: Any, tmp_path
     GIE.fit(sd1, CAT, TEXTS, detector=Bright(), out=tmp_path / "a", **QUICK)
     ladder = tmp_path / "a.ladder.json"
     ladder.write_text(damage(ladder.read_text()))
-    with pytest.raises(ValueError, match="a.ladder.json is damaged: .* Delete it, and the same call draws the ladder"):
+    with pytest.raises(ValueError, match="a.ladder.json is damaged.* Delete it, and the same call draws the ladder"):
         GIE.fit(sd1, CAT, TEXTS, detector=Bright(), out=tmp_path / "a", **QUICK)
 
 

@@ -473,7 +473,7 @@ def test_a_denoiser_called_by_itself_has_no_guidance_scale() -> None:
     pipe = pipeline()  # no call has set one
     with NegativePrompt(ALCOHOL, strength=5.0).apply(pipe), torch.no_grad():
         positive, negative = pipe.encode_prompt(PROMPT, "cpu", 1, True)
-        with pytest.raises(ValueError, match="needs the guidance scale of a pipeline's call"):
+        with pytest.raises(ValueError, match="needs the guidance scale of a pipeline call"):
             pipe.unet(**{**batch(), "encoder_hidden_states": torch.cat([negative, positive])})
 
 

@@ -306,10 +306,10 @@ def test_what_safree_cannot_read_it_refuses(family: str) -> None:
     with SAFREE(ALCOHOL).apply(pipe):
         with pytest.raises(ValueError, match="`prompt_embeds`. Give the text"):
             latents(pipe, None, **given)
-        with pytest.raises(ValueError, match="another `prompt_2`. Leave it out"):
+        with pytest.raises(ValueError, match="a different `prompt_2`. Leave it out"):
             latents(pipe, PROMPT, prompt_2="a dog")
         if family == "sd3":
-            with pytest.raises(ValueError, match="another `prompt_3`. Leave it out"):
+            with pytest.raises(ValueError, match="a different `prompt_3`. Leave it out"):
                 latents(pipe, PROMPT, prompt_3="a dog")
     with (
         NegativePrompt(ALCOHOL).apply(pipe),
@@ -447,7 +447,7 @@ def test_what_needs_cross_attention_names_where_it_works_and_what_works_here(fam
         "flux": ("FLUX.1", "SAFREE, and NegativePrompt and SLD with `true_cfg_scale` above 1 and a negative prompt"),
     }[family]
     tested = "emoji, PixArt, SD 1.x/2.x or SDXL"
-    has, here = f"but this {type(pipe).__name__} \\({name}\\) has joint attention", f"works with {name} is {works}"
+    has, here = f"but this {type(pipe).__name__} \\({name}\\) has joint attention", f"{name} works with {works}"
     for eraser in (EIUP(CAT), EIUP.reconstruction(CAT), GIE(CAT), GIE(CAT, adapter="emoji")):
         said = f"{type(eraser).__name__} needs cross-attention layers, {has} .*Use it on {tested}; {here}"
         with pytest.raises(ValueError, match=said):

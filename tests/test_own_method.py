@@ -133,5 +133,7 @@ def test_a_layer_without_neutral_texts_says_what_is_missing() -> None:
     cross = efface.hooks.CrossAttention(
         Attention(query_dim=8, cross_attention_dim=6, heads=2, dim_head=4), torch.ones(1, 4, 8)
     )
-    with pytest.raises(ValueError, match="has no neutral texts. Give `CrossAttention` some, the empty one first"):
+    with pytest.raises(
+        ValueError, match="has no neutral texts. Give `CrossAttention` neutral texts, the empty one first"
+    ):
         cross.with_empty(efface.hooks.Text(torch.ones(1, 5, 6)))

@@ -140,8 +140,8 @@ def page(runs: Sequence[Path], out: Path, **options: Any) -> Page:
 def test_numbers_stand_beside_the_plain_model_interval_protocol_and_data(tmp_path: Path) -> None:
     shown = page([make(tmp_path / "a"), make(tmp_path / "b", "sld", 2)], tmp_path / "out/report.html")
     removed = 100 * (1 - sum(k % 3 == 0 and k % 3 != 2 for k in range(36)) / 24)  # every third row is one of a cat
-    assert f"{removed:.1f} %" in shown.text and "plain model" in shown.text
-    assert "0.0 % [0.0, 50.0]" in shown.text  # the plain model removes nothing
+    assert f"{removed:.1f} %" in shown.text and "base model" in shown.text
+    assert "0.0 % [0.0, 50.0]" in shown.text  # the base model removes nothing
     assert shown.text.count("mean red above 0.5") >= 3
     assert rows_hash(rows()) in shown.text and rows_hash(rows())[:12] in shown.text
     assert "1.23 [1.1, 1.4] , n = 36" in shown.text.replace("4]", "4] ").replace("  ", " ")

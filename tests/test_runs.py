@@ -284,7 +284,7 @@ def test_other_folders_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(ValueError, match="holds other files"):
         claim(tmp_path)
-    with pytest.raises(ValueError, match="is a file"):
+    with pytest.raises(ValueError, match="got the file"):
         claim(tmp_path / "mine.txt")
     with pytest.raises(FileNotFoundError, match="not a run folder"):
         runs.Run.open(tmp_path)
@@ -372,7 +372,7 @@ def test_what_cannot_run_is_refused_before_drawing(sd1: Any, tmp_path: Path) -> 
         efface.run(SUITE, sd1, out=tmp_path / "a", batch=0)
     with pytest.raises(ValueError, match="whole number `limit`"):
         efface.run(SUITE, sd1, out=tmp_path / "a", limit=0)
-    with pytest.raises(ValueError, match="one folder"):
+    with pytest.raises(ValueError, match="to be different folders"):
         efface.run(SUITE, sd1, out=tmp_path / "a", base=tmp_path / "a", eraser=ALCOHOL)
     with pytest.raises(TypeError, match="got 'eiup'. Pass method names to efface.erase"):
         efface.run(SUITE, sd1, out=tmp_path / "b", eraser="eiup")

@@ -299,7 +299,7 @@ def test_what_it_cannot_read_it_refuses(sd1: Any) -> None:
     with ALWAYS.apply(sd1), pytest.raises(ValueError, match="`prompt_embeds`. Give the text"):
         latents(sd1, None, prompt_embeds=positive, negative_prompt_embeds=negative)
     sdxl = pipeline("sdxl")
-    with ALWAYS.apply(sdxl), pytest.raises(ValueError, match="another `prompt_2`. Leave it out"):
+    with ALWAYS.apply(sdxl), pytest.raises(ValueError, match="a different `prompt_2`. Leave it out"):
         latents(sdxl, PROMPT, prompt_2="a dog")
     for fields in ({"alpha": -1.0}, {"validation": (1.0,)}, {"validation": (0.0, 5.0)}, {"strength": -1.0}):
         with pytest.raises(ValueError, match=f"Expected `{next(iter(fields))}"):

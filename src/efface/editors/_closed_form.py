@@ -33,7 +33,7 @@ def _plain(text: str) -> str:
 def anchors_of(concepts: Sequence[Concept], anchor: str | None = None) -> dict[str, str]:
     """Maps each phrase to its anchor. Raises ValueError if the anchor is the phrase itself, or is ambiguous."""
     if not concepts:
-        raise ValueError("Expected concepts to erase, got none. Give at least one.")
+        raise ValueError("Expected at least one concept to erase, got none. Name one.")
     found: dict[str, str] = {}
     for concept in concepts:
         to = concept.anchor if anchor is None else anchor
