@@ -345,7 +345,7 @@ def test_a_second_thread_is_refused_and_the_first_ones_picture_is_right(compiled
 
     with EIUP(ALCOHOL).apply(pipe):
         assert change(latents(pipe, callback_on_step_end=in_another_thread), drawn("small", EIUP(ALCOHOL))) < 1e-5
-        assert len(errors) == STEPS and all("take turns" in error for error in errors)
+        assert len(errors) == STEPS and all("one thread at a time" in error for error in errors)
         in_another_thread()  # nobody draws now
         assert len(errors) == STEPS
         if not compiled:  # while the denoiser is at work, the newcomer is refused too
