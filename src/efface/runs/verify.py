@@ -17,7 +17,7 @@ from ..progress import shows
 from ..records import Sample
 from .draw import Paint, calls, painter, several
 from .folder import RUN
-from .record import Progress, Run, model_facts, silent, versions
+from .record import Progress, Run, model_facts, session, silent, versions
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -149,6 +149,10 @@ def verify(
                 found += _again(paint, call, [samples[k] for k in group], of_base)
                 tell("base again" if of_base else "drawn again", len(found), total)
     then, today = run.record["sessions"][0]["versions"], versions()
+    then, today = (
+        then | {"machine": run.record["sessions"][0]["machine"]},
+        today | {"machine": session(None)["machine"]},
+    )
     differ = {name: (then.get(name, "none"), today[name]) for name in today if then.get(name) != today[name]}
     return Verification(run.folder, tuple(found), differ)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -135,6 +136,20 @@ class Workers:
             ) from error
 
 
+def _ray(cluster: Cluster) -> Any:
+    """Ray, set up before its import, which is when it reads these variables."""
+    if "ray" not in sys.modules:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # batches after a failed one may fail as well
+        if cluster.address == "local":
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError('Drawing on workers needs Ray. Install it with pip install "efface[ray]".') from error
+    return ray
+
+
 @contextlib.contextmanager
 def workers(cluster: Cluster, facts: Mapping[str, Any]) -> Iterator[Workers]:
     """Starts as many workers as fit on the cluster: one per GPU, or one per as many CPUs as this process has threads.
@@ -148,23 +163,12 @@ def workers(cluster: Cluster, facts: Mapping[str, Any]) -> Iterator[Workers]:
         ValueError: a worker has another model.
         ConnectionError: the address has no cluster.
     """
-    try:
-        import ray as installed
-    except ImportError as error:
-        raise ImportError('Drawing on workers needs Ray. Install it with pip install "efface[ray]".') from error
+    ray, local = _ray(cluster), {"include_dashboard": False} if cluster.address == "local" else {}
     import torch
 
-    ray: Any = installed
-
     threads, ours = torch.get_num_threads(), not ray.is_initialized()
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
-    for name in ("RAY_USAGE_STATS_ENABLED=0", "RAY_IGNORE_UNHANDLED_ERRORS=1"):  # no usage reports; batches
-        os.environ.setdefault(*name.split("="))  # behind the one that failed may fail as well
-    if ours and cluster.address == "local":
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        ray.init(address="local", include_dashboard=False, **quiet)
-    elif ours:
-        ray.init(address=cluster.address, **quiet)
+    if ours:
+        ray.init(cluster.address, log_to_driver=False, logging_level="error", configure_logging=True, **local)
     try:
         there = ray.cluster_resources()
         gpus = int(there.get("GPU", 0)) if facts["device"] == "cuda" else 0
