@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import tiny
 import torch
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from tiny import PROMPT, latents
 
 import efface
-from efface import pipelines
+from efface import _loading, pipelines
 from efface.files import PICKLES
 
 
@@ -268,6 +269,31 @@ def test_a_checkpoint_in_one_file_draws_what_its_folder_draws(saved: Path, tmp_p
     assert same(plain, pipe)
     with efface.erase(pipe, "cat", strength=1.0):
         assert not same(pipe, plain)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "kind"),
+    [
+        ({}, "StableDiffusionPipeline"),
+        ({original.CHECKPOINT_KEY_NAMES["xl_base"]: (1280, 1280)}, "StableDiffusionXLPipeline"),
+        ({original.CHECKPOINT_KEY_NAMES["v2"]: (320, 1024)}, "StableDiffusionPipeline"),
+        ({original.CHECKPOINT_KEY_NAMES["xl_refiner"]: (1280, 1280)}, ""),
+    ],
+)
+def test_the_kind_of_a_single_file_comes_from_its_names(
+    tmp_path: Path, shapes: dict[str, tuple[int, ...]], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only which class reads it: configurations would come from the hub, which no test contacts."""
+    file, read = tmp_path / "model.safetensors", []
+    save_file({"model.diffusion_model.out.0.bias": torch.ones(1)} | {k: torch.ones(s) for k, s in shapes.items()}, file)
+    for name in {*_loading.KINDS.values()}:
+        monkeypatch.setattr(getattr(diffusers, name), "from_single_file", lambda *a, name=name, **k: read.append(name))
+    if kind:
+        efface.load(file, allow_hub=True)
+        assert read == [kind]
+    else:
+        with pytest.raises(ValueError, match="of a kind that Efface does not read"):
+            efface.load(file, allow_hub=True)
 
 
 def test_one_file_alone_does_not_say_how_it_is_read(tmp_path: Path) -> None:

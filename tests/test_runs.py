@@ -608,6 +608,11 @@ def test_a_picture_that_the_model_does_not_draw_is_found(sd1: Any, tmp_path: Pat
         "same": False,
     }
     assert "p1 (run): " in str(found) and "5 of 6 pictures are the same to the bit." in str(found)
+    assert found.versions == {}
+    record = json.loads((run.folder / "run.json").read_text("utf-8"))
+    record["sessions"][0]["machine"] = "Linux x86_64, 7 threads"
+    (run.folder / "run.json").write_text(json.dumps(record))
+    assert efface.verify(run.folder, model=sd1).versions["machine"][0] == "Linux x86_64, 7 threads"
     json.dumps(found.record())
 
 

@@ -306,9 +306,9 @@ def _single_file(file: Path, dtype: torch.dtype | None, config: str | Path | Non
     """Loads a pipeline whose weights are all in one file. Takes tokenizers and configurations from `config` or the
     hub."""
     import diffusers
+    import torch
     from diffusers.loaders.single_file_utils import SingleFileComponentError, infer_diffusers_model_type
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {str(file)!r}. Give the path of a single-file checkpoint.")
@@ -328,7 +328,9 @@ def _single_file(file: Path, dtype: torch.dtype | None, config: str | Path | Non
             _check_index(index)
             named = files.read_json(index, "")["_class_name"]
         else:
-            named = KINDS.get(infer_diffusers_model_type(load_file(file)), "")
+            with safe_open(file, "pt") as held:  # shapes without values
+                shapes = {k: torch.empty(held.get_slice(k).get_shape(), device="meta") for k in held.keys()}  # noqa: SIM118
+            named = KINDS.get(infer_diffusers_model_type(shapes), "")
         cls = getattr(diffusers, named, None)
         if not (isinstance(cls, type) and hasattr(cls, "from_single_file")):
             raise ValueError(

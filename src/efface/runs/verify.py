@@ -17,7 +17,7 @@ from ..progress import shows
 from ..records import Sample
 from .draw import Paint, calls, painter, several
 from .folder import RUN
-from .record import Progress, Run, model_facts, session, silent, versions
+from .record import Progress, Run, model_facts, session, silent
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -148,11 +148,8 @@ def verify(
             for call, group in groups if samples else ():
                 found += _again(paint, call, [samples[k] for k in group], of_base)
                 tell("base again" if of_base else "drawn again", len(found), total)
-    then, today = run.record["sessions"][0]["versions"], versions()
-    then, today = (
-        then | {"machine": run.record["sessions"][0]["machine"]},
-        today | {"machine": session(None)["machine"]},
-    )
+    sessions = run.record["sessions"][0], session(None)
+    then, today = ({**each["versions"], "machine": each["machine"]} for each in sessions)
     differ = {name: (then.get(name, "none"), today[name]) for name in today if then.get(name) != today[name]}
     return Verification(run.folder, tuple(found), differ)
 
