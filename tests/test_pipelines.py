@@ -171,6 +171,14 @@ def test_a_misspelt_folder_never_reaches_for_a_hub(name: str) -> None:
         efface.load(name, allow_hub=True)
 
 
+@pytest.mark.parametrize("allow", [False, True])
+def test_a_hub_may_be_contacted_only_where_that_is_allowed(allow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda *a, **k: asked.append(k))
+    efface.load("owner/name", allow_hub=allow)
+    assert [each["local_files_only"] for each in asked] == [not allow]
+
+
 def test_a_hub_id_is_only_looked_up_in_the_cache_unless_allowed() -> None:
     with pytest.raises(FileNotFoundError, match=r"no such model in the local cache.*Give allow_hub=True"):
         efface.load("owner/no-such-model")

@@ -71,7 +71,6 @@ def fill(
     with disk(folder, 0 if earlier is None else None, total):
         files.inside(folder, IMAGES).mkdir(exist_ok=True)
         kept = mend(folder, total, size)
-        send(folder)  # files that an earlier process could not send
         if earlier is not None and len(kept) == total:
             progress(what, total, total)
             if earlier["metrics"] != record["metrics"]:  # the metrics for later scores

@@ -72,21 +72,11 @@ def _fetch(copy: Path) -> None:
                 system.get_file(name, str(partial))
 
 
-def send(folder: Path, names: Iterable[str] | None = None) -> None:
-    """Sends files of a copy to its address. Does nothing for other folders.
-
-    Args:
-        folder: the run's folder.
-        names: the files to send, in order. None: all files that the address lacks or has with another size.
-    """
+def send(folder: Path, names: Iterable[str]) -> None:
+    """Sends files of a copy to its address, in this order. Does nothing for other folders."""
     if (there := _there(folder)) is None:
         return
     system, path = there
-    if names is None:
-        known = {name.removeprefix(path).lstrip("/"): facts for name, facts in system.find(path, detail=True).items()}
-        ours = [file for file in sorted(folder.rglob("*"), key=str) if file.is_file() and file.name[0] != "."]
-        sizes = {str(file.relative_to(folder)): file.stat().st_size for file in ours}
-        names = [name for name, size in sizes.items() if name not in known or known[name]["size"] != size]
     for name in names:
         target = f"{path}/{name}"
         system.makedirs(target.rpartition("/")[0], exist_ok=True)
