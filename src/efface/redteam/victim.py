@@ -1,0 +1,154 @@
+"""A guarded pipeline with meters: applies and removes the erasers, draws, and counts what an attack costs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import api
+from .._text import encoder_of, readers
+from .._weights import denoiser_of
+from ..attacks._contract import BudgetSpent, Cost, Proposal
+from ..pipelines import draw
+
+if TYPE_CHECKING:
+    from ..core import Detector, Eraser, Handles
+
+
+@dataclass(eq=False)
+class GuardedModel:
+    """The victim of an attempt; see `attacks._contract.Victim`.
+
+    Args:
+        pipe: the pipeline, without erasers.
+        erasers: the erasers to attack.
+        search: the detector of the search, of whose judges all must agree; None if the attack needs none.
+        seeds: the attacker's own seeds.
+        steps: denoising steps.
+        guidance: the guidance scale; None keeps the pipeline's default.
+        budget: denoiser rows that an attempt may compute, forward and backward together; None: no limit.
+        batch: pictures per pipeline call.
+    """
+
+    pipe: Any
+    erasers: Sequence[Eraser]
+    search: Detector | None
+    seeds: tuple[int, ...]
+    steps: int = 25
+    guidance: float | None = None
+    budget: int | None = None
+    batch: int = 32
+    spent: Cost = field(default_factory=Cost)
+    _on: Handles | None = field(default=None, repr=False)
+    _counting: bool = field(default=False, repr=False)
+
+    # ---- the guard
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[Any]:
+        if self._on is not None:
+            yield self.pipe
+            return
+        self._on = api.stack(self.pipe, *self.erasers)
+        try:
+            yield self.pipe
+        finally:
+            on, self._on = self._on, None
+            on.remove()
+
+    @contextlib.contextmanager
+    def original(self) -> Iterator[Any]:
+        if self._on is None:
+            yield self.pipe
+            return
+        self._on.remove()
+        try:
+            yield self.pipe
+        finally:
+            self._on = api.stack(self.pipe, *self.erasers)
+
+    # ---- pictures
+
+    def draw(self, proposal: Proposal, seeds: Sequence[int] | None = None) -> Tensor:
+        seeds = self.seeds if seeds is None else tuple(seeds)
+        images = self._drawn(proposal, seeds)
+        for k in range(1, proposal.tries):
+            missed = (~self.found(images)).nonzero().flatten().tolist()
+            if not missed:
+                break
+            again = [(seeds[i] + k * 7_919_003) % 2**32 for i in missed]
+            images = images.clone()
+            images[missed] = self._drawn(replace(proposal, tries=1), again)
+        return images
+
+    def _drawn(self, proposal: Proposal, seeds: Sequence[int]) -> Tensor:
+        call = dict(proposal.call)
+        guidance = call.pop("guidance", self.guidance)
+        steps = call.pop("num_inference_steps", self.steps)
+        prompts = [proposal.prompt] * len(seeds)
+        with contextlib.ExitStack() as stack:
+            if proposal.pipeline is None:
+                pipe = stack.enter_context(self.guarded())
+            else:
+                pipe = proposal.pipeline(self.pipe)
+                pipe.set_progress_bar_config(disable=True)
+                stack.enter_context(api.stack(pipe, *self.erasers))
+            if proposal.inside is not None:
+                stack.enter_context(proposal.inside(pipe))
+            images = draw(pipe, prompts, seeds, self.batch, guidance, num_inference_steps=steps, **call)
+        if self._counting:
+            self.spent.pictures += len(images)
+        return images
+
+    def draw_original(self, prompt: str, seeds: Sequence[int] | None = None) -> Tensor:
+        seeds = self.seeds if seeds is None else tuple(seeds)
+        with self.original():
+            images = draw(
+                self.pipe, [prompt] * len(seeds), seeds, self.batch, self.guidance, num_inference_steps=self.steps
+            )
+        if self._counting:
+            self.spent.pictures += len(images)
+        return images
+
+    def found(self, images: Tensor) -> Tensor:
+        if self.search is None:
+            raise ValueError("This attack needs a detector for its search. Give one by `search`.")
+        return self.search(images).all(0)
+
+    # ---- meters
+
+    @contextlib.contextmanager
+    def metered(self) -> Iterator[None]:
+        """Counts denoiser and text-encoder rows inside the block, and raises `BudgetSpent` before a call over the
+        budget."""
+        encoders = {id(e): e for e in (encoder_of(self.pipe, name) for name in readers(self.pipe)) if e is not None}
+        denoiser: nn.Module = denoiser_of(self.pipe)
+        hooks = [
+            denoiser.register_forward_pre_hook(self._count, with_kwargs=True),
+            *(each.register_forward_pre_hook(self._count_texts, with_kwargs=True) for each in encoders.values()),
+        ]
+        self.spent, self._counting = Cost(), True
+        try:
+            yield
+        finally:
+            self._counting = False
+            for hook in hooks:
+                hook.remove()
+
+    def _count(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        sample = args[0] if args else next(iter(kwargs.values()))
+        rows = len(sample)
+        backward = rows if torch.is_grad_enabled() else 0
+        if self.budget is not None and self.spent.rows + rows + backward > self.budget:
+            raise BudgetSpent
+        self.spent.forward += rows
+        self.spent.backward += backward
+
+    def _count_texts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        self.spent.texts += 0 if ids is None else len(ids)
