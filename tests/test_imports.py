@@ -53,18 +53,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "api": HOOKS | {"pipelines"},
     "_trials": FACTS | {"api", "intervals"},
     "calibration": FACTS | {"api", "pipelines", "delta", "intervals", "_trials"},
+    "redteam": HOOKS | {"attacks", "models", "api", "pipelines", "detectors", "runs", "intervals", "progress"},
     "runs": HOOKS | {"models", "api", "pipelines", "metrics", "detectors", "progress"},
-    "report": FACTS | {"runs"},
+    "report": FACTS | {"runs", "redteam"},
     "tables": FACTS | {"runs", "report"},
     "jobs": HOOKS | {"models", "api", "pipelines", "runs", "progress"},
     "_interrupt": set(),
     "cli": FACTS
-    | {"models", "api", "pipelines", "calibration", "detectors", "runs", "report", "tables", "jobs", "progress"}
+    | {"models", "api", "pipelines", "calibration", "detectors", "runs", "redteam", "report", "tables", "jobs"}
+    | {"progress"}
     | {"_interrupt"},
     "__main__": {"cli", "_interrupt"},
     "efface": {
         *("registry", "core", "records", "pictures", "pipelines", "api", "calibration", "erasers", "editors"),
-        *("attacks", "detectors", "suites", "delta", "runs", "report", "tables"),
+        *("attacks", "detectors", "suites", "delta", "runs", "redteam", "report", "tables"),
     },
 }
 
@@ -89,7 +91,13 @@ ORDER = {
     ),
     "delta": ("factors", "watch", "overlay", "applied", "base", "file", "lora", "delta", "state", "__init__"),
     "runs": ("folder", "remote", "record", "judges", "draw", "workers", "bench", "card", "score", "verify", "__init__"),
-    "report": ("words", "compare", "plot", "pictures", "page", "__init__"),
+    "attacks": (
+        *("_words", "_contract", "_compose", "_fit", "__init__"),
+        *("best_of_n", "concept_arithmetics", "guidance_sweep", "lookalike", "paraphrase", "prompt_as_negative"),
+        *("prompt_schedule", "repetition", "translation"),
+    ),
+    "redteam": ("victim", "panel", "trial", "result", "forms", "folder", "run", "__init__"),
+    "report": ("words", "template", "compare", "plot", "pictures", "page", "attacked", "__init__"),
 }
 
 

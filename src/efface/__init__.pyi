@@ -8,6 +8,15 @@ from .api import concepts as concepts
 from .api import conditional_rows as conditional_rows
 from .api import erase as erase
 from .api import stack as stack
+from .attacks.best_of_n import BestOfN as BestOfN
+from .attacks.concept_arithmetics import ConceptArithmetics as ConceptArithmetics
+from .attacks.guidance_sweep import GuidanceSweep as GuidanceSweep
+from .attacks.lookalike import Lookalike as Lookalike
+from .attacks.paraphrase import Paraphrase as Paraphrase
+from .attacks.prompt_as_negative import PromptAsNegative as PromptAsNegative
+from .attacks.prompt_schedule import PromptSchedule as PromptSchedule
+from .attacks.repetition import Repetition as Repetition
+from .attacks.translation import Translation as Translation
 from .calibration import calibrate as calibrate
 from .core import Concept as Concept
 from .core import Detector as Detector
@@ -35,6 +44,8 @@ from .records import Row as Row
 from .records import Sample as Sample
 from .records import Score as Score
 from .records import Suite as Suite
+from .redteam import attack as attack
+from .report import write_attacks as write_attacks
 from .report import write_report as write_report
 from .runs import Run as Run
 from .runs import make_suite as make_suite

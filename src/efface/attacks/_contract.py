@@ -30,7 +30,7 @@ of the sampling loop. "weights": changes of the weights.
 ACCESS: tuple[Access, ...] = ("text", "embeddings", "gradients", "sampler", "weights")
 
 
-class BudgetSpent(Exception):  # noqa: N818 - a signal, not an error
+class BudgetSpent(Exception):
     """The budget of an attempt does not cover the next denoiser call. The harness ends the search and judges the best
     proposal so far."""
 

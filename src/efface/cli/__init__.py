@@ -1,12 +1,21 @@
 """The `efface` command. Commands import heavy packages themselves, so that `efface --help` is fast."""
 
-from . import bench, calibrate, delta, erase, fit, report, score, verify
+from . import attack, bench, calibrate, delta, erase, fit, report, score, verify
 from . import list as listing
 from .app import app
 
 __all__ = ["app"]
 
 app.command("list")(listing.show)
-for _verb in (erase.erase, fit.fit, bench.bench, score.score, report.report, calibrate.calibrate, verify.verify):
+for _verb in (
+    erase.erase,
+    fit.fit,
+    bench.bench,
+    score.score,
+    report.report,
+    calibrate.calibrate,
+    verify.verify,
+    attack.attack,
+):
     app.command()(_verb)
 app.add_typer(delta.delta_app, name="delta")

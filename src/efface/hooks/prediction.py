@@ -91,7 +91,7 @@ def with_rows(
         return [value.repeat_interleave(len(each.rows), 0) for value, each in pairs if value is not None]
 
     own = {name: value for name, value in arguments.items() if name not in facts.shared_arguments}
-    found = arguments | {name: _in_rows(value, len(text), put) for name, value in own.items()}
+    found = arguments | {name: in_rows(value, len(text), put) for name, value in own.items()}
     found[facts.text_argument] = torch.cat([*(t.states for t in given), *each_row([t.states for t in further])])
     if pooled is not None:
         pools = each_row([each.prompts.pooled for each in asked])
@@ -145,14 +145,14 @@ def guided(
     return changed.to(out.dtype)
 
 
-def _in_rows(value: Any, rows: int, put: Callable[[Tensor], Tensor]) -> Any:
+def in_rows(value: Any, rows: int, put: Callable[[Tensor], Tensor]) -> Any:
     """An argument of the denoiser for other rows. Arguments without rows stay."""
     if isinstance(value, Tensor):
         return put(value) if value.ndim and len(value) == rows else value
     if isinstance(value, dict):
-        return {name: _in_rows(each, rows, put) for name, each in value.items()}
+        return {name: in_rows(each, rows, put) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_in_rows(each, rows, put) for each in value)
+        return type(value)(in_rows(each, rows, put) for each in value)
     return value
 
 

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from .. import __version__, checks, files
 from ..runs import Run
+from .attacked import write_attacks
 from .compare import entries, grouped
 from .page import view
 from .plot import pareto
+from .template import renderer
 from .words import number, span
 
-__all__ = ["number", "pareto", "span", "write_report"]
+__all__ = ["number", "pareto", "span", "write_attacks", "write_report"]
 
 
 def write_report(
@@ -60,11 +58,7 @@ def write_report(
     out = Path(out)
     if out.suffix.lower() not in (".html", ".htm"):
         raise ValueError(checks.refusal("a report that is named .html", str(out), "Give --out NAME.html."))
-    try:
-        import jinja2
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f'A report needs {error.name}. Install it with pip install "efface[bench]".') from error
+    render = renderer("page.html.j2")
     opened = [r if isinstance(r, Run) else Run.open(r) for r in runs]
     _check_out(out, opened)
     groups, reasons = grouped(entries(opened))
@@ -74,17 +68,9 @@ def write_report(
             f"These runs are not comparable:\n{shown}\nReport them separately, or put them on one page in marked "
             "groups with `mixed=True` (--mixed)."
         )
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {
-        "number": number,
-        "span": span,
-        "breakable": _breakable,
-        "json": partial(json.dumps, indent=1),
-    }
-    template = environment.from_string((resources.files(__name__) / "page.html.j2").read_text("utf-8"))
     made = datetime.now(UTC).isoformat(timespec="seconds")
     views = [view(k, group, pairs) for k, group in enumerate(groups)]
-    page = template.render(groups=views, reasons=reasons, made=made, version=__version__)
+    page = render(groups=views, reasons=reasons, made=made, version=__version__)
     summary = {
         "format": 1,
         "made": made,
@@ -117,10 +103,3 @@ def _check_out(out: Path, runs: Sequence[Run]) -> None:
         raise ValueError(
             f"The report's numbers would replace {numbers}, which is not a report's file. Name another page."
         )
-
-
-def _breakable(text: str) -> Any:
-    """A name with optional line breaks after underscores, slashes and dots."""
-    from markupsafe import Markup, escape
-
-    return Markup(re.sub(r"([_/.])(?=\w)", r"\1<wbr>", str(escape(text))))

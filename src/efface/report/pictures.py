@@ -47,7 +47,7 @@ def pairs_of(group: Sequence[Entry], pairs: int) -> list[dict[str, Any]]:
             seen = _seen(scores, samples[k])
             veiled = bool(row.concept) if seen is None else seen
             verdict = "not judged" if seen is None else f"{row.concept} seen" if seen else f"no {row.concept} seen"
-            source, small = _thumbnail(samples[k])
+            source, small = thumbnail(samples[k])
             pictures.append(
                 {
                     "label": label,
@@ -61,7 +61,7 @@ def pairs_of(group: Sequence[Entry], pairs: int) -> list[dict[str, Any]]:
     return shown
 
 
-def _thumbnail(sample: Sample) -> tuple[str, bool]:
+def thumbnail(sample: Sample) -> tuple[str, bool]:
     """A picture as a data URI, and whether it is smaller than on the page."""
     from PIL import Image
 

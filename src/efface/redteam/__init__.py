@@ -1,0 +1,22 @@
+"""Runs attacks, and judges what they draw. The attacks themselves are in `efface.attacks`."""
+
+from ..attacks._contract import ACCESS, Access, Attack, Cost, Proposal, Target, Victim
+from .folder import opened
+from .result import AttackResult, Share
+from .run import attack, build, default_prompts
+
+__all__ = [
+    "ACCESS",
+    "Access",
+    "Attack",
+    "AttackResult",
+    "Cost",
+    "Proposal",
+    "Share",
+    "Target",
+    "Victim",
+    "attack",
+    "build",
+    "default_prompts",
+    "opened",
+]

@@ -1,0 +1,44 @@
+"""The templates of the pages, with their filters and their common style."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from functools import partial
+from importlib import resources
+from typing import Any
+
+from .words import number, span
+
+
+def renderer(name: str) -> Callable[..., str]:
+    """The function that renders a template of this package.
+
+    Raises:
+        ImportError: matplotlib or jinja2 is missing.
+    """
+    try:
+        import jinja2
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f'A report needs {error.name}. Install it with pip install "efface[bench]".') from error
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters |= {
+        "number": number,
+        "span": span,
+        "breakable": _breakable,
+        "json": partial(json.dumps, indent=1),
+    }
+    here = resources.files(__package__ or __name__)
+    environment.globals["style"] = Markup((here / "style.css").read_text("utf-8"))
+    return environment.from_string((here / name).read_text("utf-8")).render
+
+
+def _breakable(text: str) -> Any:
+    """A name with optional line breaks after underscores, slashes and dots."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"([_/.])(?=\w)", r"\1<wbr>", str(escape(text))))
