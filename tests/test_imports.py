@@ -92,7 +92,7 @@ ORDER = {
     "delta": ("factors", "watch", "overlay", "applied", "base", "file", "lora", "delta", "state", "__init__"),
     "runs": ("folder", "remote", "record", "judges", "draw", "workers", "bench", "card", "score", "verify", "__init__"),
     "attacks": (
-        *("_words", "_contract", "_compose", "_fit", "__init__"),
+        *("_words", "_contract", "_compose", "_fit", "_pictures", "__init__", "image_to_image", "inpainting"),
         *("best_of_n", "concept_arithmetics", "guidance_sweep", "lookalike", "paraphrase", "prompt_as_negative"),
         *("prompt_schedule", "repetition", "translation"),
     ),

@@ -11,6 +11,8 @@ from .api import stack as stack
 from .attacks.best_of_n import BestOfN as BestOfN
 from .attacks.concept_arithmetics import ConceptArithmetics as ConceptArithmetics
 from .attacks.guidance_sweep import GuidanceSweep as GuidanceSweep
+from .attacks.image_to_image import ImageToImage as ImageToImage
+from .attacks.inpainting import Inpainting as Inpainting
 from .attacks.lookalike import Lookalike as Lookalike
 from .attacks.paraphrase import Paraphrase as Paraphrase
 from .attacks.prompt_as_negative import PromptAsNegative as PromptAsNegative

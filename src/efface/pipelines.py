@@ -78,7 +78,7 @@ def draw(
         batch: pictures per pipeline call.
         guidance: the guidance scale, as `guided` takes it. None keeps the pipeline's default.
         call: further arguments of the pipeline. `num_inference_steps` is 25 by default. A single `negative_prompt`
-            applies to all prompts.
+            applies to all prompts, as does a picture [1, C, H, W] as `image` or `mask_image`.
 
     Raises:
         ValueError: the numbers of seeds and prompts differ, or pictures became NaN, for example by too much strength or
@@ -93,11 +93,14 @@ def draw(
         )
     pictures, call = [], {"num_inference_steps": 25, **guided(pipe, guidance), **call}
     negative = call.pop("negative_prompt", None)
+    inputs = {name: call.pop(name) for name in ("image", "mask_image") if name in call}
     for k in range(0, len(prompts), batch):
         generators = [torch.Generator().manual_seed(s) for s in seeds[k : k + batch]]
         if negative is not None:  # pipelines take one negative prompt per prompt
             every = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
             call["negative_prompt"] = every[k : k + batch]
+        for name, picture in inputs.items():  # of pipelines that take one picture per prompt
+            call[name] = picture.expand(len(prompts[k : k + batch]), *picture.shape[1:])
         out = cast("Pipeline", pipe)(list(prompts[k : k + batch]), generator=generators, output_type="pt", **call)
         pictures.append(out.images.float().cpu())
         broken = [s for s, x in zip(seeds[k : k + batch], pictures[-1], strict=False) if not x.isfinite().all()]

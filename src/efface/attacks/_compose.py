@@ -1,6 +1,6 @@
 """Composes several prompts in one prediction, inside any pipeline with guidance and beside any eraser.
 
-Two torch hooks on the denoiser do it: the pipeline, its scheduler and the erasers stay as they are. After a denoiser
+Two torch hooks on the denoiser do it: the pipeline, its scheduler and the erasers stay unchanged. After a denoiser
 call the hook computes the predictions of further texts from the same latents, and replaces the conditional prediction
 by one from which the pipeline's own guidance makes the composition.
 """
@@ -331,7 +331,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     if a.shape[1:] != b.shape[1:]:
         return False
     b = b.to(a)
-    return float((a - b).norm()) <= 1e-3 * float(b.norm()) * len(a) ** 0.5
+    return bool((a - b).norm() <= 1e-3 * b.norm() * len(a) ** 0.5
 
 
 def _norm(x: Tensor) -> Tensor:

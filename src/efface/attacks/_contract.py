@@ -70,7 +70,7 @@ class Proposal:
     Args:
         prompt: the prompt; may be empty.
         call: further arguments of the pipeline call, such as `negative_prompt` or `guidance`.
-        about: what it does, in words, for records.
+        about: a description in words, for records.
         inside: makes a context for each pipeline call, from the pipeline: control of the sampler, soft tokens.
         pipeline: makes the pipeline that draws from the attacked one, such as its image-to-image pipeline. The erasers
             are applied to that one as well.

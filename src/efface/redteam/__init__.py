@@ -1,4 +1,4 @@
-"""Runs attacks, and judges what they draw. The attacks themselves are in `efface.attacks`."""
+"""Runs attacks, and judges their pictures. The attacks themselves are in `efface.attacks`."""
 
 from ..attacks._contract import ACCESS, Access, Attack, Cost, Proposal, Target, Victim
 from .folder import opened

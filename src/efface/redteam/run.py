@@ -273,7 +273,7 @@ def _panel(
         except ValueError as error:
             raise ValueError(
                 f"No shipped detector knows {checks.shown(concept.name)}. Give `judge`, such as "
-                'efface.detector("nudenet"), and `search` beside it.'
+                'efface.detector("nudenet"), and another one as `search`.'
             ) from error
     return panel(judge, search, recognises, needed)
 
