@@ -31,14 +31,16 @@ def whole_words(tokenizer: Any) -> dict[str, int]:
     """
     if tokenizer not in _KNOWN:
         special = {*tokenizer.all_special_ids, tokenizer.unk_token_id}
-        ids = sorted({k for k in table(tokenizer).values() if k not in special})
-        texts = [text.strip() for text in tokenizer.batch_decode([[k] for k in ids])]
-        fine = [
-            (text, k) for text, k in zip(texts, ids, strict=True) if text and text.isprintable() and " " not in text
-        ]
-        again = tokenizer([text for text, _ in fine], add_special_tokens=False).input_ids if fine else []
-        _KNOWN[tokenizer] = {text: k for (text, k), back in zip(fine, again, strict=True) if list(back) == [k]}
+        named = ((_bare(token), k) for token, k in table(tokenizer).items() if k not in special)
+        fine = sorted((k, text) for text, k in named if text.isprintable() and len(text.split()) == 1)
+        again = tokenizer([text for _, text in fine], add_special_tokens=False).input_ids if fine else []
+        _KNOWN[tokenizer] = {text: k for (k, text), back in zip(fine, again, strict=True) if list(back) == [k]}
     return _KNOWN[tokenizer]
+
+
+def _bare(token: str) -> str:
+    """A token without the mark by which CLIP ends a word, or SentencePiece and byte-level BPE begin one."""
+    return token.removesuffix("</w>").removeprefix("▁").removeprefix("Ġ")
 
 
 def common(pipe: Any) -> dict[str, tuple[int, ...]]:

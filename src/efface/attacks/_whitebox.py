@@ -18,7 +18,6 @@ from .. import checks
 from .._text import SITES
 from .._weights import denoiser_of
 from ..families import encode_parameters, family
-from ..hooks.sites import rows_given
 from ._contract import Victim
 from ._noising import Noising, latents_of
 from ._recording import expanded, recorded
@@ -55,6 +54,7 @@ class WhiteBox:
         arguments: arguments of a denoiser call, with one row.
         latents: latents [M, ...] of the base model's pictures of the concept.
         guided: whether an eraser changes guidance (SLD, a negative prompt), so that predictions are guided ones.
+        paired: whether the pipeline's calls have unconditional rows. Erasers may read their text.
         scale: the guidance scale.
     """
 
@@ -63,6 +63,7 @@ class WhiteBox:
     arguments: dict[str, Any]
     latents: Tensor
     guided: bool
+    paired: bool
     scale: float
 
     @classmethod
@@ -97,7 +98,8 @@ class WhiteBox:
             raise ValueError(
                 f"Expected a guidance scale for the guided predictions of {facts.name}, got {scale!r}. Give `guidance`."
             )
-        return cls(victim, prompt, arguments, latents_of(pipe, shown), guided, float(scale or 1.0))
+        paired = bool(getattr(pipe, "do_classifier_free_guidance", True))
+        return cls(victim, prompt, arguments, latents_of(pipe, shown), guided, paired, float(scale or 1.0))
 
     @property
     def pipe(self) -> Any:
@@ -105,27 +107,29 @@ class WhiteBox:
 
     # ---- predictions
 
-    def encode(self, text: str, rows: int, guided: bool) -> Parts:
-        """A text, encoded through the erasers that are applied, in equal rows."""
+    def encode(self, text: str, rows: int) -> Parts:
+        """A text, encoded through the applied erasers as in a pipeline call, in equal rows.
+
+        The erasers recognise the conditional rows of the next denoiser calls by this encoding.
+        """
         facts = family(self.pipe)
         arguments = facts.encoding_arguments(self.pipe, [text] * rows, {})
         if "do_classifier_free_guidance" in encode_parameters(self.pipe):
-            arguments["do_classifier_free_guidance"] = guided
-        if facts.tells_scale(self.pipe) and guided:
+            arguments["do_classifier_free_guidance"] = self.paired
+        if facts.tells_scale(self.pipe):
             setattr(self.pipe, f"_{facts.scale}", self.scale)  # a call with other guidance may have come between
         made = self.pipe.encode_prompt(**arguments)
         return {name: part for name, part in zip(facts.returns, made, strict=True) if part is not None}
 
-    def predict(self, parts: Parts, latents: Tensor, time: float | Tensor, guided: bool) -> Tensor:
+    def predict(self, parts: Parts, latents: Tensor, time: float | Tensor) -> Tensor:
         """The conditional prediction, or with `guided` u + s (c - u), in float32.
 
         Args:
             parts: the encoded text of each row.
             latents: noisy latents [B, ...].
             time: in training steps; one, or one per row (only without erasers).
-            guided: whether unconditional rows precede the conditional ones.
         """
-        facts, n = family(self.pipe), len(latents)
+        facts, n, guided = family(self.pipe), len(latents), self.guided
         rows, kept = (2 * n if guided else n), dict(self.arguments)
 
         def both(name: str) -> Tensor:
@@ -145,8 +149,7 @@ class WhiteBox:
             kept[facts.mask_argument] = both("mask")
         if "pooled" in parts:
             kept = facts.with_pooled(kept, both("pooled"))
-        with rows_given(self.pipe, [False] * (rows - n) + [True] * n):
-            out = denoiser_of(self.pipe)(**kept)
+        out = denoiser_of(self.pipe)(**kept)
         made = (out[0] if isinstance(out, tuple) else out.sample).float()
         if latents.ndim == 4:
             made = made[:, : latents.shape[1]]  # PixArt predicts variances as well
@@ -159,10 +162,10 @@ class WhiteBox:
             ValueError: with gradients on, none reaches `rows`.
         """
         with injected(self.pipe, slots, rows):
-            parts = self.encode(text, len(point.noisy), self.guided)
+            parts = self.encode(text, len(point.noisy))
         for time, noisy in point.earlier:
-            self.predict(parts, noisy, time, self.guided)
-        out = self.predict(parts, point.noisy, point.time, self.guided)
+            self.predict(parts, noisy, time)
+        out = self.predict(parts, point.noisy, point.time)
         loss = nn.functional.mse_loss(out, point.goal)
         if torch.is_grad_enabled() and any(each.requires_grad for each in rows.values()) and not loss.requires_grad:
             raise ValueError(
@@ -213,6 +216,6 @@ class WhiteBox:
                 some = made[k : k + size]
                 noisy = torch.cat([point.noisy for point in some])
                 times = torch.tensor([point.time for point in some]).repeat_interleave(batch)
-                parts = self.encode(self.prompt, len(noisy), self.guided)
-                goals += self.predict(parts, noisy, times, self.guided).split(batch)
+                parts = self.encode(self.prompt, len(noisy))
+                goals += self.predict(parts, noisy, times).split(batch)
         return [Point(p.time, p.noisy, goal, p.earlier) for p, goal in zip(made, goals, strict=True)]

@@ -153,6 +153,7 @@ class RingABell(Attack):
             rng: source of the random choices.
         """
         texts = [tuple(rng.randrange(words) for _ in range(self.tokens)) for _ in range(self.population)]
+        texts = list(dict.fromkeys(texts))
         known = list(zip(distances(texts), texts, strict=True))
         for _ in range(self.generations):
             known = sorted(known)[: self.keep]
@@ -160,7 +161,7 @@ class RingABell(Attack):
             children: list[Entries] = []
             while len(children) < self.population - self.keep:
                 children += self._children(rng.choice(parents), rng.choice(parents), words, rng)
-            children = children[: self.population - self.keep]
+            children = list(dict.fromkeys(children).keys() - set(parents))  # equal texts would crowd out others
             known += zip(distances(children), children, strict=True)
             far, best = min(known)
             yield best, far
