@@ -1,0 +1,96 @@
+"""Latents of pictures, their noisy versions, and what a denoiser learns to predict from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+
+
+@dataclass(frozen=True, eq=False)
+class Noising:
+    """How a pipeline's scheduler adds noise.
+
+        diffusion:      z_t = a z_0 + b e, a^2 + b^2 = 1; the target is e, z_0 or v = a e - b z_0
+        flow matching:  z_s = (1 - s) z_0 + s e; the target is e - z_0
+
+    Args:
+        kind: "epsilon", "sample", "v_prediction" or "flow".
+        signal: a for each training step [T]; empty for flow matching.
+        steps: T, the training steps.
+    """
+
+    kind: str
+    signal: Tensor
+    steps: int
+
+    @classmethod
+    def of(cls, pipe: Any) -> Noising:
+        """Reads the scheduler.
+
+        Raises:
+            ValueError: the scheduler is of another kind.
+        """
+        config, steps = pipe.scheduler.config, int(pipe.scheduler.config.num_train_timesteps)
+        kept = getattr(pipe.scheduler, "alphas_cumprod", None)
+        kind = config.get("prediction_type", "epsilon")
+        if kept is None or kind.startswith("flow") or config.get("use_flow_sigmas"):
+            if not type(pipe.scheduler).__name__.startswith("FlowMatch") and not kind.startswith("flow"):
+                raise ValueError(
+                    f"Expected a scheduler with `alphas_cumprod` or flow matching, got "
+                    f"{type(pipe.scheduler).__name__}. Attacks by gradients of the denoiser need to know its noise; "
+                    "use a scheduler such as DDIMScheduler."
+                )
+            return cls("flow", torch.empty(0), steps)
+        return cls(checks.choice("prediction_type", kind, ("epsilon", "sample", "v_prediction")), kept.sqrt(), steps)
+
+    def time(self, noise: float) -> float:
+        """The time, in training steps, at a share of the trajectory in (0, 1): 1 is pure noise."""
+        return noise * self.steps if self.kind == "flow" else float(min(self.steps - 1, int(noise * self.steps)))
+
+    def noisy(self, latents: Tensor, noise: Tensor, time: float) -> Tensor:
+        a, b = self._parts(time, latents)
+        return a * latents + b * noise
+
+    def target(self, latents: Tensor, noise: Tensor, time: float) -> Tensor:
+        """What the denoiser learns to predict."""
+        a, b = self._parts(time, latents)
+        if self.kind == "v_prediction":
+            return a * noise - b * latents
+        return {"epsilon": noise, "sample": latents, "flow": noise - latents}[self.kind]
+
+    def _parts(self, time: float, like: Tensor) -> tuple[Tensor, Tensor]:
+        if self.kind == "flow":
+            b = torch.tensor(time / self.steps).to(like)
+            return 1 - b, b
+        a = self.signal[int(time)].to(like.device)
+        return a.to(like.dtype), (1 - a**2).sqrt().to(like.dtype)
+
+
+@torch.no_grad()
+def latents_of(pipe: Any, images: Tensor) -> Tensor:
+    """The latents of pictures [N, 3, H, W] in [0, 1], as the denoiser gets them. FLUX packs them to [N, L, C].
+
+    Raises:
+        ValueError: the pipeline has no VAE with an encoder, or the latents are not finite.
+    """
+    vae: Any = getattr(pipe, "vae", None)
+    if not callable(getattr(vae, "encode", None)):
+        raise ValueError(
+            f"Expected a pipeline with a VAE that encodes pictures, got {type(vae).__name__}. Use a pipeline with its "
+            "complete VAE."
+        )
+    weight = next(vae.parameters())
+    made = vae.encode((2 * images - 1).to(weight.device, weight.dtype))
+    latents = made.latent_dist.mode() if hasattr(made, "latent_dist") else made.latents
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    latents = (latents.float() - shift) * vae.config.scaling_factor
+    if not latents.isfinite().all():
+        raise ValueError("The VAE's latents of the target pictures are not finite. Load its weights in float32.")
+    if callable(getattr(pipe, "_pack_latents", None)):
+        latents = pipe._pack_latents(latents, *latents.shape)
+    return latents

@@ -1,0 +1,156 @@
+"""Soft tokens: rows in place of the input embeddings of some words, without changing the text encoder or its tokenizer.
+
+The words stay in the prompt, so the encoder's `input_ids`, its end token and its pooled state are those of real text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from .._text import encoder_of, readers
+from ._vocabulary import common, whole_words
+
+Rows = Mapping[str, Tensor]
+"""Input embeddings [k, D], by the name of the tokenizer whose encoder reads them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """Words of a prompt that stand for soft tokens.
+
+    Args:
+        words: k different words, each one token of every tokenizer.
+        ids: their ids [k], by the tokenizer's name.
+    """
+
+    words: tuple[str, ...]
+    ids: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    @classmethod
+    def of(cls, pipe: Any, count: int, without: Sequence[str] = ()) -> Slots:
+        """The rarest words that no text of `without` contains: those with the last ids of the first tokenizer.
+
+        Raises:
+            ValueError: there are fewer words than `count`.
+        """
+        known, names = common(pipe), readers(pipe)
+        taken = {word for text in without for word in text.lower().split()}
+        rare = sorted((word for word in known if word not in taken), key=lambda word: -known[word][0])[:count]
+        if len(rare) < count:
+            raise ValueError(
+                f"Expected {count} words that the tokenizers share and the prompt does not use, got {len(rare)}. Use "
+                "fewer tokens."
+            )
+        return cls(tuple(rare), {n: torch.tensor([known[w][k] for w in rare]) for k, n in enumerate(names)})
+
+
+def tables(pipe: Any) -> dict[str, Tensor]:
+    """The input embeddings [ids, D] of every text encoder, by the tokenizer's name.
+
+    Raises:
+        ValueError: an encoder has none that gradients can reach.
+    """
+    found = {}
+    for name in readers(pipe):
+        encoder = encoder_of(pipe, name)
+        table = encoder.get_input_embeddings() if hasattr(encoder, "get_input_embeddings") else None
+        weight = getattr(table, "weight", None)
+        if not isinstance(encoder, nn.Module) or not isinstance(weight, Tensor) or not weight.is_floating_point():
+            raise ValueError(
+                f"Expected a text encoder whose input embeddings are a table of floats, got {type(encoder).__name__}. "
+                "Attacks by gradients of tokens cannot run on it; load the encoder in float32, or use an attack that "
+                "writes whole texts."
+            )
+        found[name] = weight.detach()
+    return found
+
+
+def check_tokens(pipe: Any) -> None:
+    """Raises ValueError unless soft tokens work on this pipeline: tables of tokens, shared words, embeddings."""
+    for name in readers(pipe):
+        whole_words(getattr(pipe, name))
+    if not common(pipe):
+        raise ValueError(
+            "Expected tokenizers that share at least one word of one token, got none. Attacks that search for tokens "
+            "cannot run on this pipeline; use one that writes whole texts."
+        )
+    tables(pipe)
+
+
+@contextlib.contextmanager
+def injected(pipe: Any, slots: Slots, rows: Rows) -> Iterator[Any]:
+    """Inside the block, the text encoders read `rows` instead of the embeddings of the slots' words."""
+    hooks = []
+    for name, values in rows.items():
+        encoder, ids = encoder_of(pipe, name), slots.ids[name]
+        weight = encoder.get_input_embeddings().weight
+
+        def put(module: Any, args: Any, out: Tensor, ids: Tensor = ids, values: Tensor = values) -> Tensor:
+            for k, each in enumerate(ids.tolist()):
+                out = torch.where((args[0] == each)[..., None], values[k].to(out), out)
+            return out
+
+        shared = [module for module in encoder.modules() if getattr(module, "weight", None) is weight]  # T5: two
+        hooks += [module.register_forward_hook(put) for module in shared]
+    try:
+        yield pipe
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# ---------------------------------------------------------------- from soft tokens to tokens
+
+
+def nearest(rows: Rows, table: Rows) -> Tensor:
+    """The entries [k] of a vocabulary with the highest cosine, summed over the encoders."""
+    unit = nn.functional.normalize
+    total: Tensor = sum(unit(rows[n].float(), dim=-1) @ unit(table[n].float(), dim=-1).T for n in rows)
+    return total.argmax(-1)
+
+
+def projected(rows: Rows, table: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+    """The nearest entries [k] and their embeddings, whose gradients pass to `rows` unchanged (straight through)."""
+    entries = nearest(rows, table)
+    return entries, {n: each + (table[n][entries] - each).detach() for n, each in rows.items()}
+
+
+def simplex(rows: Tensor) -> Tensor:
+    """The Euclidean projection of every row [..., V] to non-negative entries with sum 1.
+
+        max(x - theta, 0), where theta makes the sum 1
+
+    Source: sorting finds theta in closed form (J. Duchi, S. Shalev-Shwartz, Y. Singer, T. Chandra, 2008, ICML).
+    """
+    ordered = rows.sort(-1, descending=True).values
+    counts = torch.arange(1, rows.shape[-1] + 1, device=rows.device, dtype=rows.dtype)
+    excess = (ordered.cumsum(-1) - 1) / counts
+    last = (ordered > excess).sum(-1, keepdim=True) - 1
+    return (rows - excess.gather(-1, last)).clamp(min=0)
+
+
+def sampled(shares: Tensor, generator: torch.Generator) -> Tensor:
+    """One-hot rows [k, V], drawn with the probabilities of each row of `shares`."""
+    drawn = torch.multinomial(shares.cpu(), 1, generator=generator)[:, 0].to(shares.device)
+    return nn.functional.one_hot(drawn, shares.shape[-1]).to(shares)
+
+
+def check_prompt(pipe: Any, text: str, count: int) -> None:
+    """Raises ValueError if a prompt with `count` soft tokens exceeds an encoder's limit."""
+    from .._text import cut_off
+
+    if lost := cut_off(pipe, text):
+        raise ValueError(
+            f"Expected a prompt that fits the text encoder with {count} further tokens, but {checks.shown(lost)} of "
+            f"{checks.shown(text)} does not. Use fewer tokens, or a shorter prompt."
+        )
