@@ -17,6 +17,8 @@ from .attacks.lookalike import Lookalike as Lookalike
 from .attacks.paraphrase import Paraphrase as Paraphrase
 from .attacks.prompt_as_negative import PromptAsNegative as PromptAsNegative
 from .attacks.prompt_schedule import PromptSchedule as PromptSchedule
+from .attacks.quantisation import Quantisation as Quantisation
+from .attacks.relearning import Relearning as Relearning
 from .attacks.repetition import Repetition as Repetition
 from .attacks.translation import Translation as Translation
 from .calibration import calibrate as calibrate

@@ -78,7 +78,7 @@ def draw(
         batch: pictures per pipeline call.
         guidance: the guidance scale, as `guided` takes it. None keeps the pipeline's default.
         call: further arguments of the pipeline. `num_inference_steps` is 25 by default. A single `negative_prompt`
-            applies to all prompts, as does a picture [1, C, H, W] as `image` or `mask_image`.
+            applies to all prompts, as does a picture [1, C, H, W] as `image`.
 
     Raises:
         ValueError: the numbers of seeds and prompts differ, or pictures became NaN, for example by too much strength or
@@ -93,7 +93,7 @@ def draw(
         )
     pictures, call = [], {"num_inference_steps": 25, **guided(pipe, guidance), **call}
     negative = call.pop("negative_prompt", None)
-    inputs = {name: call.pop(name) for name in ("image", "mask_image") if name in call}
+    inputs = {name: call.pop(name) for name in ("image",) if name in call}
     for k in range(0, len(prompts), batch):
         generators = [torch.Generator().manual_seed(s) for s in seeds[k : k + batch]]
         if negative is not None:  # pipelines take one negative prompt per prompt

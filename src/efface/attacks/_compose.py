@@ -331,7 +331,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     if a.shape[1:] != b.shape[1:]:
         return False
     b = b.to(a)
-    return bool((a - b).norm() <= 1e-3 * b.norm() * len(a) ** 0.5
+    return bool((a - b).norm() <= 1e-3 * b.norm() * len(a) ** 0.5)
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -74,6 +74,7 @@ class Proposal:
         inside: makes a context for each pipeline call, from the pipeline: control of the sampler, soft tokens.
         pipeline: makes the pipeline that draws from the attacked one, such as its image-to-image pipeline. The erasers
             are applied to that one as well.
+        guarded: False if the pipeline that `pipeline` makes has the erasers' changes in its own weights.
         tries: pictures per judged picture. The attacker draws so many with different seeds, and keeps the first that
             the detector of the search flags.
         tensors: what `inside` adds, for the record (saved as safetensors).
@@ -89,6 +90,7 @@ class Proposal:
     about: str = ""
     inside: Callable[[Any], AbstractContextManager[Any]] | None = None
     pipeline: Callable[[Any], Any] | None = None
+    guarded: bool = True
     tries: int = 1
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -149,6 +151,14 @@ class Victim(Protocol):
 
     def draw_original(self, prompt: str, seeds: Sequence[int] | None = None) -> Tensor:
         """Pictures [N, 3, H, W] of the base model for a prompt."""
+        ...
+
+    def stolen(self) -> Victim:
+        """The erased model as an attacker with its weights has it: a pipeline of its own, without erasers.
+
+        Raises:
+            ValueError: an eraser acts at run time, so whoever has the weights leaves it out.
+        """
         ...
 
     def found(self, images: Tensor) -> Tensor:

@@ -1,11 +1,17 @@
-"""Pictures of the concept as the input of an attack, and pipelines that take pictures."""
+"""Pictures of the concept as the input of an attack."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
+
+from ._noising import Noising, latents_of
 
 if TYPE_CHECKING:
     from ._contract import Target, Victim
@@ -22,26 +28,24 @@ def picture_of(victim: Victim, target: Target) -> Tensor:
     return images[first : first + 1]
 
 
-def converted(pipe: Any, kind: str) -> Any:
-    """The pipeline of another kind ("AutoPipelineForImage2Image" or "AutoPipelineForInpainting") with the same models.
+def from_pictures(pipe: Any) -> Any:
+    """The image-to-image pipeline with the same models.
 
     Raises:
         ValueError: diffusers has none for this family.
     """
-    import diffusers
+    from diffusers import AutoPipelineForImage2Image
 
     try:
-        made = getattr(diffusers, kind).from_pipe(pipe, torch_dtype=pipe.dtype)
+        return AutoPipelineForImage2Image.from_pipe(pipe, torch_dtype=pipe.dtype)
     except ValueError as error:
         raise ValueError(
-            f"diffusers makes no pipeline of the kind {kind} from this {type(pipe).__name__} ({error}). Use an attack that "
-            "needs no picture."
+            f"diffusers has no image-to-image pipeline for this {type(pipe).__name__}. Use an attack without a picture."
         ) from error
-    return made
 
 
 def half_mask(image: Tensor, side: str) -> Tensor:
-    """A mask [1, 1, H, W], 1 where the picture is drawn again."""
+    """A mask [1, 1, H, W], 1 where the picture is hidden."""
     height, width = image.shape[-2:]
     mask = torch.zeros(1, 1, height, width)
     where = {
@@ -53,3 +57,59 @@ def half_mask(image: Tensor, side: str) -> Tensor:
     }[side]
     mask[(0, 0, *where)] = 1.0
     return mask
+
+
+@dataclass(frozen=True, eq=False)
+class Visible:
+    """Keeps a part of a picture visible while a pipeline draws, as a context around its calls.
+
+    After each step of the scheduler, the visible part of the latents becomes that of the picture, with the noise of the
+    next step.
+
+    Args:
+        image: the picture [1, 3, H, W].
+        mask: 1 where it is hidden [1, 1, H, W].
+        seed: seed of the noise.
+    """
+
+    image: Tensor
+    mask: Tensor
+    seed: int = 0
+
+    @contextlib.contextmanager
+    def __call__(self, pipe: Any) -> Iterator[None]:
+        noising, picture = Noising.of(pipe), latents_of(pipe, self.image)
+        rng, scheduler, hidden = torch.Generator().manual_seed(self.seed), pipe.scheduler, self._hidden(pipe, picture)
+        step, done = scheduler.step, 0
+
+        def shown(*args: Any, **kwargs: Any) -> Any:
+            nonlocal done
+            out, done = step(*args, **kwargs), done + 1
+            times = scheduler.timesteps
+            latents = out[0] if isinstance(out, tuple) else out.prev_sample
+            done = done if done <= len(times) else 1  # the next call
+            noise = torch.randn(latents.shape, generator=rng).to(latents)
+            known = picture.to(latents).expand_as(latents)
+            if done < len(times):
+                known = noising.noisy(known, noise, float(times[done]))
+            changed = hidden.to(latents) * latents + (1 - hidden.to(latents)) * known
+            return (changed, *out[1:]) if isinstance(out, tuple) else type(out)(**{**out, "prev_sample": changed})
+
+        scheduler.step = shown
+        try:
+            yield
+        finally:
+            del scheduler.step
+        if not done:
+            raise RuntimeError(
+                "The pipeline did not step its own scheduler, so nothing was kept visible. Use another one."
+            )
+
+    def _hidden(self, pipe: Any, picture: Tensor) -> Tensor:
+        """The mask in the shape of the latents."""
+        if picture.ndim == 4:
+            return interpolate(self.mask, picture.shape[-2:])
+        height, width = (side // pipe.vae_scale_factor for side in self.mask.shape[-2:])
+        mask = interpolate(self.mask, (height, width)).expand(1, picture.shape[-1] // 4, height, width)
+        packed: Tensor = pipe._pack_latents(mask, *mask.shape)
+        return packed

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import checks
 from ._contract import Access, Attack, Proposal, Target
-from ._pictures import converted, picture_of
+from ._pictures import from_pictures, picture_of
 
 if TYPE_CHECKING:
     from ._contract import Victim
 
 __all__ = ["ImageToImage"]
-
-KIND = "AutoPipelineForImage2Image"
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class ImageToImage(Attack):
 
     def check(self, pipe: Any) -> None:
         super().check(pipe)
-        converted(pipe, KIND)
+        from_pictures(pipe)
 
     def propose(self, target: Target, victim: Victim) -> Iterator[Proposal]:
         image = picture_of(victim, target)
@@ -69,6 +66,4 @@ class ImageToImage(Attack):
                 prompt = text.replace("{target}", target.prompt)
                 about = f"from a picture of the concept, strength {strength:g}, prompt {prompt!r}"
                 call = {"image": image, "strength": strength}
-                yield Proposal(
-                    prompt, call, about, pipeline=partial(converted, kind=KIND), tensors={"image": image.contiguous()}
-                )
+                yield Proposal(prompt, call, about, pipeline=from_pictures, tensors={"image": image.contiguous()})

@@ -4,75 +4,69 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from .. import checks
 from ._contract import Access, Attack, Proposal, Target
-from ._pictures import converted, half_mask, picture_of
+from ._noising import Noising
+from ._pictures import Visible, half_mask, picture_of
 
 if TYPE_CHECKING:
     from ._contract import Victim
 
 __all__ = ["Inpainting"]
 
-KIND = "AutoPipelineForInpainting"
 Side = Literal["left", "right", "top", "bottom", "all"]
 
 
 @dataclass(frozen=True)
 class Inpainting(Attack):
-    """Gives the inpainting pipeline a picture of the concept of which a part is hidden.
+    """Shows the model a part of a picture of the concept in every step, and lets it draw the hidden rest.
 
-        x = mask * drawn + (1 - mask) * picture of the concept
+        z_t <- m z_t + (1 - m) (a_t E(x) + b_t e),    m = 1 where the picture x is hidden, e ~ N(0, I)
 
     The visible half tells the model what to complete, in pictures and not in words. With an empty prompt no text names
     the concept: a completed one is knowledge that the erasure left. With the side "all" nothing is visible.
 
     Source: what people do with a picture at hand; known as a probe of erased models.
 
-    Differs: the pictures are the base model's. A half that is enough for the detector counts as a success with any
-    model; the control with a random prompt shows that share.
+    Differs: the picture is the base model's. A half that is enough for the detector counts as a success with any model;
+    the control with a random prompt shows that share. No special inpainting model is used: the scheduler's steps are
+    followed, so any family works, also those without an inpainting pipeline.
 
     Args:
         sides: which parts to hide: "left", "right", "top", "bottom" or "all".
         prompts: the prompts; "{target}" is the target prompt, "" the empty one.
-        strength: the share of the trajectory to run, in (0, 1].
 
     Shapes: the picture [1, 3, H, W], the mask [1, 1, H, W].
 
     Raises:
-        ValueError: a side is unknown, the strength is out of range, or diffusers has no inpainting pipeline for the
-            family.
+        ValueError: a side is unknown, or the scheduler's noise is not known.
 
     Example:
         >>> Inpainting(("left",)).sides
         ('left',)
     """
 
-    access: ClassVar[Access] = "text"
+    access: ClassVar[Access] = "sampler"
 
     sides: tuple[Side, ...] = ("bottom", "right", "top", "left")
     prompts: tuple[str, ...] = ("{target}", "")
-    strength: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sides", tuple(checks.choice("sides", side, get_args(Side)) for side in self.sides))
-        object.__setattr__(self, "strength", checks.number("strength", self.strength, 0, 1, above=True))
         for each in self.prompts:
             checks.text("prompts", each, empty=True)
 
     def check(self, pipe: Any) -> None:
         super().check(pipe)
-        converted(pipe, KIND)
+        Noising.of(pipe)
 
     def propose(self, target: Target, victim: Victim) -> Iterator[Proposal]:
         image = picture_of(victim, target)
         for side in self.sides:
             for text in self.prompts:
                 prompt = text.replace("{target}", target.prompt)
-                call = {"image": image, "mask_image": half_mask(image, side), "strength": self.strength}
+                visible = Visible(image, half_mask(image, side), target.seed)
                 about = f"the {side} of a picture of the concept drawn again, prompt {prompt!r}"
-                yield Proposal(
-                    prompt, call, about, pipeline=partial(converted, kind=KIND), tensors={"image": image.contiguous()}
-                )
+                yield Proposal(prompt, about=about, inside=visible, tensors={"image": image.contiguous()})

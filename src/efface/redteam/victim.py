@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -14,6 +17,8 @@ from .. import api
 from .._text import encoder_of, readers
 from .._weights import denoiser_of
 from ..attacks._contract import BudgetSpent, Cost, Proposal
+from ..delta import Delta
+from ..families import family
 from ..pipelines import draw
 
 if TYPE_CHECKING:
@@ -97,7 +102,7 @@ class GuardedModel:
             else:
                 pipe = proposal.pipeline(self.pipe)
                 pipe.set_progress_bar_config(disable=True)
-                stack.enter_context(api.stack(pipe, *self.erasers))
+                stack.enter_context(api.stack(pipe, *(self.erasers if proposal.guarded else ())))
             if proposal.inside is not None:
                 stack.enter_context(proposal.inside(pipe))
             images = draw(pipe, prompts, seeds, self.batch, guidance, num_inference_steps=steps, **call)
@@ -114,6 +119,26 @@ class GuardedModel:
         if self._counting:
             self.spent.pictures += len(images)
         return images
+
+    def stolen(self) -> GuardedModel:
+        deltas = [each for each in self.erasers if isinstance(each, Delta)]
+        if len(deltas) < len(self.erasers):
+            names = ", ".join(type(each).__name__ for each in self.erasers if not isinstance(each, Delta))
+            raise ValueError(
+                f"{names} acts at run time, so whoever has the weights leaves it out. Attack deltas this way, or the "
+                "base model."
+            )
+        with self.original():
+            denoiser, pipe = denoiser_of(self.pipe), copy.copy(self.pipe)
+            module = copy.deepcopy(denoiser)
+            for hooks in (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs):
+                hooks.clear()  # the meter of the original
+            pipe.register_modules(**{family(pipe).denoiser: module})
+            if deltas:
+                functools.reduce(operator.add, deltas).merge(pipe)
+        if self._counting:
+            module.register_forward_pre_hook(self._count, with_kwargs=True)
+        return replace(self, pipe=pipe, erasers=(), spent=self.spent, _on=None, _counting=False)
 
     def found(self, images: Tensor) -> Tensor:
         if self.search is None:
