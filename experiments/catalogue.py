@@ -8,12 +8,14 @@ from typing import Any
 
 import efface
 from efface import api, registry
+from efface.attacks.concept_arithmetics import RECIPES
 from efface.models.emoji.weights import FOLDER
 
 from .closed_form import ClosedForm
 from .literal import denoiser_calls as calls
 from .literal import finetune
 from .outcome import COLUMNS, NEGATIVES, Arm, Outcome, Sweep, chosen, first_that_reaches
+from .redteam import Guard, Redteam
 from .runner import Experiment, Plan
 from .sequence import Sequenced
 from .timing import Timing
@@ -91,6 +93,45 @@ def finetuned() -> dict[str, Any]:
 SCENES = {f"{model}, batch {b}": partial(calls.scene, model, b) for model in ("emoji", "sd15") for b in (1, 8)}
 TARGETS = dict.fromkeys(("eiup projected", "projected, 1 phrase", "eiup separate", "eiup gated", "gie"), 1.05)
 TARGETS |= {"safree": 1.02, "sld, 1 phrase": 1.5, "negative, own strength, 1 phrase": 1.5}
+
+RUN_TIME_GUARDS = ("eiup", "gie", "safree", "sld", "rece + eiup")
+GUARDS = {
+    "base": Guard(),
+    "eiup": Guard(methods=(efface.EIUP,)),
+    "gie": Guard(methods=(efface.GIE,)),
+    "safree": Guard(methods=(efface.SAFREE,)),
+    "sld": Guard(methods=(efface.SLD.strong,)),
+    "rece": Guard(efface.RECE()),
+    "esd": Guard(efface.ESD()),
+    "rece + eiup": Guard(efface.RECE(), (efface.EIUP,)),
+}
+WEIGHTS = {"quantisation": efface.Quantisation(), "relearning": efface.Relearning()}
+WEIGHTS |= {"relearning, unrelated": efface.Relearning(unrelated="a house")}
+CHEAP: dict[str, Any] = {
+    "prompt_as_negative": efface.PromptAsNegative(),
+    "paraphrase": efface.Paraphrase(),
+    "lookalike": efface.Lookalike(),
+    "translation": efface.Translation(),
+    "repetition": efface.Repetition(),
+    "best_of_n": efface.BestOfN(),
+    "guidance_sweep": efface.GuidanceSweep(),
+    "prompt_schedule": efface.PromptSchedule(),
+    "image_to_image": efface.ImageToImage(),
+    "inpainting": efface.Inpainting(),
+    **WEIGHTS,
+}
+SEARCHES: dict[str, Any] = {
+    "ring_a_bell": efface.RingABell(),
+    "gcg": efface.GCG(),
+    "p4d": efface.P4D(),
+    "unlearndiffatk": efface.UnlearnDiffAtk(),
+    "concept_inversion": efface.ConceptInversion(),
+}
+
+
+def arithmetic(recipe: Any) -> efface.ConceptArithmetics:
+    return efface.ConceptArithmetics(recipes=(recipe,))
+
 
 RUN_TIME = Sweep(
     name="run_time_sweep",
@@ -241,6 +282,22 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         slower=True,
         used=(finetune.Naive, efface.ESD, efface.SDD),
         count=finetuned,
+    ),
+    Redteam(
+        name="attacks",
+        question="Which attack brings an erased concept back, from which eraser?",
+        cap=20.0,
+        guards=GUARDS,
+        attacks=CHEAP | {f"concept_arithmetics {recipe}": arithmetic(recipe) for recipe in RECIPES},
+        left_out=frozenset((guard, attack) for guard in GUARDS for attack in WEIGHTS if guard in RUN_TIME_GUARDS),
+    ),
+    Redteam(
+        name="gradient_attacks",
+        question="Which attack by tokens or gradients brings an erased concept back, from which eraser?",
+        cap=20.0,
+        guards=GUARDS,
+        attacks=SEARCHES,
+        budget=3000,
     ),
     ClosedForm(name="closed_form", question="What do UCE and RECE cost, and how exact are they?", cap=1.0),
 )

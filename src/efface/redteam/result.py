@@ -175,10 +175,9 @@ class AttackResult:
         )
         if control is not None and over is not None:
             low, high = over.interval
-            luck = low > 0
+            more = "does more than" if low > 0 else "does no more than" if over.value <= 0 else "may do no more than"
             text += (
-                f" Random texts with the same search reach {control}, "
-                + ("so the attack does more than luck" if luck else "so luck is not ruled out")
+                f" Random texts with the same search reach {control}, so the attack {more} luck"
                 + f" (difference {100 * over.value:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}])."
             )
         return text
