@@ -10,13 +10,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test test-slow leaderboard lint types clean
+.PHONY: help venv install demo test test-slow leaderboard redteam lint types clean
 
 help:
 	@echo "make demo       install if needed, then erase a concept and write before/after pictures"
 	@echo "make test       install if needed, then ruff, mypy and the fast tests"
 	@echo "make test-slow  the slow tests; their outcome goes to results/slow_tests.json"
 	@echo "make leaderboard  every method on the same prompts, into docs/; hours, can be stopped and continued"
+	@echo "make redteam    every attack on eight erasers, into results/; hours, can be stopped and continued"
 	@echo "make lint       ruff and mypy only"
 	@echo "make types      pyright, which fetches itself from npm on first use"
 	@echo "make clean      remove caches and build output (not $(VENV), not efface-out)"
@@ -52,6 +53,10 @@ test-slow: $(STAMP)
 leaderboard: $(STAMP)
 	$(BIN)/python -m experiments leaderboard
 	$(BIN)/python -m experiments docs
+
+redteam: $(STAMP)
+	$(BIN)/python -m experiments attacks
+	$(BIN)/python -m experiments gradient_attacks
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -297,7 +297,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         cap=20.0,
         guards=GUARDS,
         attacks=SEARCHES,
-        budget=3000,
+        budget=2000,
     ),
     ClosedForm(name="closed_form", question="What do UCE and RECE cost, and how exact are they?", cap=1.0),
 )

@@ -44,7 +44,7 @@ class Redteam(Experiment):
         attacks: name -> attack.
         left_out: (guard, attack) pairs that make no sense, such as weights of a run-time guard.
         concepts: the erased concepts.
-        prompts: prompts per concept, of all cells in turn.
+        prompts: prompts per concept, of all cells in turn; fewer if `n` leaves less than four pictures for each.
         budget: denoiser rows per prompt for the search.
     """
 
@@ -56,8 +56,8 @@ class Redteam(Experiment):
     left_out: frozenset[tuple[str, str]] = frozenset()
     concepts: tuple[str, ...] = ("alcohol",)
     prompts: int = 12
-    budget: int = 2000
-    n: int = 32
+    budget: int = 1000
+    n: int = 48
     model: str = "emoji"
     block: str = "selection"
     columns: ClassVar[Mapping[str, str]] = {
@@ -91,7 +91,7 @@ class Redteam(Experiment):
         """The prompts of a concept in this block, of all cells in turn."""
         cells = [[text for text, _ in plan.world.prompts(concept, cell, plan.block)] for cell in CELLS]
         turns = [cell[k] for k in range(max(map(len, cells))) for cell in cells if k < len(cell)]
-        return tuple(turns[: self.prompts])
+        return tuple(turns[: min(self.prompts, max(2, plan.n // 4))])
 
     def _unit(self, plan: Plan, guard: str, attack: str, concept: str, fitted: Unit | None) -> Unit:
         texts, methods = self.texts(plan, concept), [make(named(concept)) for make in self.guards[guard].methods]
@@ -103,7 +103,7 @@ class Redteam(Experiment):
             "concept": concept,
             "prompts": texts,
             "seeds": [SEEDS[plan.block].stop - STEP * (place + 1), each],
-            "erasers": [{"delta": fitted.digest}] * (fitted is not None) + [config(m) for m in methods],
+            "erasers": [*([{"delta": fitted.digest}] if fitted else []), *map(config, methods)],
             "attack": config(self.attacks[attack]),
             "budget": self.budget,
             "code": code_hash(*used, *([efface.Delta, type(self.guards[guard].editor)] if fitted else [])),
@@ -113,7 +113,7 @@ class Redteam(Experiment):
         )
 
         def erasers() -> list[Any]:
-            return [efface.Delta.load(delta_file(plan, fitted))] * (fitted is not None) + methods
+            return [*([efface.Delta.load(delta_file(plan, fitted))] if fitted else []), *methods]
 
         def measure() -> dict[str, Any]:
             made = redteam.attack(

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import efface
-from efface import Delta, Run, _trials, files, schema
+from efface import Delta, Run, _trials, files, redteam, schema
 from efface.detectors import _encoders, classifier, nudenet, q16
 from efface.editors import _search
 from efface.erasers.gie import fit
@@ -103,6 +103,7 @@ JSON = {
         "calibration/strength-2.json",
         lambda f: _trials._read(f / "calibration/strength-2.json", 2, ("left", "kept")),
     ),
+    "attack": Reader("attack/attack.json", lambda f: redteam.opened(f / "attack")),
     "ladder": Reader("ladder.json", lambda f: fit.Ladder(f / "ladder.json", {"call": {}})),
     "prompts": Reader("ccrt/1/prompts.json", read_prompts),
     "classifier": Reader("classifier/config.json", _labels),
@@ -118,6 +119,7 @@ JSON = {
 LINES = {
     "samples": Reader("run/cat/samples.jsonl", read_run),
     "base samples": Reader("run/base/samples.jsonl", read_run),
+    "attempts": Reader("attack/attempts.jsonl", lambda f: redteam.opened(f / "attack")),
     "boxes": Reader("boxes.jsonl", lambda f: nudenet._stored(str(f / "boxes.jsonl"))),
 }
 HEADERS = {
@@ -223,6 +225,9 @@ def test_a_file_that_is_none_is_refused(name: str, harm: str, there: Path) -> No
     HARMS[harm](path)
     if name == "csv" and harm in ("truncated", "deep", "huge text", "number"):
         with pytest.raises(ValueError, match=r"prompts\.csv"):
+            READERS[name].read(there)
+    elif name == "attempts" and harm in ("truncated", "empty", "deep"):
+        with pytest.raises(ValueError, match=r"is not finished.*\d of 2"):
             READERS[name].read(there)
     elif name == "boxes" and harm in ("truncated", "empty", "deep"):
         READERS[name].read(there)  # the last line was cut off: its picture is looked at again

@@ -75,8 +75,20 @@ def attempts(folder: Path) -> list[dict[str, Any]]:
             continue  # a killed process did not finish it
         where = f"{path}, line {number}"
         entry = files.json_of(line, where, RESTORE)
-        found.append(schema.check(entry, AttemptLine, where, RESTORE))
+        _check_whole(schema.check(entry, AttemptLine, where, RESTORE), len(found), where)
+        found.append(entry)
     return found
+
+
+def _check_whole(entry: Mapping[str, Any], k: int, where: str) -> None:
+    """Raises ValueError if the parts of a line do not belong together."""
+    outcomes, pictures = entry["outcomes"], entry["pictures"]
+    counts = {arm: len(each) for arm, each in outcomes.items()}
+    whole = entry["k"] == k and counts == {arm: len(each) for arm, each in pictures.items()}
+    if outcomes:
+        whole = whole and {"base", "before"} <= outcomes.keys() and "attacked" in entry.get("search", {})
+    if not whole or set(counts.values()) - {len(entry["seeds"])}:
+        raise ValueError(f"{where} is damaged, because its outcomes, pictures and seeds do not match. {RESTORE}")
 
 
 def mend(folder: Path) -> int:
@@ -110,7 +122,7 @@ def opened(folder: str | Path) -> AttackResult:
 
     Raises:
         FileNotFoundError: the folder holds no attack.
-        ValueError: a file is damaged or of another version.
+        ValueError: a file is damaged or of another version, or the attack is not finished.
     """
     from .. import schema
     from .forms import AttackFile
@@ -119,4 +131,10 @@ def opened(folder: str | Path) -> AttackResult:
     if not files.there(path):
         raise FileNotFoundError(f"{folder} has no {SETTING}, so it holds no attack. Make one with `efface attack`.")
     setting = schema.read(path, AttackFile, RESTORE)
-    return AttackResult(Path(folder), setting, tuple(attempts(Path(folder))))
+    done, total = attempts(Path(folder)), len(setting["prompts"])
+    if len(done) != total:
+        raise ValueError(
+            f"The attack in {folder} is not finished: it has {len(done)} of {total} prompts. Run its command again, "
+            "which continues."
+        )
+    return AttackResult(Path(folder), setting, tuple(done))

@@ -60,8 +60,9 @@ class AttemptLine(Form):
 
     k: Count
     prompt: Text
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1, max_length=100_000)]
     drawn_by_base: Annotated[float, Field(ge=0, le=1)]
     outcomes: dict[Arm, Annotated[list[Annotated[int, Field(ge=0, le=2)]], Field(max_length=100_000)]]
-    search: dict[Arm, SearchFacts] = Field(default_factory=dict)
+    search: dict[Arm, SearchFacts] = Field(default_factory=dict, max_length=4)
     pictures: dict[Arm, list[AttackPicture]]
     seconds: Annotated[float, Field(ge=0)]
