@@ -8,6 +8,11 @@ from .api import concepts as concepts
 from .api import conditional_rows as conditional_rows
 from .api import erase as erase
 from .api import stack as stack
+from .attacks.concept_inversion import ConceptInversion as ConceptInversion
+from .attacks.gcg import GCG as GCG
+from .attacks.p4d import P4D as P4D
+from .attacks.ring_a_bell import RingABell as RingABell
+from .attacks.unlearndiffatk import UnlearnDiffAtk as UnlearnDiffAtk
 from .calibration import calibrate as calibrate
 from .core import Concept as Concept
 from .core import Detector as Detector
