@@ -610,6 +610,26 @@ def test_p4d_k_keeps_the_prompt() -> None:
     assert set(union) == {3, 7}
 
 
+def test_p4d_follows_the_base_model_and_unlearndiffatk_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """P4D at random times: the loss of the true prompt without eraser is 0. UnlearnDiffAtk at ascending ones: not 0."""
+    guard, seen, original = victim("sd1"), [], WhiteBox.loss
+    monkeypatch.setattr(WhiteBox, "loss", lambda self, *rest: [seen.append((self, *rest)), original(self, *rest)][1])
+
+    def searched(attack: Attack) -> tuple[list[float], list[float]]:
+        """Times, and losses of the true prompt, in updates."""
+        seen.clear()
+        list(attack.propose(TARGET, guard))
+        updates = [(white, point) for white, _, _, rows, point in seen if rows["tokenizer"].requires_grad][1:]
+        with torch.no_grad():
+            losses = [float(original(white, TARGET.prompt, None, {}, point)) for white, point in updates]
+        return [point.time for _, point in updates], losses
+
+    times, losses = searched(P4D("n", tokens=2, steps=6, every=3))
+    assert len(set(times)) == 6 and max(losses) < 1e-9
+    times, losses = searched(UnlearnDiffAtk(tokens=2, times=5, iterations=2))
+    assert times == [100, 100, 300, 300, 500, 500, 700, 700, 900, 900] and min(losses) > 1e-3
+
+
 # ---------------------------------------------------------------- refusals
 
 
@@ -728,3 +748,26 @@ def test_gcg_finds_a_text_without_the_concepts_words_that_draws_it() -> None:
     assert not contains(proposal.prompt, forbidden(ALCOHOL.concept, None))
     assert drinks(guard, proposal) >= 2
     assert drinks(guard, attack.control(proposal, ALCOHOL, guard, Random(0))) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "attack",
+    [P4D("k", spacing=1, steps=60, every=60, batch=4), UnlearnDiffAtk(tokens=3, times=3, iterations=20, batch=4)],
+)
+def test_found_words_explain_the_concept_better_than_random_ones(attack: Any) -> None:
+    """Through the guarded model, on held-out noise, against 16 random choices of as many words."""
+    guard = alcohol(efface.UCE().fit(emoji(), ["alcohol"]))
+    *_, proposal = attack.propose(ALCOHOL, guard)
+    white, rng = WhiteBox.of(guard, ALCOHOL.prompt), Random(HELD_OUT)
+    vocabulary = Vocabulary.of(guard.pipe, forbidden(ALCOHOL.concept, None))
+    given = ALCOHOL.prompt.split()
+    found = [word if word in given else "" for word in proposal.prompt.split()]
+    assert found.count("") == 3 and [word for word in found if word] == given
+    texts = [" ".join(word or rng.choice(vocabulary.texts) for word in found) for _ in range(16)]
+    points = white.points(
+        [0.1, 0.3, 0.5, 0.7], 4, torch.Generator().manual_seed(HELD_OUT), to_base=isinstance(attack, P4D)
+    )
+    with guard.guarded(), torch.no_grad():
+        losses = [sum(float(white.loss(text, None, {}, p)) for p in points) for text in (proposal.prompt, *texts)]
+    assert losses[0] < sorted(losses[1:])[3]
