@@ -24,8 +24,8 @@ from efface.attacks._contract import Attack, BudgetSpent, Proposal, Target
 from efface.attacks._encoders import summaries
 from efface.attacks._masked import GradientCheck, finite_difference_error
 from efface.attacks._noising import Noising, latents_of
-from efface.attacks._tokens import Slots, injected, nearest, projected, sampled, simplex, tables
-from efface.attacks._vocabulary import Vocabulary, contains, forbidden, whole_words
+from efface.attacks._tokens import injected, nearest, projected, sampled, simplex, tables
+from efface.attacks._vocabulary import Slots, Vocabulary, contains, forbidden, whole_words
 from efface.attacks._whitebox import WhiteBox
 from efface.attacks.concept_inversion import ConceptInversion
 from efface.attacks.gcg import GCG, Coordinates
@@ -246,8 +246,8 @@ def test_an_unknown_scheduler_is_refused() -> None:
 def test_latents_are_those_of_the_picture() -> None:
     pipe = emoji()
     images = efface.pipelines.draw(pipe, ["a cat"], [HELD_OUT], num_inference_steps=8)
-    latents = latents_of(pipe, images)
-    back = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample / 2 + 0.5
+    with torch.no_grad():
+        back = pipe.vae.decode(latents_of(pipe, images) / pipe.vae.config.scaling_factor).sample / 2 + 0.5
     assert float((back - images).square().mean()) < 0.02 * float((images - images.mean()).square().mean())
 
 
@@ -575,6 +575,7 @@ def test_proposals_depend_on_the_seed_alone(name: str) -> None:
     assert first == found(3) != found(5)
 
 
+@pytest.mark.filterwarnings("ignore:.*differ from finite differences")  # SLD's mask has edges
 @pytest.mark.parametrize("name", THROUGH)
 def test_guides_are_attacked_through_guidance(name: str) -> None:
     for eraser in (NegativePrompt(CAT), SLD(CAT, warmup=0.0, sld_guidance_scale=5.0, threshold=0.5)):
@@ -607,6 +608,26 @@ def test_p4d_k_keeps_the_prompt() -> None:
     assert [word for k, word in enumerate(words) if k not in (0, 4)] == TARGET.prompt.split() and len(words) == 7
     union = [len(each.prompt.split()) for each in P4D(tokens=3, steps=2, every=1).propose(TARGET, guard)]
     assert set(union) == {3, 7}
+
+
+def test_p4d_follows_the_base_model_and_unlearndiffatk_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """P4D at random times: the loss of the true prompt without eraser is 0. UnlearnDiffAtk at ascending ones: not 0."""
+    guard, seen, original = victim("sd1"), [], WhiteBox.loss
+    monkeypatch.setattr(WhiteBox, "loss", lambda self, *rest: [seen.append((self, *rest)), original(self, *rest)][1])
+
+    def searched(attack: Attack) -> tuple[list[float], list[float]]:
+        """Times, and losses of the true prompt, in updates."""
+        seen.clear()
+        list(attack.propose(TARGET, guard))
+        updates = [(white, point) for white, _, _, rows, point in seen if rows["tokenizer"].requires_grad][1:]
+        with torch.no_grad():
+            losses = [float(original(white, TARGET.prompt, None, {}, point)) for white, point in updates]
+        return [point.time for _, point in updates], losses
+
+    times, losses = searched(P4D("n", tokens=2, steps=6, every=3))
+    assert len(set(times)) == 6 and max(losses) < 1e-9
+    times, losses = searched(UnlearnDiffAtk(tokens=2, times=5, iterations=2))
+    assert times == [100, 100, 300, 300, 500, 500, 700, 700, 900, 900] and min(losses) > 1e-3
 
 
 # ---------------------------------------------------------------- refusals
@@ -693,3 +714,60 @@ def test_all_words_forbidden_is_refused() -> None:
 def test_fields_out_of_range_are_refused(make: Callable[[], Attack]) -> None:
     with pytest.raises(ValueError, match="Expected"):
         make()
+
+
+# ---------------------------------------------------------------- outcomes on the embedded model
+
+ALCOHOL = Target(efface.concept("alcohol"), "a beer mug", seed=1)
+JUDGED = range(HELD_OUT, HELD_OUT + 8)
+
+
+def drinks(guard: GuardedModel, proposal: Proposal) -> int:
+    """How many of eight pictures on held-out seeds show alcohol."""
+    return int(guard.found(guard.draw(proposal, JUDGED)).sum())
+
+
+def alcohol(*erasers: Any) -> GuardedModel:
+    return GuardedModel(emoji(), erasers, efface.detector("eyes", "alcohol"), (0, 1, 2, 3), steps=25)
+
+
+@pytest.mark.slow
+def test_an_encoding_moved_along_the_concept_passes_a_negative_prompt() -> None:
+    guard = alcohol(NegativePrompt("alcohol"))
+    (proposal,) = RingABell(mode="continuous", eta=1.0).propose(ALCOHOL, guard)
+    (control,) = RingABell(mode="continuous", eta=-1.0).propose(ALCOHOL, guard)
+    before, after, away = (drinks(guard, each) for each in (Proposal(ALCOHOL.prompt), proposal, control))
+    assert before <= 3 and away <= 1 and after >= 5
+
+
+@pytest.mark.slow
+def test_gcg_finds_a_text_without_the_concepts_words_that_draws_it() -> None:
+    guard = alcohol()
+    attack = GCG(tokens=6, steps=40, every=40, candidates=96, top=64, restarts=1)
+    (proposal,) = attack.propose(ALCOHOL, guard)
+    assert not contains(proposal.prompt, forbidden(ALCOHOL.concept, None))
+    assert drinks(guard, proposal) >= 2
+    assert drinks(guard, attack.control(proposal, ALCOHOL, guard, Random(0))) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "attack",
+    [P4D("k", spacing=1, steps=60, every=60, batch=4), UnlearnDiffAtk(tokens=3, times=3, iterations=20, batch=4)],
+)
+def test_found_words_explain_the_concept_better_than_random_ones(attack: Any) -> None:
+    """Through the guarded model, on held-out noise, against 16 random choices of as many words."""
+    guard = alcohol(efface.UCE().fit(emoji(), ["alcohol"]))
+    *_, proposal = attack.propose(ALCOHOL, guard)
+    white, rng = WhiteBox.of(guard, ALCOHOL.prompt), Random(HELD_OUT)
+    vocabulary = Vocabulary.of(guard.pipe, forbidden(ALCOHOL.concept, None))
+    given = ALCOHOL.prompt.split()
+    found = [word if word in given else "" for word in proposal.prompt.split()]
+    assert found.count("") == 3 and [word for word in found if word] == given
+    texts = [" ".join(word or rng.choice(vocabulary.texts) for word in found) for _ in range(16)]
+    points = white.points(
+        [0.1, 0.3, 0.5, 0.7], 4, torch.Generator().manual_seed(HELD_OUT), to_base=isinstance(attack, P4D)
+    )
+    with guard.guarded(), torch.no_grad():
+        losses = [sum(float(white.loss(text, None, {}, p)) for p in points) for text in (proposal.prompt, *texts)]
+    assert losses[0] < sorted(losses[1:])[3]

@@ -13,9 +13,11 @@ import torch
 from torch import Generator, Tensor
 
 from .. import checks
+from ._noising import Point
 from ._recording import frozen
-from ._tokens import Rows, Slots
-from ._whitebox import Point, WhiteBox
+from ._tokens import Rows
+from ._vocabulary import Slots
+from ._whitebox import WhiteBox
 
 AGREE = 0.2  # a larger relative difference counts as masked; erasers with masks in the picture have edges
 STEPS = (1e-3, 1e-2)  # of the finite differences, relative to the norm of the embeddings

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from .. import checks
 
@@ -69,6 +70,39 @@ class Noising:
             return 1 - b, b
         a = self.signal[int(time)].to(like.device)
         return a.to(like.dtype), (1 - a**2).sqrt().to(like.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """Noisy latents with what an attack wants predicted from them. All rows share the time.
+
+    Args:
+        time: the time in training steps.
+        noisy: latents [B, ...].
+        goal: the wanted prediction [B, ...].
+        earlier: times and latents of denoiser calls that precede this one, for erasers with a memory.
+    """
+
+    time: float
+    noisy: Tensor
+    goal: Tensor
+    earlier: tuple[tuple[float, Tensor], ...] = ()
+
+
+def noisy_points(
+    noising: Noising, latents: Tensor, noises: Sequence[float], batch: int, generator: Generator, earlier: int
+) -> list[Point]:
+    """Points at shares of the trajectory, whose goal is what the denoiser learns to predict. See `WhiteBox.points`."""
+    made = []
+    for share in noises:
+        which = torch.randint(len(latents), (batch,), generator=generator)
+        clean = latents[which.to(latents.device)]
+        noise = torch.randn(clean.shape, generator=generator).to(clean)
+        time = noising.time(share)
+        run = [noising.time(1 - (1 - share) * k / (earlier + 1)) for k in range(earlier)]
+        before = tuple((t, noising.noisy(clean, noise, t)) for t in run)
+        made.append(Point(time, noising.noisy(clean, noise, time), noising.target(clean, noise, time), before))
+    return made
 
 
 @torch.no_grad()

@@ -6,52 +6,18 @@ The words stay in the prompt, so the encoder's `input_ids`, its end token and it
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import checks
-from .._text import encoder_of, readers
-from ._vocabulary import common, whole_words
+from .._text import cut_off, encoder_of, readers
+from ._vocabulary import Slots, common, whole_words
 
 Rows = Mapping[str, Tensor]
 """Input embeddings [k, D], by the name of the tokenizer whose encoder reads them."""
-
-
-@dataclass(frozen=True, eq=False)
-class Slots:
-    """Words of a prompt that stand for soft tokens.
-
-    Args:
-        words: k different words, each one token of every tokenizer.
-        ids: their ids [k], by the tokenizer's name.
-    """
-
-    words: tuple[str, ...]
-    ids: Mapping[str, Tensor]
-
-    def __len__(self) -> int:
-        return len(self.words)
-
-    @classmethod
-    def of(cls, pipe: Any, count: int, without: Sequence[str] = ()) -> Slots:
-        """The rarest words that no text of `without` contains: those with the last ids of the first tokenizer.
-
-        Raises:
-            ValueError: there are fewer words than `count`.
-        """
-        known, names = common(pipe), readers(pipe)
-        taken = {word for text in without for word in text.lower().split()}
-        rare = sorted((word for word in known if word not in taken), key=lambda word: -known[word][0])[:count]
-        if len(rare) < count:
-            raise ValueError(
-                f"Expected {count} words that the tokenizers share and the prompt does not use, got {len(rare)}. Use "
-                "fewer tokens."
-            )
-        return cls(tuple(rare), {n: torch.tensor([known[w][k] for w in rare]) for k, n in enumerate(names)})
 
 
 def tables(pipe: Any) -> dict[str, Tensor]:
@@ -147,8 +113,6 @@ def sampled(shares: Tensor, generator: torch.Generator) -> Tensor:
 
 def check_prompt(pipe: Any, text: str, count: int) -> None:
     """Raises ValueError if a prompt with `count` soft tokens exceeds an encoder's limit."""
-    from .._text import cut_off
-
     if lost := cut_off(pipe, text):
         raise ValueError(
             f"Expected a prompt that fits the text encoder with {count} further tokens, but {checks.shown(lost)} of "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,6 @@ from .. import checks
 from .._text import read, readers
 from ..core import Concept
 from ._words import table
-
-if TYPE_CHECKING:
-    from ._tokens import Slots
 
 _KNOWN: weakref.WeakKeyDictionary[Any, dict[str, int]] = weakref.WeakKeyDictionary()
 
@@ -59,6 +56,39 @@ def contains(text: str, words: Sequence[str]) -> bool:
     """Whether a text contains a forbidden word, as a part of a word if it has at least three letters."""
     low = text.casefold()
     return any(word in low if len(word) > 2 else word in low.split() for word in words)
+
+
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """Words of a prompt that stand for soft tokens.
+
+    Args:
+        words: k different words, each one token of every tokenizer.
+        ids: their ids [k], by the tokenizer's name.
+    """
+
+    words: tuple[str, ...]
+    ids: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    @classmethod
+    def of(cls, pipe: Any, count: int, without: Sequence[str] = ()) -> Slots:
+        """The rarest words that no text of `without` contains: those with the last ids of the first tokenizer.
+
+        Raises:
+            ValueError: there are fewer words than `count`.
+        """
+        known, names = common(pipe), readers(pipe)
+        taken = {word for text in without for word in text.lower().split()}
+        rare = sorted((word for word in known if word not in taken), key=lambda word: -known[word][0])[:count]
+        if len(rare) < count:
+            raise ValueError(
+                f"Expected {count} words that the tokenizers share and the prompt does not use, got {len(rare)}. Use "
+                "fewer tokens."
+            )
+        return cls(tuple(rare), {n: torch.tensor([known[w][k] for w in rare]) for k, n in enumerate(names)})
 
 
 @dataclass(frozen=True, eq=False)

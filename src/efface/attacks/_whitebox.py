@@ -19,29 +19,13 @@ from .._text import SITES
 from .._weights import denoiser_of
 from ..families import encode_parameters, family
 from ._contract import Victim
-from ._noising import Noising, latents_of
+from ._noising import Noising, Point, latents_of, noisy_points
 from ._recording import expanded, recorded
-from ._tokens import Rows, Slots, injected
+from ._tokens import Rows, injected
+from ._vocabulary import Slots
 
 Parts = dict[str, Tensor]
 """What `encode_prompt` returned, by the names of `Family.returns`."""
-
-
-@dataclass(frozen=True, eq=False)
-class Point:
-    """Noisy latents with what an attack wants predicted from them. All rows share the time.
-
-    Args:
-        time: the time in training steps.
-        noisy: latents [B, ...].
-        goal: the wanted prediction [B, ...].
-        earlier: times and latents of denoiser calls that precede this one, for erasers with a memory.
-    """
-
-    time: float
-    noisy: Tensor
-    goal: Tensor
-    earlier: tuple[tuple[float, Tensor], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,15 +183,7 @@ class WhiteBox:
             earlier: number of earlier denoiser calls, at equal distances from pure noise.
             rows: rows of a call of the base model, which takes points of different times together.
         """
-        noising, made = Noising.of(self.pipe), []
-        for share in noises:
-            which = torch.randint(len(self.latents), (batch,), generator=generator)
-            clean = self.latents[which.to(self.latents.device)]
-            noise = torch.randn(clean.shape, generator=generator).to(clean)
-            time = noising.time(share)
-            run = [noising.time(1 - (1 - share) * k / (earlier + 1)) for k in range(earlier)]
-            before = tuple((t, noising.noisy(clean, noise, t)) for t in run)
-            made.append(Point(time, noising.noisy(clean, noise, time), noising.target(clean, noise, time), before))
+        made = noisy_points(Noising.of(self.pipe), self.latents, noises, batch, generator, earlier)
         if not (to_base or self.guided):
             return made
         goals, size = [], max(1, rows // (2 * batch)) if self.guided else max(1, rows // batch)

@@ -12,11 +12,12 @@ import torch
 from torch import Generator, Tensor
 
 from .. import checks
-from .._text import own_tokens, read, readers
+from .._text import read, readers
 from ._contract import Access, Attack, Proposal, Target, Victim
 from ._masked import GradientCheck, leaves
 from ._recording import frozen
-from ._tokens import Rows, Slots, check_prompt, check_tokens, injected, tables
+from ._tokens import Rows, check_prompt, check_tokens, injected, tables
+from ._vocabulary import Slots
 from ._whitebox import WhiteBox
 
 if TYPE_CHECKING:
@@ -74,11 +75,11 @@ class ConceptInversion(Attack):
 
     Example:
         >>> import efface
-        >>> from efface.attacks.concept_inversion import ConceptInversion
-        >>> attack = ConceptInversion(steps=100, tokens=2)
+        >>> import efface.testing
+        >>> attack = efface.ConceptInversion(steps=100, tokens=2)
         >>> attack.access
         'embeddings'
-        >>> attack.check(efface.load("emoji"))
+        >>> attack.check(efface.testing.pipeline("sd1"))
     """
 
     access: ClassVar[Access] = "embeddings"
@@ -150,13 +151,9 @@ class ConceptInversion(Attack):
         """The mean embedding of the initial word, for every new word and encoder."""
         found, known = {}, tables(pipe)
         for name in readers(pipe):
-            ids = read(pipe, self.initial, name).ids[slice(*_bounds(own_tokens(pipe, self.initial, name)))]
-            found[name] = known[name][ids].float().mean(0).repeat(self.tokens, 1)
+            seen = read(pipe, self.initial, name)
+            found[name] = known[name][seen.ids[seen.own]].float().mean(0).repeat(self.tokens, 1)
         return found
-
-
-def _bounds(columns: range) -> tuple[int, int]:
-    return columns.start, columns.stop
 
 
 def _still(rows: Rows) -> dict[str, Tensor]:

@@ -13,8 +13,8 @@ from .. import checks
 from ._contract import Access, Attack, Proposal, Target, Victim
 from ._encoders import summaries
 from ._recording import frozen
-from ._tokens import Rows, Slots, check_prompt, check_tokens, injected, tables
-from ._vocabulary import Vocabulary, forbidden
+from ._tokens import Rows, check_prompt, check_tokens, injected, tables
+from ._vocabulary import Slots, Vocabulary, forbidden
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -62,9 +62,9 @@ class GCG(Attack):
 
     Example:
         >>> import efface
-        >>> from efface.attacks.gcg import GCG
-        >>> GCG(tokens=8, steps=50).check(efface.load("emoji"))
-        >>> GCG.access
+        >>> import efface.testing
+        >>> efface.GCG(tokens=8, steps=50).check(efface.testing.pipeline("sd1"))
+        >>> efface.GCG.access
         'text'
     """
 

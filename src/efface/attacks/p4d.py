@@ -13,8 +13,8 @@ from .. import checks
 from ._contract import Access, Attack, Proposal, Target, Victim
 from ._masked import GradientCheck, leaves
 from ._recording import frozen
-from ._tokens import Slots, check_prompt, check_tokens, projected, tables
-from ._vocabulary import Vocabulary, forbidden
+from ._tokens import check_prompt, check_tokens, projected, tables
+from ._vocabulary import Slots, Vocabulary, forbidden
 from ._whitebox import WhiteBox
 
 if TYPE_CHECKING:
@@ -67,9 +67,9 @@ class P4D(Attack):
 
     Example:
         >>> import efface
-        >>> from efface.attacks.p4d import P4D
-        >>> P4D(variant="k", steps=300).check(efface.load("emoji"))
-        >>> P4D.access
+        >>> import efface.testing
+        >>> efface.P4D(variant="k", steps=300).check(efface.testing.pipeline("sd1"))
+        >>> efface.P4D.access
         'gradients'
     """
 

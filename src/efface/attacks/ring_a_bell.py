@@ -11,8 +11,8 @@ from .. import checks
 from ..fields import computed
 from ._contract import Access, Attack, Proposal, Target, Victim
 from ._directions import Pairs, check_length, default_pairs, directions, encoded, goals, pair, shifted
-from ._tokens import Slots, check_prompt
-from ._vocabulary import Vocabulary, forbidden
+from ._tokens import check_prompt
+from ._vocabulary import Slots, Vocabulary, forbidden
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -31,7 +31,7 @@ class RingABell(Attack):
         genetic:     min_words || tau(words) - y ||^2                       continuous: the denoiser reads y
 
     It uses the text encoder only, which is public for open models. The genetic search finds a text, and has text
-    access. `mode="continuous"` skips the search: it needs access to the embeddings, is stronger, and is no text attack.
+    access. `mode="continuous"` skips the search. It is stronger, but needs access to the embeddings.
 
     Paper: Y.-L. Tsai, C.-Y. Hsu, C. Xie, C.-H. Lin, J.-Y. Chen, B. Li, P.-Y. Chen, C.-M. Yu, C.-Y. Huang, 2024,
     "Ring-A-Bell! How Reliable are Concept Removal Methods for Diffusion Models?", ICLR 2024, arXiv 2310.10012, section
@@ -65,9 +65,9 @@ class RingABell(Attack):
 
     Example:
         >>> import efface
-        >>> from efface.attacks.ring_a_bell import RingABell
-        >>> RingABell(tokens=8, generations=100).check(efface.load("emoji"))
-        >>> RingABell().access, RingABell(mode="continuous").access
+        >>> import efface.testing
+        >>> efface.RingABell(tokens=8, generations=100).check(efface.testing.pipeline("sd1"))
+        >>> efface.RingABell().access, efface.RingABell(mode="continuous").access
         ('text', 'embeddings')
     """
 

@@ -12,10 +12,11 @@ from torch import Generator, Tensor
 from .. import checks
 from ._contract import Access, Attack, Proposal, Target, Victim
 from ._masked import GradientCheck
+from ._noising import Point
 from ._recording import frozen
-from ._tokens import Rows, Slots, check_prompt, check_tokens, sampled, simplex, tables
-from ._vocabulary import Vocabulary, forbidden
-from ._whitebox import Point, WhiteBox
+from ._tokens import Rows, check_prompt, check_tokens, sampled, simplex, tables
+from ._vocabulary import Slots, Vocabulary, forbidden
+from ._whitebox import WhiteBox
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -39,9 +40,9 @@ class UnlearnDiffAtk(Attack):
     Safety-Driven Unlearned Diffusion Models Are Still Easy To Generate Unsafe Images ... For Now", ECCV 2024, arXiv
     2310.11868, section 4.
 
-    Differs: free words are whole words that every tokenizer reads back, without the concept's words, so that the found
-    text is what was optimised. z_0 are the pictures of the attacker's seeds that show the concept, drawn by the base
-    model. A prompt that is too long is refused, not skipped. All text encoders share the choice of words. Whether a
+    Differs: free words are whole words that every tokenizer reads back, so the found text is what was optimised. None
+    contains a word of the concept. z_0 are the base model's pictures with the attacker's seeds that show the concept. A
+    prompt that is too long is refused, not skipped. All text encoders share the choice of words. Whether a
     text succeeds is the judgement of the harness.
 
     Args:
@@ -63,9 +64,9 @@ class UnlearnDiffAtk(Attack):
 
     Example:
         >>> import efface
-        >>> from efface.attacks.unlearndiffatk import UnlearnDiffAtk
-        >>> UnlearnDiffAtk(tokens=3, times=10, iterations=30).check(efface.load("emoji"))
-        >>> UnlearnDiffAtk.access
+        >>> import efface.testing
+        >>> efface.UnlearnDiffAtk(tokens=3, times=10, iterations=30).check(efface.testing.pipeline("sd1"))
+        >>> efface.UnlearnDiffAtk.access
         'gradients'
     """
 
