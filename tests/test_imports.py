@@ -44,22 +44,25 @@ MAY_IMPORT: dict[str, set[str]] = {
     "testing": TEXTS | {"hooks"},
     "models": FACTS,
     "detectors": FACTS | {"models"},
-    "metrics": FACTS | {"models", "detectors"},
+    "metrics": FACTS | {"models", "detectors", "judged"},
     "suites": FACTS | {"models"},
     "intervals": {"checks"},
+    "judged": {"checks", "intervals"},
+    "feedback": {"checks"} | FILES,
     "progress": set(),
     "_loading": FACTS | {"models"},
     "pipelines": TEXTS | {"delta", "_loading"},
     "api": HOOKS | {"pipelines"},
     "_trials": FACTS | {"api", "intervals"},
     "calibration": FACTS | {"api", "pipelines", "delta", "intervals", "_trials"},
-    "runs": HOOKS | {"models", "api", "pipelines", "metrics", "detectors", "progress"},
+    "runs": HOOKS | {"models", "api", "pipelines", "metrics", "detectors", "progress", "judged", "feedback"},
     "report": FACTS | {"runs"},
     "tables": FACTS | {"runs", "report"},
     "jobs": HOOKS | {"models", "api", "pipelines", "runs", "progress"},
     "_interrupt": set(),
     "cli": FACTS
     | {"models", "api", "pipelines", "calibration", "detectors", "runs", "report", "tables", "jobs", "progress"}
+    | {"feedback"}
     | {"_interrupt"},
     "__main__": {"cli", "_interrupt"},
     "efface": {
@@ -88,7 +91,11 @@ ORDER = {
         *("prediction", "step", "denoiser", "sites", "method", "__init__"),
     ),
     "delta": ("factors", "watch", "overlay", "applied", "base", "file", "lora", "delta", "state", "__init__"),
-    "runs": ("folder", "remote", "record", "judges", "draw", "workers", "bench", "card", "score", "verify", "__init__"),
+    "runs": (
+        *("folder", "remote", "record", "judges", "sample", "labels", "draw", "workers", "bench", "card"),
+        *("score", "verify", "__init__"),
+    ),
+    "feedback": ("store", "forms", "jsonl", "session", "sheets", "page", "__init__"),
     "report": ("words", "compare", "plot", "pictures", "page", "__init__"),
 }
 

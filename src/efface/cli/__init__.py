@@ -1,6 +1,6 @@
 """The `efface` command. Commands import heavy packages themselves, so that `efface --help` is fast."""
 
-from . import bench, calibrate, delta, erase, fit, report, score, verify
+from . import bench, calibrate, delta, erase, fit, judge, report, score, verify
 from . import list as listing
 from .app import app
 
@@ -10,3 +10,4 @@ app.command("list")(listing.show)
 for _verb in (erase.erase, fit.fit, bench.bench, score.score, report.report, calibrate.calibrate, verify.verify):
     app.command()(_verb)
 app.add_typer(delta.delta_app, name="delta")
+app.add_typer(judge.judge_app, name="judge")

@@ -25,3 +25,7 @@ def span(score: Score | None) -> str:
         return "no interval"
     low, high = (_value(x, score.unit).removesuffix(" %") for x in (score.low, score.high))
     return f"[{low}, {high}]"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

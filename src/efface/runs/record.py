@@ -159,7 +159,13 @@ class Run:
         """
         from .. import schema
 
-        return self._made(CARD, schema.CardFile, CARD, "it")
+        card = self._made(CARD, schema.CardFile, CARD, "it")
+        if "labels" in card:
+            from ..feedback.forms import CardLabels
+
+            where = self.folder / CARD
+            schema.check({"labels": card["labels"]}, CardLabels, where, f"`efface score {self.folder}` makes it again.")
+        return card
 
     def _made(self, name: str, form: Any, what: str, them: str) -> dict[str, Any]:
         """Reads a file that `efface.score` makes."""

@@ -1,0 +1,179 @@
+"""Corrects the rates of a run by people's labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import checks
+from ..judged import Agreement, Corrected, Stratum, corrected_difference, krippendorff
+from ..records import Sample, Score
+from .record import Run
+from .sample import SIZES, answers, population, run_id, with_base
+
+if TYPE_CHECKING:
+    from ..feedback import Judgement, Store
+
+Judged = tuple[list[Score], list[Score], list[dict[str, Any]]]
+"""Corrected scores of a run and of its base model, and the facts for a card."""
+
+
+def labelled_concepts(store: Store, run: Run) -> list[str]:
+    """The concepts for which a store has labels of a run.
+
+    Raises:
+        ValueError: there are none.
+    """
+    labels = store.judgements(kind="label")
+    found = list(dict.fromkeys(each.concept for each in labels if each.run == run_id(run)))
+    if not found:
+        raise ValueError(
+            f"Expected labels of {run.folder} in the store {store.name}, got labels of {len({e.run for e in labels})} "
+            "other runs. Label this run with `efface judge label`."
+        )
+    return found
+
+
+def corrected(store: Store, run: Run) -> Judged:
+    """The rates of a scored run, corrected by labels.
+
+    A picture shows the concept if most passes say that it does, also if they are equally many. The claim is about new
+    seeds of the same prompts.
+
+    Raises:
+        ValueError: the store has no labels of the run or of its base run; labels are of another picture, or of other
+            answers of the detector; or a sampled picture was labelled in fewer than two passes.
+    """
+    return correct(store, with_base(run))
+
+
+def correct(store: Store, pair: Sequence[tuple[Run, list[Score]]]) -> Judged:
+    """As `corrected`, for a run and its base run with their scores."""
+    made: list[list[Score]] = [[], []]
+    facts = []
+    concepts = labelled_concepts(store, pair[0][0])
+    for concept in concepts:
+        given = [store.judgements(kind="label", run=run_id(run), concept=concept) for run, _ in pair]
+        rates = [_rate(run, scores, concept, own) for (run, scores), own in zip(pair, given, strict=True)]
+        name = "removal.corrected" + (f"/{concept}" if len(concepts) > 1 else "")
+        detector = answers(pair[0][1], pair[0][0])[0]
+        protocol = f"{detector}, corrected by people's labels of these pictures; for new seeds of these prompts"
+        for scores, rate in zip(made, rates if len(rates) > 1 else rates * 2, strict=True):
+            low, high = rate.interval
+            scores.append(Score(name, 1 - rate.rate, rate.n, 1 - high, 1 - low, "share", True, protocol))
+        agreed = agreement_facts([each for own in given for each in own])
+        facts.append({"concept": concept, "detector": detector, "agreement": agreed, **_sides(rates)})
+    return made[0], made[1], facts
+
+
+def _sides(rates: Sequence[Corrected]) -> dict[str, Any]:
+    """The corrected rates of a run and of its base model, and how much lower the run's is."""
+    if len(rates) == 1:
+        return {"run": rates[0].record(), "base": None, "difference": None}
+    value, ends = corrected_difference(rates[1], rates[0])
+    apart = {"value": value, "interval": list(ends)}
+    return {"run": rates[0].record(), "base": rates[1].record(), "difference": apart}
+
+
+def agreement_facts(given: Sequence[Judgement]) -> dict[str, Any]:
+    """Who labelled, and how well the independent passes agree, as JSON types."""
+    from ..feedback import independent
+
+    units: dict[tuple[str, str], list[str]] = {}
+    for each in independent(given):
+        units.setdefault((each.run, each.row), []).append(each.outcome)
+    found: Agreement = krippendorff(list(units.values()))
+    ends = None if any(map(math.isnan, found.interval)) else list(found.interval)
+    return {
+        "annotators": sorted({each.annotator for each in given}),
+        "pictures": len(units),
+        "differ": found.differ,
+        "alpha": None if math.isnan(found.alpha) else found.alpha,
+        "interval": ends,
+    }
+
+
+def _rate(run: Run, scores: list[Score], concept: str, given: Sequence[Judgement]) -> Corrected:
+    """The corrected rate of a run, after all checks of its labels."""
+    from ..feedback import consensus, independent
+
+    samples, seen = population(run, scores, concept)
+    if not given:
+        raise ValueError(
+            f"Expected labels of the base run {run.folder} for {concept!r}, got none. `efface judge label` "
+            "presents both."
+        )
+    by_row: dict[str, list[Judgement]] = {}
+    for each in given:
+        _check_label(run, each, samples, seen, answers(scores, run)[0])
+        by_row.setdefault(each.row, []).append(each)
+    few = [row for row, group in by_row.items() if len({each.coder for each in independent(group)}) < 2]
+    if few:
+        raise ValueError(
+            f"Expected two independent passes over the {len(by_row)} labelled pictures of {run.folder}, got one pass "
+            f"for {len(few)} of them. Run `efface judge label` again, if possible with another annotator."
+        )
+    strata = {each.details["stratum"]: each.details for each in given}
+    there = {row: consensus([each.outcome for each in group]) == "there" for row, group in by_row.items()}
+    found = []
+    for name, facts in strata.items():
+        rows = [row for row, group in by_row.items() if group[0].details["stratum"] == name]
+        if len(rows) != facts["drawn"]:
+            raise ValueError(
+                f"Expected labels of all {facts['drawn']} pictures drawn from the stratum {name!r} of {run.folder}, "
+                f"got {len(rows)}. Finish the passes, because a part is not a random sample."
+            )
+        found.append(Stratum(name, facts["of"], len(rows), sum(there[row] for row in rows)))
+    return Corrected(tuple(_complete(run, found, seen)))
+
+
+def _check_label(
+    run: Run, label: Judgement, samples: Mapping[str, Sample], seen: Mapping[str, bool], words: str
+) -> None:
+    """Raises ValueError if a label is of another picture, or if the detector answers differently by now."""
+    sample = samples.get(label.row)
+    if sample is None or sample.sha256 != label.picture:
+        raise ValueError(
+            f"Expected the label of row {label.row!r} to be of the picture in {run.folder}, got one of another picture "
+            "(SHA-256). Restore the run, or label it again."
+        )
+    if label.model != run.record["model"]["text_hash"]:
+        raise ValueError(
+            f"Expected the label of row {label.row!r} to be of the model of {run.folder}, got one of another model. "
+            "Label this run."
+        )
+    checks.choice("stratum", label.details.get("stratum"), tuple(SIZES))
+    for name in ("of", "drawn"):
+        checks.whole(f"`{name}` of the label of row {label.row!r}", label.details.get(name), 0)
+    if (label.details["stratum"] == "positive") != seen[label.row] or label.details.get("detector") != words:
+        raise ValueError(
+            f"Expected the detector to answer for row {label.row!r} of {run.folder} as it did when the picture was "
+            "drawn for labelling, got another answer. Score with the same detector, or label again."
+        )
+
+
+def _complete(run: Run, found: list[Stratum], seen: Mapping[str, bool]) -> list[Stratum]:
+    """The strata in order, with empty ones. Their sizes must be those of the detector's answers."""
+    by_name = {each.name: each for each in found}
+    positive = sum(seen.values())
+    sizes = {
+        "positive": positive,
+        "negative": len(seen) - positive - (by_name["near"].size if "near" in by_name else 0),
+    }
+    for name, size in sizes.items():
+        stratum = by_name.setdefault(name, Stratum(name, 0, 0, 0) if size == 0 else Stratum(name, size, 0, 0))
+        if stratum.size != size:
+            raise ValueError(
+                f"Expected {size} pictures of {run.folder} in the stratum {name!r} by the scores, got {stratum.size} "
+                "in the labels. Score with the same detector, or label again."
+            )
+    return [by_name[name] for name in SIZES if name in by_name]
+
+
+def open_store(place: Store | str | Path) -> Store:
+    """A store that exists."""
+    from ..feedback import Store
+
+    return Store(place, create=False) if isinstance(place, (str, Path)) else place
