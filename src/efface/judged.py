@@ -154,7 +154,12 @@ class Corrected:
             "interval": list(self.interval),
             "upper": self.upper(),
             "strata": [
-                {"name": each.name, "size": each.size, **(each.share.record() | {"n": each.labelled})}
+                {
+                    "name": each.name,
+                    "size": each.size,
+                    **each.share.record(),
+                    "interval": list(clopper_pearson(each.there, each.labelled, LEVEL / 2)),
+                }
                 for each in self.strata
             ],
         }
@@ -219,9 +224,9 @@ def krippendorff(units: Sequence[Sequence[Hashable]], draws: int = 2000, seed: i
 
         alpha = 1 - (n - 1) sum_u [ sum_{c != k} n_uc n_uk / (m_u - 1) ] / sum_{c != k} n_c n_k
 
-    n_uc people gave picture u the outcome c, of m_u who judged it; n_c and n are sums over pictures with m_u >= 2. If
-    no picture has different outcomes, a bootstrap shows no spread. The lower end then follows from the exact bound on
-    the share of pictures that differ.
+    n_uc people gave picture u the outcome c, of m_u who judged it; n_c and n are sums over pictures with m_u >= 2. A
+    bootstrap is too narrow if few pictures differ. The interval therefore also covers what follows from the exact
+    interval of the share of pictures that differ.
 
     Source: K. Krippendorff, Computing Krippendorff's Alpha-Reliability, 2011.
 
@@ -247,13 +252,15 @@ def krippendorff(units: Sequence[Sequence[Hashable]], draws: int = 2000, seed: i
     each = counts.sum(1)
     apart = (each**2 - (counts**2).sum(1)) / (each - 1)
     alpha = float(_alpha(np.ones((1, len(pairs))), counts, apart)[0])
-    if not differ:
-        chance = 1 - float(((counts.sum(0) / counts.sum()) ** 2).sum())
-        bound = clopper_pearson(0, len(pairs), LEVEL / 2)[1]
-        return Agreement(alpha, (max(1 - bound / chance, -1.0), 1.0), len(pairs), 0)
-    picked = np.random.default_rng(seed).multinomial(len(pairs), np.full(len(pairs), 1 / len(pairs)), draws)
-    low, high = np.nanpercentile(_alpha(picked.astype(float), counts, apart), (2.5, 97.5))
-    return Agreement(alpha, (float(low), float(high)), len(pairs), differ)
+    low, high = clopper_pearson(differ, len(pairs), LEVEL / 2)
+    if differ:
+        picked = np.random.default_rng(seed).multinomial(len(pairs), np.full(len(pairs), 1 / len(pairs)), draws)
+        resampled = np.nanpercentile(_alpha(picked.astype(float), counts, apart), (2.5, 97.5))
+        scale = (1 - alpha) * len(pairs) / differ
+    else:
+        resampled, scale = np.ones(2), 1 / (1 - float(((counts.sum(0) / counts.sum()) ** 2).sum()))
+    ends = min(1 - scale * high, float(resampled[0])), max(1 - scale * low, float(resampled[1]))
+    return Agreement(alpha, (max(ends[0], -1.0), min(ends[1], 1.0)), len(pairs), differ)
 
 
 def _alpha(weights: np.ndarray, counts: np.ndarray, apart: np.ndarray) -> np.ndarray:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .. import checks
+from .._interrupt import gently
 from .errors import told
 from .options import AsJson
 from .output import print_table, say
@@ -90,6 +91,7 @@ def _serve(session: Session, port: int, store: str) -> None:
             "Keys: 1 it is there, 2 something else is recognisable, 3 nothing is. Ctrl-C stops, and the same command "
             "continues."
         )
+        gently()
         try:
             page.serve_forever(poll_interval=0.1)
         except KeyboardInterrupt:
@@ -135,7 +137,7 @@ def agreement(store: StoreName, as_json: AsJson = False) -> None:
             _print(facts)
 
 
-def _agreed(store: Store, concept: str, labels: list[Judgement]) -> dict[str, object]:
+def _agreed(store: Store, concept: str, labels: list[Judgement]) -> dict[str, Any]:
     """The agreement on one concept, over all runs of the store."""
     from .. import feedback, runs
 
@@ -151,19 +153,17 @@ def _agreed(store: Store, concept: str, labels: list[Judgement]) -> dict[str, ob
     return {"concept": concept, "passes": passes, **runs.agreement_facts(given), "differing": apart}
 
 
-def _print(facts: dict[str, object]) -> None:
-    from ..records import Score
-    from ..report import number, span
-
-    alpha, ends = facts["alpha"], facts["interval"]
-    nan = float("nan")
-    low, high = ends if isinstance(ends, list) else (nan, nan)
-    score = Score("alpha", alpha if isinstance(alpha, float) else nan, 1, low, high, "alpha")
-    passes, apart = facts["passes"], facts["differing"]
-    assert isinstance(passes, dict) and isinstance(apart, list)
+def _print(facts: dict[str, Any]) -> None:
+    passes, apart, alpha = facts["passes"], facts["differing"], facts["alpha"]
     say(f"{facts['concept']}: {facts['pictures']} pictures; " + "; ".join(f"{k}: {v}" for k, v in passes.items()))
-    say(f"Krippendorff's alpha {number(score)} {span(score)}, n = {facts['pictures']}, {facts['differ']} differ")
-    if len({name.rpartition(", pass ")[0] for name in passes}) < 2:
+    if len(passes) < 2:
+        say("One pass cannot be compared. `efface judge label RUN` adds a second one.")
+        return
+    words = "not defined, because all outcomes are equal"
+    if alpha is not None:
+        words = f"{alpha:.2f} [{facts['interval'][0]:.2f}, {facts['interval'][1]:.2f}]"
+    say(f"Krippendorff's alpha: {words}. The passes differ in {facts['differ']} pictures.")
+    if len(facts["annotators"]) < 2:
         say("One annotator made all passes, so alpha measures consistency, not agreement between people.")
     if apart:
         lines = [[e["row"], e["run"][:12], "; ".join(f"{k}: {v}" for k, v in e["outcomes"].items())] for e in apart]
@@ -193,5 +193,4 @@ def import_(
     with told():
         from .. import feedback
 
-        files_first = checks.path("FILE", file)
-        say(f"{feedback.load(feedback.Store(store), files_first)} new judgements from {file} in {store}")
+        say(f"{feedback.load(feedback.Store(store), checks.path('FILE', file))} new judgements from {file} in {store}")

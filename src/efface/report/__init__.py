@@ -17,7 +17,7 @@ from ..runs import Run, open_store
 from .compare import entries, grouped
 from .page import view
 from .plot import pareto
-from .words import number, percent, span
+from .words import ends, number, percent, span
 
 if TYPE_CHECKING:
     from ..feedback import Store
@@ -88,6 +88,7 @@ def write_report(
         "number": number,
         "span": span,
         "percent": percent,
+        "ends": ends,
         "breakable": _breakable,
         "json": partial(json.dumps, indent=1),
     }

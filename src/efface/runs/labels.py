@@ -21,10 +21,10 @@ Judged = tuple[list[Score], list[Score], list[dict[str, Any]]]
 
 
 def labelled_concepts(store: Store, run: Run) -> list[str]:
-    """The concepts for which a store has labels of a run.
+    """The concepts for which a store has labels of a run and of its base run.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or a sampled picture was labelled in fewer than two passes.
     """
     labels = store.judgements(kind="label")
     found = list(dict.fromkeys(each.concept for each in labels if each.run == run_id(run)))
@@ -33,7 +33,42 @@ def labelled_concepts(store: Store, run: Run) -> list[str]:
             f"Expected labels of {run.folder} in the store {store.name}, got labels of {len({e.run for e in labels})} "
             "other runs. Label this run with `efface judge label`."
         )
+    for each in filter(None, (run, run.base)):
+        for concept in found:
+            _by_row(each, store.judgements(kind="label", run=run_id(each), concept=concept), concept)
     return found
+
+
+def _by_row(run: Run, given: Sequence[Judgement], concept: str) -> dict[str, list[Judgement]]:
+    """The labels of each row.
+
+    Raises:
+        ValueError: there are none, a picture was labelled in one pass, or a part of the sample was labelled.
+    """
+    from ..feedback import independent
+
+    by_row: dict[str, list[Judgement]] = {}
+    for each in given:
+        by_row.setdefault(each.row, []).append(each)
+    if not by_row:
+        raise ValueError(
+            f"Expected labels of {run.folder} for {concept!r}, got none. `efface judge label` presents a run and its "
+            "base run."
+        )
+    for name, facts in {str(e.details.get("stratum")): e.details for e in given}.items():
+        rows = {each.row for each in given if each.details.get("stratum") == name}
+        if len(rows) != checks.whole("`drawn` of a label", facts.get("drawn")):
+            raise ValueError(
+                f"Expected labels of all {facts['drawn']} pictures drawn from the stratum {name!r} of {run.folder}, "
+                f"got {len(rows)}. Finish the passes, because a part is not a random sample."
+            )
+    few = [row for row, group in by_row.items() if len({each.coder for each in independent(group)}) < 2]
+    if few:
+        raise ValueError(
+            f"Expected two independent passes over the {len(by_row)} labelled pictures of {run.folder}, got one pass "
+            f"for {len(few)} of them. Run `efface judge label` again, if possible with another annotator."
+        )
+    return by_row
 
 
 def corrected(store: Store, run: Run) -> Judged:
@@ -97,34 +132,16 @@ def agreement_facts(given: Sequence[Judgement]) -> dict[str, Any]:
 
 def _rate(run: Run, scores: list[Score], concept: str, given: Sequence[Judgement]) -> Corrected:
     """The corrected rate of a run, after all checks of its labels."""
-    from ..feedback import consensus, independent
+    from ..feedback import consensus
 
     samples, seen = population(run, scores, concept)
-    if not given:
-        raise ValueError(
-            f"Expected labels of the base run {run.folder} for {concept!r}, got none. `efface judge label` "
-            "presents both."
-        )
-    by_row: dict[str, list[Judgement]] = {}
+    by_row = _by_row(run, given, concept)
     for each in given:
         _check_label(run, each, samples, seen, answers(scores, run)[0])
-        by_row.setdefault(each.row, []).append(each)
-    few = [row for row, group in by_row.items() if len({each.coder for each in independent(group)}) < 2]
-    if few:
-        raise ValueError(
-            f"Expected two independent passes over the {len(by_row)} labelled pictures of {run.folder}, got one pass "
-            f"for {len(few)} of them. Run `efface judge label` again, if possible with another annotator."
-        )
-    strata = {each.details["stratum"]: each.details for each in given}
     there = {row: consensus([each.outcome for each in group]) == "there" for row, group in by_row.items()}
     found = []
-    for name, facts in strata.items():
+    for name, facts in {each.details["stratum"]: each.details for each in given}.items():
         rows = [row for row, group in by_row.items() if group[0].details["stratum"] == name]
-        if len(rows) != facts["drawn"]:
-            raise ValueError(
-                f"Expected labels of all {facts['drawn']} pictures drawn from the stratum {name!r} of {run.folder}, "
-                f"got {len(rows)}. Finish the passes, because a part is not a random sample."
-            )
         found.append(Stratum(name, facts["of"], len(rows), sum(there[row] for row in rows)))
     return Corrected(tuple(_complete(run, found, seen)))
 
@@ -163,7 +180,9 @@ def _complete(run: Run, found: list[Stratum], seen: Mapping[str, bool]) -> list[
         "negative": len(seen) - positive - (by_name["near"].size if "near" in by_name else 0),
     }
     for name, size in sizes.items():
-        stratum = by_name.setdefault(name, Stratum(name, 0, 0, 0) if size == 0 else Stratum(name, size, 0, 0))
+        if name not in by_name:
+            by_name[name] = Stratum(name, size, 0, 0)
+        stratum = by_name[name]
         if stratum.size != size:
             raise ValueError(
                 f"Expected {size} pictures of {run.folder} in the stratum {name!r} by the scores, got {stratum.size} "
