@@ -215,7 +215,8 @@ def test_a_bad_line_is_refused_with_its_number_and_nothing_is_lost(name: str, st
     assert store.judgements() == [of(0)]
 
 
-def test_the_most_frequent_outcome_counts_and_ties_are_cautious() -> None:
+def test_at_least_half_decide_and_ties_are_cautious() -> None:
     assert consensus(["there", "nothing"]) == consensus(["nothing", "there"]) == "there"
     assert consensus(["other", "nothing"]) == "other"
     assert consensus(["there", "nothing", "nothing"]) == "nothing"
+    assert consensus(["there", "other", "nothing"]) == "other"  # two of three do not see it

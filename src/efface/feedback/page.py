@@ -72,7 +72,8 @@ class Page(ThreadingHTTPServer):
 
     def answer(self, body: Any) -> None:
         place, answer = (body.get(name) if isinstance(body, dict) else None for name in ("picture", "answer"))
-        if place != self.state()["picture"] or isinstance(place, bool) or answer not in (1, 2, 3):
+        whole = type(place) is int and type(answer) is int
+        if not whole or place != self.state()["picture"] or not 1 <= answer <= len(LABELS):
             raise ValueError(
                 "Expected an answer 1, 2 or 3 for the picture that is shown, got another. Load the page again."
             )

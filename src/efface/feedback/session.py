@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,15 +49,18 @@ def independent(judgements: Iterable[Judgement]) -> list[Judgement]:
 
 
 def consensus(outcomes: Sequence[str]) -> str:
-    """The most frequent outcome. Of equally frequent ones, the more cautious: there, then other, then nothing.
+    """The outcome of several passes: "there" if at least half say so, else the more frequent of the others. Equally
+    frequent ones count as "other".
 
     Example:
         >>> from efface.feedback import consensus
-        >>> consensus(["nothing", "there"]), consensus(["nothing", "there", "nothing"])
-        ('there', 'nothing')
+        >>> consensus(["nothing", "there"]), consensus(["other", "there", "nothing"])
+        ('there', 'other')
     """
-    counts = Counter(outcomes)
-    return min(counts, key=lambda outcome: (-counts[outcome], LABELS.index(outcome)))
+    counts = {outcome: outcomes.count(outcome) for outcome in LABELS}
+    if 2 * counts["there"] >= len(outcomes):
+        return "there"
+    return "other" if counts["other"] >= counts["nothing"] else "nothing"
 
 
 def differing(judgements: Iterable[Judgement]) -> dict[tuple[str, str], list[Judgement]]:
