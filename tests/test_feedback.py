@@ -69,6 +69,8 @@ def test_a_change_of_mind_replaces_only_where_it_is_asked_for(store: Store) -> N
         ({"kind": "binary"}, "`outcome` to be one of 'yes', 'no'"),
         ({"kind": "vote"}, "`kind` to be one of"),
         ({"number": 0}, "`pass` >= 1, got 0"),
+        ({"picture": "b" * 63}, "`picture` to be a SHA-256"),
+        ({"run": "B" * 64}, "`run` to be a SHA-256"),
         ({"annotator": "a\nb"}, "`annotator` to be one line"),
         ({"annotator": " "}, "`annotator` to be a text that is not empty"),
         ({"annotator": "a" * 201}, "of at most 200 characters"),
@@ -171,6 +173,26 @@ def test_without_sqlalchemy_the_message_has_the_command(tmp_path: Path, monkeypa
     with pytest.raises(ImportError, match=r'pip install "efface\[feedback\]"'):
         Store(tmp_path / "labels.db")
     store._sql.cache_clear()
+
+
+HARMED = [("outcome", "perhaps"), ("details", "["), ("details", "[1]"), ("pass", 0), ("run", "x"), ("kind", "vote")]
+
+
+@pytest.mark.parametrize(("column", "value"), HARMED)
+def test_a_damaged_row_of_a_store_is_named(column: str, value: object, store: Store, tmp_path: Path) -> None:
+    store.add([of(0), of(1)])
+    with sqlite3.connect(tmp_path / "labels.db") as connection:
+        connection.execute(f'UPDATE judgements SET "{column}" = ? WHERE id = 2', (value,))
+    with pytest.raises(ValueError, match=r"labels\.db, judgement 2 is damaged|to be one of"):
+        store.judgements()
+
+
+@pytest.mark.parametrize("sample", ["[", "[]", "{}", '{"rows": {"a": ["b", "other"]}}'])
+def test_a_damaged_sample_of_a_store_is_named(sample: str, store: Store, tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "labels.db") as connection:
+        connection.execute("INSERT INTO samples VALUES (?, 'cat', ?)", (RUN, sample))
+    with pytest.raises(ValueError, match=r"labels\.db, the sample of 'cat' is damaged"):
+        store.sample(RUN, "cat")
 
 
 # ---------------------------------------------------------------- out and in

@@ -56,7 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_trials": FACTS | {"api", "intervals"},
     "calibration": FACTS | {"api", "pipelines", "delta", "intervals", "_trials"},
     "runs": HOOKS | {"models", "api", "pipelines", "metrics", "detectors", "progress", "judged", "feedback"},
-    "report": FACTS | {"runs"},
+    "report": FACTS | {"runs", "feedback"},
     "tables": FACTS | {"runs", "report"},
     "jobs": HOOKS | {"models", "api", "pipelines", "runs", "progress"},
     "_interrupt": set(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, StringConstraints
+from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from ..schema import Facts, Form, Sha, Text
 
@@ -27,6 +27,31 @@ class JudgementLine(Form):
     outcome: Annotated[str, StringConstraints(max_length=16)]
     time: Annotated[str, StringConstraints(min_length=1, max_length=40)]
     details: Facts
+
+
+Stratum = Literal["positive", "near", "negative"]
+
+
+class SizeFacts(Form):
+    of: Annotated[int, Field(ge=0)]
+    drawn: Annotated[int, Field(ge=0)]
+
+
+class SampleFacts(Form):
+    """The pictures of a run that were drawn for labelling: row id to SHA-256 and stratum."""
+
+    asked: dict[Stratum, Annotated[int, Field(ge=1)]]
+    detector: Text
+    explicit: bool
+    model: Annotated[str, StringConstraints(max_length=1_000)]
+    strata: dict[Stratum, SizeFacts]
+    rows: dict[Name, Annotated[list[str], Field(min_length=2, max_length=2)]]
+
+    @model_validator(mode="after")
+    def _known(self) -> SampleFacts:
+        if not {stratum for _, stratum in self.rows.values()} <= set(self.strata):
+            raise ValueError("a row is in an unknown stratum")
+        return self
 
 
 class SheetItem(Form):

@@ -7,8 +7,7 @@ sheets.json    what picture each number is; without method, prompt and the detec
 
 from __future__ import annotations
 
-import csv
-import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,7 +104,7 @@ def read_sheets(folder: str | Path) -> tuple[dict[str, Any], dict[int, str]]:
     for name in (SHEETS, ANSWERS):
         if not files.there(folder / name):
             raise FileNotFoundError(f"{folder} has no {name}, so it holds no contact sheets. {AGAIN}")
-    facts: dict[str, Any] = schema.read(folder / SHEETS, SheetsFile, AGAIN)
+    facts: dict[str, Any] = schema.read(files.inside(folder, SHEETS), SheetsFile, AGAIN)
     answers = files.inside(folder, ANSWERS)
     found: dict[int, str] = {}
     seen: set[int] = set()
@@ -123,13 +122,13 @@ def read_sheets(folder: str | Path) -> tuple[dict[str, Any], dict[int, str]]:
 
 def _line(text: str, where: str, most: int) -> tuple[int, str]:
     """The number and the answer of a line, which is empty or 1, 2 or 3."""
-    cells = [cell.strip() for cell in next(csv.reader(io.StringIO(text.replace(";", ",").replace("\0", ""))), [])]
-    number = int(cells[0]) if cells and cells[0].isdecimal() and len(cells[0]) < 10 else 0
+    cells = [cell.strip(' "') for cell in re.split("[,;\t]", text)]  # spreadsheets differ in separator and quotes
+    number = int(cells[0]) if re.fullmatch("[0-9]{1,9}", cells[0]) else 0
     if not 1 <= number <= most:
         raise ValueError(
             checks.refusal(f"a number from 1 to {most} in {where}", text, "Use the numbers of the sheets.")
         )
-    if len(cells) > 2 and any(cells[2:]):
+    if any(cells[2:]):
         raise ValueError(checks.refusal(f"one answer in {where}", text, "Write NUMBER,ANSWER."))
     answer = cells[1] if len(cells) > 1 else ""
     if answer not in ("", "1", "2", "3"):

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ the name of the set that was ranked together."""
 KEY = ("kind", "run", "row", "picture", "concept", "annotator", "pass")
 NAME = 200  # characters of an annotator's name
 WAIT = 5.0
-STORE = Path("labels.db")
+_SHA = re.compile("[0-9a-f]{64}")
+_CURE = "Restore the store, or import an exported file into a new one."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Judgement:
         details: facts on how the picture was chosen: for a label the stratum, its size and how many were drawn.
 
     Raises:
-        ValueError: the outcome is not one of the kind, or a text is empty.
+        ValueError: the outcome is not one of the kind, a text is empty, or a hash is no SHA-256.
     """
 
     run: str
@@ -65,8 +67,13 @@ class Judgement:
         checks.choice("outcome", self.outcome, OUTCOMES[checks.choice("kind", self.kind, OUTCOMES)])
         checks.whole("pass", self.number)
         annotator_name(self.annotator)
-        for name in ("run", "row", "picture", "concept", "time"):
+        for name in ("row", "concept", "time"):
             checks.text(name, getattr(self, name))
+        for name in ("run", "picture"):
+            if not _SHA.fullmatch(getattr(self, name)):
+                raise ValueError(
+                    checks.refusal(f"`{name}` to be a SHA-256", getattr(self, name), "Give 64 hex digits.")
+                )
 
     @property
     def coder(self) -> tuple[str, int]:
@@ -162,7 +169,7 @@ class Store:
         >>> import tempfile
         >>> from efface.feedback import Judgement, Store
         >>> store = Store(tempfile.mkdtemp() + "/labels.db")
-        >>> seen = Judgement("0a", "0b", "cat-0", "0c", "cat", "ana", 1, "there", "2026-01-01T00:00:00+00:00")
+        >>> seen = Judgement("0" * 64, "", "cat-0", "1" * 64, "cat", "ana", 1, "there", "2026-01-01")
         >>> store.add([seen]), store.add([seen]), len(store.judgements(concept="cat"))
         (1, 0, 1)
     """
@@ -277,21 +284,37 @@ class Store:
         Args:
             where: fields that have to be equal, such as `run=` or `concept=`.
         """
+        from .. import schema
+        from .forms import JudgementLine
+
         sql, (_, table, _) = _sql(), _tables()
         query = sql.select(table).order_by(table.c.id)
         for name, value in where.items():
             query = query.where(table.c["pass" if name == "number" else name] == value)
         with self._told(), self._transaction() as connection:
             found = connection.execute(query).mappings().all()
-        return [Judgement.of({**each, "details": json.loads(each["details"])}) for each in found]
+        made = []
+        for each in found:
+            where = f"{self.name}, judgement {each['id']}"
+            record = {name: value for name, value in each.items() if name != "id"}
+            record["details"] = files.json_of(record["details"], where, _CURE)
+            made.append(Judgement.of(schema.check(record, JudgementLine, where, _CURE)))
+        return made
 
     def sample(self, run: str, concept: str) -> dict[str, Any] | None:
         """The pictures that were drawn for labelling, as `keep_sample` stored them; None if there are none."""
+        from .. import schema
+        from .forms import SampleFacts
+
         sql, (_, _, table) = _sql(), _tables()
         query = sql.select(table.c.sample).where(table.c.run == run, table.c.concept == concept)
         with self._told(), self._transaction() as connection:
             found = connection.execute(query).scalar()
-        return None if found is None else dict(json.loads(found))
+        if found is None:
+            return None
+        where = f"{self.name}, the sample of {concept!r}"
+        sample: dict[str, Any] = schema.check(files.json_of(found, where, _CURE), SampleFacts, where, _CURE)
+        return sample
 
     def keep_sample(self, run: str, concept: str, sample: Mapping[str, Any]) -> None:
         """Stores the pictures that were drawn for labelling, so that each pass judges the same ones."""

@@ -42,7 +42,7 @@ def score(
     Raises:
         FileNotFoundError: the folder holds no run, or the base run is missing.
         ValueError: the run is not complete, a file is damaged or has another SHA-256 than recorded, the recorded
-            metrics name files or hub models, there are no metrics, or the labels are not of this run, incomplete, or
+            metrics name files or hub models, or there are no metrics. Or the labels are not of this run, incomplete or
             of one pass.
 
     Returns:
