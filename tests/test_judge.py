@@ -352,6 +352,7 @@ WRONG = {
     "answer 4": ("7,", "7,4", "the answer 1, 2 or 3 in line 12 of"),
     "a word": ("7,", "7,yes", "the answer 1, 2 or 3 in line 12 of"),
     "two answers": ("7,", "7,1,2", "one answer in line 12 of"),
+    "a long line": ("7,", "7" * 200_000, "a number from 1 to 48 in line 12 of"),
 }
 
 
@@ -375,7 +376,7 @@ def test_unfilled_answers_wait_and_corrected_ones_are_asked_for(store: Store, fo
     read = ["judge", "read", tmp_path / "sheets", "--store", store.name]
     assert "40 new answers of ana in pass 1, 40 in all. 8 answers are not filled in" in call(*read)
     path = tmp_path / "sheets/answers.csv"
-    path.write_text(path.read_text().replace("\n5,2\n", "\n5,1\n"))
+    path.write_text(path.read_text().replace("\n5,2\n", '\n"5";"1"\n'))  # as some spreadsheets write it
     assert "to be 'other' as in the store, got 'there'" in call(*read, code=2)
     assert "1 new answers" in call(*read, "--replace")
     assert "Pass 1: 8 pictures on 1 sheets" in call(*label, "--annotator", "ana", "--sheets", tmp_path / "rest")

@@ -16,6 +16,7 @@ from .session import Session
 from .store import LABELS
 
 BODY = 10_000  # bytes of a request
+KEYS = dict(enumerate(LABELS, 1))
 
 
 class Page(ThreadingHTTPServer):
@@ -72,12 +73,12 @@ class Page(ThreadingHTTPServer):
 
     def answer(self, body: Any) -> None:
         place, answer = (body.get(name) if isinstance(body, dict) else None for name in ("picture", "answer"))
-        whole = type(place) is int and type(answer) is int
-        if not whole or place != self.state()["picture"] or not 1 <= answer <= len(LABELS):
+        shown = self.state()["picture"]
+        if type(place) is not int or place != shown or type(answer) is not int or answer not in KEYS:
             raise ValueError(
                 "Expected an answer 1, 2 or 3 for the picture that is shown, got another. Load the page again."
             )
-        self.session.answer(place, LABELS[answer - 1], replace=self.again is not None)
+        self.session.answer(place, KEYS[answer], replace=self.again is not None)
         self.again = None
 
     def back(self) -> None:
