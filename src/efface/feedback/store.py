@@ -295,10 +295,10 @@ class Store:
             found = connection.execute(query).mappings().all()
         made = []
         for each in found:
-            where = f"{self.name}, judgement {each['id']}"
+            place = f"{self.name}, judgement {each['id']}"
             record = {name: value for name, value in each.items() if name != "id"}
-            record["details"] = files.json_of(record["details"], where, _CURE)
-            made.append(Judgement.of(schema.check(record, JudgementLine, where, _CURE)))
+            record["details"] = files.json_of(record["details"], place, _CURE)
+            made.append(Judgement.of(schema.check(record, JudgementLine, place, _CURE)))
         return made
 
     def sample(self, run: str, concept: str) -> dict[str, Any] | None:
