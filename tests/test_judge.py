@@ -112,12 +112,15 @@ def test_cards_and_reports_hold_the_corrected_rate_beside_the_raw_one(store: Sto
         **{"annotators": ["ana", "ben"], "pictures": 48, "differ": 0, "alpha": 1.0},
         "interval": [pytest.approx(facts["agreement"]["interval"][0]), 1.0],
     }
+    assert run["outcomes"] == {"there": 0.5, "other": 11 / 24, "nothing": 1 / 24}
+    assert run["new_prompts"] == {"prompts": 12, "hits": 11, "upper": pytest.approx(0.95 ** (1 / 12))}
     scores = {s.metric: s for s in runs.Run.open(folder).scores()[0]}
     assert scores["removal.corrected"].value == 0.5 and scores["removal.absolute"].value == 0.5
     assert "corrected by people's labels" in scores["removal.corrected"].protocol
     shown = page([folder], folder.parent / "report.html").text
     assert "cat: how often the detector is right" in shown and "positive: 11 of 12" in shown
     assert "for new seeds of these prompts, not for new prompts" in shown and "removal.corrected" in shown
+    assert "nothing recognisable in 4.2 %" in shown and "fewer than 59 prompts cannot support" in shown
 
 
 def test_a_sample_is_weighted_by_its_stratum(store: Store, folder: Path) -> None:
@@ -132,6 +135,7 @@ def test_a_sample_is_weighted_by_its_stratum(store: Store, folder: Path) -> None
     (facts,) = score(folder, store)
     assert facts["run"]["rate"] == 0.5 and facts["run"]["raw"]["rate"] == 0.5  # all missed, none right
     assert [s["hits"] for s in facts["run"]["strata"]] == [0, 5] and facts["base"]["rate"] == 0
+    assert facts["run"]["outcomes"] == {"there": 0.5, "other": 0.5, "nothing": 0} and not facts["run"]["new_prompts"]
     assert facts["agreement"]["alpha"] < 0 and facts["agreement"]["differ"] == 11
 
 

@@ -86,6 +86,18 @@ class RateFacts(Form):
     interval: Annotated[list[float], Field(min_length=2, max_length=2)]
 
 
+class Outcomes(Form):
+    there: float
+    other: float
+    nothing: float
+
+
+class PromptFacts(Form):
+    prompts: Annotated[int, Field(ge=1)]
+    hits: Annotated[int, Field(ge=0)]
+    upper: float
+
+
 class CorrectedFacts(Form):
     n: Annotated[int, Field(ge=1)]
     raw: RateFacts
@@ -93,6 +105,8 @@ class CorrectedFacts(Form):
     interval: Annotated[list[float], Field(min_length=2, max_length=2)]
     upper: float
     strata: Annotated[list[StratumFacts], Field(min_length=1, max_length=3)]
+    outcomes: Outcomes
+    new_prompts: PromptFacts | None
 
 
 class AgreementFacts(Form):

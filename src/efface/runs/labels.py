@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import checks
-from ..judged import Agreement, Corrected, Stratum, corrected_difference, krippendorff
+from ..judged import Agreement, Corrected, Stratum, corrected_difference, krippendorff, new_prompts
 from ..records import Sample, Score
 from .record import Run
 from .sample import SIZES, answers, population, run_id, with_base
@@ -91,7 +92,8 @@ def correct(store: Store, pair: Sequence[tuple[Run, list[Score]]]) -> Judged:
     concepts = labelled_concepts(store, pair[0][0])
     for concept in concepts:
         given = [store.judgements(kind="label", run=run_id(run), concept=concept) for run, _ in pair]
-        rates = [_rate(run, scores, concept, own) for (run, scores), own in zip(pair, given, strict=True)]
+        sides = [_side(run, scores, concept, own) for (run, scores), own in zip(pair, given, strict=True)]
+        rates = [rate for rate, _ in sides]
         name = "removal.corrected" + (f"/{concept}" if len(concepts) > 1 else "")
         detector = answers(pair[0][1], pair[0][0])[0]
         protocol = f"{detector}, corrected by people's labels of these pictures; for new seeds of these prompts"
@@ -99,17 +101,17 @@ def correct(store: Store, pair: Sequence[tuple[Run, list[Score]]]) -> Judged:
             low, high = rate.interval
             scores.append(Score(name, 1 - rate.rate, rate.n, 1 - high, 1 - low, "share", True, protocol))
         agreed = agreement_facts([each for own in given for each in own])
-        facts.append({"concept": concept, "detector": detector, "agreement": agreed, **_sides(rates)})
+        facts.append({"concept": concept, "detector": detector, "agreement": agreed, **_sides(sides)})
     return made[0], made[1], facts
 
 
-def _sides(rates: Sequence[Corrected]) -> dict[str, Any]:
+def _sides(sides: Sequence[tuple[Corrected, dict[str, Any]]]) -> dict[str, Any]:
     """The corrected rates of a run and of its base model, and how much lower the run's is."""
-    if len(rates) == 1:
-        return {"run": rates[0].record(), "base": None, "difference": None}
-    value, ends = corrected_difference(rates[1], rates[0])
-    apart = {"value": value, "interval": list(ends)}
-    return {"run": rates[0].record(), "base": rates[1].record(), "difference": apart}
+    run, *base = [rate.record() | more for rate, more in sides]
+    if not base:
+        return {"run": run, "base": None, "difference": None}
+    value, ends = corrected_difference(sides[1][0], sides[0][0])
+    return {"run": run, "base": base[0], "difference": {"value": value, "interval": list(ends)}}
 
 
 def agreement_facts(given: Sequence[Judgement]) -> dict[str, Any]:
@@ -130,20 +132,30 @@ def agreement_facts(given: Sequence[Judgement]) -> dict[str, Any]:
     }
 
 
-def _rate(run: Run, scores: list[Score], concept: str, given: Sequence[Judgement]) -> Corrected:
-    """The corrected rate of a run, after all checks of its labels."""
-    from ..feedback import consensus
+def _side(run: Run, scores: list[Score], concept: str, given: Sequence[Judgement]) -> tuple[Corrected, dict[str, Any]]:
+    """The corrected rate of a run, after all checks of its labels; the outcomes' shares; and the claim on new prompts,
+    which needs labels of all pictures."""
+    from ..feedback import LABELS, consensus
 
     samples, seen = population(run, scores, concept)
     by_row = _by_row(run, given, concept)
     for each in given:
         _check_label(run, each, samples, seen, answers(scores, run)[0])
-    there = {row: consensus([each.outcome for each in group]) == "there" for row, group in by_row.items()}
-    found = []
+    outcome = {row: consensus([each.outcome for each in group]) for row, group in by_row.items()}
+    shares, found = dict.fromkeys(LABELS, 0.0), []
     for name, facts in {each.details["stratum"]: each.details for each in given}.items():
         rows = [row for row, group in by_row.items() if group[0].details["stratum"] == name]
-        found.append(Stratum(name, facts["of"], len(rows), sum(there[row] for row in rows)))
-    return Corrected(tuple(_complete(run, found, seen)))
+        counts = Counter(outcome[row] for row in rows)
+        found.append(Stratum(name, facts["of"], len(rows), counts["there"]))
+        for label in LABELS:
+            shares[label] += facts["of"] * counts[label] / len(rows) / len(samples)
+    more: dict[str, Any] = {"outcomes": shares, "new_prompts": None}
+    if by_row.keys() == samples.keys():
+        prompts = {sample.row.prompt for sample in samples.values()}
+        hits = {samples[row].row.prompt for row, label in outcome.items() if label == "there"}
+        upper = new_prompts(len(hits), len(prompts))
+        more["new_prompts"] = {"prompts": len(prompts), "hits": len(hits), "upper": upper}
+    return Corrected(tuple(_complete(run, found, seen))), more
 
 
 def _check_label(
