@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .. import checks
+from .. import checks, files
 from .._interrupt import gently
 from .errors import told
-from .options import AsJson
+from .folders import output_file
+from .options import AsJson, Overwrite
 from .output import print_table, say
 
 if TYPE_CHECKING:
-    from ..feedback import Judgement, Session, Store
+    from ..feedback import Judgement, Session
 
 judge_app = typer.Typer(help="Let people label the pictures of a run, and compare their labels.", no_args_is_help=True)
 StorePath = Annotated[str, typer.Option("--store", help="The store of judgements: a file, or a URL of SQLAlchemy.")]
@@ -56,17 +57,17 @@ def label(
         found = runs.Run.open(run)
         given = {"positive": positives, "near": near, "negative": negatives}
         sizes = {name: size for name, size in given.items() if size is not None}
-        kept = feedback.Store(store)
-        items = runs.draw_items(kept, found, concept, sizes or None, seed)
-        which = feedback.choose_pass(kept, items, concept, annotator) if number is None else number
-        session = feedback.Session(kept, items, concept, annotator, which, seed)
-        if not session.left:
-            why = "The passes do not differ, or pass 3 is complete" if which == feedback.FINAL else "It is complete"
-            say(f"Nothing is left to judge in pass {which}. {why}; `efface judge agreement {store}` shows more.")
-        elif sheets is not None:
-            _write(session, checks.path("--sheets", sheets), store)
-        else:
-            _serve(session, port, store)
+        with feedback.Store(store) as kept:
+            items = runs.draw_items(kept, found, concept, sizes or None, seed)
+            which = feedback.choose_pass(kept, items, concept, annotator) if number is None else number
+            session = feedback.Session(kept, items, concept, annotator, which, seed)
+            if not session.left:
+                why = "The passes do not differ, or pass 3 is complete" if which == feedback.FINAL else "It is complete"
+                say(f"Nothing is left to judge in pass {which}. {why}; `efface judge agreement {store}` shows more.")
+            elif sheets is not None:
+                _write(session, checks.path("--sheets", sheets), store)
+            else:
+                _serve(session, port, store)
 
 
 def _write(session: Session, folder: Path, store: str) -> None:
@@ -111,9 +112,9 @@ def read_(
         from .. import feedback
 
         facts, answers = feedback.read_sheets(folder)
-        kept = feedback.Store(store, create=False)
-        given = feedback.judgements_of(kept, facts, answers, datetime.now(UTC).isoformat(timespec="seconds"))
-        new = kept.add(given, replace=replace)
+        with feedback.Store(store, create=False) as kept:
+            given = feedback.judgements_of(kept, facts, answers, datetime.now(UTC).isoformat(timespec="seconds"))
+            new = kept.add(given, replace=replace)
         empty = len(facts["items"]) - len(answers)
         rest = f" {empty} answers are not filled in; fill them in and read the folder again." if empty else ""
         say(f"{new} new answers of {facts['annotator']} in pass {facts['pass']}, {len(answers)} in all.{rest}")
@@ -125,9 +126,9 @@ def agreement(store: StoreName, as_json: AsJson = False) -> None:
     with told():
         from .. import feedback
 
-        kept = feedback.Store(store, create=False)
-        labels = kept.judgements(kind="label")
-        found = [_agreed(kept, concept, labels) for concept in dict.fromkeys(each.concept for each in labels)]
+        with feedback.Store(store, create=False) as kept:
+            labels = kept.judgements(kind="label")
+        found = [_agreed(concept, labels) for concept in dict.fromkeys(each.concept for each in labels)]
         if as_json:
             typer.echo(json.dumps({"store": store, "concepts": found}, indent=1))
             return
@@ -137,7 +138,7 @@ def agreement(store: StoreName, as_json: AsJson = False) -> None:
             _print(facts)
 
 
-def _agreed(store: Store, concept: str, labels: list[Judgement]) -> dict[str, Any]:
+def _agreed(concept: str, labels: list[Judgement]) -> dict[str, Any]:
     """The agreement on one concept, over all runs of the store."""
     from .. import feedback, runs
 
@@ -175,13 +176,15 @@ def _print(facts: dict[str, Any]) -> None:
 def export_(
     store: StoreName,
     out: Annotated[Path, typer.Option(help="The file to write, one JSON object per line.")],
+    overwrite: Overwrite = False,
 ) -> None:
     """Write all judgements of a store into a JSON-lines file."""
     with told():
         from .. import feedback
 
-        kept = feedback.Store(store, create=False)
-        say(f"{feedback.export(kept, checks.path('--out', out))} judgements in {out}")
+        path = output_file(out, overwrite)
+        with feedback.Store(store, create=False) as kept:
+            say(f"{feedback.export(kept, path)} judgements in {out}")
 
 
 @judge_app.command("import")
@@ -193,4 +196,7 @@ def import_(
     with told():
         from .. import feedback
 
-        say(f"{feedback.load(feedback.Store(store), checks.path('FILE', file))} new judgements from {file} in {store}")
+        path = checks.path("FILE", file)
+        files.check_ordinary(path)
+        with feedback.Store(store) as kept:
+            say(f"{feedback.load(kept, path)} new judgements from {file} in {store}")

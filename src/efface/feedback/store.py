@@ -323,7 +323,14 @@ class Store:
             connection.execute(table.insert().values(run=run, concept=concept, sample=json.dumps(dict(sample))))
 
     def close(self) -> None:
+        """Closes the connections. An SQLite store is then one file, which can be copied."""
         self._engine.dispose()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def _row(judgement: Judgement) -> dict[str, Any]:

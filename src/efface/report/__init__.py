@@ -76,7 +76,8 @@ def write_report(
         raise ImportError(f'A report needs {error.name}. Install it with pip install "efface[bench]".') from error
     opened = [r if isinstance(r, Run) else Run.open(r) for r in runs]
     _check_out(out, opened)
-    groups, reasons = grouped(entries(opened, None if labels is None else open_store(labels)))
+    with open_store(labels) as store:
+        groups, reasons = grouped(entries(opened, store))
     if len(groups) > 1 and not mixed:
         shown = "\n".join(f"  {reason}" for reason in reasons)
         raise ValueError(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -203,8 +204,13 @@ def _complete(run: Run, found: list[Stratum], seen: Mapping[str, bool]) -> list[
     return [by_name[name] for name in SIZES if name in by_name]
 
 
-def open_store(place: Store | str | Path) -> Store:
-    """A store that exists."""
+@contextmanager
+def open_store(place: Store | str | Path | None) -> Iterator[Store | None]:
+    """Yields a store that exists, and closes it if it was named by its place."""
     from ..feedback import Store
 
-    return Store(place, create=False) if isinstance(place, (str, Path)) else place
+    if isinstance(place, (str, Path)):
+        with Store(place, create=False) as store:
+            yield store
+    else:
+        yield place

@@ -59,9 +59,9 @@ def score(
     chosen = tuple(metrics) if metrics is not None else run.metrics or make_metrics(recorded(run))
     if not chosen:
         raise ValueError(f"The suite of {run.folder} names no metrics. Give `metrics=` (--metric).")
-    store = None if labels is None else open_store(labels)
-    if store:
-        labelled_concepts(store, run)
+    with open_store(labels) as store:
+        if store:
+            labelled_concepts(store, run)
     plain, samples = run.base, run.finished()
     base = plain.finished() if plain else samples
     tell = progress if callable(progress) else silent
@@ -74,9 +74,10 @@ def score(
     tell("scored", len(chosen), len(chosen))
     scores, base_scores = measured
     judged: list[dict[str, Any]] = []
-    if store:
-        more, base_more, judged = correct(store, [(run, scores)] + ([(plain, base_scores)] if plain else []))
-        scores, base_scores = scores + more, base_scores + base_more
+    with open_store(labels) as store:
+        if store:
+            more, base_more, judged = correct(store, [(run, scores)] + ([(plain, base_scores)] if plain else []))
+            scores, base_scores = scores + more, base_scores + base_more
     configs = [metric_config(m) for m in chosen]
     files.write_json(
         run.folder / SCORES,
