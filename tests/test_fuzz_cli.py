@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import efface
-from efface import registry, runs
+from efface import files, registry, runs
 from efface.cli import app
 from efface.core import shipped_concepts
 from efface.feedback import Session, Store, export, write_sheets
@@ -49,6 +49,11 @@ def good() -> Path:
     shutil.copytree(GOLDEN / "run/cat", folder / "run")
     shutil.copytree(GOLDEN / "run/base", folder / "base")
     shutil.copy(GOLDEN / "adapter.safetensors", folder)
+    for name in ("run", "base"):  # pictures of today have a hash
+        lines = [json.loads(line) for line in (folder / name / "samples.jsonl").read_text().splitlines()]
+        hashes = [files.sha256((folder / name / line["file"]).read_bytes()) for line in lines]
+        made = [json.dumps(line | {"sha256": each}) + "\n" for line, each in zip(lines, hashes, strict=True)]
+        (folder / name / "samples.jsonl").write_text("".join(made))
     with Store(folder / "labels.db") as store:
         items = runs.draw_items(store, runs.Run.open(folder / "run"), "cat")
         session = Session(store, items, "cat", "ana", 1)
