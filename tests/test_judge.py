@@ -18,7 +18,7 @@ from test_cli import call
 from test_report import CHROMIUM, FLAGS, Judge, make, page
 from typer.testing import CliRunner
 
-from efface import runs
+from efface import files, runs
 from efface.cli import app
 from efface.feedback import (
     FINAL,
@@ -269,6 +269,32 @@ def test_a_picture_that_is_gone_or_changed_is_refused(store: Store, folder: Path
         write_sheets(session, tmp_path / "sheets")
     with pytest.raises(ValueError, match="is not finished and has 28 of 36 pictures"):
         drawn(store, folder)
+
+
+def test_a_run_that_was_drawn_again_is_another_version(store: Store, folder: Path) -> None:
+    """Same settings, so the same run, but another machine drew other pixels."""
+    items = labelled(store, folder)
+    Image.new("RGB", (64, 64), (255, 200, 1)).save(folder / "images/explicit-3.png")
+    content = (folder / "images/explicit-3.png").read_bytes()
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["row"]["id"] == "explicit-3":
+            line |= {"sha256": files.sha256(content), "bytes": len(content)}
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert {item.run for item in items} >= {run_id(runs.Run.open(folder))}
+    with pytest.raises(ValueError, match="picture of row 'explicit-3' of .* to be the one that the store has drawn"):
+        drawn(store, folder)
+    with pytest.raises(ValueError, match=r"row 'explicit-3' .* got one of another picture \(SHA-256\)"):
+        score(folder, store)
+
+
+def test_a_sample_is_random_and_its_seed_decides_it(folder: Path, tmp_path: Path) -> None:
+    samples = []
+    for k in range(6):
+        with Store(tmp_path / f"{k}.db") as store:
+            items = runs.draw_items(store, runs.Run.open(folder), "cat", {"negative": 4, "positive": 4}, seed=k // 2)
+            samples.append(frozenset((item.run, item.row) for item in items))
+    assert samples[0::2] == samples[1::2] and len(set(samples)) == 3
 
 
 def test_a_store_keeps_one_sample_of_a_run(store: Store, folder: Path) -> None:
