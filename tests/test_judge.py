@@ -18,6 +18,7 @@ from test_cli import call
 from test_report import CHROMIUM, FLAGS, Judge, make, page
 from typer.testing import CliRunner
 
+import efface
 from efface import files, runs
 from efface.cli import app
 from efface.feedback import (
@@ -172,6 +173,21 @@ def test_near_the_threshold_is_a_stratum_where_the_detector_has_scores(
     (facts,) = score(folder, store)
     assert [(s["name"], s["size"]) for s in facts["run"]["strata"]] == [("positive", 12), ("near", 3), ("negative", 9)]
     assert facts["run"]["rate"] == 11 / 24  # the miss in theme-3 has another size of stratum here
+
+
+def test_the_detector_is_the_one_that_scored_and_no_file_that_a_folder_names(tmp_path: Path) -> None:
+    eyes, nude = efface.detector("eyes", "cat"), efface.detector({"name": "nudenet", "threshold": 0.3}, "nudity")
+    metrics = [
+        {"method": "removal", "detector": {"name": "classifier", "folder": str(tmp_path)}, "by": ["kind"]},
+        {"method": "somewhere:Else", "detector": "eyes"},
+        {"method": "clip_score", "clip": "emoji"},
+    ]
+    assert sample._judge(metrics, eyes.name, "cat") is None
+    metrics += [{"method": "detection", "detector": "eyes"}]
+    metrics += [{"method": "removal", "detector": {"name": "nudenet", "threshold": 0.3}}]
+    assert sample._judge(metrics[:-1], eyes.name, "cat") == eyes
+    assert sample._judge(metrics[-1:], nude.name, "nudity") == nude
+    assert sample._judge(metrics[-1:], eyes.name, "nudity") is None
 
 
 # ---------------------------------------------------------------- labels that do not fit

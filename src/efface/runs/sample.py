@@ -7,9 +7,9 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .. import checks
+from .. import checks, registry
 from ..records import Sample, Score
-from .judges import make_metrics, recorded
+from .judges import foreign
 from .record import DECIDES, Run, digest
 
 if TYPE_CHECKING:
@@ -85,7 +85,11 @@ def draw_items(
     """
     found = []
     for each, scores in with_base(run):
-        found += _items(store, each, scores, concept, sizes, seed)
+        if store.sample(run_id(each), concept) is None:
+            judge = _judge(run.scored_by(), answers(scores, each)[0], concept)
+            drawn = _drawn(each, scores, concept, {**SIZES, **(sizes or {})}, seed, judge)
+            store.keep_sample(run_id(each), concept, drawn)
+        found += _items(store, each, scores, concept, sizes)
     return found
 
 
@@ -95,19 +99,13 @@ def with_base(run: Run) -> list[tuple[Run, list[Score]]]:
     return [(run, scores)] + ([(base, plain)] if base else [])
 
 
-def _items(
-    store: Store, run: Run, scores: list[Score], concept: str, sizes: Mapping[str, int] | None, seed: int
-) -> list[Item]:
+def _items(store: Store, run: Run, scores: list[Score], concept: str, sizes: Mapping[str, int] | None) -> list[Item]:
+    """The pictures of the stored sample, which have to be those of the run."""
     from ..feedback import Item, details_of
 
-    samples, seen = population(run, scores, concept)
-    drawn = store.sample(run_id(run), concept)
-    if drawn is None:
-        drawn = _drawn(
-            run, list(samples.values()), seen, answers(scores, run)[0], concept, {**SIZES, **(sizes or {})}, seed
-        )
-        store.keep_sample(run_id(run), concept, drawn)
-    elif sizes is not None and drawn["asked"] != {**SIZES, **sizes}:
+    samples, _ = population(run, scores, concept)
+    drawn = store.sample(run_id(run), concept) or {}
+    if sizes is not None and drawn["asked"] != {**SIZES, **sizes}:
         raise ValueError(
             f"Expected the sizes of the sample that the store has of {run.folder} ({_sizes(drawn['asked'])}), got "
             f"{_sizes({**SIZES, **sizes})}. Leave them out, or name another --store."
@@ -129,18 +127,13 @@ def _sizes(sizes: Mapping[str, int]) -> str:
 
 
 def _drawn(
-    run: Run,
-    samples: list[Sample],
-    seen: Mapping[str, bool],
-    words: str,
-    concept: str,
-    sizes: Mapping[str, int],
-    seed: int,
+    run: Run, scores: list[Score], concept: str, sizes: Mapping[str, int], seed: int, judge: Detector | None
 ) -> dict[str, Any]:
     """A random sample of each stratum, as the store keeps it."""
+    by_row, seen = population(run, scores, concept)
+    samples = list(by_row.values())
     if any(not sample.sha256 for sample in samples):
         raise ValueError(f"Expected {run.folder} to record the SHA-256 of its pictures, got none. Draw the run again.")
-    judge = _judge(run, words, concept)
     close = _close(judge, samples)
     strata: dict[str, list[Sample]] = {name: [] for name in SIZES}
     for sample, near in zip(samples, close or [False] * len(samples), strict=True):
@@ -153,19 +146,20 @@ def _drawn(
         facts[name] = {"of": len(group), "drawn": len(chosen)}
         rows |= {sample.row.id: (sample.sha256, name) for sample in chosen}
     explicit = judge is None or bool(getattr(judge, "anything_unsafe", False))
-    said = {"seed": seed, "asked": dict(sizes), "detector": words, "explicit": explicit}
+    said = {"seed": seed, "asked": dict(sizes), "detector": answers(scores, run)[0], "explicit": explicit}
     return {**said, "model": run.record["model"]["text_hash"], "strata": facts, "rows": rows}
 
 
-def _judge(run: Run, words: str, concept: str) -> Detector | None:
-    """The detector of the run's metrics that has this name; None if another one scored the run."""
+def _judge(metrics: Sequence[Mapping[str, Any]], words: str, concept: str) -> Detector | None:
+    """The detector of this name, from the metrics that scored a run; None if it is of another package or was made from
+    a file or a hub model, which a run folder must not choose."""
     from ..detectors._named import detector
 
-    for metric in make_metrics(recorded(run)):
-        spec = getattr(metric, "detector", None)
-        judge = None if spec is None else detector(spec, (concept,))
-        if judge is not None and judge.name == words:
-            return judge
+    for config in metrics:
+        if config["method"] in registry.methods("metrics") and "detector" in config and not foreign(config)[0]:
+            judge = detector(config["detector"], (concept,))
+            if judge.name == words:
+                return judge
     return None
 
 
