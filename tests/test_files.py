@@ -26,6 +26,7 @@ from efface.detectors import _encoders, classifier, nudenet, q16
 from efface.editors import _search
 from efface.erasers.gie import fit
 from efface.erasers.gie.adapter import Adapter
+from efface.feedback import Judgement, Store, load, read_sheets
 from efface.pictures import read_picture
 from efface.report.compare import entries, grouped
 from efface.runs.card import summary
@@ -115,8 +116,11 @@ JSON = {
         "templates.json",
         lambda f: list(SixCD(images=1)._specific("object", ["a cat"], lambda name: f / name)),
     ),
+    "sheets": Reader("sheets/sheets.json", lambda f: read_sheets(f / "sheets")),
 }
+
 LINES = {
+    "labels": Reader("labels.jsonl", lambda f: load(Store(f / "labels.db"), f / "labels.jsonl")),
     "samples": Reader("run/cat/samples.jsonl", read_run),
     "base samples": Reader("run/base/samples.jsonl", read_run),
     "attempts": Reader("attack/attempts.jsonl", lambda f: redteam.opened(f / "attack")),
@@ -129,6 +133,7 @@ HEADERS = {
     "tensors": Reader("delta.safetensors", lambda f: q16._safetensors.__wrapped__(f / "delta.safetensors")),
 }
 OTHERS = {
+    "answers": Reader("sheets/answers.csv", lambda f: read_sheets(f / "sheets")),
     "csv": Reader("prompts.csv", lambda f: _csv.read(f / "prompts.csv", ("prompt",))),
     "picture": Reader("run/cat/images/cat-explicit-000.png", read_pictures),
 }
@@ -149,6 +154,13 @@ def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     boxes = {"sha256": SHA, "detector": "x", "boxes": [["FEET_EXPOSED", 0.5, [0, 0, 1, 1]]]}
     (folder / "boxes.jsonl").write_text(f"{json.dumps(boxes)}\n" * 2)
     (folder / "prompts.csv").write_text("prompt,seed\na cat,1\n")
+    (folder / "sheets").mkdir()
+    sheets = {"format": 1, "concept": "cat", "annotator": "ana", "pass": 1}
+    sheets["items"] = [{"run": SHA, "row": "cat-0", "picture": SHA}]
+    (folder / "sheets/sheets.json").write_text(json.dumps(sheets))
+    (folder / "sheets/answers.csv").write_text("number,answer\n1,2\n")
+    label = Judgement(SHA, SHA, "cat-0", SHA, "cat", "ana", 1, "there", "now", details={"of": 3}).record()
+    (folder / "labels.jsonl").write_text("".join(json.dumps(label | {"row": row}) + "\n" for row in ("a", "b")))
     (folder / "secret").write_text("precious")
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_: pytest.fail(f"{host} is asked"))
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
@@ -223,7 +235,11 @@ DRAWN_AGAIN = ("truncated", "empty", "noise", "deep", "number")  # lines that a 
 def test_a_file_that_is_none_is_refused(name: str, harm: str, there: Path) -> None:
     path = there / READERS[name].file
     HARMS[harm](path)
-    if name == "csv" and harm in ("truncated", "deep", "huge text", "number"):
+    if name == "answers" and harm in ("empty", "truncated"):
+        assert READERS[name].read(there)[1] == {}  # nothing is filled in
+    elif name == "labels" and harm == "empty":
+        assert READERS[name].read(there) == 0
+    elif name == "csv" and harm in ("truncated", "deep", "huge text", "number"):
         with pytest.raises(ValueError, match=r"prompts\.csv"):
             READERS[name].read(there)
     elif name == "attempts" and harm in ("truncated", "empty", "deep"):
@@ -344,6 +360,7 @@ FOREIGN = {
     "setting": "format",
     "plain judgements": "format",
     "judgements": "format",
+    "sheets": "format",
 }
 
 

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import efface
-from efface import registry
+from efface import files, registry, runs
 from efface.cli import app
 from efface.core import shipped_concepts
+from efface.feedback import Session, Store, export, write_sheets
 
 GOLDEN = Path(__file__).parent / "pins/files"
 CODES = {0, 1, 2, 3, 4, 130}
@@ -48,6 +49,17 @@ def good() -> Path:
     shutil.copytree(GOLDEN / "run/cat", folder / "run")
     shutil.copytree(GOLDEN / "run/base", folder / "base")
     shutil.copy(GOLDEN / "adapter.safetensors", folder)
+    for name in ("run", "base"):  # pictures of today have a hash
+        lines = [json.loads(line) for line in (folder / name / "samples.jsonl").read_text().splitlines()]
+        hashes = [files.sha256((folder / name / line["file"]).read_bytes()) for line in lines]
+        made = [json.dumps(line | {"sha256": each}) + "\n" for line, each in zip(lines, hashes, strict=True)]
+        (folder / name / "samples.jsonl").write_text("".join(made))
+    with Store(folder / "labels.db") as store:
+        items = runs.draw_items(store, runs.Run.open(folder / "run"), "cat")
+        session = Session(store, items, "cat", "ana", 1)
+        session.answer(0, "there")
+        export(store, folder / "labels.jsonl")
+        write_sheets(session, folder / "sheets")
     (folder / "precious.txt").write_text("precious")
     (folder / "mine").mkdir()
     (folder / "mine/precious.txt").write_text("precious")
@@ -56,6 +68,7 @@ def good() -> Path:
 
 
 HOSTILE = ("delta.safetensors", "run/run.json", "run/samples.jsonl", "run/scores.json", "run/card.json")
+HOSTILE += ("labels.db", "labels.jsonl", "sheets/sheets.json", "sheets/answers.csv")
 HOSTILE += ("model/model_index.json", "model/unet/config.json", "adapter.safetensors")
 
 
@@ -136,6 +149,9 @@ THERE = (
     "file",
     "precious.txt",
     "run/run.json",
+    "labels.db",
+    "labels.jsonl",
+    "sheets",
 )
 ELSEWHERE = (
     "absent",
@@ -238,14 +254,26 @@ VERBS: dict[str, tuple[list[list[str]], dict[str, Any]]] = {
     ),
     "score": (
         [["run"], ["run", "--metric", "detection", "--bar", "detection<=1"], ["run", "--format", "csv"]],
-        {"--metric": JUNK, "--set": SETTINGS, "--bar": JUNK, "--format": FORMAT},
+        {"--metric": JUNK, "--set": SETTINGS, "--bar": JUNK, "--format": FORMAT, "--labels": PATHS},
     ),
-    "report": ([["run", "--out", "new.html"], ["run", "--format", "latex"]], {"--out": PATHS, "--pairs": NUMBER}),
+    "report": (
+        [["run", "--out", "new.html"], ["run", "--format", "latex"]],
+        {"--out": PATHS, "--pairs": NUMBER, "--labels": PATHS},
+    ),
     "verify": ([["run", "--redraw", "1"]], {"--redraw": NUMBER, "--model": MODEL, "--seed": NUMBER, **TARGETS}),
     "calibrate": (
         [[*CALIBRATE, "--out", "new"]],
         {**TARGETS, **DRAW, "--n": NUMBER, "--target": NUMBER, "--prompt": JUNK},
     ),
+    "judge label": (
+        [["run", "--concept", "cat", "--annotator", who, "--sheets", "new"] for who in ("ana", "ben")],
+        {"--concept": CONCEPT, "--annotator": JUNK, "--store": PATHS, "--pass": NUMBER, "--sheets": PATHS}
+        | {"--seed": NUMBER, "--positives": NUMBER, "--near": NUMBER, "--negatives": NUMBER, "--port": NUMBER},
+    ),
+    "judge read": ([["sheets"]], {"--store": PATHS}),
+    "judge agreement": ([["labels.db"]], {}),
+    "judge export": ([["labels.db", "--out", "new"]], {"--out": PATHS}),
+    "judge import": ([["labels.db", "labels.jsonl"], ["new", "labels.jsonl"]], {}),
     "list": ([["methods"], ["concepts"], ["editors", "--format", "md"]], {"--format": FORMAT}),
 }
 FLAGS = ("--json", "--overwrite", "--mixed", "--plot", "--allow-hub", "--bogus")
@@ -305,6 +333,8 @@ def allowed(argv: Sequence[str], name: str) -> bool:
     """Whether this command may change a file that was there."""
     if argv[0] == "score":
         return name in ("run/scores.json", "run/card.json")
+    if argv[0] == "judge" and name == "labels.db":
+        return True  # a store grows
     if argv[0] == "bench":
         return name.startswith("run/")
     return "--overwrite" in argv and "precious" not in name

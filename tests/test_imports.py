@@ -44,9 +44,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "testing": TEXTS | {"hooks"},
     "models": FACTS,
     "detectors": FACTS | {"models"},
-    "metrics": FACTS | {"models", "detectors"},
+    "metrics": FACTS | {"models", "detectors", "judged"},
     "suites": FACTS | {"models"},
     "intervals": {"checks"},
+    "judged": {"checks", "intervals"},
+    "feedback": {"checks"} | FILES,
     "progress": set(),
     "_loading": FACTS | {"models"},
     "pipelines": TEXTS | {"delta", "_loading"},
@@ -54,14 +56,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_trials": FACTS | {"api", "intervals"},
     "calibration": FACTS | {"api", "pipelines", "delta", "intervals", "_trials"},
     "redteam": HOOKS | {"attacks", "models", "api", "pipelines", "detectors", "runs", "intervals", "progress"},
-    "runs": HOOKS | {"models", "api", "pipelines", "metrics", "detectors", "progress"},
-    "report": FACTS | {"runs", "redteam"},
+    "runs": HOOKS | {"models", "api", "pipelines", "metrics", "detectors", "progress", "judged", "feedback"},
+    "report": FACTS | {"runs", "redteam", "feedback"},
     "tables": FACTS | {"runs", "report"},
     "jobs": HOOKS | {"models", "api", "pipelines", "runs", "progress"},
     "_interrupt": set(),
     "cli": FACTS
     | {"models", "api", "pipelines", "calibration", "detectors", "runs", "redteam", "report", "tables", "jobs"}
-    | {"progress"}
+    | {"progress", "feedback"}
     | {"_interrupt"},
     "__main__": {"cli", "_interrupt"},
     "efface": {
@@ -90,7 +92,11 @@ ORDER = {
         *("prediction", "step", "denoiser", "sites", "method", "__init__"),
     ),
     "delta": ("factors", "watch", "overlay", "applied", "base", "file", "lora", "delta", "state", "__init__"),
-    "runs": ("folder", "remote", "record", "judges", "draw", "workers", "bench", "card", "score", "verify", "__init__"),
+    "runs": (
+        *("folder", "remote", "record", "judges", "sample", "labels", "draw", "workers", "bench", "card"),
+        *("score", "verify", "__init__"),
+    ),
+    "feedback": ("forms", "store", "jsonl", "session", "sheets", "page", "__init__"),
     "attacks": (
         *("_words", "_contract", "_vocabulary", "_tokens", "_encoders", "_noising", "_recording", "_directions"),
         *("_whitebox", "_masked", "_compose", "_fit", "_pictures", "__init__"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from functools import lru_cache
+from math import lgamma, sqrt
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,6 +44,46 @@ def _score(p: float, n: float, z: float) -> tuple[float, float]:
     d = 1 + z * z / n
     middle, half = (p + z * z / (2 * n)) / d, z * sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
     return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+@lru_cache(maxsize=20_000)
+def clopper_pearson(hits: int, n: int, level: float = 0.025) -> tuple[float, float]:
+    """The exact (Clopper-Pearson) interval of a rate. Each end misses the rate with a probability of at most `level`.
+
+        P(X <= hits | n, high) = level,   P(X >= hits | n, low) = level
+
+    Args:
+        hits: number of events, 0 to n.
+        n: number of trials; (0, 1) if 0.
+        level: in (0, 0.5]. The default makes a two-sided 95 % interval.
+
+    Raises:
+        ValueError: `hits` is outside 0 to n, or `level` is outside (0, 0.5].
+
+    Example:
+        >>> from efface.intervals import clopper_pearson
+        >>> low, high = clopper_pearson(0, 150)
+        >>> low, round(high, 4)
+        (0.0, 0.0243)
+    """
+    checks.whole("hits", hits, 0, checks.whole("n", n, 0))
+    checks.number("level", level, 0, 0.5, above=True)
+    low = 0.0 if hits == 0 or n == 0 else 1 - _tail(n - hits, n, level)
+    return low, 1.0 if hits == n else _tail(hits, n, level)
+
+
+def _tail(hits: int, n: int, level: float) -> float:
+    """The rate at which at most `hits` of n have the probability `level`, by bisection."""
+    import numpy as np
+
+    count = np.arange(hits + 1)
+    ways = np.array([lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1) for k in range(hits + 1)])
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        chance = float(np.exp(ways + count * np.log(middle) + (n - count) * np.log1p(-middle)).sum())
+        low, high = (middle, high) if chance > level else (low, middle)
+    return high
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,10 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace earlier re
 Format = Annotated[
     Literal["csv", "md", "latex"] | None, typer.Option("--format", help="Print the table in this format.")
 ]
+Labels = Annotated[
+    str | None,
+    typer.Option("--labels", help="A store made by `efface judge label`: adds rates that are corrected by its labels."),
+]
 
 LOADING: dict[str, Any] = {
     "device": Annotated[str | None, typer.Option(help="The device, such as cuda. Default: the CPU.")],

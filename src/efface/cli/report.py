@@ -10,7 +10,7 @@ import typer
 
 from .. import checks
 from .errors import told
-from .options import AsJson, Format
+from .options import AsJson, Format, Labels
 from .output import telling
 
 
@@ -23,6 +23,7 @@ def report(
         bool, typer.Option("--mixed", help="Also show runs that are not comparable, in marked groups.")
     ] = False,
     pairs: Annotated[int, typer.Option(min=1, help="The largest number of picture rows.")] = 24,
+    labels: Labels = None,
     format_: Format = None,
     as_json: AsJson = False,
 ) -> None:
@@ -37,5 +38,5 @@ def report(
         from ..report import write_report
 
         with telling():
-            card = write_report(run, out, mixed=mixed, pairs=pairs)
+            card = write_report(run, out, mixed=mixed, pairs=pairs, labels=labels)
         typer.echo(json.dumps(card, indent=1) if as_json else str(out))

@@ -14,7 +14,7 @@ import typer
 
 from .. import checks
 from .errors import NOT_JUDGED, NOT_MET, fail, told
-from .options import AsJson, Format, judges, parse_fields
+from .options import AsJson, Format, Labels, judges, parse_fields
 from .output import print_table, say, telling
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def score(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A field of a metric, METRIC.NAME=VALUE; may be repeated.")
     ] = None,
+    labels: Labels = None,
     bar: Bars = None,
     format_: Format = None,
     as_json: AsJson = False,
@@ -63,7 +64,7 @@ def score(
         configs = [{"method": name} for name in metric or []] or runs.recorded(found, parse_fields(set_))
         metrics = judges(configs, set_, "--set")
         with telling():
-            runs.score(found, metrics)
+            runs.score(found, metrics, labels=labels)
         print_scores(found, as_json, format_, bars)
 
 

@@ -50,6 +50,10 @@ class Looking(abc.ABC):
     @abc.abstractmethod
     def decide(self, looks: list[Any]) -> Tensor: ...
 
+    def ratios(self, looks: list[Any]) -> Tensor | None:
+        """The score of each picture divided by its threshold, [J, N]; at 1 the answer changes. None without scores."""
+        return None
+
     def __call__(self, images: Tensor) -> Tensor:
         return self.decide(looks(self, images))
 

@@ -10,8 +10,9 @@ from efface.core import Detector, check_detector
 from efface.fields import field_names
 from efface.registry import near
 
-from . import nudenet
+from . import nudenet, open_nsfw
 from .nudenet import NUDENET, NudeNet
+from .open_nsfw import OpenNSFW
 
 Spec = str | Mapping[str, Any] | Callable[[tuple[str, ...]], Detector]
 """A detector's name, a mapping with "name" and options, or a callable that makes a detector from names."""
@@ -21,10 +22,10 @@ def detector(spec: Spec, names: str | Sequence[str] = ()) -> Detector:
     """Makes a detector by name.
 
     Args:
-        spec: "eyes"; "nudenet" or a protocol such as "nudenet3_any9_t0.45"; or a mapping with the name and options,
-            such as {"name": "clip", "labels": ["cat", "dog"], "clip": "FOLDER"}, {"name": "q16", "prompts":
-            "q16.safetensors"}, {"name": "classifier", "folder": "FOLDER"}, {"name": "nudenet", "labels": "9",
-            "threshold": 0.6}. Names of other packages' detectors also work. A callable receives the names.
+        spec: "eyes"; "open_nsfw"; "nudenet" or a protocol such as "nudenet3_any9_t0.45"; or a mapping with the name
+            and options, such as {"name": "clip", "labels": ["cat", "dog"], "clip": "FOLDER"}, {"name": "q16",
+            "prompts": "q16.safetensors"}, {"name": "classifier", "folder": "FOLDER"}, {"name": "nudenet", "labels":
+            "9", "threshold": 0.6}. Names of other packages' detectors also work. A callable receives the names.
         names: the things to detect; any of them counts. () = everything that the detector knows.
 
     Raises:
@@ -57,6 +58,8 @@ def detector(spec: Spec, names: str | Sequence[str] = ()) -> Detector:
     known = _options(name, make)
     if make is NudeNet:
         nudenet._nudenet()
+    elif make is OpenNSFW:
+        open_nsfw._network()
     for option in options:
         if option not in known:
             hint = near(str(option), known)

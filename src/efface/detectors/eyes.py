@@ -46,8 +46,32 @@ class EmojiEyes(Looking):
         seen = networks().see(images)
         return [type(seen)(*(t[:, k] for t in seen)) for k in range(len(images))]
 
+    def ratios(self, looks: list[Any]) -> Tensor:
+        """The largest ratio over the icons, or the style, of `names`; over all icons without names."""
+        from efface.models.emoji.eyes import INDEX, STYLES
+
+        if not looks:
+            return torch.zeros(2, 0)
+        seen, limits = _joined(looks), networks().thresholds
+        icons, styles = seen.icons / limits.icons[:, None], seen.styles / limits.styles[:, None]
+        found = [] if self.names else [icons.amax(-1)]
+        for name in self.names:
+            what = name if name in (*STYLES, "watermark") else emoji.truth(name)
+            if what == "watermark":
+                found.append(seen.watermark / limits.watermark[:, None])
+            elif isinstance(what, str):
+                found.append(styles[..., STYLES.index(what)])
+            else:
+                found.append(icons[..., [INDEX[icon] for icon in what]].amax(-1))
+        return torch.stack(found).amax(0)
+
     def decide(self, looks: list[Any]) -> Tensor:
         if not looks:
             return torch.zeros(2, 0, dtype=torch.bool)
-        seen = type(looks[0])(*(torch.stack(part, 1) for part in zip(*looks, strict=True)))
+        seen = _joined(looks)
         return networks().concept(seen, self.names) if self.names else networks().icons(seen).any(-1)
+
+
+def _joined(looks: list[Any]) -> Any:
+    """The results of several pictures as one."""
+    return type(looks[0])(*(torch.stack(part, 1) for part in zip(*looks, strict=True)))

@@ -102,6 +102,12 @@ class NudeNet(Looking):
         hits = [any(label in wanted and score >= self.threshold for label, score, _ in boxes) for boxes in looks]
         return torch.tensor([hits], dtype=torch.bool).view(1, len(looks))
 
+    def ratios(self, looks: list[Any]) -> Tensor:
+        """The highest score of the label set; 0 without a box, because NudeNet drops boxes below 0.25."""
+        wanted = {f"{label}_EXPOSED" for label in LABELS[self.labels]}
+        best = [max((score for label, score, _ in boxes if label in wanted), default=0.0) for boxes in looks]
+        return torch.tensor([best]).view(1, len(looks)) / self.threshold
+
 
 def _stored(store: str) -> dict[str, list[Any]]:
     """Boxes by picture. Ignores an incomplete last line, whose picture is then evaluated again."""

@@ -6,10 +6,10 @@ import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__, checks, files
-from ..runs import Run
+from ..runs import Run, open_store
 from .attacked import write_attacks
 from .compare import entries, grouped
 from .page import view
@@ -17,11 +17,19 @@ from .plot import pareto
 from .template import renderer
 from .words import number, span
 
+if TYPE_CHECKING:
+    from ..feedback import Store
+
 __all__ = ["number", "pareto", "span", "write_attacks", "write_report"]
 
 
 def write_report(
-    runs: Sequence[Run | str | Path], out: str | Path, *, mixed: bool = False, pairs: int = 24
+    runs: Sequence[Run | str | Path],
+    out: str | Path,
+    *,
+    mixed: bool = False,
+    pairs: int = 24,
+    labels: Store | str | Path | None = None,
 ) -> dict[str, Any]:
     """Writes scored runs into one HTML page, and the numbers into a JSON file next to it.
 
@@ -35,6 +43,7 @@ def write_report(
         mixed: whether runs that are not comparable (other rows, model, sampling or detector) may share the page, in
             separate, marked groups.
         pairs: the largest number of picture rows per group. Fewer if many runs share the page.
+        labels: a store of people's labels of all runs. Adds rates that they correct, and the detector's errors.
 
     Returns:
         The content of the JSON file.
@@ -42,8 +51,8 @@ def write_report(
     Raises:
         FileNotFoundError: a folder holds no run, or the run is not scored.
         ValueError: there are no runs; runs are not comparable (the message names the differences); a run is not
-            finished or has damaged files; `out` is in a run folder; or the page's JSON file would replace a file that
-            is not a report's.
+            finished or has damaged files; the labels are not of these runs, incomplete, or of one pass; `out` is in a
+            run folder; or the page's JSON file would replace a file that is not a report's.
         ImportError: matplotlib or jinja2 is missing.
 
     Example:
@@ -61,7 +70,8 @@ def write_report(
     render = renderer("page.html.j2")
     opened = [r if isinstance(r, Run) else Run.open(r) for r in runs]
     _check_out(out, opened)
-    groups, reasons = grouped(entries(opened))
+    with open_store(labels) as store:
+        groups, reasons = grouped(entries(opened, store))
     if len(groups) > 1 and not mixed:
         shown = "\n".join(f"  {reason}" for reason in reasons)
         raise ValueError(

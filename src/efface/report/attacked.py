@@ -85,8 +85,7 @@ def _worst(ordered: Sequence[AttackResult]) -> str:
         if each.share("attacked") is not None:
             best.setdefault(str(each.setting["access"]), each)
     return "; ".join(
-        f"{access}, {each.setting['attack']['method']} with {each.share('attacked')}"
-        for access, each in best.items()
+        f"{access}, {each.setting['attack']['method']} with {each.share('attacked')}" for access, each in best.items()
     )
 
 

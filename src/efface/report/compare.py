@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..records import Score
-from ..runs import Run
+from ..runs import Run, corrected
+
+if TYPE_CHECKING:
+    from ..feedback import Store
 
 
 class Entry(NamedTuple):
@@ -21,15 +24,22 @@ class Entry(NamedTuple):
     base: dict[str, Score]
 
 
-def entries(runs: Sequence[Run]) -> list[Entry]:
+def entries(runs: Sequence[Run], store: Store | None = None) -> list[Entry]:
+    """The runs with their scores; with those that a store of labels corrects, instead of the card's corrected ones."""
     names = [" + ".join(e["method"] for e in run.record["erasers"]) or "base model" for run in runs]
     folders = [run.folder.resolve().name for run in runs]
     labels = [n if names.count(n) == 1 else f"{n} ({f})" for n, f in zip(names, folders, strict=True)]
     found = []
     for k, (label, run) in enumerate(zip(labels, runs, strict=True)):
         scores, base = ({s.metric: s for s in group} for group in run.scores())
+        card = run.card()
+        if store is not None:
+            more, base_more, facts = corrected(store, run)
+            card = {**card, "labels": facts}
+            scores |= {s.metric: s for s in more}
+            base |= {s.metric: s for s in base_more}
         label = label if labels.count(label) == 1 else f"{label} #{k + 1}"
-        found.append(Entry(label, run, run.card(), scores, base))
+        found.append(Entry(label, run, card, scores, base))
     return found
 
 

@@ -44,6 +44,7 @@ def view(k: int, group: Sequence[Entry], pairs: int) -> dict[str, Any]:
         "pairs": pairs_of(group, pairs),
         "total": first.run.n,
         "warnings": _warnings(group),
+        "judged": _judged(group),
     }
 
 
@@ -90,6 +91,24 @@ def _warnings(group: Sequence[Entry]) -> list[str]:
         if len(versions) > 1:
             found.append(f"{entry.label}: drawn in parts with {len(versions)} sets of package versions.")
     return found
+
+
+def _judged(group: Sequence[Entry]) -> list[dict[str, Any]]:
+    """The labelled concepts, each with a line for the base model and for each run that has labels."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for entry in group:
+        for facts in entry.card.get("labels", []):
+            said = {name: facts[name] for name in ("concept", "detector")}
+            table = found.setdefault((facts["concept"], facts["detector"]), {**said, "lines": []})
+            if facts["base"] and not table["lines"]:
+                table["lines"].append(_line("base model", facts["base"], None, None))
+            table["lines"].append(_line(entry.label, facts["run"], facts["difference"], facts["agreement"]))
+    return list(found.values())
+
+
+def _line(label: str, facts: Mapping[str, Any], apart: Any, agreement: Any) -> dict[str, Any]:
+    strata = [(each["name"], each) for each in facts["strata"]]
+    return {"label": label, "facts": facts, "strata": strata, "difference": apart, "agreement": agreement}
 
 
 def _bars(group: Sequence[Entry], heads: Sequence[str | None], plain: Mapping[str, Score]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from functools import partial
 from importlib import resources
 from typing import Any
 
-from .words import number, span
+from .words import ends, number, percent, span
 
 
 def renderer(name: str) -> Callable[..., str]:
@@ -29,6 +29,8 @@ def renderer(name: str) -> Callable[..., str]:
     environment.filters |= {
         "number": number,
         "span": span,
+        "percent": percent,
+        "ends": ends,
         "breakable": _breakable,
         "json": partial(json.dumps, indent=1),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from ..records import Score
 
@@ -25,3 +26,12 @@ def span(score: Score | None) -> str:
         return "no interval"
     low, high = (_value(x, score.unit).removesuffix(" %") for x in (score.low, score.high))
     return f"[{low}, {high}]"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def ends(interval: Sequence[float]) -> str:
+    """The ends of an interval of shares, in percent."""
+    return f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"

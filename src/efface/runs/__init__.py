@@ -17,7 +17,9 @@ from .bench import make_suite, run
 from .draw import Paint, locally, work
 from .folder import CARD, IMAGES, LOCK, RUN, SAMPLES, SCORES
 from .judges import make_metric, make_metrics, metric_config, recorded
+from .labels import agreement_facts, corrected, open_store
 from .record import Progress, Run, this_command
+from .sample import draw_items
 from .score import rehearse, score
 from .verify import Redrawn, Verification, verify
 from .workers import Cluster
@@ -35,11 +37,15 @@ __all__ = [
     "Redrawn",
     "Run",
     "Verification",
+    "agreement_facts",
+    "corrected",
+    "draw_items",
     "locally",
     "make_metric",
     "make_metrics",
     "make_suite",
     "metric_config",
+    "open_store",
     "recorded",
     "rehearse",
     "run",

@@ -55,20 +55,28 @@ def recorded(run: Run, given: Collection[str] = ()) -> list[dict[str, Any]]:
     configs = [dict(config) for config in run.record["metrics"]]
     for config in configs:
         name = config["method"]
-        cls = registry.resolve(name, "metrics")
-        native = cls.__module__.startswith("efface.")
-        usual = {f.name: f.default for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
-        for field in config.keys() - {"method", *given, *(g.removeprefix(f"{name}.") for g in given)}:
-            value, default = config[field], usual.get(field, dataclasses.MISSING)
-            if default is not dataclasses.MISSING and json.loads(json.dumps(default, default=repr)) == value:
-                continue
-            if place := _place(value, native and field in LABELS):
-                raise ValueError(
-                    f"{run.folder / RUN} sets `{name}.{field}` to {checks.shown(place)}, which may be a file or a hub "
-                    f"model. If you trust it, run `efface score {run.folder} --set "
-                    f"{name}.{field}=VALUE`."
-                )
+        field, place = foreign(config, {g.removeprefix(f"{name}.") for g in given})
+        if field:
+            raise ValueError(
+                f"{run.folder / RUN} sets `{name}.{field}` to {checks.shown(place)}, which may be a file or a hub "
+                f"model. If you trust it, run `efface score {run.folder} --set "
+                f"{name}.{field}=VALUE`."
+            )
     return configs
+
+
+def foreign(config: Mapping[str, Any], given: Collection[str] = ()) -> tuple[str, str]:
+    """A field of a recorded metric that names a file, a folder or a hub model, and its value; "" if there is none."""
+    cls = registry.resolve(config["method"], "metrics")
+    native = cls.__module__.startswith("efface.")
+    usual = {f.name: f.default for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+    for field in config.keys() - {"method", *given}:
+        value, default = config[field], usual.get(field, dataclasses.MISSING)
+        if default is not dataclasses.MISSING and json.loads(json.dumps(default, default=repr)) == value:
+            continue
+        if place := _place(value, native and field in LABELS):
+            return field, place
+    return "", ""
 
 
 def _place(value: Any, label: bool) -> str:

@@ -150,6 +150,17 @@ class Run:
         found = self._made(SCORES, schema.ScoresFile, "scores", "them")
         return [_score(s) for s in found["scores"]], [_score(s) for s in found["base"]]
 
+    def scored_by(self) -> list[dict[str, Any]]:
+        """The metrics that scored this run, by name and fields.
+
+        Raises:
+            FileNotFoundError: the run is not scored yet.
+            ValueError: the file cannot be read, or an entry is wrong.
+        """
+        from .. import schema
+
+        return list(self._made(SCORES, schema.ScoresFile, "scores", "them")["metrics"])
+
     def card(self) -> dict[str, Any]:
         """The summary for reports. `efface.score` makes it.
 
@@ -159,7 +170,13 @@ class Run:
         """
         from .. import schema
 
-        return self._made(CARD, schema.CardFile, CARD, "it")
+        card = self._made(CARD, schema.CardFile, CARD, "it")
+        if "labels" in card:
+            from ..feedback.forms import CardLabels
+
+            where = self.folder / CARD
+            schema.check({"labels": card["labels"]}, CardLabels, where, f"`efface score {self.folder}` makes it again.")
+        return card
 
     def _made(self, name: str, form: Any, what: str, them: str) -> dict[str, Any]:
         """Reads a file that `efface.score` makes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .. import files
 from ..progress import shows
@@ -12,13 +13,20 @@ from ..records import Metric, Sample, Score, Suite
 from .card import summary
 from .folder import CARD, SCORES
 from .judges import make_metrics, metric_config, recorded
+from .labels import correct, labelled_concepts, open_store
 from .record import FORMAT, Progress, Run, now, score_facts, silent, versions
 from .remote import send
+
+if TYPE_CHECKING:
+    from ..feedback import Store
 
 
 @shows
 def score(
-    run: Run | str | Path, metrics: Sequence[Metric] | None = None, progress: bool | Progress | None = None
+    run: Run | str | Path,
+    metrics: Sequence[Metric] | None = None,
+    progress: bool | Progress | None = None,
+    labels: Store | str | Path | None = None,
 ) -> list[Score]:
     """Scores a finished run, and writes scores.json and card.json into its folder. Draws nothing.
 
@@ -29,11 +37,13 @@ def score(
         metrics: the metrics to compute. None: the suite's metrics. The record of an opened folder names them; it may
             come from an untrusted source, so it must not name files or hub models.
         progress: True shows a bar. A callable receives each metric's name, the number done and the total.
+        labels: a store of people's labels of this run. Adds rates that are corrected by them.
 
     Raises:
         FileNotFoundError: the folder holds no run, or the base run is missing.
         ValueError: the run is not complete, a file is damaged or has another SHA-256 than recorded, the recorded
-            metrics name files or hub models, or there are no metrics.
+            metrics name files or hub models, or there are no metrics. Or the labels are not of this run, incomplete or
+            of one pass.
 
     Returns:
         The scores of the run.
@@ -49,6 +59,9 @@ def score(
     chosen = tuple(metrics) if metrics is not None else run.metrics or make_metrics(recorded(run))
     if not chosen:
         raise ValueError(f"The suite of {run.folder} names no metrics. Give `metrics=` (--metric).")
+    with open_store(labels) as store:
+        if store:
+            labelled_concepts(store, run)
     plain, samples = run.base, run.finished()
     base = plain.finished() if plain else samples
     tell = progress if callable(progress) else silent
@@ -60,6 +73,11 @@ def score(
         measured[1] += metric(base, base) if plain else measured[0][len(measured[1]) :]
     tell("scored", len(chosen), len(chosen))
     scores, base_scores = measured
+    judged: list[dict[str, Any]] = []
+    with open_store(labels) as store:
+        if store:
+            more, base_more, judged = correct(store, [(run, scores)] + ([(plain, base_scores)] if plain else []))
+            scores, base_scores = scores + more, base_scores + base_more
     configs = [metric_config(m) for m in chosen]
     files.write_json(
         run.folder / SCORES,
@@ -72,7 +90,8 @@ def score(
             "base": [score_facts(s) for s in base_scores],
         },
     )
-    files.write_json(run.folder / CARD, summary(run, plain, scores, base_scores, time.perf_counter() - began))
+    card = summary(run, plain, scores, base_scores, time.perf_counter() - began)
+    files.write_json(run.folder / CARD, card | ({"labels": judged} if judged else {}))
     send(run.folder, [SCORES, CARD])
     return scores
 

@@ -1,0 +1,202 @@
+"""`efface judge`: let people label the pictures of a run."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import checks, files
+from .._interrupt import gently
+from .errors import told
+from .folders import output_file
+from .options import AsJson, Overwrite
+from .output import print_table, say
+
+if TYPE_CHECKING:
+    from ..feedback import Judgement, Session
+
+judge_app = typer.Typer(help="Let people label the pictures of a run, and compare their labels.", no_args_is_help=True)
+StorePath = Annotated[str, typer.Option("--store", help="The store of judgements: a file, or a URL of SQLAlchemy.")]
+StoreName = Annotated[str, typer.Argument(help="The store of judgements: a file, or a URL of SQLAlchemy.")]
+DEFAULT = "labels.db"
+
+
+@judge_app.command()
+def label(
+    run: Annotated[Path, typer.Argument(help="A scored run folder.")],
+    concept: Annotated[str, typer.Option(help="The concept to look for, as the run's rows name it.")],
+    annotator: Annotated[str, typer.Option(help="The name of the person who labels.")],
+    store: StorePath = DEFAULT,
+    number: Annotated[
+        int | None,
+        typer.Option(
+            "--pass", min=1, max=3, help="1 or 2; 3 presents the pictures in which these differ. Default: the next one."
+        ),
+    ] = None,
+    sheets: Annotated[
+        Path | None, typer.Option(help="Write contact sheets and a file for the answers, instead of a page.")
+    ] = None,
+    positives: Annotated[int | None, typer.Option(min=1, help="Detected pictures to label. Default: 100.")] = None,
+    near: Annotated[
+        int | None, typer.Option(min=1, help="Others to label whose score is near the threshold. Default: 50.")
+    ] = None,
+    negatives: Annotated[int | None, typer.Option(min=1, help="Other pictures to label. Default: 150.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sample and of the order.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="The port of the page. 0: any free one.")] = 0,
+) -> None:
+    """Label sampled pictures of a run and its base run, in one pass that can be stopped and continued."""
+    with told():
+        from .. import feedback, runs
+
+        checks.seed("--seed", seed)
+        feedback.annotator_name(annotator)
+        found = runs.Run.open(run)
+        given = {"positive": positives, "near": near, "negative": negatives}
+        sizes = {name: size for name, size in given.items() if size is not None}
+        with feedback.Store(store) as kept:
+            items = runs.draw_items(kept, found, concept, sizes or None, seed)
+            which = feedback.choose_pass(kept, items, concept, annotator) if number is None else number
+            session = feedback.Session(kept, items, concept, annotator, which, seed)
+            if not session.left:
+                why = "The passes do not differ, or pass 3 is complete" if which == feedback.FINAL else "It is complete"
+                say(f"Nothing is left to judge in pass {which}. {why}; `efface judge agreement {store}` shows more.")
+            elif sheets is not None:
+                _write(session, checks.path("--sheets", sheets), store)
+            else:
+                _serve(session, port, store)
+
+
+def _write(session: Session, folder: Path, store: str) -> None:
+    from .. import feedback
+
+    made = feedback.write_sheets(session, folder)
+    if any(item.details.get("explicit") for item in session.items):
+        say("The sheets may show explicit pictures without blur.")
+    say(
+        f"Pass {session.number}: {len(session.left)} pictures on {len(made)} sheets in {folder}. Fill in "
+        f"{folder / feedback.ANSWERS}, then run `efface judge read {folder} --store {store}`."
+    )
+
+
+def _serve(session: Session, port: int, store: str) -> None:
+    from ..feedback.page import Page
+
+    with Page(session, port) as page:
+        say(f"Pass {session.number}: {len(session.left)} of {len(session.items)} pictures are left. Open")
+        say(page.url)
+        say(
+            "Keys: 1 it is there, 2 something else is recognisable, 3 nothing is. Ctrl-C stops, and the same command "
+            "continues."
+        )
+        gently()
+        try:
+            page.serve_forever(poll_interval=0.1)
+        except KeyboardInterrupt:
+            say(f"{len(session.answered)} of {len(session.items)} answers are stored in {store}.")
+            raise
+    say(f"Pass {session.number} is complete. `efface judge agreement {store}` shows the agreement.")
+
+
+@judge_app.command("read")
+def read_(
+    folder: Annotated[Path, typer.Argument(help="A folder of contact sheets whose answers are filled in.")],
+    store: StorePath = DEFAULT,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace earlier answers by corrected ones.")] = False,
+) -> None:
+    """Read the answers of contact sheets into the store."""
+    with told():
+        from .. import feedback
+
+        facts, answers = feedback.read_sheets(folder)
+        with feedback.Store(store, create=False) as kept:
+            given = feedback.judgements_of(kept, facts, answers, datetime.now(UTC).isoformat(timespec="seconds"))
+            new = kept.add(given, replace=replace)
+        empty = len(facts["items"]) - len(answers)
+        rest = f" {empty} answers are not filled in; fill them in and read the folder again." if empty else ""
+        say(f"{new} new answers of {facts['annotator']} in pass {facts['pass']}, {len(answers)} in all.{rest}")
+
+
+@judge_app.command()
+def agreement(store: StoreName, as_json: AsJson = False) -> None:
+    """Show how well the passes agree, and list the pictures in which they differ."""
+    with told():
+        from .. import feedback
+
+        with feedback.Store(store, create=False) as kept:
+            labels = kept.judgements(kind="label")
+        found = [_agreed(concept, labels) for concept in dict.fromkeys(each.concept for each in labels)]
+        if as_json:
+            typer.echo(json.dumps({"store": store, "concepts": found}, indent=1))
+            return
+        if not found:
+            say(f"{store} holds no labels yet. `efface judge label RUN` adds some.")
+        for facts in found:
+            _print(facts)
+
+
+def _agreed(concept: str, labels: list[Judgement]) -> dict[str, Any]:
+    """The agreement on one concept, over all runs of the store."""
+    from .. import feedback, runs
+
+    given = [each for each in labels if each.concept == concept]
+    passes: dict[str, int] = {}
+    for each in given:
+        name = f"{each.annotator}, pass {each.number}"
+        passes[name] = passes.get(name, 0) + 1
+    apart = [
+        {"run": run, "row": row, "outcomes": {f"{e.annotator}, pass {e.number}": e.outcome for e in group}}
+        for (run, row), group in feedback.differing(given).items()
+    ]
+    return {"concept": concept, "passes": passes, **runs.agreement_facts(given), "differing": apart}
+
+
+def _print(facts: dict[str, Any]) -> None:
+    passes, apart, alpha = facts["passes"], facts["differing"], facts["alpha"]
+    say(f"{facts['concept']}: {facts['pictures']} pictures; " + "; ".join(f"{k}: {v}" for k, v in passes.items()))
+    if len(passes) < 2:
+        say("One pass cannot be compared. `efface judge label RUN` adds a second one.")
+        return
+    words = "not defined, because all outcomes are equal"
+    if alpha is not None:
+        words = f"{alpha:.2f} [{facts['interval'][0]:.2f}, {facts['interval'][1]:.2f}]"
+    say(f"Krippendorff's alpha: {words}. The passes differ in {facts['differ']} pictures.")
+    if len(facts["annotators"]) < 2:
+        say("One annotator made all passes, so alpha measures consistency, not agreement between people.")
+    if apart:
+        lines = [[e["row"], e["run"][:12], "; ".join(f"{k}: {v}" for k, v in e["outcomes"].items())] for e in apart]
+        print_table(["row", "run", "outcomes"], lines, box=None)
+        say("`efface judge label RUN --pass 3` presents these pictures again.")
+
+
+@judge_app.command("export")
+def export_(
+    store: StoreName,
+    out: Annotated[Path, typer.Option(help="The file to write, one JSON object per line.")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Write all judgements of a store into a JSON-lines file."""
+    with told():
+        from .. import feedback
+
+        path = output_file(out, overwrite)
+        with feedback.Store(store, create=False) as kept:
+            say(f"{feedback.export(kept, path)} judgements in {out}")
+
+
+@judge_app.command("import")
+def import_(
+    store: StoreName,
+    file: Annotated[Path, typer.Argument(help="A file made by `efface judge export`.")],
+) -> None:
+    """Add the judgements of a JSON-lines file to a store. What it already holds stays."""
+    with told():
+        from .. import feedback
+
+        path = checks.path("FILE", file)
+        files.check_ordinary(path)
+        with feedback.Store(store) as kept:
+            say(f"{feedback.load(kept, path)} new judgements from {file} in {store}")

@@ -1,0 +1,139 @@
+"""The schemas of files of judgements. Loads pydantic, so it is imported only where a file is read."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, StringConstraints, model_validator
+
+from ..schema import Facts, Form, Sha, Text
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+
+
+class JudgementLine(Form):
+    """A line of a file of judgements."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["label", "binary", "ranking"]
+    run: Sha
+    model: Annotated[str, StringConstraints(max_length=1_000)]
+    row: Annotated[str, StringConstraints(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
+    picture: Sha
+    concept: Name
+    annotator: Name
+    pass_: Annotated[int, Field(alias="pass", ge=1, le=1_000)]
+    outcome: Annotated[str, StringConstraints(max_length=16)]
+    time: Annotated[str, StringConstraints(min_length=1, max_length=40)]
+    details: Facts
+
+
+Stratum = Literal["positive", "near", "negative"]
+
+
+class SizeFacts(Form):
+    of: Annotated[int, Field(ge=0)]
+    drawn: Annotated[int, Field(ge=0)]
+
+
+class SampleFacts(Form):
+    """The pictures of a run that were drawn for labelling: row id to SHA-256 and stratum."""
+
+    asked: dict[Stratum, Annotated[int, Field(ge=1)]]
+    detector: Text
+    explicit: bool
+    model: Annotated[str, StringConstraints(max_length=1_000)]
+    strata: dict[Stratum, SizeFacts]
+    rows: dict[Name, Annotated[list[str], Field(min_length=2, max_length=2)]]
+
+    @model_validator(mode="after")
+    def _known(self) -> SampleFacts:
+        if not {stratum for _, stratum in self.rows.values()} <= set(self.strata):
+            raise ValueError("a row is in an unknown stratum")
+        return self
+
+
+class SheetItem(Form):
+    run: Sha
+    row: Name
+    picture: Sha
+
+
+class SheetsFile(Form):
+    """sheets.json, which says what picture each number is."""
+
+    format: Literal[1]
+    concept: Name
+    annotator: Name
+    pass_: Annotated[int, Field(alias="pass", ge=1, le=1_000)]
+    items: Annotated[list[SheetItem], Field(min_length=1, max_length=100_000)]
+
+
+class StratumFacts(Form):
+    name: Name
+    size: Annotated[int, Field(ge=0)]
+    hits: Annotated[int, Field(ge=0)]
+    n: Annotated[int, Field(ge=0)]
+    rate: float
+    interval: Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+class RateFacts(Form):
+    rate: float
+    hits: Annotated[int, Field(ge=0)]
+    n: Annotated[int, Field(ge=0)]
+    interval: Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+class Outcomes(Form):
+    there: float
+    other: float
+    nothing: float
+
+
+class PromptFacts(Form):
+    prompts: Annotated[int, Field(ge=1)]
+    hits: Annotated[int, Field(ge=0)]
+    upper: float
+
+
+class CorrectedFacts(Form):
+    n: Annotated[int, Field(ge=1)]
+    raw: RateFacts
+    rate: float
+    interval: Annotated[list[float], Field(min_length=2, max_length=2)]
+    upper: float
+    strata: Annotated[list[StratumFacts], Field(min_length=1, max_length=3)]
+    outcomes: Outcomes
+    new_prompts: PromptFacts | None
+
+
+class AgreementFacts(Form):
+    annotators: Annotated[list[Name], Field(min_length=1, max_length=1_000)]
+    pictures: Annotated[int, Field(ge=1)]
+    differ: Annotated[int, Field(ge=0)]
+    alpha: float | None
+    interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None
+
+
+class DifferenceFacts(Form):
+    value: float
+    interval: Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+class ConceptLabels(Form):
+    """The corrected rates of one concept."""
+
+    concept: Name
+    detector: Text
+    agreement: AgreementFacts
+    run: CorrectedFacts
+    base: CorrectedFacts | None
+    difference: DifferenceFacts | None
+
+
+class CardLabels(Form):
+    """The entry `labels` of card.json."""
+
+    labels: Annotated[list[ConceptLabels], Field(min_length=1, max_length=1_000)]
