@@ -69,7 +69,7 @@ def attempts(folder: Path) -> list[dict[str, Any]]:
     path = files.inside(folder, ATTEMPTS)
     if not files.there(path):
         return []
-    found = []
+    found: list[dict[str, Any]] = []
     for number, line in enumerate(files.read(path, MOST).splitlines(keepends=True), 1):
         if not line.endswith(b"\n"):
             continue  # a killed process did not finish it
