@@ -95,7 +95,7 @@ ORDER = {
         *("folder", "remote", "record", "judges", "sample", "labels", "draw", "workers", "bench", "card"),
         *("score", "verify", "__init__"),
     ),
-    "feedback": ("forms", "store", "jsonl", "session", "sheets", "page", "__init__"),
+    "feedback": ("forms", "judgement", "store", "jsonl", "session", "sheets", "page", "__init__"),
     "report": ("words", "compare", "plot", "pictures", "page", "__init__"),
 }
 
