@@ -96,7 +96,7 @@ ORDER = {
         *("folder", "remote", "record", "judges", "sample", "labels", "draw", "workers", "bench", "card"),
         *("score", "verify", "__init__"),
     ),
-    "feedback": ("forms", "store", "jsonl", "session", "sheets", "page", "__init__"),
+    "feedback": ("forms", "judgement", "store", "jsonl", "session", "sheets", "page", "__init__"),
     "attacks": (
         *("_words", "_contract", "_vocabulary", "_tokens", "_encoders", "_noising", "_recording", "_directions"),
         *("_whitebox", "_masked", "_compose", "_fit", "_pictures", "__init__"),

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from .. import files
-from .store import Judgement, Store
+from .judgement import Judgement
+from .store import Store
 
 CURE = "Correct the line, or export the file again. Nothing was imported."
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from .. import files
 from ..pictures import png, read_picture
+from .judgement import LABELS
 from .session import Session
-from .store import LABELS
 
 BODY = 10_000  # bytes of a request
 KEYS = dict(enumerate(LABELS, 1))

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import checks
-from .store import LABELS, Judgement, Store, annotator_name
+from .judgement import LABELS, Judgement, annotator_name
+from .store import Store
 
 FINAL = 3
 """The pass that judges only the pictures in which the independent passes differ."""

@@ -16,8 +16,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .. import checks, files
 from ..pictures import png, read_picture
+from .judgement import LABELS, Judgement
 from .session import Item, Session, details_of
-from .store import LABELS, Judgement, Store
+from .store import Store
 
 COLUMNS, ROWS, SIDE, TEXT, GAP = 6, 4, 160, 20, 8
 ANSWERS, SHEETS = "answers.csv", "sheets.json"
