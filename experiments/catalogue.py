@@ -292,6 +292,16 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         left_out=frozenset((guard, attack) for guard in GUARDS for attack in WEIGHTS if guard in RUN_TIME_GUARDS),
     ),
     Redteam(
+        name="attacks_development",
+        question="Which cheap attack brings an erased concept back, from four guards, with a small budget?",
+        cap=3.0,
+        guards={name: GUARDS[name] for name in ("base", "eiup", "rece", "esd")},
+        attacks=CHEAP | {f"concept_arithmetics {recipe}": arithmetic(recipe) for recipe in RECIPES},
+        left_out=frozenset(("eiup", attack) for attack in WEIGHTS),
+        budget=600,
+        n=16,
+    ),
+    Redteam(
         name="gradient_attacks",
         question="Which attack by tokens or gradients brings an erased concept back, from which eraser?",
         cap=20.0,
