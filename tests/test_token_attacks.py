@@ -771,3 +771,28 @@ def test_found_words_explain_the_concept_better_than_random_ones(attack: Any) ->
     with guard.guarded(), torch.no_grad():
         losses = [sum(float(white.loss(text, None, {}, p)) for p in points) for text in (proposal.prompt, *texts)]
     assert losses[0] < sorted(losses[1:])[3]
+
+
+@pytest.mark.slow
+def test_ring_a_bell_finds_a_text_without_the_concepts_words_that_draws_it() -> None:
+    guard = alcohol()
+    attack = RingABell(eta=1.0, tokens=6, generations=150, population=80, keep=40, every=150)
+    (proposal,) = attack.propose(ALCOHOL, guard)
+    assert not contains(proposal.prompt, forbidden(ALCOHOL.concept, None))
+    assert drinks(guard, proposal) >= 4
+    assert drinks(guard, attack.control(proposal, ALCOHOL, guard, Random(0))) == 0
+
+
+@pytest.mark.slow
+def test_inversion_draws_the_base_models_pictures_again() -> None:
+    """Through edited weights. The distance of each picture to the nearest one of the base model's."""
+    guard = alcohol(efface.UCE().fit(emoji(), ["alcohol"]))
+    attack = ConceptInversion(steps=120, every=120, lr=0.03, tokens=4, batch=4, initial="drink", templates=("{}",))
+    (proposal,) = attack.propose(ALCOHOL, guard)
+    base = guard.draw_original(ALCOHOL.prompt, JUDGED).flatten(1)
+    control = attack.control(proposal, ALCOHOL, guard, Random(0))
+    before, after, random_rows = (
+        torch.cdist(guard.draw(each, JUDGED[:4]).flatten(1), base).min(1).values.mean()
+        for each in (Proposal(ALCOHOL.prompt), proposal, control)
+    )
+    assert after < 0.7 * min(before, random_rows)
