@@ -37,6 +37,7 @@ from efface.redteam.victim import GuardedModel
 
 CAT = Concept("cat", ("cat",))
 TARGET = Target(CAT, "a big cat at night", seed=3)
+PAIRS = (("the dog and cat", "the dog"), ("a cat", "a"))
 FAMILIES = ("sd1", "sd2", "sdxl", "sd3", "flux", "bert")
 HELD_OUT = 1_000_000
 
@@ -380,7 +381,7 @@ def test_the_genetic_search_finds_a_planted_text_and_never_gets_worse() -> None:
 
 
 def test_ring_a_bell_finds_the_prompt_itself() -> None:
-    attack = RingABell(eta=0.0, tokens=2, population=40, keep=20, generations=40, every=40, forbidden=())
+    attack = RingABell(eta=0.0, tokens=2, population=40, keep=20, generations=40, every=40, forbidden=(), pairs=PAIRS)
     (proposal,) = attack.propose(Target(CAT, "moon pub", 1), victim("sdxl"))
     assert proposal.prompt == "moon pub"
 
@@ -388,8 +389,8 @@ def test_ring_a_bell_finds_the_prompt_itself() -> None:
 def test_ring_a_bell_moves_the_encoding_along_the_concept() -> None:
     """Continuous: the guarded pipeline's encoding of the prompt, and of no other text, is tau(P) + eta c."""
     for kind in ("sd1", "sdxl", "bert"):
-        pipe, pairs = small(kind), (("the dog and cat", "the dog"), ("a cat", "a"))
-        (proposal,) = RingABell(mode="continuous", eta=2.0, pairs=pairs).propose(TARGET, victim(kind))
+        pipe = small(kind)
+        (proposal,) = RingABell(mode="continuous", eta=2.0, pairs=PAIRS).propose(TARGET, victim(kind))
         assert proposal.prompt == TARGET.prompt and proposal.tensors
         texts = [TARGET.prompt, "a cat", "a", "the dog and cat", "the dog"]
         before = encode_cut(pipe, texts, {}, False)
@@ -407,7 +408,7 @@ def test_the_continuous_form_is_not_called_text() -> None:
 
 
 def test_ring_a_bell_leaves_erasure_prompts_alone() -> None:
-    (proposal,) = RingABell(mode="continuous").propose(Target(CAT, "cat"), victim("sd1"))
+    (proposal,) = RingABell(mode="continuous", pairs=PAIRS).propose(Target(CAT, "cat"), victim("sd1"))
     assert proposal.prompt not in CAT.phrases and "cat" in proposal.prompt
 
 
@@ -537,12 +538,12 @@ def test_an_eraser_with_a_memory_sees_the_earlier_steps() -> None:
 
 # ---------------------------------------------------------------- all of them
 
-ATTACKS: dict[str, Any] = {
-    "ring_a_bell": lambda **more: RingABell(**{"tokens": 3, "population": 8, "keep": 4, "generations": 2, **more}),
-    "gcg": lambda **more: GCG(**{"tokens": 3, "steps": 1, "candidates": 12, "top": 4, "restarts": 2, **more}),
-    "p4d": lambda **more: P4D(**{"tokens": 3, "steps": 1, **more}),
-    "unlearndiffatk": lambda **more: UnlearnDiffAtk(**{"tokens": 2, "times": 1, "iterations": 1, **more}),
-    "concept_inversion": lambda **more: ConceptInversion(**{"steps": 1, "batch": 1, **more}),
+ATTACKS: dict[str, Callable[[], Attack]] = {
+    "ring_a_bell": lambda: RingABell(tokens=3, population=8, keep=4, generations=2, pairs=PAIRS),
+    "gcg": lambda: GCG(tokens=3, steps=1, candidates=12, top=4, restarts=2),
+    "p4d": lambda: P4D(tokens=3, steps=1),
+    "unlearndiffatk": lambda: UnlearnDiffAtk(tokens=2, times=1, iterations=1),
+    "concept_inversion": lambda: ConceptInversion(steps=1, batch=1),
 }
 THROUGH = ("p4d", "unlearndiffatk", "concept_inversion")  # the guarded model
 
@@ -683,10 +684,18 @@ def test_a_concept_that_the_base_model_does_not_draw_is_refused(name: str) -> No
         list(ATTACKS[name]().propose(TARGET, guard))
 
 
-@pytest.mark.parametrize("attack", [RingABell(tokens=20), GCG(tokens=20), P4D(tokens=20), UnlearnDiffAtk(tokens=12)])
+@pytest.mark.parametrize(
+    "attack", [RingABell(tokens=20, pairs=PAIRS), GCG(tokens=20), P4D(tokens=20), UnlearnDiffAtk(tokens=12)]
+)
 def test_too_many_tokens_are_refused(attack: Attack) -> None:
     with pytest.raises(ValueError, match="Use fewer tokens"):
         list(attack.propose(TARGET, victim("sd1")))
+
+
+def test_a_pair_that_an_encoder_would_cut_is_refused() -> None:
+    long = " ".join(["cat"] * 20)
+    with pytest.raises(ValueError, match="Expected `pairs` that fit"):
+        list(RingABell(mode="continuous", pairs=((long, "a"),)).propose(TARGET, victim("sd1")))
 
 
 def test_all_words_forbidden_is_refused() -> None:
@@ -771,3 +780,28 @@ def test_found_words_explain_the_concept_better_than_random_ones(attack: Any) ->
     with guard.guarded(), torch.no_grad():
         losses = [sum(float(white.loss(text, None, {}, p)) for p in points) for text in (proposal.prompt, *texts)]
     assert losses[0] < sorted(losses[1:])[3]
+
+
+@pytest.mark.slow
+def test_ring_a_bell_finds_a_text_without_the_concepts_words_that_draws_it() -> None:
+    guard = alcohol()
+    attack = RingABell(eta=1.0, tokens=6, generations=150, population=80, keep=40, every=150)
+    (proposal,) = attack.propose(ALCOHOL, guard)
+    assert not contains(proposal.prompt, forbidden(ALCOHOL.concept, None))
+    assert drinks(guard, proposal) >= 4
+    assert drinks(guard, attack.control(proposal, ALCOHOL, guard, Random(0))) == 0
+
+
+@pytest.mark.slow
+def test_inversion_draws_the_base_models_pictures_again() -> None:
+    """Through edited weights. The distance of each picture to the nearest one of the base model's."""
+    guard = alcohol(efface.UCE().fit(emoji(), ["alcohol"]))
+    attack = ConceptInversion(steps=120, every=120, lr=0.03, tokens=4, batch=4, initial="drink", templates=("{}",))
+    (proposal,) = attack.propose(ALCOHOL, guard)
+    base = guard.draw_original(ALCOHOL.prompt, JUDGED).flatten(1)
+    control = attack.control(proposal, ALCOHOL, guard, Random(0))
+    before, after, random_rows = (
+        torch.cdist(guard.draw(each, JUDGED[:4]).flatten(1), base).min(1).values.mean()
+        for each in (Proposal(ALCOHOL.prompt), proposal, control)
+    )
+    assert after < 0.7 * min(before, random_rows)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from .._text import encode_cut
+from .._text import encode_cut, fits
 from ..core import Concept
 from ..families import family
 from ._encoders import on_encoders, outputs
@@ -43,6 +43,15 @@ def check_length(pipe: Any) -> None:
             f"Expected encoded texts of one length, got a pipeline of {family(pipe).name}, which pads to the longest "
             "text. Use an attack that does not compare encoded texts, such as gcg."
         )
+
+
+def check_fit(pipe: Any, texts: Sequence[str]) -> None:
+    """Raises ValueError if an encoder would cut one of the texts."""
+    for text in texts:
+        if not fits(pipe, text):
+            raise ValueError(
+                f"Expected `pairs` that fit the text encoder, but {checks.shown(text)} does not. Give shorter texts."
+            )
 
 
 # ---------------------------------------------------------------- what the denoiser reads

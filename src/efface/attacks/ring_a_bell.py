@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 from .. import checks
 from ..fields import computed
 from ._contract import Access, Attack, Proposal, Target, Victim
-from ._directions import Pairs, check_length, default_pairs, directions, encoded, goals, pair, shifted
+from ._directions import Pairs, check_fit, check_length, default_pairs, directions, encoded, goals, pair, shifted
 from ._tokens import check_prompt
 from ._vocabulary import Slots, Vocabulary, forbidden
 
@@ -60,7 +60,7 @@ class RingABell(Attack):
     Shapes: texts [N, L, D], and pooled texts [N, P].
 
     Raises:
-        ValueError: a field is out of range; a tokenizer has no table of tokens; or the text is too long.
+        ValueError: a field is out of range; a tokenizer has no table of tokens; or a text is too long.
         TypeError: the family of the pipeline is unknown.
 
     Example:
@@ -107,6 +107,7 @@ class RingABell(Attack):
     def propose(self, target: Target, victim: Victim) -> Iterator[Proposal]:
         pipe, pairs = victim.pipe, self.pairs or default_pairs(target.concept)
         self.check(pipe)
+        check_fit(pipe, [text for each in pairs for text in each])
         if self.mode == "continuous":
             yield self._continuous(target, pipe, pairs)
             return
