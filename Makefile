@@ -17,7 +17,7 @@ help:
 	@echo "make test       install if needed, then ruff, mypy and the fast tests"
 	@echo "make test-slow  the slow tests; their outcome goes to results/slow_tests.json"
 	@echo "make leaderboard  every method on the same prompts, into docs/; hours, can be stopped and continued"
-	@echo "make redteam    every attack on eight erasers, into results/; hours, can be stopped and continued"
+	@echo "make redteam    attacks on a small set of erasers, into results/; hours, can be stopped and continued"
 	@echo "make lint       ruff and mypy only"
 	@echo "make types      pyright, which fetches itself from npm on first use"
 	@echo "make clean      remove caches and build output (not $(VENV), not efface-out)"

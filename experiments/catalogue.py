@@ -94,7 +94,6 @@ SCENES = {f"{model}, batch {b}": partial(calls.scene, model, b) for model in ("e
 TARGETS = dict.fromkeys(("eiup projected", "projected, 1 phrase", "eiup separate", "eiup gated", "gie"), 1.05)
 TARGETS |= {"safree": 1.02, "sld, 1 phrase": 1.5, "negative, own strength, 1 phrase": 1.5}
 
-RUN_TIME_GUARDS = ("eiup", "gie", "safree", "sld", "rece + eiup")
 GUARDS = {
     "base": Guard(),
     "eiup": Guard(methods=(efface.EIUP,)),
@@ -125,7 +124,7 @@ SEARCHES: dict[str, Any] = {
     "gcg": efface.GCG(),
     "p4d": efface.P4D(),
     "unlearndiffatk": efface.UnlearnDiffAtk(),
-    "concept_inversion": efface.ConceptInversion(),
+    "concept_inversion": efface.ConceptInversion(tokens=4, lr=0.03, initial="drink", templates=("{}",)),
 }
 
 
@@ -283,18 +282,10 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         used=(finetune.Naive, efface.ESD, efface.SDD),
         count=finetuned,
     ),
-    Redteam(
+    Redteam(  # of four guards; the whole matrix waits for the second model, and for a cap of 20
         name="attacks",
-        question="Which attack brings an erased concept back, from which eraser?",
-        cap=20.0,
-        guards=GUARDS,
-        attacks=CHEAP | {f"concept_arithmetics {recipe}": arithmetic(recipe) for recipe in RECIPES},
-        left_out=frozenset((guard, attack) for guard in GUARDS for attack in WEIGHTS if guard in RUN_TIME_GUARDS),
-    ),
-    Redteam(
-        name="attacks_development",
-        question="Which cheap attack brings an erased concept back, from four guards, with a small budget?",
-        cap=3.0,
+        question="Which attack by text, sampler or weights brings an erased concept back, from which guard?",
+        cap=4.0,
         guards={name: GUARDS[name] for name in ("base", "eiup", "rece", "esd")},
         attacks=CHEAP | {f"concept_arithmetics {recipe}": arithmetic(recipe) for recipe in RECIPES},
         left_out=frozenset(("eiup", attack) for attack in WEIGHTS),
@@ -303,11 +294,11 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     ),
     Redteam(
         name="gradient_attacks",
-        question="Which attack by tokens or gradients brings an erased concept back, from which eraser?",
-        cap=20.0,
-        guards=GUARDS,
+        question="Which attack by tokens or gradients brings an erased concept back, from which guard?",
+        cap=2.5,
+        guards={name: GUARDS[name] for name in ("base", "eiup", "rece")},
         attacks=SEARCHES,
-        budget=2000,
+        n=16,
     ),
     ClosedForm(name="closed_form", question="What do UCE and RECE cost, and how exact are they?", cap=1.0),
 )
