@@ -282,13 +282,15 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         used=(finetune.Naive, efface.ESD, efface.SDD),
         count=finetuned,
     ),
-    Redteam(  # of four guards; the whole matrix waits for the second model, and for a cap of 20
+    Redteam(  # a small matrix; the whole one waits for the second model, and for a cap of 20
         name="attacks",
         question="Which attack by text, sampler or weights brings an erased concept back, from which guard?",
         cap=4.0,
-        guards={name: GUARDS[name] for name in ("base", "eiup", "rece", "esd")},
-        attacks=CHEAP | {f"concept_arithmetics {recipe}": arithmetic(recipe) for recipe in RECIPES},
-        left_out=frozenset(("eiup", attack) for attack in WEIGHTS),
+        guards={name: GUARDS[name] for name in ("eiup", "rece", "esd")},
+        attacks={f"concept_arithmetics {recipe}": arithmetic(recipe) for recipe in RECIPES}
+        | {name: CHEAP[name] for name in CHEAP if name not in ("lookalike", "translation", "repetition")},
+        left_out=frozenset(("eiup", attack) for attack in WEIGHTS)
+        | frozenset((guard, attack) for guard in GUARDS for attack in ("guidance_sweep", "prompt_schedule")),
         budget=600,
         n=16,
     ),
