@@ -11,14 +11,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from joint_literal import Beside, Literal, conditional, unconditional
 from test_nag import formula
 from tiny import ALCOHOL, CAT, LIMIT, PROMPTS, change, drawn, latents, pipeline, untouched
 from tiny.flux import flux
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from efface import EIUP, NAG
-from efface.hooks import edits, joint, prompts
+import efface
+from efface import EIUP, NAG, Concept
+from efface.hooks import denoiser, edits, joint, prompts
 
 ALL = ("sd3", "sd35", "flux", "cogview4")
 each_family = pytest.mark.parametrize("family", ALL)
@@ -417,3 +420,70 @@ def test_the_papers_forms_need_cross_attention(form: str) -> None:
         ValueError, match=f'^EIUP with .*`normalization="{form}"`.*needs cross-attention.*Use EIUP without'
     ):
         EIUP([CAT], normalization=form).apply(untouched("flux"))
+
+
+# ---------------------------------------------------------------- cost
+
+SEVEN = ("a big red cat", "a red dog", "the moon", "wine glass", "beer", "a glass of wine", "pub")
+SIZES: dict[str, Any] = {  # FLUX.1 and SD 3.5 Large in width, with the text of tiny encoders
+    "flux": lambda: FluxTransformer2DModel(
+        num_layers=1, num_single_layers=2, joint_attention_dim=24, pooled_projection_dim=16, guidance_embeds=True
+    ),
+    "sd3": lambda: SD3Transformer2DModel(
+        in_channels=16,
+        out_channels=16,
+        num_layers=2,
+        attention_head_dim=64,
+        num_attention_heads=38,
+        joint_attention_dim=48,
+        caption_projection_dim=64 * 38,
+        pooled_projection_dim=40,
+    ),
+}
+INPUTS: dict[str, dict[str, tuple[int, ...]]] = {  # 4,096 columns of the picture
+    "flux": {
+        "hidden_states": (1, 4096, 64),
+        "encoder_hidden_states": (1, 512, 24),
+        "pooled_projections": (1, 16),
+        "timestep": (1,),
+        "guidance": (1,),
+        "img_ids": (4096, 3),
+        "txt_ids": (512, 3),
+    },
+    "sd3": {
+        "hidden_states": (2, 16, 128, 128),
+        "encoder_hidden_states": (2, 77 + 256, 48),
+        "pooled_projections": (2, 40),
+        "timestep": (2,),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "phrases", "most"), [("flux", 1, 1.025), ("flux", 7, 1.035), ("sd3", 1, 1.015), ("sd3", 7, 1.03)]
+)
+def test_a_step_costs_little_more(family: str, phrases: int, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operations of blocks of the published width, counted and not computed: guidance on, no negative prompt."""
+    pipe = pipeline(family)
+    with torch.device("meta"):
+        pipe.transformer = SIZES[family]()
+        arguments = {name: torch.empty(shape) for name, shape in INPUTS[family].items()}
+    pipe.to("meta")
+
+    def kernel(inputs: Any, scale: float) -> Any:
+        return F.scaled_dot_product_attention(*inputs, scale=scale), inputs.query[..., 0]
+
+    monkeypatch.setattr(joint, "attention", kernel)
+    monkeypatch.setattr(joint, "large", lambda share: False)
+    monkeypatch.setattr(denoiser, "negated_rows", lambda *_: {})
+
+    def count() -> int:
+        rows = [False, True][-len(arguments["timestep"]) :]
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), efface.conditional_rows(pipe, rows):
+            pipe.transformer(**arguments)
+        return counter.get_total_flops()
+
+    base = count()
+    with EIUP(Concept("several", SEVEN[:phrases])).apply(pipe):
+        ratio = count() / base
+    assert 1.005 < ratio < most

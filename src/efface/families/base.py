@@ -177,6 +177,8 @@ class Family:
         found = self.offers - {"guidance_scale"}
         if self.tells_scale(pipe):
             found |= {"guidance_scale"}
+        if not self.joint_layers(getattr(pipe, self.denoiser)):
+            found -= {"joint_text"}
         layers = getattr(pipe, self.denoiser).modules() if "cross_text" in found else ()
         if "cross_text" in found and not any(getattr(m, "is_cross_attention", False) for m in layers):
             found -= {"cross_text", "text_weights"}

@@ -23,9 +23,9 @@ def compressed(text: Text, padding: Tensor) -> Text:
     """
     new = torch.ones_like(padding, dtype=torch.bool)
     new[:, 1:] = (padding[:, 1:] == 0) | (padding[:, 1:] != padding[:, :-1])
-    to = F.one_hot(new.cumsum(1) - 1).to(text.states)  # [N, L, K]: the column that each column joins
+    to = F.one_hot(new.cumsum(1) - 1).double()  # [N, L, K]: the column that each column joins
     repeats = to.sum(1)
-    return Text((to / repeats[:, None].clamp_min(1)).mT @ text.states, None, repeats)
+    return Text((to / repeats[:, None].clamp_min(1)).mT.to(text.states) @ text.states, None, repeats)
 
 
 class Carried:
@@ -39,6 +39,9 @@ class Carried:
 
     Attributes:
         places: the `id` of a text to its positions among all T texts.
+        bias: [T, K], the logarithm of `Text.repeats`; minus infinity where a text has fewer columns.
+        present: the columns of texts that the denoiser carries, among all T * K.
+        spread: [T * K], the carried column for each column.
     """
 
     def __init__(
@@ -51,23 +54,27 @@ class Carried:
         for text, places in texts:
             more = width - text.states.shape[1]
             states.append(F.pad(text.states, (0, 0, 0, more)))
-            once = text.states.new_ones(text.states.shape[:2])
+            once = torch.ones(text.states.shape[:2], dtype=torch.float64)
             repeats.append(F.pad(once if text.repeats is None else text.repeats, (0, more)))
             self.places |= {name: [start + k for k in at] for name, at in places.items()}
             start += len(text)
-        self.states = torch.cat(states)
-        self.bias = torch.cat(repeats).to(torch.promote_types(self.states.dtype, torch.float32)).log()
+        together, counts, device = torch.cat(states), torch.cat(repeats), states[0].device
+        there = counts.flatten() > 0
+        self.present = there.nonzero()[:, 0].to(device)
+        self.spread = (there.cumsum(0) - 1).to(device)
+        self.states = together.flatten(0, 1)[self.present]
+        self.bias = counts.log().to(torch.promote_types(self.states.dtype, torch.float32)).to(device)
         self.picture: int | None = None  # its length, which the first layer says
 
     @property
     def columns(self) -> int:
         """The number of further columns."""
-        return int(self.bias.numel())
+        return len(self.states)
 
     def beside(self, facts: Family, arguments: dict[str, Any]) -> dict[str, Any]:
         """The denoiser's arguments with these texts beside the prompt."""
         text = arguments[facts.text_argument]
-        more = self.states.flatten(0, 1).to(text).expand(len(text), -1, -1)
+        more = self.states.to(text).expand(len(text), -1, -1)
         longer = torch.cat([more, text] if self.first else [text, more], 1)
         return facts.for_length({**arguments, facts.text_argument: longer}, longer.shape[1])
 

@@ -109,7 +109,8 @@ class Site:
                 f"{type(pipe).__name__} adds rows to each denoiser call (perturbed attention guidance), so Efface "
                 "cannot identify the conditional rows. Use the pipeline without PAG, or an editor such as UCE."
             )
-        if method.edits_attention and not self.layers.cross:
+        joint = any("joint_text" in need.split("|") for need in method.needs)
+        if method.edits_attention and not (self.layers.cross and (joint or self.facts.cross_attention)):
             raise ValueError(refusal(type(method).__name__, method.needs or ("cross_text",), pipe))
         if method.calls_denoiser and getattr(pipe, self.facts.denoiser) is not self._denoiser():
             raise ValueError(watch.UNCOMPILED)

@@ -85,6 +85,23 @@ class JointAttention(CrossAttention):
 
     Raises:
         ValueError: a text is not carried, or keys of a text are asked for.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import efface, efface.testing
+        >>> from efface.hooks import Method
+        >>> @dataclass(frozen=True)
+        ... class Away(Method):
+        ...     needs, edits_attention = ("joint_text",), True
+        ...     concepts: tuple[efface.Concept, ...] = ()
+        ...
+        ...     def edit(self, out, cross, prompts):
+        ...         return 2 * out - cross.would_be(prompts.text).mean(0)
+        >>> pipe = efface.testing.pipeline("flux")
+        >>> with Away(efface.Concept("beer")).apply(pipe) as handle:
+        ...     image = pipe("a night", height=16, width=16, num_inference_steps=1).images[0]
+        >>> handle.record["layers"]
+        2
     """
 
     parts: Parts | None = None
@@ -180,10 +197,10 @@ def attended(
         of_prompt = Inputs(here.query, *inputs.at(prompt, rows)[1:])
         alone = without(of_prompt, inside[rows].to(bias.dtype), mass.to(bias.dtype), scale)
     alone, lse = alone or with_mass(here, scale)
-    own = Inputs(*(x.unflatten(2, (len(bias), -1)) for x in inputs.at(texts, rows)))
+    own = Inputs(*(x[:, :, carried.spread].unflatten(2, bias.shape) for x in inputs.at(texts, rows)))
     found = Parts(here.query, alone.to(bias.dtype), lse.to(bias.dtype), own.key, own.value, bias, scale)
     edited = edit(found, inside.transpose(1, 2).flatten(2)).unflatten(2, (heads, -1)).transpose(1, 2)
-    read = _apart(own, here, bias, scale).to(out.dtype)
+    read = _apart(own, here, bias, scale)[:, :, carried.present].to(out.dtype)
     before, after = rows.start, len(out) - rows.stop
     if before or after:  # rows that do not need the texts
         read = F.pad(read, (0, 0, 0, 0, 0, 0, before, after))

@@ -20,7 +20,7 @@ class Text:
         states: the text encoder's state of each token.
         mask: the columns that the denoiser reads. None: all.
         repeats: how often each column counts in attention. None: once. In texts that joint attention carries, one
-            column stands for all padding of an encoder.
+            column stands for all padding of an encoder, and 0 is a column that is not there. On the CPU.
 
     Shapes: `states` [N, L, D], `mask` bool [N, L], `repeats` [N, L].
 
