@@ -11,8 +11,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import (
+    FluxImg2ImgPipeline,
+    FluxKontextPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Img2ImgPipeline,
+)
 from joint_literal import Beside, Literal, conditional, unconditional
+from PIL import Image
 from test_nag import formula
 from tiny import ALCOHOL, CAT, LIMIT, PROMPTS, change, drawn, latents, pipeline, untouched
 from tiny.flux import flux
@@ -258,7 +265,9 @@ def test_a_text_that_equals_the_empty_one_changes_nothing(family: str, monkeypat
 @pytest.mark.parametrize("embeds", [True, False], ids=["dev", "schnell"])
 def test_flux_without_true_guidance(embeds: bool) -> None:
     """Distilled models have conditional rows alone."""
-    pipe = flux(guidance_embeds=embeds).to(torch.float64)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipe = flux(guidance_embeds=embeds).to(torch.float64)
     pipe.set_progress_bar_config(disable=True)
     alone = {"negative_prompt": None, "guidance_scale": 1.0}
     plain = latents(pipe, PROMPTS, **alone)
@@ -298,6 +307,32 @@ def test_skipped_layers_are_the_pipelines_choice() -> None:
     with eiup().apply(pipe) as handle:
         assert change(latents(pipe, PROMPTS, **options), plain) > 1e-2
         assert handle.record["calls"] > 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "options"),
+    [
+        (FluxKontextPipeline, "flux", {"_auto_resize": False, "max_area": 256}),
+        (FluxImg2ImgPipeline, "flux", {"strength": 1.0}),
+        (StableDiffusion3Img2ImgPipeline, "sd3", {"strength": 1.0}),
+    ],
+)
+def test_pictures_beside_the_prompt(kind: Any, family: str, options: dict[str, Any]) -> None:
+    """Kontext's reference picture has columns of its own; they count as the picture's."""
+    pipe = kind(**pipeline(family).components)
+    pipe.set_progress_bar_config(disable=True)
+    picture = Image.new("RGB", (16, 16), (200, 30, 40))
+    call = {"prompt": PROMPTS[0], "image": picture, "height": 16, "width": 16, "num_inference_steps": 2, **options}
+
+    def draw() -> Tensor:
+        seed = torch.Generator().manual_seed(1_000_000)
+        return pipe(**call, generator=seed, output_type="latent", max_sequence_length=LENGTH).images
+
+    plain = draw()
+    with eiup().apply(pipe) as handle:
+        assert change(draw(), plain) > 1e-2
+        assert handle.record["rows"] == {"0": 2}
+    assert torch.equal(draw(), plain)
 
 
 # ---------------------------------------------------------------- what cannot be seen ends the call
