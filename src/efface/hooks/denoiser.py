@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .._text import SITES, check_width
 from .._weights import check_unfused
 from ..core import Handle
-from ..families import Family, filled, refusal, uncalibrated
+from ..families import Family, check, filled, refusal, uncalibrated
 from . import watch
 from .batch import Batch, compiled_first_row, first_row, negated_rows, repelled
 from .contract import Contract
@@ -109,9 +109,11 @@ class Site:
                 f"{type(pipe).__name__} adds rows to each denoiser call (perturbed attention guidance), so Efface "
                 "cannot identify the conditional rows. Use the pipeline without PAG, or an editor such as UCE."
             )
-        joint = any("joint_text" in need.split("|") for need in method.needs)
-        if method.edits_attention and not (self.layers.cross and (joint or self.facts.cross_attention)):
-            raise ValueError(refusal(type(method).__name__, method.needs or ("cross_text",), pipe))
+        if method.edits_attention:
+            check(method, pipe)
+            reads = self.facts.cross_attention or any("joint_text" in need.split("|") for need in method.needs)
+            if not (self.layers.cross and reads):
+                raise ValueError(refusal(type(method).__name__, method.needs or ("cross_text",), pipe))
         if method.calls_denoiser and getattr(pipe, self.facts.denoiser) is not self._denoiser():
             raise ValueError(watch.UNCOMPILED)
         for layer in self.layers.cross if method.edits_attention and self.facts.cross_attention else ():
