@@ -312,8 +312,11 @@ def test_several_come_off_in_any_order(pipe: Any) -> None:
 
 
 def test_what_needs_other_layers_names_where_it_works_and_what_works_here(pipe: Any) -> None:
-    has, here = "this CogView4Pipeline \\(CogView4\\) has joint", "CogView4 works with NegativePrompt, SAFREE and SLD"
-    for eraser in (EIUP(CAT), EIUP.reconstruction(CAT), GIE(CAT), GIE.official(CAT)):
+    has, here = (
+        "this CogView4Pipeline \\(CogView4\\) has joint",
+        "CogView4 works with EIUP, NAG, NegativePrompt, SAFREE and SLD",
+    )
+    for eraser in (EIUP.reconstruction(CAT), GIE(CAT), GIE.official(CAT)):
         with pytest.raises(ValueError, match=f"needs cross-attention layers.*{has}.*{here}"):
             eraser.apply(pipe)
     for editor in (UCE(), RECE()):

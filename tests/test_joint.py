@@ -443,15 +443,21 @@ def test_the_hash_of_a_model_tells_two_apart(family: str) -> None:
 def test_what_needs_cross_attention_names_where_it_works_and_what_works_here(family: str) -> None:
     pipe = pipeline(family)
     name, works = {
-        "sd3": ("SD 3/3.5", "NegativePrompt, SAFREE and SLD"),
-        "flux": ("FLUX.1", "SAFREE, and NegativePrompt and SLD with `true_cfg_scale` above 1 and a negative prompt"),
+        "sd3": ("SD 3/3.5", "EIUP, NAG, NegativePrompt, SAFREE and SLD"),
+        "flux": (
+            "FLUX.1",
+            "EIUP, NAG and SAFREE, and NegativePrompt and SLD with `true_cfg_scale` above 1 and a negative prompt",
+        ),
     }[family]
     tested = "emoji, PixArt, SD 1.x/2.x or SDXL"
     has, here = f"but this {type(pipe).__name__} \\({name}\\) has joint attention", f"{name} works with {works}"
-    for eraser in (EIUP(CAT), EIUP.reconstruction(CAT), GIE(CAT), GIE(CAT, adapter="emoji")):
+    for eraser in (GIE(CAT), GIE(CAT, adapter="emoji")):
         said = f"{type(eraser).__name__} needs cross-attention layers, {has} .*Use it on {tested}; {here}"
         with pytest.raises(ValueError, match=said):
             eraser.apply(pipe)
+    said = f"EIUP with .* needs cross-attention layers, {has} .*Use EIUP without it, or with it on {tested}; {here}"
+    with pytest.raises(ValueError, match=said):
+        EIUP.reconstruction(CAT).apply(pipe)
     with pytest.raises(ValueError, match=f"GIE needs cross-attention layers.*{has}.*{here}"):
         GIE.official(CAT).apply(pipe)
     for editor in (UCE(), RECE()):

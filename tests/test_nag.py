@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import ALCOHOL, CAT, PROMPT, PROMPTS, change, denoiser_of, drawn, latents, pipeline, untouched
+from tiny import ALCOHOL, CAT, PROMPT, PROMPTS, change, denoiser_of, drawn, latents, pipeline
 from torch import Tensor
 
 from efface import NAG, Concept
@@ -324,9 +324,3 @@ def test_tau_is_a_finite_number_from_1_on(tau: Any) -> None:
 def test_alpha_is_a_share(alpha: Any) -> None:
     with pytest.raises(ValueError, match=r"^Expected `alpha` in \[0, 1\], got .*\. Give a share"):
         NAG([CAT], alpha=alpha)
-
-
-@pytest.mark.parametrize("family", ["sd3", "flux"])
-def test_joint_attention_is_refused_by_name(family: str) -> None:
-    with pytest.raises(ValueError, match="^NAG needs cross-attention"):
-        NAG([CAT]).apply(untouched(family))

@@ -241,7 +241,7 @@ def test_a_lora_fused_under_a_delta_is_kept(how: Any, dtype: torch.dtype) -> Non
     assert far(edited(pipe), alone) > 0.3 and change(latents(pipe), latents(with_lora)) > EFFECT
     assert model_hash(pipe) == model_hash(with_lora) != digest
     if how != {"lora_scale": 0.5}:
-        assert change(latents(pipe), before) < 200 * eps
+        assert change(latents(pipe), before) < 500 * eps  # rounding differs between processors
     now = edited(pipe)
     handle.strength = 1.0
     assert far(edited(pipe), now) < 16 * eps

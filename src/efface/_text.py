@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import checks
 from ._weights import denoiser_of
-from .families import FAMILIES, Family, Reading, encode_parameters, encoder_name, family
+from .families import FAMILIES, Family, Reading, encoder_name, family
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -24,15 +24,17 @@ SITES: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Encoded:
-    """Texts as the pipeline encodes its prompts: `text` [N, L, D], `pooled` [N, P] or None, `own`, and `mask`.
+    """Texts as the pipeline encodes its prompts: `text` [N, L, D], `pooled` [N, P] or None, and facts on the columns.
 
     `mask` [N, L] is False for columns that the denoiser does not read (None: it reads all). `own` holds, per text, the
-    columns of its own tokens in the first encoder's states, without start, end and padding tokens.
+    columns of its own tokens in the first encoder's states, without start, end and padding tokens. `padding` [N, L], on
+    the CPU, is 0 for tokens, and for padding a number of the encoder; another number if the pipeline lacks it.
     """
 
     text: Tensor
     pooled: Tensor | None
     own: tuple[slice, ...]
+    padding: Tensor
     mask: Tensor | None = None
 
 
@@ -128,7 +130,23 @@ def encode(pipe: DiffusionPipeline, texts: Sequence[str], *, differentiable: boo
     first = facts.texts[0][0]
     shifts = [facts.shift(first, reading, text.shape[1]) for reading in found[first]]
     own = [slice(r.own.start + by, r.own.stop + by) for r, by in zip(found[first], shifts, strict=True)]
-    return Encoded(text, pooled, tuple(own), mask)
+    return Encoded(text, pooled, tuple(own), _padding(pipe, found, text, settings), mask)
+
+
+def _padding(
+    pipe: DiffusionPipeline, found: dict[str, list[Reading]], text: Tensor, settings: dict[str, Any]
+) -> Tensor:
+    """`Encoded.padding` of texts [N, L, D], which were `found` as each encoder reads them."""
+    facts, length = family(pipe), text.shape[1]
+    padding = torch.full(text.shape[:2], len(found) + 1)
+    where = facts.places(pipe, length, settings)
+    for k, name in enumerate(group[0] for group in facts.texts if group[0] in found):
+        columns, _ = where[name]
+        padding[:, columns] = k + 1
+        for row, reading in zip(padding, found[name], strict=True):
+            start = columns.start + facts.shift(name, reading, columns.stop - columns.start)
+            row[start : start + len(reading.ids)] = 0
+    return padding
 
 
 def check_width(pipe: DiffusionPipeline) -> None:
@@ -193,80 +211,6 @@ def encoding_settings(call: inspect.BoundArguments) -> dict[str, Any]:
     """The arguments of an `encode_prompt` call that change the encoding of any text."""
     names = dict.fromkeys(name for each in FAMILIES for name in each.settings)
     return {k: call.arguments[k] for k in names if call.arguments.get(k) is not None}
-
-
-@dataclass(frozen=True)
-class Unconditional:
-    """The empty text of a call, and the unconditional rows with another text.
-
-    The empty text is that of unconditional rows without a negative prompt: the encoded "", or its replacement (SDXL
-    base: zeros). `text` [B, L, D], or [1, L, D] if all rows share it; `mask` [B or 1, L] if the denoiser masks text;
-    `others` are the rows that a negative prompt changes.
-    """
-
-    text: Tensor
-    mask: Tensor | None
-    others: tuple[int, ...]
-
-
-SAME = 1e-4  # a text within this relative distance of the empty one counts as empty
-
-
-@torch.no_grad()
-def unconditional(
-    pipe: DiffusionPipeline,
-    call: inspect.BoundArguments,
-    negative: Tensor,
-    negative_mask: Tensor | None,
-    untouched: bool,
-) -> Unconditional:
-    """The text of a call's unconditional rows without a negative prompt, and the rows with another text.
-
-    Args:
-        pipe: the pipeline.
-        call: the arguments of its `encode_prompt`, with guidance on.
-        negative: [B, L, D], the text of the unconditional rows, from any source.
-        negative_mask: its mask [B, L], if the denoiser masks text.
-        untouched: whether the pipeline itself made `negative` from these arguments.
-    """
-    given = [value for name, value in call.arguments.items() if name.startswith("negative")]
-    nothing = untouched and all(_is_empty(value) for value in given)
-    if getattr(pipe.config, "force_zeros_for_empty_prompt", False):  # SDXL base: "" is not the same as None
-        nothing = untouched and all(value is None for value in given)
-    mask = None if negative_mask is None else negative_mask.bool()
-    length = max(columns.stop for columns, _ in places(pipe, **encoding_settings(call)).values())
-    if nothing and negative.shape[1] == length:
-        empty, empty_mask = negative.detach(), mask
-    else:  # encoded as in the pipeline, in a batch of the same size, so that it is bitwise equal
-        defaults = {n: p.default for n, p in encode_parameters(pipe).items()}
-        texts = ("prompt", "pooled", "negative")  # texts, embeddings and masks
-        arguments = {name: defaults[name] if name.startswith(texts) else v for name, v in call.arguments.items()}
-        arguments["prompt"] = [""] * (len(negative) // call.arguments["num_images_per_prompt"])
-        encoded = own_encode(pipe)(**arguments)
-        parts = dict(zip(family(pipe).returns, encoded, strict=True))
-        empty, empty_mask = parts["negative"], parts["negative_mask"].bool() if family(pipe).masked else None
-    others = () if nothing else _other_rows(negative, mask, empty, empty_mask)
-    if bool((empty == empty[:1]).all()) and (empty_mask is None or bool((empty_mask == empty_mask[:1]).all())):
-        empty, empty_mask = empty[:1], None if empty_mask is None else empty_mask[:1]
-    return Unconditional(empty, empty_mask, others)
-
-
-def _is_empty(negative: Any) -> bool:
-    """Whether a negative prompt is empty. Embeddings count as not empty."""
-    if isinstance(negative, Tensor):
-        return False
-    return not negative or (not isinstance(negative, str) and not any(negative))
-
-
-def _other_rows(text: Tensor, mask: Tensor | None, empty: Tensor, empty_mask: Tensor | None) -> tuple[int, ...]:
-    """The rows [B, L, D] that differ from those of `empty` by more than rounding."""
-    if text.shape != empty.shape:
-        return tuple(range(len(text)))
-    wide, wide_empty = text.float().flatten(1), empty.to(text.device).float().flatten(1)
-    other = (wide - wide_empty).norm(dim=1) > SAME * wide_empty.norm(dim=1)
-    if mask is not None and empty_mask is not None:
-        other = other | (mask != empty_mask.to(mask.device)).any(1)
-    return tuple(other.nonzero().flatten().tolist())
 
 
 def fits(pipe: DiffusionPipeline, text: str) -> bool:

@@ -1,4 +1,4 @@
-"""EIUP: attends to an erasure prompt in cross-attention, and removes the features that it finds."""
+"""EIUP: attends to an erasure prompt, and removes the features that it finds."""
 
 from __future__ import annotations
 
@@ -35,6 +35,13 @@ class EIUP(Method):
                          a = max(0, <O - A(q, N) V_N, d> / <d, d>)          how much of it the row's text adds
                          O = O - strength a d                               per query, over heads and channels
 
+    In joint attention (SD 3, FLUX, CogView4), the projected form takes other outputs, with I the picture's columns:
+
+        A(q, X) V_X becomes A(q, [X, I]) V_[X, I], for X = P, N, T, E, where q are the picture's queries
+
+    The denoiser carries N, T and E beside the prompt. Each attends to itself and to the picture, and passes the blocks
+    as the prompt does. Prompt and picture do not attend to them, and only the picture's O changes.
+
     The projected form edits unconditional rows with a negative prompt differently. P_d projects onto the span of the d
     of all phrases: O = O - min(strength, 1) P_d (O - A(q, N) V_N).
 
@@ -52,7 +59,8 @@ class EIUP(Method):
     states of neutral texts. Removing what all things share would damage other pictures. A text that equals N is not
     edited. `gated` is also Efface's. All columns of the prompt stay, whereas GIE's code drops one padding column per
     concept token; so zero strength equals the base model bitwise. There is one trajectory, not two. Outside the window
-    there is no edit.
+    there is no edit. Joint attention is not in the paper. There, each encoder's padding of N, T and E becomes one
+    column, its mean, which counts in the softmax as often as the padding has columns.
 
     Negative prompts: guidance pushes away from the unconditional rows. If these contained the concept, guidance would
     damage pictures of other things. If they contained less of it than the empty text, guidance would push towards the
@@ -61,8 +69,8 @@ class EIUP(Method):
     unconditional row, at no cost. `separate` and `gated` never edit unconditional rows. With them, a negative prompt
     that names the concept increases the removal.
 
-    SDXL's pooled text embedding does not pass cross-attention and is not edited. On PixArt, whose T5 has no start
-    token, text is projected and its padding masked as in the pipeline.
+    The pooled text embeddings of SDXL, SD 3 and FLUX bypass attention and are not edited. On PixArt, whose T5 has no
+    start token, text is projected and its padding masked as in the pipeline.
 
     Args:
         concepts: the concepts to erase: names of shipped concepts, `Concept` objects, or a sequence of them. Projected:
@@ -73,22 +81,24 @@ class EIUP(Method):
             push the other way. Guidance amplifies that, so large values damage pictures. Separate and gated: the weight
             -w of each concept token; with CLIP, values above 1 are usual. Guidance amplifies the edit: a strength for
             guidance 7.5 is weak without guidance. 0 is the base model. Default: 2.25 for the projected form, the
-            smallest that meets the targets on `emoji`; 1 for the others.
+            smallest that meets the targets on `emoji`, and not calibrated in joint attention; 1 for the others.
         window: (start, end), the part of the trajectory with the edit, as fractions: 0 is pure noise, 1 the picture.
-        normalization: "projected", "separate" or "gated".
+        normalization: "projected", "separate" or "gated". The latter two need cross-attention.
         neutral: groups of neutral texts, which name ordinary things. The mean of each group is a T. Projected only; ()
             means none.
         rows: one list of concepts per prompt of the batch, instead of `concepts` for all.
 
-    Shapes: queries and outputs [B, Q, C], text [N, L, D]. Only the projected form edits unconditional rows, and only if
-    they have a negative prompt; this doubles the cost of the edit.
+    Shapes: queries and outputs [B, Q, C], text [N, L, D]; Q counts the picture's columns. Only the projected form edits
+    unconditional rows, and only if they have a negative prompt; this doubles the cost of the edit.
 
     Raises:
         ValueError: a concept or `normalization` is unknown, `strength` is negative, `window` is outside [0, 1], a group
-            of neutral texts is empty, or there is no concept. On `apply`: the pipeline has no cross-attention or fused
-            projections, or a phrase has no tokens or is over the encoder's limit. In a call: the numbers of `rows` and
-            prompts differ.
+            of neutral texts is empty, or there is no concept. On `apply`: the pipeline lacks the attention layers that
+            the form needs, or has fused cross-attention projections, or a phrase has no tokens or is over the encoder's
+            limit. In a call: the numbers of `rows` and prompts differ.
         TypeError: the family of the pipeline is unknown, or `rows` or `concepts` are not lists of concepts.
+        RuntimeError: in a call, the attention of a joint layer cannot be seen, as with other attention backends than
+            diffusers' "native".
 
     Example:
         >>> import efface
@@ -100,7 +110,12 @@ class EIUP(Method):
     """
 
     off: ClassVar[dict[str, Any] | None] = {"strength": 0.0}
-    needs: ClassVar[tuple[str, ...]] = ("cross_text",)
+    needs: ClassVar[tuple[str, ...]] = computed(
+        lambda self: ("cross_text|joint_text",) if self.normalization == "projected" else ("cross_text",)
+    )
+    forms: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        f'`normalization="{form}"`': {"normalization": form} for form in ("separate", "gated")
+    }
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}, "emoji": {}}  # the strength's
     edits_attention: ClassVar[bool] = True
     touches_uncond: ClassVar[bool] = computed(lambda self: self.normalization == "projected")
@@ -181,12 +196,13 @@ def projected(out: Tensor, cross: CrossAttention, text: Text, neutral: int, stre
     would_be = cross.with_empty(text).to(torch.promote_types(out.dtype, torch.float32))
     empty, others = would_be[0], would_be[1:] - would_be[0]
     others = others.permute(1, 2, 0, 3)
-    shares, directions = _shares(out - empty, others, neutral, strength, cross.unconditional)
+    least = 1e-10 * (empty * empty).sum(-1)  # of a squared length; below, texts differ from the empty one by rounding
+    shares, directions = _shares(out - empty, others, neutral, strength, cross.unconditional, least)
     return -((shares[..., None, :] @ directions) @ others).squeeze(-2)
 
 
 def _shares(
-    toward: Tensor, others: Tensor, neutral: int, strength: float, unconditional: bool
+    toward: Tensor, others: Tensor, neutral: int, strength: float, unconditional: bool, smallest: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The removed amount of each direction [B, Q, texts], and the directions as sums of `others` [.., texts, texts].
 
@@ -195,7 +211,7 @@ def _shares(
     """
     gram, texts = others @ others.mT, others.shape[2]
     least = gram.diagonal(dim1=-2, dim2=-1) * 1e-6  # of a squared length; below, only rounding errors remain
-    least = least.clamp_min(torch.finfo(gram.dtype).tiny)
+    least = torch.maximum(least, smallest[..., None]).clamp_min(torch.finfo(gram.dtype).tiny)
     identity = torch.eye(texts, dtype=gram.dtype, device=gram.device).expand_as(gram)
     # One row per text: its inner products with all texts, that with `toward`, and its coefficients.
     table = torch.cat([gram, others @ toward[..., None], identity], -1)

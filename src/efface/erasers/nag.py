@@ -20,10 +20,13 @@ __all__ = ["NAG"]
 
 @dataclass(frozen=True)
 class NAG(Method):
-    """Normalized Attention Guidance: moves each cross-attention output away from that of the concept's text.
+    """Normalized Attention Guidance: moves each attention output away from that of the concept's text.
 
-    NAG edits the conditional rows in each cross-attention layer. Z+ is the layer's output for the text that the row
-    reads, Z- its output for the concept's text. |.|_1 sums magnitudes over the channels of one token; s = strength + 1:
+    NAG edits the conditional rows in each layer that reads text. Z+ is the layer's output for the text that the row
+    reads, Z- its output for the concept's text. In joint attention (SD 3, FLUX, CogView4) both are outputs for the
+    picture's queries, over the columns of the text and of the picture. There, the denoiser carries the concept's text
+    beside the prompt; it attends to itself and to the picture, which do not attend to it. |.|_1 sums magnitudes over
+    the channels of one token; s = strength + 1:
 
         G = s Z+ - (s - 1) Z-                           equal to Z+ + strength (Z+ - Z-)
         r = |G|_1 / |Z+|_1                              per token
@@ -39,8 +42,8 @@ class NAG(Method):
     phrases separated by spaces. Several concepts, or phrases that need several texts, add up under one cap: G = Z+ +
     strength sum_k (Z+ - Z-_k), so their order does not matter. The paper has one negative text, in which several
     concepts would dilute each other. If |Z+|_1 = 0, r is undefined in the published code for SDXL; here the output
-    stays 0. If another method edited the layer's output before, Z+ is the edited output. NAG covers cross-attention
-    only; the paper also covers joint attention (SD 3, FLUX).
+    stays 0. If another method edited the layer's output before, Z+ is the edited output. In joint attention, padding of
+    the concept's text becomes one column, its mean, which counts as often as the padding has columns.
 
     Limits: if the prompt equals the concept's text, Z- = Z+ and NAG has no effect. The smaller Z+ - Z-, the smaller its
     effect: expect little on prompts that name only the concept. This implementation has not been measured on a large
@@ -51,7 +54,7 @@ class NAG(Method):
     time. Guidance amplifies the difference of the two predictions, and with it NAG's edit. Whether a negative prompt
     can bring a concept back has not been measured.
 
-    SDXL's pooled text embedding does not pass cross-attention and is not edited. On PixArt, the padding of the
+    The pooled text embeddings of SDXL, SD 3 and FLUX bypass attention and are not edited. On PixArt, the padding of the
     concept's text is masked as in the pipeline.
 
     Args:
@@ -71,8 +74,8 @@ class NAG(Method):
 
     Raises:
         ValueError: a concept is unknown, `strength` is negative, `tau` is below 1, `alpha` or `window` is outside [0,
-            1], or there is no concept. On `apply`: the pipeline has no cross-attention or fused projections, or a
-            phrase has no tokens or is over the encoder's limit. In a call: the numbers of `rows` and prompts differ.
+            1], or there is no concept. On `apply`: the pipeline has fused cross-attention projections, or a phrase has
+            no tokens or is over the encoder's limit. In a call: the numbers of `rows` and prompts differ.
         TypeError: the family of the pipeline is unknown, or `rows` or `concepts` are not lists of concepts.
 
     Example:
@@ -85,7 +88,7 @@ class NAG(Method):
     """
 
     off: ClassVar[dict[str, Any] | None] = {"strength": 0.0}
-    needs: ClassVar[tuple[str, ...]] = ("cross_text",)
+    needs: ClassVar[tuple[str, ...]] = ("cross_text|joint_text",)
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}, "SDXL": {}}  # the published ones
     edits_attention: ClassVar[bool] = True
     references: ClassVar[tuple[tuple[str, ...], ...]] = ()  # it reads only the concept's text

@@ -50,6 +50,8 @@ class Family:
         text_argument, time_argument, mask_argument, pooled_argument: the denoiser's arguments for the text, the time,
             the mask of the text's padding, and the pooled text.
         shared_arguments: the denoiser's arguments that all rows of a batch share.
+        joint: the last name of the modules with joint attention.
+        text_first: whether text precedes the picture in joint attention.
         projection: the denoiser's module that projects the text for all layers; "" if there is none.
         outer_layers: prefixes of the names of the denoiser's parameters before and after its blocks.
     """
@@ -76,6 +78,8 @@ class Family:
     mask_argument: str = "encoder_attention_mask"
     pooled_argument: str = "pooled_projections"
     shared_arguments: tuple[str, ...] = ()
+    joint: str = "attn"
+    text_first: bool = True
     projection: str = ""
     outer_layers: tuple[str, ...] = ()
 
@@ -90,6 +94,11 @@ class Family:
     def cross_attention(self) -> bool:
         """Whether the denoiser reads text in cross-attention, not in joint attention."""
         return "cross_text" in self.offers
+
+    @property
+    def joint_attention(self) -> bool:
+        """Whether the denoiser reads text in joint attention."""
+        return "joint_text" in self.offers
 
     @property
     def causal(self) -> bool:
@@ -168,6 +177,8 @@ class Family:
         found = self.offers - {"guidance_scale"}
         if self.tells_scale(pipe):
             found |= {"guidance_scale"}
+        if not self.joint_layers(getattr(pipe, self.denoiser)):
+            found -= {"joint_text"}
         layers = getattr(pipe, self.denoiser).modules() if "cross_text" in found else ()
         if "cross_text" in found and not any(getattr(m, "is_cross_attention", False) for m in layers):
             found -= {"cross_text", "text_weights"}
@@ -291,6 +302,12 @@ class Family:
     def text_projection(self, denoiser: nn.Module) -> nn.Module | None:
         """The module that projects the text for all layers, if there is one."""
         return getattr(denoiser, self.projection) if self.projection else None
+
+    def joint_layers(self, denoiser: nn.Module) -> dict[str, nn.Module]:
+        """The modules with joint attention, by their names in the denoiser."""
+        if not self.joint_attention:
+            return {}
+        return {name: m for name, m in denoiser.named_modules() if name.rpartition(".")[2] == self.joint}
 
     def text_readers(self, denoiser: nn.Module) -> dict[str, nn.Module]:
         """The projections that make keys and values from the text, by their names in the denoiser.

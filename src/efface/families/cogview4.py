@@ -14,5 +14,6 @@ COGVIEW4 = Family(
     padded_to_limit=False,  # to the next 16 above the longest text of an `encode_prompt` call
     width_names=("text_embed_dim",),
     guidance_in_two_calls=True,
+    joint="attn1",
     shared_arguments=("image_rotary_emb",),  # positions
 )

@@ -15,5 +15,6 @@ SD3 = Family(
     texts=(_CLIP, ("tokenizer_3",)),
     pools=_CLIP,
     bidirectional=("tokenizer_3",),
+    text_first=False,
     resizable=("tokenizer_3",),
 )

@@ -19,19 +19,23 @@ once.
 - *Layer*: an attention module. Hooks read its query after `to_q` and edit its output before `to_out[0]`, on conditional
 rows. Processors stay unchanged. Methods with `touches_uncond` also edit unconditional rows whose text is not the empty
 one.
+- *Joint layer*: an attention module in which prompt and picture attend to each other. The denoiser carries the erasure
+prompts and neutral texts beside the prompt (`carried`). The hook divides the module's one call of torch's attention, so
+that prompt and picture do not see these texts, and passes the picture's output to the edits (`joint`).
 - *Prediction*: the denoiser's output for the conditional rows. `guide` changes it before the pipeline applies its
 guidance.
 - *Plan and record*: the expected and the actual edits of each method in a denoiser call (`watch`). If the two differ,
 the call raises an error, so no picture is drawn without the methods unnoticed.
 
-Imports run from `texts`, `attention`, `watch`, `copies` and `forward` to `contract`, `prompts`, `layers`, `pipeline`,
-`batch`, `edits`, `prediction`, `step`, `denoiser`, `sites` and `method`.
+Imports run from `texts`, `attention`, `watch`, `copies` and `forward` to `contract`, `carried`, `joint`, `prompts`,
+`layers`, `unconditional`, `pipeline`, `batch`, `edits`, `prediction`, `step`, `denoiser`, `sites` and `method`.
 """
 
 from ..core import ConceptsField, RowsField
 from ..fields import Converted, computed
 from .attention import CrossAttention, SelfAttention
 from .contract import DenoiserCall, Encoding, Memory, Prediction
+from .joint import JointAttention
 from .method import Method
 from .texts import ErasurePrompts, Text
 
@@ -42,6 +46,7 @@ __all__ = [
     "DenoiserCall",
     "Encoding",
     "ErasurePrompts",
+    "JointAttention",
     "Memory",
     "Method",
     "Prediction",

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from .._text import SITES, check_width
 from .._weights import check_unfused
 from ..core import Handle
-from ..families import Family, filled, refusal, uncalibrated
+from ..families import Family, check, filled, refusal, uncalibrated
 from . import watch
 from .batch import Batch, compiled_first_row, first_row, negated_rows, repelled
 from .contract import Contract
 from .copies import Copies
 from .forward import Entered, Forward
+from .joint import Function, Inputs
 from .layers import Layer, Layers
 from .pipeline import Call, Calls
 from .prediction import needs_guidance
@@ -108,11 +109,14 @@ class Site:
                 f"{type(pipe).__name__} adds rows to each denoiser call (perturbed attention guidance), so Efface "
                 "cannot identify the conditional rows. Use the pipeline without PAG, or an editor such as UCE."
             )
-        if method.edits_attention and not self.layers.cross:
-            raise ValueError(refusal(type(method).__name__, ("cross_text",), pipe))
+        if method.edits_attention:
+            check(method, pipe)
+            reads = self.facts.cross_attention or any("joint_text" in need.split("|") for need in method.needs)
+            if not (self.layers.cross and reads):
+                raise ValueError(refusal(type(method).__name__, method.needs or ("cross_text",), pipe))
         if method.calls_denoiser and getattr(pipe, self.facts.denoiser) is not self._denoiser():
             raise ValueError(watch.UNCOMPILED)
-        for layer in self.layers.cross if method.edits_attention else ():
+        for layer in self.layers.cross if method.edits_attention and self.facts.cross_attention else ():
             check_unfused(layer.attn, self.facts.denoiser)
         for layer in self.layers.own if method.edits_self_attention else ():
             check_unfused(layer.attn, self.facts.denoiser)
@@ -327,6 +331,11 @@ class Site:
         if self.step is None:
             raise RuntimeError(watch.outside(layer.name))
         return self.step.edit_self(layer, hidden)
+
+    def attend(self, layer: Layer, function: Function, inputs: Inputs, options: dict[str, Any]) -> Tensor:
+        if self.step is None:
+            raise RuntimeError(watch.outside(layer.name))
+        return self.step.attend(layer, function, inputs, options)
 
     def _project(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Replaces the `forward` of the module that projects the text for all layers, if there is one (PixArt)."""

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..families import Family
+from . import watch
 from .attention import CrossAttention, SelfAttention
 from .batch import Batch
+from .carried import Carried
+from .joint import Function, Inputs, JointAttention, Parts, attended
 from .layers import Layer
 from .prompts import Applied
-from .texts import ErasurePrompts, Repelled
+from .texts import ErasurePrompts
 
 Acting = Sequence[tuple[Applied, Tensor | float]]
 """The methods that edit attention in this denoiser call, with the weight of their windows."""
 
 
-def edited(batch: Batch, acting: Acting, layer: Layer, query: Tensor, hidden: Tensor) -> Tensor:
-    """The cross-attention output [rows, Q, C], after the edits of every method in turn."""
+See = Callable[[Applied, Any, "Tensor | None"], CrossAttention]
+"""Returns a layer on these rows as a method sees it. The last argument is its output on conditional rows; None for rows
+that guidance pushes away from."""
+
+
+def edited(batch: Batch, acting: Acting, see: See, hidden: Tensor) -> Tensor:
+    """The picture's output [rows, Q, C] of a layer that reads text, after the edits of every method in turn."""
     if batch.conditional:
         at = slice(batch.first, batch.last)
         given = out = hidden[at]
         for applied, weight in acting:
-            seen = cross(batch, applied, layer, query[at], given)
+            seen = see(applied, at, given)
             for prompts in applied.acting:
                 out = _on_rows(out, prompts.at, weight, _edit(applied, seen, prompts))
         hidden = hidden if out is given else batch.replaced(hidden, out)
@@ -32,11 +42,42 @@ def edited(batch: Batch, acting: Acting, layer: Layer, query: Tensor, hidden: Te
         for applied, weight in acting:
             if not applied.method.touches_uncond:
                 continue
-            seen = _unconditional(batch, batch.repelled, applied, layer, query[batch.repelled.at])
+            seen = see(applied, batch.repelled.at, None)
             for prompts in applied.acting:
                 out = _on_rows(out, batch.repelled.rows_of(prompts), weight, _edit(applied, seen, prompts))
         hidden = hidden if out is given else hidden.index_copy(0, batch.repelled.at, out)
     return hidden
+
+
+def carry(batch: Batch, acting: Acting, facts: Family, arguments: dict[str, Any]) -> Carried | None:
+    """The texts that a denoiser call with joint attention carries for these methods; None if no row needs them."""
+    if not acting or not facts.joint_attention or not (batch.conditional or batch.repelled is not None):
+        return None
+    if torch.compiler.is_compiling():
+        raise ValueError(watch.JOINT_COMPILED)
+    texts = [text for applied, _ in acting for text in applied.carried()]
+    rows = slice(batch.first, batch.last) if batch.repelled is None else slice(0, batch.rows)
+    return Carried(texts, rows, arguments[facts.text_argument].shape[1], facts.text_first)
+
+
+def edited_joint(
+    batch: Batch,
+    acting: Acting,
+    layer: Layer,
+    carried: Carried,
+    function: Function,
+    inputs: Inputs,
+    options: dict[str, Any],
+) -> Tensor:
+    """Joint attention [rows, heads, L, d] with carried texts, after the edits of the picture's output."""
+    if len(inputs.query) != batch.rows:
+        raise RuntimeError(watch.other_rows(layer.name, len(inputs.query), batch.rows))
+    carried.check(layer.name, inputs.query, inputs.key, options)
+
+    def edit(parts: Parts, hidden: Tensor) -> Tensor:
+        return edited(batch, acting, in_joint_attention(batch, layer, carried, parts), hidden)
+
+    return attended(carried, function, inputs, options, edit)
 
 
 def edited_self(batch: Batch, acting: Acting, seen: SelfAttention, hidden: Tensor) -> Tensor:
@@ -57,11 +98,37 @@ def cross(batch: Batch, applied: Applied | None, layer: Layer, query: Tensor, ou
     return CrossAttention(layer.attn, query, output, layer.name, memory, batch.prompt, neutral, batch.empty)
 
 
-def _unconditional(batch: Batch, repelled: Repelled, applied: Applied, layer: Layer, query: Tensor) -> CrossAttention:
-    empty = batch.empty
-    if empty is not None and len(empty) > 1:
-        empty = empty[repelled.of]
-    return CrossAttention(layer.attn, query, None, layer.name, applied.memory, None, applied.neutral, empty, True)
+def in_cross_attention(batch: Batch, layer: Layer, query: Tensor) -> See:
+    """A cross-attention layer, from its query of all rows."""
+
+    def see(applied: Applied, rows: Any, output: Tensor | None) -> CrossAttention:
+        if output is not None:
+            return cross(batch, applied, layer, query[rows], output)
+        empty, repelled = batch.empty, batch.repelled
+        if empty is not None and repelled is not None and len(empty) > 1:
+            empty = empty[repelled.of]
+        state = layer.attn, query[rows], None, layer.name, applied.memory
+        return CrossAttention(*state, None, applied.neutral, empty, unconditional=True)
+
+    return see
+
+
+def in_joint_attention(batch: Batch, layer: Layer, carried: Carried, parts: Parts) -> See:
+    """A joint attention layer, from the parts of the rows that carry texts."""
+    query, start = parts.query.transpose(1, 2).flatten(2), carried.rows.start
+
+    def see(applied: Applied, rows: Any, output: Tensor | None) -> CrossAttention:
+        at = slice(rows.start - start, rows.stop - start) if isinstance(rows, slice) else rows - start
+        return JointAttention(
+            *(layer.attn, query[at], output, layer.name, applied.memory),
+            prompt=None if output is None else batch.prompt,
+            neutral=applied.neutral,
+            unconditional=output is None,
+            parts=parts.at(at),
+            carried=carried,
+        )
+
+    return see
 
 
 Edit = Callable[[Tensor, Tensor | None], Tensor]

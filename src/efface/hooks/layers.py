@@ -10,8 +10,10 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from ..families import Family
+from . import watch
 from .attention import CrossAttention
 from .forward import Act, Forward
+from .joint import Function, Inputs, Watched
 
 
 class Watcher(Protocol):
@@ -20,6 +22,8 @@ class Watcher(Protocol):
     def edit(self, layer: Layer, hidden: Tensor) -> Tensor: ...
 
     def edit_self(self, layer: Layer, hidden: Tensor) -> Tensor: ...
+
+    def attend(self, layer: Layer, function: Function, inputs: Inputs, options: dict[str, Any]) -> Tensor: ...
 
 
 class Layer:
@@ -32,6 +36,7 @@ class Layer:
     """
 
     seen: tuple[str, ...] = ("to_q",)
+    missed = staticmethod(watch.missed)  # the message if it was not seen
 
     def __init__(self, site: Watcher, name: str, attn: Any) -> None:
         self.site, self.name, self.attn = site, name, attn
@@ -54,12 +59,11 @@ class Layer:
         """Hooks the current submodules, as the outermost hooks."""
         if self.whole is not None and self.attn.processor is not self.whole:
             self.whole = None
-        parts = [*(getattr(self.attn, part) for part in self.seen), self.attn.to_out[0]]
-        parts = parts if self.whole is None else [self.attn]
-        if [*self.hooks] == parts and all(hook.on_top() for hook in self.hooks.values()):
+        acts = self.acts()
+        if [*self.hooks] == [*acts] and all(hook.on_top() for hook in self.hooks.values()):
             return
         self.unhook()
-        self.hooks = {module: Forward(module, act) for module, act in self.acts().items()}
+        self.hooks = {module: Forward(module, act) for module, act in acts.items()}
 
     def unhook(self) -> None:
         for hook in self.hooks.values():
@@ -143,6 +147,33 @@ class SelfLayer(Layer):
         return forward(hidden, *others, **kwargs)
 
 
+class JointLayer(Layer):
+    """One joint attention module. Watches its call of torch's attention, with any processor."""
+
+    missed = staticmethod(watch.unseen)
+
+    def acts(self) -> dict[nn.Module, Act]:
+        return {self.attn: self._around}
+
+    def take_whole(self) -> None:
+        """There is no other way to watch it."""
+
+    def _around(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        found = 0
+
+        def attend(function: Function, inputs: Inputs, options: dict[str, Any]) -> Tensor:
+            nonlocal found
+            if inputs.query.shape[2] != inputs.key.shape[2]:  # attention to an IP-Adapter's picture
+                return function(*inputs, **options)
+            found += 1
+            return self.site.attend(self, function, inputs, options)
+
+        with Watched(attend):
+            out = forward(*args, **kwargs)
+        self.came = found == 1
+        return out
+
+
 class Layers:
     """All attention layers of a denoiser, and the module that projects their text, if there is one.
 
@@ -167,9 +198,12 @@ class Layers:
     def find(self, denoiser: nn.Module) -> None:
         """Finds the denoiser's current layers, and removes the hooks of former layers."""
         known: dict[nn.Module, Layer] = {layer.attn: layer for layer in (*self.cross, *self.own)}
-        named = [(n, m) for n, m in denoiser.named_modules() if isinstance(m, Attention)]
-        kinds = {True: Layer, False: SelfLayer}
-        found = [known.pop(m) if m in known else kinds[bool(m.is_cross_attention)](self._site, n, m) for n, m in named]
+        joint = self._facts.joint_layers(denoiser)
+        named = {n: m for n, m in denoiser.named_modules() if isinstance(m, Attention)} | joint
+        kinds = {
+            n: JointLayer if n in joint else Layer if m.is_cross_attention else SelfLayer for n, m in named.items()
+        }
+        found = [known.pop(m) if m in known else kinds[n](self._site, n, m) for n, m in named.items()]
         for gone in known.values():
             gone.unhook()
         self.cross = [layer for layer in found if not isinstance(layer, SelfLayer)]

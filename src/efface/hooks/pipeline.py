@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from .._text import Unconditional, cut_off, encoder_of, encoding_settings, readers, unconditional
+from .._text import cut_off, encoder_of, encoding_settings, readers
 from ..families import Family
 from . import watch
 from .contract import Encoding
 from .copies import Copies, Hidden, hide, show
 from .prompts import Applied, Encoder
+from .unconditional import Unconditional, unconditional, unconditional_alone
 from .watch import Record
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Call:
     Args:
         positive: the text of the conditional rows.
         negative: the text of the unconditional rows; None without guidance.
-        unconditional: for cross-attention: the empty text, and the rows with another text.
+        unconditional: if methods edit attention to text: the empty text, and the rows with another text.
         images_per_prompt: as in the call.
         encoding: the prompts and the settings.
         pipe: the pipeline.
@@ -234,7 +235,7 @@ class Calls:
         parts = dict(zip(facts.returns, made, strict=True))
         negative, mask = (parts.get(name) if guided else None for name in ("negative", "negative_mask"))
         empty = None
-        if negative is not None and facts.cross_attention and not blind:
+        if negative is not None and self._reads_text() and not blind:
             untouched = negative is given[facts.returns.index("negative")]
             empty = unconditional(pipe, bound, negative, mask, untouched)
         scale, inside = getattr(pipe, facts.scale, math.nan), opening is not None
@@ -249,6 +250,10 @@ class Calls:
             each.place(images, len(made[0]))
         return made
 
+    def _reads_text(self) -> bool:
+        """Whether methods may edit the unconditional rows' reading of their text."""
+        return self.site.facts.cross_attention or any(each.method.edits_attention for each in self.site.applied)
+
     def _negated(self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], bound: inspect.BoundArguments) -> Any:
         """Stores the negative prompts, which some pipelines encode after the prompts."""
         call = self.call
@@ -261,7 +266,10 @@ class Calls:
         if parts["text"] is call.positive:  # given by the user; the calls are told apart by the object
             parts["text"] = parts["text"].clone()
         mask, pooled = parts.get("mask"), parts.get("pooled")
-        self.call = replace(call, negative=parts["text"], negative_mask=mask, negative_pooled=pooled)
+        empty = unconditional_alone(pipe, bound, parts["text"]) if self._reads_text() and not call.blind else None
+        self.call = replace(
+            call, negative=parts["text"], unconditional=empty, negative_mask=mask, negative_pooled=pooled
+        )
         return tuple(parts.values())
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..families import Family
 from .contract import Contract, Prediction
+from .pipeline import Call
 from .prompts import Applied
 from .texts import ErasurePrompts, Text
 
@@ -64,6 +65,20 @@ def by_call(facts: Family, arguments: dict[str, Any], asked: Sequence[Asked]) ->
     for k, text in enumerate(texts[1:]):
         found.setdefault(text.states.shape[1], []).append(k)
     return list(found.values())
+
+
+def negative_prompts(call: Call, conditional: int) -> list[ErasurePrompts]:
+    """The negative prompt of each conditional row, if unconditional predictions have a separate call."""
+    text, mask, pooled = call.negative, call.negative_mask, call.negative_pooled
+    if text is None:
+        return []
+    if conditional != len(text):
+        raise ValueError(
+            f"The call has {conditional} rows of prompts, but {len(text)} of negative prompts. Give one negative "
+            "prompt per prompt."
+        )
+    rows = [slice(k, k + 1) for k in range(len(text))]
+    return [ErasurePrompts(Text(text, mask)[row], (), pooled=None if pooled is None else pooled[row]) for row in rows]
 
 
 def with_rows(

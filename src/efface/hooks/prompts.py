@@ -13,6 +13,7 @@ from torch import Tensor
 from .._text import Encoded, encode, pack
 from ..core import Concept, Handle
 from ..families import family
+from .carried import compressed
 from .contract import Contract, Encoding, Memory
 from .texts import ErasurePrompts, Text
 from .watch import Record
@@ -73,6 +74,15 @@ class Applied:
         """All erasure prompts of a method that edits attention; for a method that guides, the first set."""
         return self.sets[0] if self.sets else None
 
+    def carried(self) -> list[tuple[Text, dict[int, list[int]]]]:
+        """The texts that joint attention carries, each with the positions in it of other texts, by their `id`."""
+        found = [] if self.neutral is None else [(self.neutral, {id(self.neutral): [*range(len(self.neutral))]})]
+        for prompts in self.sets:
+            found.append(
+                (prompts.text, {id(some.text): [prompts.which.index(k) for k in some.which] for some in self.acting})
+            )
+        return found
+
     def prepare(self, pipe: DiffusionPipeline, images_per_prompt: int, encoder: Encoder) -> None:
         """Encodes the erasure prompts and the neutral texts."""
         method = self.method
@@ -90,9 +100,15 @@ class Applied:
             made = encoder([*itertools.chain(*neutral), *(text for _, text in texts)])
             sizes, text = [len(group) for group in neutral], Text(made.text, made.mask)
             n = sum(sizes)
-            self.encoded = made.text
-            self.sets = (ErasurePrompts(text[n:], made.own[n:], which=tuple(range(len(texts)))),)
-            self.neutral, self._unprojected = _means(text[:n], sizes), (text, sizes)
+            self.encoded, which = made.text, tuple(range(len(texts)))
+            if family(pipe).joint_attention:
+                means, padding = _means(text[:n], sizes), made.padding
+                kinds = [group.amin(0) for group in padding[:n].split(sizes)]  # a token in one of its texts is a token
+                self.neutral = None if means is None else compressed(means, torch.stack(kinds))
+                self.sets = (ErasurePrompts(compressed(text[n:], padding[n:]), made.own[n:], which=which),)
+            else:
+                self.sets = (ErasurePrompts(text[n:], made.own[n:], which=which),)
+                self.neutral, self._unprojected = _means(text[:n], sizes), (text, sizes)
         self.acting = self.sets
         self.place(images_per_prompt)
         method.prepared(pipe, [text for _, text in texts], encoder.call, self.memory)

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from . import watch
 from .attention import SelfAttention
 from .batch import Batch, negated_rows, repelled
+from .carried import Carried
 from .contract import Contract, DenoiserCall, Seen
-from .edits import cross, edited, edited_self
+from .edits import carry, cross, edited, edited_joint, edited_self, in_cross_attention
+from .joint import Function, Inputs
 from .layers import Layer, Layers
 from .pipeline import Calls, Guarded
-from .prediction import Asked, by_call, concepts_of, guided, needs_guidance, repelled_rows, with_rows
+from .prediction import Asked, by_call, concepts_of, guided, needs_guidance, negative_prompts, repelled_rows, with_rows
 from .prompts import Applied
-from .texts import ErasurePrompts, Text
+from .texts import ErasurePrompts
 
 Plan = list[tuple[Applied, Tensor | float, str]]
 """Per method in a denoiser call: the weight of its window, and the reason if it does not act."""
@@ -62,6 +64,7 @@ class Step:
         self.time = 1 - torch.as_tensor(batch.time, dtype=torch.float32, device=text.device) / where.train_timesteps
         self.acting: list[tuple[Applied, Tensor | float]] = []  # on attention
         self.seen: Seen | None = None  # in a call without methods
+        self.carried: Carried | None = None  # the texts beside the prompt in joint attention
         self._predicted = False  # whether all methods have had their turn
 
     def run(self) -> Any:
@@ -159,7 +162,10 @@ class Step:
     def _predict(self) -> Any:
         """The denoiser's output, with edited attention and the changed prediction of the conditional rows."""
         batch, apart = self.batch, self.where.facts.guidance_in_two_calls
-        negatives = self._negatives() if apart else []
+        call = self.where.calls.call if apart and batch.conditional else None
+        if call is not None and call.negative is None:
+            self.where.refuse_without_guidance()
+        negatives = negative_prompts(call, batch.conditional) if call is not None else []
         plan = self._plan()
         self.acting = [(a, weight) for a, weight, exempt in plan if a.method.edits_attention and not exempt]
         acts = batch.conditional or not apart
@@ -237,25 +243,6 @@ class Step:
             return math.nan if call is None else call.guidance_scale
         return getattr(call.pipe(), self.where.facts.scale, math.nan)  # a callback may have changed it
 
-    def _negatives(self) -> list[ErasurePrompts]:
-        """The negative prompt of each conditional row, if unconditional predictions have a separate call."""
-        call, conditional = self.where.calls.call, self.batch.conditional
-        if call is None or not conditional:
-            return []
-        text, mask, pooled = call.negative, call.negative_mask, call.negative_pooled
-        if text is None:
-            self.where.refuse_without_guidance()
-            return []
-        if conditional != len(text):
-            raise ValueError(
-                f"The call has {conditional} rows of prompts, but {len(text)} of negative prompts. Give one negative "
-                "prompt per prompt."
-            )
-        rows = [slice(k, k + 1) for k in range(len(text))]
-        return [
-            ErasurePrompts(Text(text, mask)[row], (), pooled=None if pooled is None else pooled[row]) for row in rows
-        ]
-
     def _keep(self, plan: Plan) -> None:
         """Records the edits that ran."""
         if torch.compiler.is_compiling():
@@ -272,6 +259,8 @@ class Step:
 
     def _call(self, arguments: dict[str, Any]) -> Any:
         """Calls the denoiser with the original positional and keyword arguments."""
+        if (carried := carry(self.batch, self.acting, self.where.facts, arguments)) is not None:
+            self.carried, arguments = carried, carried.beside(self.where.facts, arguments)
         named = {name: value for name, value in arguments.items() if name not in self._names}
         return self._forward(*(arguments[name] for name in self._names), **named)
 
@@ -290,12 +279,13 @@ class Step:
                 layer.take_whole()
             out, missed = self._once(call)
         if missed:
-            raise RuntimeError(watch.missed([layer.name for layer in missed], len(self._wanted)))
+            raise RuntimeError(missed[0].missed([layer.name for layer in missed], len(self._wanted)))
         return out
 
     def _once(self, call: Callable[[], Any]) -> tuple[Any, list[Layer]]:
         for layer in (*self.where.layers.cross, *self.where.layers.own):
             layer.begin()
+        self.carried = None
         out = call()
         return out, [layer for layer in self._wanted if not layer.came]
 
@@ -303,6 +293,8 @@ class Step:
     def _wanted(self) -> list[Layer]:
         """The layers that have to run in this call."""
         cross, own = self.where.layers.cross if self._needed else [], self.where.layers.own
+        skipped = tuple(f"transformer_blocks.{k}." for k in self.arguments.get("skip_layers") or ())
+        cross = [layer for layer in cross if not layer.name.startswith(skipped)]
         edits = any(a.method.edits_self_attention and not a.method.is_off() for a in self.where.applied)
         return [*cross, *own] if edits and self._needed and self.batch.conditional else cross
 
@@ -318,7 +310,13 @@ class Step:
             at = slice(batch.first, batch.last)
             self.seen(layer.name, cross(batch, None, layer, query[at], hidden[at]))
             return hidden
-        return edited(batch, self.acting, layer, query, hidden)
+        return edited(batch, self.acting, in_cross_attention(batch, layer, query), hidden)
+
+    def attend(self, layer: Layer, function: Function, inputs: Inputs, options: dict[str, Any]) -> Tensor:
+        """Joint attention [rows, heads, L, d] with the carried texts; the picture's output is edited."""
+        if self.carried is None:
+            return function(*inputs, **options)
+        return edited_joint(self.batch, self.acting, layer, self.carried, function, inputs, options)
 
     def edit_self(self, layer: Layer, hidden: Tensor) -> Tensor:
         """The self-attention output [rows, Q, C] before `to_out`, after the edits."""

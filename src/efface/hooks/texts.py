@@ -19,8 +19,10 @@ class Text:
     Args:
         states: the text encoder's state of each token.
         mask: the columns that the denoiser reads. None: all.
+        repeats: how often each column counts in attention. None: once. In texts that joint attention carries, one
+            column stands for all padding of an encoder, and 0 is a column that is not there. On the CPU.
 
-    Shapes: `states` [N, L, D], `mask` bool [N, L].
+    Shapes: `states` [N, L, D], `mask` bool [N, L], `repeats` [N, L].
 
     Raises:
         IndexError: `text[rows]` with rows out of range.
@@ -35,17 +37,19 @@ class Text:
 
     states: Tensor
     mask: Tensor | None = None
+    repeats: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.states)
 
     def __getitem__(self, rows: Any) -> Text:
         """Selects texts by a slice, a list or a tensor."""
-        return Text(self.states[rows], None if self.mask is None else self.mask[rows])
+        mask, repeats = (None if x is None else x[rows] for x in (self.mask, self.repeats))
+        return Text(self.states[rows], mask, repeats)
 
     @staticmethod
     def cat(texts: Sequence[Text]) -> Text:
-        """Concatenates texts. The result is masked if each text is.
+        """Concatenates texts without `repeats`. The result is masked if each text is.
 
         Args:
             texts: texts with the same L and D.

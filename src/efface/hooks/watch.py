@@ -55,6 +55,10 @@ UNCOMPILED = (
     "This eraser makes a further denoiser call, which a compiled denoiser does not allow. Use a pipeline that "
     "is not compiled, or a fixed strength and one trajectory."
 )
+JOINT_COMPILED = (
+    "Efface cannot edit joint attention in a denoiser that is compiled in one graph. Compile it without "
+    "`fullgraph=True`, or use method 'safree'."
+)
 CHECKPOINTED = (
     "Gradient checkpointing runs attention again in `backward`, when the erasers no longer know the step. Call "
     "`disable_gradient_checkpointing()` on the denoiser while erasers are applied."
@@ -99,6 +103,24 @@ def missed(layers: Sequence[str], of: int) -> str:
         f"{len(layers)} of {of} attention layers ran without the erasers, first {layers[0]!r}, probably because of a "
         "processor that uses the weights of `to_q` or `to_out` directly (fused kernels), modules replaced during the "
         "call, or a cache. Use a processor that calls these modules, such as `AttnProcessor2_0`, or disable the cache."
+    )
+
+
+def unseen(layers: Sequence[str], of: int) -> str:
+    """Joint attention layers did not call torch's attention once."""
+    return (
+        f"{len(layers)} of {of} joint attention layers did not compute their attention in one call of torch's "
+        f"`scaled_dot_product_attention`, first {layers[0]!r}, so Efface cannot see it. Choose diffusers' attention "
+        "backend \"native\" (`set_attention_backend`) and a processor that calls it, or use method 'safree'."
+    )
+
+
+def other_attention(layer: str, got: str) -> str:
+    """A joint attention layer computes another kind of attention."""
+    return (
+        f"Expected the joint attention layer {layer!r} to attend from all columns to all columns, got {got}, which "
+        "Efface cannot split between the texts. Call the pipeline without attention masks, and without modules that "
+        "drop or add columns."
     )
 
 
