@@ -286,7 +286,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         name="attacks",
         question="Which attack by text, sampler or weights brings an erased concept back, from which guard?",
         cap=4.0,
-        guards={name: GUARDS[name] for name in ("eiup", "rece", "esd")},
+        guards={name: GUARDS[name] for name in ("esd", "rece", "eiup")},
         attacks={f"concept_arithmetics {recipe}": arithmetic(recipe) for recipe in RECIPES}
         | {name: CHEAP[name] for name in CHEAP if name not in ("lookalike", "translation", "repetition")},
         left_out=frozenset(("eiup", attack) for attack in WEIGHTS)
