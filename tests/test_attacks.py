@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import pytest
 import tiny
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 import efface
@@ -20,7 +21,11 @@ from efface import Concept, checks, redteam, registry
 from efface.attacks._compose import Composition, Denoiser, Seen, Term, encoded
 from efface.attacks._contract import ACCESS, Attack, BudgetSpent, Cost, Proposal, Target
 from efface.attacks._fit import fit, solved
+from efface.attacks._noising import latents_of
+from efface.attacks._pictures import Visible, half_mask
 from efface.attacks._words import random_text, words
+from efface.attacks.latent_inversion import Near, inverted
+from efface.attacks.quantisation import rounded
 from efface.hooks import Method, Prediction
 from efface.redteam.panel import CONCEPT, NOTHING, OTHER, Only, panel
 from efface.redteam.result import AttackResult
@@ -509,6 +514,11 @@ def test_the_budget_counts_rows_with_gradients_twice() -> None:
         with pytest.raises(BudgetSpent):
             pipe.unet(torch.cat([sample] * 2), 1, encoder_hidden_states=torch.cat([text] * 2))
         assert victim.spent.rows == 3
+        encoded(pipe, [BEER] * 120)  # with the empty texts of guidance
+        assert victim.spent.texts == 240
+        with pytest.raises(BudgetSpent):
+            encoded(pipe, [BEER] * 6)
+    assert not tiny.untouched("sd1").text_encoder._forward_pre_hooks
     assert not tiny.denoiser_of(pipe)._forward_pre_hooks
 
 
@@ -670,6 +680,96 @@ def test_seen_from_outside_the_denoiser_predicts_what_the_pipeline_does() -> Non
     assert len(found) == 2 and found[0].time < found[1].time
     (again,) = denoiser.predict(found[0], [both.rows(0, 1)])
     assert torch.allclose(again, found[0].conditional, atol=1e-5)
+
+
+# ---------------------------------------------------------------- hidden or gone
+
+
+def test_only_the_hidden_part_of_a_picture_is_drawn() -> None:
+    pipe, image = tiny.pipeline("sd1"), torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    known = latents_of(pipe, image)
+    for side, hidden in (("left", slice(None, 4)), ("right", slice(4, None))):
+        with Visible(image, half_mask(image, side))(pipe):
+            made = tiny.latents(pipe, BEER, num_inference_steps=3, guidance_scale=3.0)
+        shown = torch.ones(8, dtype=torch.bool)
+        shown[hidden] = False
+        assert torch.equal(made[..., shown], known[..., shown].to(made))
+        assert apart(made[..., hidden], known[..., hidden]) > 0.1
+    with Visible(image, half_mask(image, "all"))(pipe):
+        everything = tiny.latents(pipe, BEER, num_inference_steps=3, guidance_scale=3.0)
+    assert torch.equal(everything, tiny.latents(pipe, BEER, num_inference_steps=3, guidance_scale=3.0))
+    assert "step" not in vars(pipe.scheduler)
+
+
+def test_the_visible_part_also_stays_where_latents_are_packed() -> None:
+    pipe, image = tiny.pipeline("flux"), torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    known = latents_of(pipe, image)
+    with Visible(image, half_mask(image, "bottom"))(pipe):
+        made = tiny.latents(pipe, BEER, num_inference_steps=3)
+    assert torch.allclose(made[:, : made.shape[1] // 2], known[:, : made.shape[1] // 2].to(made), atol=1e-5)
+    assert apart(made[:, made.shape[1] // 2 :], known[:, made.shape[1] // 2 :]) > 0.1
+
+
+def test_inverted_noise_leads_back_to_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny.pipeline("sd1")
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
+    call = {"num_inference_steps": 200, "guidance_scale": 1.0}
+    picture, other = (tiny.latents(pipe, BEER, **call, seed=seed) for seed in (1, 2))
+    monkeypatch.setattr("efface.attacks.latent_inversion.latents_of", lambda pipe, images: picture)
+    victim = GuardedModel(pipe, (), Says(-1.0), (1,), steps=200, guidance=1.0)
+    noise = inverted(victim, Target(Concept("beer"), BEER))
+    with Near(noise, 0.0)(pipe):
+        again = tiny.latents(pipe, BEER, **call)
+    assert apart(again, picture) < 0.1 * apart(other, picture)
+    with Near(noise, 0.6)(pipe):
+        first, second = (tiny.latents(pipe, BEER, **call, seed=seed) for seed in (1, 2))
+    assert apart(first, second) > 1e-2
+    assert isinstance(pipe.scheduler, DDIMScheduler) and "prepare_latents" not in vars(pipe)
+    with pytest.raises(ValueError, match="image_to_image"):
+        efface.LatentInversion().check(tiny.untouched("sd3"))
+
+
+def test_stolen_weights_hold_the_deltas_and_run_time_erasers_have_none() -> None:
+    pipe = tiny.pipeline("sd1")
+    delta = efface.UCE().fit(pipe, Concept("beer"))
+    victim = GuardedModel(pipe, (delta,), None, (1,), steps=2)
+    stolen = victim.stolen()
+    with delta.apply(pipe):
+        erased = tiny.latents(pipe, BEER)
+    assert apart(erased, tiny.latents(pipe, BEER)) > 1e-3
+    assert torch.equal(tiny.latents(stolen.pipe, BEER), erased) and not efface.active(stolen.pipe)
+    with pytest.raises(ValueError, match="EIUP acts at run time"):
+        dataclasses.replace(victim, erasers=(delta, efface.EIUP(Concept("beer")))).stolen()
+
+
+def test_rounded_weights_have_so_many_values_and_the_largest_stays() -> None:
+    weight = torch.randn(3, 500, generator=torch.Generator().manual_seed(0))
+    for bits in (2, 4):
+        made = rounded(weight, bits)
+        assert all(len(row.unique()) <= 2**bits - 1 for row in made)
+        assert torch.allclose(made.abs().amax(1), weight.abs().amax(1))
+    assert float((rounded(weight, 12) - weight).abs().max()) < 2e-3 < float((rounded(weight, 4) - weight).abs().max())
+
+
+def test_relearning_trains_only_layers_that_read_text_and_counts_its_cost() -> None:
+    pipe = tiny.pipeline("sd1")
+    delta = efface.UCE().fit(pipe, Concept("beer"))
+    victim = GuardedModel(pipe, (delta,), Says(-1.0), (1, 2), steps=2, guidance=3.0)
+    before = {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
+    attack = efface.Relearning(pictures=3, steps=(2, 4), batch=2, lr=1e-2)
+    with victim.guarded(), victim.metered():
+        first, second = attack.propose(Target(Concept("beer"), BEER), victim)
+        assert victim.spent.backward == 4 * 2
+    assert all(torch.equal(weight, before[name]) for name, weight in pipe.unet.state_dict().items())
+    with delta.apply(pipe):
+        erased = {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
+    changed, readers = {}, ("attn2.to_k.weight", "attn2.to_v.weight")
+    for proposal in (first, second):
+        assert not proposal.guarded
+        state = proposal.pipeline(pipe).unet.state_dict()
+        changed[proposal.about] = {name for name, weight in state.items() if not torch.equal(weight, erased[name])}
+        assert changed[proposal.about] and all(name.endswith(readers) for name in changed[proposal.about])
+    assert list(changed) == [f"after {k} steps on 3 pictures of 'a red beer'" for k in (2, 4)]
 
 
 # ---------------------------------------------------------------- from the command line

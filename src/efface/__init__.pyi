@@ -15,6 +15,7 @@ from .attacks.gcg import GCG as GCG
 from .attacks.guidance_sweep import GuidanceSweep as GuidanceSweep
 from .attacks.image_to_image import ImageToImage as ImageToImage
 from .attacks.inpainting import Inpainting as Inpainting
+from .attacks.latent_inversion import LatentInversion as LatentInversion
 from .attacks.lookalike import Lookalike as Lookalike
 from .attacks.p4d import P4D as P4D
 from .attacks.paraphrase import Paraphrase as Paraphrase

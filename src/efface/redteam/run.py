@@ -90,7 +90,8 @@ def attack(
         eraser: the eraser to attack, or several in order. None attacks the base model, the positive control.
         out: the folder for setting, attempts and pictures. The same call continues there.
         prompts: the target prompts. None: those that name the concept on the `emoji` model.
-        budget: denoiser rows per prompt, forward plus backward, for the search; the control gets as many proposals.
+        budget: denoiser rows per prompt, forward plus backward, for the search, and 50 times as many rows of text
+            encoders. The control gets as many proposals.
         n: held-out pictures per prompt.
         seed: the first held-out seed; the prompts follow one another.
         search_seeds: the attacker's pictures per proposal.

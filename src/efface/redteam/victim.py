@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from ..core import Detector, Eraser, Handles
 
 
+TEXTS = 50  # rows of text encoders that a budget covers, per row of the denoiser
+
+
 @dataclass(eq=False)
 class GuardedModel:
     """The victim of an attempt; see `attacks._contract.Victim`.
@@ -36,7 +39,8 @@ class GuardedModel:
         seeds: the attacker's own seeds.
         steps: denoising steps.
         guidance: the guidance scale; None keeps the pipeline's default.
-        budget: denoiser rows that an attempt may compute, forward and backward together; None: no limit.
+        budget: denoiser rows that an attempt may compute, forward and backward together, and 50 times as many rows of
+            text encoders; None: no limit.
         batch: pictures per pipeline call.
     """
 
@@ -176,4 +180,7 @@ class GuardedModel:
 
     def _count_texts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
-        self.spent.texts += 0 if ids is None else len(ids)
+        rows = 0 if ids is None else len(ids)
+        if self.budget is not None and self.spent.texts + rows > TEXTS * self.budget:
+            raise BudgetSpent
+        self.spent.texts += rows
