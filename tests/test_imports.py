@@ -85,9 +85,12 @@ ORDER = {
             "batch",
             "edits",
         ),
-        *("prediction", "step", "denoiser", "sites", "method", "__init__"),
+        *("prediction", "step", "outputs", "denoiser", "sites", "method", "__init__"),
     ),
-    "delta": ("factors", "watch", "overlay", "applied", "base", "file", "lora", "delta", "state", "__init__"),
+    "delta": (
+        *("factors", "watch", "overlay", "applied", "base", "table", "file", "lora", "delta", "features", "state"),
+        "__init__",
+    ),
     "runs": ("folder", "remote", "record", "judges", "draw", "workers", "bench", "card", "score", "verify", "__init__"),
     "report": ("words", "compare", "plot", "pictures", "page", "__init__"),
 }

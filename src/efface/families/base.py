@@ -51,6 +51,8 @@ class Family:
             the mask of the text's padding, and the pooled text.
         shared_arguments: the denoiser's arguments that all rows of a batch share.
         projection: the denoiser's module that projects the text for all layers; "" if there is none.
+        bottleneck: the denoiser's module in the middle, whose output is smaller than its input; "" if there is none.
+        picture_output: the position of the picture among the outputs of a block that returns text and picture.
         outer_layers: prefixes of the names of the denoiser's parameters before and after its blocks.
     """
 
@@ -77,6 +79,8 @@ class Family:
     pooled_argument: str = "pooled_projections"
     shared_arguments: tuple[str, ...] = ()
     projection: str = ""
+    bottleneck: str = ""
+    picture_output: int = 0
     outer_layers: tuple[str, ...] = ()
 
     # ---- what follows from the facts

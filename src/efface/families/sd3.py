@@ -16,4 +16,5 @@ SD3 = Family(
     pools=_CLIP,
     bidirectional=("tokenizer_3",),
     resizable=("tokenizer_3",),
+    picture_output=1,
 )

@@ -22,6 +22,7 @@ from .contract import Contract
 from .copies import Copies
 from .forward import Entered, Forward
 from .layers import Layer, Layers
+from .outputs import Outputs
 from .pipeline import Call, Calls
 from .prediction import needs_guidance
 from .prompts import Applied, Encoder
@@ -42,6 +43,7 @@ class Site:
         self._denoiser = weakref.ref(denoiser)
         self.layers = Layers(facts, self, self._project)
         self.layers.find(denoiser)
+        self.outputs = Outputs(facts, self)
         self.parameters = tuple(inspect.signature(type(denoiser).forward).parameters)[1:]
         self.applied: list[Applied] = []
         self.copies = Copies(lambda: [applied.method for applied in self.applied], _apply_all)
@@ -178,6 +180,7 @@ class Site:
         methods = self._methods()
         cross, own = any(m.edits_attention for m in methods), any(m.edits_self_attention for m in methods)
         self.layers.fit(denoiser, cross=cross, own=own)
+        self.outputs.fit(denoiser, [name for method in methods for name in method.steers])
 
     def check_pipeline(self, pipe: DiffusionPipeline | None) -> DiffusionPipeline:
         """Checks before a call that the denoiser is unchanged, no other thread draws, and all hooks are outermost."""
@@ -187,7 +190,7 @@ class Site:
         if self.calls.drawing not in (None, threading.get_ident()):
             raise RuntimeError(watch.TWO_THREADS)
         cache = watch.cache_on(self.denoiser.modules())
-        if cache and any((m.edits_attention or m.guides) and not m.is_off() for m in self._methods()):
+        if cache and any((m.edits_attention or m.guides or m.steers) and not m.is_off() for m in self._methods()):
             raise RuntimeError(watch.cached(self.facts.denoiser, cache))
         self.layers.find(self.denoiser)
         self._fit()
@@ -255,7 +258,8 @@ class Site:
         text, mask = arguments[facts.text_argument], facts.text_mask(arguments)
         batch = self._begin(arguments[facts.time_argument], text, mask)
         self.step = Step(self, forward, names, arguments, batch)
-        return self.step.run()
+        with self.outputs.watched(self.step):
+            return self.step.run()
 
     def _begin(self, timestep: Tensor | float, text: Tensor, mask: Tensor | None) -> Batch:
         """Determines the conditional rows, the time, and the text of each row."""
@@ -292,7 +296,7 @@ class Site:
                 for applied in self.applied:
                     applied.place(1 if self.given is not None else self.images_per_prompt, len(text) - first)
             self._checked = text, first
-        edits = any(m.edits_attention and not m.is_off() for m in self._methods())
+        edits = any((m.edits_attention or m.steers) and not m.is_off() for m in self._methods())
         if edits and torch.is_grad_enabled() and getattr(self.denoiser, "is_gradient_checkpointing", False):
             raise RuntimeError(watch.CHECKPOINTED)
         return self._checked[1]
