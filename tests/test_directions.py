@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -20,11 +22,13 @@ from tiny import ALCOHOL, CAT, PROMPT, PROMPTS, bare, change, denoiser_of, drawn
 from torch import Tensor
 
 import efface
-from efface import UCE, Concept, Delta, Directions, LatentDirections, api
+from efface import UCE, Concept, Delta, Directions, LatentDirections, api, pipelines
 from efface._text import SITES
 from efface.delta import table
 from efface.editors import _directions, _training
 from efface.families import family as facts
+from efface.metrics.deviation_ratio import deviation
+from efface.models.emoji.eyes import load_eyes
 from efface.testing import conformance
 from efface.testing.conformance import EFFECT, ROUNDING, DoesNotApply, Trial
 from efface.testing.drawing import ready, snapshot
@@ -692,3 +696,54 @@ def test_fit_writes_its_use(sd1: Any) -> None:
     fair = dataclasses.replace(QUICK, shares="equal", window=(0, 0.5)).fit(sd1, [ALCOHOL, CAT])
     assert fair.shares == (0.5, 0.5) and fair.window == (0, 0.5)
     assert fair.info["steps"] == 6 and fair.info["held out"].keys() == {"alcohol", "cat"}
+
+
+# ---------------------------------------------------------------- on a trained model
+
+
+def of_equal_norm(directions: Directions, other: Directions | None = None) -> Directions:
+    """Vectors with the norms of `directions`: random ones, or those of `other` scaled."""
+    rng, found = torch.Generator().manual_seed(0), {}
+    for name, vectors in directions.vectors.items():
+        new = torch.randn(vectors.shape, generator=rng) if other is None else other.vectors[name].clone()
+        norms = [v.flatten(1).norm(dim=1) for v in (vectors, new)]
+        found[name] = new * (norms[0] / norms[1])[:, None, None, None]
+    return dataclasses.replace(directions, vectors=found)
+
+
+@pytest.mark.slow
+def test_fair_directions_balance_doctors_on_emoji(capsys: pytest.CaptureFixture[str]) -> None:
+    """Both vectors act, random vectors of their norms do not, nor do vectors of pictures without either attribute."""
+    pipe, eyes, n = efface.load("emoji"), load_eyes(), 32
+    pipe.set_progress_bar_config(disable=True)
+    doctors = [Concept(f"{sex} doctor", (f"a {sex} doctor",), anchor="a doctor") for sex in ("male", "female")]
+    learned_ = LatentDirections().fit(pipe, doctors)
+    neutral = [
+        dataclasses.replace(c, phrases=(text,)) for c, text in zip(doctors, ("the doctor", "one doctor"), strict=True)
+    ]
+    of_neutral = LatentDirections().fit(pipe, neutral)
+    seeds = range(1_000_000, 1_000_000 + n)
+
+    def counts(directions: Directions | None, prompt: str = "a doctor") -> tuple[list[list[int]], float, float]:
+        """Men, women and others by each judge, the deviation ratio by the worse judge, and the share of cats."""
+        with contextlib.nullcontext() if directions is None else directions.apply(pipe):
+            pictures = pipelines.draw(pipe, [prompt] * n, seeds, num_inference_steps=20)
+        seen = eyes.see(pictures)
+        told = [[int((row == k).sum()) for k in (0, 1, -1)] for row in eyes.gender(seen)]
+        ratio = max(float(deviation(np.array(row[:2]))) if sum(row[:2]) else 1.0 for row in told)
+        return told, ratio, float(eyes.concept(seen, "cat").all(0).float().mean())
+
+    found = {
+        "base": counts(None),
+        "fair": counts(learned_.fair()),
+        "female": counts(learned_.only(doctors[1])),
+        "random": counts(of_equal_norm(learned_).fair()),
+        "neutral": counts(of_neutral.fair()),
+        "cat": counts(learned_.fair(), "a cat"),
+    }
+    with capsys.disabled():
+        print(found, learned_.info, of_neutral.info)
+    ratios = {name: ratio for name, (_, ratio, _) in found.items()}
+    assert ratios["base"] > 0.8 and ratios["fair"] < 0.5 < min(ratios["random"], ratios["neutral"])
+    assert min(row[1] for row in found["female"][0]) > n / 2 and found["cat"][2] > 0.8
+    assert sum(found["fair"][0][0][:2]) > 0.8 * n

@@ -115,7 +115,7 @@ def describe(file: Path, delta: Any) -> None:
     """Describes a delta in a few lines."""
     config, (what, size) = delta.config(), _size(delta)
     rows = {
-        "erases": ", ".join(c["name"] for c in config["concepts"]),
+        "erases" if what == "weights" else "concepts": ", ".join(c["name"] for c in config["concepts"]),
         "method": " ".join([config["method"], *(f"{k}={v}" for k, v in config["fields"].items())]),
         "model": f"{config['model']}, base hash {config['base'][:16]}",
         "after": ", ".join(f"{h[:16]} at strength {s:g}" for h, s in config["after"].items()) or "-",

@@ -161,7 +161,7 @@ def shares_of(shares: Any, names: Sequence[str]) -> tuple[float, ...]:
 def drawn(noise: Tensor, shares: Sequence[float], names: Sequence[str]) -> list[int]:
     """A number per picture, k with the probability `shares[k]`, from the signs of its noise [B, ...].
 
-    Signs stay as they are when a scheduler scales the noise, or the model has another dtype.
+    Neither a scheduler that scales the noise nor another dtype changes the signs.
     """
     signs = (noise.detach().flatten(1)[:, :SIGNS] > 0).cpu()
     ends = [*itertools.accumulate(shares)][:-1]

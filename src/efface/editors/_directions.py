@@ -96,7 +96,7 @@ def latents(
     identity: dict[str, Any] = {}
     if cache is not None:
         identity = json.loads(json.dumps({**asked, "base": digest(denoiser)}, default=str))
-        made = _read(cache, identity, len(rows), made)
+        made = cached(cache, identity, len(rows), made)
     shadow, rng = unobserved(pipe), Generator().manual_seed(seed)
     for k in range(0, len(rows), batch):
         some = rows[k : k + batch]
@@ -124,9 +124,9 @@ def latents(
     return made.unflatten(0, (len(tasks), pictures))
 
 
-def _read(cache: Path, identity: Mapping[str, Any], rows: int, empty: Tensor) -> Tensor:
+def cached(cache: Path, identity: Mapping[str, Any], rows: int, empty: Tensor) -> Tensor:
     """The latents in the cache; `empty` if there is no cache."""
-    if not cache.exists():
+    if not files.there(cache):
         return empty
     from .. import schema
 

@@ -93,7 +93,7 @@ class LatentDirections:
 
     needs: ClassVar[tuple[str, ...]] = ("training",)
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "emoji": {"steps": 200, "lr": 0.1, "pictures": 64, "sampler_steps": 20},
+        "emoji": {"steps": 50, "lr": 0.02, "pictures": 32, "sampler_steps": 20},
         "": {"steps": 2500, "lr": 0.1, "pictures": 1000, "sampler_steps": 30},
     }
 

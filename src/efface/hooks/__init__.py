@@ -19,13 +19,15 @@ once.
 - *Layer*: an attention module. Hooks read its query after `to_q` and edit its output before `to_out[0]`, on conditional
 rows. Processors stay unchanged. Methods with `touches_uncond` also edit unconditional rows whose text is not the empty
 one.
+- *Output*: of any other module of the denoiser that a method names in `steers`, such as a UNet's mid block. `steer`
+changes it on conditional rows.
 - *Prediction*: the denoiser's output for the conditional rows. `guide` changes it before the pipeline applies its
 guidance.
 - *Plan and record*: the expected and the actual edits of each method in a denoiser call (`watch`). If the two differ,
 the call raises an error, so no picture is drawn without the methods unnoticed.
 
 Imports run from `texts`, `attention`, `watch`, `copies` and `forward` to `contract`, `prompts`, `layers`, `pipeline`,
-`batch`, `edits`, `prediction`, `step`, `denoiser`, `sites` and `method`.
+`batch`, `edits`, `prediction`, `step`, `outputs`, `denoiser`, `sites` and `method`.
 """
 
 from ..core import ConceptsField, RowsField
