@@ -550,9 +550,12 @@ def test_its_gradient_is_that_of_the_formula(family: str) -> None:
     with torch.no_grad():
         ends = [_directions.loss(net, {n: s * direction for n in vectors}, points) for s in (1e-2, -1e-2)]
     assert float((ends[0] - ends[1]) / 2e-2) == pytest.approx(float((gradient * direction).sum()), rel=2e-2)
-    alone = [_directions.loss(net, {n: s * direction for n in vectors}, points[:1]) for s in (0.0, 1.0)]
-    swapped = {n: torch.stack([direction[0], 7 * direction[1]]) for n in vectors}
-    assert alone[0] != alone[1] == _directions.loss(net, swapped, points[:1])  # row 0 has vector 0 alone
+    for row, own in ((0, 0), (1, 1)):  # the row's own vector counts, and no other
+        point = points[row : row + 1]
+        zero, whole = (_directions.loss(net, {n: s * direction for n in vectors}, point) for s in (0.0, 1.0))
+        other = direction.clone()
+        other[1 - own] *= 7
+        assert zero != whole == _directions.loss(net, dict.fromkeys(vectors, other), point)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
