@@ -243,11 +243,8 @@ class Site:
         """Replaces the denoiser's `forward`."""
         if torch.compiler.is_compiling():
             return self._denoise(forward, args, kwargs)
-        with self.alone():
-            try:
-                return self._denoise(forward, args, kwargs)
-            finally:
-                self.step = None
+        with self.alone(), self.outputs.watched():
+            return self._denoise(forward, args, kwargs)
 
     def _denoise(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         names = self.parameters[: len(args)]
@@ -258,8 +255,7 @@ class Site:
         text, mask = arguments[facts.text_argument], facts.text_mask(arguments)
         batch = self._begin(arguments[facts.time_argument], text, mask)
         self.step = Step(self, forward, names, arguments, batch)
-        with self.outputs.watched(self.step):
-            return self.step.run()
+        return self.step.run()
 
     def _begin(self, timestep: Tensor | float, text: Tensor, mask: Tensor | None) -> Batch:
         """Determines the conditional rows, the time, and the text of each row."""

@@ -53,16 +53,20 @@ class Outputs:
                 self.hooks[name] = Forward(module, self._act(name))
 
     @contextmanager
-    def watched(self, step: Step) -> Iterator[None]:
-        """Runs a denoiser call. Raises RuntimeError unless each method changed all its modules, as its plan says."""
-        if torch.compiler.is_compiling():
-            yield
-            return
+    def watched(self) -> Iterator[None]:
+        """A denoiser call, which ends its step.
+
+        Raises RuntimeError unless each method changed the outputs of all its modules, except as its plan says.
+        """
         self._steered = set()
-        yield
-        due = [name for applied, _, exempt in step.plan if not exempt for name in applied.method.steers]
-        if missed := sorted(set(due) - self._steered):
-            raise RuntimeError(watch.not_steered(missed, self._facts.denoiser))
+        try:
+            yield
+            plan = [] if self._site.step is None else self._site.step.plan
+            due = {name for applied, _, exempt in plan if not exempt for name in applied.method.steers}
+            if missed := sorted(due - self._steered):
+                raise RuntimeError(watch.not_steered(missed, self._facts.denoiser))
+        finally:
+            self._site.step = None
 
     def _act(self, name: str) -> Act:
         def act(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
