@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +22,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import efface
-from efface import Delta, Run, _trials, files, redteam, schema
+from efface import Concept, Delta, Directions, Run, _trials, files, redteam, schema
 from efface.detectors import _encoders, classifier, nudenet, q16
-from efface.editors import _search
+from efface.editors import _directions, _search
 from efface.erasers.gie import fit
 from efface.erasers.gie.adapter import Adapter
 from efface.feedback import Judgement, Store, load, read_sheets
@@ -36,6 +37,7 @@ from efface.suites.six_cd import SixCD
 PINS = Path(__file__).parent / "pins/files"
 DEEP = "[" * 60_000
 SHA = "0" * 64
+LATENTS = {"rows": [["a cat", "", ""]] * 3, "seed": 0}
 
 
 def read_run(folder: Path) -> None:
@@ -128,6 +130,11 @@ LINES = {
 }
 HEADERS = {
     "delta": Reader("delta.safetensors", lambda f: Delta.load(f / "delta.safetensors")),
+    "directions": Reader("directions.safetensors", lambda f: Directions.load(f / "directions.safetensors")),
+    "latents": Reader(
+        "latents.safetensors",
+        lambda f: _directions.cached(f / "latents.safetensors", LATENTS, 3, torch.zeros(0, 4, 8, 8)),
+    ),
     "adapter": Reader("adapter.safetensors", lambda f: Adapter.load(f / "adapter.safetensors")),
     "checkpoint": Reader("esd.safetensors", read_checkpoint),
     "tensors": Reader("delta.safetensors", lambda f: q16._safetensors.__wrapped__(f / "delta.safetensors")),
@@ -161,6 +168,17 @@ def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (folder / "sheets/answers.csv").write_text("number,answer\n1,2\n")
     label = Judgement(SHA, SHA, "cat-0", SHA, "cat", "ana", 1, "there", "now", details={"of": 3}).record()
     (folder / "labels.jsonl").write_text("".join(json.dumps(label | {"row": row}) + "\n" for row in ("a", "b")))
+    header = {
+        "format": 1,
+        "kind": "directions",
+        "method": "x",
+        "concepts": [asdict(Concept("cat"))],
+        "window": [0, 0.5],
+    }
+    header |= {"base": {"float32": {"unet.mid_block.weight": SHA}}, "shares": [1.0], "seed": 1, "info": {"a": 1}}
+    save_file({"unet.mid_block": torch.ones(1, 4)}, folder / "directions.safetensors", {"efface": json.dumps(header)})
+    cached = {"fit": json.dumps(LATENTS), "done": "false"}
+    save_file({"latents": torch.ones(2, 4, 8, 8)}, folder / "latents.safetensors", cached)
     (folder / "secret").write_text("precious")
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_: pytest.fail(f"{host} is asked"))
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))

@@ -92,9 +92,12 @@ ORDER = {
             "batch",
             "edits",
         ),
-        *("prediction", "step", "denoiser", "sites", "method", "__init__"),
+        *("prediction", "step", "outputs", "denoiser", "sites", "method", "__init__"),
     ),
-    "delta": ("factors", "watch", "overlay", "applied", "base", "file", "lora", "delta", "state", "__init__"),
+    "delta": (
+        *("factors", "watch", "overlay", "applied", "base", "table", "file", "lora", "delta", "features", "state"),
+        "__init__",
+    ),
     "runs": (
         *("folder", "remote", "record", "judges", "sample", "labels", "draw", "workers", "bench", "card"),
         *("score", "verify", "__init__"),

@@ -34,9 +34,11 @@ from .core import Editor as Editor
 from .core import Eraser as Eraser
 from .core import Handle as Handle
 from .delta import Delta as Delta
+from .delta import Directions as Directions
 from .detectors._named import detector as detector
 from .editors.ccrt import CCRT as CCRT
 from .editors.esd import ESD as ESD
+from .editors.latent_directions import LatentDirections as LatentDirections
 from .editors.rece import RECE as RECE
 from .editors.sdd import SDD as SDD
 from .editors.uce import UCE as UCE

@@ -28,7 +28,7 @@ from .pipelines import model_hash as model_hash
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from .delta import Delta
+    from .delta import Delta, Directions
 
 __all__ = [
     "active",
@@ -116,11 +116,12 @@ def _checked(method: str, room: str, fields: dict[str, Any]) -> type:
     return cls
 
 
-def load_delta(path: str | Path) -> Delta:
-    """Loads a delta from a file that `Delta.save` or `efface fit` wrote. See `Delta.load`."""
-    from .delta import Delta
+def load_delta(path: str | Path) -> Delta | Directions:
+    """Loads a file that `efface fit`, `Delta.save` or `Directions.save` wrote. See `Delta.load`."""
+    from .delta import KINDS, file
 
-    return Delta.load(path)
+    found: Delta | Directions = file.load(path, KINDS)
+    return found
 
 
 def erase(pipe: DiffusionPipeline, concepts: Concepts, method: str = "eiup", **fields: Any) -> Handle:

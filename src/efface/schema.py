@@ -248,6 +248,14 @@ class DeltaHeader(Form):
     strength: Annotated[float, Field(ge=0)] = 1.0
 
 
+class DirectionsHeader(DeltaHeader):
+    """The header of a delta that adds vectors to outputs of modules."""
+
+    kind: Literal["directions"]
+    window: Annotated[list[float], Field(min_length=2, max_length=2)] = [0.0, 1.0]
+    shares: Numbers | None = None
+
+
 class AdapterHeader(Form):
     layers: Annotated[list[Short], Field(max_length=10_000)]
     model: Short

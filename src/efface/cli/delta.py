@@ -52,9 +52,9 @@ def export(
     with told(), ExitStack() as ends:
         from .. import api
 
-        delta = api.load_delta(file)
+        delta = weights_of(file, api.load_delta(file))
         ends.enter_context(output_folder(output_file(out, overwrite).parent))
-        error = delta.export(out, layout, rank)  # type: ignore[arg-type]
+        error = delta.export(out, layout, rank)
     if as_json:
         facts = {"out": str(out), "layout": layout, "rank": rank, "relative_error": error, "delta": delta.hash}
         typer.echo(json.dumps(facts, indent=1))
@@ -79,7 +79,7 @@ def merge(
 
         from .. import api
 
-        delta = reduce(add, load_deltas(files))
+        delta = reduce(add, [weights_of(*each) for each in zip(files, load_deltas(files), strict=True)])
         check_folder(out)
         pipe = load(model, loading)
         delta.merge(pipe)
@@ -91,19 +91,35 @@ def merge(
         typer.echo(f"{out}")
 
 
-def describe(file: Path, delta: Any) -> None:
-    """Describes a delta in a few lines."""
-    config = delta.config()
+def weights_of(file: Path, delta: Any) -> Any:
+    """The delta. Raises ValueError if it is not one of weights."""
+    if not hasattr(delta, "weights"):
+        raise ValueError(
+            f"{file} holds directions, which change no weights. Apply them with --delta or `efface.Directions.load`."
+        )
+    return delta
+
+
+def _size(delta: Any) -> tuple[str, str]:
+    """What a delta changes, and how much of it."""
+    if not hasattr(delta, "weights"):
+        return "vectors", ", ".join(f"{list(v.shape)} at {name}" for name, v in delta.vectors.items())
     ranks = [change.rank for change in delta.weights.values() if hasattr(change, "rank")]
     whole = len(delta.weights) - len(ranks)
     kinds = [f"{len(ranks)} of rank {min(ranks)} to {max(ranks)}"] if ranks else []
     kinds += [f"{whole} whole"] if whole else []
+    return "weights", f"{len(delta.weights)}: {', '.join(kinds)}"
+
+
+def describe(file: Path, delta: Any) -> None:
+    """Describes a delta in a few lines."""
+    config, (what, size) = delta.config(), _size(delta)
     rows = {
-        "erases": ", ".join(c["name"] for c in config["concepts"]),
+        "erases" if what == "weights" else "concepts": ", ".join(c["name"] for c in config["concepts"]),
         "method": " ".join([config["method"], *(f"{k}={v}" for k, v in config["fields"].items())]),
         "model": f"{config['model']}, base hash {config['base'][:16]}",
         "after": ", ".join(f"{h[:16]} at strength {s:g}" for h, s in config["after"].items()) or "-",
-        "weights": f"{len(delta.weights)}: {', '.join(kinds)}",
+        what: size,
         "hash": config["hash"][:16],
         **{name: json.dumps(value) for name, value in config["info"].items()},
     }

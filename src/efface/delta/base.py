@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._weights import part, weight
 from ..families import family
-from .applied import unedited
+from .applied import entries, unedited
 from .factors import Change
 
 if TYPE_CHECKING:
@@ -87,6 +87,11 @@ def check_base(pipe: DiffusionPipeline, weights: Mapping[str, Change], base: Bas
             f"The delta was fitted on {model!r} (base hash {base_hash(base)[:16]}) and does not match this pipeline, "
             f"{model_name(pipe)!r}. {error}"
         ) from error
+    check_values(pipe, own, base, model)
+
+
+def check_values(pipe: DiffusionPipeline, own: Mapping[str, Tensor], base: Base, model: str) -> None:
+    """Raises ValueError unless the pipeline's own values have the fingerprints of `base`."""
     narrow = PRECISIONS[max(map(_place, own.values()))]
     precision = narrow if narrow in base else next(iter(base))
     want, got = base[precision], _fingerprints(own, precision)
@@ -97,6 +102,19 @@ def check_base(pipe: DiffusionPipeline, weights: Mapping[str, Change], base: Bas
             f"{model_name(pipe)!r} ({combined(got)[:16]}); {len(differ)} of {len(want)} weights differ, first "
             f"{differ[0]!r}. Load the delta's base model, or fit it again."
         )
+
+
+def check_after(pipe: DiffusionPipeline, after: Mapping[str, float]) -> None:
+    """Raises ValueError unless the deltas that were applied during a fit, hash to strength, are applied."""
+    deltas: list[Any] = [entry.delta for entry in entries(pipe)]
+    on = {delta.hash: delta.strength for delta in deltas if hasattr(delta, "hash")}
+    for earlier, strength in after.items():
+        if on.get(earlier) != strength:
+            state = f"on at {on[earlier]:g}" if earlier in on else "not on"
+            raise ValueError(
+                f"The delta was fitted on top of the delta {earlier[:16]} at strength {strength:g}, which is "
+                f"{state}. Apply that one first, as in efface.stack(pipe, earlier, this)."
+            )
 
 
 def common_base(a: Base, b: Base) -> tuple[dict[str, dict[str, str]], list[str]]:

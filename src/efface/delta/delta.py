@@ -18,7 +18,7 @@ from ..core import Concepts, ConceptsField, Handle, as_concepts, config
 from ..fields import Converted, field_names
 from . import file
 from .applied import AppliedDelta, check_written, entries, forget
-from .base import Base, base_hash, base_of, check_base, common_base, model_name, own_values, strengths
+from .base import Base, base_hash, base_of, check_after, check_base, common_base, model_name, own_values, strengths
 from .factors import Change, Factors, added, dense, each, scaled, tensors, truncate
 from .lora import Layout, export
 
@@ -173,14 +173,7 @@ class Delta:
                 missing.
         """
         check_base(pipe, self.weights, self.base, self.model)
-        on = {delta.hash: delta.strength for delta in active(pipe)}
-        for earlier, strength in self.after.items():
-            if on.get(earlier) != strength:
-                state = f"on at {on[earlier]:g}" if earlier in on else "not on"
-                raise ValueError(
-                    f"The delta was fitted on top of the delta {earlier[:16]} at strength {strength:g}, which is "
-                    f"{state}. Apply that one first, as in efface.stack(pipe, earlier, this)."
-                )
+        check_after(pipe, self.after)
 
     def merge(self, pipe: DiffusionPipeline) -> None:
         """Adds the changes to the pipeline's weights permanently. `pipe.save_pretrained` then writes an ordinary model.
@@ -320,7 +313,7 @@ class Delta:
             ValueError: the file is incomplete, damaged, of a newer version, not a delta, or does not identify its base
                 model.
         """
-        return file.load(path, cls)
+        return file.load(path, {file.WEIGHTS: cls})
 
     def export(
         self, path: str | Path, layout: Layout = "diffusers", rank: int | None = None, dtype: torch.dtype | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
@@ -13,9 +13,13 @@ from .. import checks, files
 from ..core import Concept
 from .base import lacks
 from .factors import Change, Factors
+from .table import unidentified
 
 HEADER, FORMAT = "efface", 1
+WEIGHTS, DIRECTIONS = "weights", "directions"  # the kinds of deltas
 DTYPES = ("float64", "float32", "float16", "bfloat16")
+LACKS = {WEIGHTS: lacks, DIRECTIONS: unidentified}
+"""By kind: names what the base has no hash of, or returns ""."""
 ANEW = "Make it again with `efface fit`."
 T = TypeVar("T")
 
@@ -35,8 +39,8 @@ def save(path: str | Path, weights: Mapping[str, Change], header: Mapping[str, A
     files.write_tensors(Path(path), tensors, {HEADER: json.dumps({**header, "format": FORMAT})})
 
 
-def load(path: str | Path, make: Callable[..., T]) -> T:
-    """Reads a file that `save` wrote, and calls `make` with the changes, and the header as keywords.
+def load(path: str | Path, makers: Mapping[str, Callable[..., T]]) -> T:
+    """Reads a file that `save` wrote, and calls the maker of its kind with the changes, and the header as keywords.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -59,8 +63,13 @@ def load(path: str | Path, make: Callable[..., T]) -> T:
     if header.get("format") != FORMAT:
         found = checks.shown(header.get("format"))
         raise ValueError(f"Expected format {FORMAT} in {path}, got {found}. Update Efface.")
-    schema.check(header, schema.DeltaHeader, path, ANEW)
-    del header["format"]
+    kind = header.get("kind", WEIGHTS)
+    form = schema.DirectionsHeader if kind == DIRECTIONS else schema.DeltaHeader
+    schema.check(header, form, path, ANEW)
+    if kind not in makers:
+        cls = "Directions" if kind == DIRECTIONS else "Delta"
+        raise ValueError(f"{path} holds {kind}, not {' or '.join(makers)}. Load it with `efface.{cls}.load`.")
+    header = {name: value for name, value in header.items() if name not in ("format", "kind")}
     if strange := [name for name, t in tensors.items() if str(t.dtype).removeprefix("torch.") not in DTYPES]:
         raise ValueError(
             f"Expected {', '.join(DTYPES)} in {path}, got {tensors[strange[0]].dtype} in {strange[0]!r}. {ANEW}"
@@ -69,8 +78,8 @@ def load(path: str | Path, make: Callable[..., T]) -> T:
         header["concepts"] = tuple(Concept(**c) for c in header["concepts"])
         names = dict.fromkeys(key.removesuffix(":B").removesuffix(":A") for key in tensors)
         weights = {n: tensors[n] if n in tensors else Factors(tensors[f"{n}:B"], tensors[f"{n}:A"]) for n in names}
-        made = make(weights, **header)
-        what = lacks(header.get("base", {}), weights)
+        made: Any = makers[kind](weights, **header)
+        what = LACKS[kind](made.base, weights)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a complete delta ({error}). {ANEW}") from error
     if what:
@@ -78,4 +87,4 @@ def load(path: str | Path, make: Callable[..., T]) -> T:
             f"{path} does not identify its base model, because its header has no hash of {what}. Make it again with "
             "`efface fit`."
         )
-    return made
+    return cast("T", made)

@@ -21,7 +21,7 @@ from torch import Generator, Tensor, nn
 
 from .. import files, progress
 from .._weights import digest
-from ..core import Detector, check_pictures
+from ..core import Concept, Detector, check_pictures
 from ..delta import Delta
 from ..delta.base import base_of, own_values
 from ._denoiser import Denoiser, Points, Weights
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 EVERY = 20  # updates between checkpoints, at least
+DRAWN = 0.3  # the smallest share of pictures with a concept that a model can teach
 LOOK, LOOK_IMAGES = 50, 16  # updates between judgements by the detector, pictures per judgement
 
 
@@ -117,6 +118,14 @@ EARLIER = {"drawn_by": "student", "search_guidance": 1.0}
 # ---------------------------------------------------------------- the detector
 
 
+def unobserved(pipe: DiffusionPipeline) -> Any:
+    """A shallow copy of the pipeline for drawing, which leaves scheduler and progress bar of the user's unchanged."""
+    shadow = copy.copy(pipe)
+    own = {"scheduler": copy.deepcopy(pipe.scheduler), "safety_checker": None}
+    vars(shadow).update({**own, "_progress_bar_config": {"disable": True}})
+    return shadow
+
+
 def look(
     pipe: DiffusionPipeline, net: Denoiser, detector: Detector, texts: Sequence[str]
 ) -> Callable[[Weights], float]:
@@ -124,14 +133,7 @@ def look(
     shown = [texts[k % len(texts)] for k in range(LOOK_IMAGES)]
 
     def share(weights: Weights) -> float:
-        # Leaves scheduler and progress bar of the user's pipeline unchanged.
-        shadow = cast("Any", copy.copy(pipe))
-        own = {
-            "scheduler": copy.deepcopy(pipe.scheduler),
-            "safety_checker": None,
-            "_progress_bar_config": {"disable": True},
-        }
-        vars(shadow).update(own)
+        shadow = unobserved(pipe)
         rng = [Generator().manual_seed(seed) for seed in range(LOOK_IMAGES)]
         change = net.change(weights)
         with Delta(change, method="training", base=base_of(own_values(pipe, change))).apply(pipe):
@@ -139,6 +141,31 @@ def look(
         return float(detector(check_pictures(images)).float().mean(-1).max())
 
     return share
+
+
+def check_drawn(
+    pipe: DiffusionPipeline, concepts: Sequence[Concept], detector: Detector | Mapping[str, Detector]
+) -> None:
+    """Raises ValueError if the model draws a concept in less than `DRAWN` of 16 pictures of its phrases.
+
+    Args:
+        detector: of the only concept, or one per concept by name. All its judges must see the concept.
+    """
+    eyes = detector if isinstance(detector, Mapping) else dict.fromkeys((c.name for c in concepts), detector)
+    if lost := [c.name for c in concepts if c.name not in eyes or (len(concepts) > 1 and eyes is not detector)]:
+        raise ValueError(f"Expected a detector for each concept by name, got none for {lost[0]!r}. Give a mapping.")
+    shadow = unobserved(pipe)
+    for concept in concepts:
+        prompts = [concept.phrases[k % len(concept.phrases)] for k in range(LOOK_IMAGES)]
+        rng = [Generator().manual_seed(seed) for seed in range(LOOK_IMAGES)]
+        with torch.no_grad():
+            images = shadow(prompts, generator=rng, num_inference_steps=25, output_type="pt").images
+        share = float(eyes[concept.name](check_pictures(images)).all(0).float().mean())
+        if share < DRAWN:
+            raise ValueError(
+                f"The detector sees {concept.name!r} in {share:.0%} of {LOOK_IMAGES} pictures of its phrases, less "
+                f"than {DRAWN:.0%}, so these pictures cannot teach it. Give phrases that the model draws."
+            )
 
 
 # ---------------------------------------------------------------- the loop
@@ -240,13 +267,32 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress(name: str, total: int, state: State) -> Iterator[Callable[[int], None]]:
-    """Reports the updates with loss and images per second. Without a listener, shows a bar if stderr is a terminal."""
-    began, images = time.perf_counter(), 0
+def _metered() -> Iterator[Any]:
+    """The listener to progress. Without one, a bar if stderr is a terminal, and otherwise None."""
     with contextlib.ExitStack() as ends:
         meter = progress.current()
         if meter is None and sys.stderr.isatty():
             meter = progress.Meter(ends.enter_context(progress.bar()))
+        yield meter
+
+
+@contextlib.contextmanager
+def telling(name: str) -> Iterator[Callable[[int, int], None]]:
+    """Reports how many parts of a task are done, of how many."""
+    with _metered() as meter:
+
+        def tell(done: int, total: int) -> None:
+            if meter is not None:
+                meter(name, done, total, "")
+
+        yield tell
+
+
+@contextlib.contextmanager
+def _progress(name: str, total: int, state: State) -> Iterator[Callable[[int], None]]:
+    """Reports the updates with loss and images per second. Without a listener, shows a bar if stderr is a terminal."""
+    began, images = time.perf_counter(), 0
+    with _metered() as meter:
 
         def show(n: int) -> None:
             nonlocal images

@@ -53,6 +53,8 @@ class Family:
         joint: the last name of the modules with joint attention.
         text_first: whether text precedes the picture in joint attention.
         projection: the denoiser's module that projects the text for all layers; "" if there is none.
+        bottleneck: the denoiser's module in the middle, whose output is smaller than its input; "" if there is none.
+        picture_output: the position of the picture among the outputs of a block that returns text and picture.
         outer_layers: prefixes of the names of the denoiser's parameters before and after its blocks.
     """
 
@@ -81,6 +83,8 @@ class Family:
     joint: str = "attn"
     text_first: bool = True
     projection: str = ""
+    bottleneck: str = ""
+    picture_output: int = 0
     outer_layers: tuple[str, ...] = ()
 
     # ---- what follows from the facts

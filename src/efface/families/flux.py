@@ -25,6 +25,7 @@ class _Flux(Family):
     scale: str = "true_cfg_scale"
     guidance_in_two_calls: bool = True
     unit_time: bool = True
+    picture_output: int = 1
     shared_arguments: tuple[str, ...] = ("img_ids", "txt_ids")  # positions
 
     def for_length(self, arguments: dict[str, Any], length: int) -> dict[str, Any]:

@@ -17,4 +17,5 @@ SD3 = Family(
     bidirectional=("tokenizer_3",),
     text_first=False,
     resizable=("tokenizer_3",),
+    picture_output=1,
 )

@@ -24,6 +24,7 @@ class UNet(Family):
     offers: frozenset[str] = OFFERED
     denoiser: str = "unet"
     width_names: tuple[str, ...] = ("cross_attention_dim",)
+    bottleneck: str = "mid_block"
     outer_layers: tuple[str, ...] = OUTER
 
     def distilled(self, denoiser: nn.Module) -> bool:

@@ -22,13 +22,16 @@ one.
 - *Joint layer*: an attention module in which prompt and picture attend to each other. The denoiser carries the erasure
 prompts and neutral texts beside the prompt (`carried`). The hook divides the module's one call of torch's attention, so
 that prompt and picture do not see these texts, and passes the picture's output to the edits (`joint`).
+- *Output*: of any other module of the denoiser that a method names in `steers`, such as a UNet's mid block. `steer`
+changes it on conditional rows.
 - *Prediction*: the denoiser's output for the conditional rows. `guide` changes it before the pipeline applies its
 guidance.
 - *Plan and record*: the expected and the actual edits of each method in a denoiser call (`watch`). If the two differ,
 the call raises an error, so no picture is drawn without the methods unnoticed.
 
 Imports run from `texts`, `attention`, `watch`, `copies` and `forward` to `contract`, `carried`, `joint`, `prompts`,
-`layers`, `unconditional`, `pipeline`, `batch`, `edits`, `prediction`, `step`, `denoiser`, `sites` and `method`.
+`layers`, `unconditional`, `pipeline`, `batch`, `edits`, `prediction`, `step`, `outputs`, `denoiser`, `sites` and
+`method`.
 """
 
 from ..core import ConceptsField, RowsField

@@ -137,8 +137,9 @@ class Contract:
     """The interface of a run-time method. The defaults here do nothing.
 
     A subclass is a frozen dataclass with `concepts` and overrides `edit` (cross-attention), `edit_self`
-    (self-attention), `guide` (predicted noise), `rewrite` (text, once), `rewrite` and `reread` (text, at each step),
-    or `around` (a whole denoiser call). The class attributes are constants, or `computed` from the fields.
+    (self-attention), `steer` (outputs of other modules), `guide` (predicted noise), `rewrite` (text, once), `rewrite`
+    and `reread` (text, at each step), or `around` (a whole denoiser call). The class attributes are constants, or
+    `computed` from the fields.
     """
 
     off: ClassVar[dict[str, Any] | None] = None
@@ -147,6 +148,8 @@ class Contract:
     touches_uncond: ClassVar[bool] = False  # whether it may change unconditional rows
     edits_attention: ClassVar[bool] = False
     edits_self_attention: ClassVar[bool] = False
+    # the denoiser's modules whose outputs it changes, such as ("mid_block",)
+    steers: ClassVar[tuple[str, ...]] = ()
     guides: ClassVar[bool] = False  # changes the prediction, which needs guidance
     # guidance pushes away from its further predictions, so other methods edit them like unconditional rows
     repels: ClassVar[bool] = False
@@ -237,6 +240,19 @@ class Contract:
 
     def edit_self(self, out: Tensor, layer: SelfAttention, prompts: ErasurePrompts) -> Tensor:
         """Returns the self-attention output [B, Q, C] of conditional rows."""
+        return out
+
+    def steered_concepts(
+        self, row_concepts: Sequence[tuple[Concept, ...]], memory: Memory
+    ) -> Sequence[tuple[Concept, ...]]:
+        """The concepts for which `steer` changes each conditional row; a row without any stays unchanged."""
+        return row_concepts
+
+    def steer(self, out: Tensor, module: str, row_concepts: Sequence[tuple[Concept, ...]], memory: Memory) -> Tensor:
+        """Returns the output [B, ...] of a module of `steers`, on the conditional rows with these concepts.
+
+        The output has the picture's tokens only, if the module returns text and picture.
+        """
         return out
 
     def guide(self, seen: Prediction) -> Tensor:

@@ -23,6 +23,7 @@ from .copies import Copies
 from .forward import Entered, Forward
 from .joint import Function, Inputs
 from .layers import Layer, Layers
+from .outputs import Outputs
 from .pipeline import Call, Calls
 from .prediction import needs_guidance
 from .prompts import Applied, Encoder
@@ -43,6 +44,7 @@ class Site:
         self._denoiser = weakref.ref(denoiser)
         self.layers = Layers(facts, self, self._project)
         self.layers.find(denoiser)
+        self.outputs = Outputs(facts, self)
         self.parameters = tuple(inspect.signature(type(denoiser).forward).parameters)[1:]
         self.applied: list[Applied] = []
         self.copies = Copies(lambda: [applied.method for applied in self.applied], _apply_all)
@@ -182,6 +184,7 @@ class Site:
         methods = self._methods()
         cross, own = any(m.edits_attention for m in methods), any(m.edits_self_attention for m in methods)
         self.layers.fit(denoiser, cross=cross, own=own)
+        self.outputs.fit(denoiser, [name for method in methods for name in method.steers])
 
     def check_pipeline(self, pipe: DiffusionPipeline | None) -> DiffusionPipeline:
         """Checks before a call that the denoiser is unchanged, no other thread draws, and all hooks are outermost."""
@@ -191,7 +194,7 @@ class Site:
         if self.calls.drawing not in (None, threading.get_ident()):
             raise RuntimeError(watch.TWO_THREADS)
         cache = watch.cache_on(self.denoiser.modules())
-        if cache and any((m.edits_attention or m.guides) and not m.is_off() for m in self._methods()):
+        if cache and any((m.edits_attention or m.guides or m.steers) and not m.is_off() for m in self._methods()):
             raise RuntimeError(watch.cached(self.facts.denoiser, cache))
         self.layers.find(self.denoiser)
         self._fit()
@@ -244,11 +247,8 @@ class Site:
         """Replaces the denoiser's `forward`."""
         if torch.compiler.is_compiling():
             return self._denoise(forward, args, kwargs)
-        with self.alone():
-            try:
-                return self._denoise(forward, args, kwargs)
-            finally:
-                self.step = None
+        with self.alone(), self.outputs.watched():
+            return self._denoise(forward, args, kwargs)
 
     def _denoise(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         names = self.parameters[: len(args)]
@@ -296,7 +296,7 @@ class Site:
                 for applied in self.applied:
                     applied.place(1 if self.given is not None else self.images_per_prompt, len(text) - first)
             self._checked = text, first
-        edits = any(m.edits_attention and not m.is_off() for m in self._methods())
+        edits = any((m.edits_attention or m.steers) and not m.is_off() for m in self._methods())
         if edits and torch.is_grad_enabled() and getattr(self.denoiser, "is_gradient_checkpointing", False):
             raise RuntimeError(watch.CHECKPOINTED)
         return self._checked[1]

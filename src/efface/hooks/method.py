@@ -34,6 +34,7 @@ class Method(Contract):
     - `off`: the field values that make it the identity, such as `{"strength": 0.0}`; None if there are none.
     - `needs`: requirements of the pipeline, as names from `efface.families.OFFERS`, such as `("cross_text",)`.
     - `edits_attention`: it overrides `edit`. `edits_self_attention`: it also overrides `edit_self`.
+    - `steers`: names of the denoiser's modules, such as "mid_block", whose outputs its `steer` changes.
     - `guides`: it overrides `guide`. Each conditional row is predicted once more for the concept's text.
     - `touches_uncond`: it may change unconditional rows.
     - `counts_steps`: its times are shares of the steps of a pipeline call, for any number of denoiser calls per step.

@@ -151,6 +151,29 @@ class Applied:
             if (chosen := [some.which.index(k) for k in which if k in some.which])
         )
 
+    def row_concepts(self, conditional: int) -> list[tuple[Concept, ...]]:
+        """The concepts of each of the `conditional` rows."""
+        rows = self.method.rows
+        if rows is None:
+            return [self.method.concepts] * conditional
+        return [rows[row // self._images_per_prompt] for row in range(conditional)]
+
+    def edited_rows(self, conditional: int) -> list[int]:
+        """The numbers of the conditional rows that the method changes while it acts."""
+        if self.method.steers:
+            chosen = self.method.steered_concepts(self.row_concepts(conditional), self.memory)
+            return [row for row, concepts in enumerate(chosen) if concepts]
+        placed = [prompts.batch_rows for prompts in self.acting]
+        if not placed or any(rows is None for rows in placed):
+            return [*range(conditional)]
+        return sorted({row for rows in placed for row in rows or ()})
+
+    def has_rows(self, conditional: int) -> bool:
+        """Whether any of the conditional rows has concepts."""
+        if self.method.edits_attention or self.method.guides:
+            return bool(self.acting)
+        return not self.method.steers or bool(self.edited_rows(conditional))
+
     def check_rows(self, images_per_prompt: int, batch: int | None) -> None:
         row_concepts = self.method.rows
         if row_concepts is not None and batch is not None and len(row_concepts) * images_per_prompt != batch:

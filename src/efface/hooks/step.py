@@ -65,6 +65,7 @@ class Step:
         self.acting: list[tuple[Applied, Tensor | float]] = []  # on attention
         self.seen: Seen | None = None  # in a call without methods
         self.carried: Carried | None = None  # the texts beside the prompt in joint attention
+        self.plan: Plan = []
         self._predicted = False  # whether all methods have had their turn
 
     def run(self) -> Any:
@@ -144,7 +145,7 @@ class Step:
                 exempt = watch.OFF
             elif not batch.conditional and not self._acts_on_unconditional(method):
                 exempt = watch.NO_CONDITIONAL_ROWS
-            elif (method.edits_attention or method.guides) and not applied.acting:
+            elif not applied.has_rows(batch.conditional):
                 exempt = watch.NO_CONCEPTS
             else:
                 weight = method.weight(self._time(method) if method.counts_steps else noise)
@@ -166,7 +167,7 @@ class Step:
         if call is not None and call.negative is None:
             self.where.refuse_without_guidance()
         negatives = negative_prompts(call, batch.conditional) if call is not None else []
-        plan = self._plan()
+        plan = self.plan = self._plan()
         self.acting = [(a, weight) for a, weight, exempt in plan if a.method.edits_attention and not exempt]
         acts = batch.conditional or not apart
         guiding = [(a, weight) for a, weight, exempt in plan if a.method.guides and acts and not exempt]
@@ -249,13 +250,7 @@ class Step:
             return
         for applied, _, exempt in plan:
             exempt = exempt or applied.method.exempt(self._time(applied.method))
-            if not exempt:
-                batch_rows = [prompts.batch_rows for prompts in applied.acting]
-                everywhere = range(self.batch.conditional)
-                rows = {row for some in batch_rows for row in (everywhere if some is None else some)}
-                applied.record.add(sorted(rows) if batch_rows else everywhere)
-            else:
-                applied.record.add((), exempt)
+            applied.record.add(() if exempt else applied.edited_rows(self.batch.conditional), exempt)
 
     def _call(self, arguments: dict[str, Any]) -> Any:
         """Calls the denoiser with the original positional and keyword arguments."""

@@ -124,6 +124,15 @@ def other_attention(layer: str, got: str) -> str:
     )
 
 
+def not_steered(modules: Sequence[str], denoiser: str) -> str:
+    """Modules whose outputs an eraser changes did not run."""
+    return (
+        f"Expected the {denoiser} to run {', '.join(map(repr, modules))}, whose output an eraser changes, but this "
+        "call ran without it, because the module was removed or replaced during it, or a cache skipped it. Restore the "
+        "module or disable the cache, or remove the eraser."
+    )
+
+
 def other_rows(layer: str, found: int, expected: int) -> str:
     """A layer's rows differ from those of the denoiser call."""
     return (
