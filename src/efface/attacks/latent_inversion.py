@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..pipelines import guided
+from ..families import family
 from ._contract import Access, Attack, Proposal, Target
 from ._noising import Noising, latents_of
 from ._pictures import picture_of
@@ -92,7 +92,7 @@ def inverted(victim: Victim, target: Target) -> Tensor:
     with victim.original():
         pipe.scheduler = DDIMInverseScheduler.from_config(forward.config)
         try:
-            call = {"num_inference_steps": victim.steps, "output_type": "latent", **guided(pipe, 1.0)}
+            call = {"num_inference_steps": victim.steps, "output_type": "latent", **family(pipe).guided(1.0)}
             found: Tensor = pipe(target.prompt, latents=latents.to(pipe.dtype), **call).images
         finally:
             pipe.scheduler = forward
