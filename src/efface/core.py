@@ -92,7 +92,7 @@ class Editor(Protocol):
     configuration."""
 
     def fit(self, pipe: DiffusionPipeline, concepts: Concepts, *, seed: int = 0) -> Any:
-        """Returns the delta (`efface.Delta`) that erases `concepts`. Leaves `pipe` unchanged, also after an
+        """Returns the delta (`efface.Delta`, or `efface.Directions`) that erases `concepts`. Leaves `pipe` unchanged, also after an
         exception."""
         ...
 
