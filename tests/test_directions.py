@@ -432,6 +432,23 @@ def test_offloading_keeps_the_vectors(first: bool) -> None:
     assert torch.equal(latents(pipe), drawn())
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["denoiser", "its middle"])
+def test_a_compiled_model_is_steered_and_draws_no_shares(whole: bool) -> None:
+    pipe, directions = tiny.pipeline("sd1"), made("sd1", ALCOHOL, CAT)
+    if whole:
+        pipe.unet = torch.compile(pipe.unet, backend="eager")
+    else:
+        pipe.unet.mid_block.compile(backend="eager")
+    with directions.apply(pipe) as handle:
+        assert torch.equal(latents(pipe), drawn("sd1", directions))
+        handle.rows = [[CAT]]
+        assert change(latents(pipe), drawn("sd1", directions.only(CAT))) < ROUNDING
+    assert torch.equal(latents(pipe), drawn())
+    if whole:
+        with pytest.raises(ValueError, match="which a compiled denoiser does not allow to read"):
+            directions.fair().apply(pipe)
+
+
 def test_direct_calls_name_their_rows() -> None:
     pipe, directions = tiny.untouched("sd1"), made("sd1", ALCOHOL, CAT)
     base = bare(pipe)
