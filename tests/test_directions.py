@@ -432,6 +432,7 @@ def test_offloading_keeps_the_vectors(first: bool) -> None:
     assert torch.equal(latents(pipe), drawn())
 
 
+@pytest.mark.slow  # the compiler takes long to start
 @pytest.mark.parametrize("whole", [True, False], ids=["denoiser", "its middle"])
 def test_a_compiled_model_is_steered_and_draws_no_shares(whole: bool) -> None:
     pipe, directions = tiny.pipeline("sd1"), made("sd1", ALCOHOL, CAT)
