@@ -20,10 +20,12 @@ from test_conformance import assert_same
 from test_training import assert_as_found, everything
 from tiny import ALCOHOL, CAT, PROMPT, PROMPTS, bare, change, denoiser_of, drawn, latents
 from torch import Tensor
+from typer.testing import CliRunner
 
 import efface
 from efface import UCE, Concept, Delta, Directions, LatentDirections, api, pipelines
 from efface._text import SITES
+from efface.cli import app
 from efface.delta import table
 from efface.editors import _directions, _training
 from efface.families import family as facts
@@ -430,6 +432,24 @@ def test_offloading_keeps_the_vectors(first: bool) -> None:
     assert torch.equal(latents(pipe), drawn())
 
 
+@pytest.mark.slow  # the compiler takes long to start
+@pytest.mark.parametrize("whole", [True, False], ids=["denoiser", "its middle"])
+def test_a_compiled_model_is_steered_and_draws_no_shares(whole: bool) -> None:
+    pipe, directions = tiny.pipeline("sd1"), made("sd1", ALCOHOL, CAT)
+    if whole:
+        pipe.unet = torch.compile(pipe.unet, backend="eager")
+    else:
+        pipe.unet.mid_block.compile(backend="eager")
+    with directions.apply(pipe) as handle:
+        assert torch.equal(latents(pipe), drawn("sd1", directions))
+        handle.rows = [[CAT]]
+        assert change(latents(pipe), drawn("sd1", directions.only(CAT))) < ROUNDING
+    assert torch.equal(latents(pipe), drawn())
+    if whole:
+        with pytest.raises(ValueError, match="which a compiled denoiser does not allow to read"):
+            directions.fair().apply(pipe)
+
+
 def test_direct_calls_name_their_rows() -> None:
     pipe, directions = tiny.untouched("sd1"), made("sd1", ALCOHOL, CAT)
     base = bare(pipe)
@@ -496,6 +516,18 @@ def test_a_file_holds_everything(tmp_path: Path) -> None:
     UCE().fit(tiny.untouched("sd1"), [CAT]).save(tmp_path / "uce.safetensors")
     with pytest.raises(ValueError, match="holds weights, not directions"):
         Directions.load(tmp_path / "uce.safetensors")
+
+
+def test_the_command_line_describes_them_and_refuses_what_needs_weights(tmp_path: Path) -> None:
+    path, run = tmp_path / "directions.safetensors", functools.partial(CliRunner().invoke, app)
+    made("sd1", ALCOHOL, CAT).save(path)
+    told = " ".join(run(["delta", "info", str(path)]).output.split())
+    assert "concepts alcohol, cat" in told and "vectors [2, 32, 4, 4] at unet.mid_block" in told
+    assert json.loads(run(["delta", "info", str(path), "--json"]).output)["kind"] == "directions"
+    for command in (["delta", "export", str(path)], ["delta", "merge", str(path)]):
+        done = run([*command, "--out", str(tmp_path / "out")])
+        assert done.exit_code != 0 and "holds directions, which change no weights" in " ".join(done.output.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_directions_of_a_model_with_a_delta_need_that_delta(sd1: Any) -> None:
@@ -600,7 +632,7 @@ def test_an_interrupted_fit_goes_on(sd1: Any, tmp_path: Path, monkeypatch: pytes
     class Stopped(Exception):
         pass
 
-    folder, drawn_, counted = tmp_path / "fit", [0], _directions.unobserved
+    folder, drawn_, counted, want = tmp_path / "fit", [0], _directions.unobserved, learned().hash
 
     def counting(pipe: Any) -> Any:
         shadow = counted(pipe)
@@ -629,7 +661,7 @@ def test_an_interrupted_fit_goes_on(sd1: Any, tmp_path: Path, monkeypatch: pytes
         QUICK.fit(sd1, [ALCOHOL, CAT], checkpoint=folder)
     assert drawn_[0] == 5  # the first two batches stayed
     monkeypatch.setattr(_training, "_update", update)
-    assert QUICK.fit(sd1, [ALCOHOL, CAT], checkpoint=folder).hash == learned().hash and drawn_[0] == 5
+    assert QUICK.fit(sd1, [ALCOHOL, CAT], checkpoint=folder).hash == want and drawn_[0] == 5
     for editor, seed, words in (
         (dataclasses.replace(QUICK, guidance=3.0), 0, "latents of another fit"),
         (QUICK, 1, "latents of another fit"),

@@ -92,8 +92,8 @@ class Editor(Protocol):
     configuration."""
 
     def fit(self, pipe: DiffusionPipeline, concepts: Concepts, *, seed: int = 0) -> Any:
-        """Returns the delta (`efface.Delta`) that erases `concepts`. Leaves `pipe` unchanged, also after an
-        exception."""
+        """Returns the delta (a `Delta` or `Directions`) that erases `concepts`. Leaves `pipe` unchanged, also
+        after an exception."""
         ...
 
 

@@ -203,10 +203,12 @@ class Directions(Method):
         return super().apply(pipe)
 
     def check(self, pipe: DiffusionPipeline) -> None:
-        """Raises ValueError if a vector is zero, or the denoiser lacks a module."""
+        """Raises ValueError if a vector is zero, the denoiser lacks a module, or is compiled and `shares` are drawn."""
         super().check(pipe)
         table.weights_of(pipe, self.vectors)
         table.check_not_zero(self.vectors, self.names)
+        if self.shares is not None:
+            table.check_not_compiled(pipe)
 
     def rewrite(
         self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], call: BoundArguments, memory: Memory
@@ -224,8 +226,6 @@ class Directions(Method):
         if per_picture and call.pipe is None:
             raise ValueError(table.DIRECT_CALL)
         if self.shares is not None and len(call.prompt) and "concepts" not in call.memory:
-            if torch.compiler.is_compiling():
-                raise ValueError("`shares` need a denoiser that is not compiled. Give `rows`, or do not compile it.")
             noise = call.sample[call.first : call.first + len(call.prompt)]
             call.memory["concepts"] = [(self.concepts[k],) for k in table.drawn(noise, self.shares, self.names)]
         return forward()
@@ -238,10 +238,11 @@ class Directions(Method):
 
     def steer(self, out: Tensor, module: str, row_concepts: Sequence[tuple[Concept, ...]], memory: Memory) -> Tensor:
         name = next(name for name in self.vectors if name.partition(".")[2] == module)
-        key = f"{name} on {out.device}"
-        if key not in memory:
-            memory[key] = self.vectors[name].to(out.device, torch.float32)
-        vectors: Tensor = memory[key]
+        vectors, key = self.vectors[name], f"{name} on {out.device}"
+        if torch.compiler.is_compiling():  # what it reads of the memory would be compiled anew in each call
+            vectors = vectors.to(out.device, torch.float32)
+        else:
+            vectors = memory.setdefault(key, memory.get(key, vectors).to(out.device, torch.float32))
         table.check_shape(name, vectors.shape[1:], out.shape[1:])
         which = [tuple(k for k, concept in enumerate(self.concepts) if concept in row) for row in row_concepts]
         change = self.strength * table.summed(vectors, which)

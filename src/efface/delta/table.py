@@ -56,6 +56,16 @@ def check_not_zero(vectors: Mapping[str, Tensor], names: Sequence[str]) -> None:
             )
 
 
+def check_not_compiled(pipe: DiffusionPipeline) -> None:
+    """Raises ValueError if the denoiser is compiled, which does not allow to read noise."""
+    called = getattr(pipe, family(pipe).denoiser)
+    if called is not denoiser_of(pipe) or getattr(called, "_compiled_call_impl", None):
+        raise ValueError(
+            "`shares` are drawn from the initial noise, which a compiled denoiser does not allow to read. Use a "
+            "pipeline that is not compiled, or name the concepts of each prompt in `rows`."
+        )
+
+
 def weights_of(pipe: DiffusionPipeline, modules: Mapping[str, Any]) -> dict[str, Tensor]:
     """The parameters of modules, such as "unet.mid_block", by canonical name.
 

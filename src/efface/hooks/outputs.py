@@ -96,6 +96,5 @@ class Outputs:
             edited = applied.method.steer(changed, name, rows, applied.memory)
             changed = torch.lerp(changed, edited, weight.to(edited)) if isinstance(weight, Tensor) else edited
         hidden = batch.replaced(hidden, changed)
-        if not torch.compiler.is_compiling():
-            self._steered.add(name)
+        self._steered.add(name)
         return hidden if at is None else (*out[:at], hidden, *out[at + 1 :])
