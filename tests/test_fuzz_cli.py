@@ -216,6 +216,7 @@ ESD = [
 ]
 ERASE = ["a red cat", *TINY, "--images", "1", "--steps", "1"]
 BENCH = ["emoji", "--concept", "cat", "--model", "tiny", "--option", "pictures=10", "--limit", "1", "--no-score"]
+ATTACK = ["best_of_n", "--concept", "cat", "--prompt", "a red cat", "--model", "tiny", "--steps", "1", "--no-control"]
 CALIBRATE = ["--concept", "cat", "--n", "1", "--strength", "1", "--refine", "0", "--steps", "1"]
 # Verb -> commands that end well, or would if the random weights drew cats; and what may be added to them.
 VERBS: dict[str, tuple[list[list[str]], dict[str, Any]]] = {
@@ -264,6 +265,15 @@ VERBS: dict[str, tuple[list[list[str]], dict[str, Any]]] = {
     "calibrate": (
         [[*CALIBRATE, "--out", "new"]],
         {**TARGETS, **DRAW, "--n": NUMBER, "--target": NUMBER, "--prompt": JUNK},
+    ),
+    "attack": (
+        [
+            [*ATTACK, "--out", "new"],
+            [*ATTACK, "--base", "--out", "new"],
+            ["guidance_sweep", *ATTACK[1:], "--out", "new"],
+        ],
+        {**TARGETS, **LOADING, **DRAW, "--prompt": JUNK, "--option": SETTINGS, "--budget": NUMBER, "--images": NUMBER}
+        | {"--judge": JUNK, "--search": JUNK, "--at-most": NUMBER},
     ),
     "judge label": (
         [["run", "--concept", "cat", "--annotator", who, "--sheets", "new"] for who in ("ana", "ben")],

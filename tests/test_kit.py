@@ -119,14 +119,24 @@ class Moody(Good):
         raise ValueError("no")
 
 
-class Greedy(Good):
+class Guides(Good):
+    """Changes the prediction: of methods that edit attention, the engine itself checks the needs."""
+
+    edits_attention: ClassVar[bool] = False
+    guides: ClassVar[bool] = True
+
+    def guide(self, seen: Prediction) -> Tensor:
+        return seen.negative - seen.concept
+
+
+class Greedy(Guides):
     needs: ClassVar[tuple[str, ...]] = ("joint_text",)
 
     def check(self, pipe: Any) -> None:
         pass
 
 
-class Terse(Good):
+class Terse(Guides):
     needs: ClassVar[tuple[str, ...]] = ("causal_text",)
 
     def check(self, pipe: Any) -> None:

@@ -40,6 +40,12 @@ def write_attacks(
         ValueError: there are no results, or they attack different erasers, models or concepts.
         FileNotFoundError: a folder holds no attack.
         ImportError: matplotlib or jinja2 is missing.
+
+    Example:
+        >>> import efface
+        >>> efface.write_attacks([], "attacks.html")
+        Traceback (most recent call last):
+        ValueError: Expected results of attacks, got none. Name at least one folder.
     """
     if not results:
         raise ValueError("Expected results of attacks, got none. Name at least one folder.")
