@@ -287,10 +287,9 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         question="Which attack by text, sampler or weights brings an erased concept back, from which guard?",
         cap=4.0,
         guards={name: GUARDS[name] for name in ("esd", "rece", "eiup")},
-        attacks={f"concept_arithmetics {recipe}": arithmetic(recipe) for recipe in RECIPES}
-        | {name: CHEAP[name] for name in CHEAP if name not in ("lookalike", "translation", "repetition")},
-        left_out=frozenset(("eiup", attack) for attack in WEIGHTS)
-        | frozenset((guard, attack) for guard in GUARDS for attack in ("guidance_sweep", "prompt_schedule")),
+        attacks={f"concept_arithmetics {recipe}": arithmetic(recipe) for recipe in RECIPES if recipe != "contrast"}
+        | {name: CHEAP[name] for name in ("prompt_as_negative", "best_of_n", "image_to_image", "inpainting", *WEIGHTS)},
+        left_out=frozenset(("eiup", attack) for attack in WEIGHTS),
         budget=600,
         n=16,
     ),
