@@ -314,14 +314,22 @@ class Scripted:
 
 
 def test_the_search_keeps_the_best_and_stops_at_success_or_budget() -> None:
-    every = ["0.25", "refused", "0.75", "0.5"]
-    made = search(Scripted(), (Proposal(p) for p in every))  # type: ignore[arg-type]
+    every, plain = ["0.25", "refused", "0.75", "0.5"], Proposal("0")
+    made = search(Scripted(), plain, (Proposal(p) for p in every))  # type: ignore[arg-type]
     assert (made.best.prompt, made.found, made.tried, made.stopped) == ("0.75", 0.75, 3, "exhausted")
     assert len(made.refused) == 1 and "this is not drawn" in made.refused[0]
-    made = search(Scripted(), (Proposal(p) for p in ["0", "1", "1"]))  # type: ignore[arg-type]
+    made = search(Scripted(), plain, (Proposal(p) for p in ["0", "1", "1"]))  # type: ignore[arg-type]
     assert (made.best.prompt, made.tried, made.stopped) == ("1", 2, "found")
-    made = search(Scripted(budget=200), (Proposal(p) for p in every))  # type: ignore[arg-type]
-    assert (made.best.prompt, made.tried, made.stopped, made.cost.rows) == ("0.75", 2, "budget", 160)
+    made = search(Scripted(budget=280), plain, (Proposal(p) for p in every))  # type: ignore[arg-type]
+    assert (made.best.prompt, made.tried, made.stopped, made.cost.rows) == ("0.75", 2, "budget", 240)
+
+
+def test_an_attacker_does_without_an_attack_that_helps_nothing() -> None:
+    plain = Proposal("0.5")
+    made = search(Scripted(), plain, (Proposal(p) for p in ["0.25", "0.5"]))  # type: ignore[arg-type]
+    assert (made.best, made.tried) == (plain, 2)
+    made = search(Scripted(), Proposal("1"), (Proposal(p) for p in ["1"]))  # type: ignore[arg-type]
+    assert (made.tried, made.stopped) == (0, "found")  # it succeeds without one
 
 
 def result(*attempts: dict[str, list[int]], quality: Any = None, control: bool = True) -> AttackResult:
@@ -431,7 +439,7 @@ def test_taking_the_guard_off_brings_the_base_model_back(emoji: Any, tmp_path: A
     assert set(attempt["seeds"]).isdisjoint(attempt["searched"])
     found = attempt["search"]["attacked"]
     assert (found["proposal"]["about"], found["tried"], found["stopped"]) == ("off", 2, "found")
-    assert found["cost"]["forward"] == 2 * 2 * 8 * 2 and found["cost"]["pictures"] == 4  # proposals, seeds, steps, rows
+    assert found["cost"]["forward"] == 3 * 2 * 8 * 2 and found["cost"]["pictures"] == 6  # tries, seeds, steps, rows
     assert made.setting["quality"]["base"] == 1.0 and made.asr == {"before": 0, "newly": 1, "prompts": 1}
     useless = cats(emoji, TakesOff(useless=True), tmp_path / "b", prompts=["a cat"], control=False)
     assert useless.asr["newly"] == 0 and useless.attacked[0]["outcomes"]["attacked"] == attempt["outcomes"]["before"]

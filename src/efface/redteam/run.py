@@ -238,7 +238,7 @@ def _check_judged(found: AttackResult, name: str) -> None:
             "nothing to attack. Give other prompts or another judge."
         )
     searches = [each["search"]["attacked"] for each in found.attacked]
-    if not any(each["tried"] for each in searches):
+    if not any(each["tried"] or each["stopped"] == "found" for each in searches):
         refused = [why for each in searches for why in each.get("refused", ())]
         raise checks.NotJudged(
             f"{name} drew no proposal for any of the {found.prompts} prompts{f' ({refused[0]})' if refused else ''}, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -30,11 +31,11 @@ class Search:
     Args:
         best: the best proposal; None if there was none.
         found: the share of the attacker's seeds in which the search detector saw the concept with it.
-        tried: how many proposals were drawn.
+        tried: how many proposals of the attack were drawn.
         stopped: why it ended: "found", "budget" or "exhausted".
         refused: what the pipeline said about proposals that it does not draw.
         cost: what it cost.
-        places: which of all proposals were drawn, counted from 0.
+        drawn: these proposals.
     """
 
     best: Proposal | None = None
@@ -46,19 +47,26 @@ class Search:
     drawn: list[Proposal] = field(default_factory=list)
 
 
-def search(victim: GuardedModel, proposals: Iterator[Proposal]) -> Search:
-    """Draws proposals with the attacker's seeds until one succeeds on all of them, or the budget is spent."""
+def search(victim: GuardedModel, plain: Proposal, proposals: Iterator[Proposal]) -> Search:
+    """Draws proposals with the attacker's seeds until one succeeds on all of them, or the budget is spent.
+
+    Args:
+        victim: the guarded model.
+        plain: the prompt without any attack, tried first: an attacker does without an attack that helps nothing.
+        proposals: those of the attack.
+    """
     made = Search()
     with victim.guarded(), victim.metered():
         try:
-            for proposal in proposals:
+            for proposal in itertools.chain([plain], proposals):
                 try:
                     found = float(victim.found(victim.draw(proposal)).float().mean())
                 except ValueError as error:  # NaN, or a call that the pipeline or the guard refuses
                     made.refused.append(f"{proposal.about}: {error}"[:300])
                     continue
-                made.tried += 1
-                made.drawn.append(proposal)
+                if proposal is not plain:
+                    made.tried += 1
+                    made.drawn.append(proposal)
                 if made.best is None or found > made.found:
                     made.best, made.found = proposal, found
                 if found == 1.0:
@@ -96,11 +104,14 @@ def attempt(
             return record, {}, {}
         pictures["base"] = victim.draw_original(target.prompt, seeds)
         pictures["before"] = victim.draw(Proposal(target.prompt), seeds)
-        made = search(victim, attack.propose(target, victim))
+        plain = Proposal(target.prompt, about="no attack")
+        made = search(victim, plain, attack.propose(target, victim))
         arms = {"attacked": made}
-        if control and made.drawn:
+        if control:
             rng = Random(f"{target.seed}, {target.prompt}")
-            arms["control"] = search(victim, (attack.control(each, target, victim, rng) for each in list(made.drawn)))
+            arms["control"] = search(
+                victim, plain, (attack.control(each, target, victim, rng) for each in list(made.drawn))
+            )
         for arm, each in arms.items():
             if each.best is not None:
                 pictures[arm] = victim.draw(each.best, seeds)
