@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from random import Random
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -101,7 +101,7 @@ class Relearning(Attack):
         box = replace(WhiteBox.of(victim, target.prompt), victim=stolen, prompt=prompt, latents=latents)
         denoiser, rng = denoiser_of(stolen.pipe), torch.Generator().manual_seed(target.seed)
         readers = family(stolen.pipe).text_readers(denoiser)
-        weights = {f"{name}.weight": module.weight for name, module in readers.items()}
+        weights = {f"{name}.weight": cast("Tensor", module.weight) for name, module in readers.items()}
         denoiser.requires_grad_(False)
         for weight in weights.values():
             weight.requires_grad_(True)

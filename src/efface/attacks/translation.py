@@ -83,7 +83,8 @@ class Translation(Attack):
         for k in range(max((len(known[_bare(word)]) for word in here), default=0)):
             swap = {word: known[_bare(word)][k] for word in here if k < len(known[_bare(word)])}
             whole = " ".join(swap.get(word, word) for word in target.prompt.split())
-            for text in dict.fromkeys([whole, *([" ".join(swap.values())] if self.alone else [])]):
+            texts = [whole, " ".join(swap.values())] if self.alone else [whole]
+            for text in dict.fromkeys(texts):
                 if _readable(victim, text):
                     yield Proposal(text, about="translated")
 
