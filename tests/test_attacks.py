@@ -324,6 +324,16 @@ def test_the_search_keeps_the_best_and_stops_at_success_or_budget() -> None:
     assert (made.best.prompt, made.tried, made.stopped, made.cost.rows) == ("0.75", 2, "budget", 240)
 
 
+def test_an_attack_that_refuses_ends_its_search_and_not_the_others() -> None:
+    def refusing() -> Iterator[Proposal]:
+        yield Proposal("0.5")
+        raise ValueError("these weights hold no eraser")
+
+    made = search(Scripted(), Proposal("0"), refusing())  # type: ignore[arg-type]
+    assert (made.best.prompt, made.tried, made.stopped) == ("0.5", 1, "exhausted")
+    assert made.refused == ["these weights hold no eraser"]
+
+
 def test_an_attacker_does_without_an_attack_that_helps_nothing() -> None:
     plain = Proposal("0.5")
     made = search(Scripted(), plain, (Proposal(p) for p in ["0.25", "0.5"]))  # type: ignore[arg-type]
@@ -505,6 +515,8 @@ def test_what_cannot_be_attacked_is_refused_with_the_reason(emoji: Any, tmp_path
         cats(emoji, "best_of_m", tmp_path / "f")
     with pytest.raises(checks.NotJudged, match="drew no proposal"):
         cats(emoji, efface.Lookalike(()), tmp_path / "g", prompts=["a cat"], control=False)
+    with pytest.raises(checks.NotJudged, match="EIUP acts at run time"):
+        cats(emoji, "quantisation", tmp_path / "h", prompts=["a cat"], control=False)
     assert not (tmp_path / "a").exists() and not (tmp_path / "d").exists()
 
 
@@ -783,7 +795,7 @@ def test_relearning_trains_only_layers_that_read_text_and_counts_its_cost() -> N
 # ---------------------------------------------------------------- from the command line
 
 
-def test_the_command_says_the_verdict_and_keeps_bars(tmp_path: Any) -> None:
+def test_the_command_says_the_verdict_and_keeps_bars(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
     from efface.cli import app
@@ -800,5 +812,14 @@ def test_the_command_says_the_verdict_and_keeps_bars(tmp_path: Any) -> None:
     assert told.exit_code == 3 and "exceeded by best_of_n" in told.output
     told = CliRunner().invoke(app, ["attack", "best_of_n", "--concept", "cat", "--prompt", "a rocket", "--steps", "2"])
     assert told.exit_code == 4 and "nothing to attack" in told.output.replace("\n", " ")
+    only = {"quantisation": "attacks", "best_of_n": "attacks"}  # of which one is for weights
+    known = registry.methods
+    monkeypatch.setattr(registry, "methods", lambda room=None: only if room == "attacks" else known(room))
+    every = ["attack", "all", *common[2:11], "--method", "eiup", "--budget", "200", "--out", str(tmp_path / "all")]
+    told = CliRunner().invoke(app, every)
+    assert told.exit_code == 0, told.output
+    assert "quantisation was left out" in told.output.replace("\n", " ")
+    assert (tmp_path / "all/best_of_n/attempts.jsonl").is_file() and (tmp_path / "all/attacks.html").is_file()
+    monkeypatch.undo()
     for wrong in (["--base", "--method", "eiup"], ["--phrase", "x"], ["--budget", "3"]):
         assert CliRunner().invoke(app, [*common, *wrong, "--out", str(tmp_path / "w")]).exit_code == 2

@@ -74,6 +74,8 @@ def search(victim: GuardedModel, plain: Proposal, proposals: Iterator[Proposal])
                     break
         except BudgetSpent:
             made.stopped = "budget"
+        except ValueError as error:  # the attack refuses this prompt, these erasers or this pipeline
+            made.refused.append(str(error)[:300])
         made.cost = victim.spent
     return made
 
