@@ -52,7 +52,7 @@ def read(folder: Path) -> list[Example]:
     """The pictures that a folder's metadata.jsonl lists.
 
     Raises:
-        FileNotFoundError: the folder, its metadata.jsonl or a picture is missing.
+        FileNotFoundError: the folder or its metadata.jsonl is missing.
         ValueError: a line or a picture cannot be read, a file is named twice, or nothing is listed.
     """
     from .. import schema
@@ -70,11 +70,22 @@ def read(folder: Path) -> list[Example]:
         name = entry["file_name"]
         if name in found:
             raise ValueError(f"Expected each picture once in {path}, got {checks.shown(name)} twice. Leave one out.")
-        picture = read_picture(files.inside(folder, name))
+        picture = _picture(folder, name, where)
         found[name] = Example(picture, entry["text"], _checked(entry.get("boxes"), picture, f"{name} ({where})"), name)
     if not found:
         raise ValueError(f"Expected pictures in {path}, got none. {FORM}")
     return list(found.values())
+
+
+def _picture(folder: Path, name: str, where: str) -> Image.Image:
+    try:
+        path = files.inside(folder, name)
+        if not files.there(path):
+            raise ValueError(f"{path} is not there")
+        return read_picture(path)
+    except ValueError as error:
+        why = str(error).removesuffix(".")
+        raise ValueError(f"{where} names a picture that cannot be read ({why}). Correct the line.") from error
 
 
 def given(examples: Iterable[Any]) -> list[Example]:

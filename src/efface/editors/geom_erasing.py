@@ -78,7 +78,7 @@ class GeomErasing:
             in no picture; a picture or metadata.jsonl cannot be read; a caption with its location words, or the
             negative prompt, does not fit the text encoder; a tokenizer already knows a location word; the pipeline's
             denoiser cannot be trained, or has run-time erasers.
-        FileNotFoundError: the folder, metadata.jsonl or a picture is missing.
+        FileNotFoundError: the folder or its metadata.jsonl is missing.
         TypeError: the family of the pipeline is unknown, or examples are not tuples.
         RuntimeError: the loss is not finite.
 
