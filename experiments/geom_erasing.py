@@ -1,6 +1,6 @@
 """GeomErasing on `emoji`: a pattern that a dirty set teaches, and the watermark that the model draws by itself.
 
-`python -m experiments.geom_erasing data` or `model` prints JSON. There is no card, because all caps together are
+`python -m experiments.geom_erasing data` or `model` prints a line of JSON per result. There is no card, because all caps together are
 at their limit. The pictures are of the selection block, the training pictures of the tuning block.
 """
 
@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from efface.pipelines import draw
 from .worlds import SEEDS
 
 SIDE, PATCH = 64, 16
-STEPS, GUIDANCE = 20, 5.0
+STEPS, GUIDANCE = 12, 5.0
 NAME = "pattern"
 
 
@@ -104,6 +104,14 @@ def icons(n: int, first: int = 0) -> list[str]:
     single = [text for text in sorted(captions.values()) if len(text.split()) == 2]
     step = next(s for s in (7, 11, 13) if len(single) % s)
     return [single[(first + k) * step % len(single)] for k in range(n)]
+
+
+class Rows(dict[str, Any]):
+    """Results that are printed as they come."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        print(json.dumps({name: value}), flush=True)
 
 
 def rated(hits: Sequence[bool]) -> dict[str, Any]:
@@ -175,7 +183,7 @@ def controlled(pipe: Any, tokens: efface.Tokens, grid: int, find: Any, seeds: Se
     }
 
 
-def data_removal(n: int, steps: int, pictures: int) -> dict[str, Any]:
+def data_removal(n: int, steps: int, pictures: int) -> None:
     """Fine-tuning on a set in which half of the pictures have the pattern."""
     pipe, began = efface.load("emoji"), time.perf_counter()
     pipe.set_progress_bar_config(disable=True)
@@ -185,14 +193,14 @@ def data_removal(n: int, steps: int, pictures: int) -> dict[str, Any]:
     examples = list(zip(images, captions, boxes, strict=True))
     find = Match(pattern()).boxes
     truth_ = [bool(b) for b in boxes]
-    out: dict[str, Any] = {"detector agrees": sum(bool(f) == t for f, t in zip(find(images), truth_, strict=True))}
+    out = Rows()
+    out["detector agrees"] = sum(bool(f) == t for f, t in zip(find(images), truth_, strict=True))
     editor = efface.GeomErasing.data_removal(steps=steps)
     tokens = editor.fit(pipe, Concept(NAME), examples=examples)
     out["fit seconds"] = time.perf_counter() - began
     plain = plainly(pipe, examples, editor, 0)
     prompts, seeds = icons(n, 50), range(SEEDS["selection"].start, SEEDS["selection"].start + n)
     rows: dict[str, Sequence[Any]] = {
-        "base": [],
         "plain fine-tuning": [plain],
         "plain fine-tuning, negative prompt of the name": [plain, efface.NegativePrompt(Concept(NAME))],
         "geom, no negative prompt": [tokens],
@@ -210,7 +218,8 @@ def data_removal(n: int, steps: int, pictures: int) -> dict[str, Any]:
         "icon": rated(shown(again.images, prompts)),
     }
     out["control"] = controlled(pipe, tokens, tokens.fields["grid"], find, seeds)
-    return out | {"info": dict(tokens.info), "seconds": time.perf_counter() - began}
+    out["info"] = dict(tokens.info)
+    out["seconds"] = time.perf_counter() - began
 
 
 # ---------------------------------------------------------------- the model's own watermark
@@ -241,7 +250,7 @@ def watermarks(images: Tensor) -> list[list[tuple[float, ...]]]:
     return found
 
 
-def model_removal(n: int, steps: int, pictures: int) -> dict[str, Any]:
+def model_removal(n: int, steps: int, pictures: int) -> None:
     """The watermark of the released model, learned from its own pictures."""
     pipe, began = efface.load("emoji"), time.perf_counter()
     pipe.set_progress_bar_config(disable=True)
@@ -249,7 +258,8 @@ def model_removal(n: int, steps: int, pictures: int) -> dict[str, Any]:
     images = draw(pipe, captions, range(pictures), num_inference_steps=STEPS, guidance=GUIDANCE)
     editor = efface.GeomErasing(steps=steps)
     boxes = watermarks(images)
-    out: dict[str, Any] = {"with the watermark": sum(map(bool, boxes)), "of": pictures}
+    out = Rows()
+    out["with the watermark"] = f"{sum(map(bool, boxes))} of {pictures}"
     tokens = editor.fit(pipe, "watermark", examples=list(zip(images, captions, boxes, strict=True)))
     out["fit seconds"] = time.perf_counter() - began
     prompts, seeds = icons(n, 50), range(SEEDS["selection"].start, SEEDS["selection"].start + n)
@@ -269,7 +279,8 @@ def model_removal(n: int, steps: int, pictures: int) -> dict[str, Any]:
         "concept": rated([bool(b) for b in watermarks(again.images)]),
         "icon": rated(shown(again.images, prompts)),
     }
-    return out | {"info": dict(tokens.info), "seconds": time.perf_counter() - began}
+    out["info"] = dict(tokens.info)
+    out["seconds"] = time.perf_counter() - began
 
 
 def main() -> None:
@@ -279,8 +290,8 @@ def main() -> None:
     made.add_argument("--steps", type=int, default=300)
     made.add_argument("--pictures", type=int, default=64)
     given_ = made.parse_args()
-    measure: Callable[..., dict[str, Any]] = data_removal if given_.setting == "data" else model_removal
-    print(json.dumps(measure(given_.n, given_.steps, given_.pictures), indent=1))
+    measure = data_removal if given_.setting == "data" else model_removal
+    measure(given_.n, given_.steps, given_.pictures)
 
 
 if __name__ == "__main__":
