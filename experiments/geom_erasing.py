@@ -1,7 +1,7 @@
 """GeomErasing on `emoji`: a pattern that a dirty set teaches, and the watermark that the model draws by itself.
 
-`python -m experiments.geom_erasing data` or `model` prints a line of JSON per result. There is no card, because all caps together are
-at their limit. The pictures are of the selection block, the training pictures of the tuning block.
+`python -m experiments.geom_erasing data` or `model` prints a line of JSON per result. There is no card, because all
+caps together are at their limit. The pictures are of the selection block, the training pictures of the tuning block.
 """
 
 from __future__ import annotations
