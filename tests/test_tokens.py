@@ -24,7 +24,7 @@ from efface._text import encode, read, readers
 from efface.attacks._vocabulary import whole_words
 from efface.cli import app
 from efface.delta import present, words
-from efface.delta.embeddings import Substitute, mean_row, optimiser, tables
+from efface.delta.embeddings import Substitute, mean_row, optimiser, substituted, tables
 from efface.delta.tokens import learning_words
 from efface.testing.drawing import differences, snapshot
 from efface.testing.tiny.parts import text_model
@@ -184,6 +184,21 @@ def test_other_code_that_adds_words_is_found(pipe: Any) -> None:
     assert "<textual-inversion>" not in pipe.tokenizer.get_vocab()
 
 
+def test_rows_of_an_attack_and_new_words_act_together(pipe: Any) -> None:
+    """Both replace embeddings in one encoder call, in any order of their hooks."""
+    plain, wanted = encode(pipe, [f"a {WORD} and red"]).text, encode(pipe, ["a cat and dog"]).text
+    ids, rows = (
+        {"tokenizer": torch.tensor(pipe.tokenizer("red", add_special_tokens=False).input_ids)},
+        mean_row(pipe, "dog"),
+    )
+    assert tiny.change(plain, wanted) > 0.01
+    with made(pipe).apply(pipe), substituted(pipe, ids, rows):
+        assert torch.equal(encode(pipe, [f"a {WORD} and red"]).text, wanted)
+    with substituted(pipe, ids, rows), made(pipe).apply(pipe):
+        assert torch.equal(encode(pipe, [f"a {WORD} and red"]).text, wanted)
+    assert torch.equal(encode(pipe, [f"a {WORD} and red"]).text, plain)
+
+
 def test_an_attack_does_not_write_new_words(pipe: Any) -> None:
     with made(pipe).apply(pipe):
         assert WORD in pipe.tokenizer.get_vocab() and "cat" in whole_words(pipe.tokenizer)
@@ -255,6 +270,13 @@ def test_t5_needs_embeddings_or_to_be_away() -> None:
     cat = latents(pipe, "a cat")
     with tokens.apply(pipe):
         assert torch.equal(latents(pipe, f"a {WORD}"), cat)
+
+
+def test_one_encoder_for_two_tokenizers_is_refused() -> None:
+    pipe = tiny.pipeline("sdxl")
+    tokens, pipe.text_encoder_2 = made(pipe), pipe.text_encoder
+    with pytest.raises(ValueError, match="a text encoder for each of tokenizer, tokenizer_2, got one for several"):
+        tokens.apply(pipe)
 
 
 def test_a_compiled_encoder_is_refused(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,7 +17,15 @@ from .._weights import digest, stored
 Rows = Mapping[str, Tensor]
 """Input embeddings [k, D], by the name of the tokenizer whose encoder reads them."""
 
-_READING: ContextVar[tuple[Any, Tensor] | None] = ContextVar("_READING", default=None)
+
+class _Reading(threading.local):
+    """Where the encoder calls of this thread have rows: by `Substitute`, the place of each token's row, or -1."""
+
+    def __init__(self) -> None:
+        self.of: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
+
+
+_READING = _Reading()
 
 
 def tables(pipe: Any) -> dict[str, Tensor]:
@@ -73,7 +82,7 @@ class Substitute:
         ids: Tensor = args[0] if args else kwargs["input_ids"]
         same = ids[..., None] == self.ids.to(ids.device)
         which = torch.where(same.any(-1), same.int().argmax(-1), -1)
-        _READING.set((self, which))
+        _READING.of[self] = which
         if self.instead is None:
             return None
         seen = torch.where(which >= 0, self.instead, ids)
@@ -85,10 +94,10 @@ class Substitute:
         return ((seen, *args[1:]), kwargs) if args else (args, {**kwargs, "input_ids": seen})
 
     def put(self, _: nn.Module, args: Any, out: Tensor) -> Tensor | None:
-        reading = _READING.get()
-        if reading is None or reading[0] is not self or reading[1].numel() != args[0].numel():
+        found = _READING.of.pop(self, None)
+        if found is None or found.numel() != args[0].numel():
             return None
-        which = reading[1].reshape(args[0].shape).to(out.device)  # offload moves ids after `begin`
+        which = found.reshape(args[0].shape).to(out.device)  # offload moves ids after `begin`
         rows = torch.cat([each.to(out) for each in self.rows])[which.clamp(min=0)]
         return torch.where((which >= 0)[..., None], rows, out)
 

@@ -125,6 +125,11 @@ def check_new(pipe: Any, words: Sequence[str], embeddings: Mapping[str, Tensor])
             f"The words have embeddings for {more[0]!r}, but this {type(pipe).__name__} has no such text encoder. Use "
             "a pipeline like that of the fit."
         )
+    if len({id(encoder_of(pipe, name)) for name in here}) < len(here):
+        raise ValueError(
+            f"Expected a text encoder for each of {', '.join(here)}, got one for several, where new words would clash. "
+            "Load each encoder separately."
+        )
     applied = vocabularies(pipe)
     for name in here:
         encoder, tokenizer = encoder_of(pipe, name), getattr(pipe, name)
