@@ -11,13 +11,15 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import efface
+from efface import api
 from efface.core import Concept
 from efface.delta import Delta
 from efface.delta.embeddings import mean_row
@@ -29,9 +31,10 @@ from efface.editors._settings import Training
 from efface.editors._training import run
 from efface.intervals import wilson
 from efface.models.emoji import vocabulary
-from efface.models.emoji.eyes import load_eyes
+from efface.models.emoji.eyes import INDEX, load_eyes
 from efface.pipelines import draw
 
+from .code import ROOT
 from .worlds import SEEDS
 
 SIDE, PATCH = 64, 16
@@ -106,6 +109,14 @@ def icons(n: int, first: int = 0) -> list[str]:
     return [single[(first + k) * step % len(single)] for k in range(n)]
 
 
+def kept(file: Path, fit: Callable[[], Any]) -> Any:
+    """The result of a fit, which is stored in a file."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        fit().save(file)
+    return api.load_delta(file)
+
+
 class Rows(dict[str, Any]):
     """Results that are printed as they come."""
 
@@ -121,11 +132,9 @@ def rated(hits: Sequence[bool]) -> dict[str, Any]:
 
 def shown(images: Tensor, prompts: Sequence[str]) -> list[bool]:
     """Whether both detectors see each prompt's icon."""
-    eyes = load_eyes()
-    seen = [
-        eyes.concept(image[None], prompt.split(maxsplit=1)[1]) for image, prompt in zip(images, prompts, strict=True)
-    ]
-    return [bool(each.all()) for each in seen]
+    eyes, icon = load_eyes(), {text: name for name, text in vocabulary()["captions"].items()}
+    seen = eyes.icons(eyes.see(images)).all(0)
+    return [bool(row[INDEX[icon[prompt]]]) for row, prompt in zip(seen, prompts, strict=True)]
 
 
 def measured(pipe: Any, on: Sequence[Any], prompts: Sequence[str], seeds: Sequence[int], find: Any) -> dict[str, Any]:
@@ -183,7 +192,7 @@ def controlled(pipe: Any, tokens: efface.Tokens, grid: int, find: Any, seeds: Se
     }
 
 
-def data_removal(n: int, steps: int, pictures: int) -> None:
+def data_removal(n: int, steps: int, pictures: int, work: Path) -> None:
     """Fine-tuning on a set in which half of the pictures have the pattern."""
     pipe, began = efface.load("emoji"), time.perf_counter()
     pipe.set_progress_bar_config(disable=True)
@@ -196,9 +205,11 @@ def data_removal(n: int, steps: int, pictures: int) -> None:
     out = Rows()
     out["detector agrees"] = sum(bool(f) == t for f, t in zip(find(images), truth_, strict=True))
     editor = efface.GeomErasing.data_removal(steps=steps)
-    tokens = editor.fit(pipe, Concept(NAME), examples=examples)
+    tokens = kept(
+        work / f"data-{steps}-{pictures}.safetensors", lambda: editor.fit(pipe, Concept(NAME), examples=examples)
+    )
     out["fit seconds"] = time.perf_counter() - began
-    plain = plainly(pipe, examples, editor, 0)
+    plain = kept(work / f"plain-{steps}-{pictures}.safetensors", lambda: plainly(pipe, examples, editor, 0))
     prompts, seeds = icons(n, 50), range(SEEDS["selection"].start, SEEDS["selection"].start + n)
     rows: dict[str, Sequence[Any]] = {
         "plain fine-tuning": [plain],
@@ -250,7 +261,7 @@ def watermarks(images: Tensor) -> list[list[tuple[float, ...]]]:
     return found
 
 
-def model_removal(n: int, steps: int, pictures: int) -> None:
+def model_removal(n: int, steps: int, pictures: int, work: Path) -> None:
     """The watermark of the released model, learned from its own pictures."""
     pipe, began = efface.load("emoji"), time.perf_counter()
     pipe.set_progress_bar_config(disable=True)
@@ -260,7 +271,10 @@ def model_removal(n: int, steps: int, pictures: int) -> None:
     boxes = watermarks(images)
     out = Rows()
     out["with the watermark"] = f"{sum(map(bool, boxes))} of {pictures}"
-    tokens = editor.fit(pipe, "watermark", examples=list(zip(images, captions, boxes, strict=True)))
+    examples = list(zip(images, captions, boxes, strict=True))
+    tokens = kept(
+        work / f"model-{steps}-{pictures}.safetensors", lambda: editor.fit(pipe, "watermark", examples=examples)
+    )
     out["fit seconds"] = time.perf_counter() - began
     prompts, seeds = icons(n, 50), range(SEEDS["selection"].start, SEEDS["selection"].start + n)
     name = Concept("watermark")
@@ -289,9 +303,12 @@ def main() -> None:
     made.add_argument("--n", type=int, default=32)
     made.add_argument("--steps", type=int, default=300)
     made.add_argument("--pictures", type=int, default=64)
+    made.add_argument(
+        "--work", type=Path, default=ROOT / "runs/geom_erasing", help="folder of fits; other code needs another"
+    )
     given_ = made.parse_args()
     measure = data_removal if given_.setting == "data" else model_removal
-    measure(given_.n, given_.steps, given_.pictures)
+    measure(given_.n, given_.steps, given_.pictures, given_.work)
 
 
 if __name__ == "__main__":
