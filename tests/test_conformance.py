@@ -28,7 +28,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "safree": ({"validation": (2.5, -5.0)},),
 }
 # they act only where the concept is, which is nowhere in random texts at their defaults
-GATED: dict[str, dict[str, Any]] = {"crg": {"threshold": 0.0}, "semantic_surgery": {"threshold": -1.0, "gamma": 0.5}}
+GATED: dict[str, dict[str, Any]] = {"crg": {"threshold": -1.0}, "semantic_surgery": {"threshold": -1.0, "gamma": 0.5}}
 # a mask with an edge turns a rounding error into a difference, which says nothing about rows
 SMOOTH: dict[str, dict[str, Any]] = {"SLD": {"sld_guidance_scale": 5.0, "threshold": 10.0}}
 

@@ -49,7 +49,7 @@ ERASERS: dict[str, Any] = {
     "nag": NAG(TOGETHER),
     "adavd": AdaVD(TOGETHER),
     "adavd-shift": AdaVD(TOGETHER, shift=(4.0, 0.1)),
-    "crg": CRG(TOGETHER, threshold=0.0),
+    "crg": CRG(TOGETHER, threshold=-1.0),
     "semantic_surgery": SemanticSurgery(TOGETHER, threshold=-1.0, gamma=0.5),
     "safree": SAFREE(TOGETHER),
     "sld": SLD(TOGETHER, warmup=0.0, sld_guidance_scale=5.0, threshold=0.05),

@@ -49,12 +49,12 @@ def shares(seen: Prediction, prompt: Tensor) -> list[float]:
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(seed=seeds, threshold=st.floats(0, 1), strength=st.floats(0.1, 3))
+@given(seed=seeds, threshold=st.floats(-1, 1), strength=st.floats(0.1, 3))
 def test_crg_moves_the_share_towards_the_threshold_and_nothing_else(
     seed: int, threshold: float, strength: float
 ) -> None:
     negative, concept, rest = random(seed, 3, 4, 2, 2, 2)
-    towards, want = concept - negative, [-0.5, threshold, 1.5, 0.7]
+    towards, want = concept - negative, [-1.5, threshold, 1.5, 0.7]
     flat, other = towards.flatten(1), rest.flatten(1)
     other = other - (other * flat).sum(1, keepdim=True) / (flat * flat).sum(1, keepdim=True) * flat
     prompt = negative + torch.tensor(want, dtype=rest.dtype)[:, None, None, None] * towards + other.view_as(rest)

@@ -48,7 +48,8 @@ class CRG(Method):
         concepts: the concepts to erase: names of shipped concepts, `Concept` objects, or a sequence of them. All
             phrases form one text.
         strength: >= 0, without unit; 1 stops at the threshold, 2 mirrors. 0 is the base model, without further rows.
-        threshold: >= 0, the share a above which CRG acts, without unit. The paper's tau = 0 is 0.5.
+        threshold: the share a above which CRG acts, without unit; below 0 it acts on nearly all prompts. The paper's
+            tau = 0 is 0.5.
         window: (start, end), the part of the trajectory in which it acts: 0 is pure noise, 1 the picture.
         rows: one list of concepts per prompt of the batch, instead of `concepts` for all.
 
@@ -83,7 +84,7 @@ class CRG(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "threshold", checks.number("threshold", self.threshold, 0))
+        object.__setattr__(self, "threshold", checks.number("threshold", self.threshold))
 
     def guide(self, seen: Prediction) -> Tensor:
         towards, each = seen.concept - seen.negative, tuple(range(1, seen.prompt.ndim))

@@ -54,7 +54,7 @@ def comes_off_in_any_order(trial: Trial, other: Any = None) -> None:
 def goes_with_shipped_methods(trial: Trial) -> None:
     """Can be removed in any order together with each native method that works on the family.
 
-    Leaves out native methods that find nothing of the concept in random texts, and so draw the base picture.
+    Leaves out native methods that draw the base picture, because they find no concept in random texts.
     """
     base = trial.drawn()
     for name in registry.methods("erasers"):
