@@ -446,8 +446,8 @@ def test_what_needs_cross_attention_names_where_it_works_and_what_works_here(fam
         "sd3": ("SD 3/3.5", "CRG, EIUP, NAG, NegativePrompt, SAFREE, SemanticSurgery and SLD"),
         "flux": (
             "FLUX.1",
-            "EIUP, NAG, SAFREE and SemanticSurgery, and CRG, NegativePrompt and SLD with `true_cfg_scale` above 1 and a "
-            "negative prompt",
+            "EIUP, NAG, SAFREE and SemanticSurgery, and CRG, NegativePrompt and SLD with `true_cfg_scale` above 1 "
+            "and a negative prompt",
         ),
     }[family]
     tested = "emoji, PixArt, SD 1.x/2.x or SDXL"

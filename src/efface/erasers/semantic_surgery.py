@@ -34,8 +34,8 @@ class SemanticSurgery(Method):
         e_P     = e_P - strength alpha (e_J - e_0)
 
     J is one text with all phrases whose alpha_C is at least 1/2, joined by ", "; alpha is the largest alpha_C. If no
-    phrase reaches 1/2, the prompt stays unchanged, bitwise. With alpha = 1, a prompt that is the joined text becomes the
-    empty text.
+    phrase reaches 1/2, the prompt stays unchanged, bitwise. With alpha = 1, a prompt that is the joined text becomes
+    the empty text.
 
     Paper: L. Xiong, C. Liu, J. Ye, Y. Liu, Y. Xu, 2025, "Semantic Surgery: Zero-Shot Concept Erasure in Diffusion
     Models", NeurIPS, arXiv 2510.22851. The formulas are those of the authors' code, which has beta = -threshold; the
