@@ -43,12 +43,16 @@ from .editors.geom_erasing import GeomErasing as GeomErasing
 from .editors.latent_directions import LatentDirections as LatentDirections
 from .editors.rece import RECE as RECE
 from .editors.sdd import SDD as SDD
+from .editors.speed import SPEED as SPEED
 from .editors.uce import UCE as UCE
+from .erasers.adavd import AdaVD as AdaVD
+from .erasers.crg import CRG as CRG
 from .erasers.eiup import EIUP as EIUP
 from .erasers.gie import GIE as GIE
 from .erasers.nag import NAG as NAG
 from .erasers.negative_prompt import NegativePrompt as NegativePrompt
 from .erasers.safree import SAFREE as SAFREE
+from .erasers.semantic_surgery import SemanticSurgery as SemanticSurgery
 from .erasers.sld import SLD as SLD
 from .pictures import grid as grid
 from .pipelines import effectiveness as effectiveness
