@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "suites": FACTS | {"models"},
     "intervals": {"checks"},
     "judged": {"checks", "intervals"},
-    "feedback": {"checks"} | FILES,
+    "feedback": {"checks", "intervals", "judged"} | FILES,
     "progress": set(),
     "_loading": FACTS | {"models"},
     "pipelines": TEXTS | {"delta", "_loading"},
@@ -102,7 +102,10 @@ ORDER = {
         *("folder", "remote", "record", "judges", "sample", "labels", "draw", "workers", "bench", "card"),
         *("score", "verify", "__init__"),
     ),
-    "feedback": ("forms", "judgement", "store", "jsonl", "session", "sheets", "page", "__init__"),
+    "feedback": (
+        *("forms", "judgement", "store", "jsonl", "session", "pool", "sheets", "page", "agreement", "evidence"),
+        *("networks", "reward", "figure", "__init__"),
+    ),
     "attacks": (
         *("_words", "_contract", "_vocabulary", "_tokens", "_encoders", "_noising", "_recording", "_directions"),
         *("_whitebox", "_masked", "_compose", "_fit", "_pictures", "__init__"),
