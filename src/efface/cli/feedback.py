@@ -32,7 +32,7 @@ def collect(
     kind: Annotated[
         Literal["binary", "ranking"],
         typer.Option(
-            help="binary: each picture shows it or does not. ranking: sets of up to five pictures are ranked."
+            help="binary: each picture shows it or does not. ranking: sets of up to five are ranked."
         ),
     ] = "binary",
     store: StorePath = DEFAULT,
