@@ -369,7 +369,13 @@ def test_a_reward_model_survives_its_file_and_a_damaged_file_is_refused(tmp_path
     assert (again.encoder, again.concept) == ("emoji", WHAT)
     with pytest.raises(ValueError, match=r"Expected embeddings \[N, 16\], got \(3, 5\). Use the encoder 'emoji'"):
         again.rewards(torch.zeros(3, 5))
-    header: dict[str, Any] = {"format": 1, "concept": WHAT, "encoder": "", "folds": dict(model.folds), "facts": again.facts}
+    header: dict[str, Any] = {
+        "format": 1,
+        "concept": WHAT,
+        "encoder": "",
+        "folds": dict(model.folds),
+        "facts": again.facts,
+    }
     for change, message in (
         ({"folds": {names[0]: 9}}, "names a fold that is missing"),
         ({"format": 2}, "expected `format` to be"),
@@ -380,7 +386,9 @@ def test_a_reward_model_survives_its_file_and_a_damaged_file_is_refused(tmp_path
         with pytest.raises(ValueError, match=message):
             RewardModel.load(tmp_path / "bad.safetensors")
     for name, tensor in (("out", torch.zeros(5, 3)), ("scale", torch.zeros(5)), ("shift", torch.full((5,), torch.nan))):
-        files.write_tensors(tmp_path / "bad.safetensors", {**model.tensors, name: tensor}, {"reward": json.dumps(header)})
+        files.write_tensors(
+            tmp_path / "bad.safetensors", {**model.tensors, name: tensor}, {"reward": json.dumps(header)}
+        )
         with pytest.raises(ValueError, match="damaged reward model, because its tensors have wrong shapes or values"):
             RewardModel.load(tmp_path / "bad.safetensors")
 
@@ -436,10 +444,15 @@ def test_feedback_becomes_a_reward_on_the_command_line(
     out, figure = tmp_path / "reward.safetensors", tmp_path / "calibration.svg"
     learn = ["feedback", "reward", name, "--pictures", folder, "--concept", WHAT]
     told = call(*learn, "--out", out, "--figure", figure)
-    assert re.search(r"AUC (1.000|0.9\d\d) \[0.[89]\d\d, 1.000\] on 42 held-out pictures \(21 show it\)", told) and "One annotator (ana) judged" in told
+    assert (
+        re.search(r"AUC (1.000|0.9\d\d) \[0.[89]\d\d, 1.000\] on 42 held-out pictures \(21 show it\)", told)
+        and "One annotator (ana) judged" in told
+    )
     assert figure.read_text().count("<circle") >= 1 and RewardModel.load(out).reliable
     with Store(name) as kept:
-        judge(Session(kept, pool(folder), WHAT, "ben", 1, kind="binary"), lambda path: "yes" if red(path) > 90 else "no")
+        judge(
+            Session(kept, pool(folder), WHAT, "ben", 1, kind="binary"), lambda path: "yes" if red(path) > 90 else "no"
+        )
     agreed = json.loads(call("feedback", "agreement", name, "--json"))["concepts"][0]
     assert agreed["passes"] == {"ana, pass 1": 42, "ben, pass 1": 42} and 0.5 < agreed["alpha"] < 1
     assert "Krippendorff's alpha: 0." in call("feedback", "agreement", name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,16 +13,40 @@ from .. import checks, files
 from .errors import told
 from .folders import output_file
 from .judge import DEFAULT, StoreName, StorePath, ask, export_, import_, passes_of, print_alpha, read_
-from .options import AsJson, Overwrite
-from .output import say
+from .options import AsJson, Guidance, ModelName, Overwrite, load, loads
+from .output import say, telling
 
 feedback_app = typer.Typer(
     help="Let people say with pictures what must go, and learn a reward from it.", no_args_is_help=True
 )
-feedback_app.command("read")(read_)
-feedback_app.command("export")(export_)
-feedback_app.command("import")(import_)
 Sought = Annotated[str, typer.Option("--concept", help="What the annotators look for, in words that they understand.")]
+
+
+@feedback_app.command()
+@loads
+def draw(
+    prompt: Annotated[list[str], typer.Option("--prompt", help="A prompt that may show the concept; may be repeated.")],
+    out: Annotated[Path, typer.Option(help="The run folder. Continues an earlier call of the same command.")],
+    model: ModelName = "emoji",
+    images: Annotated[int, typer.Option("--n", min=2, max=100_000, help="The number of pictures.")] = 200,
+    seed: Annotated[int, typer.Option(help="The seed of the first picture; the next ones follow.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures per pipeline call; limits the memory.")] = 8,
+    guidance: Guidance = None,
+    *,
+    loading: Mapping[str, Any],
+) -> None:
+    """Draw pictures to judge. The prompts take turns."""
+    with told():
+        from .. import runs
+        from ..records import Row, Suite
+
+        checks.seed("--seed", seed, images)
+        turns = [checks.text("--prompt", prompt[k % len(prompt)]) for k in range(images)]
+        rows = tuple(Row(f"{k:06d}", text, seed + k) for k, text in enumerate(turns))
+        pipe = load(model, loading)
+        with told(lambda: "Run the same command, which continues."), telling():
+            made = runs.run(Suite("feedback", "1", rows), pipe, name=model, out=out, batch=batch, guidance=guidance)
+        typer.echo(f"{made.n} pictures in {out}. Next: `efface feedback collect {out}`")
 
 
 @feedback_app.command()
@@ -31,9 +56,7 @@ def collect(
     annotator: Annotated[str, typer.Option(help="The name of the person who judges.")],
     kind: Annotated[
         Literal["binary", "ranking"],
-        typer.Option(
-            help="binary: each picture shows it or does not. ranking: sets of up to five are ranked."
-        ),
+        typer.Option(help="binary: each picture shows it or does not. ranking: sets of up to five are ranked."),
     ] = "binary",
     store: StorePath = DEFAULT,
     number: Annotated[int, typer.Option("--pass", min=1, max=1000, help="A higher pass asks again.")] = 1,
@@ -57,6 +80,9 @@ def collect(
                 ask(session, sheets, port, store)
             else:
                 say(f"Nothing is left to judge in pass {number}. --pass {number + 1} asks again.")
+
+
+feedback_app.command("read")(read_)
 
 
 @feedback_app.command()
@@ -135,3 +161,7 @@ def reward(
             say(note)
         if not model.reliable:
             say("These judgements do not predict held-out ones better than chance. Judge more pictures.")
+
+
+feedback_app.command("export")(export_)
+feedback_app.command("import")(import_)

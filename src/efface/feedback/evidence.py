@@ -106,7 +106,9 @@ class Evidence:
 
 def _pairs(given: Sequence[Judgement]) -> tuple[tuple[tuple[str, str, str], ...], dict[str, str], int]:
     """The ordered pairs, the first set of each picture, and the number of ties."""
-    pairs, sets, ties = [], {}, 0
+    pairs: list[tuple[str, str, str]] = []
+    sets: dict[str, str] = {}
+    ties = 0
     for (_, name), group in ranks(given).items():
         for a, b in itertools.combinations(sorted(group), 2):
             if group[a] == group[b]:

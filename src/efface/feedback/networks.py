@@ -33,7 +33,8 @@ def deal(evidence: Evidence, seed: int) -> dict[str, int]:
             f"Expected at least 2 pictures that show {checks.shown(evidence.concept)} and 2 that do not, or 2 ranked "
             f"sets, got {len(yes)}, {len(no)} and {len(sets)} sets. Judge more pictures."
         )
-    chance, found = random.Random(seed), {}
+    found: dict[str, int] = {}
+    chance = random.Random(seed)
     k = min(FOLDS, max(len(sets), min(len(yes), len(no))))
     names = sorted(set(evidence.sets.values()))
     chance.shuffle(names)

@@ -13,7 +13,6 @@ from typing import Any
 
 from .. import files
 from ..pictures import png, read_picture
-from .judgement import OUTCOMES
 from .session import Session
 
 BODY = 10_000  # bytes of a request
@@ -73,13 +72,11 @@ class Page(ThreadingHTTPServer):
         return facts | {"done": len(session.answered), "picture": asked, "shown": shown, "veiled": veiled}
 
     def answer(self, body: Any) -> None:
+        asked: Any
         asked, answer = (body.get(name) if isinstance(body, dict) else None for name in ("picture", "answer"))
         state = self.state()
-        if type(asked) is not int or asked != state["picture"]:
-            answer = None
-        outcome = _ranked(answer, self.session.outcomes(asked)) if answer and state["kind"] == "ranking" else None
-        if state["kind"] != "ranking" and type(answer) is int and 1 <= answer <= len(OUTCOMES[state["kind"]]):
-            outcome = OUTCOMES[state["kind"]][answer - 1]
+        shown = type(asked) is int and asked == state["picture"]
+        outcome = _outcome(answer, self.session.outcomes(asked), state["kind"]) if shown else None
         if outcome is None:
             raise ValueError(
                 f"Expected {_wanted(state)} that is shown, got another answer or picture. Load the page again."
@@ -92,9 +89,11 @@ class Page(ThreadingHTTPServer):
         self.again = self.again if place is None else place
 
 
-def _ranked(answer: Any, known: Sequence[str]) -> list[str] | None:
-    """The ranks of a set, one per picture; None if they are others."""
-    return answer if isinstance(answer, list) and all(each in known for each in answer) else None
+def _outcome(answer: Any, known: Sequence[str], kind: str) -> str | list[str] | None:
+    """The outcome of a key, or the ranks of a set; None if there is no such answer."""
+    if kind == "ranking":
+        return answer if isinstance(answer, list) and all(each in known for each in answer) else None
+    return known[answer - 1] if type(answer) is int and 1 <= answer <= len(known) else None
 
 
 def _wanted(state: Mapping[str, Any]) -> str:
