@@ -53,11 +53,11 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "labels.db")
 
 
-def draw(folder: Path, *colours: int) -> Path:
+def draw(folder: Path, *colours: int, side: int = 8) -> Path:
     """Pictures whose red part is what annotators judge."""
     folder.mkdir(exist_ok=True)
     for red in colours:
-        Image.new("RGB", (8, 8), (red, 0, 0)).save(folder / f"picture {red:03d}.png")
+        Image.new("RGB", (side, side), (red, 0, 0)).save(folder / f"picture {red:03d}.png")
     return folder
 
 
