@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import efface
-from efface import Concept, Delta, Directions, Run, _trials, files, redteam, schema
+from efface import Concept, Delta, Directions, Run, Tokens, _trials, files, redteam, schema
 from efface.detectors import _encoders, classifier, nudenet, q16
 from efface.editors import _directions, _search
 from efface.erasers.gie import fit
@@ -131,6 +131,7 @@ LINES = {
 HEADERS = {
     "delta": Reader("delta.safetensors", lambda f: Delta.load(f / "delta.safetensors")),
     "directions": Reader("directions.safetensors", lambda f: Directions.load(f / "directions.safetensors")),
+    "tokens": Reader("tokens.safetensors", lambda f: Tokens.load(f / "tokens.safetensors")),
     "latents": Reader(
         "latents.safetensors",
         lambda f: _directions.cached(f / "latents.safetensors", LATENTS, 3, torch.zeros(0, 4, 8, 8)),
@@ -177,6 +178,11 @@ def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     }
     header |= {"base": {"float32": {"unet.mid_block.weight": SHA}}, "shares": [1.0], "seed": 1, "info": {"a": 1}}
     save_file({"unet.mid_block": torch.ones(1, 4)}, folder / "directions.safetensors", {"efface": json.dumps(header)})
+    header = {name: header[name] for name in ("format", "method", "concepts", "seed", "info")}
+    header |= {"kind": "tokens", "words": ["<a>"], "base": {"float32": {"tokenizer": SHA}}}
+    inner = {"format": 1, "method": "x", "concepts": [], "base": {"float32": {"unet.a.weight": SHA}}}
+    tensors = {"tokenizer": torch.ones(1, 4), "unet.a.weight": torch.ones(2)}
+    save_file(tensors, folder / "tokens.safetensors", {"efface": json.dumps(header | {"delta": inner})})
     cached = {"fit": json.dumps(LATENTS), "done": "false"}
     save_file({"latents": torch.ones(2, 4, 8, 8)}, folder / "latents.safetensors", cached)
     (folder / "secret").write_text("precious")

@@ -96,7 +96,8 @@ ORDER = {
         *("prediction", "step", "outputs", "denoiser", "sites", "method", "__init__"),
     ),
     "delta": (
-        *("factors", "watch", "overlay", "applied", "base", "table", "file", "lora", "delta", "features", "state"),
+        *("factors", "watch", "overlay", "applied", "base", "table", "forms", "file", "lora", "delta", "features"),
+        *("embeddings", "words", "tokens", "state"),
         "__init__",
     ),
     "runs": (

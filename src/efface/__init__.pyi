@@ -35,6 +35,7 @@ from .core import Eraser as Eraser
 from .core import Handle as Handle
 from .delta import Delta as Delta
 from .delta import Directions as Directions
+from .delta import Tokens as Tokens
 from .detectors._named import detector as detector
 from .editors.ccrt import CCRT as CCRT
 from .editors.esd import ESD as ESD
