@@ -30,7 +30,10 @@ QUICK: dict[str, dict[str, Any]] = {
 }
 SLOW = ("ccrt",)
 RUN_TIME = ("latent_directions",)  # their results are run-time erasers, which a fit refuses
-EDITORS = {name: registry.resolve(name)(**QUICK.get(name, {})) for name in registry.methods("editors")}
+WORDS = ("hfi",)  # their results are words, which change no picture by themselves: tests/test_hfi.py
+EDITORS = {
+    name: registry.resolve(name)(**QUICK.get(name, {})) for name in registry.methods("editors") if name not in WORDS
+}
 each = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in EDITORS]
 )

@@ -96,8 +96,8 @@ ORDER = {
         *("prediction", "step", "outputs", "denoiser", "sites", "method", "__init__"),
     ),
     "delta": (
-        *("factors", "watch", "overlay", "applied", "base", "table", "forms", "file", "lora", "delta", "features"),
-        *("embeddings", "words", "tokens", "state"),
+        *("factors", "watch", "overlay", "applied", "embeddings", "words", "base", "table", "forms", "file", "lora"),
+        *("delta", "features", "tokens", "state"),
         "__init__",
     ),
     "runs": (
