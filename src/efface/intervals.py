@@ -101,9 +101,9 @@ def area(positive: Sequence[float], negative: Sequence[float]) -> tuple[float, t
 
     Example:
         >>> from efface.intervals import area
-        >>> value, (low, high) = area([3, 4, 5], [0, 1, 2])
+        >>> value, (low, high) = area(range(10, 20), range(10))
         >>> value, round(low, 2), high
-        (1.0, 0.51, 1.0)
+        (1.0, 0.8, 1.0)
     """
     import numpy as np
 

@@ -28,12 +28,12 @@ class Evidence:
 
     Example:
         >>> from efface.feedback import Evidence, Judgement
-        >>> facts = ("0" * 64, "", "a", "1" * 64, "scary things")
-        >>> said = {"ana": "yes", "ben": "no"}
-        >>> seen = [Judgement(*facts, who, 1, each, "2026-01-01", "binary") for who, each in said.items()]
-        >>> found = Evidence.of(seen, "scary things")
+        >>> def judged(picture, who, said):
+        ...     return Judgement("0" * 64, "", "a", picture * 64, "scary", who, 1, said, "2026-01-01", "binary")
+        >>> given = [judged("1", "ana", "yes"), judged("1", "ben", "no"), judged("2", "ana", "yes")]
+        >>> found = Evidence.of(given, "scary")
         >>> list(found.shares.values()), found.contradictions
-        ([0.5], 1)
+        ([0.5, 1.0], 1)
     """
 
     concept: str
