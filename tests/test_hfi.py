@@ -24,6 +24,7 @@ from efface.delta.embeddings import mean_row
 from efface.delta.tokens import learning_words
 from efface.detectors import _encoders
 from efface.editors._inversion import Worded, normalised
+from efface.editors._judged import Judged
 from efface.feedback import Evidence, Session, Store, pool
 from efface.feedback.reward import RewardModel
 
@@ -242,20 +243,16 @@ def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_fit_takes_the_pictures_with_the_highest_rewards(judged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[Tensor, Tensor]] = []
+    seen: list[Judged] = []
     real = HFI._inverted
     monkeypatch.setattr(
-        HFI,
-        "_inverted",
-        lambda self, pipe, shown, rewards, *more: (
-            seen.append((shown, rewards)) or real(self, pipe, shown, rewards, *more)
-        ),
+        HFI, "_inverted", lambda self, pipe, found, *more: seen.append(found) or real(self, pipe, found, *more)
     )
     draw(judged / "pool", 255, side=SIDE)  # which nobody judged
     fit = HFI(str(judged / "pool"), str(judged / "labels.db"), encoder="red", top=6, steps=2, batch=2)
     made = fit.fit(tiny.untouched("sd1"), Concept(WHAT), seed=1_000_000)
-    (shown, rewards), reds = seen[0], [round(float(each[0].mean()) * 255) for each in seen[0][0]]
-    assert len(shown) == 6 and min(reds) > 150 and 255 in reds and float(rewards.min()) > 0.5
+    reds = [round(float(each[0].mean()) * 255) for each in seen[0].pictures]
+    assert len(reds) == 6 and min(reds) > 150 and 255 in reds and float(seen[0].rewards.min()) > 0.5
     facts = made.info["reward"]
     assert facts["binary"]["auc"] > 0.9 and facts["judged"] == 24 and facts["of"] == 25
     assert "One annotator (ana)" in facts["notes"][0] and made.words == ("<scary-things>",)

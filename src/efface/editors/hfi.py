@@ -22,16 +22,15 @@ from ..families import check, filled
 from ..fields import Converted
 from ._denoiser import Precision
 from ._inversion import invert
+from ._judged import Judged, best, judged
 from ._settings import check_integer
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from ..feedback.reward import RewardModel
-
 __all__ = ["HFI"]
 
-SIDE = 16  # pictures that the VAE encodes together
+TOGETHER = 16  # pictures that the VAE encodes together
 
 
 @dataclass(frozen=True)
@@ -166,25 +165,9 @@ class HFI:
             seed: seed of all random numbers.
             checkpoint: a safetensors file with which the same call continues after an interruption.
         """
-        from ..detectors._encoders import embedded, encoder
-        from ..feedback import pool
-        from ..pictures import read_picture
-
         method, concept = self.resolved(pipe), _only(concepts)
-        if not self.pictures:
-            raise ValueError("Expected `pictures`, the folder with the judged pictures, got ''. Name it.")
-        items = pool(self.pictures)
-        features = embedded(encoder(method.encoder or ""), [item.path for item in items])
-        names = [item.picture for item in items]
-        model = method._model(concept, names, features, seed)
-        rewards = model.rewards(features, names)
-        best = self._best(rewards)
-        read = [_tensor(read_picture(items[k].path, items[k].picture)) for k in best.tolist()]
-        if len({each.shape for each in read}) > 1:
-            sizes = " and ".join(sorted({f"{each.shape[2]} x {each.shape[1]}" for each in read}))
-            raise ValueError(f"Expected pictures of one size, got {sizes}. Use pictures that the model has drawn.")
-        facts = {"reward": {**model.facts, "judged": len(model.folds), "of": len(items)}}
-        return method._inverted(pipe, torch.stack(read), rewards[best], concept, seed, facts, checkpoint)
+        found = judged(self.pictures, self.feedback, method.encoder or "", concept, self.top, seed)
+        return method._inverted(pipe, found, concept, seed, checkpoint)
 
     @learning()
     def invert(
@@ -208,50 +191,15 @@ class HFI:
         if rewards.ndim != 1 or len(rewards) != len(pictures):
             got = f"{list(rewards.shape)} for {len(pictures)} pictures"
             raise ValueError(f"Expected one reward per picture, got {got}. Give a tensor [N].")
-        best = self._best(rewards)
-        return method._inverted(pipe, check_pictures(pictures)[best], rewards[best], concept, seed, {}, checkpoint)
-
-    def _best(self, rewards: Tensor) -> Tensor:
-        """The places of the `top` highest rewards, in the order of the pictures."""
-        return rewards.topk(min(self.top, len(rewards))).indices.sort().values
-
-    def _model(self, concept: Concept, names: Sequence[str], features: Tensor, seed: int) -> RewardModel:
-        """The reward model: read from its file, or fitted on the judgements in the store."""
-        from ..feedback import Evidence, Store
-        from ..feedback.reward import RewardModel
-
-        if self.feedback.endswith(".safetensors"):
-            model = RewardModel.load(self.feedback)
-            for what, here, wanted in (
-                ("concept", model.concept, concept.name),
-                ("encoder", model.encoder, self.encoder),
-            ):
-                if here != wanted:
-                    raise ValueError(
-                        f"Expected a reward model of the {what} {wanted!r}, got one of {checks.shown(here)} in "
-                        f"{self.feedback}. Name that {what}, or fit another reward model."
-                    )
-        else:
-            with Store(self.feedback, create=False) as store:
-                evidence = Evidence.of(store.judgements(), concept.name)
-            model = RewardModel.fit(evidence, names, features, encoder=self.encoder or "", seed=seed)
-        if not model.reliable:
-            raise ValueError(
-                f"Expected judgements that predict held-out ones better than chance, got {model}. Judge more pictures, "
-                "or let annotators agree first on what they look for."
-            )
-        return model
+        chosen = best(rewards, self.top)
+        found = Judged(check_pictures(pictures)[chosen], rewards[chosen], {})
+        return method._inverted(pipe, found, concept, seed, checkpoint)
 
     def _inverted(
-        self,
-        pipe: DiffusionPipeline,
-        pictures: Tensor,
-        rewards: Tensor,
-        concept: Concept,
-        seed: int,
-        facts: Mapping[str, Any],
-        checkpoint: str | Path | None,
+        self, pipe: DiffusionPipeline, found: Judged, concept: Concept, seed: int, checkpoint: str | Path | None
     ) -> Tokens:
+        """The word of pictures with rewards, and the removal stage if there is one."""
+        rewards = found.rewards
         words, initial = self.words(concept), self.initial or concept.phrases[0]
         check_phrases(pipe, [initial])
         if len(rewards) > 1 and 0 < float(rewards.max()) == float(rewards.min()):
@@ -259,7 +207,9 @@ class HFI:
                 f"All {len(rewards)} pictures have the same reward, so the judgements weigh none of them. This is "
                 "plain textual inversion."
             )
-        latents = torch.cat([latents_of(pipe, some.to(pipe._execution_device)) for some in pictures.split(SIDE)])
+        latents = torch.cat(
+            [latents_of(pipe, some.to(pipe._execution_device)) for some in found.pictures.split(TOGETHER)]
+        )
         made = invert(
             pipe,
             latents.float(),
@@ -275,7 +225,7 @@ class HFI:
             identity={**config(self), "concept": concept.name, "pictures of": _hash(latents, rewards)},
             checkpoint=checkpoint,
         )
-        tokens = Tokens.fitted(self, pipe, made.rows, words, concept, seed=seed, info={**made.info, **facts})
+        tokens = Tokens.fitted(self, pipe, made.rows, words, concept, seed=seed, info={**made.info, **found.facts})
         if not self.removal:
             return tokens
         name, preset = registry.split(self.removal)
@@ -292,12 +242,6 @@ def _only(concepts: Concepts) -> Concept:
         what = "at least one concept" if not found else "one concept"
         raise ValueError(f"Expected {what}, got {len(found)}. Learn one word per concept, and apply them together.")
     return found[0]
-
-
-def _tensor(picture: Any) -> Tensor:
-    import numpy as np
-
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
 
 
 def _hash(*tensors: Tensor) -> str:
