@@ -6,6 +6,8 @@ import itertools
 import json
 import random
 import re
+import subprocess
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from test_cli import call
+from test_report import CHROMIUM, FLAGS
 from torch import Tensor
 
 from efface import files
@@ -174,6 +177,27 @@ def test_the_page_takes_ranks_of_the_set_that_it_shows(store: Store, folder: Pat
             page.answer({"picture": 0, "answer": 3})
         page.answer({"picture": 0, "answer": 2})
     assert store.judgements(kind="binary")[0].outcome == "no"
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no browser")
+def test_in_a_browser_a_set_is_shown_with_a_place_for_each_rank(store: Store, folder: Path, tmp_path: Path) -> None:
+    with Page(Ranking(store, pool(folder), WHAT, "ana", 1)) as page:
+        thread = threading.Thread(target=page.serve_forever, args=(0.02,))
+        thread.start()
+        profile = f"--user-data-dir={tmp_path}/profile"
+        done = subprocess.run(
+            [str(CHROMIUM), *FLAGS, profile, "--dump-dom", page.url],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        page.shutdown()
+        thread.join()
+    assert "0 of 3 sets judged" in done.stdout and done.stdout.count("<figure") == 4
+    assert 'class="one now"' in done.stdout and "Store these ranks" in done.stdout
+    assert "Content Security Policy" not in done.stderr
 
 
 # ---------------------------------------------------------------- sheets
