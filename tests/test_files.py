@@ -25,6 +25,7 @@ import efface
 from efface import Concept, Delta, Directions, Run, Tokens, _trials, files, redteam, schema
 from efface.detectors import _encoders, classifier, nudenet, q16
 from efface.editors import _directions, _search
+from efface.editors import _examples as examples
 from efface.erasers.gie import fit
 from efface.erasers.gie.adapter import Adapter
 from efface.feedback import Judgement, Store, load, read_sheets
@@ -127,6 +128,7 @@ LINES = {
     "samples": Reader("run/cat/samples.jsonl", read_run),
     "base samples": Reader("run/base/samples.jsonl", read_run),
     "attempts": Reader("attack/attempts.jsonl", lambda f: redteam.opened(f / "attack")),
+    "examples": Reader("pictures/metadata.jsonl", lambda f: examples.read(f / "pictures")),
     "boxes": Reader("boxes.jsonl", lambda f: nudenet._stored(str(f / "boxes.jsonl"))),
 }
 HEADERS = {
@@ -163,6 +165,12 @@ def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (folder / "templates.json").write_text('{"artstyle": ["{artist}"], "celebrity_character_object": ["a {name}"]}')
     boxes = {"sha256": SHA, "detector": "x", "boxes": [["FEET_EXPOSED", 0.5, [0, 0, 1, 1]]]}
     (folder / "boxes.jsonl").write_text(f"{json.dumps(boxes)}\n" * 2)
+    (folder / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "pictures/a.png")
+    Image.new("RGB", (8, 8)).save(folder / "pictures/b.png")
+    example = {"text": "a cat", "boxes": [[0, 0, 4, 4]]}
+    written = [json.dumps({"file_name": name, **example}) for name in ("a.png", "b.png")]
+    (folder / "pictures/metadata.jsonl").write_text("".join(f"{line}\n" for line in written))
     (folder / "prompts.csv").write_text("prompt,seed\na cat,1\n")
     (folder / "sheets").mkdir()
     sheets = {"format": 1, "concept": "cat", "annotator": "ana", "pass": 1}

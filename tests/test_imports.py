@@ -20,7 +20,7 @@ ROOT = Path(efface.__file__).parent
 # What each part may import, besides itself. `efface` is the package's own `__init__`.
 FILES = {"files", "schema", "pictures", "records"}
 FACTS = {"registry", "checks", "fields", "core", "families"} | FILES
-TEXTS = FACTS | {"_weights", "_text", "_masking"}
+TEXTS = FACTS | {"_weights", "_text", "_masking", "_latents"}
 HOOKS = TEXTS | {"hooks", "delta"}
 MAY_IMPORT: dict[str, set[str]] = {
     "registry": set(),
@@ -40,8 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hooks": TEXTS,
     "delta": TEXTS | {"hooks"},
     "erasers": HOOKS,
-    "editors": HOOKS | {"progress", "_latents", "feedback", "detectors"},
-    "attacks": HOOKS | {"_latents"},
+    "editors": HOOKS | {"progress", "feedback", "detectors"},
+    "attacks": HOOKS,
     "testing": TEXTS | {"hooks"},
     "models": FACTS,
     "detectors": FACTS | {"models"},

@@ -19,11 +19,12 @@ from torch import Tensor
 
 import efface
 from efface import EIUP, SAFREE, SLD, Concept, NegativePrompt
+from efface._latents import latents_of
 from efface._text import SITES, encode_cut, encoder_of, own_tokens, readers
 from efface.attacks._contract import Attack, BudgetSpent, Proposal, Target
 from efface.attacks._encoders import summaries
 from efface.attacks._masked import GradientCheck, finite_difference_error
-from efface.attacks._noising import Noising, latents_of
+from efface.attacks._noising import Noising
 from efface.attacks._tokens import nearest, projected, sampled, simplex
 from efface.attacks._vocabulary import Slots, Vocabulary, contains, forbidden, whole_words
 from efface.attacks._whitebox import WhiteBox

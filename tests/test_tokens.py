@@ -390,3 +390,12 @@ def test_an_exception_leaves_no_word(pipe: Any) -> None:
         raise KeyError
     assert_as_found(pipe, before)
     assert hooks(pipe) == [] and WORD not in pipe.tokenizer.get_vocab()
+
+
+def test_an_encoder_that_moves_its_ids_reads_the_words(pipe: Any) -> None:
+    """As offload does: `forward` is replaced, below the hooks."""
+    cat, encoder = latents(pipe, "a cat"), pipe.text_encoder
+    own = encoder.forward
+    encoder.forward = lambda ids, *args, **kwargs: own(ids.clone(), *args, **kwargs)
+    with made(pipe).apply(pipe):
+        assert torch.equal(latents(pipe, f"a {WORD}"), cat)

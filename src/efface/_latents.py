@@ -1,4 +1,4 @@
-"""The latents of pictures, as a pipeline's denoiser gets them."""
+"""Pictures as latents."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def latents_of(pipe: Any, images: Tensor) -> Tensor:
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     latents = (latents.float() - shift) * vae.config.scaling_factor
     if not latents.isfinite().all():
-        raise ValueError("The VAE's latents of the target pictures are not finite. Load its weights in float32.")
+        raise ValueError("The VAE's latents of the pictures are not finite. Load its weights in float32.")
     if callable(getattr(pipe, "_pack_latents", None)):
         latents = pipe._pack_latents(latents, *latents.shape)
     return latents

@@ -10,7 +10,6 @@ import torch
 from torch import Generator, Tensor
 
 from .. import checks
-from .._latents import latents_of as latents_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,12 +15,13 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .. import checks
+from .._latents import latents_of
 from .._text import SITES
 from .._weights import denoiser_of
 from ..delta.embeddings import Rows, substituted
 from ..families import encode_parameters, family
 from ._contract import Victim
-from ._noising import Noising, Point, latents_of, noisy_points
+from ._noising import Noising, Point, noisy_points
 from ._recording import expanded, recorded
 from ._vocabulary import Slots
 

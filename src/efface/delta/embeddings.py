@@ -71,9 +71,8 @@ class Substitute:
 
     def begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ids: Tensor = args[0] if args else kwargs["input_ids"]
-        which = torch.full_like(ids, -1)
-        for k, each in enumerate(self.ids.tolist()):
-            which = torch.where(ids == each, k, which)
+        same = ids[..., None] == self.ids.to(ids.device)
+        which = torch.where(same.any(-1), same.int().argmax(-1), -1)
         _READING.set((self, which))
         if self.instead is None:
             return None
@@ -89,7 +88,7 @@ class Substitute:
         reading = _READING.get()
         if reading is None or reading[0] is not self or reading[1].numel() != args[0].numel():
             return None
-        which = reading[1].reshape(args[0].shape)
+        which = reading[1].reshape(args[0].shape).to(out.device)  # offload moves ids after `begin`
         rows = torch.cat([each.to(out) for each in self.rows])[which.clamp(min=0)]
         return torch.where((which >= 0)[..., None], rows, out)
 

@@ -198,6 +198,10 @@ class Denoiser:
         """Copies of the trained tensors that require gradients, in float32 under autocast."""
         return {n: w.to(self.dtype, copy=True).requires_grad_() for n, w in self.base.items()}
 
+    def groups(self, student: Weights) -> list[dict[str, Any]]:
+        """The parameter groups of the optimiser: one, with the settings of the fit."""
+        return [{"params": list(student.values())}]
+
     def __call__(self, x: Tensor, t: Tensor, prompt: Tensor, weights: Weights | None = None) -> Tensor:
         """The prediction [N, C, h, w] of the pipeline, or with other trained weights, which alone receive gradients."""
         self.rows += len(x)
