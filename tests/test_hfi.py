@@ -255,7 +255,8 @@ def test_a_fit_takes_the_pictures_with_the_highest_rewards(judged: Path, monkeyp
     assert len(reds) == 6 and min(reds) > 150 and 255 in reds and float(seen[0].rewards.min()) > 0.5
     facts = made.info["reward"]
     assert facts["binary"]["auc"] > 0.9 and facts["judged"] == 24 and facts["of"] == 25
-    assert "One annotator (ana)" in facts["notes"][0] and made.words == ("<scary-things>",)
+    assert "One annotator judged" in facts["notes"][0] and made.words == ("<scary-things>",)
+    assert facts["annotators"] == 1 and "ana" not in str(made.config())  # a file names nobody
 
 
 def test_a_reward_model_from_its_file_must_be_of_the_same_concept_and_encoder(judged: Path) -> None:

@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 from test_cli import call
 from test_report import CHROMIUM, FLAGS
 from torch import Tensor
 
-from efface import files
+from efface import api, files
 from efface.detectors import _encoders
 from efface.feedback import (
     Evidence,
@@ -280,7 +281,7 @@ def test_ties_are_no_pairs_and_x_loses_against_every_ranked_picture() -> None:
     found = Evidence.of(ranking({1: "1", 2: "2", 3: "2", 4: "x", 5: "x"}), WHAT)
     assert numbers(found) == {(1, 2), (1, 3), (1, 4), (1, 5), (2, 4), (2, 5), (3, 4), (3, 5)}
     assert found.ties == 2 and found.shares == {} and found.contradictions == 0
-    assert "One annotator (ana) judged, so the reward repeats the taste and the mistakes" in found.notes()[0]
+    assert "One annotator judged, so the reward repeats the taste and the mistakes" in found.notes()[0]
 
 
 def test_contradictory_feedback_is_counted_and_averaged() -> None:
@@ -470,7 +471,7 @@ def test_feedback_becomes_a_reward_on_the_command_line(
     told = call(*learn, "--out", out, "--figure", figure)
     assert (
         re.search(r"AUC (1.000|0.9\d\d) \[0.[89]\d\d, 1.000\] on 42 held-out pictures \(21 show it\)", told)
-        and "One annotator (ana) judged" in told
+        and "One annotator judged" in told
     )
     assert figure.read_text().count("<circle") >= 1 and RewardModel.load(out).reliable
     with Store(name) as kept:
@@ -485,6 +486,20 @@ def test_feedback_becomes_a_reward_on_the_command_line(
     assert "to be one of 'scary things', got 'scary'" in call(*learn[:-1], "scary", "--out", tmp_path / "b", code=2)
     (folder / "picture 001.png").unlink()
     assert "got none for 1 of them" in call(*learn, "--out", tmp_path / "b", code=2)
+
+
+def test_pictures_are_drawn_to_be_judged_and_a_second_call_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "load", lambda *_, **__: tiny.pipeline("small"))
+    draw_ = ["feedback", "draw", "--prompt", "a cat", "--prompt", "a dog", "--n", "3", "--out", tmp_path / "pool"]
+    assert "3 pictures in" in call(*draw_)
+    items = pool(tmp_path / "pool")
+    assert [item.row for item in items] == ["000000", "000001", "000002"]
+    lines = [json.loads(line)["row"] for line in (tmp_path / "pool/samples.jsonl").read_text().splitlines()]
+    assert [(row["prompt"], row["seed"]) for row in lines] == [("a cat", 0), ("a dog", 1), ("a cat", 2)]
+    assert "3 pictures in" in call(*draw_) and pool(tmp_path / "pool") == items
+    assert "`--prompt` to be a text that is not empty" in call(*draw_, "--prompt", " ", code=2)
 
 
 def test_bad_options_of_collect_are_explained(folder: Path, tmp_path: Path) -> None:

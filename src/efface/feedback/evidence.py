@@ -93,8 +93,8 @@ class Evidence:
         found = []
         if len(self.annotators) == 1:
             found.append(
-                f"One annotator ({self.annotators[0]}) judged, so the reward repeats the taste and the mistakes of one "
-                "person, and the agreement between people is unknown."
+                "One annotator judged, so the reward repeats the taste and the mistakes of one person, and the "
+                "agreement between people is unknown."
             )
         if self.contradictions:
             found.append(

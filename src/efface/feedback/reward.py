@@ -94,7 +94,7 @@ class RewardModel:
         )
         weights |= {"shift": shift, "scale": scale}
         made = cls(evidence.concept, encoder, folds, {}, weights)
-        said = {"annotators": list(evidence.annotators), "ties": evidence.ties, "seed": seed, "efface": __version__}
+        said = {"annotators": len(evidence.annotators), "ties": evidence.ties, "seed": seed, "efface": __version__}
         said |= {"contradictions": evidence.contradictions, "notes": evidence.notes()}
         return dataclasses.replace(made, facts=said | held_out(evidence, names, task, logits))
 
