@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,8 @@ def test_pictures_of_another_size_and_bad_fields_are_refused() -> None:
         ({"lr": 0}, "`lr` > 0"),
         ({"templates": ("a photo",)}, '`templates` with one separate "{}"'),
         ({"removal": "esdd"}, "esd"),
-        ({"removal": "hfi"}, "another editor"),
+        ({"removal": "hfi"}, "`removal` to be an editor of weights, got 'hfi'"),
+        ({"removal": "latent_directions"}, "`removal` to be an editor of weights"),
         ({"precision": "half"}, "`precision`"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -313,4 +315,7 @@ def test_the_command_line_goes_from_judgements_to_an_eraser(judged: Path, monkey
     erase = ["erase", "a cat", "--images", "1", "--steps", "2", "--method", "sld", "--phrase"]
     assert "Expected the learned word" in call(*erase, "<scary-things>", "--out", judged / "a", code=2)
     call(*erase, "<scary-things>", "--delta", out, "--out", judged / "b")
-    assert (judged / "b/record.json").is_file()
+    call(*erase[:-1], "--delta", out, "--out", judged / "c")  # the file names its word
+    both = [json.loads((judged / name / "record.json").read_text())["eraser"][1] for name in "bc"]
+    assert [each["method"] for each in both] == ["sld", "sld"]
+    assert [each["concepts"][0]["phrases"] for each in both] == [["<scary-things>"]] * 2

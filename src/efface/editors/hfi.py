@@ -16,6 +16,7 @@ from .._latents import latents_of
 from .._text import check_phrases
 from .._weights import learning
 from ..core import Concept, Concepts, as_concepts, check_pictures, config
+from ..delta import Delta
 from ..delta.embeddings import mean_row
 from ..delta.tokens import Tokens
 from ..families import check, filled
@@ -133,9 +134,10 @@ class HFI:
             cure = 'Write for example ("a photo of {}",).'
             raise ValueError(checks.refusal('`templates` with one separate "{}" each', self.templates, cure))
         if self.removal:
-            name = registry.split(self.removal)[0]
-            if registry.resolve(name, "editors") is type(self):
-                raise ValueError("Expected `removal` to be another editor, got hfi. Give for example 'esd'.")
+            cls: Any = registry.resolve(registry.split(self.removal)[0], "editors")
+            if cls.fit.__annotations__.get("return", "Delta") not in ("Delta", Delta):
+                cure = "Give for example 'esd'."
+                raise ValueError(checks.refusal("`removal` to be an editor of weights", self.removal, cure))
 
     def resolved(self, pipe: DiffusionPipeline) -> Self:
         """Replaces fields that are None by the family's values.
@@ -225,15 +227,15 @@ class HFI:
             identity={**config(self), "concept": concept.name, "pictures of": _hash(latents, rewards)},
             checkpoint=checkpoint,
         )
-        tokens = Tokens.fitted(self, pipe, made.rows, words, concept, seed=seed, info={**made.info, **found.facts})
+        named = Concept(concept.name, (" ".join(words),), concept.anchor, concept.keep)
+        tokens = Tokens.fitted(self, pipe, made.rows, words, named, seed=seed, info={**made.info, **found.facts})
         if not self.removal:
             return tokens
         name, preset = registry.split(self.removal)
         cls = registry.resolve(name, "editors")
         editor = registry.presets(cls)[preset]() if preset else cls()
         with tokens.apply(pipe):
-            delta = editor.fit(pipe, Concept(concept.name, (" ".join(words),), concept.anchor, concept.keep), seed=seed)
-        return replace(tokens, delta=delta)
+            return replace(tokens, delta=editor.fit(pipe, named, seed=seed))
 
 
 def _only(concepts: Concepts) -> Concept:
