@@ -315,6 +315,8 @@ def test_the_command_line_goes_from_judgements_to_an_eraser(judged: Path, monkey
     erase = ["erase", "a cat", "--images", "1", "--steps", "2", "--method", "sld", "--phrase"]
     assert "Expected the learned word" in call(*erase, "<scary-things>", "--out", judged / "a", code=2)
     call(*erase, "<scary-things>", "--delta", out, "--out", judged / "b")
+    alone = ["erase", "a cat", "--delta", out, "--out", judged / "d"]
+    assert "Expected a method that reads '<scary-things>', got none, so nothing would be erased" in call(*alone, code=2)
     call(*erase[:-1], "--delta", out, "--out", judged / "c")  # the file names its word
     both = [json.loads((judged / name / "record.json").read_text())["eraser"][1] for name in "bc"]
     assert [each["method"] for each in both] == ["sld", "sld"]
