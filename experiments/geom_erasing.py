@@ -112,7 +112,7 @@ def rated(hits: Sequence[bool]) -> dict[str, Any]:
 
 
 def shown(images: Tensor, prompts: Sequence[str]) -> list[bool]:
-    """Whether the worse eye sees each prompt's icon."""
+    """Whether both detectors see each prompt's icon."""
     eyes = load_eyes()
     seen = [
         eyes.concept(image[None], prompt.split(maxsplit=1)[1]) for image, prompt in zip(images, prompts, strict=True)
@@ -220,7 +220,7 @@ BADGE = (33, 13)
 
 
 def watermarks(images: Tensor) -> list[list[tuple[float, ...]]]:
-    """The boxes of the watermark that both eyes see: the corner whose picture the eyes miss it most without."""
+    """The boxes of watermarks that both detectors see: at the corner without which they see them least."""
     eyes = load_eyes()
     seen, found = eyes.watermark(images).all(0).tolist(), []
     for image, there in zip(images, seen, strict=True):

@@ -148,7 +148,11 @@ class Tokens:
     def __repr__(self) -> str:
         """One line: method, words, base model."""
         shown = ", ".join(self.words[:3]) + (f" and {len(self.words) - 3} more" if len(self.words) > 3 else "")
-        parts = [self.method, shown, "" if self.delta is None else "with changed weights"]
+        parts = [
+            "" if self.method == "tokens" else self.method,
+            shown,
+            "" if self.delta is None else "with changed weights",
+        ]
         return f"Tokens({', '.join(filter(None, parts))}, base model {self.model or 'unknown'!r})"
 
     # ---- on a pipeline

@@ -82,7 +82,7 @@ class Data:
 
 
 class Located(Denoiser):
-    """A denoiser whose texts are encoded anew for each batch, so that gradients reach location words.
+    """A denoiser whose texts are encoded for each batch, so that gradients reach location words.
 
     Args:
         pipe, train, precision: as for `Denoiser`.

@@ -167,9 +167,9 @@ class GeomErasing:
             concepts: one concept. Its first phrase is the name in captions and negative prompts.
             seed: seed of all random numbers.
             checkpoint: a safetensors file with which the same call continues after an interruption.
-            detector: finds the concept in pictures [1, 3, H, W]: a function or a method `boxes` that returns a list of
-                boxes per picture (a fifth number is the score), or an `efface.Detector`, for which the box is the whole
-                picture. It replaces the boxes of the data.
+            detector: finds the concept in pictures [1, 3, H, W]. It is a function that returns a list of boxes per
+                picture, or has a method `boxes` that does; a fifth number of a box is its score. For an
+                `efface.Detector` without boxes, the box is the whole picture. It replaces the boxes of the data.
             examples: tuples (picture, text, boxes) in place of `data`. A picture is a PIL image or [3, H, W] in [0, 1].
         """
         method = self.resolved(pipe)
@@ -249,8 +249,7 @@ class GeomErasing:
             call: further arguments of the pipeline, such as `num_inference_steps`.
 
         Raises:
-            ValueError: the tokens are not applied, or not of this editor; the numbers of prompts and seeds differ;
-                guidance is off; the pictures have another size than those of the fit; or a negative prompt with its
-                places does not fit the text encoder.
+            ValueError: the tokens are not applied, or of another editor; guidance is off; the numbers of prompts and
+                seeds differ, or the sizes of the pictures and of the fit; or a negative prompt is too long.
         """
         return redraw(pipe, tokens, prompts, detector, seeds, call)
