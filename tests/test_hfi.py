@@ -230,6 +230,33 @@ def test_the_word_belongs_to_its_text_encoder(word: Tokens) -> None:
         word.apply(tiny.untouched("sdxl"))
 
 
+@pytest.mark.slow
+def test_a_word_learned_from_pictures_draws_them_and_erases_them() -> None:
+    """Twelve pictures of a cat with reward 1, twelve of other things with reward 0. The start is a word for neither."""
+    pipe, cat = efface.load("emoji"), efface.detector("eyes", "cat")
+    pipe.set_progress_bar_config(disable=True)
+
+    def shown(prompts: list[str], first: int) -> Tensor:
+        return api.draw(pipe, prompts, range(first, first + len(prompts)), num_inference_steps=20)
+
+    pictures_ = shown(["a cat"] * 12 + ["a rocket", "a pizza", "a house"] * 4, 100)  # training: tuning seeds
+    rewards = cat(pictures_).all(0).float()
+    assert float(rewards[:12].mean()) > 0.8 and float(rewards[12:].sum()) == 0
+    fit = HFI(initial="thing", steps=150)
+    made = fit.invert(pipe, pictures_, rewards, Concept("it"), seed=100)
+    prompts, others = ["a cat"] * 8, ["a rocket", "a pizza"] * 4
+    before = cat(shown(prompts, 1_000_000)).all(0).float().mean()
+    assert float(before) > 0.8 and not cat(shown(["a photo of a thing"] * 8, 1_000_100)).all(0).any()
+    with made.apply(pipe):
+        drawn_ = cat(shown(["a photo of <it>"] * 8, 1_000_100)).all(0).float().mean()
+        with efface.EIUP(Concept("it", ["<it>"])).apply(pipe):
+            after = cat(shown(prompts, 1_000_000)).any(0).float().mean()
+            kept = shown(others, 1_000_200)
+    assert float(drawn_) > 0.6 and float(after) <= float(before) / 2
+    for name, place in (("rocket", 0), ("pizza", 1)):
+        assert float(efface.detector("eyes", name)(kept[place::2]).all(0).float().mean()) > 0.7
+
+
 # ---------------------------------------------------------------- from judgements to the word
 
 
