@@ -344,6 +344,20 @@ def test_a_planted_reward_is_recovered_on_pairs_that_were_not_seen() -> None:
     assert float(torch.corrcoef(torch.stack([scores, swapped.rewards(new)]))[0, 1]) < -0.9
 
 
+def test_pictures_with_x_have_low_rewards() -> None:
+    """Three quarters have an x, so their mean is near the mean of all."""
+    names, x, reward = world(200)
+    least, given = float(reward.quantile(0.75)), []
+    for start in range(0, 200, 5):
+        some = reward[start : start + 5]
+        order = (-some).argsort().argsort()
+        ranks = {start + k: str(int(order[k]) + 1) if some[k] > least else "x" for k in range(5)}
+        given += ranking(ranks, group=f"set {start}")
+    model = RewardModel.fit(Evidence.of(given, WHAT), names, x)
+    held, shows = model.rewards(x, names), reward > least
+    assert float(held[shows].mean()) > 0.6 and float(held[~shows].mean()) < 0.3
+
+
 def test_ties_add_no_loss() -> None:
     names, x, reward = world(50)
     alone, tied = (RewardModel.fit(rankings_of(names, reward, ties=ties), names, x) for ties in (False, True))
@@ -353,7 +367,7 @@ def test_ties_add_no_loss() -> None:
 
 def votes(names: Sequence[str], yes: Sequence[bool]) -> Evidence:
     shares = {name: float(each) for name, each in zip(names, yes, strict=True)}
-    return Evidence(WHAT, shares, (), {}, 0, 0, ("ana", "ben"))
+    return Evidence(WHAT, shares, (), {}, {}, 0, 0, ("ana", "ben"))
 
 
 def test_votes_are_learned_and_chance_is_not_mistaken_for_it() -> None:

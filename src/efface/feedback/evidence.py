@@ -22,6 +22,7 @@ class Evidence:
         shares: picture to the share of its binary judgements that say yes.
         pairs: (better, worse, set): the first picture shows more of the concept. One entry per annotator and pass.
         sets: picture to the first set in which it was ranked.
+        applies: picture to the share of its rankings that are not x.
         ties: pairs of equal rank, which teach nothing; two pictures with x are such a pair.
         contradictions: pictures with both binary answers, and pairs that were ordered both ways.
         annotators: who judged.
@@ -40,6 +41,7 @@ class Evidence:
     shares: Mapping[str, float]
     pairs: tuple[tuple[str, str, str], ...]
     sets: Mapping[str, str]
+    applies: Mapping[str, float]
     ties: int
     contradictions: int
     annotators: tuple[str, ...]
@@ -66,7 +68,13 @@ class Evidence:
         ordered = {(better, worse) for better, worse, _ in pairs}
         both = sum((b, a) in ordered for a, b in ordered) // 2 + sum(len(set(each)) > 1 for each in votes.values())
         shares = {picture: sum(each) / len(each) for picture, each in votes.items()}
-        found = cls(concept, shares, pairs, sets, ties, both, tuple(sorted({each.annotator for each in given})))
+        marks: dict[str, list[bool]] = {}
+        for each in given:
+            if each.kind == "ranking":
+                marks.setdefault(each.picture, []).append(each.outcome != "x")
+        applies = {picture: sum(each) / len(each) for picture, each in marks.items()}
+        who = tuple(sorted({each.annotator for each in given}))
+        found = cls(concept, shares, pairs, sets, applies, ties, both, who)
         found._check(given)
         return found
 

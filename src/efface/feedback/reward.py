@@ -26,8 +26,8 @@ class RewardModel:
         reward(x) = sigmoid((r(x) - shift) / scale)
 
     y_i is the share of annotators who see the concept, a > b the pairs of rankings. Ties are no pairs, and a picture
-    with x loses against every ranked one. With rankings alone, only differences of r mean something; shift and scale
-    then standardise r over the judged pictures.
+    with x loses against every ranked one. With rankings alone, only differences of r mean something. Shift and scale
+    then give pictures with x a reward near 0.1 and ranked ones near 0.9; without any x they standardise r.
 
     Each judged picture is in one fold, and the network of that fold never saw it. So the reward of a judged picture is
     held out, and choosing the pictures with the highest rewards is not optimistic. Other pictures get the mean of all
@@ -72,7 +72,7 @@ class RewardModel:
             >>> names = [f"{k:064x}" for k in range(40)]
             >>> x = torch.nn.functional.normalize(torch.randn(40, 8, generator=torch.Generator().manual_seed(0)), dim=1)
             >>> votes = {name: float(row[0] > 0) for name, row in zip(names, x)}
-            >>> model = RewardModel.fit(Evidence("red", votes, (), {}, 0, 0, ("ana",)), names, x)
+            >>> model = RewardModel.fit(Evidence("red", votes, (), {}, {}, 0, 0, ("ana",)), names, x)
             >>> model.facts["binary"]["auc"] > 0.9
             True
         """
@@ -88,10 +88,8 @@ class RewardModel:
         task = Task.of(evidence, names, folds)
         weights = trained(x, task, seed)
         logits = logits_of(weights, x)
-        one = torch.ones(task.k)
-        shift, scale = (
-            (torch.zeros(task.k), one) if evidence.shares else (logits.mean(1), logits.std(1).clamp_min(1e-6))
-        )
+        known = torch.zeros(task.k), torch.ones(task.k)  # of a probability
+        shift, scale = known if evidence.shares else _scale(evidence, names, logits)
         weights |= {"shift": shift, "scale": scale}
         made = cls(evidence.concept, encoder, folds, {}, weights)
         said = {"annotators": len(evidence.annotators), "ties": evidence.ties, "seed": seed, "efface": __version__}
@@ -170,6 +168,17 @@ class RewardModel:
         if max(folds.values(), default=0) >= k:
             raise ValueError(f"{path} is a damaged reward model, because it names a fold that is missing. {AGAIN}")
         return cls(header["concept"], header["encoder"], folds, header["facts"], tensors)
+
+
+def _scale(evidence: Evidence, names: Sequence[str], logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Shift and scale [K] of outputs [K, N] that were learned from rankings alone."""
+    ranked = torch.tensor([evidence.applies[name] >= 0.5 for name in names])
+    shift, scale = logits.mean(1), logits.std(1)
+    if bool(ranked.any()) and not bool(ranked.all()):
+        high, low = logits[:, ranked].mean(1), logits[:, ~ranked].mean(1)
+        apart = high > low
+        shift, scale = torch.where(apart, (high + low) / 2, shift), torch.where(apart, (high - low) / 4, scale)
+    return shift, scale.clamp_min(1e-6)
 
 
 def _ends(each: Mapping[str, Any]) -> str:
