@@ -89,7 +89,7 @@ class RewardModel:
         weights = trained(x, task, seed)
         logits = logits_of(weights, x)
         known = torch.zeros(task.k), torch.ones(task.k)  # of a probability
-        shift, scale = known if evidence.shares else _scale(evidence, names, logits)
+        shift, scale = known if evidence.shares else _scale(evidence, names, task.fold, logits)
         weights |= {"shift": shift, "scale": scale}
         made = cls(evidence.concept, encoder, folds, {}, weights)
         said = {"annotators": len(evidence.annotators), "ties": evidence.ties, "seed": seed, "efface": __version__}
@@ -170,15 +170,16 @@ class RewardModel:
         return cls(header["concept"], header["encoder"], folds, header["facts"], tensors)
 
 
-def _scale(evidence: Evidence, names: Sequence[str], logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Shift and scale [K] of outputs [K, N] that were learned from rankings alone."""
+def _scale(evidence: Evidence, names: Sequence[str], fold: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Shift and scale [K] of outputs [K, N] that were learned from rankings alone, from the answers of other folds."""
     ranked = torch.tensor([evidence.applies[name] >= 0.5 for name in names])
-    shift, scale = logits.mean(1), logits.std(1)
-    if bool(ranked.any()) and not bool(ranked.all()):
-        high, low = logits[:, ranked].mean(1), logits[:, ~ranked].mean(1)
-        apart = high > low
-        shift, scale = torch.where(apart, (high + low) / 2, shift), torch.where(apart, (high - low) / 4, scale)
-    return shift, scale.clamp_min(1e-6)
+    others = fold != torch.arange(len(logits))[:, None]
+    n, m = (others & ranked).sum(1), (others & ~ranked).sum(1)
+    high = (logits * (others & ranked)).sum(1) / n.clamp_min(1)
+    low = (logits * (others & ~ranked)).sum(1) / m.clamp_min(1)
+    apart = (n > 0) & (m > 0) & (high > low)
+    shift = torch.where(apart, (high + low) / 2, logits.mean(1))
+    return shift, torch.where(apart, (high - low) / 4, logits.std(1)).clamp_min(1e-6)
 
 
 def _ends(each: Mapping[str, Any]) -> str:
