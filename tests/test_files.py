@@ -29,6 +29,7 @@ from efface.editors import _examples as examples
 from efface.erasers.gie import fit
 from efface.erasers.gie.adapter import Adapter
 from efface.feedback import Judgement, Store, load, read_sheets
+from efface.feedback.reward import RewardModel
 from efface.pictures import read_picture
 from efface.report.compare import entries, grouped
 from efface.runs.card import summary
@@ -140,6 +141,7 @@ HEADERS = {
     ),
     "adapter": Reader("adapter.safetensors", lambda f: Adapter.load(f / "adapter.safetensors")),
     "checkpoint": Reader("esd.safetensors", read_checkpoint),
+    "reward": Reader("reward.safetensors", lambda f: RewardModel.load(f / "reward.safetensors")),
     "tensors": Reader("delta.safetensors", lambda f: q16._safetensors.__wrapped__(f / "delta.safetensors")),
 }
 OTHERS = {
@@ -193,6 +195,12 @@ def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     save_file(tensors, folder / "tokens.safetensors", {"efface": json.dumps(header | {"delta": inner})})
     cached = {"fit": json.dumps(LATENTS), "done": "false"}
     save_file({"latents": torch.ones(2, 4, 8, 8)}, folder / "latents.safetensors", cached)
+    held = {"n": 4, "yes": 2, "auc": 1.0, "interval": [0.5, 1.0], "calibration": []}
+    reward = {"format": 1, "concept": "cat", "encoder": "emoji", "folds": {SHA: 0, "1" * 64: 1}}
+    reward |= {"facts": {"binary": held, "ranking": None, "notes": ["one annotator"]}}
+    parts = {"up": torch.ones(2, 3, 4), "bias": torch.zeros(2, 4), "out": torch.ones(2, 4)}
+    parts |= {"offset": torch.zeros(2), "shift": torch.zeros(2), "scale": torch.ones(2)}
+    save_file(parts, folder / "reward.safetensors", {"reward": json.dumps(reward)})
     (folder / "secret").write_text("precious")
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_: pytest.fail(f"{host} is asked"))
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))

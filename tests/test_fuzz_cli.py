@@ -22,7 +22,7 @@ import efface
 from efface import files, registry, runs
 from efface.cli import app
 from efface.core import shipped_concepts
-from efface.feedback import Session, Store, export, write_sheets
+from efface.feedback import Ranking, Session, Store, export, pool, write_sheets
 
 GOLDEN = Path(__file__).parent / "pins/files"
 CODES = {0, 1, 2, 3, 4, 130}
@@ -60,6 +60,10 @@ def good() -> Path:
         session.answer(0, "there")
         export(store, folder / "labels.jsonl")
         write_sheets(session, folder / "sheets")
+        write_sheets(Ranking(store, pool(folder / "run"), "cat", "ana", 1), folder / "ranks")
+        shown = Session(store, pool(folder / "run"), "cat", "ben", 1, kind="binary")
+        shown.answer(0, "yes")
+        shown.answer(1, "no")
     (folder / "precious.txt").write_text("precious")
     (folder / "mine").mkdir()
     (folder / "mine/precious.txt").write_text("precious")
@@ -68,7 +72,7 @@ def good() -> Path:
 
 
 HOSTILE = ("delta.safetensors", "run/run.json", "run/samples.jsonl", "run/scores.json", "run/card.json")
-HOSTILE += ("labels.db", "labels.jsonl", "sheets/sheets.json", "sheets/answers.csv")
+HOSTILE += ("labels.db", "labels.jsonl", "sheets/sheets.json", "sheets/answers.csv", "ranks/sheets.json")
 HOSTILE += ("model/model_index.json", "model/unet/config.json", "adapter.safetensors")
 
 
@@ -152,6 +156,7 @@ THERE = (
     "labels.db",
     "labels.jsonl",
     "sheets",
+    "ranks",
 )
 ELSEWHERE = (
     "absent",
@@ -218,6 +223,7 @@ ERASE = ["a red cat", *TINY, "--images", "1", "--steps", "1"]
 BENCH = ["emoji", "--concept", "cat", "--model", "tiny", "--option", "pictures=10", "--limit", "1", "--no-score"]
 ATTACK = ["best_of_n", "--concept", "cat", "--prompt", "a red cat", "--model", "tiny", "--steps", "1", "--no-control"]
 CALIBRATE = ["--concept", "cat", "--n", "1", "--strength", "1", "--refine", "0", "--steps", "1"]
+KINDS = ("binary", "ranking")
 # Verb -> commands that end well, or would if the random weights drew cats; and what may be added to them.
 VERBS: dict[str, tuple[list[list[str]], dict[str, Any]]] = {
     "erase": (
@@ -284,6 +290,23 @@ VERBS: dict[str, tuple[list[list[str]], dict[str, Any]]] = {
     "judge agreement": ([["labels.db"]], {}),
     "judge export": ([["labels.db", "--out", "new"]], {"--out": PATHS}),
     "judge import": ([["labels.db", "labels.jsonl"], ["new", "labels.jsonl"]], {}),
+    "feedback draw": (
+        [["--prompt", "a cat", "--n", "2", "--model", "tiny", "--out", "new"]],
+        {**LOADING, **DRAW, "--prompt": JUNK, "--n": NUMBER, "--batch": NUMBER},
+    ),
+    "feedback collect": (
+        [["run", "--concept", "cat", "--annotator", "ana", "--kind", kind, "--sheets", "new"] for kind in KINDS],
+        {"--concept": CONCEPT, "--annotator": JUNK, "--store": PATHS, "--pass": NUMBER, "--sheets": PATHS}
+        | {"--kind": JUNK, "--seed": NUMBER, "--port": NUMBER},
+    ),
+    "feedback read": ([["ranks"]], {"--store": PATHS}),
+    "feedback agreement": ([["labels.db"]], {}),
+    "feedback export": ([["labels.db", "--out", "new"]], {"--out": PATHS}),
+    "feedback import": ([["labels.db", "labels.jsonl"]], {}),
+    "feedback reward": (
+        [["labels.db", "--pictures", "run", "--concept", "cat", "--out", "new"]],
+        {"--concept": CONCEPT, "--pictures": PATHS, "--out": PATHS, "--figure": PATHS, "--seed": NUMBER},
+    ),
     "list": ([["methods"], ["concepts"], ["editors", "--format", "md"]], {"--format": FORMAT}),
 }
 FLAGS = ("--json", "--overwrite", "--mixed", "--plot", "--allow-hub", "--bogus")
@@ -343,7 +366,7 @@ def allowed(argv: Sequence[str], name: str) -> bool:
     """Whether this command may change a file that was there."""
     if argv[0] == "score":
         return name in ("run/scores.json", "run/card.json")
-    if argv[0] == "judge" and name == "labels.db":
+    if argv[0] in ("judge", "feedback") and name == "labels.db":
         return True  # a store grows
     if argv[0] == "bench":
         return name.startswith("run/")

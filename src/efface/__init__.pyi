@@ -40,6 +40,7 @@ from .detectors._named import detector as detector
 from .editors.ccrt import CCRT as CCRT
 from .editors.esd import ESD as ESD
 from .editors.geom_erasing import GeomErasing as GeomErasing
+from .editors.hfi import HFI as HFI
 from .editors.latent_directions import LatentDirections as LatentDirections
 from .editors.rece import RECE as RECE
 from .editors.sdd import SDD as SDD
