@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import efface
-from efface import Concept, Delta, Directions, Run, _trials, files, redteam, schema
+from efface import Concept, Delta, Directions, Run, _trials, files, guard, redteam, schema
 from efface.detectors import _encoders, classifier, nudenet, q16
 from efface.editors import _directions, _search
 from efface.erasers.gie import fit
@@ -143,6 +143,7 @@ OTHERS = {
     "answers": Reader("sheets/answers.csv", lambda f: read_sheets(f / "sheets")),
     "csv": Reader("prompts.csv", lambda f: _csv.read(f / "prompts.csv", ("prompt",))),
     "picture": Reader("run/cat/images/cat-explicit-000.png", read_pictures),
+    "policies": Reader("policies.yaml", lambda f: guard.read(f / "policies.yaml")),
 }
 READERS = JSON | LINES | HEADERS | OTHERS
 
@@ -161,6 +162,7 @@ def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     boxes = {"sha256": SHA, "detector": "x", "boxes": [["FEET_EXPOSED", 0.5, [0, 0, 1, 1]]]}
     (folder / "boxes.jsonl").write_text(f"{json.dumps(boxes)}\n" * 2)
     (folder / "prompts.csv").write_text("prompt,seed\na cat,1\n")
+    (folder / "policies.yaml").write_text("policies:\n  kids: {erase: [alcohol]}\n  press: {unguarded: true}\n")
     (folder / "sheets").mkdir()
     sheets = {"format": 1, "concept": "cat", "annotator": "ana", "pass": 1}
     sheets["items"] = [{"run": SHA, "row": "cat-0", "picture": SHA}]

@@ -59,6 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runs": HOOKS | {"models", "api", "pipelines", "metrics", "detectors", "progress", "judged", "feedback"},
     "report": FACTS | {"runs", "redteam", "feedback"},
     "tables": FACTS | {"runs", "report"},
+    "guard": HOOKS | {"api", "detectors"},
     "jobs": HOOKS | {"models", "api", "pipelines", "runs", "progress"},
     "_interrupt": set(),
     "cli": FACTS
@@ -68,7 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli", "_interrupt"},
     "efface": {
         *("registry", "core", "records", "pictures", "pipelines", "api", "calibration", "erasers", "editors"),
-        *("attacks", "detectors", "suites", "delta", "runs", "redteam", "report", "tables"),
+        *("attacks", "detectors", "suites", "delta", "guard", "runs", "redteam", "report", "tables"),
     },
 }
 
@@ -120,6 +121,7 @@ ORDER = {
         *("relearning", "repetition", "ring_a_bell", "translation", "unlearndiffatk"),
     ),
     "redteam": ("victim", "panel", "trial", "result", "forms", "folder", "run", "__init__"),
+    "guard": ("forms", "policy", "file", "proof", "record", "explain", "guard", "__init__"),
     "report": ("words", "template", "compare", "plot", "pictures", "page", "attacked", "__init__"),
 }
 
