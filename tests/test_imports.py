@@ -60,11 +60,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": FACTS | {"runs", "redteam", "feedback"},
     "tables": FACTS | {"runs", "report"},
     "guard": HOOKS | {"api", "detectors"},
+    "serve": FACTS | {"_weights", "api", "guard", "progress"},
     "jobs": HOOKS | {"models", "api", "pipelines", "runs", "progress"},
     "_interrupt": set(),
     "cli": FACTS
     | {"models", "api", "pipelines", "calibration", "detectors", "runs", "redteam", "report", "tables", "jobs"}
-    | {"progress", "feedback"}
+    | {"progress", "feedback", "guard", "serve"}
     | {"_interrupt"},
     "__main__": {"cli", "_interrupt"},
     "efface": {
@@ -122,6 +123,10 @@ ORDER = {
     ),
     "redteam": ("victim", "panel", "trial", "result", "forms", "folder", "run", "__init__"),
     "guard": ("forms", "policy", "file", "proof", "record", "explain", "guard", "__init__"),
+    "serve": (
+        *("tables", "database", "errors", "log", "metrics", "audit", "keys", "policies", "fields", "jobs", "fair"),
+        *("service", "backend", "worker", "watch", "http", "images", "own", "app", "run", "__init__"),
+    ),
     "report": ("words", "template", "compare", "plot", "pictures", "page", "attacked", "__init__"),
 }
 
