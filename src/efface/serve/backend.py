@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import __version__, api, checks
-from .._weights import denoiser_of
-from ..guard import Guard, Policy
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from ..guard import Policy
 
 QUALITY = 90
 
@@ -80,6 +80,8 @@ class PipelineBackend:
         return api.cut_off(self.pipe, prompt)
 
     def draw(self, rows: Sequence[Row], call: Mapping[str, Any], on_step: Callable[[int], None]) -> list[Drawn]:
+        from ..guard import Guard
+
         guard = Guard({row.policy.hash: row.policy for row in rows})
         width, height = call["size"]
         options: dict[str, Any] = {"num_inference_steps": call["steps"], "width": width, "height": height}
@@ -110,6 +112,8 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def native_size(pipe: Any) -> tuple[int, int]:
     """The size that a pipeline draws by default. Raises ValueError if its configuration names none."""
+    from .._weights import denoiser_of
+
     side = getattr(denoiser_of(pipe).config, "sample_size", None) or getattr(pipe, "default_sample_size", None)
     if not isinstance(side, int):
         raise ValueError("Expected a model whose configuration names its size, got another one. Give --size WxH.")

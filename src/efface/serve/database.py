@@ -9,7 +9,7 @@ from typing import Any
 
 import sqlalchemy as sql
 
-from .. import checks
+from .. import checks, files
 
 WAIT = 10.0
 """Seconds to wait for another process that writes to an SQLite file."""
@@ -30,7 +30,7 @@ class Database:
         wait: seconds to wait for another process that writes to an SQLite file.
 
     Raises:
-        ValueError: the URL is of another database, or its driver is not installed.
+        ValueError: the URL is of another database, its driver is not installed, or the file is not an ordinary file.
 
     Example:
         >>> import tempfile
@@ -49,6 +49,8 @@ class Database:
                 raise ValueError(
                     checks.refusal("a URL of SQLite or PostgreSQL", parsed.get_backend_name(), "Give another URL.")
                 )
+            if self.sqlite:
+                _check_file(parsed.database)
             self.name = parsed.database if self.sqlite else parsed.render_as_string(hide_password=True)
             options: dict[str, Any] = {"connect_args": {"timeout": wait}} if self.sqlite else {"pool_pre_ping": True}
             self.engine = sql.create_engine(parsed, pool_size=8, max_overflow=32, hide_parameters=True, **options)
@@ -80,17 +82,32 @@ class Database:
             raise Unavailable(
                 f"The database {self.name} cannot be used ({checks.short(str(why), 160)}). Correct that, and try again."
             ) from error
+        except sql.exc.IntegrityError:
+            raise
+        except (sql.exc.DatabaseError, sql.exc.StatementError, UnicodeError) as error:
+            why = getattr(error, "orig", None) or error
+            raise ValueError(
+                f"The database {self.name} is damaged or of another program ({checks.short(str(why), 150)}). Restore "
+                "it from a backup."
+            ) from error
 
     def migrate(self) -> None:
         """Makes the tables, or brings them to this version."""
         from alembic import command
         from alembic.config import Config
+        from alembic.util import CommandError
 
         config = Config()
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
         with self.writing() as connection:
             config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+            try:
+                command.upgrade(config, "head")
+            except CommandError as error:
+                raise ValueError(
+                    f"The database {self.name} has tables of another version of Efface ({error}). Install that "
+                    "version, or name another database."
+                ) from error
 
     def version(self) -> str:
         """The version of the tables; "" if there are none."""
@@ -101,6 +118,14 @@ class Database:
 
     def close(self) -> None:
         self.engine.dispose()
+
+
+def _check_file(name: str | None) -> None:
+    if not name or name == ":memory:" or name.startswith("file:"):
+        raise ValueError(checks.refusal("an SQLite database in a file", name, "Write sqlite:////folder/serve.db."))
+    path = checks.path("database", name)
+    if files.there(path):
+        files.check_ordinary(path, files.TENSORS)
 
 
 def _careful(connection: Any, _: Any) -> None:

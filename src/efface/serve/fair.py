@@ -13,8 +13,8 @@ class Fair:
 
     Tenants form a ring. At its turn a tenant gets a quantum of credit. If it pays the oldest job, this job picks the
     batching key, and the turn lasts as long as the credit. Jobs of the same key fill the batch: the tenant's own, then
-    those of whoever has most credit, who pay for them and may go into debt. A tenant in debt has to wait until its turns
-    have paid it. One without queued jobs loses its credit, but keeps its debt.
+    those of whoever has most credit, who pay for them and may go into debt. A tenant in debt waits until its turns have
+    paid it. One without queued jobs loses its credit, but keeps its debt.
 
     Args:
         rows: the largest number of rows in a batch. A job with more rows is a batch by itself.

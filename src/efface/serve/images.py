@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import secrets
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
@@ -25,6 +26,7 @@ from .service import Service
 from .watch import Watcher
 
 routes = APIRouter()
+_TOKEN = re.compile(r"[\x21-\x7e]{1,200}")
 ERROR = {
     "type": "object",
     "required": ["error"],
@@ -78,8 +80,9 @@ async def generate(request: Request) -> Response:
 
 def _idempotency(request: Request) -> str | None:
     given = request.headers.getlist("idempotency-key")
-    if len(given) > 1 or any(not 1 <= len(each) <= 200 for each in given):
-        raise Refused(400, "Expected one Idempotency-Key of 1 to 200 characters. Correct it.", "invalid_header")
+    if len(given) > 1 or not all(_TOKEN.fullmatch(each) for each in given):
+        message = "Expected one Idempotency-Key of 1 to 200 ASCII characters without blanks. Correct it."
+        raise Refused(400, message, "invalid_header")
     return given[0] if given else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from .database import Database
 from .errors import Refused, restored
 
 LIVE = ("queued", "running")
+ID = re.compile("job_[0-9a-f]{32}")
 ATTEMPTS = 3
 LOST = Refused(500, "Workers ended while drawing this request. Send it again, or tell the operator.", "worker_lost")
 Also = Callable[[sql.Connection], None]
@@ -133,6 +135,8 @@ class Jobs:
 
     def get(self, tenant: str, name: str) -> Job | None:
         """A job of a tenant; None if there is none, or if it belongs to another tenant."""
+        if not ID.fullmatch(name):
+            return None
         with self.database.reading() as connection:
             query = sql.select(_T).where(_T.c.id == name, _T.c.tenant == tenant)
             row = connection.execute(query).mappings().first()

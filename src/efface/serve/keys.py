@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import secrets
 import time
 from dataclasses import dataclass
@@ -18,6 +19,21 @@ from .database import Database
 
 PREFIX = "ef_"
 PEPPER = 32
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+LONGEST = 36_500.0
+"""Days."""
+
+
+def checked_name(field: str, value: object) -> str:
+    """A name of a tenant or a policy: letters, digits, `.`, `_` and `-`, at most 100."""
+    if not isinstance(value, str) or not NAME.fullmatch(value):
+        cure = "Write for example kids-eu."
+        raise ValueError(
+            checks.refusal(
+                f"{field} of at most 100 letters, digits, '.', '_' and '-', first a letter or digit", value, cure
+            )
+        )
+    return value
 
 
 @dataclass(frozen=True)
@@ -71,15 +87,13 @@ class Keys:
         Raises:
             ValueError: there is no such policy, or a key has neither or both.
         """
-        checks.text("tenant", tenant)
-        if len(tenant) > 100:
-            raise ValueError(checks.refusal("`tenant` of at most 100 characters", tenant, "Give a shorter one."))
+        checked_name("a tenant", tenant)
         if (policy is None) != admin:
             raise ValueError(
                 "Expected a key with a policy, or an admin key without one, got neither or both. Give one."
             )
         if days is not None:
-            checks.number("days", days, 0, above=True)
+            checks.number("days", days, 0, LONGEST, above=True)
         key, name, now = PREFIX + secrets.token_urlsafe(32), f"key_{secrets.token_hex(8)}", time.time()
         facts = {"key": name, "tenant": tenant, "policy": policy, "admin": admin}
         with self._database.writing() as connection:

@@ -11,11 +11,11 @@ from typing import Any
 
 import sqlalchemy as sql
 
-from .. import checks
 from ..guard import Policy
 from . import tables
 from .audit import Audit
 from .database import Database
+from .keys import NAME, checked_name
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,7 @@ class Policies:
         Raises:
             ValueError: the policy is empty, unknown or contradicts itself.
         """
-        checks.text("name", name)
-        if len(name) > 100:
-            raise ValueError(checks.refusal("`name` of at most 100 characters", name, "Give a shorter one."))
+        checked_name("the name of a policy", name)
         if "version" in entries:
             raise ValueError("Expected a policy without `version`, which the service counts, got one. Leave it out.")
         with self._database.writing() as connection:
@@ -75,7 +73,9 @@ class Policies:
             return Stored(int((done.inserted_primary_key or (0,))[0]), name, policy)
 
     def latest(self, name: str) -> Stored | None:
-        """The latest version of a policy."""
+        """The latest version of a policy; None if there is none."""
+        if not NAME.fullmatch(name):
+            return None
         with self._database.reading() as connection:
             return self._latest(connection, name)
 

@@ -118,6 +118,8 @@ def opened(folder: Path, database: str | None = None, **options: Any) -> Service
     """
     if not files.there(folder / PEPPER_FILE):
         raise FileNotFoundError(f"{folder} holds no service. `efface serve init {folder}` makes one.")
+    if database is None and not files.there(folder / DATABASE_FILE):
+        raise FileNotFoundError(f"{folder / DATABASE_FILE} is missing. Restore it, or give --database.")
     found = Database(database or _url(folder))
     found.migrate()
     return Service(found, _pepper(folder), **options)
