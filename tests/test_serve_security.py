@@ -450,6 +450,12 @@ def test_the_official_client(desk: Desk, address: tuple[str, int]) -> None:
     with pytest.raises(openai.APIError, match="erased concepts"):
         list(client.images.generate(prompt="beer", stream=True, extra_body={"steps": 1}))
 
+    page = (Path(__file__).parents[1] / "docs/serve.md").read_text("utf-8")
+    (example,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    told: list[Any] = []
+    exec(example, {"base_url": base, "key": desk.keys["kids"], "print": lambda *words: told.append(words)})
+    assert told[0][1] == ["drawn", "drawn"]
+
     async def both() -> list[Any]:
         async with openai.AsyncOpenAI(base_url=base, api_key=desk.keys["press"]) as other:
             asked = [other.images.generate(prompt=text, extra_body={"steps": 1}) for text in ("a cat", "a dog")]
