@@ -525,6 +525,13 @@ def test_every_job_is_drawn_once_and_first_come_first_served_within_tenant_and_k
         assert mine == sorted(mine)
 
 
+def test_jobs_that_fill_a_batch_are_paid_for() -> None:
+    """Two tenants share a batching key, the third has another one: each gets a third of the rows."""
+    waiting = [each for _ in range(400) for each in (("a", "x", 1, 1.0), ("b", "x", 1, 1.0), ("c", "y", 1, 1.0))]
+    rows = collections.Counter(job.tenant for batch in served(Fair(4), queue(*waiting), 90) for job in batch)
+    assert sum(rows.values()) == 360 and max(rows.values()) - min(rows.values()) <= 8, rows
+
+
 @pytest.mark.parametrize("keys", [("x", "x"), ("x", "y")])
 def test_tenants_with_full_queues_get_equal_shares_of_the_cost(keys: tuple[str, str]) -> None:
     """One tenant has long jobs, the other short ones."""

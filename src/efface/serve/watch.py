@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 
 from .database import Unavailable
 from .jobs import LIVE, Jobs
+from .log import told
 
 EVERY = 0.05
 
@@ -35,11 +36,16 @@ class Watcher:
                 names = list(self._names)
                 try:
                     self._latest = await run_in_threadpool(self._jobs.states, names)
-                except Unavailable:
+                except (Unavailable, ValueError) as error:
+                    told("jobs cannot be followed", error=repr(error))
                     await asyncio.sleep(1.0)
                 async with self._ticked:
                     self._ticked.notify_all()
             await asyncio.sleep(EVERY)
+
+    async def _tick(self) -> None:
+        async with self._ticked:
+            await self._ticked.wait()
 
     async def follow(self, name: str, seconds: float) -> AsyncIterator[tuple[str, int, int]]:
         """State, step and steps of a job at each poll, until it ends or the time is over."""
@@ -47,8 +53,10 @@ class Watcher:
         self._names[name] += 1
         try:
             while time.monotonic() < end:
-                async with self._ticked:
-                    await self._ticked.wait()
+                try:
+                    await asyncio.wait_for(self._tick(), end - time.monotonic())
+                except TimeoutError:
+                    return
                 found = self._latest.get(name)
                 if found is not None:
                     yield found
