@@ -140,7 +140,7 @@ def test_tenants_cannot_touch_policies_and_admins_cannot_draw(quiet: Desk) -> No
 def test_a_new_version_of_a_policy_acts_on_later_requests_only(quiet: Desk) -> None:
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         earlier = pool.submit(quiet.post, ASKED)
-        _until(lambda: len(quiet.service.jobs.waiting()) == 1)
+        _until(lambda: len(quiet.service.jobs.waiting("stub")) == 1)
         quiet.service.policies.add("kids", {"erase": ["weapon"]}, "test")
         quiet.start()
         names = [
@@ -248,7 +248,7 @@ def test_a_request_that_waits_too_long_is_cancelled(quiet: Desk) -> None:
     response = quiet.post(ASKED)
     assert error(response, 504, "timeout") and response.headers["x-should-retry"] == "false"
     assert "timeout" in quiet.post({**ASKED, "stream": True}).text
-    assert quiet.service.jobs.waiting() == [] and quiet.service.jobs.count(["cancelled"]) == 2
+    assert quiet.service.jobs.waiting("stub") == [] and quiet.service.jobs.count(["cancelled"]) == 2
 
 
 def test_requests_join_on_an_idempotency_key_only(desk: Desk) -> None:
@@ -357,7 +357,8 @@ def raw(desk: Desk, *more: str, body: str = '{"prompt": "a cat"}', length: int |
 
 
 def test_ambiguous_framing_and_slow_bodies_are_refused(desk: Desk, address: tuple[str, int]) -> None:
-    assert b" 400 " in sent(address, raw(desk, "transfer-encoding: chunked", body="0\r\n\r\n")).splitlines()[0]
+    both = sent(address, raw(desk, "transfer-encoding: chunked", body='13\r\n{"prompt": "a cat"}\r\n0\r\n\r\n'))
+    assert b" 400 " in both.splitlines()[0] and b"invalid_header" in both
     assert b" 400 " in sent(address, raw(desk, "content-length: 3")).splitlines()[0]
     slow = sent(address, raw(desk, length=500))
     assert b" 408 " in slow.splitlines()[0] and b"request_timeout" in slow

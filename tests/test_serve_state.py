@@ -105,6 +105,7 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Databas
 
 def new(tenant: str = "kids", **more: Any) -> New:
     facts: dict[str, Any] = {"tenant": tenant, "key": "key_1", "policy": 1, "policy_hash": "0" * 64, "batch": "b"}
+    facts["model"] = "stub"
     facts |= {"rows": 1, "cost": 1.0, "steps": 3, "request": '{"prompt": "secret", "n": 1}', "body_hash": "1" * 64}
     return New(**(facts | more))
 
@@ -229,6 +230,28 @@ def test_the_audit_log_cannot_be_changed_unseen(database: Database) -> None:
     assert audit.verify() == (2, "entry 2 is missing")
 
 
+def test_an_entry_of_another_history_is_found(tmp_path: Path) -> None:
+    """An old copy of the database has an entry with a right hash, which does not fit the present chain."""
+    rows = []
+    for name in ("present", "copy"):
+        database = Database(f"sqlite:///{tmp_path}/{name}.db")
+        database.migrate()
+        audit = Audit(database, PEPPER)
+        for k in range(4):
+            with database.writing() as connection:
+                audit.add(connection, "event", {"k": k, "where": name})
+        with database.reading() as connection:
+            rows.append([dict(row) for row in connection.execute(sql.select(tables.audit)).mappings()])
+    for name, k in (("present", 1), ("copy", 2)):  # the copy's second entry goes into the present one, and back
+        database = Database(f"sqlite:///{tmp_path}/{name}.db")
+        other = rows[1 if name == "present" else 0][k]
+        with database.writing() as connection:
+            connection.execute(sql.text("DROP TRIGGER audit_no_update"))
+            connection.execute(tables.audit.update().where(tables.audit.c.seq == k + 1).values(other))
+        assert Audit(database, PEPPER).verify() == (k + 1, f"entry {k + 1} was changed")
+        database.close()
+
+
 def test_writers_of_the_audit_log_make_one_chain(database: Database) -> None:
     audit = Audit(database, PEPPER)
 
@@ -246,6 +269,14 @@ def test_writers_of_the_audit_log_make_one_chain(database: Database) -> None:
 
 
 # ---------------------------------------------------------------- jobs
+
+
+def test_sqlite_flushes_every_transaction(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/serve.db")
+    with database.reading() as connection:
+        found = [connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in ("synchronous", "journal_mode")]
+    assert found == [2, "wal"]
+    database.close()
 
 
 def test_an_idempotency_key_accepts_a_request_once_per_tenant(database: Database) -> None:
@@ -274,7 +305,7 @@ def test_a_job_is_not_accepted_without_its_audit_entry(database: Database) -> No
 
     with pytest.raises(KeyError):
         Jobs(database).accept(new(), fails)
-    assert Jobs(database).waiting() == []
+    assert Jobs(database).waiting("stub") == []
 
 
 def test_only_the_holder_of_the_present_fence_finishes_a_job(database: Database) -> None:
@@ -303,7 +334,7 @@ def test_a_job_whose_workers_die_fails_after_three_attempts(database: Database) 
         assert jobs.release(name, claim.fence, 0)
     found = jobs.get("kids", name)
     assert found is not None and found.state == "failed" and found.error is not None
-    assert found.error.code == "worker_lost" and jobs.waiting() == []
+    assert found.error.code == "worker_lost" and jobs.waiting("stub") == []
 
 
 def test_cancelling_at_any_time_leaves_no_picture(database: Database) -> None:
@@ -336,13 +367,20 @@ def test_pictures_expire_and_load_counts_live_jobs(database: Database, monkeypat
     assert jobs.expire(60) == 1 and jobs.pictures(names[0]) == []
 
 
+def test_a_worker_sees_the_jobs_of_its_own_model(database: Database) -> None:
+    jobs = Jobs(database)
+    names = [jobs.accept(new(model=model), nothing)[0] for model in ("stub", "other")]
+    assert [job.id for job in jobs.waiting("other")] == names[1:] and jobs.waiting("third") == []
+    assert jobs.count(module.LIVE) == 2 and jobs.count(module.LIVE, "stub") == 1
+
+
 def test_two_workers_never_claim_one_job(database: Database) -> None:
     jobs = Jobs(database)
     names = [jobs.accept(new(), nothing)[0] for _ in range(40)]
     claimed: collections.Counter[str] = collections.Counter()
 
     def work(owner: str) -> None:
-        while waiting := jobs.waiting():
+        while waiting := jobs.waiting("stub"):
             for claim in jobs.claim([job.id for job in waiting[:3]], owner):
                 claimed[claim.id] += 1
 
@@ -387,7 +425,7 @@ class Slow(Stub):
         time.sleep(60)
 
 Worker._rows = lambda self, claim: [claim]  # it is killed before it needs them
-Worker(Service(Database(sys.argv[1]), b"p" * 32, Limits(rows=4, lease=0.5)), Slow()).run()
+Worker(Service(Database(sys.argv[1]), b"p" * 32, Limits(rows=4, lease=0.5), "stub"), Slow()).run()
 """
 
 
@@ -397,7 +435,7 @@ def test_a_killed_worker_loses_no_job_and_doubles_none(database: Database, tmp_p
     from efface.serve.worker import Worker
 
     limits = Limits(rows=4, lease=0.5)
-    service = Service(database, PEPPER, limits)
+    service = Service(database, PEPPER, limits, "stub")
     stored = service.policies.add("kids", {"erase": ["alcohol"]}, "test")
     call = {"model": "stub", "size": [8, 8], "steps": 1, "guidance_scale": None, "negative_prompt": False}
     request = {"prompt": "a cat", "negative_prompt": None, "also_erase": [], "seed": 1, "call": call, "n": 1}
@@ -451,7 +489,7 @@ def test_a_full_disk_accepts_nothing_and_loses_nothing(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match="full"):
         for _ in range(200):
             jobs.accept(new(request=json.dumps({"prompt": "x" * 4_000})), nothing)
-    assert kept in {job.id for job in jobs.waiting()}
+    assert kept in {job.id for job in jobs.waiting("stub")}
     (claim,) = jobs.claim([kept], "a")
     with pytest.raises(Unavailable, match="full"):
         jobs.finish(claim, [Picture(b"x" * 1_000_000, {})], None, nothing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,9 +13,10 @@ from .. import __version__, api, checks
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ..guard import Policy
+    from ..guard import Guard, Policy
 
 QUALITY = 90
+KEPT = 100
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,13 @@ class PipelineBackend:
 
     def __init__(self, pipe: Any, name: str, sizes: Sequence[tuple[int, int]]) -> None:
         self.pipe, self.name, self.sizes = pipe, name, tuple(sizes)
+        self._guards: OrderedDict[frozenset[str], Guard] = OrderedDict()
 
     def cut_off(self, prompt: str) -> str:
         return api.cut_off(self.pipe, prompt)
 
     def draw(self, rows: Sequence[Row], call: Mapping[str, Any], on_step: Callable[[int], None]) -> list[Drawn]:
-        from ..guard import Guard
-
-        guard = Guard({row.policy.hash: row.policy for row in rows})
+        guard = self._guard({row.policy.hash: row.policy for row in rows})
         width, height = call["size"]
         options: dict[str, Any] = {"num_inference_steps": call["steps"], "width": width, "height": height}
         if call["negative_prompt"]:
@@ -97,6 +98,18 @@ class PipelineBackend:
             **options,
         )
         return [Drawn(image, record.as_json()) for image, record in zip(made.images, made.rows, strict=True)]
+
+    def _guard(self, policies: Mapping[str, Policy]) -> Guard:
+        """The guard of these policies. Detectors may hold large models, so the latest guards are kept."""
+        from ..guard import Guard
+
+        key = frozenset(policies)
+        if key not in self._guards:
+            self._guards[key] = Guard(policies)
+        self._guards.move_to_end(key)
+        while len(self._guards) > KEPT:
+            self._guards.popitem(last=False)
+        return self._guards[key]
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -111,7 +111,7 @@ def accept(service: Service, holder: Holder, asked: ImageRequest, idempotency: s
     seed = secrets.randbelow(checks.SEEDS - asked.rows) if asked.seed is None else asked.seed
     row |= {"seed": seed, "size": f"{size[0]}x{size[1]}", "call": facts}
     body_hash = hashlib.sha256(asked.model_dump_json().encode()).hexdigest()
-    own = (holder.tenant, holder.key, stored.id, stored.policy.hash, key_of(facts))
+    own = (holder.tenant, holder.key, stored.id, stored.policy.hash, service.model, key_of(facts))
     new = New(*own, asked.rows, cost, asked.all_steps, json.dumps(row), body_hash, idempotency)
 
     def also(connection: sql.Connection) -> None:

@@ -34,6 +34,7 @@ class New:
     key: str
     policy: int
     policy_hash: str
+    model: str
     batch: str
     rows: int
     cost: float
@@ -183,9 +184,10 @@ class Jobs:
             total, own, cost = connection.execute(query).one()
         return int(total), int(own), float(cost)
 
-    def count(self, states: Sequence[str]) -> int:
-        """The number of jobs in these states."""
+    def count(self, states: Sequence[str], model: str | None = None) -> int:
+        """The number of jobs in these states, of one model or of all."""
         query = sql.select(sql.func.count()).where(_T.c.state.in_(states))
+        query = query if model is None else query.where(_T.c.model == model)
         with self.database.reading() as connection:
             return int(connection.execute(query).scalar() or 0)
 
@@ -197,10 +199,11 @@ class Jobs:
 
     # ---- what workers do
 
-    def waiting(self, most: int = 2_000) -> list[Waiting]:
-        """The queued jobs, oldest first."""
+    def waiting(self, model: str, most: int = 2_000) -> list[Waiting]:
+        """The queued jobs of a model, oldest first."""
         columns = [_T.c[name] for name in ("seq", "id", "tenant", "batch", "rows", "cost")]
-        query = sql.select(*columns).where(_T.c.state == "queued").order_by(_T.c.seq).limit(most)
+        query = sql.select(*columns).where(_T.c.state == "queued", _T.c.model == model)
+        query = query.order_by(_T.c.seq).limit(most)
         with self.database.reading() as connection:
             return [Waiting(*row) for row in connection.execute(query)]
 

@@ -61,7 +61,7 @@ class Server(uvicorn.Server):
 
     def _busy(self) -> bool:
         try:
-            return self.service.jobs.count(LIVE) > 0
+            return self.service.jobs.count(LIVE, self.service.model) > 0
         except Unavailable:
             return True
 

@@ -44,6 +44,7 @@ jobs = sql.Table(
     sql.Column("key", sql.String(40), nullable=False),
     sql.Column("policy", sql.Integer, nullable=False),
     sql.Column("policy_hash", HASH, nullable=False),
+    sql.Column("model", sql.String(500), nullable=False),
     sql.Column("batch", HASH, nullable=False),
     sql.Column("rows", sql.Integer, nullable=False),
     sql.Column("cost", sql.Float, nullable=False),

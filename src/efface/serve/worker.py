@@ -63,7 +63,7 @@ class Worker(threading.Thread):
     def once(self) -> int:
         """Draws one batch, and returns the number of its jobs; 0 if none is queued."""
         self._sweep()
-        waiting = self._jobs.waiting()
+        waiting = self._jobs.waiting(self._service.model)
         self._service.metrics.queue.set(len(waiting))
         chosen = self._fair.choose(waiting)
         claims = self._jobs.claim([job.id for job in chosen], self.name) if chosen else []

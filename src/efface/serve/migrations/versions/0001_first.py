@@ -41,6 +41,7 @@ def upgrade() -> None:
         sa.Column("key", sa.String(40), nullable=False),
         sa.Column("policy", sa.Integer, nullable=False),
         sa.Column("policy_hash", sa.String(64), nullable=False),
+        sa.Column("model", sa.String(500), nullable=False),
         sa.Column("batch", sa.String(64), nullable=False),
         sa.Column("rows", sa.Integer, nullable=False),
         sa.Column("cost", sa.Float, nullable=False),
