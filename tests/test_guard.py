@@ -13,11 +13,13 @@ from tiny import ALCOHOL, CAT, change
 from torch import Tensor
 
 import efface
+import efface.testing
 from efface import Guard, Policy
 from efface.guard import Erasure, PolicyNotApplied, explain, parsed, proof
 from efface.guard import guard as module
 from efface.hooks import watch
 from efface.hooks.prompts import Applied
+from efface.testing.tiny import call_options
 
 PROMPT = "a night at the pub"
 CALL: dict[str, Any] = {"num_inference_steps": 3}
@@ -66,6 +68,25 @@ def test_the_record_names_policy_eraser_and_steps_of_each_row() -> None:
     assert press.acted == () and press.policy == efface.unguarded.hash
     assert [each.eraser["method"] for each in two.acted] == ["sld", "safree"]
     assert len(set(made.seeds)) == 3  # drawn at random
+
+
+@pytest.mark.parametrize("family", efface.testing.FAMILIES)
+def test_rows_are_proven_on_every_family(family: str) -> None:
+    pipe = tiny.pipeline(family)
+    nag = Policy(erase=[Erasure(concepts=[ALCOHOL], method="nag")])
+    guarded = Guard({"strong": STRONG, "nag": nag, "press": efface.unguarded})
+    given = call_options(pipe, {}, 1)
+    options = CALL | {name: value for name, value in given.items() if "scale" not in name and "negative" not in name}
+    base = efface.api.draw(pipe, [PROMPT], [7], guidance=4.0, **options)[0]
+    made = guarded(pipe, [PROMPT] * 3, ["strong", "press", "nag"], [7] * 3, guidance=4.0, **options)
+    pictures = made.again.pictures
+    assert pictures is not None and [row.acted[0].steps if row.acted else () for row in made.rows] == [
+        ((0, 2),),
+        (),
+        ((0, 2),),
+    ]
+    apart = [float((picture - base).abs().max()) for picture in pictures]
+    assert apart[0] > 1e-2 and apart[1] < 1e-4 and apart[2] > 1e-2, apart
 
 
 def test_two_threads_with_one_denoiser_wait_for_each_other() -> None:
