@@ -267,7 +267,9 @@ def test_a_stored_policy_without_its_hash_accepts_nothing(desk: Desk) -> None:
     assert desk.stub.batches == []
 
 
-def test_a_failure_hits_its_own_request_only_and_shows_no_inside(quiet: Desk) -> None:
+def test_a_failure_hits_its_own_request_only_and_shows_no_inside(
+    quiet: Desk, capfd: pytest.CaptureFixture[str]
+) -> None:
     quiet.stub.fails = {"poison": RuntimeError("secret weights at /srv")}
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         asked = [pool.submit(quiet.post, {"prompt": prompt, "steps": 1}) for prompt in ("a cat", "poison", "a dog")]
@@ -277,6 +279,8 @@ def test_a_failure_hits_its_own_request_only_and_shows_no_inside(quiet: Desk) ->
     assert [answer.status_code for answer in answers] == [200, 500, 200]
     assert len(quiet.stub.batches[0][0]) == 3  # one batch, which failed as a whole first
     assert "secret" not in error(answers[1], 500, "drawing_failed")["message"]
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "drawing failed" in line][-1:]
+    assert "RuntimeError at test_serve.py:" in line and "secret" not in line and "poison" not in line
 
 
 def _until(holds: Callable[[], bool], seconds: float = 20.0) -> None:

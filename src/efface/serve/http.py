@@ -18,7 +18,7 @@ from .. import files
 from .database import Unavailable
 from .errors import Refused, unavailable
 from .keys import Holder
-from .log import told
+from .log import named, told
 from .service import Service
 
 _BEARER = re.compile(rb"bearer +([\x21-\x7e]{1,200})", re.IGNORECASE)
@@ -91,7 +91,7 @@ def refused(request: Request, error: Exception) -> JSONResponse:
 
 def broken(request: Request, error: Exception) -> JSONResponse:
     """The answer to a request that ends with an error of the server, without its text."""
-    told("error", request=request.scope.get("efface.request"), error=repr(error))
+    told("error", request=request.scope.get("efface.request"), error=named(error))
     if isinstance(error, Unavailable):
         return refused(request, unavailable("The database cannot be used now. Try again later."))
     return refused(request, Refused(500, "The server failed. Tell the operator.", "server_error"))

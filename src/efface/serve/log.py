@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+import traceback
+from pathlib import Path
 from typing import Any
 
 from .. import checks
@@ -15,3 +17,10 @@ def told(event: str, **facts: Any) -> None:
     short = {name: checks.short(value, 500) if isinstance(value, str) else value for name, value in facts.items()}
     line = json.dumps({"time": round(time.time(), 3), "event": event, **short}, default=repr)
     print(line, file=sys.stderr, flush=True)
+
+
+def named(error: BaseException) -> str:
+    """The kind of an error and the line that raised it. Its text is left out, because it may quote a prompt."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{place}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import signal
 import threading
 import time
@@ -19,7 +20,7 @@ from .app import create_app
 from .backend import Backend
 from .database import Unavailable
 from .jobs import LIVE
-from .log import told
+from .log import named, told
 from .service import Service
 from .worker import Worker
 
@@ -85,6 +86,9 @@ def run(
         everywhere: allows an address beyond this machine.
     """
     check_host(host, everywhere)
+    logging.getLogger("uvicorn").addHandler(logging.NullHandler())  # the log says it in one line
+    logging.getLogger("uvicorn").propagate = False
+    threading.excepthook = lambda args: told("thread ended", error=named(args.exc_value or args.exc_type()))
     config = uvicorn.Config(
         create_app(service), host=host, port=port, log_config=None, access_log=False, server_header=False,
         timeout_keep_alive=5, limit_concurrency=2_000, h11_max_incomplete_event_size=16_384, loop="asyncio", http="h11",

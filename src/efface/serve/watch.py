@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 
 from .database import Unavailable
 from .jobs import LIVE, Jobs
-from .log import told
+from .log import named, told
 
 EVERY = 0.05
 
@@ -37,7 +37,7 @@ class Watcher:
                 try:
                     self._latest = await run_in_threadpool(self._jobs.states, names)
                 except (Unavailable, ValueError) as error:
-                    told("jobs cannot be followed", error=repr(error))
+                    told("jobs cannot be followed", error=named(error))
                     await asyncio.sleep(1.0)
                 async with self._ticked:
                     self._ticked.notify_all()

@@ -17,7 +17,7 @@ from .database import Unavailable
 from .errors import Refused
 from .fair import Fair
 from .jobs import Claim, Leases, Picture
-from .log import told
+from .log import named, told
 from .policies import effective
 from .service import Service
 
@@ -116,7 +116,7 @@ class Worker(threading.Thread):
             except Cancelled:
                 return [], None
             except FAILURES as error:
-                told("drawing failed", error=repr(error), jobs=[claim.id for claim, _ in ready])
+                told("drawing failed", error=named(error), jobs=[claim.id for claim, _ in ready])
                 return [], error
 
     def _rows(self, claim: Claim) -> list[Row]:
