@@ -296,7 +296,7 @@ VERBS: dict[str, tuple[list[list[str]], dict[str, Any]]] = {
         [["service", "--model", "tiny"]],
         {**LOADING, "--host": JUNK, "--size": JUNK, "--batch": NUMBER} | {"--port": NUMBER},
     ),
-    "serve audit": ([["service"]], {"--database": PATHS}),
+    "serve audit": ([["service"]], {"--database": PATHS, "--drop-older": NUMBER}),
     "serve key add": (
         [["service", "--tenant", "kids", "--policy", "kids"], ["service", "--tenant", "ops", "--admin"]],
         {"--tenant": JUNK, "--policy": JUNK, "--days": NUMBER, "--database": PATHS},

@@ -179,12 +179,22 @@ def test_a_request_can_only_add_erasures(desk: Desk) -> None:
 def test_a_stream_tells_progress_and_ends_with_the_pictures(desk: Desk) -> None:
     asked = {"prompt": "a cat", "n": 2, "seed": 1, "steps": 3, "stream": True}
     desk.stub.gate.clear()
-    threading.Timer(0.8, desk.stub.gate.set).start()
+
+    def release() -> None:
+        _until(lambda: any(step for _, step, _ in desk.service.jobs.states(_names(desk)).values()))
+        time.sleep(0.3)
+        desk.stub.gate.set()
+
+    threading.Thread(target=release).start()
     text = desk.post(asked).text
     assert ": accepted job_" in text and ": step 1 of 3" in text and text.endswith("data: [DONE]\n\n")
     events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
     assert [event["type"] for event in events] == ["image_generation.completed"] * 2
     assert base64.b64decode(events[0]["b64_json"])[:4] == b"\x89PNG"
+
+
+def _names(desk: Desk) -> list[str]:
+    return [name for name, _ in desk.service.jobs.running()]
 
 
 def test_jobs_can_be_followed_read_and_deleted_by_their_tenant_only(desk: Desk) -> None:

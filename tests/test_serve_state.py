@@ -212,7 +212,8 @@ def test_the_audit_log_cannot_be_changed_unseen(database: Database) -> None:
         with database.writing() as connection:
             audit.add(connection, "event", {"k": k})
     assert audit.verify() == (5, "")
-    for statement in ("UPDATE audit SET body = 'x'", "DELETE FROM audit"):
+    more = () if database.sqlite else ("TRUNCATE audit",)
+    for statement in ("UPDATE audit SET body = 'x'", "DELETE FROM audit", *more):
         with (
             pytest.raises((sql.exc.IntegrityError, ValueError), match="cannot be changed"),
             database.writing() as connection,
@@ -221,13 +222,38 @@ def test_the_audit_log_cannot_be_changed_unseen(database: Database) -> None:
     assert audit.verify() == (5, "") and [entry["k"] for entry in audit.entries(2)] == [3, 4]
     assert Audit(database, b"q" * 32).verify() == (1, "entry 1 was changed")
     with database.writing() as connection:  # by somebody who may drop the triggers
-        for name in ("audit_no_update", "audit_no_delete") if database.sqlite else ("audit_no_change ON audit",):
+        triggers = ("audit_no_update", "audit_no_delete") if database.sqlite else ("audit_no_change ON audit",)
+        for name in triggers:
             connection.execute(sql.text(f"DROP TRIGGER {name}"))
         connection.execute(sql.text("UPDATE audit SET body = replace(body, '2', '7') WHERE seq = 3"))
     assert audit.verify() == (3, "entry 3 was changed")
     with database.writing() as connection:
         connection.execute(sql.text("DELETE FROM audit WHERE seq = 2"))
     assert audit.verify() == (2, "entry 2 is missing")
+
+
+def test_old_entries_are_dropped_and_the_rest_can_be_checked(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audit, now = Audit(database, PEPPER), time.time()
+    for age in (40, 35, 2, 50, 1):  # the fourth was written while the clock was wrong
+        monkeypatch.setattr(time, "time", lambda age=age: now - age * 86_400)
+        with database.writing() as connection:
+            audit.add(connection, "event", {"age": age})
+    monkeypatch.setattr(time, "time", lambda: now)
+    assert audit.drop(60) == 0 and audit.drop(30) == 2 and audit.drop(30) == 0
+    assert [entry.get("age") for entry in audit.entries()] == [2, 50, 1, None] and audit.verify() == (6, "")
+    with (
+        pytest.raises((sql.exc.IntegrityError, ValueError), match="cannot be changed"),
+        database.writing() as connection,
+    ):
+        connection.execute(sql.text("DELETE FROM audit WHERE seq = 3"))
+    with database.writing() as connection:  # a start that makes the deletion possible
+        connection.execute(tables.starts.insert().values(seq=3, hash="0" * 64, mac="0" * 64))
+        connection.execute(sql.text("DELETE FROM audit WHERE seq = 3"))
+    assert audit.verify() == (3, "the start after entry 3 was forged")
+    with pytest.raises(ValueError, match="damaged"):
+        audit.drop(0)
 
 
 def test_an_entry_of_another_history_is_found(tmp_path: Path) -> None:

@@ -97,19 +97,29 @@ def run(
 
 
 @serve_app.command()
-def audit(folder: Folder, database: DatabaseUrl = None, as_json: AsJson = False) -> None:
+def audit(
+    folder: Folder,
+    drop_older: Annotated[
+        float | None, typer.Option(help="Delete entries older than so many days. The rest can still be checked.")
+    ] = None,
+    database: DatabaseUrl = None,
+    as_json: AsJson = False,
+) -> None:
     """Check the chain of the audit log, and show its latest entries."""
     with told():
         service = _opened(folder, database)
+        dropped = 0 if drop_older is None else service.audit.drop(drop_older)
         n, fault = service.audit.verify()
         entries = service.audit.entries(20)
         service.database.close()
         if as_json:
-            typer.echo(json.dumps({"entries": n, "fault": fault, "latest": entries}, indent=1))
+            typer.echo(json.dumps({"last": n, "dropped": dropped, "fault": fault, "latest": entries}, indent=1))
         else:
             for entry in entries:
                 say(f"{entry['seq']}  {entry['kind']}  {entry.get('tenant', '')}")
-            say(f"{n} entries, {fault or 'the chain holds'}.")
+            if drop_older is not None:
+                say(f"Dropped {dropped} entries.")
+            say(f"{n} is the last entry, {fault or 'the chain holds'}.")
         if fault:
             raise ValueError(f"The audit log is damaged ({fault}). Restore the database from a backup.")
 

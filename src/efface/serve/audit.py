@@ -11,6 +11,7 @@ from typing import Any
 
 import sqlalchemy as sql
 
+from .. import checks
 from . import tables
 from .database import Database
 
@@ -67,17 +68,52 @@ class Audit:
         return [json.loads(body) for body in reversed(found)]
 
     def verify(self) -> tuple[int, str]:
-        """The number of entries, and the first fault of the chain; "" if there is none.
+        """The number of the last entry, and the first fault of the chain; "" if there is none.
 
         A chain whose end was cut off has no fault. Compare the number with an earlier one, kept elsewhere.
         """
-        previous, n = FIRST, 0
         with self._database.reading() as connection:
-            for row in connection.execute(sql.select(tables.audit).order_by(tables.audit.c.seq)).mappings():
-                n += 1
-                if row["seq"] != n:
-                    return n, f"entry {n} is missing"
-                if not hmac.compare_digest(row["hash"], self._hash(previous, row["body"])):
-                    return n, f"entry {n} was changed"
-                previous = row["hash"]
+            return self._verify(connection)
+
+    def _verify(self, connection: sql.Connection) -> tuple[int, str]:
+        n, previous = 0, FIRST
+        start = connection.execute(sql.select(tables.starts).order_by(tables.starts.c.seq.desc()).limit(1)).first()
+        if start is not None:
+            n, previous = start.seq, start.hash
+            if not hmac.compare_digest(start.mac, self._start(start.seq, start.hash)):
+                return n, f"the start after entry {n} was forged"
+        for row in connection.execute(sql.select(tables.audit).order_by(tables.audit.c.seq)).mappings():
+            n += 1
+            if row["seq"] != n:
+                return n, f"entry {n} is missing"
+            if not hmac.compare_digest(row["hash"], self._hash(previous, row["body"])):
+                return n, f"entry {n} was changed"
+            previous = row["hash"]
         return n, ""
+
+    def _start(self, seq: int, last: str) -> str:
+        return hmac.new(self._pepper, f"start\n{seq}\n{last}".encode(), hashlib.sha256).hexdigest()
+
+    def drop(self, days: float) -> int:
+        """Deletes the oldest entries, up to the first one that is not older, and returns their number.
+
+        The hash of the last dropped entry is kept, so that the rest can still be checked.
+
+        Raises:
+            ValueError: the chain has a fault, which would be hidden.
+        """
+        before, last, n = time.time() - checks.number("days", days, 0) * 86_400, None, 0
+        with self._database.writing() as connection:
+            if fault := self._verify(connection)[1]:
+                raise ValueError(f"The audit log is damaged ({fault}). Restore the database from a backup.")
+            for row in connection.execute(sql.select(tables.audit).order_by(tables.audit.c.seq)).mappings():
+                if json.loads(row["body"])["time"] >= before:
+                    break
+                last, n = row, n + 1
+            if last is None:
+                return 0
+            mac = self._start(last["seq"], last["hash"])
+            connection.execute(tables.starts.insert().values(seq=last["seq"], hash=last["hash"], mac=mac))
+            self.add(connection, "entries dropped", {"through": last["seq"], "days": days})
+            connection.execute(tables.audit.delete().where(tables.audit.c.seq <= last["seq"]))
+        return n

@@ -84,3 +84,12 @@ audit = sql.Table(
     sql.Column("hash", HASH, nullable=False),
 )
 """One chain: each hash covers the entry and the hash before it. Triggers refuse changes."""
+
+starts = sql.Table(
+    "audit_starts",
+    DATA,
+    sql.Column("seq", sql.Integer, primary_key=True, autoincrement=False),
+    sql.Column("hash", HASH, nullable=False),
+    sql.Column("mac", HASH, nullable=False),
+)
+"""Where the chain starts since its earlier entries were dropped: the last dropped entry. Only those can be deleted."""

@@ -9,6 +9,19 @@ branch_labels = None
 depends_on = None
 
 REFUSE = "audit entries cannot be changed"
+DROPPED = "OLD.seq <= (SELECT COALESCE(MAX(seq), 0) FROM audit_starts)"
+SQLITE = (
+    f"CREATE TRIGGER audit_no_update BEFORE UPDATE ON audit BEGIN SELECT RAISE(ABORT, '{REFUSE}'); END",
+    f"CREATE TRIGGER audit_no_delete BEFORE DELETE ON audit WHEN NOT ({DROPPED}) "
+    f"BEGIN SELECT RAISE(ABORT, '{REFUSE}'); END",
+)
+POSTGRESQL = (
+    "CREATE FUNCTION efface_refuse() RETURNS trigger LANGUAGE plpgsql AS "
+    f"$$ BEGIN IF TG_OP = 'DELETE' THEN IF {DROPPED} THEN RETURN OLD; END IF; END IF; "
+    f"RAISE EXCEPTION '{REFUSE}'; END $$",
+    "CREATE TRIGGER audit_no_change BEFORE UPDATE OR DELETE ON audit FOR EACH ROW EXECUTE FUNCTION efface_refuse()",
+    "CREATE TRIGGER audit_no_truncate BEFORE TRUNCATE ON audit FOR EACH STATEMENT EXECUTE FUNCTION efface_refuse()",
+)
 
 
 def upgrade() -> None:
@@ -74,21 +87,14 @@ def upgrade() -> None:
         sa.Column("body", sa.Text, nullable=False),
         sa.Column("hash", sa.String(64), nullable=False),
     )
-    if op.get_bind().dialect.name == "sqlite":
-        for what in ("UPDATE", "DELETE"):
-            op.execute(
-                f"CREATE TRIGGER audit_no_{what.lower()} BEFORE {what} ON audit "
-                f"BEGIN SELECT RAISE(ABORT, '{REFUSE}'); END"
-            )
-    else:
-        op.execute(
-            "CREATE FUNCTION efface_refuse() RETURNS trigger LANGUAGE plpgsql AS "
-            f"$$ BEGIN RAISE EXCEPTION '{REFUSE}'; END $$"
-        )
-        op.execute(
-            "CREATE TRIGGER audit_no_change BEFORE UPDATE OR DELETE OR TRUNCATE ON audit "
-            "FOR EACH STATEMENT EXECUTE FUNCTION efface_refuse()"
-        )
+    op.create_table(
+        "audit_starts",
+        sa.Column("seq", sa.Integer, primary_key=True, autoincrement=False),
+        sa.Column("hash", sa.String(64), nullable=False),
+        sa.Column("mac", sa.String(64), nullable=False),
+    )
+    for statement in SQLITE if op.get_bind().dialect.name == "sqlite" else POSTGRESQL:
+        op.execute(statement)
 
 
 def downgrade() -> None:
