@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import efface
-from efface import Concept, Delta, Directions, Run, Tokens, _trials, files, redteam, schema
+from efface import Concept, Delta, Directions, Run, Tokens, _trials, files, guard, redteam, schema
 from efface.detectors import _encoders, classifier, nudenet, q16
 from efface.editors import _directions, _search
 from efface.editors import _examples as examples
@@ -148,6 +148,7 @@ OTHERS = {
     "answers": Reader("sheets/answers.csv", lambda f: read_sheets(f / "sheets")),
     "csv": Reader("prompts.csv", lambda f: _csv.read(f / "prompts.csv", ("prompt",))),
     "picture": Reader("run/cat/images/cat-explicit-000.png", read_pictures),
+    "policies": Reader("policies.yaml", lambda f: guard.read(f / "policies.yaml")),
 }
 READERS = JSON | LINES | HEADERS | OTHERS
 
@@ -172,6 +173,7 @@ def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     written = [json.dumps({"file_name": name, **example}) for name in ("a.png", "b.png")]
     (folder / "pictures/metadata.jsonl").write_text("".join(f"{line}\n" for line in written))
     (folder / "prompts.csv").write_text("prompt,seed\na cat,1\n")
+    (folder / "policies.yaml").write_text("policies:\n  kids: {erase: [alcohol]}\n  press: {unguarded: true}\n")
     (folder / "sheets").mkdir()
     sheets = {"format": 1, "concept": "cat", "annotator": "ana", "pass": 1}
     sheets["items"] = [{"run": SHA, "row": "cat-0", "picture": SHA}]

@@ -23,6 +23,7 @@ from efface import files, registry, runs
 from efface.cli import app
 from efface.core import shipped_concepts
 from efface.feedback import Ranking, Session, Store, export, pool, write_sheets
+from efface.serve.service import initialise
 
 GOLDEN = Path(__file__).parent / "pins/files"
 CODES = {0, 1, 2, 3, 4, 130}
@@ -64,6 +65,11 @@ def good() -> Path:
         shown = Session(store, pool(folder / "run"), "cat", "ben", 1, kind="binary")
         shown.answer(0, "yes")
         shown.answer(1, "no")
+    (folder / "policies.yaml").write_text("policies: {kids: {erase: [cat]}, press: {unguarded: true}}")
+    made, _ = initialise(folder / "service")
+    made.policies.add("kids", {"erase": ["cat"]}, "test")
+    made.keys.add("kids", "kids")
+    made.database.close()
     (folder / "precious.txt").write_text("precious")
     (folder / "mine").mkdir()
     (folder / "mine/precious.txt").write_text("precious")
@@ -73,6 +79,7 @@ def good() -> Path:
 
 HOSTILE = ("delta.safetensors", "run/run.json", "run/samples.jsonl", "run/scores.json", "run/card.json")
 HOSTILE += ("labels.db", "labels.jsonl", "sheets/sheets.json", "sheets/answers.csv", "ranks/sheets.json")
+HOSTILE += ("service/serve.db", "service/pepper", "policies.yaml")
 HOSTILE += ("model/model_index.json", "model/unet/config.json", "adapter.safetensors")
 
 
@@ -307,6 +314,20 @@ VERBS: dict[str, tuple[list[list[str]], dict[str, Any]]] = {
         [["labels.db", "--pictures", "run", "--concept", "cat", "--out", "new"]],
         {"--concept": CONCEPT, "--pictures": PATHS, "--out": PATHS, "--figure": PATHS, "--seed": NUMBER},
     ),
+    "serve init": ([["new"]], {"--database": PATHS}),
+    "serve run": (
+        [["service", "--model", "tiny"]],
+        {**LOADING, "--host": JUNK, "--size": JUNK, "--batch": NUMBER} | {"--port": NUMBER},
+    ),
+    "serve audit": ([["service"]], {"--database": PATHS, "--drop-older": NUMBER}),
+    "serve key add": (
+        [["service", "--tenant", "kids", "--policy", "kids"], ["service", "--tenant", "ops", "--admin"]],
+        {"--tenant": JUNK, "--policy": JUNK, "--days": NUMBER, "--database": PATHS},
+    ),
+    "serve key list": ([["service"]], {"--database": PATHS}),
+    "serve key revoke": ([["service", "key_x"]], {}),
+    "serve policy add": ([["service", "policies.yaml"]], {"--database": PATHS}),
+    "serve policy list": ([["service"]], {"--database": PATHS}),
     "list": ([["methods"], ["concepts"], ["editors", "--format", "md"]], {"--format": FORMAT}),
 }
 FLAGS = ("--json", "--overwrite", "--mixed", "--plot", "--allow-hub", "--bogus")
@@ -354,6 +375,7 @@ def stubs() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(api, "load", load)
+        patch.setattr("efface.serve.run.run", lambda service, *_: service.database.close() or 0)
         yield
 
 
@@ -368,6 +390,8 @@ def allowed(argv: Sequence[str], name: str) -> bool:
         return name in ("run/scores.json", "run/card.json")
     if argv[0] in ("judge", "feedback") and name == "labels.db":
         return True  # a store grows
+    if argv[0] == "serve" and name == "service/serve.db":
+        return True
     if argv[0] == "bench":
         return name.startswith("run/")
     return "--overwrite" in argv and "precious" not in name

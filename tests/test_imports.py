@@ -60,16 +60,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runs": HOOKS | {"models", "api", "pipelines", "metrics", "detectors", "progress", "judged", "feedback"},
     "report": FACTS | {"runs", "redteam", "feedback"},
     "tables": FACTS | {"runs", "report"},
+    "guard": HOOKS | {"api", "detectors"},
+    "serve": FACTS | {"_weights", "api", "guard", "progress"},
     "jobs": HOOKS | {"models", "api", "pipelines", "runs", "progress"},
     "_interrupt": set(),
     "cli": FACTS
     | {"models", "api", "pipelines", "calibration", "detectors", "runs", "redteam", "report", "tables", "jobs"}
-    | {"progress", "feedback"}
+    | {"progress", "feedback", "guard", "serve"}
     | {"_interrupt"},
     "__main__": {"cli", "_interrupt"},
     "efface": {
         *("registry", "core", "records", "pictures", "pipelines", "api", "calibration", "erasers", "editors"),
-        *("attacks", "detectors", "suites", "delta", "runs", "redteam", "report", "tables"),
+        *("attacks", "detectors", "suites", "delta", "guard", "runs", "redteam", "report", "tables"),
     },
 }
 
@@ -125,6 +127,11 @@ ORDER = {
         *("relearning", "repetition", "ring_a_bell", "translation", "unlearndiffatk"),
     ),
     "redteam": ("victim", "panel", "trial", "result", "forms", "folder", "run", "__init__"),
+    "guard": ("forms", "policy", "file", "proof", "record", "explain", "guard", "__init__"),
+    "serve": (
+        *("tables", "database", "errors", "log", "metrics", "audit", "keys", "policies", "fields", "jobs", "fair"),
+        *("service", "backend", "worker", "watch", "http", "images", "own", "app", "run", "__init__"),
+    ),
     "report": ("words", "template", "compare", "plot", "pictures", "page", "attacked", "__init__"),
 }
 

@@ -55,6 +55,9 @@ from .erasers.negative_prompt import NegativePrompt as NegativePrompt
 from .erasers.safree import SAFREE as SAFREE
 from .erasers.semantic_surgery import SemanticSurgery as SemanticSurgery
 from .erasers.sld import SLD as SLD
+from .guard.guard import Guard as Guard
+from .guard.policy import Policy as Policy
+from .guard.policy import unguarded as unguarded
 from .pictures import grid as grid
 from .pipelines import effectiveness as effectiveness
 from .pipelines import load as load
