@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..records import Score
+from ..runs.card import concept_names
 from .compare import Entry
 from .pictures import pairs_of
 from .plot import pareto
 
 ROLES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("Removal", ("removal.absolute", "inappropriateness", "asr", "detection")),
+    ("Removal", ("outcomes.erased", "removal.absolute", "inappropriateness", "asr", "detection")),
     ("Retention", ("retention", "clip_score")),
     ("In-prompt retention", ("in_prompt_clip.normalised", "retention/dual", "in_prompt_clip")),
     (
@@ -59,18 +60,11 @@ def _protocols(scores: Sequence[Score]) -> list[str]:
 def _erased(group: Sequence[Entry]) -> str:
     """The names of the erased concepts; per run if they differ."""
     names = [
-        ", ".join(dict.fromkeys(name for config in e.card["erasers"] for name in _concepts(config))) for e in group
+        ", ".join(dict.fromkeys(name for config in e.card["erasers"] for name in concept_names(config))) for e in group
     ]
     if len(set(names)) == 1:
         return names[0]
     return "; ".join(f"{e.label}: {n or 'unknown'}" for e, n in zip(group, names, strict=True))
-
-
-def _concepts(config: Mapping[str, Any]) -> list[str]:
-    """The names of an eraser's concepts. A plug-in's record may hold names instead of concepts."""
-    concepts = config.get("concepts") or []
-    listed = [concepts] if isinstance(concepts, str) else concepts
-    return [each if isinstance(each, str) else each["name"] for each in listed]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .. import checks, files, registry
 from ..core import Concepts, as_concepts
 from ..progress import shows
-from ..records import Suite, rows_hash
+from ..records import Suite, alike, rows_hash
 from .draw import agree, fill, locally, painter, several, work
 from .folder import LOCK, claim
 from .judges import metric_config
@@ -35,7 +35,7 @@ def make_suite(
         name: a name from `efface list suites`.
         concepts: the concepts to erase. The suite chooses its rows by them.
         data: the file or folder of the user's that some suites read.
-        limit: the largest number of rows.
+        limit: the largest number of rows, alike from each concept and category.
         options: the suite's fields.
 
     Raises:
@@ -82,7 +82,7 @@ def run(
         out: the run folder, created if it does not exist; or an address that fsspec knows, such as s3://bucket/runs/a.
             For an address, the run is made in a local copy, and sent there after each batch.
         base: the folder of the base model's pictures. None: `base-SUITE-HASH` next to `out`.
-        limit: the number of rows to draw, from the first on, at least 1.
+        limit: the largest number of rows to draw, alike from each concept, category and kind.
         batch: pictures per pipeline call, at least 1. Limits the memory.
         progress: True shows a bar with the remaining time. A callable receives the task, the number done and the total.
         command: the command in the record. None: the command of this process.
@@ -110,10 +110,8 @@ def run(
         True
     """
     checks.whole("batch", batch)
-    if limit is not None:
-        checks.whole("limit", limit)
     checks.path("out", out)
-    rows = suite.rows[:limit]
+    rows = alike(suite.rows, limit)
     if not rows:
         raise ValueError(f"The suite {suite.name!r} has no rows. Name another concept, or another data folder.")
     cluster = _cluster(ray, model)
