@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import efface
-from efface import Concept, Delta, Directions, Run, _trials, files, redteam, schema
+from efface import Concept, Delta, Directions, Run, _trials, auditing, files, redteam, schema
 from efface.detectors import _encoders, classifier, nudenet, q16
 from efface.editors import _directions, _search
 from efface.erasers.gie import fit
@@ -93,6 +93,27 @@ def _labels(folder: Path) -> None:
     classifier._labels(folder / "classifier/config.json")
 
 
+MODEL = {"name": "emoji", "digest": SHA, "text_hash": SHA}
+AUDIT = {
+    "format": 1,
+    "outcome": "met",
+    "headline": "Met: cat.",
+    "model": MODEL,
+    "base": MODEL,
+    "concepts": [
+        {
+            "concept": "cat",
+            "n": 4,
+            "prompts": 2,
+            "verdict": {"outcome": "met", "why": "", "reasons": [], "bound": 0.04},
+            "words": ["The detector sees cat in 0 of 4 pictures."],
+        }
+    ],
+    "regressions": [],
+    "controls": {"random weights": {"n": 4}},
+    "not_covered": ["CSAM: not tested, by policy."],
+}
+
 JSON = {
     "run": Reader("run/cat/run.json", read_run),
     "base run": Reader("run/base/run.json", read_run),
@@ -107,6 +128,7 @@ JSON = {
         lambda f: _trials._read(f / "calibration/strength-2.json", 2, ("left", "kept")),
     ),
     "attack": Reader("attack/attack.json", lambda f: redteam.opened(f / "attack")),
+    "audit": Reader("audit/audit.json", lambda f: auditing.opened(f / "audit")),
     "ladder": Reader("ladder.json", lambda f: fit.Ladder(f / "ladder.json", {"call": {}})),
     "prompts": Reader("ccrt/1/prompts.json", read_prompts),
     "classifier": Reader("classifier/config.json", _labels),
@@ -179,6 +201,8 @@ def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     save_file({"unet.mid_block": torch.ones(1, 4)}, folder / "directions.safetensors", {"efface": json.dumps(header)})
     cached = {"fit": json.dumps(LATENTS), "done": "false"}
     save_file({"latents": torch.ones(2, 4, 8, 8)}, folder / "latents.safetensors", cached)
+    (folder / "audit").mkdir()
+    (folder / "audit/audit.json").write_text(json.dumps(AUDIT))
     (folder / "secret").write_text("precious")
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_: pytest.fail(f"{host} is asked"))
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
@@ -371,6 +395,7 @@ def test_headers_with_entries_of_other_types_are_refused_or_decide_nothing(name:
 
 
 FOREIGN = {
+    "audit": "format",
     "run": "format",
     "base run": "format",
     "scores": "format",

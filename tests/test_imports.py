@@ -59,16 +59,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runs": HOOKS | {"models", "api", "pipelines", "metrics", "detectors", "progress", "judged", "feedback"},
     "report": FACTS | {"runs", "redteam", "feedback"},
     "tables": FACTS | {"runs", "report"},
+    "auditing": HOOKS
+    | {"models", "api", "pipelines", "detectors", "metrics", "runs", "redteam", "report", "intervals", "judged"}
+    | {"feedback", "progress", "attacks"},
     "jobs": HOOKS | {"models", "api", "pipelines", "runs", "progress"},
     "_interrupt": set(),
     "cli": FACTS
     | {"models", "api", "pipelines", "calibration", "detectors", "runs", "redteam", "report", "tables", "jobs"}
-    | {"progress", "feedback"}
+    | {"progress", "feedback", "auditing"}
     | {"_interrupt"},
     "__main__": {"cli", "_interrupt"},
     "efface": {
         *("registry", "core", "records", "pictures", "pipelines", "api", "calibration", "erasers", "editors"),
-        *("attacks", "detectors", "suites", "delta", "runs", "redteam", "report", "tables"),
+        *("attacks", "auditing", "detectors", "suites", "delta", "runs", "redteam", "report", "tables"),
     },
 }
 
@@ -120,7 +123,10 @@ ORDER = {
         *("relearning", "repetition", "ring_a_bell", "translation", "unlearndiffatk"),
     ),
     "redteam": ("victim", "panel", "trial", "result", "forms", "folder", "run", "__init__"),
-    "report": ("words", "template", "compare", "plot", "pictures", "page", "attacked", "__init__"),
+    "report": ("words", "template", "compare", "plot", "pictures", "page", "attacked", "audited", "__init__"),
+    "auditing": (
+        *("judge", "verdict", "prepare", "forms", "result", "draw", "evidence", "log", "since", "run", "__init__"),
+    ),
 }
 
 

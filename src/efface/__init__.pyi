@@ -27,6 +27,8 @@ from .attacks.repetition import Repetition as Repetition
 from .attacks.ring_a_bell import RingABell as RingABell
 from .attacks.translation import Translation as Translation
 from .attacks.unlearndiffatk import UnlearnDiffAtk as UnlearnDiffAtk
+from .auditing import Audit as Audit
+from .auditing import audit as audit
 from .calibration import calibrate as calibrate
 from .core import Concept as Concept
 from .core import Detector as Detector

@@ -1,6 +1,6 @@
 """The `efface` command. Commands import heavy packages themselves, so that `efface --help` is fast."""
 
-from . import attack, bench, calibrate, delta, erase, fit, judge, report, score, verify
+from . import attack, audit, bench, calibrate, delta, erase, fit, judge, report, score, verify
 from . import list as listing
 from .app import app
 
@@ -16,6 +16,7 @@ for _verb in (
     calibrate.calibrate,
     verify.verify,
     attack.attack,
+    audit.audit,
 ):
     app.command()(_verb)
 app.add_typer(delta.delta_app, name="delta")

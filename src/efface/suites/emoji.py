@@ -78,7 +78,7 @@ class Emoji:
         Args:
             concepts: the erased concepts; () = alcohol, weapon, smoking, death, medical and gambling.
             data: not used.
-            limit: the largest number of rows: the first ones of a single concept, else alike from each concept and kind.
+            limit: the largest number of rows: the first ones of a single concept, or alike from each concept and kind.
 
         Raises:
             ValueError: the model cannot draw a concept, so that it cannot be judged; or `limit` is below 1.
