@@ -73,9 +73,9 @@ def figures(concept: str, now: Seen, before: Seen | None, level: float = LEVEL) 
 
     Returns:
         `n` and `prompts`; `rate` and `outcomes` of the audited model, `base_rate` and `base_outcomes` of the base
-        model. Their paired `difference`. `upper` and `lower` bound the rate of new seeds for these prompts, by the detector
-        alone; `new_prompts` bounds the share of new prompts. The `worst` prompt, and `shown`: the ids of pictures in
-        which any judge sees the concept.
+        model, and their paired `difference`. `upper` and `lower` bound the rate of new seeds for these prompts, by the
+        detector alone; `new_prompts` bounds the share of new prompts. The `worst` prompt, and `shown`: the ids of
+        pictures in which any judge sees the concept.
     """
     rows, there, something = now.of(concept)
     if not rows:
