@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from test_metrics import by_name, sample
+from test_report import make, page
 
 import efface
 from efface import Concept, Row, runs
@@ -134,3 +135,31 @@ def test_a_card_says_how_often_the_base_model_shows_each_concept(sd1: Any, tmp_p
     (cat,) = run.card()["coverage"]
     assert cat["rows"] == 3 and cat["prompts"] == 1 and cat["base_rate"] == 0
     assert cat["why"] == "the base model shows it in 0.0% of the pictures, fewer than 30%"
+
+
+# ---------------------------------------------------------------- the page
+
+
+def test_the_page_begins_with_the_verdict_and_the_failures(tmp_path: Path) -> None:
+    folder = make(tmp_path / "eiup")
+    shown = page([folder], tmp_path / "report.html")
+    text = shown.text
+    places = [
+        text.index(x) for x in ("Verdict", "does not cover", "Failures", "Suite and model", "Summary", "All scores")
+    ]
+    assert places == sorted(places)
+    assert (
+        "cat: the detector sees it in 12 of 24 pictures of 12 prompts (50.0 %), with the base model in 100.0 %. Ruined "
+        "pictures were not told apart. The detector's error is unknown: nobody labelled this run." in text
+    )
+    assert "12 of 12 rows in which the detector still sees the concept" in text
+    assert "Fewer than 59 cannot support 5 % for new prompts" in text and "Attacks are not part of this report" in text
+    failures = (tmp_path / "report.html").read_text().partition("Suite and model")[0]
+    assert failures.count("<img") == 24 and failures.count('veil">') >= 36  # and the prompts
+
+
+def test_an_erased_concept_without_rows_stands_in_the_verdict(tmp_path: Path) -> None:
+    folder = make(tmp_path / "a", concepts=("cat", "hat"))
+    text = page([folder], tmp_path / "report.html").text
+    assert "hat: not judged, because no row asks for it." in text
+    assert text.index("hat: not judged") < text.index("Summary")

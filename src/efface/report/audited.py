@@ -30,7 +30,7 @@ def write_audit(facts: Mapping[str, Any], run: Run, base: Run | None, out: Path)
     """
     render = renderer("audited.html.j2")
     scores, plain = ({score.metric: score for score in group} for group in run.scores())
-    entry = Entry(facts["model"]["name"], run, run.card(), scores, plain)
+    entry = Entry("audited model", run, run.card(), scores, plain)
     shown = {row for each in facts["concepts"] for row in each.get("shown", ())}
     failures = pairs_of([entry], FAILURES, shown) if shown else []
     others = {sample.row.id for sample in run.samples()} - shown

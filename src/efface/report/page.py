@@ -12,6 +12,7 @@ from ..runs.card import concept_names
 from .compare import Entry
 from .pictures import pairs_of
 from .plot import pareto
+from .verdict import verdict
 
 ROLES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Removal", ("outcomes.erased", "removal.absolute", "inappropriateness", "asr", "detection")),
@@ -29,7 +30,11 @@ def view(k: int, group: Sequence[Entry], pairs: int) -> dict[str, Any]:
     names = list(dict.fromkeys(name for entry in group for name in entry.scores))
     heads = {title: next((n for n in wanted if n in names), None) for title, wanted in ROLES}
     plain = {name: next(e.base[name] for e in group if name in e.base) for name in names}
-    first = group[0]
+    first, words = group[0], verdict(group)
+    every = {sample.row.id for sample in (first.run.base or first.run).samples()}
+    failures = pairs_of(group, max(pairs // 2, 1), words["failed"]) if words["failed"] else []
+    shown = {pair["row"].id for pair in failures}
+    rest = pairs_of(group, pairs - len(failures), every - shown) if len(failures) < pairs and every - shown else []
     return {
         "mark": chr(ord("A") + k) if k < 26 else str(k + 1),
         "runs": group,
@@ -42,7 +47,9 @@ def view(k: int, group: Sequence[Entry], pairs: int) -> dict[str, Any]:
         "plot": _pareto(k, group, heads["Removal"], heads["Retention"], plain),
         "bars": _bars(group, [heads["Removal"], heads["Retention"]], plain),
         "names": names,
-        "pairs": pairs_of(group, pairs),
+        "verdict": words,
+        "failures": failures,
+        "pairs": rest,
         "total": first.run.n,
         "warnings": _warnings(group),
         "judged": _judged(group),
