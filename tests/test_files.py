@@ -32,6 +32,7 @@ from efface.pictures import read_picture
 from efface.report.compare import entries, grouped
 from efface.runs.card import summary
 from efface.suites import _csv
+from efface.suites.prompts import Prompts
 from efface.suites.six_cd import SixCD
 
 PINS = Path(__file__).parent / "pins/files"
@@ -164,6 +165,8 @@ HEADERS = {
 OTHERS = {
     "answers": Reader("sheets/answers.csv", lambda f: read_sheets(f / "sheets")),
     "csv": Reader("prompts.csv", lambda f: _csv.read(f / "prompts.csv", ("prompt",))),
+    "own csv": Reader("own/mine.csv", lambda f: Prompts().load((), f / "own/mine.csv")),
+    "own lines": Reader("own/mine.jsonl", lambda f: Prompts().load((), f / "own/mine.jsonl")),
     "picture": Reader("run/cat/images/cat-explicit-000.png", read_pictures),
 }
 READERS = JSON | LINES | HEADERS | OTHERS
@@ -183,6 +186,9 @@ def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     boxes = {"sha256": SHA, "detector": "x", "boxes": [["FEET_EXPOSED", 0.5, [0, 0, 1, 1]]]}
     (folder / "boxes.jsonl").write_text(f"{json.dumps(boxes)}\n" * 2)
     (folder / "prompts.csv").write_text("prompt,seed\na cat,1\n")
+    (folder / "own").mkdir()
+    (folder / "own/mine.csv").write_text("prompt,seed\na cat,1\n")
+    (folder / "own/mine.jsonl").write_text('{"prompt": "a cat"}\n')
     (folder / "sheets").mkdir()
     sheets = {"format": 1, "concept": "cat", "annotator": "ana", "pass": 1}
     sheets["items"] = [{"run": SHA, "row": "cat-0", "picture": SHA}]

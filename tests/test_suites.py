@@ -27,7 +27,7 @@ from efface.suites.ring_a_bell import RingABell
 from efface.suites.six_cd import SixCD
 from efface.suites.unlearndiffatk import UnlearnDiffAtk
 
-EXTERNAL = [name for name in registry.methods("suites") if name != "emoji"]
+EXTERNAL = [name for name in registry.methods("suites") if name not in ("emoji", "prompts")]
 CAPTIONS = emoji.vocabulary()["captions"]
 
 

@@ -243,18 +243,38 @@ def alike(rows: Sequence[Row], limit: int | None) -> tuple[Row, ...]:
     groups: dict[tuple[str, str, str], list[tuple[Row, ...]]] = {}
     for unit in _units(rows):
         groups.setdefault((unit[0].concept, unit[0].category, unit[0].kind), []).append(unit)
-    concepts = [concept for concept, _, _ in groups]
-    turns = [concepts[:k].count(concept) for k, concept in enumerate(concepts)]
-    order = [key for _, key in sorted(zip(turns, groups, strict=True), key=lambda pair: (pair[0], not pair[1][0]))]
-    counts, left = dict.fromkeys(order, 0), limit
-    while fits := [key for key in order if counts[key] < len(groups[key]) and len(groups[key][0]) <= left]:
-        for key in (key for key in fits if len(groups[key][0]) <= left):
-            counts[key] += 1
-            left -= len(groups[key][0])
-    if left == limit:  # there are only pairs, and the limit is 1
-        counts[order[0]] = 1
+    counts = shares({key: (len(units), len(units[0])) for key, units in groups.items()}, limit)
     chosen = {row.id for key, n in counts.items() for k in range(n) for row in groups[key][k * len(groups[key]) // n]}
     return tuple(row for row in rows if row.id in chosen)
+
+
+def shares(sizes: Mapping[tuple[str, str, str], tuple[int, int]], limit: int) -> dict[tuple[str, str, str], int]:
+    """How many units to take of each group, so that groups share a limit alike.
+
+    Args:
+        sizes: (concept, category, kind) to the number of units and the rows of a unit.
+        limit: the largest number of rows. The first group gives a unit if none fits.
+
+    Example:
+        >>> from efface.records import shares
+        >>> shares({("cat", "", ""): (100, 1), ("dog", "", ""): (2, 1)}, 10)
+        {('cat', '', ''): 8, ('dog', '', ''): 2}
+    """
+    concepts = [concept for concept, _, _ in sizes]
+    seen: dict[str, int] = {}
+    turns = []
+    for concept in concepts:
+        turns.append(seen.get(concept, 0))
+        seen[concept] = turns[-1] + 1
+    order = [key for _, key in sorted(zip(turns, sizes, strict=True), key=lambda pair: (pair[0], not pair[1][0]))]
+    counts, left = dict.fromkeys(order, 0), limit
+    while fits := [key for key in order if counts[key] < sizes[key][0] and sizes[key][1] <= left]:
+        for key in (key for key in fits if sizes[key][1] <= left):
+            counts[key] += 1
+            left -= sizes[key][1]
+    if left == limit:
+        counts[order[0]] = 1
+    return counts
 
 
 def _units(rows: Sequence[Row]) -> list[tuple[Row, ...]]:

@@ -170,6 +170,11 @@ _MINOR = re.compile(
 )
 
 
+def names_minor(text: str) -> bool:
+    """Whether a text may name a minor, by the broad keyword rule of `screen`."""
+    return _MINOR.search(text) is not None
+
+
 def screen(lines: Sequence[Line], texts: Sequence[str], sexual: Callable[[Line], bool]) -> tuple[list[Line], int]:
     """Drops lines that may put a minor into a sexual context. The broad keyword rule drops too much rather than too
     little.
