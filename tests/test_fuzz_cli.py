@@ -289,6 +289,10 @@ VERBS: dict[str, tuple[list[list[str]], dict[str, Any]]] = {
         {"--concept": CONCEPT, "--annotator": JUNK, "--store": PATHS, "--pass": NUMBER, "--sheets": PATHS}
         | {"--seed": NUMBER, "--positives": NUMBER, "--near": NUMBER, "--negatives": NUMBER, "--port": NUMBER},
     ),
+    "judge threshold": (
+        [["sheets/answers.csv", "--concept", "nudity", "--detector", "open_nsfw"]],
+        {"--concept": CONCEPT, "--detector": JUNK, "--detector-set": SETTINGS, "--misses": NUMBER, "--seed": NUMBER},
+    ),
     "judge read": ([["sheets"]], {"--store": PATHS}),
     "judge agreement": ([["labels.db"]], {}),
     "judge export": ([["labels.db", "--out", "new"]], {"--out": PATHS}),

@@ -48,6 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "suites": FACTS | {"models"},
     "intervals": {"checks"},
     "judged": {"checks", "intervals"},
+    "thresholds": {"checks", "files", "intervals", "detectors", "records"},
     "feedback": {"checks"} | FILES,
     "progress": set(),
     "_loading": FACTS | {"models"},
@@ -66,7 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_interrupt": set(),
     "cli": FACTS
     | {"models", "api", "pipelines", "calibration", "detectors", "runs", "redteam", "report", "tables", "jobs"}
-    | {"progress", "feedback", "auditing"}
+    | {"progress", "feedback", "auditing", "thresholds"}
     | {"_interrupt"},
     "__main__": {"cli", "_interrupt"},
     "efface": {

@@ -83,8 +83,8 @@ def _csv(path: Path) -> Iterator[Prompt]:
         header = [name.strip().lower() for name in next(reader, [])]
         if "prompt" not in header or len(set(header)) < len(header):
             raise ValueError(
-                f"Expected a header with the column `prompt` once in line 1 of {path}, got another line. Write a header "
-                f"of {', '.join(COLUMNS)}."
+                f"Expected a header with the column `prompt` once in line 1 of {path}, got another line. Write a "
+                f"header of {', '.join(COLUMNS)}."
             )
         start = reader.line_num + 1
         for record in reader:
