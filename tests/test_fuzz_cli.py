@@ -262,6 +262,10 @@ VERBS: dict[str, tuple[list[list[str]], dict[str, Any]]] = {
         [["run", "--out", "new.html"], ["run", "--format", "latex"]],
         {"--out": PATHS, "--pairs": NUMBER, "--labels": PATHS},
     ),
+    "compare": (
+        [["run", "run"], ["run", "run", "--metric", "retention"]],
+        {"--metric": JUNK, "--labels": PATHS, "--figure": PATHS},
+    ),
     "verify": ([["run", "--redraw", "1"]], {"--redraw": NUMBER, "--model": MODEL, "--seed": NUMBER, **TARGETS}),
     "calibrate": (
         [[*CALIBRATE, "--out", "new"]],

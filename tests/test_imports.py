@@ -58,7 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calibration": FACTS | {"api", "pipelines", "delta", "intervals", "_trials"},
     "redteam": HOOKS | {"attacks", "models", "api", "pipelines", "detectors", "runs", "intervals", "progress"},
     "runs": HOOKS | {"models", "api", "pipelines", "metrics", "detectors", "progress", "judged", "feedback"},
-    "report": FACTS | {"runs", "redteam", "feedback"},
+    "report": FACTS | {"runs", "redteam", "feedback", "intervals", "judged"},
     "tables": FACTS | {"runs", "report"},
     "auditing": HOOKS
     | {"models", "api", "pipelines", "detectors", "metrics", "runs", "redteam", "report", "intervals", "judged"}

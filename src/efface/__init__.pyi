@@ -61,6 +61,7 @@ from .records import Suite as Suite
 from .redteam import attack as attack
 from .report import write_attacks as write_attacks
 from .report import write_report as write_report
+from .report.differences import compare as compare
 from .runs import Run as Run
 from .runs import make_suite as make_suite
 from .runs import run as run

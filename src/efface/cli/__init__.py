@@ -1,6 +1,6 @@
 """The `efface` command. Commands import heavy packages themselves, so that `efface --help` is fast."""
 
-from . import attack, audit, bench, calibrate, delta, erase, fit, judge, report, score, verify
+from . import attack, audit, bench, calibrate, compare, delta, erase, fit, judge, report, score, verify
 from . import list as listing
 from .app import app
 
@@ -17,6 +17,7 @@ for _verb in (
     verify.verify,
     attack.attack,
     audit.audit,
+    compare.compare,
 ):
     app.command()(_verb)
 app.add_typer(delta.delta_app, name="delta")
