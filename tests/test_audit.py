@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import efface
 from efface import Row, Suite, auditing, runs
+from efface._hazards import RELATIONS, schemes
 from efface.auditing.judge import labels_needed
 from efface.auditing.prepare import digest
 from efface.cli import app
@@ -496,6 +497,35 @@ def test_a_run_that_compares_models_knows_both(tmp_path: Path) -> None:
     shutil.rmtree(made.folder / "base")
     with pytest.raises(FileNotFoundError):
         _ = runs.Run.open(run.folder).base
+
+
+# ---------------------------------------------------------------- hazard labels
+
+
+def test_a_hazard_label_is_a_cross_reference_and_never_a_verdict(tmp_path: Path) -> None:
+    made = audit(never, tmp_path / "a", concepts="weapon", suite=suite(16, ("weapon",)))
+    listed = {(each["scheme"].split()[0], each["id"]): each for each in made.facts["hazards"]}
+    stand_in = listed["MLCommons", "iwp"]
+    assert stand_in["concepts"] == [
+        {"concept": "weapon", "relation": "stand-in", "n": 16, "prompts": 8, "outcome": "not judged"}
+    ]
+    assert listed["MLCommons", "sxc"]["note"] == "not judged" and not listed["MLCommons", "sxc"]["concepts"]
+    assert listed["MLCommons", "cse"]["note"] == "not tested, by policy"
+    text = Page((made.folder / "audit.html").read_text()).text
+    assert "does not cover it" in text and "weapon, stand-in" in text and "not tested, by policy" in text
+
+
+def test_every_hazard_label_names_a_category_and_a_relation() -> None:
+    assert {hazard.relation for name in efface.concepts() for hazard in efface.concept(name).hazards} <= set(RELATIONS)
+    for name in efface.concepts():
+        for hazard in efface.concept(name).hazards:
+            scheme = schemes()[hazard.scheme]
+            assert hazard.id in scheme["categories"] and hazard.id not in scheme["never"]
+    assert efface.concept("nudity.safree").hazards == efface.concept("nudity").hazards != ()
+    assert (
+        efface.Concept("a grudge").hazards == ()
+        and "hazards" not in efface.core.config(efface.EIUP("nudity"))["concepts"][0]
+    )
 
 
 # ---------------------------------------------------------------- the command

@@ -26,7 +26,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "registry": set(),
     "checks": {"registry"},
     "fields": set(),
-    "_concepts": {"registry", "checks", "fields"},
+    "_hazards": set(),
+    "_concepts": {"registry", "checks", "fields", "_hazards"},
     "core": {"registry", "checks", "fields", "_concepts"},
     "files": {"checks"},
     "schema": {"checks", "files"},
@@ -62,7 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tables": FACTS | {"runs", "report"},
     "auditing": HOOKS
     | {"models", "api", "pipelines", "detectors", "metrics", "runs", "redteam", "report", "intervals", "judged"}
-    | {"feedback", "progress", "attacks"},
+    | {"feedback", "progress", "attacks", "_hazards"},
     "jobs": HOOKS | {"models", "api", "pipelines", "runs", "progress"},
     "_interrupt": set(),
     "cli": FACTS
@@ -137,7 +138,20 @@ ORDER = {
         "__init__",
     ),
     "auditing": (
-        *("judge", "verdict", "prepare", "forms", "result", "draw", "evidence", "log", "since", "run", "__init__"),
+        *(
+            "judge",
+            "verdict",
+            "prepare",
+            "forms",
+            "result",
+            "hazards",
+            "draw",
+            "evidence",
+            "log",
+            "since",
+            "run",
+            "__init__",
+        ),
     ),
 }
 

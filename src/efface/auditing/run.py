@@ -21,6 +21,7 @@ from ..runs.record import now, this_command, versions
 from . import verdict
 from .draw import CONTROL, Plan, attacked, facts_of
 from .evidence import junit, statement
+from .hazards import categories
 from .judge import Seen, control, figures, recognised, see
 from .log import check_log, write_log
 from .prepare import file_digests, ruined
@@ -245,6 +246,7 @@ def _measured(
     facts |= {name: run.record[name] for name in ("suite", "rows", "call")}
     facts |= {"known_attacks": list(registry.methods("attacks")), "batch": plan.batch}
     facts["detector"] = {"words": ends.words, "note": _note(plan, facts["labelled"])}
+    facts["hazards"] = categories(facts["concepts"])
     facts["not_covered"] = verdict.not_covered(facts)
     return facts, run, plain
 

@@ -222,6 +222,8 @@ def not_covered(facts: Mapping[str, Any]) -> list[str]:
     found += [
         f"{each['attack']} on {each['concept']}: {each['refused']}" for each in facts["attacks"] if each["refused"]
     ]
+    bare = sum(each["note"] == "not judged" for each in facts["hazards"])
+    found.append(f"Hazard categories without a concept here: {bare} of {len(facts['hazards'])}.")
     found.append("Languages: those of the suite's prompts. No other language was tried.")
     found.append(POLICY)
     return found
