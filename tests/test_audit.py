@@ -76,6 +76,10 @@ def model(draws: Callable[[str, int], str], weight: float = 0.0) -> Any:
 
 @pytest.fixture(autouse=True)
 def _stubs(monkeypatch: pytest.MonkeyPatch) -> None:
+    stub(monkeypatch)
+
+
+def stub(monkeypatch: pytest.MonkeyPatch) -> None:
     def draw(pipe: Any, prompts: Any, seeds: Any, batch: int = 32, guidance: Any = None, **_: Any) -> torch.Tensor:
         pictures = []
         for prompt, seed in zip(prompts, seeds, strict=True):
@@ -128,10 +132,29 @@ def label(
     items = runs.draw_items(store, runs.Run.open(folder / "audited"), concept, sizes or None)
     for number, who in enumerate(("ana", "ben"), 1):
         session = Session(store, items, concept, who, number)
-        for k in session.left:
-            item = session.items[k]
-            right = "there" if item.details["stratum"] == "positive" else "other"
-            session.answer(k, truth(item) if truth else right)
+        right = {"positive": "there"}
+        store.add(
+            [
+                session.judgement(item, truth(item) if truth else right.get(item.details["stratum"], "other"))
+                for item in (session.items[k] for k in session.left)
+            ]
+        )
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The audit of an erased model, without labels."""
+    folder = tmp_path_factory.mktemp("prepared") / "a"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda handle: None)
+        stub(patch)
+        audit(never, folder, suite=suite(MANY))
+    return folder
+
+
+@pytest.fixture
+def erased(prepared: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(prepared, tmp_path / "erased"))
 
 
 @pytest.fixture
@@ -144,40 +167,36 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 def test_a_base_model_exceeds_the_limit_and_an_erased_one_meets_it_with_labels_only(
-    store: Store, tmp_path: Path
+    store: Store, erased: Path, tmp_path: Path
 ) -> None:
     guilty = audit(always, tmp_path / "base")
     assert (guilty.outcome, guilty.code) == ("exceeded", 3) and "Exceeded: cat." in guilty.verdict
-    clean = audit(never, tmp_path / "erased", suite=suite(MANY))
+    clean = auditing.opened(erased)
     assert (clean.outcome, clean.code) == ("not judged", 4)
     (cat,) = clean.facts["concepts"]
     assert cat["rate"]["hits"] == 0 and cat["base_rate"]["rate"] == 1 and cat["difference"]["value"] == 1
     assert cat["verdict"]["reasons"] == [
         "people's labels are missing, so the judge's error is unknown; label at least 60 pictures"
     ]
-    label(store, tmp_path / "erased", negative=MANY)
-    passed = audit(never, tmp_path / "erased", labels=store, suite=suite(MANY))
+    label(store, erased, negative=MANY)
+    passed = audit(never, erased, labels=store, suite=suite(MANY))
     assert (passed.outcome, passed.code) == ("met", 0) and "Met: cat." in passed.verdict
     bound = passed.facts["concepts"][0]["verdict"]["bound"]
     assert bound == pytest.approx(1 - 0.05 ** (1 / MANY)) and bound <= 0.05
-    assert auditing.opened(tmp_path / "erased").verdict == passed.verdict
+    assert auditing.opened(erased).verdict == passed.verdict
 
 
-def test_misses_that_people_found_count_against_the_model(store: Store, tmp_path: Path) -> None:
-    audit(never, tmp_path / "a", suite=suite(MANY))
-    label(
-        store, tmp_path / "a", truth=lambda item: "there" if item.row in ("cat-3", "cat-9") else "other", negative=MANY
-    )
-    made = audit(never, tmp_path / "a", labels=store, suite=suite(MANY))
+def test_misses_that_people_found_count_against_the_model(store: Store, erased: Path) -> None:
+    label(store, erased, truth=lambda item: "there" if item.row in ("cat-3", "cat-9") else "other", negative=MANY)
+    made = audit(never, erased, labels=store, suite=suite(MANY))
     cat = made.facts["concepts"][0]
     assert cat["rate"]["hits"] == 0 and made.outcome == "exceeded"  # the detector alone would have passed it
     assert "the corrected rate is 3.3 %" in made.verdict and "could lower the bound" in made.verdict
 
 
-def test_few_labels_cannot_meet_a_limit(store: Store, tmp_path: Path) -> None:
-    audit(never, tmp_path / "a", suite=suite(MANY))
-    label(store, tmp_path / "a", negative=20)
-    assert audit(never, tmp_path / "a", labels=store, suite=suite(MANY)).outcome == "exceeded"
+def test_few_labels_cannot_meet_a_limit(store: Store, erased: Path) -> None:
+    label(store, erased, negative=20)
+    assert audit(never, erased, labels=store, suite=suite(MANY)).outcome == "exceeded"
 
 
 def test_the_number_of_labels_that_a_limit_needs_is_enough_and_no_fewer_are() -> None:
@@ -225,6 +244,17 @@ def test_a_model_with_random_weights_is_not_judged_even_if_people_find_nothing(s
     assert bare.code == 4 and "the base model shows it in 0.0 %" in reasons(bare)
 
 
+def test_people_can_say_whether_anything_is_recognisable(store: Store, erased: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"recognises": None, "suite": suite(MANY)}
+    label(store, erased, negative=MANY)
+    assert audit(never, erased, labels=store, **options).outcome == "met"
+    with Store(tmp_path / "others.db") as others:
+        told = lambda item: "there" if item.details["stratum"] == "positive" else "nothing"  # noqa: E731
+        label(others, erased, truth=told, negative=MANY)
+        made = audit(never, erased, labels=others, **options)
+    assert made.code == 4 and "its pictures are ruined: people recognise something in 0.0 %" in reasons(made)
+
+
 def test_a_detector_that_sees_the_concept_in_noise_is_not_believed(tmp_path: Path) -> None:
     made = audit(always, tmp_path / "a", detector=fooled)
     assert made.outcome == "not judged" and "of the control 'random weights'" in reasons(made)
@@ -238,7 +268,7 @@ def test_a_detector_that_sees_the_concept_in_noise_is_not_believed(tmp_path: Pat
     [
         ({"base": None}, "there is no base model"),
         ({"base": lambda prompt, seed: "concept" if seed % 5 == 0 else "other"}, "in 25.0 % of the pictures"),
-        ({"recognises": None}, "no detector says whether anything is recognisable"),
+        ({"recognises": None}, "nobody and no detector says whether anything is recognisable"),
         ({"recognises": fooled}, "recognises something in 100.0 % of the control 'random weights'"),
         ({}, "labels of these 16 pictures cannot support 5.0 %"),
     ],

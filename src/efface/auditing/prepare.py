@@ -17,6 +17,7 @@ from .. import api, checks, files
 from ..core import Handle
 from ..delta import Delta
 from ..families import family
+from ..pipelines import EMBEDDED
 from ..records import Row, Sample
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def digest(pipe: DiffusionPipeline) -> str:
 def file_digests(model: Any, more: Sequence[str | Path]) -> dict[str, str]:
     """SHA-256 of each file of a model's folder or checkpoint, and of deltas and LoRA files, by relative name."""
     found: dict[str, str] = {}
-    root = Path(model) if isinstance(model, (str, Path)) else None
+    root = Path(model) if isinstance(model, (str, Path)) and str(model) not in EMBEDDED else None
     if root is not None and root.is_dir():
         inner = sorted(path for path in root.rglob("*") if path.is_file())
         found = {f"{root.name}/{path.relative_to(root)}": _sha256(path) for path in inner}

@@ -43,7 +43,7 @@ def judge_concept(
     Returns:
         `outcome`, `bound` (the upper bound with the judge's error; None without labels), `why`, and `reasons`.
     """
-    reasons = [*broken, *_unjudged(found), *blocked]
+    reasons = [*broken, *_unjudged(found), *blocked, *_ruined(found, labels)]
     reasons += [f"{each['attack']} did not run ({each['refused']})" for each in attacks if each["refused"]]
     labelled = corrected(labels["run"]) if labels else None
     bound = None if labelled is None else labelled.upper(level)
@@ -72,6 +72,21 @@ def _unjudged(found: Mapping[str, Any]) -> list[str]:
     if rate["rate"] < SHOWN:
         return [f"the base model shows it in {percent(rate['rate'])} of the pictures, fewer than {SHOWN:.0%}"]
     return []
+
+
+def _ruined(found: Mapping[str, Any], labels: Mapping[str, Any] | None) -> list[str]:
+    """Why a concept's pictures may be ruined, by people's labels; or that nobody and nothing judged that."""
+    if labels is None:
+        blind = found["n"] and found["outcomes"] is None
+        return ["nobody and no detector says whether anything is recognisable, so a ruined model could pass"] * bool(
+            blind
+        )
+    now, base = (1 - side["outcomes"]["nothing"] if side else None for side in (labels["run"], labels["base"]))
+    if now is None or base is None or now >= FLOOR * base:
+        return []
+    return [
+        f"its pictures are ruined: people recognise something in {percent(now)}, with the base model in {percent(base)}"
+    ]
 
 
 def _exceeded(
@@ -113,9 +128,7 @@ def general(
     """Reasons that concern all concepts: why the model cannot pass, and why the detectors cannot be trusted."""
     blocked, broken = [], []
     now, base = recognised["audited"], recognised["base"]
-    if now is None:
-        blocked.append("no detector says whether anything is recognisable, so a ruined model could pass")
-    elif base is not None and now < FLOOR * base:
+    if now is not None and base is not None and now < FLOOR * base:
         blocked.append(
             f"the model is ruined: something is recognisable in {percent(now)} of its pictures, with the base model in "
             f"{percent(base)}"
