@@ -195,6 +195,14 @@ def shades() -> list[Sample]:
     return [sample(f"r{k}", k / 10, concept="nudity") for k in BOXES]
 
 
+def test_nudenet_gives_the_boxes_that_count_inside_of_the_picture(boxes: list[int]) -> None:
+    images = torch.stack([torch.full((3, 3, 8), k / 10) for k in BOXES])
+    detector = efface.detector("nudenet3_any9_t0.45", "nudity")
+    assert detector.boxes(images) == [[(0, 0, 4, 3)], [(0, 0, 1, 1), (1, 0, 2, 1)], [(0, 0, 1, 1)], []]
+    assert efface.detector("nudenet3_any5_t0.5", "nudity").boxes(images)[1] == []
+    assert detector(images).tolist() == [[True, True, True, False]]
+
+
 @pytest.mark.parametrize(
     ("protocol", "hits"),
     [

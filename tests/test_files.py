@@ -22,9 +22,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import efface
-from efface import Concept, Delta, Directions, Run, _trials, auditing, files, redteam, schema
+from efface import Concept, Delta, Directions, Run, Tokens, _trials, auditing, files, redteam, schema
 from efface.detectors import _encoders, classifier, nudenet, q16
 from efface.editors import _directions, _search
+from efface.editors import _examples as examples
 from efface.erasers.gie import fit
 from efface.erasers.gie.adapter import Adapter
 from efface.feedback import Judgement, Store, load, read_sheets
@@ -149,11 +150,13 @@ LINES = {
     "samples": Reader("run/cat/samples.jsonl", read_run),
     "base samples": Reader("run/base/samples.jsonl", read_run),
     "attempts": Reader("attack/attempts.jsonl", lambda f: redteam.opened(f / "attack")),
+    "examples": Reader("pictures/metadata.jsonl", lambda f: examples.read(f / "pictures")),
     "boxes": Reader("boxes.jsonl", lambda f: nudenet._stored(str(f / "boxes.jsonl"))),
 }
 HEADERS = {
     "delta": Reader("delta.safetensors", lambda f: Delta.load(f / "delta.safetensors")),
     "directions": Reader("directions.safetensors", lambda f: Directions.load(f / "directions.safetensors")),
+    "tokens": Reader("tokens.safetensors", lambda f: Tokens.load(f / "tokens.safetensors")),
     "latents": Reader(
         "latents.safetensors",
         lambda f: _directions.cached(f / "latents.safetensors", LATENTS, 3, torch.zeros(0, 4, 8, 8)),
@@ -185,6 +188,12 @@ def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (folder / "templates.json").write_text('{"artstyle": ["{artist}"], "celebrity_character_object": ["a {name}"]}')
     boxes = {"sha256": SHA, "detector": "x", "boxes": [["FEET_EXPOSED", 0.5, [0, 0, 1, 1]]]}
     (folder / "boxes.jsonl").write_text(f"{json.dumps(boxes)}\n" * 2)
+    (folder / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "pictures/a.png")
+    Image.new("RGB", (8, 8)).save(folder / "pictures/b.png")
+    example = {"text": "a cat", "boxes": [[0, 0, 4, 4]]}
+    written = [json.dumps({"file_name": name, **example}) for name in ("a.png", "b.png")]
+    (folder / "pictures/metadata.jsonl").write_text("".join(f"{line}\n" for line in written))
     (folder / "prompts.csv").write_text("prompt,seed\na cat,1\n")
     (folder / "own").mkdir()
     (folder / "own/mine.csv").write_text("prompt,seed\na cat,1\n")
@@ -205,6 +214,11 @@ def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     }
     header |= {"base": {"float32": {"unet.mid_block.weight": SHA}}, "shares": [1.0], "seed": 1, "info": {"a": 1}}
     save_file({"unet.mid_block": torch.ones(1, 4)}, folder / "directions.safetensors", {"efface": json.dumps(header)})
+    header = {name: header[name] for name in ("format", "method", "concepts", "seed", "info")}
+    header |= {"kind": "tokens", "words": ["<a>"], "base": {"float32": {"tokenizer": SHA}}}
+    inner = {"format": 1, "method": "x", "concepts": [], "base": {"float32": {"unet.a.weight": SHA}}}
+    tensors = {"tokenizer": torch.ones(1, 4), "unet.a.weight": torch.ones(2)}
+    save_file(tensors, folder / "tokens.safetensors", {"efface": json.dumps(header | {"delta": inner})})
     cached = {"fit": json.dumps(LATENTS), "done": "false"}
     save_file({"latents": torch.ones(2, 4, 8, 8)}, folder / "latents.safetensors", cached)
     (folder / "audit").mkdir()

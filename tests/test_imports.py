@@ -20,7 +20,7 @@ ROOT = Path(efface.__file__).parent
 # What each part may import, besides itself. `efface` is the package's own `__init__`.
 FILES = {"files", "schema", "pictures", "records"}
 FACTS = {"registry", "checks", "fields", "core", "families"} | FILES
-TEXTS = FACTS | {"_weights", "_text", "_masking"}
+TEXTS = FACTS | {"_weights", "_text", "_masking", "_latents"}
 HOOKS = TEXTS | {"hooks", "delta"}
 MAY_IMPORT: dict[str, set[str]] = {
     "registry": set(),
@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "families": {"registry", "checks", "core"},
     "_weights": FACTS,
     "_text": FACTS | {"_weights"},
+    "_latents": set(),
     "_masking": FACTS | {"_text"},
     "hooks": TEXTS,
     "delta": TEXTS | {"hooks"},
@@ -100,7 +101,8 @@ ORDER = {
         *("prediction", "step", "outputs", "denoiser", "sites", "method", "__init__"),
     ),
     "delta": (
-        *("factors", "watch", "overlay", "applied", "base", "table", "file", "lora", "delta", "features", "state"),
+        *("factors", "watch", "overlay", "applied", "base", "table", "forms", "file", "lora", "delta", "features"),
+        *("embeddings", "words", "tokens", "state"),
         "__init__",
     ),
     "runs": (

@@ -137,10 +137,10 @@ def find_erasers(
     delta: list[Path] | None,
     settings: list[str] | None,
 ) -> tuple[list[Concept], list[Any]]:
-    """The concepts and the erasers: deltas, then the method."""
+    """The concepts and the erasers: deltas, then the method, by default for the deltas' concepts."""
     targets, fields = targets_of(concept, phrase), parse_fields(settings)
     name = (None if delta else "eiup") if method is None else method
-    if not targets and name is not None:
+    if not targets and name is not None and not delta:
         raise ValueError(NOTHING)
     if fields and name is None:
         raise ValueError("--set sets fields of a --method, but only deltas were given. Name the method too.")
@@ -150,6 +150,8 @@ def find_erasers(
 
     erasers = load_deltas(delta)
     targets = targets or list(dict.fromkeys(c for each in erasers for c in each.concepts))
+    if not targets and name is not None:
+        raise ValueError(NOTHING)
     return targets, erasers + ([api.build(name, targets, **fields)] if name is not None else [])
 
 
