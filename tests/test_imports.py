@@ -137,6 +137,7 @@ ORDER = {
         "page",
         "attacked",
         "audited",
+        "differences",
         "__init__",
     ),
     "auditing": (

@@ -40,8 +40,8 @@ def add_changes(pipe: DiffusionPipeline, delta: Sequence[str | Path], lora: Sequ
         made = api.load_delta(place)
         if not isinstance(made, Delta):
             raise ValueError(
-                f"Expected a delta of weights for an audit, got the directions in {place}, which stay outside the "
-                "weights. Measure them with `efface bench --delta`."
+                f"Expected a delta of weights for an audit, got {type(made).__name__} in {place}, which stay outside "
+                "the weights. Measure them with `efface bench --delta`."
             )
         made.merge(pipe)
     for place in lora:
