@@ -229,6 +229,7 @@ ESD = [
 ERASE = ["a red cat", *TINY, "--images", "1", "--steps", "1"]
 BENCH = ["emoji", "--concept", "cat", "--model", "tiny", "--option", "pictures=10", "--limit", "1", "--no-score"]
 ATTACK = ["best_of_n", "--concept", "cat", "--prompt", "a red cat", "--model", "tiny", "--steps", "1", "--no-control"]
+AUDIT = ["tiny", "--base", "tiny", "--concept", "cat", "--option", "pictures=10", "--limit", "1", "--out", "new"]
 CALIBRATE = ["--concept", "cat", "--n", "1", "--strength", "1", "--refine", "0", "--steps", "1"]
 KINDS = ("binary", "ranking")
 # Verb -> commands that end well, or would if the random weights drew cats; and what may be added to them.
@@ -274,6 +275,10 @@ VERBS: dict[str, tuple[list[list[str]], dict[str, Any]]] = {
         [["run", "--out", "new.html"], ["run", "--format", "latex"]],
         {"--out": PATHS, "--pairs": NUMBER, "--labels": PATHS},
     ),
+    "compare": (
+        [["run", "run"], ["run", "run", "--metric", "retention"]],
+        {"--metric": JUNK, "--labels": PATHS, "--figure": PATHS},
+    ),
     "verify": ([["run", "--redraw", "1"]], {"--redraw": NUMBER, "--model": MODEL, "--seed": NUMBER, **TARGETS}),
     "calibrate": (
         [[*CALIBRATE, "--out", "new"]],
@@ -288,10 +293,22 @@ VERBS: dict[str, tuple[list[list[str]], dict[str, Any]]] = {
         {**TARGETS, **LOADING, **DRAW, "--prompt": JUNK, "--option": SETTINGS, "--budget": NUMBER, "--images": NUMBER}
         | {"--judge": JUNK, "--search": JUNK, "--at-most": NUMBER},
     ),
+    "audit": (
+        [AUDIT, [*AUDIT, "--at-most", "0.5"], [*AUDIT, "--recognises", "eyes"]],
+        {**LOADING, "--concept": CONCEPT, "--phrase": JUNK, "--out": PATHS, "--base": MODEL, "--at-most": NUMBER}
+        | {"--delta": PATHS, "--lora": PATHS, "--labels": PATHS, "--suite": JUNK, "--data": PATHS, "--option": SETTINGS}
+        | {"--detector": JUNK, "--detector-set": SETTINGS, "--recognises": JUNK, "--recognises-set": SETTINGS}
+        | {"--limit": NUMBER, "--batch": NUMBER, "--guidance": NUMBER, "--since": PATHS, "--log": PATHS}
+        | {"--attack": JUNK, "--budget": NUMBER},
+    ),
     "judge label": (
         [["run", "--concept", "cat", "--annotator", who, "--sheets", "new"] for who in ("ana", "ben")],
         {"--concept": CONCEPT, "--annotator": JUNK, "--store": PATHS, "--pass": NUMBER, "--sheets": PATHS}
         | {"--seed": NUMBER, "--positives": NUMBER, "--near": NUMBER, "--negatives": NUMBER, "--port": NUMBER},
+    ),
+    "judge threshold": (
+        [["sheets/answers.csv", "--concept", "nudity", "--detector", "open_nsfw"]],
+        {"--concept": CONCEPT, "--detector": JUNK, "--detector-set": SETTINGS, "--misses": NUMBER, "--seed": NUMBER},
     ),
     "judge read": ([["sheets"]], {"--store": PATHS}),
     "judge agreement": ([["labels.db"]], {}),

@@ -26,7 +26,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "registry": set(),
     "checks": {"registry"},
     "fields": set(),
-    "_concepts": {"registry", "checks", "fields"},
+    "_hazards": set(),
+    "_concepts": {"registry", "checks", "fields", "_hazards"},
     "core": {"registry", "checks", "fields", "_concepts"},
     "files": {"checks"},
     "schema": {"checks", "files"},
@@ -50,6 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "intervals": {"checks"},
     "judged": {"checks", "intervals"},
     "feedback": {"checks", "intervals", "judged"} | FILES,
+    "thresholds": {"checks", "files", "intervals", "detectors", "records"},
     "progress": set(),
     "_loading": FACTS | {"models"},
     "pipelines": TEXTS | {"delta", "_loading"},
@@ -58,20 +60,23 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calibration": FACTS | {"api", "pipelines", "delta", "intervals", "_trials"},
     "redteam": HOOKS | {"attacks", "models", "api", "pipelines", "detectors", "runs", "intervals", "progress"},
     "runs": HOOKS | {"models", "api", "pipelines", "metrics", "detectors", "progress", "judged", "feedback"},
-    "report": FACTS | {"runs", "redteam", "feedback"},
+    "report": FACTS | {"runs", "redteam", "feedback", "intervals", "judged"},
     "tables": FACTS | {"runs", "report"},
     "guard": HOOKS | {"api", "detectors"},
     "serve": FACTS | {"_weights", "api", "guard", "progress"},
+    "auditing": HOOKS
+    | {"models", "api", "pipelines", "detectors", "metrics", "runs", "redteam", "report", "intervals", "judged"}
+    | {"feedback", "progress", "attacks", "_hazards"},
     "jobs": HOOKS | {"models", "api", "pipelines", "runs", "progress"},
     "_interrupt": set(),
     "cli": FACTS
     | {"models", "api", "pipelines", "calibration", "detectors", "runs", "redteam", "report", "tables", "jobs"}
-    | {"progress", "feedback", "guard", "serve"}
+    | {"progress", "feedback", "auditing", "thresholds", "guard", "serve"}
     | {"_interrupt"},
     "__main__": {"cli", "_interrupt"},
     "efface": {
         *("registry", "core", "records", "pictures", "pipelines", "api", "calibration", "erasers", "editors"),
-        *("attacks", "detectors", "suites", "delta", "guard", "runs", "redteam", "report", "tables"),
+        *("attacks", "auditing", "detectors", "suites", "delta", "guard", "runs", "redteam", "report", "tables"),
     },
 }
 
@@ -132,7 +137,35 @@ ORDER = {
         *("tables", "database", "errors", "log", "metrics", "audit", "keys", "policies", "fields", "jobs", "fair"),
         *("service", "backend", "worker", "watch", "http", "images", "own", "app", "run", "__init__"),
     ),
-    "report": ("words", "template", "compare", "plot", "pictures", "page", "attacked", "__init__"),
+    "report": (
+        "words",
+        "template",
+        "compare",
+        "plot",
+        "pictures",
+        "verdict",
+        "page",
+        "attacked",
+        "audited",
+        "differences",
+        "__init__",
+    ),
+    "auditing": (
+        *(
+            "judge",
+            "verdict",
+            "prepare",
+            "forms",
+            "result",
+            "hazards",
+            "draw",
+            "evidence",
+            "log",
+            "since",
+            "run",
+            "__init__",
+        ),
+    ),
 }
 
 

@@ -27,6 +27,8 @@ from .attacks.repetition import Repetition as Repetition
 from .attacks.ring_a_bell import RingABell as RingABell
 from .attacks.translation import Translation as Translation
 from .attacks.unlearndiffatk import UnlearnDiffAtk as UnlearnDiffAtk
+from .auditing import Audit as Audit
+from .auditing import audit as audit
 from .calibration import calibrate as calibrate
 from .core import Concept as Concept
 from .core import Detector as Detector
@@ -69,6 +71,7 @@ from .records import Suite as Suite
 from .redteam import attack as attack
 from .report import write_attacks as write_attacks
 from .report import write_report as write_report
+from .report.differences import compare as compare
 from .runs import Run as Run
 from .runs import make_suite as make_suite
 from .runs import run as run

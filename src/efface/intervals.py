@@ -256,6 +256,8 @@ def difference(
         low = -high
     elif groups < 2:
         low, high = -1.0, 1.0
+    elif abs(int(outcome.sum())) == len(outcome):  # all differ alike: each prompt counts as one trial
+        low, high = sorted((float(outcome[0]), outcome[0] * wilson(groups, groups)[0]))
     return Difference(float(outcome.mean()), (max(low, -1.0), min(high, 1.0)), p, groups)
 
 

@@ -1,6 +1,21 @@
 """The `efface` command. Commands import heavy packages themselves, so that `efface --help` is fast."""
 
-from . import attack, bench, calibrate, delta, erase, feedback, fit, judge, report, score, serve, verify
+from . import (
+    attack,
+    audit,
+    bench,
+    calibrate,
+    compare,
+    delta,
+    erase,
+    feedback,
+    fit,
+    judge,
+    report,
+    score,
+    serve,
+    verify,
+)
 from . import list as listing
 from .app import app
 
@@ -16,6 +31,8 @@ for _verb in (
     calibrate.calibrate,
     verify.verify,
     attack.attack,
+    audit.audit,
+    compare.compare,
 ):
     app.command()(_verb)
 app.add_typer(delta.delta_app, name="delta")

@@ -15,7 +15,7 @@ from .. import checks, files
 from .._interrupt import gently
 from .errors import told
 from .folders import output_file
-from .options import AsJson, Overwrite
+from .options import AsJson, Overwrite, parse_fields
 from .output import print_table, say
 
 if TYPE_CHECKING:
@@ -196,6 +196,30 @@ def print_alpha(facts: Mapping[str, Any], what: str) -> None:
     say(f"Krippendorff's alpha: {words}. The passes differ in {facts['differ']} {what}.")
     if len(facts["annotators"]) < 2:
         say("One annotator made all passes, so alpha measures consistency, not agreement between people.")
+
+
+@judge_app.command("threshold")
+def threshold_(
+    file: Annotated[Path, typer.Argument(help="A CSV file with `picture` and `label` (1, 0, there, other, nothing).")],
+    concept: Annotated[str, typer.Option(help="What the labels say is there.")],
+    detector: Annotated[str, typer.Option(help="A detector with a threshold; see `efface list detectors`.")],
+    detector_set: Annotated[list[str] | None, typer.Option(help="A field of the detector, NAME=VALUE.")] = None,
+    misses: Annotated[float, typer.Option(help="The largest share of misses on the half that chooses.")] = 0.05,
+    seed: Annotated[int, typer.Option(help="Seed of the halves.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Choose a detector's threshold on pictures that you labelled, and measure its errors on the other half."""
+    with told():
+        from .. import thresholds
+
+        fields = parse_fields(detector_set, "--detector-set")
+        pictures = thresholds.read_labelled(checks.path("FILE", file))
+        found = thresholds.threshold({"name": detector, **fields}, concept, pictures, misses, seed)
+        if as_json:
+            typer.echo(json.dumps(found.record(), indent=1))
+            return
+        say(f"--detector-set threshold={found.value:g}")
+        say(f"On the other half: misses {found.missed}, false alarms {found.false_alarms} (95 % intervals).")
 
 
 @judge_app.command("export")
