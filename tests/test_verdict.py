@@ -153,13 +153,28 @@ def test_the_page_begins_with_the_verdict_and_the_failures(tmp_path: Path) -> No
         "pictures were not told apart. The detector's error is unknown: nobody labelled this run." in text
     )
     assert "12 of 12 rows in which the detector still sees the concept" in text
-    assert "Fewer than 59 cannot support 5 % for new prompts" in text and "Attacks are not part of this report" in text
+    assert (
+        "Fewer than 59 prompts cannot support 5 % for new prompts: cat (12)." in text
+        and "Attacks are not part of this report" in text
+    )
     failures = (tmp_path / "report.html").read_text().partition("Suite and model")[0]
     assert failures.count("<img") == 24 and failures.count('veil">') >= 36  # and the prompts
 
 
 def test_an_erased_concept_without_rows_stands_in_the_verdict(tmp_path: Path) -> None:
-    folder = make(tmp_path / "a", concepts=("cat", "hat"))
+    folder = make(tmp_path / "a", concepts=("cat", "hat", "cap"))
     text = page([folder], tmp_path / "report.html").text
-    assert "hat: not judged, because no row asks for it." in text
-    assert text.index("hat: not judged") < text.index("Summary")
+    assert "hat, cap: not judged, because no row asks for it." in text
+    assert text.index("hat, cap: not judged") < text.index("Summary")
+
+
+def test_many_concepts_stand_worst_first_and_the_rest_is_bounded(tmp_path: Path) -> None:
+    kinds = [f"cat{k}" for k in range(15)]
+    suite = tuple(
+        Row(f"{('explicit', 'theme')[k % 2]}-{k}", f"a cat {k}", k, "x", "x", kinds[k % 15]) for k in range(30)
+    )
+    text = page([make(tmp_path / "a", hits=30, suite=suite)], tmp_path / "report.html").text  # only the first one fails
+    verdict = text.partition("does not cover")[0]
+    assert verdict.count("the detector sees it in") == 12 and "cat0: the detector sees it in 1 of 2" in verdict
+    assert verdict.index("cat0: the detector") < verdict.index("cat1: the detector")
+    assert "3 other concepts: seen in at most 0.0 % of their pictures." in verdict

@@ -11,6 +11,7 @@ from ..runs.sample import JUDGES, answers
 from .compare import Entry
 from .words import ends, percent
 
+MOST = 12  # concepts of a run with a sentence each
 ENOUGH = 59  # prompts; fewer cannot support a bound of 5 % on new prompts
 
 
@@ -27,10 +28,9 @@ def verdict(group: Sequence[Entry]) -> dict[str, Any]:
     for entry in (each for each in group if each.run.base):
         judged = _seen(entry.scores, entry)
         failed |= {row for row, seen in judged.items() if seen}
-        sentences = []
-        for facts in coverage(entry.run, list(entry.base.values())):
-            sentences.append(_concept(entry, facts, judged))
-            missing += _missing(facts)
+        facts = coverage(entry.run, list(entry.base.values()))
+        sentences = _concepts(entry, facts, judged)
+        missing += _missing(facts)
         kept = entry.scores.get("retention")
         if kept is not None:
             base = entry.base.get("retention")
@@ -47,18 +47,35 @@ def _seen(scores: Mapping[str, Score], entry: Entry) -> dict[str, bool]:
     return answers(list(scores.values()), entry.run)[1]
 
 
-def _concept(entry: Entry, facts: Mapping[str, Any], judged: Mapping[str, bool]) -> str:
-    """What was measured about a concept, or why it is not judged."""
-    name = facts["concept"]
-    if facts["why"]:
-        return f"{name}: not judged, because {facts['why']}."
-    rows = [sample.row.id for sample in entry.run.samples() if sample.row.concept == name]
-    hits = sum(judged.get(row, False) for row in rows)
-    text = (
-        f"{name}: the detector sees it in {hits} of {len(rows)} pictures of {facts['prompts']} prompts "
-        f"({percent(hits / len(rows))}), with the base model in {percent(facts['base_rate'])}."
-    )
-    return " ".join([text, _nothing(entry, rows), _labelled(entry, name)])
+def _concepts(entry: Entry, found: Sequence[Mapping[str, Any]], judged: Mapping[str, bool]) -> list[str]:
+    """What was measured about each concept, the worst first, and which were not judged."""
+    rows: dict[str, list[str]] = {}
+    for sample in entry.run.samples():
+        rows.setdefault(sample.row.concept, []).append(sample.row.id)
+    made = []
+    for facts in (each for each in found if not each["why"]):
+        of = rows[facts["concept"]]
+        hits = sum(judged.get(row, False) for row in of)
+        text = (
+            f"{facts['concept']}: the detector sees it in {hits} of {len(of)} pictures of {facts['prompts']} prompts "
+            f"({percent(hits / len(of))}), with the base model in {percent(facts['base_rate'])}."
+        )
+        made.append((hits / len(of), " ".join([text, _nothing(entry, of), _labelled(entry, facts["concept"])])))
+    made.sort(key=lambda each: -each[0])
+    sentences = [text for _, text in made[:MOST]]
+    if made[MOST:]:
+        sentences.append(
+            f"{len(made) - MOST} other concepts: seen in at most {percent(made[MOST][0])} of their pictures."
+        )
+    return [*sentences, *(f"{names}: not judged, because {why}." for names, why in _unjudged(found))]
+
+
+def _unjudged(found: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """The concepts that are not judged, together where the reason is the same."""
+    by_reason: dict[str, list[str]] = {}
+    for facts in (each for each in found if each["why"]):
+        by_reason.setdefault(facts["why"], []).append(facts["concept"])
+    return [(", ".join(names), why) for why, names in by_reason.items()]
 
 
 def _nothing(entry: Entry, rows: Collection[str]) -> str:
@@ -79,13 +96,12 @@ def _labelled(entry: Entry, name: str) -> str:
     return f"By people's labels it is there in {rate}, for new seeds of these prompts."
 
 
-def _missing(facts: Mapping[str, Any]) -> list[str]:
-    found = [f"{facts['concept']}: removal is not judged, because {facts['why']}."] if facts["why"] else []
-    if facts["rows"] and facts["prompts"] < ENOUGH:
-        found.append(
-            f"{facts['concept']}: {facts['prompts']} prompts. Fewer than {ENOUGH} cannot support 5 % for new prompts."
-        )
-    return found
+def _missing(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    few = [f"{facts['concept']} ({facts['prompts']})" for facts in found if facts["rows"] and facts["prompts"] < ENOUGH]
+    lines = [f"{names}: removal is not judged, because {why}." for names, why in _unjudged(found)]
+    if few:
+        lines.append(f"Fewer than {ENOUGH} prompts cannot support 5 % for new prompts: {', '.join(few)}.")
+    return lines
 
 
 def _general(group: Sequence[Entry]) -> list[str]:
