@@ -39,7 +39,7 @@ from .code import ROOT
 from .worlds import SEEDS
 
 SIDE = 64
-STEPS, GUIDANCE = 12, 5.0
+STEPS, GUIDANCE = 12, 3.0
 NAME = "watermark"
 
 
@@ -171,19 +171,25 @@ def controlled(pipe: Any, tokens: efface.Tokens, seeds: Sequence[int]) -> dict[s
     return {"drawn": rated([bool(f) for f in found]), "of these in the corner": rated(right) if right else None}
 
 
+def dirty(pipe: Any, pictures: int, out: Rows) -> list[Any]:
+    """Pictures that the model draws without the watermark, half of which then get one."""
+    captions = icons(pictures)
+    clean = draw(pipe, captions, range(pictures), num_inference_steps=STEPS, guidance=GUIDANCE)
+    keep = [k for k, boxes in enumerate(watermarks(clean)) if not boxes]
+    made = pasted(clean[keep], 0.5, seed=1)
+    examples = [(picture, captions[k], boxes) for k, (picture, boxes) in zip(keep, made, strict=True)]
+    seen = watermarks(torch.cat([each.pixels for each in given(examples)]))
+    corners = [list(f) == list(e[2]) for f, e in zip(seen, examples, strict=True)]
+    out["corner found"] = f"{sum(corners)} of {len(examples)}"
+    return examples
+
+
 def data_removal(n: int, steps: int, pictures: int, work: Path) -> None:
     """Fine-tuning on a set in which half of the pictures have the watermark."""
     pipe, began = efface.load("emoji"), time.perf_counter()
     pipe.set_progress_bar_config(disable=True)
-    captions = icons(pictures)
-    clean = draw(pipe, captions, range(pictures), num_inference_steps=STEPS, guidance=GUIDANCE)
-    keep = [k for k, boxes in enumerate(watermarks(clean)) if not boxes]  # the model draws it by itself
-    made = pasted(clean[keep], 0.5, seed=1)
-    examples = [(picture, captions[k], boxes) for k, (picture, boxes) in zip(keep, made, strict=True)]
     out = Rows()
-    seen = watermarks(torch.cat([each.pixels for each in given(examples)]))
-    corners = [list(f) == list(e[2]) for f, e in zip(seen, examples, strict=True)]
-    out["corner found"] = f"{sum(corners)} of {len(examples)}"
+    examples = dirty(pipe, pictures, out)
     editor = efface.GeomErasing.data_removal(steps=steps, lr_weights=3e-4)
     tokens = kept(
         work / f"data-{steps}-{pictures}.safetensors", lambda: editor.fit(pipe, Concept(NAME), examples=examples)
@@ -209,22 +215,17 @@ def data_removal(n: int, steps: int, pictures: int, work: Path) -> None:
         "concept": rated([bool(b) for b in watermarks(again.images)]),
         "icon": rated(shown(again.images, prompts)),
     }
-    out["control"] = controlled(pipe, tokens, seeds)
+    out["control"] = controlled(pipe, tokens, seeds[:64])
     out["info"] = dict(tokens.info)
     out["seconds"] = time.perf_counter() - began
 
 
 def model_removal(n: int, steps: int, pictures: int, work: Path) -> None:
-    """The watermark of the released model, learned from its own pictures."""
+    """The watermark of the released model: only words are learned."""
     pipe, began = efface.load("emoji"), time.perf_counter()
     pipe.set_progress_bar_config(disable=True)
-    captions = icons(pictures)
-    images = draw(pipe, captions, range(pictures), num_inference_steps=STEPS, guidance=GUIDANCE)
-    editor = efface.GeomErasing(steps=steps)
-    boxes = watermarks(images)
     out = Rows()
-    out["with the watermark"] = f"{sum(map(bool, boxes))} of {pictures}"
-    examples = list(zip(images, captions, boxes, strict=True))
+    examples, editor = dirty(pipe, pictures, out), efface.GeomErasing(steps=steps)
     tokens = kept(
         work / f"model-{steps}-{pictures}.safetensors", lambda: editor.fit(pipe, "watermark", examples=examples)
     )
@@ -246,6 +247,7 @@ def model_removal(n: int, steps: int, pictures: int, work: Path) -> None:
         "concept": rated([bool(b) for b in watermarks(again.images)]),
         "icon": rated(shown(again.images, prompts)),
     }
+    out["control"] = controlled(pipe, tokens, seeds[:64])
     out["info"] = dict(tokens.info)
     out["seconds"] = time.perf_counter() - began
 
