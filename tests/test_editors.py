@@ -40,7 +40,10 @@ QUICK: dict[str, dict[str, Any]] = {
 SLOW = ("ccrt",)
 WORDS = ("geom_erasing",)  # their results are words, with a delta
 RUN_TIME = ("latent_directions",)  # their results are run-time erasers, which a fit refuses
-EDITORS = {name: registry.resolve(name)(**QUICK.get(name, {})) for name in registry.methods("editors")}
+ALONE = ("hfi",)  # its words change no picture by themselves: tests/test_hfi.py
+EDITORS = {
+    name: registry.resolve(name)(**QUICK.get(name, {})) for name in registry.methods("editors") if name not in ALONE
+}
 each = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in EDITORS]
 )

@@ -27,6 +27,8 @@ from .attacks.repetition import Repetition as Repetition
 from .attacks.ring_a_bell import RingABell as RingABell
 from .attacks.translation import Translation as Translation
 from .attacks.unlearndiffatk import UnlearnDiffAtk as UnlearnDiffAtk
+from .auditing import Audit as Audit
+from .auditing import audit as audit
 from .calibration import calibrate as calibrate
 from .core import Concept as Concept
 from .core import Detector as Detector
@@ -40,6 +42,7 @@ from .detectors._named import detector as detector
 from .editors.ccrt import CCRT as CCRT
 from .editors.esd import ESD as ESD
 from .editors.geom_erasing import GeomErasing as GeomErasing
+from .editors.hfi import HFI as HFI
 from .editors.latent_directions import LatentDirections as LatentDirections
 from .editors.rece import RECE as RECE
 from .editors.sdd import SDD as SDD
@@ -54,6 +57,9 @@ from .erasers.negative_prompt import NegativePrompt as NegativePrompt
 from .erasers.safree import SAFREE as SAFREE
 from .erasers.semantic_surgery import SemanticSurgery as SemanticSurgery
 from .erasers.sld import SLD as SLD
+from .guard.guard import Guard as Guard
+from .guard.policy import Policy as Policy
+from .guard.policy import unguarded as unguarded
 from .pictures import grid as grid
 from .pipelines import effectiveness as effectiveness
 from .pipelines import load as load
@@ -65,6 +71,7 @@ from .records import Suite as Suite
 from .redteam import attack as attack
 from .report import write_attacks as write_attacks
 from .report import write_report as write_report
+from .report.differences import compare as compare
 from .runs import Run as Run
 from .runs import make_suite as make_suite
 from .runs import run as run

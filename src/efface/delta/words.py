@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import checks
 from .._text import SITES, encoder_of, readers
 from .._weights import denoiser_of
-from ..core import Handle
+from ..core import Concept, Handle
 from ..hooks.copies import wake
 from .applied import handles as delta_handles
 from .embeddings import Substitute, ids_of, table
@@ -204,12 +204,24 @@ def _check_unread(pipe: Any, words: Sequence[str]) -> None:
     for applied in site.applied if site else ():
         method = applied.method
         concepts = [*method.concepts, *(c for row in getattr(method, "rows", None) or () for c in row)]
-        texts = [text.lower() for c in concepts for text in (*c.phrases, c.anchor, *c.keep)]
-        for word in words:
-            if any(word in text for text in texts):
-                raise ValueError(
-                    f"{type(method).__name__} on this pipeline reads the word {word!r}. Remove this eraser first."
-                )
+        if read := _read(concepts, words):
+            raise ValueError(
+                f"{type(method).__name__} on this pipeline reads the word {read[0]!r}. Remove this eraser first."
+            )
+
+
+def _read(concepts: Iterable[Concept], words: Sequence[str]) -> list[str]:
+    """The words that texts of concepts contain."""
+    texts = [text.lower() for c in concepts for text in (*c.phrases, c.anchor, *c.keep)]
+    return [word for word in words if any(word in text for text in texts)]
+
+
+def named(pipe: Any, concepts: Iterable[Concept]) -> dict[str, dict[str, str]]:
+    """For the facts of an artefact: the applied words that texts of its concepts contain, and the hash of their
+    `Tokens`; {} if they contain none."""
+    on = [each.eraser for each in handles(pipe)]
+    found = {word: each.hash for each in on for word in _read(concepts, each.words)}
+    return {"words": found} if found else {}
 
 
 def handles(pipe: Any) -> list[Handle]:

@@ -87,6 +87,13 @@ class Points:
     def __getitem__(self, rows: Tensor | slice) -> Points:
         return Points(self.x[rows], self.t[rows], self.prompt[rows], None if self.own is None else self.own[rows])
 
+    @property
+    def target(self) -> Tensor:
+        """What the denoiser learns to predict."""
+        if self.own is None:
+            raise RuntimeError("The points have no target. Make them with `noised`.")
+        return self.own
+
     def parts(self, n: int) -> list[Points]:
         """Splits the points into at most n parts of nearly equal length."""
         return [self[rows] for rows in torch.arange(len(self), device=self.x.device).chunk(n)]

@@ -224,17 +224,11 @@ class Steered(Denoiser):
             for x, e, r in zip(pictures.split(8), noise.split(8), rows.split(8), strict=True):
                 points = self.noised(x, torch.full((len(x),), t, device=x.device), e, r)
                 for k, weights in enumerate((None, vectors)):
-                    loss = mse(self(points.x, points.t, points.prompt, weights), _target(points))
+                    loss = mse(self(points.x, points.t, points.prompt, weights), points.target)
                     total[k] += float(loss) * len(x) / (LEVELS * len(pictures))
         return total
 
 
-def _target(points: Points) -> Tensor:
-    if points.own is None:
-        raise RuntimeError("The points have no target. Make them with `noised`.")
-    return points.own
-
-
 def loss(net: Steered, vectors: Weights, points: Points) -> Tensor:
     """The mean squared error of the prediction with the vectors."""
-    return mse(net(points.x, points.t, points.prompt, vectors), _target(points))
+    return mse(net(points.x, points.t, points.prompt, vectors), points.target)

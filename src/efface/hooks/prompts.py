@@ -164,7 +164,9 @@ class Applied:
             chosen = self.method.steered_concepts(self.row_concepts(conditional), self.memory)
             return [row for row, concepts in enumerate(chosen) if concepts]
         placed = [prompts.batch_rows for prompts in self.acting]
-        if not placed or any(rows is None for rows in placed):
+        if not placed:
+            return [row for row, concepts in enumerate(self.row_concepts(conditional)) if concepts]
+        if any(rows is None for rows in placed):
             return [*range(conditional)]
         return sorted({row for rows in placed for row in rows or ()})
 

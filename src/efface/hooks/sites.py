@@ -12,6 +12,7 @@ from ..core import Handle
 from ..families import family
 from .copies import wake
 from .denoiser import Site
+from .watch import Record
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -35,6 +36,14 @@ def handles(pipe: DiffusionPipeline) -> list[Handle]:
     present = getattr(pipe, facts.denoiser)
     found = SITES.get(getattr(present, "_orig_mod", present))
     return [applied.handle for applied in found.applied if applied.handle is not None] if found else []
+
+
+def records(pipe: DiffusionPipeline) -> list[tuple[Handle, Record]]:
+    """The handles of the applied methods, in order, with the records of the latest pipeline call."""
+    facts = family(pipe)
+    present = getattr(pipe, facts.denoiser)
+    found = SITES.get(getattr(present, "_orig_mod", present))
+    return [(each.handle, each.record) for each in found.applied if each.handle is not None] if found else []
 
 
 @contextmanager

@@ -26,20 +26,24 @@ class Record:
         rows: conditional row of the batch to the number of calls with an edit.
         exempt: reason to the number of calls without an edit.
         layers: number of cross-attention layers edited per call; 0 for other methods.
+        log: for each denoiser call, the edited rows and the reason if there are none.
     """
 
     calls: int = 0
     rows: Counter[int] = field(default_factory=Counter)
     exempt: Counter[str] = field(default_factory=Counter)
     layers: int = 0
+    log: list[tuple[frozenset[int], str]] = field(default_factory=list)
 
     def add(self, rows: Iterable[int], exempt: str = "") -> None:
         """Records one denoiser call: the edited rows, or the reason for none."""
         self.calls += 1
+        edited = frozenset() if exempt else frozenset(rows)
+        self.log.append((edited, exempt))
         if exempt:
             self.exempt[exempt] += 1
         else:
-            self.rows.update(rows)
+            self.rows.update(edited)
 
     def as_json(self) -> dict[str, Any]:
         """As JSON types."""

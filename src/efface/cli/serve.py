@@ -1,0 +1,215 @@
+"""`efface serve`: an images API whose keys carry policies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import checks
+from .._interrupt import gently
+from .errors import told
+from .options import AsJson, ModelName, load, loads
+from .output import print_table, say
+
+if TYPE_CHECKING:
+    from ..serve.service import Service
+
+serve_app = typer.Typer(help="Serve an images API in which each key carries a policy.", no_args_is_help=True)
+key_app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
+policy_app = typer.Typer(help="Store and list policies.", no_args_is_help=True)
+serve_app.add_typer(key_app, name="key")
+serve_app.add_typer(policy_app, name="policy")
+
+Folder = Annotated[Path, typer.Argument(help="The folder of the service, made by `efface serve init`.")]
+DatabaseUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--database",
+        envvar="EFFACE_DATABASE",
+        help="The URL of a PostgreSQL or SQLite database. Default: an SQLite file in the folder.",
+    ),
+]
+
+
+def _opened(folder: Path, database: str | None, **options: Any) -> Service:
+    from ..serve.service import opened
+
+    return opened(checks.path("FOLDER", folder), database, **options)
+
+
+@serve_app.command()
+def init(folder: Annotated[Path, typer.Argument(help="A new folder.")], database: DatabaseUrl = None) -> None:
+    """Make the secret and the tables of a service, and print its first admin key."""
+    with told():
+        from ..serve.service import initialise
+
+        service, key = initialise(checks.path("FOLDER", folder), database)
+        service.database.close()
+        say(f"Made a service in {folder}. Its admin key, which is not shown again:")
+        typer.echo(key)
+
+
+@serve_app.command()
+@loads
+def run(
+    folder: Folder,
+    model: ModelName = "emoji",
+    name: Annotated[str | None, typer.Option(help="The name of the model in requests. Default: --model.")] = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(help="A size that requests may ask for, WxH; may be repeated. Default: the model's."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="The port of the API. 0: any free one.")] = 8000,
+    metrics_port: Annotated[
+        int, typer.Option(min=0, max=65_535, help="The port of the metrics. 0: any free one.")
+    ] = 9000,
+    everywhere: Annotated[bool, typer.Option("--everywhere", help="Allow addresses beyond this machine.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="The largest number of pictures in a batch.")] = 8,
+    queue: Annotated[int, typer.Option(min=1, help="The largest number of live jobs.")] = 1_000,
+    tenant_queue: Annotated[int, typer.Option(min=1, help="The largest number of live jobs of a tenant.")] = 200,
+    drain: Annotated[float, typer.Option(help="Seconds for accepted jobs after SIGTERM.")] = 60.0,
+    database: DatabaseUrl = None,
+    *,
+    loading: Mapping[str, Any],
+) -> None:
+    """Serve until Ctrl-C or SIGTERM, which lets accepted jobs finish."""
+    with told():
+        from ..serve.backend import PipelineBackend, native_size, parse_size
+        from ..serve.run import check_host
+        from ..serve.run import run as serve
+        from ..serve.service import Limits
+
+        check_host(host, everywhere)
+        limits = Limits(rows=batch, queue=queue, tenant=tenant_queue, drain=drain)
+        service = _opened(folder, database, limits=limits)
+        sizes = [parse_size(each) for each in size or ()]
+        pipe = load(model, loading)
+        sizes = sizes or [native_size(pipe)]
+        service.model, service.sizes = name or model, sizes
+        gently()
+        code = serve(service, PipelineBackend(pipe, service.model, sizes), host, port, metrics_port, everywhere)
+    raise typer.Exit(code)
+
+
+@serve_app.command()
+def audit(
+    folder: Folder,
+    drop_older: Annotated[
+        float | None, typer.Option(help="Delete entries older than so many days. The rest can still be checked.")
+    ] = None,
+    database: DatabaseUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check the chain of the audit log, and show its latest entries."""
+    with told():
+        service = _opened(folder, database)
+        dropped = 0 if drop_older is None else service.audit.drop(drop_older)
+        n, fault = service.audit.verify()
+        entries = service.audit.entries(20)
+        service.database.close()
+        if as_json:
+            typer.echo(json.dumps({"last": n, "dropped": dropped, "fault": fault, "latest": entries}, indent=1))
+        else:
+            for entry in entries:
+                say(f"{entry['seq']}  {entry['kind']}  {entry.get('tenant', '')}")
+            if drop_older is not None:
+                say(f"Dropped {dropped} entries.")
+            say(f"{n} is the last entry, {fault or 'the chain holds'}.")
+        if fault:
+            raise ValueError(f"The audit log is damaged ({fault}). Restore the database from a backup.")
+
+
+# ---------------------------------------------------------------- keys
+
+
+@key_app.command("add")
+def add_key(
+    folder: Folder,
+    tenant: Annotated[str, typer.Option(help="The tenant, whose jobs the key can see.")],
+    policy: Annotated[str | None, typer.Option(help="The name of a stored policy. Leave it out with --admin.")] = None,
+    admin: Annotated[bool, typer.Option("--admin", help="Make a key that stores policies and draws nothing.")] = False,
+    days: Annotated[float | None, typer.Option(help="Days until it expires. Default: never.")] = None,
+    database: DatabaseUrl = None,
+) -> None:
+    """Make a key, and print it once."""
+    with told():
+        service = _opened(folder, database)
+        name, key = service.keys.add(tenant, policy, admin=admin, days=days)
+        service.database.close()
+        say(f"Made {name} for {tenant}. The key, which is not shown again:")
+        typer.echo(key)
+
+
+@key_app.command("list")
+def list_keys(folder: Folder, database: DatabaseUrl = None, as_json: AsJson = False) -> None:
+    """List the keys, without the keys themselves."""
+    with told():
+        service = _opened(folder, database)
+        found = service.keys.list()
+        service.database.close()
+        if as_json:
+            typer.echo(json.dumps(found, indent=1))
+            return
+        lines = [
+            [k["id"], k["tenant"], k["policy"] or "admin", "revoked" if k["revoked"] is not None else "valid"]
+            for k in found
+        ]
+        print_table(["key", "tenant", "policy", ""], lines, box=None)
+
+
+@key_app.command("revoke")
+def revoke_key(
+    folder: Folder, key: Annotated[str, typer.Argument(help="The id of the key.")], database: DatabaseUrl = None
+) -> None:
+    """Revoke a key. Its next request is refused."""
+    with told():
+        service = _opened(folder, database)
+        service.keys.revoke(key)
+        service.database.close()
+        say(f"Revoked {key}.")
+
+
+# ---------------------------------------------------------------- policies
+
+
+@policy_app.command("add")
+def add_policies(
+    folder: Folder,
+    file: Annotated[Path, typer.Argument(help="A YAML file with policies, see docs/guard.md.")],
+    database: DatabaseUrl = None,
+) -> None:
+    """Store the policies of a YAML file as new versions. Equal policies are left alone."""
+    with told():
+        from .. import guard
+
+        policies = guard.read(file)
+        service = _opened(folder, database)
+        for name, policy in policies.items():
+            entries = {key: value for key, value in policy.as_json().items() if key != "version"}
+            stored = service.policies.add(name, entries, "command line")
+            say(f"{name}: version {stored.policy.version}, {stored.policy.hash[:12]}")
+        service.database.close()
+
+
+@policy_app.command("list")
+def list_policies(folder: Folder, database: DatabaseUrl = None, as_json: AsJson = False) -> None:
+    """List the latest version of each policy."""
+    with told():
+        service = _opened(folder, database)
+        found = service.policies.list()
+        service.database.close()
+        if as_json:
+            typer.echo(
+                json.dumps([{"name": each.name, "hash": each.policy.hash, **each.policy.as_json()} for each in found])
+            )
+            return
+        lines = []
+        for each in found:
+            erased = ", ".join(concept.name for concept in each.policy.concepts) or "unguarded"
+            lines.append([each.name, str(each.policy.version), each.policy.hash[:12], erased])
+        print_table(["policy", "version", "hash", "erases"], lines, box=None)

@@ -1,0 +1,35 @@
+"""Policies: what is erased for which tenant, with a proof for each picture.
+
+    guard = efface.Guard({"kids": ["alcohol"], "press": efface.unguarded})
+    result = guard(pipe, prompts, tenants=["kids", "press"])
+
+What draws is imported on first use, so that policies can be handled without torch.
+"""
+
+from typing import TYPE_CHECKING
+
+import lazy_loader as _lazy_loader
+
+from .file import parsed, read
+from .policy import Erasure, Gate, Policy, unguarded
+
+if TYPE_CHECKING:
+    from .guard import Guard
+    from .record import DELIVERED, Guarded, PolicyNotApplied, RowRecord
+
+_LATE = {"guard": ["Guard"], "record": ["DELIVERED", "Guarded", "PolicyNotApplied", "RowRecord"]}
+__getattr__, _, _ = _lazy_loader.attach(__name__, submod_attrs=_LATE)
+
+__all__ = [
+    "DELIVERED",
+    "Erasure",
+    "Gate",
+    "Guard",
+    "Guarded",
+    "Policy",
+    "PolicyNotApplied",
+    "RowRecord",
+    "parsed",
+    "read",
+    "unguarded",
+]

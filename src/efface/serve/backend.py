@@ -1,0 +1,149 @@
+"""What draws: a pipeline under a guard. Tests replace it."""
+
+from __future__ import annotations
+
+import io
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .. import __version__, api, checks
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ..guard import Guard, Policy
+
+QUALITY = 90
+KEPT = 100
+
+
+@dataclass(frozen=True)
+class Row:
+    """A picture to draw.
+
+    Args:
+        prompt: the prompt.
+        negative: the negative prompt; None for none.
+        seed: the seed.
+        policy: the policy, with the further erasures of the request.
+    """
+
+    prompt: str
+    negative: str | None
+    seed: int
+    policy: Policy
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The picture of a row, or None, and its record as JSON types."""
+
+    picture: Image | None
+    record: Mapping[str, Any]
+
+
+class Backend(Protocol):
+    """Draws rows under their policies."""
+
+    @property
+    def name(self) -> str:
+        """The name of the model."""
+        ...
+
+    @property
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        """The sizes that it draws, width and height; the first is the default."""
+        ...
+
+    def cut_off(self, prompt: str) -> str:
+        """The end of a prompt that the model does not read."""
+        ...
+
+    def draw(self, rows: Sequence[Row], call: Mapping[str, Any], on_step: Callable[[int], None]) -> list[Drawn]:
+        """Draws the rows in one call of the pipeline, with the facts of their batching key."""
+        ...
+
+
+class PipelineBackend:
+    """Draws with a pipeline under a guard.
+
+    Args:
+        pipe: the pipeline.
+        name: the name of the model, as requests give it.
+        sizes: the sizes that requests may ask for, width and height.
+    """
+
+    def __init__(self, pipe: Any, name: str, sizes: Sequence[tuple[int, int]]) -> None:
+        self.pipe, self.name, self.sizes = pipe, name, tuple(sizes)
+        self._guards: OrderedDict[frozenset[str], Guard] = OrderedDict()
+
+    def cut_off(self, prompt: str) -> str:
+        return api.cut_off(self.pipe, prompt)
+
+    def draw(self, rows: Sequence[Row], call: Mapping[str, Any], on_step: Callable[[int], None]) -> list[Drawn]:
+        guard = self._guard({row.policy.hash: row.policy for row in rows})
+        width, height = call["size"]
+        options: dict[str, Any] = {"num_inference_steps": call["steps"], "width": width, "height": height}
+        if call["negative_prompt"]:
+            options["negative_prompt"] = [row.negative for row in rows]
+        made = guard.draw(
+            self.pipe,
+            [row.prompt for row in rows],
+            [row.policy.hash for row in rows],
+            [row.seed for row in rows],
+            call["guidance_scale"],
+            on_step,
+            **options,
+        )
+        return [Drawn(image, record.as_json()) for image, record in zip(made.images, made.rows, strict=True)]
+
+    def _guard(self, policies: Mapping[str, Policy]) -> Guard:
+        """The guard of these policies. Detectors may hold large models, so the latest guards are kept."""
+        from ..guard import Guard
+
+        key = frozenset(policies)
+        if key not in self._guards:
+            self._guards[key] = Guard(policies)
+        self._guards.move_to_end(key)
+        while len(self._guards) > KEPT:
+            self._guards.popitem(last=False)
+        return self._guards[key]
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Width and height of "WxH". Raises ValueError unless both are whole multiples of 8, at most 8192."""
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal()) or not all(
+        8 <= int(side) <= 8192 and int(side) % 8 == 0 for side in (width, height)
+    ):
+        cure = "Write for example 1024x1024."
+        raise ValueError(checks.refusal("a size WxH in multiples of 8, at most 8192x8192", text, cure))
+    return int(width), int(height)
+
+
+def native_size(pipe: Any) -> tuple[int, int]:
+    """The size that a pipeline draws by default. Raises ValueError if its configuration names none."""
+    from .._weights import denoiser_of
+
+    side = getattr(denoiser_of(pipe).config, "sample_size", None) or getattr(pipe, "default_sample_size", None)
+    if not isinstance(side, int):
+        raise ValueError("Expected a model whose configuration names its size, got another one. Give --size WxH.")
+    factor = getattr(pipe, "vae_scale_factor", 8)
+    return side * factor, side * factor
+
+
+def encoded(picture: Image, kind: str, compression: int | None, facts: Mapping[str, str]) -> bytes:
+    """The file of a picture: PNG with facts as texts, JPEG or WebP."""
+    from PIL.PngImagePlugin import PngInfo
+
+    file, options = io.BytesIO(), dict[str, Any]()
+    if kind == "png":
+        options["pnginfo"] = info = PngInfo()
+        for name, text in ({"Software": f"efface {__version__}"} | dict(facts)).items():
+            info.add_text(name, text)
+    else:
+        options["quality"] = QUALITY if compression is None else 100 - compression
+    picture.save(file, format=kind.upper(), **options)
+    return file.getvalue()

@@ -1,0 +1,214 @@
+"""`POST /v1/images/generations`: from a request to a committed job, and from a finished job to an answer."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import secrets
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import sqlalchemy as sql
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.concurrency import run_in_threadpool
+
+from .. import checks
+from .errors import Refused, unavailable
+from .fields import ImageRequest, batch_facts, cost_of, key_of, parsed, size_of
+from .http import body_of, holder_of, service_of
+from .jobs import LIVE, Job, New, Picture
+from .keys import Holder
+from .policies import effective
+from .service import Service
+from .watch import Watcher
+
+routes = APIRouter()
+_TOKEN = re.compile(r"[\x21-\x7e]{1,200}")
+ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": "string"},
+            },
+        }
+    },
+}
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The errors of a route for its OpenAPI description."""
+    content = {"application/json": {"schema": ERROR}}
+    return {status: {"description": "An error.", "content": content} for status in statuses}
+
+
+BODY = {
+    "requestBody": {"required": True, "content": {"application/json": {"schema": ImageRequest.model_json_schema()}}}
+}
+SECURED: dict[str, Any] = {"security": [{"key": []}]}
+
+
+@routes.post(
+    "/v1/images/generations",
+    responses=documented(400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 500, 503, 504),
+    openapi_extra=BODY | SECURED,
+)
+async def generate(request: Request) -> Response:
+    """Draws pictures under the policy of the key."""
+    service = service_of(request)
+    holder = await holder_of(request)
+    if service.draining.is_set():
+        raise unavailable("The server is shutting down. Try again on another one.", "draining")
+    body = await body_of(request)
+    asked, again = parsed(body), _idempotency(request)
+    name = await run_in_threadpool(accept, service, holder, asked, again, request.scope["efface.request"])
+    if asked.stream:
+        events = _events(request, service, holder, name, again is not None)
+        return StreamingResponse(events, media_type="text/event-stream")
+    await _wait(request, service, holder, name, again is not None)
+    return JSONResponse(await run_in_threadpool(answer, service, holder, name))
+
+
+def _idempotency(request: Request) -> str | None:
+    given = request.headers.getlist("idempotency-key")
+    if len(given) > 1 or not all(_TOKEN.fullmatch(each) for each in given):
+        message = "Expected one Idempotency-Key of 1 to 200 ASCII characters without blanks. Correct it."
+        raise Refused(400, message, "invalid_header")
+    return given[0] if given else None
+
+
+def accept(service: Service, holder: Holder, asked: ImageRequest, idempotency: str | None, request: str) -> str:
+    """Commits a job for a request, and returns its id.
+
+    Raises:
+        Refused: the model or a size is unknown, the policy refuses the request, or the queue is full.
+    """
+    if asked.model not in (None, service.model):
+        message = f"There is no model {checks.shown(asked.model)}. Use {service.model!r}."
+        raise Refused(404, message, "model_not_found", "model")
+    size = size_of(asked, service.sizes)
+    stored = service.policies.latest(holder.policy or "")
+    if stored is None:
+        raise Refused(403, "The policy of this key does not exist. Tell the operator.", "no_policy")
+    try:
+        policy = effective(stored.policy, asked.also_erase)
+    except ValueError as error:
+        raise Refused(400, checks.short(str(error), 500), "invalid_value", "also_erase") from None
+    facts = batch_facts(asked, service.model, size, [each.method for each in policy.erase])
+    cost = cost_of(asked, size)
+    _check_room(service, holder, cost)
+    row = {name: getattr(asked, name) for name in ("prompt", "negative_prompt", "also_erase", "output_compression")}
+    row |= {"n": asked.rows, "quality": asked.quality or "auto", "output_format": asked.output_format or "png"}
+    seed = secrets.randbelow(checks.SEEDS - asked.rows) if asked.seed is None else asked.seed
+    row |= {"seed": seed, "size": f"{size[0]}x{size[1]}", "call": facts}
+    body_hash = hashlib.sha256(asked.model_dump_json().encode()).hexdigest()
+    own = (holder.tenant, holder.key, stored.id, stored.policy.hash, service.model, key_of(facts))
+    new = New(*own, asked.rows, cost, asked.all_steps, json.dumps(row), body_hash, idempotency)
+
+    def also(connection: sql.Connection) -> None:
+        entry = {"tenant": holder.tenant, "key": holder.key, "policy": stored.policy.hash, "request": request}
+        service.audit.add(connection, "job accepted", entry | {"prompt": service.audit.keyed(asked.prompt)})
+
+    return service.jobs.accept(new, also)[0]
+
+
+def _check_room(service: Service, holder: Holder, cost: float) -> None:
+    total, own, waiting = service.jobs.load(holder.tenant)
+    if total >= service.limits.queue or own >= service.limits.tenant:
+        whose = "the queue" if total >= service.limits.queue else "the queue of this tenant"
+        retry = service.metrics.retry_after(waiting + cost)
+        raise Refused(429, f"There is no room in {whose}. Try again later.", "queue_full", retry=retry)
+
+
+async def _wait(request: Request, service: Service, holder: Holder, name: str, keep: bool) -> None:
+    """Waits until a job has ended. If the client leaves, the job is cancelled, unless it can be asked for again."""
+    watcher: Watcher = request.app.state.watcher
+    ended = False
+    async for state, _, _ in watcher.follow(name, service.limits.wait):
+        ended = state not in LIVE
+        if not ended and await request.is_disconnected():
+            if not keep:
+                await run_in_threadpool(cancel, service, holder, name)
+            raise Refused(499, "The client left. Send the request again.", "client_left")
+    if not ended:
+        await run_in_threadpool(cancel, service, holder, name)
+        message = f"The pictures were not ready within {service.limits.wait:g} seconds. Send the request again later."
+        raise Refused(504, message, "timeout")
+
+
+def cancel(service: Service, holder: Holder, name: str) -> bool:
+    """Cancels a job of the holder's tenant, and deletes its pictures."""
+
+    def also(connection: sql.Connection) -> None:
+        service.audit.add(connection, "job cancelled", {"job": name, "tenant": holder.tenant, "key": holder.key})
+
+    return service.jobs.cancel(holder.tenant, name, also)
+
+
+def answer(service: Service, holder: Holder, name: str) -> dict[str, Any]:
+    """The answer of a finished job. Raises Refused with the job's error if it failed."""
+    job = service.jobs.get(holder.tenant, name)
+    if job is None:
+        raise Refused(404, "There is no such job. Correct its id.", "not_found")
+    if job.state == "cancelled":
+        raise Refused(409, "The job was cancelled. Send the request again.", "cancelled")
+    if job.error is not None:
+        raise job.error
+    pictures = service.jobs.pictures(name)
+    if not pictures:
+        raise Refused(404, "The pictures of this job were deleted. Send the request again.", "expired")
+    if not any(each.content is not None for each in pictures):
+        raise Refused(500, "The job has no picture. Tell the operator.", "server_error")
+    return made(job, pictures)
+
+
+def made(job: Job, pictures: list[Picture]) -> dict[str, Any]:
+    """The answer in the shape of the images API. Blocked pictures are left out of `data`."""
+    data = [{"b64_json": base64.b64encode(each.content).decode()} for each in pictures if each.content is not None]
+    own = {"job": job.id, "policy": job.policy_hash, "rows": [_shown(each.record) for each in pictures]}
+    return {"created": int(job.created), "data": data, **_format(job.request), "background": "opaque", "efface": own}
+
+
+def _format(request: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: request[name] for name in ("output_format", "size", "quality")}
+
+
+def _shown(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a tenant sees of a row's record."""
+    acted = [{name: each[name] for name in ("concepts", "steps", "calls")} for each in record["acted"]]
+    return {"outcome": record["outcome"], "policy": record["policy"], "acted": acted}
+
+
+async def _events(request: Request, service: Service, holder: Holder, name: str, keep: bool) -> AsyncIterator[str]:
+    """Progress as comments, then a picture per event, or the error."""
+    watcher: Watcher = request.app.state.watcher
+    ended, last = False, -1
+    yield f": accepted {name}\n\n"
+    try:
+        async for state, step, steps in watcher.follow(name, service.limits.wait):
+            ended = state not in LIVE
+            if step != last and not ended:
+                last = step
+                yield f": step {step} of {steps}\n\n"
+        if not ended:
+            raise Refused(504, "The pictures were not ready in time. Send the request again later.", "timeout")
+        found = await run_in_threadpool(answer, service, holder, name)
+    except Refused as error:
+        yield f"data: {json.dumps(error.body())}\n\n"
+        return
+    finally:
+        if not ended and not keep:  # the client left, or the time is over
+            cancel(service, holder, name)
+    for each in found.pop("data"):
+        event = {"type": "image_generation.completed", "created_at": found["created"], **each, **found}
+        yield f"event: image_generation.completed\ndata: {json.dumps(event)}\n\n"
+    yield "data: [DONE]\n\n"

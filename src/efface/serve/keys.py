@@ -1,0 +1,142 @@
+"""API keys: shown once, stored as keyed hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sql
+
+from .. import checks
+from . import tables
+from .audit import Audit
+from .database import Database
+
+PREFIX = "ef_"
+PEPPER = 32
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+LONGEST = 36_500.0
+"""Days."""
+
+
+def checked_name(field: str, value: object) -> str:
+    """A name of a tenant or a policy: letters, digits, `.`, `_` and `-`, at most 100."""
+    if not isinstance(value, str) or not NAME.fullmatch(value):
+        cure = "Write for example kids-eu."
+        raise ValueError(
+            checks.refusal(
+                f"{field} of at most 100 letters, digits, '.', '_' and '-', first a letter or digit", value, cure
+            )
+        )
+    return value
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Whom a key belongs to.
+
+    Args:
+        key: the id of the key.
+        tenant: the tenant, whose jobs it can see.
+        policy: the name of the policy of its requests; None for admin keys.
+        admin: whether it may read and write policies.
+    """
+
+    key: str
+    tenant: str
+    policy: str | None
+    admin: bool
+
+
+class Keys:
+    """The keys of the service.
+
+    Args:
+        database: the database.
+        audit: the audit log.
+        pepper: the secret of the service, of at least 32 bytes.
+
+    Raises:
+        ValueError: the pepper is shorter.
+    """
+
+    def __init__(self, database: Database, audit: Audit, pepper: bytes) -> None:
+        if len(pepper) < PEPPER:
+            raise ValueError(f"Expected a pepper of at least {PEPPER} bytes, got {len(pepper)}. Restore the file.")
+        self._database, self._audit, self._pepper = database, audit, pepper
+
+    def _hash(self, key: str) -> str:
+        return hmac.new(self._pepper, b"key\n" + key.encode(), hashlib.sha256).hexdigest()
+
+    def add(
+        self, tenant: str, policy: str | None, *, admin: bool = False, days: float | None = None
+    ) -> tuple[str, str]:
+        """Makes a key, and returns its id and the key itself, which is not stored.
+
+        Args:
+            tenant: the tenant.
+            policy: the name of a policy; None for an admin key.
+            admin: whether it is an admin key. Admin keys draw nothing.
+            days: how long it is valid. None: until it is revoked.
+
+        Raises:
+            ValueError: there is no such policy, or a key has neither or both.
+        """
+        checked_name("a tenant", tenant)
+        if (policy is None) != admin:
+            raise ValueError(
+                "Expected a key with a policy, or an admin key without one, got neither or both. Give one."
+            )
+        if days is not None:
+            checks.number("days", days, 0, LONGEST, above=True)
+        key, name, now = PREFIX + secrets.token_urlsafe(32), f"key_{secrets.token_hex(8)}", time.time()
+        facts = {"key": name, "tenant": tenant, "policy": policy, "admin": admin}
+        with self._database.writing() as connection:
+            known = sql.select(tables.policies.c.id).where(tables.policies.c.name == policy)
+            if policy is not None and connection.execute(known).first() is None:
+                raise ValueError(checks.refusal("the name of a stored policy", policy, "Store the policy first."))
+            values: dict[str, Any] = {
+                "id": name,
+                "hash": self._hash(key),
+                "tenant": tenant,
+                "policy": policy,
+                "admin": admin,
+            }
+            values |= {"created": now, "expires": None if days is None else now + days * 86_400}
+            connection.execute(tables.keys.insert().values(values))
+            self._audit.add(connection, "key added", facts)
+        return name, key
+
+    def holder(self, key: str) -> Holder | None:
+        """Whom a key belongs to; None if it is unknown, revoked or expired. Takes the same steps for any text."""
+        table = tables.keys
+        with self._database.reading() as connection:
+            found = connection.execute(sql.select(table).where(table.c.hash == self._hash(key))).mappings().first()
+        if found is None or found["revoked"] is not None:
+            return None
+        if found["expires"] is not None and found["expires"] <= time.time():
+            return None
+        return Holder(found["id"], found["tenant"], found["policy"], bool(found["admin"]))
+
+    def revoke(self, name: str) -> None:
+        """Revokes a key by its id. Raises ValueError if there is no such key."""
+        table = tables.keys
+        with self._database.writing() as connection:
+            done = connection.execute(
+                table.update().where(table.c.id == name, table.c.revoked.is_(None)).values(revoked=time.time())
+            )
+            if not done.rowcount:
+                raise ValueError(checks.refusal("the id of a key that is not revoked", name, "List the keys."))
+            self._audit.add(connection, "key revoked", {"key": name})
+
+    def list(self) -> list[dict[str, Any]]:
+        """All keys without their hashes, oldest first."""
+        table = tables.keys
+        names = [column for column in table.c if column.name != "hash"]
+        with self._database.reading() as connection:
+            return [dict(row) for row in connection.execute(sql.select(*names).order_by(table.c.created)).mappings()]

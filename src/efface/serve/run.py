@@ -1,0 +1,130 @@
+"""`efface serve run`: the application on uvicorn, with one worker thread, in one process."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from prometheus_client import start_http_server
+
+from .. import checks
+from .app import create_app
+from .backend import Backend
+from .database import Unavailable
+from .jobs import LIVE
+from .log import named, told
+from .service import Service
+from .worker import Worker
+
+
+def check_host(host: str, everywhere: bool) -> None:
+    """Raises ValueError for an address beyond this machine, unless `everywhere` allows it."""
+    if everywhere or host == "localhost":
+        return
+    try:
+        near = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        near = False
+    if not near:
+        cure = "Give --everywhere to listen beyond this machine, behind a proxy with TLS."
+        raise ValueError(checks.refusal("a loopback address such as 127.0.0.1", host, cure))
+
+
+class Server(uvicorn.Server):
+    """Drains at the first SIGTERM or SIGINT: no new requests, accepted jobs are finished. The second one ends it."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self.service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.service.draining.is_set():
+            self.should_exit = self.force_exit = True
+            return
+        self.service.draining.set()
+        threading.Thread(target=self._drain, daemon=True).start()
+
+    def _drain(self) -> None:
+        told("draining", seconds=self.service.limits.drain)
+        end = time.monotonic() + self.service.limits.drain
+        while time.monotonic() < end and self._busy():
+            time.sleep(0.1)
+        time.sleep(0.3)  # open requests see the last states
+        self.should_exit = True
+
+    def _busy(self) -> bool:
+        try:
+            return self.service.jobs.count(LIVE, self.service.model) > 0
+        except Unavailable:
+            return True
+
+
+def run(
+    service: Service,
+    backend: Backend,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    metrics_port: int | None = 9000,
+    everywhere: bool = False,
+) -> int:
+    """Serves until a signal. Returns 0, or 1 if the worker ended by an error.
+
+    Args:
+        service: the service.
+        backend: what draws.
+        host: the address to listen on.
+        port: the port of the API. 0: any free one, which the log names.
+        metrics_port: the port of the metrics, on the same address. None: no metrics; 0: any free one.
+        everywhere: allows an address beyond this machine.
+    """
+    check_host(host, everywhere)
+    logging.getLogger("uvicorn").addHandler(logging.NullHandler())  # the log says it in one line
+    logging.getLogger("uvicorn").propagate = False
+    threading.excepthook = lambda args: told("thread ended", error=named(args.exc_value or args.exc_type()))
+    config = uvicorn.Config(
+        create_app(service), host=host, port=port, log_config=None, access_log=False, server_header=False,
+        timeout_keep_alive=5, limit_concurrency=2_000, h11_max_incomplete_event_size=16_384, loop="asyncio", http="h11",
+        timeout_graceful_shutdown=5,
+    )  # fmt: skip
+    server = Server(config, service)
+    worker = Worker(service, backend)
+    if metrics_port is not None:
+        metrics, _ = start_http_server(metrics_port, host, registry=service.metrics.registry)
+        told("metrics", port=metrics.server_port)
+    worker.start()
+    guard = threading.Thread(target=_end_with, args=(worker, server), daemon=True)
+    guard.start()
+    sockets = [config.bind_socket()]
+    told("listening", host=host, port=sockets[0].getsockname()[1], model=backend.name)
+    failed = _serve(server, sockets, worker)
+    service.database.close()
+    return 1 if failed else 0
+
+
+def _serve(server: Server, sockets: Sequence[Any], worker: Worker) -> bool:
+    """Serves, and returns whether the worker had ended by an error."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, server.handle_exit)
+    asyncio.run(server._serve(list(sockets)))
+    failed = not worker.is_alive()
+    worker.stop()
+    worker.join(server.service.limits.drain)
+    told("stopped", failed=failed)
+    return failed
+
+
+def _end_with(worker: Worker, server: Server) -> None:
+    """Ends the server if its worker ends by an error, so that whatever started it starts it again."""
+    worker.join()
+    if not server.service.draining.is_set():
+        told("worker ended")
+        server.service.draining.set()
+        server.should_exit = True

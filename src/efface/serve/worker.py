@@ -1,0 +1,242 @@
+"""A worker: claims whole batches, draws them, and finishes each job once."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import sqlalchemy as sql
+
+from .. import checks, files
+from ..progress import Cancelled
+from .backend import Backend, Drawn, Row, encoded
+from .database import Unavailable
+from .errors import Refused
+from .fair import Fair
+from .jobs import Claim, Leases, Picture
+from .log import named, told
+from .policies import effective
+from .service import Service
+
+FAILURES = (RuntimeError, ValueError, TypeError, OSError, MemoryError)
+PAUSE = 0.05
+T = TypeVar("T")
+
+
+class Worker(threading.Thread):
+    """Draws the queued jobs until it is stopped. An error of unknown kind ends it; others take its jobs.
+
+    Args:
+        service: the service.
+        backend: what draws.
+        name: its name in the table of jobs. None: a random one.
+    """
+
+    def __init__(self, service: Service, backend: Backend, name: str | None = None) -> None:
+        super().__init__(name=name or f"worker-{secrets.token_hex(6)}", daemon=True)
+        self._service, self._backend, self._jobs = service, backend, service.jobs
+        self._fair, self._leases = Fair(service.limits.rows), Leases(service.limits.lease)
+        self._stop_asked = threading.Event()
+        self._swept = 0.0
+
+    def run(self) -> None:
+        self._service.warm.set()
+        try:
+            while not self._stop_asked.is_set():
+                try:
+                    drew = self.once()
+                except Unavailable:
+                    self._stop_asked.wait(1.0)
+                    continue
+                if not drew:
+                    self._stop_asked.wait(PAUSE)
+        finally:
+            self._service.warm.clear()
+
+    def stop(self) -> None:
+        """Ends the worker after its batch."""
+        self._stop_asked.set()
+
+    def once(self) -> int:
+        """Draws one batch, and returns the number of its jobs; 0 if none is queued."""
+        self._sweep()
+        waiting = self._jobs.waiting(self._service.model)
+        self._service.metrics.queue.set(len(waiting))
+        chosen = self._fair.choose(waiting)
+        claims = self._jobs.claim([job.id for job in chosen], self.name) if chosen else []
+        if claims:
+            self._draw(claims)
+        return len(claims)
+
+    def _sweep(self) -> None:
+        """Takes jobs from workers that died, and deletes old pictures."""
+        now, limits = time.monotonic(), self._service.limits
+        if now - self._swept < limits.lease / 5:
+            return
+        self._swept = now
+        for name, fence, beat in self._leases.dead(self._jobs.running()):
+            self._jobs.release(name, fence, beat)
+        self._jobs.expire(limits.keep)
+
+    # ---- one batch
+
+    def _draw(self, claims: Sequence[Claim]) -> None:
+        ready: list[tuple[Claim, list[Row]]] = []
+        for claim in claims:
+            try:
+                ready.append((claim, self._rows(claim)))
+            except Refused as error:
+                self._finish(claim, [], error)
+        if not ready:
+            return
+        began = time.monotonic()
+        drawn, failure = self._attempt(ready)
+        if drawn:
+            seconds, cost = time.monotonic() - began, sum(claim.cost for claim, _ in ready)
+            self._service.metrics.drew(len(drawn), cost, seconds)
+            for claim, some in ready:
+                mine, drawn = drawn[: len(some)], drawn[len(some) :]
+                self._deliver(claim, mine)
+        elif failure is not None and len(ready) > 1:  # one request may spoil the batch of others
+            for claim, _ in ready:
+                self._draw([claim])
+        else:
+            for claim, _ in ready:
+                self._finish(claim, [], CANCELLED if failure is None else _failed(failure))
+
+    def _attempt(self, ready: Sequence[tuple[Claim, list[Row]]]) -> tuple[list[Drawn], BaseException | None]:
+        """The rows of a batch, or the error of the drawing; neither if nobody waits for it any more."""
+        rows = [row for _, some in ready for row in some]
+        with _Pulse(self._service, [claim for claim, _ in ready]) as pulse:
+            try:
+                return self._backend.draw(rows, ready[0][0].request["call"], pulse.on_step), None
+            except Cancelled:
+                return [], None
+            except FAILURES as error:
+                told("drawing failed", error=named(error), jobs=[claim.id for claim, _ in ready])
+                return [], error
+
+    def _rows(self, claim: Claim) -> list[Row]:
+        """The rows of a job. Raises Refused if its policy is not the stored one, or its prompt is too long."""
+        request = claim.request
+        try:
+            stored = self._service.policies.version(claim.policy)
+            policy = None if stored is None else effective(stored.policy, request["also_erase"])
+        except ValueError:
+            policy = stored = None
+        if stored is None or policy is None or stored.policy.hash != claim.policy_hash:
+            raise Refused(
+                500, "The policy of this request is not the stored one. Tell the operator.", "policy_not_applied"
+            )
+        for name in ("prompt", "negative_prompt"):
+            if request[name] and (lost := self._backend.cut_off(request[name])):
+                message = f"Expected a `{name}` that the model reads to its end, got one without {checks.shown(lost)}."
+                raise Refused(400, f"{message} Shorten it.", "prompt_too_long", name)
+        seeds = range(request["seed"], request["seed"] + claim.rows)
+        return [Row(request["prompt"], request["negative_prompt"], seed, policy) for seed in seeds]
+
+    def _deliver(self, claim: Claim, drawn: Sequence[Drawn]) -> None:
+        """Finishes a job with its pictures, unless a row is not proven or all are blocked."""
+        metrics = self._service.metrics
+        for each in drawn:
+            for seen in each.record["detections"]:
+                for concept in seen:
+                    metrics.hits.labels(concept).inc()
+        error = None
+        if unproven := [each for each in drawn if each.record["outcome"] == "not proven"]:
+            metrics.unproven.inc(len(unproven))
+            message = (
+                "The record does not prove that the policy acted, so the pictures are withheld. Tell the operator."
+            )
+            error = Refused(500, message, "policy_not_applied")
+        elif all(each.picture is None for each in drawn):
+            message = "A detector found erased concepts in every picture. Change the prompt."
+            error = Refused(403, message, "content_blocked", "prompt")
+        pictures = [self._picture(claim, each) for each in drawn]
+        self._finish(claim, pictures, error)
+
+    def _picture(self, claim: Claim, drawn: Drawn) -> Picture:
+        record = dict(drawn.record)
+        if drawn.picture is None:
+            return Picture(None, record)
+        facts = {"efface:model": self._service.model, "efface:policy": str(record["policy"])}
+        request = claim.request
+        content = encoded(drawn.picture, request["output_format"], request["output_compression"], facts)
+        return Picture(content, record | {"sha256": files.sha256(content)})
+
+    def _finish(self, claim: Claim, pictures: Sequence[Picture], error: Refused | None) -> None:
+        state = "failed" if error else "done"
+        request = claim.request
+        facts = {
+            "job": claim.id,
+            "tenant": claim.tenant,
+            "key": claim.key,
+            "policy": claim.policy_hash,
+            "also_erase": request["also_erase"],
+            "model": self._service.model,
+            "call": request["call"],
+            "seed": request["seed"],
+            "prompt": self._service.audit.keyed(request["prompt"]),
+            "state": state,
+            "error": None if error is None else error.code,
+            "rows": [each.record for each in pictures],
+            "worker": self.name,
+        }
+
+        def also(connection: sql.Connection) -> None:
+            self._service.audit.add(connection, "job finished", facts)
+
+        if self._stubborn(lambda: self._jobs.finish(claim, pictures, error, also)):
+            self._service.metrics.finished.labels(state).inc()
+
+    def _stubborn(self, act: Callable[[], T]) -> T | None:
+        """Tries again while the database is away. None if the worker is stopped meanwhile."""
+        while True:
+            try:
+                return act()
+            except Unavailable:
+                if self._stop_asked.wait(0.5):
+                    return None
+
+
+CANCELLED = Refused(409, "The request was cancelled. Send it again.", "cancelled")
+
+
+def _failed(error: BaseException) -> Refused:
+    """The error of a drawing that failed. Its text stays in the server's log."""
+    return Refused(500, f"Drawing failed with {type(error).__name__}. Tell the operator.", "drawing_failed")
+
+
+class _Pulse:
+    """The heartbeat of a batch, in a thread, and the end of a batch that nobody waits for."""
+
+    def __init__(self, service: Service, claims: Sequence[Claim]) -> None:
+        self._service, self._claims = service, list(claims)
+        self._step, self.ended = 0, False
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> _Pulse:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        service = self._service
+        while not self._over.wait(min(service.limits.lease / 5, 0.5)):
+            try:
+                held, cancelled = service.jobs.beat(self._claims, self._step)
+            except Unavailable:
+                continue
+            self.ended = not held - cancelled
+
+    def on_step(self, step: int) -> None:
+        self._step = step
+        if self.ended:
+            raise Cancelled("No request waits for this batch.")

@@ -1,0 +1,607 @@
+"""Jobs, keys, policies and the audit log, on SQLite and on PostgreSQL: nothing is lost, doubled or changed."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sql
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from efface.serve import jobs as module
+from efface.serve import tables
+from efface.serve.audit import Audit
+from efface.serve.database import Database, Unavailable
+from efface.serve.errors import Refused
+from efface.serve.fair import Fair
+from efface.serve.jobs import Jobs, Leases, New, Picture, Waiting
+from efface.serve.keys import Keys
+from efface.serve.policies import Policies, effective
+from efface.serve.service import Limits, Service
+
+PEPPER = b"p" * 32
+PICTURE = Picture(b"png", {"outcome": "drawn"})
+BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+
+
+def nothing(connection: sql.Connection) -> None:
+    pass
+
+
+# ---------------------------------------------------------------- databases
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A PostgreSQL server for this test run, on a socket and a free port of this machine."""
+    pytest.importorskip("psycopg", reason="the driver psycopg is not installed")
+    if not BINARIES:
+        pytest.skip("no PostgreSQL server in /usr/lib/postgresql; `apt-get install postgresql` installs one")
+    folder, user = tmp_path_factory.mktemp("postgres"), None
+    if os.geteuid() == 0:  # the server refuses to run as root
+        user = next((name for name in ("postgres", "nobody") if _known(name)), None)
+        if user is None:
+            pytest.skip("PostgreSQL does not run as root, and there is no other user to run it")
+        for each in (folder, *folder.parents):
+            if each.name.startswith("pytest") or each == folder:
+                each.chmod(each.stat().st_mode | 0o055)
+        shutil.chown(folder, user)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    run = {"user": user, "capture_output": True, "text": True, "cwd": folder}
+    data, bin_ = folder / "data", BINARIES[-1]
+    made = subprocess.run([bin_ / "initdb", "-D", data, "-U", "efface", "-A", "trust", "-N"], **run)  # type: ignore[call-overload]
+    if made.returncode:
+        pytest.skip(f"PostgreSQL cannot make a cluster here: {made.stderr.strip()[-200:]}")
+    options = f"-F -h 127.0.0.1 -p {port} -k {folder}"
+    start = [bin_ / "pg_ctl", "-D", data, "-o", options, "-w", "-l", folder / "log", "start"]
+    started = subprocess.run(start, **{**run, "capture_output": False, "stdout": subprocess.DEVNULL})  # type: ignore[call-overload]
+    assert started.returncode == 0, (folder / "log").read_text()
+    yield f"postgresql+psycopg://efface@127.0.0.1:{port}"
+    subprocess.run([bin_ / "pg_ctl", "-D", data, "-m", "immediate", "stop"], **run)  # type: ignore[call-overload]
+
+
+def _known(user: str) -> bool:
+    with contextlib.suppress(KeyError):
+        return bool(pwd.getpwnam(user))
+    return False
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
+    if request.param == "sqlite":
+        url = f"sqlite:///{tmp_path}/serve.db"
+    else:
+        server = request.getfixturevalue("postgres")
+        name = f"t{time.monotonic_ns()}"
+        admin = sql.create_engine(f"{server}/postgres", isolation_level="AUTOCOMMIT")
+        with admin.connect() as connection:
+            connection.execute(sql.text(f"CREATE DATABASE {name}"))
+        admin.dispose()
+        url = f"{server}/{name}"
+    made = Database(url)
+    made.migrate()
+    yield made
+    made.close()
+
+
+def new(tenant: str = "kids", **more: Any) -> New:
+    facts: dict[str, Any] = {"tenant": tenant, "key": "key_1", "policy": 1, "policy_hash": "0" * 64, "batch": "b"}
+    facts["model"] = "stub"
+    facts |= {"rows": 1, "cost": 1.0, "steps": 3, "request": '{"prompt": "secret", "n": 1}', "body_hash": "1" * 64}
+    return New(**(facts | more))
+
+
+# ---------------------------------------------------------------- tables
+
+
+def test_the_migrations_make_the_declared_tables(database: Database) -> None:
+    database.migrate()  # a second time changes nothing
+    assert database.version() == "0001"
+    with database.reading() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), tables.DATA) == []
+
+
+def test_a_url_of_another_database_is_refused() -> None:
+    for url in (
+        "mysql://localhost/x",
+        "nonsense",
+        "sqlite+none:///x",
+        "",
+        "sqlite://",
+        "sqlite:///:memory:",
+        "sqlite:////dev/zero",
+    ):
+        with pytest.raises(ValueError, match=r"Expected|ordinary file"):
+            Database(url)
+
+
+def test_a_database_that_cannot_be_used_says_why_and_shows_no_password(tmp_path: Path) -> None:
+    for url in (f"sqlite:///{tmp_path}/absent/serve.db", "postgresql+psycopg://u:secret@127.0.0.1:1/x"):
+        with pytest.raises(Unavailable) as caught, Database(url).reading():
+            pass
+        assert "secret" not in str(caught.value) and "Correct that, and try again." in str(caught.value)
+
+
+# ---------------------------------------------------------------- keys
+
+
+def test_keys_are_shown_once_and_stored_as_keyed_hashes(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    audit = Audit(database, PEPPER)
+    keys = Keys(database, audit, PEPPER)
+    Policies(database, audit).add("kids", {"erase": ["alcohol"]}, "test")
+    name, key = keys.add("kids", "kids", days=1)
+    with database.reading() as connection:
+        stored = [str(value) for row in connection.execute(sql.select(tables.keys)) for value in row]
+        stored += connection.execute(sql.select(tables.audit.c.body)).scalars().all()
+    assert key.startswith("ef_") and len(key) == 46 and not any(key[3:] in text for text in stored)
+    assert "hash" not in keys.list()[0]
+    holder = keys.holder(key)
+    assert holder is not None and (holder.key, holder.tenant, holder.policy, holder.admin) == (
+        name,
+        "kids",
+        "kids",
+        False,
+    )
+    for wrong in ("", "ef_", key[:-1], key + "x", key.upper(), "ef_" + "a" * 43):
+        assert keys.holder(wrong) is None
+    assert Keys(database, audit, b"q" * 32).holder(key) is None
+    now = time.time()
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: now + 2 * 86_400)
+        assert keys.holder(key) is None
+    assert keys.holder(key) is not None
+    keys.revoke(name)
+    assert keys.holder(key) is None
+    for act in (lambda: keys.revoke(name), lambda: keys.revoke("key_x")):
+        with pytest.raises(ValueError, match="List the keys"):
+            act()
+    for policy, admin in ((None, False), ("kids", True), ("absent", False)):
+        with pytest.raises(ValueError, match="policy"):
+            keys.add("kids", policy, admin=admin)
+    for tenant in ("", "a b", "a\0", "../x", "x" * 101, "\u202e"):
+        with pytest.raises(ValueError, match="Expected a tenant"):
+            keys.add(tenant, "kids")
+    with pytest.raises(ValueError, match="pepper"):
+        Keys(database, audit, b"short")
+
+
+# ---------------------------------------------------------------- policies
+
+
+def test_versions_of_policies_count_and_never_change(database: Database) -> None:
+    policies = Policies(database, Audit(database, PEPPER))
+    first = policies.add("kids", {"erase": ["alcohol"]}, "a")
+    again = policies.add("kids", {"erase": ["alcohol"]}, "b")
+    second = policies.add("kids", {"erase": ["alcohol", "weapon"]}, "b")
+    assert (first.policy.version, again.id, second.policy.version) == (1, first.id, 2)
+    latest, earlier = policies.latest("kids"), policies.version(first.id)
+    assert latest is not None and latest.policy.hash == second.policy.hash
+    assert earlier is not None and earlier.policy.hash == first.policy.hash and policies.latest("x") is None
+    for entries in ({}, {"erase": ["alcohol"], "version": 9}, {"erase": ["alcohol"], "strenght": 1}):
+        with pytest.raises(ValueError, match="Expected"):
+            policies.add("kids", entries, "a")
+    assert [each.policy.version for each in policies.list()] == [2]
+    assert effective(first.policy, ["cat"]).hash != first.policy.hash == effective(first.policy, []).hash
+
+
+# ---------------------------------------------------------------- audit
+
+
+def test_the_audit_log_cannot_be_changed_unseen(database: Database) -> None:
+    audit = Audit(database, PEPPER)
+    for k in range(5):
+        with database.writing() as connection:
+            audit.add(connection, "event", {"k": k})
+    assert audit.verify() == (5, "")
+    more = () if database.sqlite else ("TRUNCATE audit",)
+    for statement in ("UPDATE audit SET body = 'x'", "DELETE FROM audit", *more):
+        with (
+            pytest.raises((sql.exc.IntegrityError, ValueError), match="cannot be changed"),
+            database.writing() as connection,
+        ):
+            connection.execute(sql.text(statement))
+    assert audit.verify() == (5, "") and [entry["k"] for entry in audit.entries(2)] == [3, 4]
+    assert Audit(database, b"q" * 32).verify() == (1, "entry 1 was changed")
+    with database.writing() as connection:  # by somebody who may drop the triggers
+        triggers = ("audit_no_update", "audit_no_delete") if database.sqlite else ("audit_no_change ON audit",)
+        for name in triggers:
+            connection.execute(sql.text(f"DROP TRIGGER {name}"))
+        connection.execute(sql.text("UPDATE audit SET body = replace(body, '2', '7') WHERE seq = 3"))
+    assert audit.verify() == (3, "entry 3 was changed")
+    with database.writing() as connection:
+        connection.execute(sql.text("DELETE FROM audit WHERE seq = 2"))
+    assert audit.verify() == (2, "entry 2 is missing")
+
+
+def test_old_entries_are_dropped_and_the_rest_can_be_checked(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audit, now = Audit(database, PEPPER), time.time()
+    for age in (40, 35, 2, 50, 1):  # the fourth was written while the clock was wrong
+        monkeypatch.setattr(time, "time", lambda age=age: now - age * 86_400)
+        with database.writing() as connection:
+            audit.add(connection, "event", {"age": age})
+    monkeypatch.setattr(time, "time", lambda: now)
+    assert audit.drop(60) == 0 and audit.drop(30) == 2 and audit.drop(30) == 0
+    assert [entry.get("age") for entry in audit.entries()] == [2, 50, 1, None] and audit.verify() == (6, "")
+    with (
+        pytest.raises((sql.exc.IntegrityError, ValueError), match="cannot be changed"),
+        database.writing() as connection,
+    ):
+        connection.execute(sql.text("DELETE FROM audit WHERE seq = 3"))
+    with database.writing() as connection:  # a start that makes the deletion possible
+        connection.execute(tables.starts.insert().values(seq=3, hash="0" * 64, mac="0" * 64))
+        connection.execute(sql.text("DELETE FROM audit WHERE seq = 3"))
+    assert audit.verify() == (3, "the start after entry 3 was forged")
+    with pytest.raises(ValueError, match="damaged"):
+        audit.drop(0)
+
+
+def test_an_entry_of_another_history_is_found(tmp_path: Path) -> None:
+    """An old copy of the database has an entry with a right hash, which does not fit the present chain."""
+    rows = []
+    for name in ("present", "copy"):
+        database = Database(f"sqlite:///{tmp_path}/{name}.db")
+        database.migrate()
+        audit = Audit(database, PEPPER)
+        for k in range(4):
+            with database.writing() as connection:
+                audit.add(connection, "event", {"k": k, "where": name})
+        with database.reading() as connection:
+            rows.append([dict(row) for row in connection.execute(sql.select(tables.audit)).mappings()])
+    for name, k in (("present", 1), ("copy", 2)):  # the copy's second entry goes into the present one, and back
+        database = Database(f"sqlite:///{tmp_path}/{name}.db")
+        other = rows[1 if name == "present" else 0][k]
+        with database.writing() as connection:
+            connection.execute(sql.text("DROP TRIGGER audit_no_update"))
+            connection.execute(tables.audit.update().where(tables.audit.c.seq == k + 1).values(other))
+        assert Audit(database, PEPPER).verify() == (k + 1, f"entry {k + 1} was changed")
+        database.close()
+
+
+def test_writers_of_the_audit_log_make_one_chain(database: Database) -> None:
+    audit = Audit(database, PEPPER)
+
+    def write() -> None:
+        for _ in range(10):
+            with database.writing() as connection:
+                audit.add(connection, "event", {})
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert audit.verify() == (40, "")
+
+
+# ---------------------------------------------------------------- jobs
+
+
+def test_sqlite_flushes_every_transaction(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/serve.db")
+    with database.reading() as connection:
+        found = [connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in ("synchronous", "journal_mode")]
+    assert found == [2, "wal"]
+    database.close()
+
+
+def test_an_idempotency_key_accepts_a_request_once_per_tenant(database: Database) -> None:
+    jobs = Jobs(database)
+    first, fresh = jobs.accept(new(idempotency="k"), nothing)
+    assert fresh and jobs.accept(new(idempotency="k"), nothing) == (first, False)
+    assert jobs.accept(new("press", idempotency="k"), nothing)[0] != first
+    assert jobs.accept(new(), nothing)[0] != jobs.accept(new(), nothing)[0]
+    with pytest.raises(Refused) as caught:
+        jobs.accept(new(idempotency="k", body_hash="2" * 64), nothing)
+    assert (caught.value.status, caught.value.code) == (422, "idempotency_key_reused")
+    found: list[str] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(jobs.accept(new(idempotency="r"), nothing)[0])) for _ in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 6 and len(set(found)) == 1
+
+
+def test_a_job_is_not_accepted_without_its_audit_entry(database: Database) -> None:
+    def fails(connection: sql.Connection) -> None:
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        Jobs(database).accept(new(), fails)
+    assert Jobs(database).waiting("stub") == []
+
+
+def test_only_the_holder_of_the_present_fence_finishes_a_job(database: Database) -> None:
+    jobs = Jobs(database)
+    name, _ = jobs.accept(new(), nothing)
+    (late,) = jobs.claim([name], "a")
+    assert jobs.claim([name], "b") == [] and jobs.running() == {(name, 1): 0}
+    assert jobs.beat([late], 2) == ({name}, set()) and jobs.states([name]) == {name: ("running", 2, 3)}
+    assert not jobs.release(name, 1, 0)  # it has a heartbeat since
+    assert jobs.release(name, 1, 1) and not jobs.release(name, 1, 1)
+    (now,) = jobs.claim([name], "b")
+    assert not jobs.finish(late, [PICTURE], None, nothing) and jobs.beat([late], 3) == (set(), set())
+    assert jobs.pictures(name) == []
+    assert jobs.finish(now, [PICTURE], None, nothing) and not jobs.finish(now, [PICTURE], None, nothing)
+    assert jobs.pictures(name) == [PICTURE]
+    found = jobs.get("kids", name)
+    assert found is not None and found.state == "done" and found.request == {"n": 1} and jobs.get("press", name) is None
+
+
+def test_a_job_whose_workers_die_fails_after_three_attempts(database: Database) -> None:
+    jobs = Jobs(database)
+    name, _ = jobs.accept(new(), nothing)
+    for attempt in range(module.ATTEMPTS):
+        (claim,) = jobs.claim([name], "a")
+        assert claim.fence == 2 * attempt + 1
+        assert jobs.release(name, claim.fence, 0)
+    found = jobs.get("kids", name)
+    assert found is not None and found.state == "failed" and found.error is not None
+    assert found.error.code == "worker_lost" and jobs.waiting("stub") == []
+
+
+def test_cancelling_at_any_time_leaves_no_picture(database: Database) -> None:
+    jobs = Jobs(database)
+    queued, running, done, dead = (jobs.accept(new(), nothing)[0] for _ in range(4))
+    held = {name: jobs.claim([name], "a")[0] for name in (running, done, dead)}
+    assert jobs.finish(held[done], [PICTURE], None, nothing)
+    assert not jobs.cancel("press", queued, nothing)
+    assert all(jobs.cancel("kids", name, nothing) for name in (queued, running, done, dead))
+    assert jobs.beat([held[running]], 1) == ({running}, {running})
+    assert jobs.finish(held[running], [PICTURE], None, nothing) and jobs.release(dead, 1, 0)
+    states = jobs.states([queued, running, done, dead])
+    assert [states[name][0] for name in (queued, running, done, dead)] == [
+        "cancelled",
+        "cancelled",
+        "done",
+        "cancelled",
+    ]
+    assert all(jobs.pictures(name) == [] for name in states)
+
+
+def test_pictures_expire_and_load_counts_live_jobs(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = Jobs(database)
+    names = [jobs.accept(new(tenant), nothing)[0] for tenant in ("kids", "kids", "press")]
+    assert jobs.load("kids") == (3, 2, 3.0) and jobs.count(module.LIVE) == 3
+    assert jobs.finish(jobs.claim(names[:1], "a")[0], [PICTURE], None, nothing)
+    assert jobs.load("kids") == (2, 1, 2.0) and jobs.expire(60) == 0
+    later = time.time() + 61
+    monkeypatch.setattr(time, "time", lambda: later)
+    assert jobs.expire(60) == 1 and jobs.pictures(names[0]) == []
+
+
+def test_a_worker_sees_the_jobs_of_its_own_model(database: Database) -> None:
+    jobs = Jobs(database)
+    names = [jobs.accept(new(model=model), nothing)[0] for model in ("stub", "other")]
+    assert [job.id for job in jobs.waiting("other")] == names[1:] and jobs.waiting("third") == []
+    assert jobs.count(module.LIVE) == 2 and jobs.count(module.LIVE, "stub") == 1
+
+
+def test_two_workers_never_claim_one_job(database: Database) -> None:
+    jobs = Jobs(database)
+    names = [jobs.accept(new(), nothing)[0] for _ in range(40)]
+    claimed: collections.Counter[str] = collections.Counter()
+
+    def work(owner: str) -> None:
+        while waiting := jobs.waiting("stub"):
+            for claim in jobs.claim([job.id for job in waiting[:3]], owner):
+                claimed[claim.id] += 1
+
+    threads = [threading.Thread(target=work, args=(f"w{k}",)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert claimed == collections.Counter(names)
+
+
+# ---------------------------------------------------------------- leases and clocks
+
+
+def test_a_lease_follows_heartbeats_and_not_the_time_of_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    leases = Leases(10.0, lambda: now)
+    job = ("job", 1)
+    assert leases.dead({job: 0}) == []
+    monkeypatch.setattr(time, "time", lambda: 4e9)  # the clock of the machine jumps by decades
+    now = 9.0
+    assert leases.dead({job: 1}) == []  # a heartbeat
+    now = 18.9
+    assert leases.dead({job: 1}) == []
+    now = 19.0
+    assert leases.dead({job: 1}) == [("job", 1, 1)]
+    assert leases.dead({("job", 2): 1}) == []  # another holder
+    assert leases.dead({}) == [] and leases.dead({job: 1}) == []  # it was away: counted from its return
+
+
+DRAWS = """
+import sys, time
+from pathlib import Path
+from efface.serve.database import Database
+from efface.serve.service import Limits, Service
+from efface.serve.worker import Worker
+from test_serve import Stub
+
+class Slow(Stub):
+    def draw(self, rows, call, on_step):
+        Path(sys.argv[2]).write_text("drawing")
+        time.sleep(60)
+
+Worker._rows = lambda self, claim: [claim]  # it is killed before it needs them
+Worker(Service(Database(sys.argv[1]), b"p" * 32, Limits(rows=4, lease=0.5), "stub"), Slow()).run()
+"""
+
+
+def test_a_killed_worker_loses_no_job_and_doubles_none(database: Database, tmp_path: Path) -> None:
+    from test_serve import Stub
+
+    from efface.serve.worker import Worker
+
+    limits = Limits(rows=4, lease=0.5)
+    service = Service(database, PEPPER, limits, "stub")
+    stored = service.policies.add("kids", {"erase": ["alcohol"]}, "test")
+    call = {"model": "stub", "size": [8, 8], "steps": 1, "guidance_scale": None, "negative_prompt": False}
+    request = {"prompt": "a cat", "negative_prompt": None, "also_erase": [], "seed": 1, "call": call, "n": 1}
+    request |= {"output_format": "png", "output_compression": None}
+    facts = {"policy": stored.id, "policy_hash": stored.policy.hash, "request": json.dumps(request)}
+    names = [service.jobs.accept(new(**facts), nothing)[0] for _ in range(6)]
+    url = database.engine.url.render_as_string(hide_password=False)
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    drawing = tmp_path / "drawing"
+    killed = subprocess.Popen([sys.executable, "-c", DRAWS, url, drawing], env={**os.environ, "PYTHONPATH": path})
+    try:
+        _until(lambda: drawing.exists(), 30)
+        assert service.jobs.count(["running"]) == 4
+    finally:
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+    assert service.jobs.count(["running"]) == 4  # nobody has noticed yet
+    stub = Stub()
+    workers = [Worker(service, stub) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    _until(lambda: service.jobs.count(["done"]) == 6, 10)
+    for worker in workers:
+        worker.stop()
+        worker.join(5)
+    assert all(len(service.jobs.pictures(name)) == 1 for name in names)
+    assert sum(len(rows) for rows, _ in stub.batches) == 6
+    ends = [entry["job"] for entry in service.audit.entries() if entry["kind"] == "job finished"]
+    assert sorted(ends) == sorted(names) and service.audit.verify()[1] == ""
+
+
+def _until(holds: Any, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+# ---------------------------------------------------------------- a database that goes away
+
+
+def test_a_full_disk_accepts_nothing_and_loses_nothing(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/serve.db", wait=0.1)
+    database.migrate()
+    jobs = Jobs(database)
+    kept = jobs.accept(new(), nothing)[0]
+    with database.writing() as connection:
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
+    sql.event.listen(database.engine, "connect", lambda c, _: c.execute(f"PRAGMA max_page_count={pages}"))
+    database.engine.dispose()
+    with pytest.raises(Unavailable, match="full"):
+        for _ in range(200):
+            jobs.accept(new(request=json.dumps({"prompt": "x" * 4_000})), nothing)
+    assert kept in {job.id for job in jobs.waiting("stub")}
+    (claim,) = jobs.claim([kept], "a")
+    with pytest.raises(Unavailable, match="full"):
+        jobs.finish(claim, [Picture(b"x" * 1_000_000, {})], None, nothing)
+    assert jobs.states([kept])[kept][0] == "running" and jobs.pictures(kept) == []
+    database.close()
+
+
+def test_a_locked_database_is_unavailable_and_comes_back(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/serve.db", wait=0.1)
+    database.migrate()
+    jobs = Jobs(database)
+    with database.writing(), pytest.raises(Unavailable, match="locked"):
+        jobs.accept(new(), nothing)
+    assert jobs.accept(new(), nothing)[1]
+    database.close()
+
+
+# ---------------------------------------------------------------- fairness
+
+
+def queue(*jobs: tuple[str, str, int, float]) -> list[Waiting]:
+    return [Waiting(k, f"{tenant}{k}", tenant, batch, rows, cost) for k, (tenant, batch, rows, cost) in enumerate(jobs)]
+
+
+def served(fair: Fair, waiting: list[Waiting], batches: int) -> list[list[Waiting]]:
+    made = []
+    for _ in range(batches):
+        chosen = fair.choose(waiting)
+        waiting = [job for job in waiting if job not in chosen]
+        made.append(chosen)
+    return made
+
+
+def test_a_batch_has_one_key_and_no_more_rows_than_fit() -> None:
+    waiting = queue(("a", "x", 2, 2), ("a", "y", 1, 1), ("b", "x", 1, 1), ("b", "x", 2, 2), ("c", "x", 1, 1))
+    (first,) = served(Fair(4), waiting, 1)
+    assert [(job.tenant, job.batch) for job in first] == [("a", "x"), ("b", "x"), ("c", "x")]
+    (large,) = served(Fair(4), queue(("a", "x", 9, 9), ("a", "x", 1, 1)), 1)
+    assert [job.rows for job in large] == [9]
+    assert Fair(4).choose([]) == []
+
+
+def test_a_flood_delays_another_tenant_by_one_batch() -> None:
+    waiting = queue(*[("flood", "x", 1, 1.0)] * 500, ("small", "y", 1, 1.0))
+    batches = served(Fair(4), waiting, 3)
+    assert "small" in {job.tenant for batch in batches[:2] for job in batch}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abc"), st.sampled_from("xyz"), st.integers(1, 4), st.integers(1, 50)), max_size=40
+    ),
+    st.integers(1, 6),
+)
+def test_every_job_is_drawn_once_and_first_come_first_served_within_tenant_and_key(
+    jobs: Sequence[tuple[str, str, int, int]], rows: int
+) -> None:
+    waiting = queue(*((tenant, batch, n, float(cost)) for tenant, batch, n, cost in jobs))
+    fair, drawn = Fair(rows), list[Waiting]()
+    left = list(waiting)
+    while left:
+        chosen = fair.choose(left)
+        assert chosen and len({job.batch for job in chosen}) == 1
+        assert len(chosen) == 1 or sum(job.rows for job in chosen) <= rows
+        left = [job for job in left if job not in chosen]
+        drawn += chosen
+    assert sorted(job.seq for job in drawn) == [job.seq for job in waiting]
+    for pair in {(job.tenant, job.batch) for job in waiting}:
+        mine = [job.seq for job in drawn if (job.tenant, job.batch) == pair]
+        assert mine == sorted(mine)
+
+
+def test_jobs_that_fill_a_batch_are_paid_for() -> None:
+    """Two tenants share a batching key, the third has another one: each gets a third of the rows."""
+    waiting = [each for _ in range(400) for each in (("a", "x", 1, 1.0), ("b", "x", 1, 1.0), ("c", "y", 1, 1.0))]
+    rows = collections.Counter(job.tenant for batch in served(Fair(4), queue(*waiting), 90) for job in batch)
+    assert sum(rows.values()) == 360 and max(rows.values()) - min(rows.values()) <= 8, rows
+
+
+@pytest.mark.parametrize("keys", [("x", "x"), ("x", "y")])
+def test_tenants_with_full_queues_get_equal_shares_of_the_cost(keys: tuple[str, str]) -> None:
+    """One tenant has long jobs, the other short ones."""
+    waiting = queue(*[("long", keys[0], 1, 10.0)] * 200, *[("short", keys[1], 1, 1.0)] * 2_000)
+    cost: collections.Counter[str] = collections.Counter()
+    for batch in served(Fair(4), waiting, 120):
+        for job in batch:
+            cost[job.tenant] += int(job.cost)
+    assert abs(cost["long"] - cost["short"]) <= 60, cost
