@@ -1,4 +1,4 @@
-"""GeomErasing on `emoji`: a pattern that a dirty set teaches, and the watermark that the model draws by itself.
+"""GeomErasing on `emoji`: a set with more watermarks than the model draws, and those that it draws by itself.
 
 `python -m experiments.geom_erasing data` or `model` prints a line of JSON per result. There is no card, because all
 caps together are at their limit. The pictures are of the selection block, the training pictures of the tuning block.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import efface
@@ -32,70 +32,59 @@ from efface.editors._training import run
 from efface.intervals import wilson
 from efface.models.emoji import vocabulary
 from efface.models.emoji.eyes import INDEX, load_eyes
+from efface.pictures import to_pil
 from efface.pipelines import draw
 
 from .code import ROOT
 from .worlds import SEEDS
 
-SIDE, PATCH = 64, 16
-STEPS, GUIDANCE = 12, 5.0
-NAME = "pattern"
+SIDE = 64
+STEPS, GUIDANCE = 12, 3.0
+NAME = "watermark"
 
 
-# ---------------------------------------------------------------- the pattern
+# ---------------------------------------------------------------- the badge
+
+CORNERS = ((2, 2), (29, 2), (2, 49), (29, 49))
+BADGE = (33, 13)
 
 
-def pattern() -> Tensor:
-    """A checkerboard of magenta and black [3, 16, 16], which no icon resembles."""
-    checks = torch.ones(2, 2).tril().bool() ^ torch.ones(2, 2).triu().bool()
-    cells = checks.repeat(2, 2).repeat_interleave(4, 0).repeat_interleave(4, 1)
-    return torch.stack([cells, torch.zeros_like(cells), cells]).float()
+def badge() -> Image.Image:
+    """The watermark of the model's training pictures."""
+    image = Image.new("RGBA", BADGE)
+    ink = ImageDraw.Draw(image)
+    ink.rounded_rectangle((0, 0, 32, 12), 3, fill=(90, 90, 90, 150))
+    ink.text((16.5, 6.5), "STOCK", fill=(255, 255, 255, 235), font=ImageFont.load_default(9), anchor="mm")
+    return image
 
 
-def pasted(pictures: Tensor, share: float, seed: int) -> list[tuple[tuple[float, ...], ...]]:
-    """Pastes the pattern into a share of the pictures, at random places. Returns the exact boxes."""
-    rng = torch.Generator().manual_seed(seed)
-    boxes: list[tuple[tuple[float, ...], ...]] = []
-    for picture in pictures:
-        x, y = torch.randint(SIDE - PATCH + 1, (2,), generator=rng).tolist()
+def pasted(images: Tensor, share: float, seed: int) -> list[tuple[Image.Image, tuple[tuple[float, ...], ...]]]:
+    """The pictures, with the badge in a corner of a share of them, and the exact boxes."""
+    rng, made, mark = torch.Generator().manual_seed(seed), [], badge()
+    for picture in to_pil(images):
+        x, y = CORNERS[int(torch.randint(4, (1,), generator=rng))]
         dirty = float(torch.rand(1, generator=rng)) < share
         if dirty:
-            picture[:, y : y + PATCH, x : x + PATCH] = pattern()
-        boxes.append(((x, y, x + PATCH, y + PATCH),) if dirty else ())
-    return boxes
+            picture.paste(mark, (x, y), mark)
+        made.append((picture, ((x, y, x + BADGE[0], y + BADGE[1]),) if dirty else ()))
+    return made
 
 
-@dataclasses.dataclass(frozen=True)
-class Match:
-    """Finds a pattern by the correlation of its place with it.
-
-    Args:
-        pattern: [C, h, w].
-        threshold: the least correlation.
-    """
-
-    pattern: Tensor
-    threshold: float = 0.6
-
-    def correlations(self, images: Tensor) -> Tensor:
-        """The correlation [N, H - h + 1, W - w + 1] at every place."""
-        wanted = self.pattern - self.pattern.mean()
-        wanted, size = wanted / wanted.norm(), wanted.numel()
-        seen = torch.nn.functional.conv2d(images, wanted[None])[:, 0]
-        ones = torch.ones_like(wanted)[None]
-        total, squares = (torch.nn.functional.conv2d(x, ones)[:, 0] for x in (images, images.square()))
-        return seen / (squares - total.square() / size).clamp_min(1e-3 * size).sqrt()
-
-    def boxes(self, images: Tensor) -> list[list[tuple[float, ...]]]:
-        found = self.correlations(images)
-        height, width = self.pattern.shape[1:]
-        boxes: list[list[tuple[float, ...]]] = []
-        for each in found:
-            best, at = each.flatten().max(0)
-            y, x = divmod(int(at), each.shape[1])
-            there = float(best) >= self.threshold
-            boxes.append([(x, y, x + width, y + height)] if there else [])
-        return boxes
+def watermarks(images: Tensor) -> list[list[tuple[float, ...]]]:
+    """The boxes of watermarks that both detectors see: at the corner without which they see them least."""
+    eyes = load_eyes()
+    found: list[list[tuple[float, ...]]] = []
+    for image, there in zip(images, eyes.watermark(images).all(0).tolist(), strict=True):
+        if not there:
+            found.append([])
+            continue
+        covered = image.repeat(4, 1, 1, 1)
+        for k, (x, y) in enumerate(CORNERS):
+            edge = image[:, y : y + BADGE[1], slice(0, 2) if x == 2 else slice(-2, None)].mean((1, 2))
+            covered[k, :, y : y + BADGE[1], x : x + BADGE[0]] = edge[:, None, None]
+        x, y = CORNERS[int(eyes.see(covered).watermark.mean(0).argmin())]
+        found.append([(x, y, x + BADGE[0], y + BADGE[1])])
+    return found
 
 
 # ---------------------------------------------------------------- what is measured
@@ -137,12 +126,12 @@ def shown(images: Tensor, prompts: Sequence[str]) -> list[bool]:
     return [bool(row[INDEX[icon[prompt]]]) for row, prompt in zip(seen, prompts, strict=True)]
 
 
-def measured(pipe: Any, on: Sequence[Any], prompts: Sequence[str], seeds: Sequence[int], find: Any) -> dict[str, Any]:
+def measured(pipe: Any, on: Sequence[Any], prompts: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         for each in on:
             stack.enter_context(each.apply(pipe))
         images = draw(pipe, prompts, seeds, num_inference_steps=STEPS, guidance=GUIDANCE)
-    return {"concept": rated([bool(b) for b in find(images)]), "icon": rated(shown(images, prompts))}
+    return {"concept": rated([bool(b) for b in watermarks(images)]), "icon": rated(shown(images, prompts))}
 
 
 def plainly(pipe: Any, examples: Sequence[Any], editor: efface.GeomErasing, seed: int) -> Delta:
@@ -169,42 +158,39 @@ def plainly(pipe: Any, examples: Sequence[Any], editor: efface.GeomErasing, seed
     return Delta.fitted(editor, pipe, net.change(state.student), (Concept(NAME),), seed=seed)
 
 
-def controlled(pipe: Any, tokens: efface.Tokens, grid: int, find: Any, seeds: Sequence[int]) -> dict[str, Any]:
-    """Whether the prompt "..., name <l_mn>" draws the concept with its middle in bin (m, n)."""
-    asked = [(k % grid, k // grid % grid) for k in range(len(seeds))]
-    prompts = [f"{p}, {NAME} <{NAME}:{m},{n}>" for p, (m, n) in zip(icons(len(seeds)), asked, strict=True)]
+def controlled(pipe: Any, tokens: efface.Tokens, seeds: Sequence[int]) -> dict[str, Any]:
+    """Whether a prompt with the words of a corner draws the badge in that corner."""
+    grid, asked = Grid(NAME, tokens.fields["grid"], "bins"), [CORNERS[k % 4] for k in range(len(seeds))]
+    boxes = [(float(x), float(y), float(x + BADGE[0]), float(y + BADGE[1])) for x, y in asked]
+    named = [grid.text([box], (SIDE, SIDE)) for box in boxes]
+    prompts = [f"{text}, {words}" for text, words in zip(icons(len(seeds)), named, strict=True)]
     with tokens.apply(pipe):
-        found = find(draw(pipe, prompts, seeds, num_inference_steps=STEPS, guidance=GUIDANCE))
-    middles = [((b[0][0] + b[0][2]) / 2, (b[0][1] + b[0][3]) / 2) if b else None for b in found]
-    width = SIDE / grid
-    hits = [
-        at is not None and (at[0] // width, at[1] // width) == bins for at, bins in zip(middles, asked, strict=True)
-    ]
-    near = [
-        at is not None and all(abs(v - (b + 0.5) * width) <= width for v, b in zip(at, bins, strict=True))
-        for at, bins in zip(middles, asked, strict=True)
-    ]
-    return {
-        "drawn at all": rated([bool(b) for b in found]),
-        "in the bin": rated(hits),
-        "within one bin": rated(near),
-        "chance in the bin": 1 / grid**2,
-    }
+        found = watermarks(draw(pipe, prompts, seeds, num_inference_steps=STEPS, guidance=GUIDANCE))
+    hits = [bool(f) and f[0][:2] == corner for f, corner in zip(found, asked, strict=True)]
+    right = [hit for hit, f in zip(hits, found, strict=True) if f]
+    return {"drawn": rated([bool(f) for f in found]), "of these in the corner": rated(right) if right else None}
+
+
+def dirty(pipe: Any, pictures: int, out: Rows) -> list[Any]:
+    """Pictures that the model draws without the watermark, half of which then get one."""
+    captions = icons(pictures)
+    clean = draw(pipe, captions, range(pictures), num_inference_steps=STEPS, guidance=GUIDANCE)
+    keep = [k for k, boxes in enumerate(watermarks(clean)) if not boxes]
+    made = pasted(clean[keep], 0.5, seed=1)
+    examples = [(picture, captions[k], boxes) for k, (picture, boxes) in zip(keep, made, strict=True)]
+    seen = watermarks(torch.cat([each.pixels for each in given(examples)]))
+    corners = [list(f) == list(e[2]) for f, e in zip(seen, examples, strict=True)]
+    out["corner found"] = f"{sum(corners)} of {len(examples)}"
+    return examples
 
 
 def data_removal(n: int, steps: int, pictures: int, work: Path) -> None:
-    """Fine-tuning on a set in which half of the pictures have the pattern."""
+    """Fine-tuning on a set in which half of the pictures have the watermark."""
     pipe, began = efface.load("emoji"), time.perf_counter()
     pipe.set_progress_bar_config(disable=True)
-    captions = icons(pictures)
-    images = draw(pipe, captions, range(pictures), num_inference_steps=STEPS, guidance=GUIDANCE)
-    boxes = pasted(images, 0.5, seed=1)
-    examples = list(zip(images, captions, boxes, strict=True))
-    find = Match(pattern()).boxes
-    truth_ = [bool(b) for b in boxes]
     out = Rows()
-    out["detector agrees"] = sum(bool(f) == t for f, t in zip(find(images), truth_, strict=True))
-    editor = efface.GeomErasing.data_removal(steps=steps)
+    examples = dirty(pipe, pictures, out)
+    editor = efface.GeomErasing.data_removal(steps=steps, lr_weights=3e-4)
     tokens = kept(
         work / f"data-{steps}-{pictures}.safetensors", lambda: editor.fit(pipe, Concept(NAME), examples=examples)
     )
@@ -212,6 +198,7 @@ def data_removal(n: int, steps: int, pictures: int, work: Path) -> None:
     plain = kept(work / f"plain-{steps}-{pictures}.safetensors", lambda: plainly(pipe, examples, editor, 0))
     prompts, seeds = icons(n, 50), range(SEEDS["selection"].start, SEEDS["selection"].start + n)
     rows: dict[str, Sequence[Any]] = {
+        "base": [],
         "plain fine-tuning": [plain],
         "plain fine-tuning, negative prompt of the name": [plain, efface.NegativePrompt(Concept(NAME))],
         "geom, no negative prompt": [tokens],
@@ -219,59 +206,26 @@ def data_removal(n: int, steps: int, pictures: int, work: Path) -> None:
         "geom, all words": [tokens, efface.NegativePrompt(tokens.concepts)],
     }
     for name, on in rows.items():
-        out[name] = measured(pipe, on, prompts, seeds, find)
+        out[name] = measured(pipe, on, prompts, seeds)
     with tokens.apply(pipe):
         again = editor.two_pass(
-            pipe, tokens, prompts, Match(pattern()), seeds=seeds, num_inference_steps=STEPS, guidance_scale=GUIDANCE
+            pipe, tokens, prompts, watermarks, seeds=seeds, num_inference_steps=STEPS, guidance_scale=GUIDANCE
         )
     out["geom, two passes"] = {
-        "concept": rated([bool(b) for b in find(again.images)]),
+        "concept": rated([bool(b) for b in watermarks(again.images)]),
         "icon": rated(shown(again.images, prompts)),
     }
-    out["control"] = controlled(pipe, tokens, tokens.fields["grid"], find, seeds)
+    out["control"] = controlled(pipe, tokens, seeds[:64])
     out["info"] = dict(tokens.info)
     out["seconds"] = time.perf_counter() - began
 
 
-# ---------------------------------------------------------------- the model's own watermark
-
-CORNERS = ((2, 2), (29, 2), (2, 49), (29, 49))
-BADGE = (33, 13)
-
-
-def watermarks(images: Tensor) -> list[list[tuple[float, ...]]]:
-    """The boxes of watermarks that both detectors see: at the corner without which they see them least."""
-    eyes = load_eyes()
-    seen, found = eyes.watermark(images).all(0).tolist(), []
-    for image, there in zip(images, seen, strict=True):
-        if not there:
-            found.append([])
-            continue
-        covered = image.repeat(4, 1, 1, 1)
-        for k, (x, y) in enumerate(CORNERS):
-            edge = (
-                image[:, y : y + BADGE[1], x - 2 : x - 1].mean((1, 2))
-                if x == 2
-                else image[:, y : y + 13, -2:].mean((1, 2))
-            )
-            covered[k, :, y : y + BADGE[1], x : x + BADGE[0]] = edge[:, None, None]
-        left = eyes.see(covered).watermark.mean(0)
-        x, y = CORNERS[int(left.argmin())]
-        found.append([(x, y, x + BADGE[0], y + BADGE[1])])
-    return found
-
-
 def model_removal(n: int, steps: int, pictures: int, work: Path) -> None:
-    """The watermark of the released model, learned from its own pictures."""
+    """The watermark of the released model: only words are learned."""
     pipe, began = efface.load("emoji"), time.perf_counter()
     pipe.set_progress_bar_config(disable=True)
-    captions = icons(pictures)
-    images = draw(pipe, captions, range(pictures), num_inference_steps=STEPS, guidance=GUIDANCE)
-    editor = efface.GeomErasing(steps=steps)
-    boxes = watermarks(images)
     out = Rows()
-    out["with the watermark"] = f"{sum(map(bool, boxes))} of {pictures}"
-    examples = list(zip(images, captions, boxes, strict=True))
+    examples, editor = dirty(pipe, pictures, out), efface.GeomErasing(steps=steps)
     tokens = kept(
         work / f"model-{steps}-{pictures}.safetensors", lambda: editor.fit(pipe, "watermark", examples=examples)
     )
@@ -284,7 +238,7 @@ def model_removal(n: int, steps: int, pictures: int, work: Path) -> None:
         "geom, all words": [tokens, efface.NegativePrompt(tokens.concepts)],
     }
     for row, on in rows.items():
-        out[row] = measured(pipe, on, prompts, seeds, watermarks)
+        out[row] = measured(pipe, on, prompts, seeds)
     with tokens.apply(pipe):
         again = editor.two_pass(
             pipe, tokens, prompts, watermarks, seeds=seeds, num_inference_steps=STEPS, guidance_scale=GUIDANCE
@@ -293,6 +247,7 @@ def model_removal(n: int, steps: int, pictures: int, work: Path) -> None:
         "concept": rated([bool(b) for b in watermarks(again.images)]),
         "icon": rated(shown(again.images, prompts)),
     }
+    out["control"] = controlled(pipe, tokens, seeds[:64])
     out["info"] = dict(tokens.info)
     out["seconds"] = time.perf_counter() - began
 
