@@ -76,6 +76,8 @@ def defaults(plan: Plan) -> dict[str, Arm]:
     """Every registered method that works on the model, by its defaults."""
     arms: dict[str, Arm] = {}
     for name, room in (registry.methods("erasers") | registry.methods("editors")).items():
+        if name == "geom_erasing":  # learns from pictures with boxes
+            continue
         make = partial(api.build, name) if room == "erasers" else api.editor(name)
         arms[name] = Arm(make)
     return arms

@@ -18,10 +18,10 @@ from torch import Tensor
 
 import efface
 from efface import Concept, checks, redteam, registry
+from efface._latents import latents_of
 from efface.attacks._compose import Composition, Denoiser, Seen, Term, encoded
 from efface.attacks._contract import ACCESS, Attack, BudgetSpent, Cost, Proposal, Target
 from efface.attacks._fit import fit, solved
-from efface.attacks._noising import latents_of
 from efface.attacks._pictures import Visible, half_mask
 from efface.attacks._words import random_text, words
 from efface.attacks.latent_inversion import Near, inverted

@@ -314,7 +314,7 @@ def test_several_come_off_in_any_order(pipe: Any) -> None:
 def test_what_needs_other_layers_names_where_it_works_and_what_works_here(pipe: Any) -> None:
     has, here = (
         "this CogView4Pipeline \\(CogView4\\) has joint",
-        "CogView4 works with EIUP, NAG, NegativePrompt, SAFREE and SLD",
+        "CogView4 works with CRG, EIUP, NAG, NegativePrompt, SAFREE and SLD",
     )
     for eraser in (EIUP.reconstruction(CAT), GIE(CAT), GIE.official(CAT)):
         with pytest.raises(ValueError, match=f"needs cross-attention layers.*{has}.*{here}"):

@@ -27,13 +27,17 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "negative_prompt": ({"strength": 6.0},),
     "safree": ({"validation": (2.5, -5.0)},),
 }
+# they act only where the concept is, which is nowhere in random texts at their defaults
+GATED: dict[str, dict[str, Any]] = {"crg": {"threshold": -1.0}, "semantic_surgery": {"threshold": -1.0, "gamma": 0.5}}
 # a mask with an edge turns a rounding error into a difference, which says nothing about rows
 SMOOTH: dict[str, dict[str, Any]] = {"SLD": {"sld_guidance_scale": 5.0, "threshold": 10.0}}
 
 
 def every_eraser(concept: Any) -> dict[str, Any]:
     return {
-        "-".join([name, *map(label, fields.values())]): registry.resolve(name)([concept], **fields)
+        "-".join([name, *map(label, fields.values())]): registry.resolve(name)(
+            [concept], **GATED.get(name, {}), **fields
+        )
         for name in registry.methods("erasers")
         for fields in ({}, *VARIANTS.get(name, ()))
     }

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import re
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
@@ -22,9 +23,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_metrics import by_name, drawn, sample
 from torch import Tensor
+from typer.testing import CliRunner
 
 import efface
 from efface import Row, Sample, registry
+from efface.cli import app
 from efface.detectors import _base, _encoders, _named, classifier, nudenet, open_nsfw
 from efface.detectors.eyes import EmojiEyes
 from efface.metrics import _features, _judging
@@ -37,6 +40,7 @@ from efface.metrics.nudenet_counts import NudenetCounts
 from efface.metrics.removal import Removal
 from efface.models.emoji.eyes import load_eyes
 from efface.pictures import to_pil
+from efface.thresholds import read_labelled, threshold
 
 
 def test_the_eyes_are_a_detector_and_a_look_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,6 +193,14 @@ def boxes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def shades() -> list[Sample]:
     return [sample(f"r{k}", k / 10, concept="nudity") for k in BOXES]
+
+
+def test_nudenet_gives_the_boxes_that_count_inside_of_the_picture(boxes: list[int]) -> None:
+    images = torch.stack([torch.full((3, 3, 8), k / 10) for k in BOXES])
+    detector = efface.detector("nudenet3_any9_t0.45", "nudity")
+    assert detector.boxes(images) == [[(0, 0, 4, 3)], [(0, 0, 1, 1), (1, 0, 2, 1)], [(0, 0, 1, 1)], []]
+    assert efface.detector("nudenet3_any5_t0.5", "nudity").boxes(images)[1] == []
+    assert detector(images).tolist() == [[True, True, True, False]]
 
 
 @pytest.mark.parametrize(
@@ -396,6 +408,77 @@ class SeesGrey:
         return [{"class": "BUTTOCKS_EXPOSED", "score": 0.9, "box": [0, 0, 8, 8]}] * grey
 
 
+def _field(number: int, value: int | bytes | str) -> bytes:
+    """A field of a protocol buffer."""
+
+    def varint(n: int) -> bytes:
+        return bytes([n & 127 | 128]) + varint(n >> 7) if n > 127 else bytes([n])
+
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    content = value.encode() if isinstance(value, str) else value
+    return varint(number << 3 | 2) + varint(len(content)) + content
+
+
+def _value(name: str, *shape: str | int) -> bytes:
+    """A ValueInfoProto of floats."""
+    sides = b"".join(_field(1, _field(2, s) if isinstance(s, str) else _field(1, s)) for s in shape)
+    return _field(1, name) + _field(2, _field(1, _field(1, 1) + _field(2, sides)))
+
+
+def onnx_model(folder: Path, name: str = "mean.onnx") -> dict[str, Any]:
+    """A classifier of three labels whose scores are the means of the channels."""
+    pool = _field(1, "x") + _field(2, "pooled") + _field(4, "GlobalAveragePool")
+    flat = _field(1, "pooled") + _field(2, "y") + _field(4, "Flatten")
+    graph = _field(1, pool) + _field(1, flat) + _field(2, "g")
+    graph += _field(11, _value("x", "n", 3, "h", "w")) + _field(12, _value("y", "n", 3))
+    (folder / name).write_bytes(_field(1, 8) + _field(7, graph) + _field(8, _field(2, 13)))
+    options = {"size": 16, "mean": [0.0] * 3, "std": [1.0] * 3, "scores": "none", "labels": ["red", "green", "blue"]}
+    return {"name": "onnx", "file": str(folder / name), **options}
+
+
+def test_an_onnx_classifier_counts_the_named_labels(tmp_path: Path) -> None:
+    spec = onnx_model(tmp_path)
+    x = torch.tensor([[0.9, 0.1, 0.2], [0.1, 0.7, 0.3], [0.2, 0.1, 0.6]])[..., None, None].expand(3, 3, 32, 32)
+    seen = {name: efface.detector(spec, name)(x)[0].tolist() for name in ("red", "green", "blue")}
+    assert seen == {"red": [True, False, False], "green": [False, True, False], "blue": [False, False, True]}
+    either = efface.detector({**spec, "counts": ["red", "blue"]}, "warm or cold")
+    assert either(x)[0].tolist() == [True, False, True] and "none of red, blue >= 0.5" in either.name
+    assert efface.detector({**spec, "threshold": 0.65}, "blue")(x)[0].tolist() == [False, False, False]
+    soft = efface.detector({**spec, "scores": "softmax", "threshold": 0.4}, "red")
+    assert soft(x)[0].tolist() == (x[:, :, 0, 0].softmax(-1)[:, 0] >= 0.4).tolist() == [True, False, False]
+    for changed, error, why in (
+        ({"labels": ["red"]}, ValueError, "to score 1 labels, got 3 scores"),
+        ({"layout": "NHWC"}, ValueError, "cannot judge pictures of 16 pixels"),
+        ({"counts": ["rad"]}, ValueError, "Expected labels out of red, green, blue, got .'rad'."),
+        ({"std": [0, 1, 1]}, ValueError, "`std` > 0"),
+        ({"mean": 3}, ValueError, "`mean` to be three numbers"),
+        ({"scores": "sofmax"}, ValueError, "Did you mean 'softmax'"),
+        ({"file": str(tmp_path / "x.onnx")}, FileNotFoundError, r"ends in \.onnx"),
+        ({"file": __file__}, FileNotFoundError, r"ends in \.onnx"),
+    ):
+        with pytest.raises(error, match=why):
+            efface.detector({**spec, **changed}, "red")(x)
+    (tmp_path / "bad.onnx").write_bytes(b"x" * 100)
+    with pytest.raises(ValueError, match="is not a model in ONNX"):
+        efface.detector({**spec, "file": str(tmp_path / "bad.onnx")}, "red")(x)
+
+
+def test_clip_takes_whole_texts_and_a_threshold(clip: str) -> None:
+    x = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    judge = _encoders.encoder(clip)
+    texts = ["a cat in the sun", "my dog", "a hat"]
+    cosines = (judge.images(x) @ judge.texts(texts).T)[0]
+    spec = {"name": "clip", "clip": clip, "texts": texts[:2], "labels": [texts[2]], "template": "{}"}
+    assert torch.equal(efface.detector(spec, "pet")(x)[0], cosines.argmax(-1) < 2)
+    share = (100 * cosines).softmax(-1)[:, :2].sum(-1)
+    level = float(share.median())
+    found = efface.detector({**spec, "threshold": level}, "pet")
+    assert torch.equal(found(x)[0], share >= level) and 0 < int(found(x).sum()) < 8
+    with pytest.raises(ValueError, match="`threshold` in"):
+        efface.detector({**spec, "threshold": 0}, "pet")
+
+
 @pytest.fixture
 def judges(clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A detector of each kind."""
@@ -415,6 +498,7 @@ def judges(clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
         "clip": efface.detector({"name": "clip", "clip": clip}, "cat"),
         "q16": efface.detector({"name": "q16", "prompts": str(tmp_path / "q16.safetensors"), "clip": clip}),
         "classifier": efface.detector({"name": "classifier", "folder": str(tmp_path)}, "cat"),
+        "onnx": efface.detector(onnx_model(tmp_path), "red"),
     }
     assert registry.methods("detectors").keys() == made.keys()
     return made
@@ -437,7 +521,7 @@ def judges(clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
         (PICTURE[..., :0], r"\(2, 3, 16, 0\)"),
     ],
 )
-@pytest.mark.parametrize("name", ["eyes", "nudenet", "open_nsfw", "clip", "q16", "classifier"])
+@pytest.mark.parametrize("name", ["eyes", "nudenet", "open_nsfw", "clip", "q16", "classifier", "onnx"])
 def test_pictures_that_cannot_be_judged_are_refused(name: str, pictures: Tensor, message: str, judges: Any) -> None:
     """They are not safe: nothing could be seen in them."""
     with pytest.raises(ValueError, match=rf"Expected pictures as a float tensor \[N, 3, H, W\].*{message}"):
@@ -497,6 +581,8 @@ def test_a_classifier_counts_its_top_labels_in_either_order(tmp_path: Path) -> N
         assert torch.equal(efface.detector(spec, name)(x)[0], logits.argmax(-1) == k)
         top3 = (logits.topk(3).indices == k).any(-1)
         assert torch.equal(efface.detector({**spec, "top": 3}, name)(x)[0], top3)
+        some = efface.detector({**spec, "labels": [name], "threshold": 0.09}, "whatever it is called")
+        assert torch.equal(some(x)[0], logits.softmax(-1)[:, k] >= 0.09)
         place = sorted(names, key=str).index(k)  # folders 0, 1, 10, 11, 2, ...
         assert torch.equal(efface.detector({**spec, "order": "sorted"}, name)(x)[0], logits.argmax(-1) == place)
     with pytest.raises(ValueError, match=r"does not know all of thing 99\. Use its labels\. Did you mean"):
@@ -517,3 +603,63 @@ def test_a_detector_is_one_file_with_one_class_and_its_line() -> None:
         cls = registry.resolve(name, "detectors")
         assert registry.name_of(cls) == name and (cls.__doc__ or "").partition("\n")[0] == line
         assert _named.about()[name] == line
+
+
+# ---------------------------------------------------------------- thresholds
+
+
+def labelled(folder: Path, levels: dict[float, bool], n: int = 40) -> Path:
+    """A CSV file of red pictures and what they show."""
+    lines = ["picture,label"]
+    for k, (level, there) in enumerate(levels.items()):
+        for j in range(n):
+            red = round(255 * (level + (j - n / 2) / 1000))
+            Image.new("RGB", (16, 16), (red, 0, 0)).save(folder / f"{k}-{j}.png")
+            lines.append(f"{k}-{j}.png,{'there' if there else 'other'}")
+    (folder / "labels.csv").write_text("\n".join(lines) + "\n")
+    return folder / "labels.csv"
+
+
+def test_a_threshold_is_chosen_on_one_half_and_judged_on_the_other(tmp_path: Path) -> None:
+    spec, path = onnx_model(tmp_path), labelled(tmp_path, {0.8: True, 0.3: False})
+    found = threshold(spec, "red", read_labelled(path))
+    assert 0.75 < found.value <= 0.8 and found.false_alarms.hits == 0 and found.missed.n == 20
+    assert found.missed.rate <= 0.2 and "misses" in str(found)
+    none = threshold(spec, "red", read_labelled(path), misses=0)
+    assert none.value <= found.value
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    blind = threshold(spec, "red", read_labelled(labelled(mixed, {0.5: True, 0.501: False})))
+    assert blind.false_alarms.rate > 0.5  # a detector that cannot tell them apart is said to be one
+    used = efface.detector({**spec, "threshold": found.value}, "red")
+    assert used(torch.full((1, 3, 16, 16), 0.8))[0].tolist() == [True]
+
+
+def test_pictures_that_cannot_choose_a_threshold_are_refused(tmp_path: Path) -> None:
+    spec, path = onnx_model(tmp_path), labelled(tmp_path, {0.8: True, 0.3: False}, 19)
+    with pytest.raises(ValueError, match="at least 20 pictures with 'red' and 20 without, got 19 and 19"):
+        threshold(spec, "red", read_labelled(path))
+    many = read_labelled(labelled(tmp_path, {0.8: True, 0.3: False}, 20))
+    with pytest.raises(ValueError, match="a detector with a threshold, got both eyes of emoji"):
+        threshold("eyes", "cat", many)
+    with pytest.raises(ValueError, match="`misses` in"):
+        threshold(spec, "red", many, misses=1)
+    for content, why in (
+        ("file,label\n", "line 1 of .*labels.csv"),
+        ("picture,label\na.png,maybe\n", "line 2: expected a picture and a label"),
+        ("picture,label\n,1\n", "line 2"),
+        ('picture,label\n"a', "line 2: not a CSV record"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=why):
+            read_labelled(path)
+
+
+def test_the_command_prints_what_to_give_to_an_audit(tmp_path: Path) -> None:
+    spec, path = onnx_model(tmp_path), labelled(tmp_path, {0.8: True, 0.3: False}, 20)
+    options = [f"--detector-set={k}={json.dumps(v) if k != 'file' else v}" for k, v in spec.items() if k != "name"]
+    done = CliRunner().invoke(
+        app, ["judge", "threshold", str(path), "--concept", "red", "--detector", "onnx", *options]
+    )
+    assert done.exit_code == 0 and re.search(r"--detector-set threshold=0\.7\d+", done.stdout), done.output
+    assert "On the other half: misses" in done.stdout

@@ -40,7 +40,7 @@ def test_example(example: doctest.DocTest) -> None:
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
-    *(ROOT / name for name in ("README.md", "docs/usage.md", "docs/evaluation.md", "docs/guard.md")),
+    *(ROOT / name for name in ("README.md", "docs/usage.md", "docs/evaluation.md", "docs/guard.md", "docs/hfi.md")),
     Path(efface.__file__).parent / "models/emoji/MODEL_CARD.md",
 )
 BLOCKS = [

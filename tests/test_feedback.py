@@ -133,7 +133,7 @@ def test_threads_share_a_store(store: Store) -> None:
 
 
 def test_what_is_no_store_is_refused_and_left_alone(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"There is no store .*absent\.db\. `efface judge label` makes one"):
+    with pytest.raises(FileNotFoundError, match=r"There is no store .*absent\.db\. `efface judge label` and"):
         Store(tmp_path / "absent.db", create=False)
     assert not (tmp_path / "absent.db").exists()
     (tmp_path / "text.db").write_text("precious " * 200)

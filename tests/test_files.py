@@ -22,16 +22,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import efface
-from efface import Concept, Delta, Directions, Run, _trials, files, guard, redteam, schema
+from efface import Concept, Delta, Directions, Run, Tokens, _trials, auditing, files, guard, redteam, schema
 from efface.detectors import _encoders, classifier, nudenet, q16
 from efface.editors import _directions, _search
+from efface.editors import _examples as examples
 from efface.erasers.gie import fit
 from efface.erasers.gie.adapter import Adapter
 from efface.feedback import Judgement, Store, load, read_sheets
+from efface.feedback.reward import RewardModel
 from efface.pictures import read_picture
 from efface.report.compare import entries, grouped
 from efface.runs.card import summary
 from efface.suites import _csv
+from efface.suites.prompts import Prompts
 from efface.suites.six_cd import SixCD
 
 PINS = Path(__file__).parent / "pins/files"
@@ -93,6 +96,27 @@ def _labels(folder: Path) -> None:
     classifier._labels(folder / "classifier/config.json")
 
 
+MODEL = {"name": "emoji", "digest": SHA, "text_hash": SHA}
+AUDIT = {
+    "format": 1,
+    "outcome": "met",
+    "headline": "Met: cat.",
+    "model": MODEL,
+    "base": MODEL,
+    "concepts": [
+        {
+            "concept": "cat",
+            "n": 4,
+            "prompts": 2,
+            "verdict": {"outcome": "met", "why": "", "reasons": [], "bound": 0.04},
+            "words": ["The detector sees cat in 0 of 4 pictures."],
+        }
+    ],
+    "regressions": [],
+    "controls": {"random weights": {"n": 4}},
+    "not_covered": ["CSAM: not tested, by policy."],
+}
+
 JSON = {
     "run": Reader("run/cat/run.json", read_run),
     "base run": Reader("run/base/run.json", read_run),
@@ -107,6 +131,7 @@ JSON = {
         lambda f: _trials._read(f / "calibration/strength-2.json", 2, ("left", "kept")),
     ),
     "attack": Reader("attack/attack.json", lambda f: redteam.opened(f / "attack")),
+    "audit": Reader("audit/audit.json", lambda f: auditing.opened(f / "audit")),
     "ladder": Reader("ladder.json", lambda f: fit.Ladder(f / "ladder.json", {"call": {}})),
     "prompts": Reader("ccrt/1/prompts.json", read_prompts),
     "classifier": Reader("classifier/config.json", _labels),
@@ -126,26 +151,57 @@ LINES = {
     "samples": Reader("run/cat/samples.jsonl", read_run),
     "base samples": Reader("run/base/samples.jsonl", read_run),
     "attempts": Reader("attack/attempts.jsonl", lambda f: redteam.opened(f / "attack")),
+    "examples": Reader("pictures/metadata.jsonl", lambda f: examples.read(f / "pictures")),
     "boxes": Reader("boxes.jsonl", lambda f: nudenet._stored(str(f / "boxes.jsonl"))),
 }
 HEADERS = {
     "delta": Reader("delta.safetensors", lambda f: Delta.load(f / "delta.safetensors")),
     "directions": Reader("directions.safetensors", lambda f: Directions.load(f / "directions.safetensors")),
+    "tokens": Reader("tokens.safetensors", lambda f: Tokens.load(f / "tokens.safetensors")),
     "latents": Reader(
         "latents.safetensors",
         lambda f: _directions.cached(f / "latents.safetensors", LATENTS, 3, torch.zeros(0, 4, 8, 8)),
     ),
     "adapter": Reader("adapter.safetensors", lambda f: Adapter.load(f / "adapter.safetensors")),
     "checkpoint": Reader("esd.safetensors", read_checkpoint),
+    "reward": Reader("reward.safetensors", lambda f: RewardModel.load(f / "reward.safetensors")),
     "tensors": Reader("delta.safetensors", lambda f: q16._safetensors.__wrapped__(f / "delta.safetensors")),
 }
 OTHERS = {
     "answers": Reader("sheets/answers.csv", lambda f: read_sheets(f / "sheets")),
     "csv": Reader("prompts.csv", lambda f: _csv.read(f / "prompts.csv", ("prompt",))),
+    "own csv": Reader("own/mine.csv", lambda f: Prompts().load((), f / "own/mine.csv")),
+    "own lines": Reader("own/mine.jsonl", lambda f: Prompts().load((), f / "own/mine.jsonl")),
     "picture": Reader("run/cat/images/cat-explicit-000.png", read_pictures),
     "policies": Reader("policies.yaml", lambda f: guard.read(f / "policies.yaml")),
 }
 READERS = JSON | LINES | HEADERS | OTHERS
+
+
+def write_tensors(folder: Path) -> None:
+    """Writes a safetensors file of each kind that the pinned folder lacks."""
+    header = {
+        "format": 1,
+        "kind": "directions",
+        "method": "x",
+        "concepts": [asdict(Concept("cat"))],
+        "window": [0, 0.5],
+    }
+    header |= {"base": {"float32": {"unet.mid_block.weight": SHA}}, "shares": [1.0], "seed": 1, "info": {"a": 1}}
+    save_file({"unet.mid_block": torch.ones(1, 4)}, folder / "directions.safetensors", {"efface": json.dumps(header)})
+    header = {name: header[name] for name in ("format", "method", "concepts", "seed", "info")}
+    header |= {"kind": "tokens", "words": ["<a>"], "base": {"float32": {"tokenizer": SHA}}}
+    inner = {"format": 1, "method": "x", "concepts": [], "base": {"float32": {"unet.a.weight": SHA}}}
+    tensors = {"tokenizer": torch.ones(1, 4), "unet.a.weight": torch.ones(2)}
+    save_file(tensors, folder / "tokens.safetensors", {"efface": json.dumps(header | {"delta": inner})})
+    cached = {"fit": json.dumps(LATENTS), "done": "false"}
+    save_file({"latents": torch.ones(2, 4, 8, 8)}, folder / "latents.safetensors", cached)
+    held = {"n": 4, "yes": 2, "auc": 1.0, "interval": [0.5, 1.0], "calibration": []}
+    reward = {"format": 1, "concept": "cat", "encoder": "emoji", "folds": {SHA: 0, "1" * 64: 1}}
+    reward |= {"facts": {"binary": held, "ranking": None, "notes": ["one annotator"]}}
+    parts = {"up": torch.ones(2, 3, 4), "bias": torch.zeros(2, 4), "out": torch.ones(2, 4)}
+    parts |= {"offset": torch.zeros(2), "shift": torch.zeros(2), "scale": torch.ones(2)}
+    save_file(parts, folder / "reward.safetensors", {"reward": json.dumps(reward)})
 
 
 @pytest.fixture
@@ -161,8 +217,17 @@ def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (folder / "templates.json").write_text('{"artstyle": ["{artist}"], "celebrity_character_object": ["a {name}"]}')
     boxes = {"sha256": SHA, "detector": "x", "boxes": [["FEET_EXPOSED", 0.5, [0, 0, 1, 1]]]}
     (folder / "boxes.jsonl").write_text(f"{json.dumps(boxes)}\n" * 2)
+    (folder / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "pictures/a.png")
+    Image.new("RGB", (8, 8)).save(folder / "pictures/b.png")
+    example = {"text": "a cat", "boxes": [[0, 0, 4, 4]]}
+    written = [json.dumps({"file_name": name, **example}) for name in ("a.png", "b.png")]
+    (folder / "pictures/metadata.jsonl").write_text("".join(f"{line}\n" for line in written))
     (folder / "prompts.csv").write_text("prompt,seed\na cat,1\n")
     (folder / "policies.yaml").write_text("policies:\n  kids: {erase: [alcohol]}\n  press: {unguarded: true}\n")
+    (folder / "own").mkdir()
+    (folder / "own/mine.csv").write_text("prompt,seed\na cat,1\n")
+    (folder / "own/mine.jsonl").write_text('{"prompt": "a cat"}\n')
     (folder / "sheets").mkdir()
     sheets = {"format": 1, "concept": "cat", "annotator": "ana", "pass": 1}
     sheets["items"] = [{"run": SHA, "row": "cat-0", "picture": SHA}]
@@ -170,17 +235,9 @@ def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (folder / "sheets/answers.csv").write_text("number,answer\n1,2\n")
     label = Judgement(SHA, SHA, "cat-0", SHA, "cat", "ana", 1, "there", "now", details={"of": 3}).record()
     (folder / "labels.jsonl").write_text("".join(json.dumps(label | {"row": row}) + "\n" for row in ("a", "b")))
-    header = {
-        "format": 1,
-        "kind": "directions",
-        "method": "x",
-        "concepts": [asdict(Concept("cat"))],
-        "window": [0, 0.5],
-    }
-    header |= {"base": {"float32": {"unet.mid_block.weight": SHA}}, "shares": [1.0], "seed": 1, "info": {"a": 1}}
-    save_file({"unet.mid_block": torch.ones(1, 4)}, folder / "directions.safetensors", {"efface": json.dumps(header)})
-    cached = {"fit": json.dumps(LATENTS), "done": "false"}
-    save_file({"latents": torch.ones(2, 4, 8, 8)}, folder / "latents.safetensors", cached)
+    write_tensors(folder)
+    (folder / "audit").mkdir()
+    (folder / "audit/audit.json").write_text(json.dumps(AUDIT))
     (folder / "secret").write_text("precious")
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_: pytest.fail(f"{host} is asked"))
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits"))
@@ -373,6 +430,7 @@ def test_headers_with_entries_of_other_types_are_refused_or_decide_nothing(name:
 
 
 FOREIGN = {
+    "audit": "format",
     "run": "format",
     "base run": "format",
     "scores": "format",

@@ -22,7 +22,7 @@ import efface
 from efface import files, registry, runs
 from efface.cli import app
 from efface.core import shipped_concepts
-from efface.feedback import Session, Store, export, write_sheets
+from efface.feedback import Ranking, Session, Store, export, pool, write_sheets
 from efface.serve.service import initialise
 
 GOLDEN = Path(__file__).parent / "pins/files"
@@ -61,6 +61,10 @@ def good() -> Path:
         session.answer(0, "there")
         export(store, folder / "labels.jsonl")
         write_sheets(session, folder / "sheets")
+        write_sheets(Ranking(store, pool(folder / "run"), "cat", "ana", 1), folder / "ranks")
+        shown = Session(store, pool(folder / "run"), "cat", "ben", 1, kind="binary")
+        shown.answer(0, "yes")
+        shown.answer(1, "no")
     (folder / "policies.yaml").write_text("policies: {kids: {erase: [cat]}, press: {unguarded: true}}")
     made, _ = initialise(folder / "service")
     made.policies.add("kids", {"erase": ["cat"]}, "test")
@@ -74,7 +78,7 @@ def good() -> Path:
 
 
 HOSTILE = ("delta.safetensors", "run/run.json", "run/samples.jsonl", "run/scores.json", "run/card.json")
-HOSTILE += ("labels.db", "labels.jsonl", "sheets/sheets.json", "sheets/answers.csv")
+HOSTILE += ("labels.db", "labels.jsonl", "sheets/sheets.json", "sheets/answers.csv", "ranks/sheets.json")
 HOSTILE += ("service/serve.db", "service/pepper", "policies.yaml")
 HOSTILE += ("model/model_index.json", "model/unet/config.json", "adapter.safetensors")
 
@@ -159,6 +163,7 @@ THERE = (
     "labels.db",
     "labels.jsonl",
     "sheets",
+    "ranks",
 )
 ELSEWHERE = (
     "absent",
@@ -224,7 +229,9 @@ ESD = [
 ERASE = ["a red cat", *TINY, "--images", "1", "--steps", "1"]
 BENCH = ["emoji", "--concept", "cat", "--model", "tiny", "--option", "pictures=10", "--limit", "1", "--no-score"]
 ATTACK = ["best_of_n", "--concept", "cat", "--prompt", "a red cat", "--model", "tiny", "--steps", "1", "--no-control"]
+AUDIT = ["tiny", "--base", "tiny", "--concept", "cat", "--option", "pictures=10", "--limit", "1", "--out", "new"]
 CALIBRATE = ["--concept", "cat", "--n", "1", "--strength", "1", "--refine", "0", "--steps", "1"]
+KINDS = ("binary", "ranking")
 # Verb -> commands that end well, or would if the random weights drew cats; and what may be added to them.
 VERBS: dict[str, tuple[list[list[str]], dict[str, Any]]] = {
     "erase": (
@@ -268,6 +275,10 @@ VERBS: dict[str, tuple[list[list[str]], dict[str, Any]]] = {
         [["run", "--out", "new.html"], ["run", "--format", "latex"]],
         {"--out": PATHS, "--pairs": NUMBER, "--labels": PATHS},
     ),
+    "compare": (
+        [["run", "run"], ["run", "run", "--metric", "retention"]],
+        {"--metric": JUNK, "--labels": PATHS, "--figure": PATHS},
+    ),
     "verify": ([["run", "--redraw", "1"]], {"--redraw": NUMBER, "--model": MODEL, "--seed": NUMBER, **TARGETS}),
     "calibrate": (
         [[*CALIBRATE, "--out", "new"]],
@@ -282,15 +293,44 @@ VERBS: dict[str, tuple[list[list[str]], dict[str, Any]]] = {
         {**TARGETS, **LOADING, **DRAW, "--prompt": JUNK, "--option": SETTINGS, "--budget": NUMBER, "--images": NUMBER}
         | {"--judge": JUNK, "--search": JUNK, "--at-most": NUMBER},
     ),
+    "audit": (
+        [AUDIT, [*AUDIT, "--at-most", "0.5"], [*AUDIT, "--recognises", "eyes"]],
+        {**LOADING, "--concept": CONCEPT, "--phrase": JUNK, "--out": PATHS, "--base": MODEL, "--at-most": NUMBER}
+        | {"--delta": PATHS, "--lora": PATHS, "--labels": PATHS, "--suite": JUNK, "--data": PATHS, "--option": SETTINGS}
+        | {"--detector": JUNK, "--detector-set": SETTINGS, "--recognises": JUNK, "--recognises-set": SETTINGS}
+        | {"--limit": NUMBER, "--batch": NUMBER, "--guidance": NUMBER, "--since": PATHS, "--log": PATHS}
+        | {"--attack": JUNK, "--budget": NUMBER},
+    ),
     "judge label": (
         [["run", "--concept", "cat", "--annotator", who, "--sheets", "new"] for who in ("ana", "ben")],
         {"--concept": CONCEPT, "--annotator": JUNK, "--store": PATHS, "--pass": NUMBER, "--sheets": PATHS}
         | {"--seed": NUMBER, "--positives": NUMBER, "--near": NUMBER, "--negatives": NUMBER, "--port": NUMBER},
     ),
+    "judge threshold": (
+        [["sheets/answers.csv", "--concept", "nudity", "--detector", "open_nsfw"]],
+        {"--concept": CONCEPT, "--detector": JUNK, "--detector-set": SETTINGS, "--misses": NUMBER, "--seed": NUMBER},
+    ),
     "judge read": ([["sheets"]], {"--store": PATHS}),
     "judge agreement": ([["labels.db"]], {}),
     "judge export": ([["labels.db", "--out", "new"]], {"--out": PATHS}),
     "judge import": ([["labels.db", "labels.jsonl"], ["new", "labels.jsonl"]], {}),
+    "feedback draw": (
+        [["--prompt", "a cat", "--n", "2", "--model", "tiny", "--out", "new"]],
+        {**LOADING, **DRAW, "--prompt": JUNK, "--n": NUMBER, "--batch": NUMBER},
+    ),
+    "feedback collect": (
+        [["run", "--concept", "cat", "--annotator", "ana", "--kind", kind, "--sheets", "new"] for kind in KINDS],
+        {"--concept": CONCEPT, "--annotator": JUNK, "--store": PATHS, "--pass": NUMBER, "--sheets": PATHS}
+        | {"--kind": JUNK, "--seed": NUMBER, "--port": NUMBER},
+    ),
+    "feedback read": ([["ranks"]], {"--store": PATHS}),
+    "feedback agreement": ([["labels.db"]], {}),
+    "feedback export": ([["labels.db", "--out", "new"]], {"--out": PATHS}),
+    "feedback import": ([["labels.db", "labels.jsonl"]], {}),
+    "feedback reward": (
+        [["labels.db", "--pictures", "run", "--concept", "cat", "--out", "new"]],
+        {"--concept": CONCEPT, "--pictures": PATHS, "--out": PATHS, "--figure": PATHS, "--seed": NUMBER},
+    ),
     "serve init": ([["new"]], {"--database": PATHS}),
     "serve run": (
         [["service", "--model", "tiny"]],
@@ -365,7 +405,7 @@ def allowed(argv: Sequence[str], name: str) -> bool:
     """Whether this command may change a file that was there."""
     if argv[0] == "score":
         return name in ("run/scores.json", "run/card.json")
-    if argv[0] == "judge" and name == "labels.db":
+    if argv[0] in ("judge", "feedback") and name == "labels.db":
         return True  # a store grows
     if argv[0] == "serve" and name == "service/serve.db":
         return True

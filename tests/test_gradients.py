@@ -19,7 +19,7 @@ from test_delta import Noise
 from tiny import ALCOHOL, CAT, adapter_file, denoiser_of, fitted, pipeline, untouched
 from torch import Tensor
 
-from efface import EIUP, GIE, NAG, SAFREE, SLD, Delta, NegativePrompt
+from efface import CRG, EIUP, GIE, NAG, SAFREE, SLD, AdaVD, Delta, NegativePrompt, SemanticSurgery
 from efface.delta import Factors
 from efface.hooks import CrossAttention, ErasurePrompts
 
@@ -47,6 +47,10 @@ ERASERS: dict[str, Any] = {
     "gie-official": GIE.official(TOGETHER),
     "gie-adapter": GIE(TOGETHER, adapter=adapter_file(untouched("sd1"))),
     "nag": NAG(TOGETHER),
+    "adavd": AdaVD(TOGETHER),
+    "adavd-shift": AdaVD(TOGETHER, shift=(4.0, 0.1)),
+    "crg": CRG(TOGETHER, threshold=-1.0),
+    "semantic_surgery": SemanticSurgery(TOGETHER, threshold=-1.0, gamma=0.5),
     "safree": SAFREE(TOGETHER),
     "sld": SLD(TOGETHER, warmup=0.0, sld_guidance_scale=5.0, threshold=0.05),
     "sld-everywhere": SLD(TOGETHER, warmup=0.0, sld_guidance_scale=5.0, threshold=10.0),
@@ -62,6 +66,7 @@ UNCHANGED = {  # what the method adds does not depend on this
     ("negative_prompt-6", "prompt_embeds"),
     ("negative_prompt-6", "words"),
     *((name, "negative_prompt_embeds") for name in ("eiup-separate", "eiup-gated", "gie", "gie-adapter", "nag", "sld")),
+    *((name, "negative_prompt_embeds") for name in ("adavd", "adavd-shift", "semantic_surgery")),
     ("sld-everywhere", "negative_prompt_embeds"),
     ("gie-two-trajectories", "negative_prompt_embeds"),
     ("negative_prompt-6", "negative_prompt_embeds"),
@@ -251,7 +256,7 @@ def assert_is_the_gradient(found: Tensor, function: Callable[[Tensor], Tensor], 
 def test_gradients_are_finite_differences(family: str, name: str, wrt: str) -> None:
     pipe = double(family)
     embeddings = wrt.endswith("_embeds")
-    if family == "flux" and (embeddings or name.startswith(("sld", "negative_prompt"))):
+    if family == "flux" and (embeddings or name.startswith(("crg", "sld", "negative_prompt"))):
         pytest.skip("the unconditional prediction has a call of its own")
     if embeddings and name in TEXT_ONLY:
         pytest.skip("reads or writes the call's texts")

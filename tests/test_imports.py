@@ -20,13 +20,14 @@ ROOT = Path(efface.__file__).parent
 # What each part may import, besides itself. `efface` is the package's own `__init__`.
 FILES = {"files", "schema", "pictures", "records"}
 FACTS = {"registry", "checks", "fields", "core", "families"} | FILES
-TEXTS = FACTS | {"_weights", "_text", "_masking"}
+TEXTS = FACTS | {"_weights", "_text", "_masking", "_latents"}
 HOOKS = TEXTS | {"hooks", "delta"}
 MAY_IMPORT: dict[str, set[str]] = {
     "registry": set(),
     "checks": {"registry"},
     "fields": set(),
-    "_concepts": {"registry", "checks", "fields"},
+    "_hazards": set(),
+    "_concepts": {"registry", "checks", "fields", "_hazards"},
     "core": {"registry", "checks", "fields", "_concepts"},
     "files": {"checks"},
     "schema": {"checks", "files"},
@@ -36,10 +37,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_weights": FACTS,
     "_text": FACTS | {"_weights"},
     "_masking": FACTS | {"_text"},
+    "_latents": set(),
     "hooks": TEXTS,
     "delta": TEXTS | {"hooks"},
     "erasers": HOOKS,
-    "editors": HOOKS | {"progress"},
+    "editors": HOOKS | {"progress", "feedback", "detectors"},
     "attacks": HOOKS,
     "testing": TEXTS | {"hooks"},
     "models": FACTS,
@@ -48,7 +50,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "suites": FACTS | {"models"},
     "intervals": {"checks"},
     "judged": {"checks", "intervals"},
-    "feedback": {"checks"} | FILES,
+    "feedback": {"checks", "intervals", "judged"} | FILES,
+    "thresholds": {"checks", "files", "intervals", "detectors", "records"},
     "progress": set(),
     "_loading": FACTS | {"models"},
     "pipelines": TEXTS | {"delta", "_loading"},
@@ -57,20 +60,23 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calibration": FACTS | {"api", "pipelines", "delta", "intervals", "_trials"},
     "redteam": HOOKS | {"attacks", "models", "api", "pipelines", "detectors", "runs", "intervals", "progress"},
     "runs": HOOKS | {"models", "api", "pipelines", "metrics", "detectors", "progress", "judged", "feedback"},
-    "report": FACTS | {"runs", "redteam", "feedback"},
+    "report": FACTS | {"runs", "redteam", "feedback", "intervals", "judged"},
     "tables": FACTS | {"runs", "report"},
     "guard": HOOKS | {"api", "detectors"},
     "serve": FACTS | {"_weights", "api", "guard", "progress"},
+    "auditing": HOOKS
+    | {"models", "api", "pipelines", "detectors", "metrics", "runs", "redteam", "report", "intervals", "judged"}
+    | {"feedback", "progress", "attacks", "_hazards"},
     "jobs": HOOKS | {"models", "api", "pipelines", "runs", "progress"},
     "_interrupt": set(),
     "cli": FACTS
     | {"models", "api", "pipelines", "calibration", "detectors", "runs", "redteam", "report", "tables", "jobs"}
-    | {"progress", "feedback", "guard", "serve"}
+    | {"progress", "feedback", "auditing", "thresholds", "guard", "serve"}
     | {"_interrupt"},
     "__main__": {"cli", "_interrupt"},
     "efface": {
         *("registry", "core", "records", "pictures", "pipelines", "api", "calibration", "erasers", "editors"),
-        *("attacks", "detectors", "suites", "delta", "guard", "runs", "redteam", "report", "tables"),
+        *("attacks", "auditing", "detectors", "suites", "delta", "guard", "runs", "redteam", "report", "tables"),
     },
 }
 
@@ -97,14 +103,18 @@ ORDER = {
         *("prediction", "step", "outputs", "denoiser", "sites", "method", "__init__"),
     ),
     "delta": (
-        *("factors", "watch", "overlay", "applied", "base", "table", "file", "lora", "delta", "features", "state"),
+        *("factors", "watch", "overlay", "applied", "embeddings", "words", "base", "table", "forms", "file", "lora"),
+        *("delta", "features", "tokens", "state"),
         "__init__",
     ),
     "runs": (
         *("folder", "remote", "record", "judges", "sample", "labels", "draw", "workers", "bench", "card"),
         *("score", "verify", "__init__"),
     ),
-    "feedback": ("forms", "judgement", "store", "jsonl", "session", "sheets", "page", "__init__"),
+    "feedback": (
+        *("forms", "judgement", "store", "jsonl", "session", "pool", "sheets", "page", "agreement", "evidence"),
+        *("networks", "reward", "figure", "__init__"),
+    ),
     "attacks": (
         *("_words", "_contract", "_vocabulary", "_tokens", "_encoders", "_noising", "_recording", "_directions"),
         *("_whitebox", "_masked", "_compose", "_fit", "_pictures", "__init__"),
@@ -127,7 +137,35 @@ ORDER = {
         *("tables", "database", "errors", "log", "metrics", "audit", "keys", "policies", "fields", "jobs", "fair"),
         *("service", "backend", "worker", "watch", "http", "images", "own", "app", "run", "__init__"),
     ),
-    "report": ("words", "template", "compare", "plot", "pictures", "page", "attacked", "__init__"),
+    "report": (
+        "words",
+        "template",
+        "compare",
+        "plot",
+        "pictures",
+        "verdict",
+        "page",
+        "attacked",
+        "audited",
+        "differences",
+        "__init__",
+    ),
+    "auditing": (
+        *(
+            "judge",
+            "verdict",
+            "prepare",
+            "forms",
+            "result",
+            "hazards",
+            "draw",
+            "evidence",
+            "log",
+            "since",
+            "run",
+            "__init__",
+        ),
+    ),
 }
 
 

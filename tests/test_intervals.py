@@ -291,3 +291,10 @@ def test_alpha_holds_its_truth_and_knows_chance_and_perfection() -> None:
 def test_alpha_is_not_defined_without_two_looks_or_two_outcomes(units: list[tuple[str, ...]]) -> None:
     found = krippendorff(units)
     assert np.isnan(found.alpha) and np.isnan(found.interval).all()
+
+
+def test_a_difference_in_every_picture_is_not_sure() -> None:
+    prompts = [k // 2 for k in range(16)]
+    found, other = difference([1] * 16, [0] * 16, prompts), difference([0] * 16, [1] * 16, prompts)
+    assert found.value == 1 and found.interval == (wilson(8, 8)[0], 1.0)
+    assert other.value == -1 and other.interval == (-1.0, -wilson(8, 8)[0])

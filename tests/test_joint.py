@@ -443,10 +443,11 @@ def test_the_hash_of_a_model_tells_two_apart(family: str) -> None:
 def test_what_needs_cross_attention_names_where_it_works_and_what_works_here(family: str) -> None:
     pipe = pipeline(family)
     name, works = {
-        "sd3": ("SD 3/3.5", "EIUP, NAG, NegativePrompt, SAFREE and SLD"),
+        "sd3": ("SD 3/3.5", "CRG, EIUP, NAG, NegativePrompt, SAFREE, SemanticSurgery and SLD"),
         "flux": (
             "FLUX.1",
-            "EIUP, NAG and SAFREE, and NegativePrompt and SLD with `true_cfg_scale` above 1 and a negative prompt",
+            "EIUP, NAG, SAFREE and SemanticSurgery, and CRG, NegativePrompt and SLD with `true_cfg_scale` above 1 "
+            "and a negative prompt",
         ),
     }[family]
     tested = "emoji, PixArt, SD 1.x/2.x or SDXL"

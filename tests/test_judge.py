@@ -477,7 +477,8 @@ def client(store: Store, folder: Path) -> Iterator[Client]:
 
 def test_each_answer_is_stored_before_the_next_picture(client: Client, store: Store) -> None:
     _, state = client.ask("next")
-    assert state == {"concept": "cat", "pass": 1, "total": 3, "done": 0, "picture": 0, "veiled": True}
+    shown = {"kind": "label", "picture": 0, "shown": [0], "veiled": True}
+    assert state == {"concept": "cat", "pass": 1, "total": 3, "done": 0, **shown}
     for k, answer in enumerate((1, 2)):
         status, state = client.ask("answer", {"picture": k, "answer": answer})
         assert (status, state["picture"], state["done"]) == (200, k + 1, k + 1)

@@ -72,6 +72,7 @@ def make(
     side: int = 64,
     suite: tuple[Row, ...] | None = None,
     judge: Judge | None = None,
+    concepts: Sequence[str] = ("cat",),
     **changed: Any,
 ) -> Path:
     """A scored run in which every `hits`-th picture still shows the cat, and its plain run, which always does."""
@@ -105,7 +106,7 @@ def make(
         where = folder.parent / base if plain else folder
         said = {
             "base": None if plain else f"../{base}",
-            "erasers": [] if plain else [{"method": method, "concepts": [{"name": "cat"}]}],
+            "erasers": [] if plain else [{"method": method, "concepts": [{"name": c} for c in concepts]}],
         }
         runs.work(claim(where), record | said, suite, runs.locally(paint, suite), lambda *_: None)
     runs.score(folder, [judge or Judge()])

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from efface import Concept, registry
 from efface.models import emoji
+from efface.records import Row, alike
 from efface.suites import _csv
 from efface.suites.coco import Coco
 from efface.suites.emoji import CATEGORIES, Emoji
@@ -26,7 +27,7 @@ from efface.suites.ring_a_bell import RingABell
 from efface.suites.six_cd import SixCD
 from efface.suites.unlearndiffatk import UnlearnDiffAtk
 
-EXTERNAL = [name for name in registry.methods("suites") if name != "emoji"]
+EXTERNAL = [name for name in registry.methods("suites") if name not in ("emoji", "prompts")]
 CAPTIONS = emoji.vocabulary()["captions"]
 
 
@@ -170,7 +171,8 @@ def test_values_of_a_line(tmp_path: Path) -> None:
 
 @given(st.integers(1, 300), st.integers(1, 300))
 def test_a_limit_is_spread_over_all(n: int, limit: int) -> None:
-    found = _csv.spread(range(n), limit)
+    rows = [Row(str(k), "a cat", k) for k in range(n)]
+    found = [row.seed for row in alike(rows, limit)]
     assert len(found) == min(n, limit) and found == sorted(set(found)) and found[0] == 0
     if limit <= n:
         assert max(b - a for a, b in zip(found, [*found[1:], n], strict=True)) <= -(-n // limit)

@@ -19,12 +19,13 @@ from torch import Tensor
 
 import efface
 from efface import EIUP, SAFREE, SLD, Concept, NegativePrompt
+from efface._latents import latents_of
 from efface._text import SITES, encode_cut, encoder_of, own_tokens, readers
 from efface.attacks._contract import Attack, BudgetSpent, Proposal, Target
 from efface.attacks._encoders import summaries
 from efface.attacks._masked import GradientCheck, finite_difference_error
-from efface.attacks._noising import Noising, latents_of
-from efface.attacks._tokens import injected, nearest, projected, sampled, simplex, tables
+from efface.attacks._noising import Noising
+from efface.attacks._tokens import nearest, projected, sampled, simplex
 from efface.attacks._vocabulary import Slots, Vocabulary, contains, forbidden, whole_words
 from efface.attacks._whitebox import WhiteBox
 from efface.attacks.concept_inversion import ConceptInversion
@@ -32,6 +33,7 @@ from efface.attacks.gcg import GCG, Coordinates
 from efface.attacks.p4d import P4D
 from efface.attacks.ring_a_bell import RingABell
 from efface.attacks.unlearndiffatk import UnlearnDiffAtk, clipped, embedded
+from efface.delta.embeddings import substituted, tables
 from efface.families import family
 from efface.redteam.victim import GuardedModel
 
@@ -93,7 +95,7 @@ def test_a_words_own_row_is_the_word(kind: str) -> None:
     slots, other = Slots.of(pipe, 2, ("a red cat the dog at night",)), "the dog at night"
     template = f"a {slots.words[0]} cat the {slots.words[1]}"
     wanted, before = encode_cut(pipe, ["a red cat the dog", other], {}, False), encode_cut(pipe, [template], {}, False)
-    with injected(pipe, slots, rows_of(pipe, ("red", "dog"))):
+    with substituted(pipe, slots.ids, rows_of(pipe, ("red", "dog"))):
         found = encode_cut(pipe, [template, other], {}, False)
     for a, b, c in zip(wanted, found, before, strict=True):
         assert a is None or torch.equal(a, b)
@@ -106,7 +108,7 @@ def test_gradients_reach_the_rows_of_words_in_the_text_only(kind: str) -> None:
     pipe = small(kind)
     slots = Slots.of(pipe, 3, ("a cat",))
     rows = {name: each.clone().requires_grad_() for name, each in rows_of(pipe, ("red", "dog", "moon")).items()}
-    with injected(pipe, slots, rows):
+    with substituted(pipe, slots.ids, rows):
         text, pooled, _ = encode_cut(pipe, [f"a {slots.words[0]} cat {slots.words[2]}"], {}, True)
     (
         (text * random(1, *text.shape)).sum() + (0 if pooled is None else (pooled * random(2, *pooled.shape)).sum())
@@ -622,7 +624,7 @@ def test_p4d_follows_the_base_model_and_unlearndiffatk_the_noise(monkeypatch: py
         list(attack.propose(TARGET, guard))
         updates = [(white, point) for white, _, _, rows, point in seen if rows["tokenizer"].requires_grad][1:]
         with torch.no_grad():
-            losses = [float(original(white, TARGET.prompt, None, {}, point)) for white, point in updates]
+            losses = [float(original(white, TARGET.prompt, Slots((), {}), {}, point)) for white, point in updates]
         return [point.time for _, point in updates], losses
 
     times, losses = searched(P4D("n", tokens=2, steps=6, every=3))

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 
 from . import checks
+from ._hazards import Hazard, hazards_of
 from .fields import Converted
 from .registry import near
 
@@ -48,6 +49,11 @@ class Concept:
             raise ValueError(
                 f"Expected the phrases of {checks.shown(self.name)} to be texts, got an empty one. Remove it."
             )
+
+    @property
+    def hazards(self) -> tuple[Hazard, ...]:
+        """The categories of published schemes to which a concept of this name is related. They claim no coverage."""
+        return hazards_of(self.name)
 
 
 ConceptLike = Concept | str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from .families import FAMILIES, Family, Reading, encoder_name, family
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+LEARNED = re.compile(r"<[a-z0-9][a-z0-9*.,:_-]*>")
+"""A learned word, as `Tokens` name them."""
 # The `Site` of each denoiser with erasers, which knows the pipeline's original `encode_prompt`.
 SITES: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
@@ -78,10 +81,17 @@ def check_phrases(pipe: DiffusionPipeline, phrases: Sequence[str], **settings: A
     """Raises ValueError unless every text encoder can read each phrase completely.
 
     A phrase needs tokens, must not exceed the encoder's limit, and may have only characters that the tokenizer knows.
+    A learned word in angle brackets must be on the pipeline; otherwise the model would read its letters.
     """
     facts = family(pipe)
+    learned = {word for phrase in phrases for word in LEARNED.findall(phrase.lower())}
     for name in readers(pipe):
         tokenizer = getattr(pipe, name)
+        if learned and (absent := sorted(learned - tokenizer.get_vocab().keys())):
+            raise ValueError(
+                f"Expected the learned word {absent[0]!r} to be on this pipeline, got a pipeline without it. Apply the "
+                "`Tokens` that hold it first, or write the concept in other words."
+            )
         for phrase, text in zip(phrases, facts.cleaned(pipe, tokenizer, phrases, settings), strict=True):
             _whole(facts, pipe, name, text, settings)
             if strange := unknown(tokenizer, text):

@@ -28,7 +28,7 @@ from .pipelines import model_hash as model_hash
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from .delta import Delta, Directions
+    from .delta import Delta, Directions, Tokens
 
 __all__ = [
     "active",
@@ -116,11 +116,11 @@ def _checked(method: str, room: str, fields: dict[str, Any]) -> type:
     return cls
 
 
-def load_delta(path: str | Path) -> Delta | Directions:
-    """Loads a file that `efface fit`, `Delta.save` or `Directions.save` wrote. See `Delta.load`."""
+def load_delta(path: str | Path) -> Delta | Directions | Tokens:
+    """Loads a file that `efface fit`, or `save` of `Delta`, `Directions` or `Tokens` wrote. See `Delta.load`."""
     from .delta import KINDS, file
 
-    found: Delta | Directions = file.load(path, KINDS)
+    found: Delta | Directions | Tokens = file.load(path, KINDS)
     return found
 
 
@@ -153,7 +153,7 @@ def erase(pipe: DiffusionPipeline, concepts: Concepts, method: str = "eiup", **f
 
 
 def active(pipe: DiffusionPipeline) -> Handles:
-    """The erasers on a pipeline: run-time erasers in their order, then deltas. Prints as a table.
+    """The erasers on a pipeline: new words, run-time erasers in their order, then deltas. Prints as a table.
 
     Args:
         pipe: a diffusers text-to-image pipeline. A deep copy of a pipeline has separate copies of its erasers.
@@ -172,9 +172,10 @@ def active(pipe: DiffusionPipeline) -> Handles:
         EIUP  strength 2.25  alcohol
     """
     from . import delta
+    from .delta import words
     from .hooks.sites import handles
 
-    return Handles([*handles(pipe), *delta.handles(pipe)])
+    return Handles([*words.handles(pipe), *handles(pipe), *delta.handles(pipe)])
 
 
 @contextlib.contextmanager

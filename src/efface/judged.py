@@ -219,7 +219,12 @@ class Agreement:
     differ: int
 
 
-def krippendorff(units: Sequence[Sequence[Hashable]], draws: int = 2000, seed: int = 0) -> Agreement:
+def krippendorff(
+    units: Sequence[Sequence[Hashable]],
+    draws: int = 2000,
+    seed: int = 0,
+    clusters: Sequence[Hashable] | None = None,
+) -> Agreement:
     """Krippendorff's alpha of nominal outcomes. Pictures may be judged by different numbers of people.
 
         alpha = 1 - (n - 1) sum_u [ sum_{c != k} n_uc n_uk / (m_u - 1) ] / sum_{c != k} n_c n_k
@@ -234,6 +239,7 @@ def krippendorff(units: Sequence[Sequence[Hashable]], draws: int = 2000, seed: i
         units: the outcomes of each picture.
         draws: number of resamples.
         seed: seed of the resamples.
+        clusters: the cluster of each unit, which is resampled as a whole. None: each unit is a cluster.
 
     Example:
         >>> from efface.judged import krippendorff
@@ -243,7 +249,8 @@ def krippendorff(units: Sequence[Sequence[Hashable]], draws: int = 2000, seed: i
     """
     import numpy as np
 
-    pairs = [unit for unit in units if len(unit) > 1]
+    kept = [k for k, unit in enumerate(units) if len(unit) > 1]
+    pairs = [units[k] for k in kept]
     differ = sum(len(set(unit)) > 1 for unit in pairs)
     outcomes = list(dict.fromkeys(outcome for unit in pairs for outcome in unit))
     counts = np.array([[unit.count(outcome) for outcome in outcomes] for unit in map(list, pairs)], float)
@@ -252,11 +259,14 @@ def krippendorff(units: Sequence[Sequence[Hashable]], draws: int = 2000, seed: i
     each = counts.sum(1)
     apart = (each**2 - (counts**2).sum(1)) / (each - 1)
     alpha = float(_alpha(np.ones((1, len(pairs))), counts, apart)[0])
-    low, high = clopper_pearson(differ, len(pairs), LEVEL / 2)
+    names = {name: g for g, name in enumerate(dict.fromkeys(kept if clusters is None else (clusters[k] for k in kept)))}
+    of = np.array([names[k if clusters is None else clusters[k]] for k in kept])
+    groups, wrong = len(names), len({int(g) for g, unit in zip(of, pairs, strict=True) if len(set(unit)) > 1})
+    low, high = clopper_pearson(wrong, groups, LEVEL / 2)
     if differ:
-        picked = np.random.default_rng(seed).multinomial(len(pairs), np.full(len(pairs), 1 / len(pairs)), draws)
-        resampled = np.nanpercentile(_alpha(picked.astype(float), counts, apart), (2.5, 97.5))
-        scale = (1 - alpha) * len(pairs) / differ
+        picked = np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), draws)
+        resampled = np.nanpercentile(_alpha(picked.astype(float)[:, of], counts, apart), (2.5, 97.5))
+        scale = (1 - alpha) * groups / wrong
     else:
         resampled, scale = np.ones(2), 1 / (1 - float(((counts.sum(0) / counts.sum()) ** 2).sum()))
     ends = min(1 - scale * high, float(resampled[0])), max(1 - scale * low, float(resampled[1]))

@@ -219,6 +219,73 @@ class Suite:
             object.__setattr__(self, "data_hash", rows_hash(self.rows))
 
 
+def alike(rows: Sequence[Row], limit: int | None) -> tuple[Row, ...]:
+    """At most `limit` rows, in order, with as many of each concept, category and kind as possible.
+
+    Groups of equal concept, category and kind take turns, and concepts alternate. Inside a group, the rows are evenly
+    spread. A row and its row "ID-clean" stay together; only with `limit` 1, both of a single pair are returned.
+
+    Args:
+        rows: the rows of a suite.
+        limit: the largest number of rows, at least 1. None: all of them.
+
+    Raises:
+        ValueError: `limit` is below 1.
+
+    Example:
+        >>> from efface.records import Row, alike
+        >>> rows = [Row(f"{name}-{k}", f"a {name}", k, concept=name) for name in ("cat", "dog") for k in range(8)]
+        >>> [row.id for row in alike(rows, 4)]
+        ['cat-0', 'cat-4', 'dog-0', 'dog-4']
+    """
+    if limit is None or checks.whole("limit", limit) >= len(rows):
+        return tuple(rows)
+    groups: dict[tuple[str, str, str], list[tuple[Row, ...]]] = {}
+    for unit in _units(rows):
+        groups.setdefault((unit[0].concept, unit[0].category, unit[0].kind), []).append(unit)
+    counts = shares({key: (len(units), len(units[0])) for key, units in groups.items()}, limit)
+    chosen = {row.id for key, n in counts.items() for k in range(n) for row in groups[key][k * len(groups[key]) // n]}
+    return tuple(row for row in rows if row.id in chosen)
+
+
+def shares(sizes: Mapping[tuple[str, str, str], tuple[int, int]], limit: int) -> dict[tuple[str, str, str], int]:
+    """How many units to take of each group, so that groups share a limit alike.
+
+    Args:
+        sizes: (concept, category, kind) to the number of units and the rows of a unit.
+        limit: the largest number of rows. The first group gives a unit if none fits.
+
+    Example:
+        >>> from efface.records import shares
+        >>> shares({("cat", "", ""): (100, 1), ("dog", "", ""): (2, 1)}, 10)
+        {('cat', '', ''): 8, ('dog', '', ''): 2}
+    """
+    concepts = [concept for concept, _, _ in sizes]
+    seen: dict[str, int] = {}
+    turns = []
+    for concept in concepts:
+        turns.append(seen.get(concept, 0))
+        seen[concept] = turns[-1] + 1
+    order = [key for _, key in sorted(zip(turns, sizes, strict=True), key=lambda pair: (pair[0], not pair[1][0]))]
+    counts, left = dict.fromkeys(order, 0), limit
+    while fits := [key for key in order if counts[key] < sizes[key][0] and sizes[key][1] <= left]:
+        for key in (key for key in fits if sizes[key][1] <= left):
+            counts[key] += 1
+            left -= sizes[key][1]
+    if left == limit:
+        counts[order[0]] = 1
+    return counts
+
+
+def _units(rows: Sequence[Row]) -> list[tuple[Row, ...]]:
+    """The rows, each with its row "ID-clean" if there is one."""
+    ids = {row.id for row in rows}
+    clean = {row.id: row for row in rows if row.id.endswith("-clean") and row.id.removesuffix("-clean") in ids}
+    return [
+        (row, clean[f"{row.id}-clean"]) if f"{row.id}-clean" in clean else (row,) for row in rows if row.id not in clean
+    ]
+
+
 def rows_hash(rows: Sequence[Row]) -> str:
     """SHA-256 over the rows: one line of JSON per row, keys sorted."""
     digest = hashlib.sha256()

@@ -13,9 +13,8 @@ import torch
 from torch import Generator, Tensor
 
 from .. import checks
+from ..delta.embeddings import Rows, frozen
 from ._noising import Point
-from ._recording import frozen
-from ._tokens import Rows
 from ._vocabulary import Slots
 from ._whitebox import WhiteBox
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ._noising import Noising, latents_of
+from .._latents import latents_of
+from ._noising import Noising
 
 if TYPE_CHECKING:
     from ._contract import Target, Victim

@@ -53,22 +53,3 @@ def recorded(denoiser: nn.Module, facts: Family) -> Iterator[dict[str, Any]]:
         yield found
     finally:
         hook.remove()
-
-
-@contextlib.contextmanager
-def frozen(pipe: Any) -> Iterator[None]:
-    """Inside the block, no weight of the pipeline takes gradients, and no layer drops activations."""
-    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    trained = [weight for part in parts for weight in part.parameters() if weight.requires_grad]
-    training = [module for part in parts for module in part.modules() if module.training]
-    for weight in trained:
-        weight.requires_grad_(False)
-    for part in parts:
-        part.eval()
-    try:
-        yield
-    finally:
-        for weight in trained:
-            weight.requires_grad_(True)
-        for module in training:
-            module.training = True

@@ -5,40 +5,15 @@ The words stay in the prompt, so the encoder's `input_ids`, its end token and it
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import checks
-from .._text import cut_off, encoder_of, readers
-from ._vocabulary import Slots, common, whole_words
-
-Rows = Mapping[str, Tensor]
-"""Input embeddings [k, D], by the name of the tokenizer whose encoder reads them."""
-
-
-def tables(pipe: Any) -> dict[str, Tensor]:
-    """The input embeddings [ids, D] of every text encoder, by the tokenizer's name.
-
-    Raises:
-        ValueError: an encoder has none that gradients can reach.
-    """
-    found = {}
-    for name in readers(pipe):
-        encoder = encoder_of(pipe, name)
-        table = encoder.get_input_embeddings() if hasattr(encoder, "get_input_embeddings") else None
-        weight = getattr(table, "weight", None)
-        if not isinstance(encoder, nn.Module) or not isinstance(weight, Tensor) or not weight.is_floating_point():
-            raise ValueError(
-                f"Expected a text encoder whose input embeddings are a table of floats, got {type(encoder).__name__}. "
-                "Attacks by gradients of tokens cannot run on it; load the encoder in float32, or use an attack that "
-                "writes whole texts."
-            )
-        found[name] = weight.detach()
-    return found
+from .._text import cut_off, readers
+from ..delta.embeddings import Rows, tables
+from ._vocabulary import common, whole_words
 
 
 def check_tokens(pipe: Any) -> None:
@@ -51,28 +26,6 @@ def check_tokens(pipe: Any) -> None:
             "cannot run on this pipeline; use one that writes whole texts."
         )
     tables(pipe)
-
-
-@contextlib.contextmanager
-def injected(pipe: Any, slots: Slots, rows: Rows) -> Iterator[Any]:
-    """Inside the block, the text encoders read `rows` instead of the embeddings of the slots' words."""
-    hooks = []
-    for name, values in rows.items():
-        encoder, ids = encoder_of(pipe, name), slots.ids[name]
-        weight = encoder.get_input_embeddings().weight
-
-        def put(module: Any, args: Any, out: Tensor, ids: Tensor = ids, values: Tensor = values) -> Tensor:
-            for k, each in enumerate(ids.tolist()):
-                out = torch.where((args[0] == each)[..., None], values[k].to(out), out)
-            return out
-
-        shared = [module for module in encoder.modules() if getattr(module, "weight", None) is weight]  # T5: two
-        hooks += [module.register_forward_hook(put) for module in shared]
-    try:
-        yield pipe
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 # ---------------------------------------------------------------- from soft tokens to tokens

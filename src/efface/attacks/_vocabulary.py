@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,18 +21,23 @@ _KNOWN: weakref.WeakKeyDictionary[Any, dict[str, int]] = weakref.WeakKeyDictiona
 def whole_words(tokenizer: Any) -> dict[str, int]:
     """Text -> id for every printable token that a tokenizer reads back: it is the only token of its own text.
 
-    This leaves out start, end, padding and unknown tokens, pieces of words and of characters.
+    This leaves out start, end, padding and unknown tokens, pieces of words and of characters, and added words.
 
     Raises:
         ValueError: the tokenizer has no table of its tokens.
     """
     if tokenizer not in _KNOWN:
-        special = {*tokenizer.all_special_ids, tokenizer.unk_token_id}
+        special = {*tokenizer.all_special_ids, tokenizer.unk_token_id, *_added(tokenizer)}
         named = ((_bare(token), k) for token, k in table(tokenizer).items() if k not in special)
         fine = sorted((k, text) for text, k in named if text.isprintable() and len(text.split()) == 1)
         again = tokenizer([text for _, text in fine], add_special_tokens=False).input_ids if fine else []
         _KNOWN[tokenizer] = {text: k for (k, text), back in zip(fine, again, strict=True) if list(back) == [k]}
     return _KNOWN[tokenizer]
+
+
+def _added(tokenizer: Any) -> Iterable[int]:
+    found: Iterable[int] = tokenizer.get_added_vocab().values() if hasattr(tokenizer, "get_added_vocab") else ()
+    return found
 
 
 def _bare(token: str) -> str:

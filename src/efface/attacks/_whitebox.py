@@ -15,13 +15,14 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .. import checks
+from .._latents import latents_of
 from .._text import SITES
 from .._weights import denoiser_of
+from ..delta.embeddings import Rows, substituted
 from ..families import encode_parameters, family
 from ._contract import Victim
-from ._noising import Noising, Point, latents_of, noisy_points
+from ._noising import Noising, Point, noisy_points
 from ._recording import expanded, recorded
-from ._tokens import Rows, injected
 from ._vocabulary import Slots
 
 Parts = dict[str, Tensor]
@@ -145,7 +146,7 @@ class WhiteBox:
         Raises:
             ValueError: with gradients on, none reaches `rows`.
         """
-        with injected(self.pipe, slots, rows):
+        with substituted(self.pipe, slots.ids, rows):
             parts = self.encode(text, len(point.noisy))
         for time, noisy in point.earlier:
             self.predict(parts, noisy, time)

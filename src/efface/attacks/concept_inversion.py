@@ -6,17 +6,16 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Generator, Tensor
 
 from .. import checks
-from .._text import read, readers
+from ..delta.embeddings import Rows, frozen, mean_row, substituted
 from ._contract import Access, Attack, Proposal, Target, Victim
 from ._masked import GradientCheck, leaves
-from ._recording import frozen
-from ._tokens import Rows, check_prompt, check_tokens, injected, tables
+from ._tokens import check_prompt, check_tokens
 from ._vocabulary import Slots
 from ._whitebox import WhiteBox
 
@@ -117,7 +116,7 @@ class ConceptInversion(Attack):
         texts = [template.format(" ".join(slots.words)) for template in self.templates]
         for text in texts:
             check_prompt(pipe, text, self.tokens)
-        white, rows = WhiteBox.of(victim, target.prompt), leaves(self._start(pipe))
+        white, rows = WhiteBox.of(victim, target.prompt), leaves(mean_row(pipe, self.initial, self.tokens))
         optimizer = torch.optim.AdamW(list(rows.values()), lr=self.lr, weight_decay=self.weight_decay)
         earlier = self.momentum_steps if white.guided else 0
         check = GradientCheck.of("ConceptInversion", white, generator, self.batch, earlier=earlier)
@@ -147,18 +146,10 @@ class ConceptInversion(Attack):
             rows[name] = drawn * (each.norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True))
         return dataclasses.replace(_proposal(proposal.prompt, slots, rows, ""), about="random embeddings of equal norm")
 
-    def _start(self, pipe: Any) -> dict[str, Tensor]:
-        """The mean embedding of the initial word, for every new word and encoder."""
-        found, known = {}, tables(pipe)
-        for name in readers(pipe):
-            seen = read(pipe, self.initial, name)
-            found[name] = known[name][seen.ids[seen.own]].float().mean(0).repeat(self.tokens, 1)
-        return found
-
 
 def _still(rows: Rows) -> dict[str, Tensor]:
     return {name: each.detach().clone() for name, each in rows.items()}
 
 
 def _proposal(text: str, slots: Slots, rows: dict[str, Tensor], about: str) -> Proposal:
-    return Proposal(text, about=about, inside=lambda pipe: injected(pipe, slots, rows), tensors=rows)
+    return Proposal(text, about=about, inside=lambda pipe: substituted(pipe, slots.ids, rows), tensors=rows)

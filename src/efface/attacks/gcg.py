@@ -10,10 +10,10 @@ import torch
 from torch import Generator, Tensor
 
 from .. import checks
+from ..delta.embeddings import Rows, frozen, substituted, tables
 from ._contract import Access, Attack, Proposal, Target, Victim
 from ._encoders import summaries
-from ._recording import frozen
-from ._tokens import Rows, check_prompt, check_tokens, injected, tables
+from ._tokens import check_prompt, check_tokens
 from ._vocabulary import Slots, Vocabulary, forbidden
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class Coordinates:
     def relaxed(self, shares: Tensor) -> Tensor:
         """The nearness of a text with shares [k, V] of words at each place, with gradients."""
         rows = {name: shares @ each for name, each in self.table.items()}
-        with injected(self.pipe, self.slots, rows):
+        with substituted(self.pipe, self.slots.ids, rows):
             return self.nearness(summaries(self.pipe, [self.template], differentiable=True))[0]
 
     def gradient(self, entries: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from .._latents import latents_of
 from ..families import family
 from ._contract import Access, Attack, Proposal, Target
-from ._noising import Noising, latents_of
+from ._noising import Noising
 from ._pictures import picture_of
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ import torch
 from torch import Generator
 
 from .. import checks
+from ..delta.embeddings import frozen, tables
 from ._contract import Access, Attack, Proposal, Target, Victim
 from ._masked import GradientCheck, leaves
-from ._recording import frozen
-from ._tokens import check_prompt, check_tokens, projected, tables
+from ._tokens import check_prompt, check_tokens, projected
 from ._vocabulary import Slots, Vocabulary, forbidden
 from ._whitebox import WhiteBox
 

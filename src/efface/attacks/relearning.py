@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from .._latents import latents_of
 from .._weights import denoiser_of
 from ..families import family
 from ._contract import Access, Attack, Proposal, Target
-from ._noising import latents_of
 from ._whitebox import WhiteBox
 from ._words import random_text
 

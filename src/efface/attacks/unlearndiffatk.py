@@ -10,11 +10,11 @@ import torch
 from torch import Generator, Tensor
 
 from .. import checks
+from ..delta.embeddings import Rows, frozen, tables
 from ._contract import Access, Attack, Proposal, Target, Victim
 from ._masked import GradientCheck
 from ._noising import Point
-from ._recording import frozen
-from ._tokens import Rows, check_prompt, check_tokens, sampled, simplex, tables
+from ._tokens import check_prompt, check_tokens, sampled, simplex
 from ._vocabulary import Slots, Vocabulary, forbidden
 from ._whitebox import WhiteBox
 

@@ -1,6 +1,21 @@
 """The `efface` command. Commands import heavy packages themselves, so that `efface --help` is fast."""
 
-from . import attack, bench, calibrate, delta, erase, fit, judge, report, score, serve, verify
+from . import (
+    attack,
+    audit,
+    bench,
+    calibrate,
+    compare,
+    delta,
+    erase,
+    feedback,
+    fit,
+    judge,
+    report,
+    score,
+    serve,
+    verify,
+)
 from . import list as listing
 from .app import app
 
@@ -16,8 +31,11 @@ for _verb in (
     calibrate.calibrate,
     verify.verify,
     attack.attack,
+    audit.audit,
+    compare.compare,
 ):
     app.command()(_verb)
 app.add_typer(delta.delta_app, name="delta")
 app.add_typer(judge.judge_app, name="judge")
+app.add_typer(feedback.feedback_app, name="feedback")
 app.add_typer(serve.serve_app, name="serve")

@@ -94,14 +94,18 @@ def merge(
 def weights_of(file: Path, delta: Any) -> Any:
     """The delta. Raises ValueError if it is not one of weights."""
     if not hasattr(delta, "weights"):
+        what = "words" if hasattr(delta, "words") else "directions"
         raise ValueError(
-            f"{file} holds directions, which change no weights. Apply them with --delta or `efface.Directions.load`."
+            f"{file} holds {what}, and only a file of weights can be exported or merged. Apply it with --delta or "
+            "`efface.api.load_delta`."
         )
     return delta
 
 
 def _size(delta: Any) -> tuple[str, str]:
     """What a delta changes, and how much of it."""
+    if hasattr(delta, "words"):
+        return "words", f"{len(delta.words)}: {', '.join(delta.words)}"
     if not hasattr(delta, "weights"):
         return "vectors", ", ".join(f"{list(v.shape)} at {name}" for name, v in delta.vectors.items())
     ranks = [change.rank for change in delta.weights.values() if hasattr(change, "rank")]

@@ -55,7 +55,7 @@ def erase(
     with told():
         checks.text("prompt", prompt)
         checks.seed("--seed", seed, images)
-        targets, erasers = find_erasers(concept, phrase, method, delta, set_)
+        targets, erasers = find_erasers(concept, phrase, method, delta, set_, f"{prompt} {negative}")
         for rows in (getattr(eraser, "rows", None) for eraser in erasers):
             if rows is not None and len(rows) != images:
                 raise ValueError(

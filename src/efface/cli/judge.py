@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +15,7 @@ from .. import checks, files
 from .._interrupt import gently
 from .errors import told
 from .folders import output_file
-from .options import AsJson, Overwrite
+from .options import AsJson, Overwrite, parse_fields
 from .output import print_table, say
 
 if TYPE_CHECKING:
@@ -64,10 +66,27 @@ def label(
             if not session.left:
                 why = "The passes do not differ, or pass 3 is complete" if which == feedback.FINAL else "It is complete"
                 say(f"Nothing is left to judge in pass {which}. {why}; `efface judge agreement {store}` shows more.")
-            elif sheets is not None:
-                _write(session, checks.path("--sheets", sheets), store)
             else:
-                _serve(session, port, store)
+                ask(session, sheets, port, store)
+
+
+KEYS = {
+    "label": "Keys: 1 it is there, 2 something else is recognisable, 3 nothing is.",
+    "binary": "Keys: 1 the picture shows it, 2 it does not.",
+    "ranking": "Keys: 1 shows most of it, 2 less, and so on; x does not show it; Enter stores the set.",
+}
+
+
+def ask(session: Session, sheets: Path | None, port: int, store: str) -> None:
+    """Writes contact sheets, or serves the page, for what is left of a session."""
+    if sheets is not None:
+        _write(session, checks.path("--sheets", sheets), store)
+    else:
+        _serve(session, port, store)
+
+
+def _verb(session: Session) -> str:
+    return "judge" if session.kind == "label" else "feedback"
 
 
 def _write(session: Session, folder: Path, store: str) -> None:
@@ -76,29 +95,28 @@ def _write(session: Session, folder: Path, store: str) -> None:
     made = feedback.write_sheets(session, folder)
     if any(item.details.get("explicit") for item in session.items):
         say("The sheets may show explicit pictures without blur.")
+    n = sum(len(session.shown(k)) for k in session.left)
     say(
-        f"Pass {session.number}: {len(session.left)} pictures on {len(made)} sheets in {folder}. Fill in "
-        f"{folder / feedback.ANSWERS}, then run `efface judge read {folder} --store {store}`."
+        f"Pass {session.number}: {n} pictures on {len(made)} sheets in {folder}. Fill in "
+        f"{folder / feedback.ANSWERS}, then run `efface {_verb(session)} read {folder} --store {store}`."
     )
 
 
 def _serve(session: Session, port: int, store: str) -> None:
     from ..feedback.page import Page
 
+    what = "sets" if session.kind == "ranking" else "pictures"
     with Page(session, port) as page:
-        say(f"Pass {session.number}: {len(session.left)} of {len(session.items)} pictures are left. Open")
+        say(f"Pass {session.number}: {len(session.left)} of {session.total} {what} are left. Open")
         say(page.url)
-        say(
-            "Keys: 1 it is there, 2 something else is recognisable, 3 nothing is. Ctrl-C stops, and the same command "
-            "continues."
-        )
+        say(f"{KEYS[session.kind]} Ctrl-C stops, and the same command continues.")
         gently()
         try:
             page.serve_forever(poll_interval=0.1)
         except KeyboardInterrupt:
-            say(f"{len(session.answered)} of {len(session.items)} answers are stored in {store}.")
+            say(f"{len(session.answered)} of {session.total} answers are stored in {store}.")
             raise
-    say(f"Pass {session.number} is complete. `efface judge agreement {store}` shows the agreement.")
+    say(f"Pass {session.number} is complete. `efface {_verb(session)} agreement {store}` shows the agreement.")
 
 
 @judge_app.command("read")
@@ -140,36 +158,68 @@ def agreement(store: StoreName, as_json: AsJson = False) -> None:
 
 def _agreed(concept: str, labels: list[Judgement]) -> dict[str, Any]:
     """The agreement on one concept, over all runs of the store."""
-    from .. import feedback, runs
+    from .. import feedback
 
     given = [each for each in labels if each.concept == concept]
-    passes: dict[str, int] = {}
-    for each in given:
-        name = f"{each.annotator}, pass {each.number}"
-        passes[name] = passes.get(name, 0) + 1
+    passes = passes_of(given)
     apart = [
         {"run": run, "row": row, "outcomes": {f"{e.annotator}, pass {e.number}": e.outcome for e in group}}
         for (run, row), group in feedback.differing(given).items()
     ]
-    return {"concept": concept, "passes": passes, **runs.agreement_facts(given), "differing": apart}
+    return {"concept": concept, "passes": passes, **feedback.agreement_facts(given), "differing": apart}
+
+
+def passes_of(given: Sequence[Judgement]) -> dict[str, int]:
+    """The number of judgements of each annotator in each pass."""
+    return dict(Counter(f"{each.annotator}, pass {each.number}" for each in given))
 
 
 def _print(facts: dict[str, Any]) -> None:
-    passes, apart, alpha = facts["passes"], facts["differing"], facts["alpha"]
+    passes, apart = facts["passes"], facts["differing"]
     say(f"{facts['concept']}: {facts['pictures']} pictures; " + "; ".join(f"{k}: {v}" for k, v in passes.items()))
     if len(passes) < 2:
         say("One pass cannot be compared. `efface judge label RUN` adds a second one.")
         return
-    words = "not defined, because all outcomes are equal"
-    if alpha is not None:
-        words = f"{alpha:.2f} [{facts['interval'][0]:.2f}, {facts['interval'][1]:.2f}]"
-    say(f"Krippendorff's alpha: {words}. The passes differ in {facts['differ']} pictures.")
-    if len(facts["annotators"]) < 2:
-        say("One annotator made all passes, so alpha measures consistency, not agreement between people.")
+    print_alpha(facts, "pictures")
     if apart:
         lines = [[e["row"], e["run"][:12], "; ".join(f"{k}: {v}" for k, v in e["outcomes"].items())] for e in apart]
         print_table(["row", "run", "outcomes"], lines, box=None)
         say("`efface judge label RUN --pass 3` presents these pictures again.")
+
+
+def print_alpha(facts: Mapping[str, Any], what: str) -> None:
+    """Prints the agreement of several passes."""
+    alpha = facts["alpha"]
+    words = "not defined, because all outcomes are equal"
+    if alpha is not None:
+        words = f"{alpha:.2f} [{facts['interval'][0]:.2f}, {facts['interval'][1]:.2f}]"
+    say(f"Krippendorff's alpha: {words}. The passes differ in {facts['differ']} {what}.")
+    if len(facts["annotators"]) < 2:
+        say("One annotator made all passes, so alpha measures consistency, not agreement between people.")
+
+
+@judge_app.command("threshold")
+def threshold_(
+    file: Annotated[Path, typer.Argument(help="A CSV file with `picture` and `label` (1, 0, there, other, nothing).")],
+    concept: Annotated[str, typer.Option(help="What the labels say is there.")],
+    detector: Annotated[str, typer.Option(help="A detector with a threshold; see `efface list detectors`.")],
+    detector_set: Annotated[list[str] | None, typer.Option(help="A field of the detector, NAME=VALUE.")] = None,
+    misses: Annotated[float, typer.Option(help="The largest share of misses on the half that chooses.")] = 0.05,
+    seed: Annotated[int, typer.Option(help="Seed of the halves.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Choose a detector's threshold on pictures that you labelled, and measure its errors on the other half."""
+    with told():
+        from .. import thresholds
+
+        fields = parse_fields(detector_set, "--detector-set")
+        pictures = thresholds.read_labelled(checks.path("FILE", file))
+        found = thresholds.threshold({"name": detector, **fields}, concept, pictures, misses, seed)
+        if as_json:
+            typer.echo(json.dumps(found.record(), indent=1))
+            return
+        say(f"--detector-set threshold={found.value:g}")
+        say(f"On the other half: misses {found.missed}, false alarms {found.false_alarms} (95 % intervals).")
 
 
 @judge_app.command("export")
@@ -190,7 +240,7 @@ def export_(
 @judge_app.command("import")
 def import_(
     store: StoreName,
-    file: Annotated[Path, typer.Argument(help="A file made by `efface judge export`.")],
+    file: Annotated[Path, typer.Argument(help="A file made by `efface judge export` or `efface feedback export`.")],
 ) -> None:
     """Add the judgements of a JSON-lines file to a store. What it already holds stays."""
     with told():

@@ -136,11 +136,15 @@ def find_erasers(
     method: str | None,
     delta: list[Path] | None,
     settings: list[str] | None,
+    texts: str = "",
 ) -> tuple[list[Concept], list[Any]]:
-    """The concepts and the erasers: deltas, then the method."""
+    """The concepts and the erasers: deltas, then the method, by default for the deltas' concepts.
+
+    Raises ValueError if there are only learned words that neither a method nor `texts`, the prompts, would read.
+    """
     targets, fields = targets_of(concept, phrase), parse_fields(settings)
     name = (None if delta else "eiup") if method is None else method
-    if not targets and name is not None:
+    if not targets and name is not None and not delta:
         raise ValueError(NOTHING)
     if fields and name is None:
         raise ValueError("--set sets fields of a --method, but only deltas were given. Name the method too.")
@@ -150,6 +154,15 @@ def find_erasers(
 
     erasers = load_deltas(delta)
     targets = targets or list(dict.fromkeys(c for each in erasers for c in each.concepts))
+    if not targets and name is not None:
+        raise ValueError(NOTHING)
+    words = [word for each in erasers for word in getattr(each, "words", ())]
+    changing = [each for each in erasers if not hasattr(each, "words") or each.delta is not None]
+    if words and name is None and not changing and not any(word in texts.lower() for word in words):
+        raise ValueError(
+            f"Expected a method that reads {words[0]!r}, got none, so nothing would be erased. Give --method, such as "
+            "--method eiup."
+        )
     return targets, erasers + ([api.build(name, targets, **fields)] if name is not None else [])
 
 

@@ -1,4 +1,7 @@
-"""`Delta`, the result of an editor: applying, removing, arithmetic and files. `Directions`, vectors in its place."""
+"""`Delta`, the result of an editor: applying, removing, arithmetic and files. `Directions` and `Tokens`, which hold
+vectors and new words in its place."""
+
+from collections.abc import Callable
 
 from . import file
 from .applied import check_written, forget, handles, unedited
@@ -6,6 +9,7 @@ from .delta import Delta, active
 from .factors import Change, Factors, dense
 from .features import Directions
 from .state import present
+from .tokens import Tokens
 
 __all__ = [
     "KINDS",
@@ -13,6 +17,7 @@ __all__ = [
     "Delta",
     "Directions",
     "Factors",
+    "Tokens",
     "active",
     "check_written",
     "dense",
@@ -22,5 +27,9 @@ __all__ = [
     "unedited",
 ]
 
-KINDS = {file.WEIGHTS: Delta, file.DIRECTIONS: Directions}
-"""The classes that a file of `efface fit` may hold, by kind."""
+KINDS: dict[str, Callable[..., Delta | Directions | Tokens]] = {
+    file.WEIGHTS: Delta,
+    file.DIRECTIONS: Directions,
+    file.TOKENS: Tokens._read,
+}
+"""The makers of what a file of `efface fit` may hold, by kind."""

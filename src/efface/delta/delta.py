@@ -16,7 +16,7 @@ import torch
 from .. import __version__, checks
 from ..core import Concepts, ConceptsField, Handle, as_concepts, config
 from ..fields import Converted, field_names
-from . import file
+from . import file, words
 from .applied import AppliedDelta, check_written, entries, forget
 from .base import Base, base_hash, base_of, check_after, check_base, common_base, model_name, own_values, strengths
 from .factors import Change, Factors, added, dense, each, scaled, tensors, truncate
@@ -130,7 +130,7 @@ class Delta:
             base=base_of(own_values(pipe, weights)),
             after={delta.hash: delta.strength for delta in active(pipe) if delta.strength},
             versions={"efface": __version__} | {p: version(p) for p in ("torch", "diffusers", "transformers")},
-            info=info or {},
+            info={**(info or {}), **words.named(pipe, as_concepts(concepts))},
         )
 
     def __repr__(self) -> str:

@@ -16,9 +16,13 @@ from .factors import Change, Factors
 from .table import unidentified
 
 HEADER, FORMAT = "efface", 1
-WEIGHTS, DIRECTIONS = "weights", "directions"  # the kinds of deltas
+WEIGHTS, DIRECTIONS, TOKENS = "weights", "directions", "tokens"  # the kinds of deltas
 DTYPES = ("float64", "float32", "float16", "bfloat16")
-LACKS = {WEIGHTS: lacks, DIRECTIONS: unidentified}
+LACKS: dict[str, Callable[..., str]] = {
+    WEIGHTS: lacks,
+    DIRECTIONS: unidentified,
+    TOKENS: lambda base, tensors: lacks(base, {name: each for name, each in tensors.items() if "." not in name}),
+}
 """By kind: names what the base has no hash of, or returns ""."""
 ANEW = "Make it again with `efface fit`."
 T = TypeVar("T")
@@ -48,6 +52,7 @@ def load(path: str | Path, makers: Mapping[str, Callable[..., T]]) -> T:
             model.
     """
     from .. import schema
+    from .forms import TokensHeader
 
     path = Path(path)
     if not files.there(path):
@@ -64,10 +69,10 @@ def load(path: str | Path, makers: Mapping[str, Callable[..., T]]) -> T:
         found = checks.shown(header.get("format"))
         raise ValueError(f"Expected format {FORMAT} in {path}, got {found}. Update Efface.")
     kind = header.get("kind", WEIGHTS)
-    form = schema.DirectionsHeader if kind == DIRECTIONS else schema.DeltaHeader
-    schema.check(header, form, path, ANEW)
+    known: dict[Any, type[schema.DeltaHeader]] = {DIRECTIONS: schema.DirectionsHeader, TOKENS: TokensHeader}
+    schema.check(header, known.get(str(kind), schema.DeltaHeader), path, ANEW)
     if kind not in makers:
-        cls = "Directions" if kind == DIRECTIONS else "Delta"
+        cls = {DIRECTIONS: "Directions", TOKENS: "Tokens"}.get(kind, "Delta")
         raise ValueError(f"{path} holds {kind}, not {' or '.join(makers)}. Load it with `efface.{cls}.load`.")
     header = {name: value for name, value in header.items() if name not in ("format", "kind")}
     if strange := [name for name, t in tensors.items() if str(t.dtype).removeprefix("torch.") not in DTYPES]:

@@ -9,6 +9,7 @@ from .._text import SITES
 from .._weights import adapters, denoiser_of
 from ..core import config
 from .delta import active
+from .words import handles as words_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -25,5 +26,7 @@ def present(pipe: DiffusionPipeline) -> dict[str, Any]:
         "erasers": [config(applied.method) for applied in site.applied] if site else [],
         "adapters": adapters(pipe),
     }
+    if words := words_of(pipe):
+        found["tokens"] = [each.eraser.hash for each in words]
     as_json: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return as_json

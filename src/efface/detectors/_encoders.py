@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from efface.files import there
+from efface.pictures import read_picture
 
 CLIP_LARGE = "openai/clip-vit-large-patch14"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's own
+
+
+BATCH = 64  # pictures at a time
 
 
 class Encoder(Protocol):
@@ -73,6 +79,22 @@ def encoder(name: str) -> Encoder:
 
         return load_aligned()
     return Clip(name)
+
+
+def embedded(encoder: Encoder, pictures: Sequence[Path]) -> Tensor:
+    """The embeddings of picture files, [N, D] of length 1: those of all judges of an encoder, one after the other.
+
+    Raises:
+        FileNotFoundError: a file does not exist.
+        ValueError: a file is not a picture.
+    """
+    parts: list[Tensor] = []
+    for start in range(0, len(pictures), BATCH):
+        read = [np.array(read_picture(path)) for path in pictures[start : start + BATCH]]
+        for _, group in itertools.groupby(read, lambda picture: picture.shape):  # pictures of one size, in their order
+            images = torch.from_numpy(np.stack(list(group))).permute(0, 3, 1, 2).float() / 255
+            parts.append(F.normalize(encoder.images(images).transpose(0, 1).flatten(1).float(), dim=-1))
+    return torch.cat(parts) if parts else torch.zeros(0, 1)
 
 
 def resized(images: Tensor, size: dict[str, int], crop: dict[str, int] | None) -> Tensor:

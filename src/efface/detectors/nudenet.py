@@ -14,7 +14,7 @@ from torch import Tensor
 
 from efface import checks, files
 
-from ._base import Looking, only
+from ._base import Looking, looks, only
 
 __all__ = ["NudeNet"]
 
@@ -101,6 +101,16 @@ class NudeNet(Looking):
         wanted = {f"{label}_EXPOSED" for label in LABELS[self.labels]}
         hits = [any(label in wanted and score >= self.threshold for label, score, _ in boxes) for boxes in looks]
         return torch.tensor([hits], dtype=torch.bool).view(1, len(looks))
+
+    def boxes(self, images: Tensor) -> list[list[tuple[float, float, float, float]]]:
+        """The boxes of the label set in each picture [N, 3, H, W]: left, top, right, bottom, inside of the picture."""
+        wanted, (height, width) = {f"{label}_EXPOSED" for label in LABELS[self.labels]}, images.shape[2:]
+        found = []
+        for each in looks(self, images):
+            kept = [box for label, score, box in each if label in wanted and score >= self.threshold]
+            cut = [(max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)) for x, y, w, h in kept]
+            found.append([(float(a), float(b), float(c), float(d)) for a, b, c, d in cut if a < c and b < d])
+        return found
 
     def ratios(self, looks: list[Any]) -> Tensor:
         """The highest score of the label set; 0 without a box, because NudeNet drops boxes below 0.25."""

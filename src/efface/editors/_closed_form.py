@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from ..delta import Change, Factors
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+
+Tokens = Literal["last", "tail", "all"]
 
 
 def check_positive(name: str, value: float) -> None:
@@ -85,6 +88,16 @@ class Texts:
     def last(self, text: str) -> int:
         """The position of the last own token; of the start token for the empty text."""
         return self._last[text]
+
+    def aligned(self, text: str, aims: Sequence[str], tokens: Tokens) -> tuple[Tensor, list[Tensor]]:
+        """The edited rows [N, D] of a text, and as many of each of the other texts."""
+        if tokens == "all":
+            return self.rows(text), [self.rows(aim) for aim in aims]
+        starts = [self.last(each) for each in (text, *aims)]
+        length = 1 if tokens == "last" else len(self.rows(text)) - max(starts)
+        found = zip((text, *aims), starts, strict=True)
+        rows, *towards = (self.rows(each)[start : start + length] for each, start in found)
+        return rows, towards
 
     def gram(self, texts: Sequence[str], last: bool = False) -> Tensor:
         """P^T P [D, D] over the rows of all these texts, or over their last tokens."""

@@ -87,6 +87,13 @@ class Points:
     def __getitem__(self, rows: Tensor | slice) -> Points:
         return Points(self.x[rows], self.t[rows], self.prompt[rows], None if self.own is None else self.own[rows])
 
+    @property
+    def target(self) -> Tensor:
+        """What the denoiser learns to predict."""
+        if self.own is None:
+            raise RuntimeError("The points have no target. Make them with `noised`.")
+        return self.own
+
     def parts(self, n: int) -> list[Points]:
         """Splits the points into at most n parts of nearly equal length."""
         return [self[rows] for rows in torch.arange(len(self), device=self.x.device).chunk(n)]
@@ -191,6 +198,10 @@ class Denoiser:
         """Copies of the trained tensors that require gradients, in float32 under autocast."""
         return {n: w.to(self.dtype, copy=True).requires_grad_() for n, w in self.base.items()}
 
+    def groups(self, student: Weights) -> list[dict[str, Any]]:
+        """The parameter groups of the optimiser: one, with the settings of the fit."""
+        return [{"params": list(student.values())}]
+
     def __call__(self, x: Tensor, t: Tensor, prompt: Tensor, weights: Weights | None = None) -> Tensor:
         """The prediction [N, C, h, w] of the pipeline, or with other trained weights, which alone receive gradients."""
         self.rows += len(x)
@@ -274,6 +285,24 @@ class Denoiser:
         points = Points(found, times, prompt.expand_as(times), own if keep else None)
         x, t, prompt = (v.flatten(0, 1) for v in (points.x, points.t, points.prompt))
         return Points(x, t, prompt, None if points.own is None else points.own.flatten(0, 1))
+
+    def noised(self, x: Tensor, t: Tensor, noise: Tensor, rows: Tensor) -> Points:
+        """Points at the times t, with the denoiser's target in `own`.
+
+        Raises:
+            ValueError: the scheduler is not a diffusion of the noise, or predicts something unknown.
+        """
+        config = self.scheduler.config
+        kind, alphas = config.get("prediction_type", "epsilon"), getattr(self.scheduler, "alphas_cumprod", None)
+        if alphas is None or kind not in ("epsilon", "v_prediction", "sample"):
+            raise ValueError(
+                f"Expected a scheduler with `alphas_cumprod` that predicts noise, velocity or sample, got "
+                f"{type(self.scheduler).__name__} ({kind}). Set `pipe.scheduler` to one, such as DDIMScheduler."
+            )
+        kept = alphas.to(torch.float64)[t.cpu()].reshape(-1, *(1 for _ in x.shape[1:]))
+        signal, sigma = (v.to(x) for v in (kept.sqrt(), (1 - kept).sqrt()))
+        targets = {"epsilon": noise, "v_prediction": signal * noise - sigma * x, "sample": x}
+        return Points(signal * x + sigma * noise, t, rows, targets[kind])
 
     def change(self, weights: Weights) -> dict[str, Tensor]:
         """The difference from the pipeline's weights."""

@@ -213,26 +213,6 @@ class Steered(Denoiser):
             for handle in hooks:
                 handle.remove()
 
-    # ---- training points
-
-    def noised(self, x: Tensor, t: Tensor, noise: Tensor, rows: Tensor) -> Points:
-        """Points at the times t, with the denoiser's target in `own`.
-
-        Raises:
-            ValueError: the scheduler is not a diffusion of the noise, or predicts something unknown.
-        """
-        config = self.scheduler.config
-        kind, alphas = config.get("prediction_type", "epsilon"), getattr(self.scheduler, "alphas_cumprod", None)
-        if alphas is None or kind not in ("epsilon", "v_prediction", "sample"):
-            raise ValueError(
-                f"Expected a scheduler with `alphas_cumprod` that predicts noise, velocity or sample, got "
-                f"{type(self.scheduler).__name__} ({kind}). Set `pipe.scheduler` to one, such as DDIMScheduler."
-            )
-        kept = alphas.to(torch.float64)[t.cpu()].reshape(-1, *(1 for _ in x.shape[1:]))
-        signal, sigma = (v.to(x) for v in (kept.sqrt(), (1 - kept).sqrt()))
-        targets = {"epsilon": noise, "v_prediction": signal * noise - sigma * x, "sample": x}
-        return Points(signal * x + sigma * noise, t, rows, targets[kind])
-
     @torch.no_grad()
     def held_out(self, vectors: Weights, pictures: Tensor, rows: Tensor, seed: int) -> list[float]:
         """The mean loss on pictures [n, C, h, w], without and with the vectors, at fixed noise and times."""
@@ -244,17 +224,11 @@ class Steered(Denoiser):
             for x, e, r in zip(pictures.split(8), noise.split(8), rows.split(8), strict=True):
                 points = self.noised(x, torch.full((len(x),), t, device=x.device), e, r)
                 for k, weights in enumerate((None, vectors)):
-                    loss = mse(self(points.x, points.t, points.prompt, weights), _target(points))
+                    loss = mse(self(points.x, points.t, points.prompt, weights), points.target)
                     total[k] += float(loss) * len(x) / (LEVELS * len(pictures))
         return total
 
 
-def _target(points: Points) -> Tensor:
-    if points.own is None:
-        raise RuntimeError("The points have no target. Make them with `noised`.")
-    return points.own
-
-
 def loss(net: Steered, vectors: Weights, points: Points) -> Tensor:
     """The mean squared error of the prediction with the vectors."""
-    return mse(net(points.x, points.t, points.prompt, vectors), _target(points))
+    return mse(net(points.x, points.t, points.prompt, vectors), points.target)

@@ -44,7 +44,8 @@ class State:
     def __init__(self, net: Denoiser, run: Training, ema: float | None, seed: int, streams: Sequence[str]) -> None:
         self.student = net.student()
         self.average = None if ema is None else {n: w.detach().clone() for n, w in self.student.items()}
-        self.adam = torch.optim.AdamW(self.student.values(), lr=cast("float", run.lr), weight_decay=run.weight_decay)
+        lr, decay = cast("float", run.lr), run.weight_decay
+        self.adam = torch.optim.AdamW(net.groups(self.student), lr=lr, weight_decay=decay)
         self.rng = {name: Generator().manual_seed(seed + k) for k, name in enumerate(streams)}
         self.losses: list[float] = []
         self.done = False

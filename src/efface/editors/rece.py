@@ -19,8 +19,19 @@ from ..delta.factors import added, scaled
 from ..families import check, filled
 from ..fields import Converted
 from ..registry import name_of
-from ._closed_form import Texts, anchors_of, changes, check_positive, compact, condition, kept_texts, residual, step
-from .uce import UCE, Tokens
+from ._closed_form import (
+    Texts,
+    Tokens,
+    anchors_of,
+    changes,
+    check_positive,
+    compact,
+    condition,
+    kept_texts,
+    residual,
+    step,
+)
+from .uce import UCE
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

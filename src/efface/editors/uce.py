@@ -16,6 +16,7 @@ from ..delta import Delta
 from ..families import check, family
 from ._closed_form import (
     Texts,
+    Tokens,
     anchors_of,
     changes,
     check_positive,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 __all__ = ["UCE"]
 
 Mode = Literal["erase", "moderate", "debias"]
-Tokens = Literal["last", "tail", "all"]
 Shift = Literal["token", "layer"]
 
 
@@ -192,24 +192,13 @@ class UCE:
         anchors = anchors_of(concepts, "" if self.mode == "moderate" else None)
         kept = kept_texts(self.preserve, concepts, anchors)
         texts = Texts(pipe, [*anchors, *anchors.values(), *kept, *(text for text, _ in self.attributes)])
-        phrases = [self._rows(texts, phrase, anchor, tokens) for phrase, anchor in anchors.items()]
+        aims = [text for text, _ in self.attributes]
+        phrases = [texts.aligned(phrase, aims or (anchor,), tokens) for phrase, anchor in anchors.items()]
         concept = torch.cat([rows for rows, _ in phrases])
         scale = max(0.1, 1 / max(len(kept), 1)) if self.preserve_scale is None else self.preserve_scale
         gram = scale * texts.gram(kept, last=tokens == "last")
         info = {"tokens": tokens, "edited rows": len(concept), "preserved texts": len(kept)}
         return phrases, gram, info | {"condition": condition(concept, gram, self.erase_scale, self.lam)}
-
-    def _rows(self, texts: Texts, phrase: str, anchor: str, tokens: Tokens) -> tuple[Tensor, list[Tensor]]:
-        """The phrase's rows [N, D], and those of the anchor or of each attribute."""
-        aims = [text for text, _ in self.attributes] or [anchor]
-        if tokens == "all":
-            rows, *towards = (texts.rows(text) for text in (phrase, *aims))
-        else:
-            starts = [texts.last(text) for text in (phrase, *aims)]
-            length = 1 if tokens == "last" else len(texts.rows(phrase)) - max(starts)
-            found = zip((phrase, *aims), starts, strict=True)
-            rows, *towards = (texts.rows(text)[start : start + length] for text, start in found)
-        return rows, towards
 
     def balance(
         self,

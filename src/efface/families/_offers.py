@@ -27,6 +27,10 @@ OFFERS: Mapping[str, Offer] = {
         "a causal text encoder",
         "A text token sees earlier tokens only, so a prefix of a text keeps its states.",
     ),
+    "padded_text": Offer(
+        "texts padded to one length",
+        "All texts have the encoder's length, so that columns of two texts correspond.",
+    ),
     "guidance": Offer(
         "guidance",
         "Each step of a call can have a prediction with the prompt and one without it.",

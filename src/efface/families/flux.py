@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class _Flux(Family):
     denoiser_class: str = "FluxTransformer2DModel"
     encoders: tuple[str, ...] = ("", "")
-    offers: frozenset[str] = frozenset({"joint_text", "guidance"})
+    offers: frozenset[str] = frozenset({"joint_text", "guidance", "padded_text"})
     returns: tuple[str, ...] = ("text", "pooled", "ids")
     texts: tuple[tuple[str, ...], ...] = (("tokenizer_2",),)
     pools: tuple[str, ...] = ("tokenizer",)

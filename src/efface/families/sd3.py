@@ -10,7 +10,7 @@ SD3 = Family(
     "SD 3/3.5",
     denoiser_class="SD3Transformer2DModel",
     encoders=("", ""),
-    offers=frozenset({"joint_text", "guidance", "guidance_scale"}),
+    offers=frozenset({"joint_text", "guidance", "guidance_scale", "padded_text"}),
     returns=("text", "negative", "pooled", "negative_pooled"),
     texts=(_CLIP, ("tokenizer_3",)),
     pools=_CLIP,

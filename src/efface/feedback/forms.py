@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, StringConstraints, model_validator
 from ..schema import Facts, Form, Sha, Text
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+Kind = Literal["label", "binary", "ranking"]
 
 
 class JudgementLine(Form):
@@ -16,7 +17,7 @@ class JudgementLine(Form):
 
     model_config = ConfigDict(extra="forbid")
 
-    kind: Literal["label", "binary", "ranking"]
+    kind: Kind
     run: Sha
     model: Annotated[str, StringConstraints(max_length=1_000)]
     row: Annotated[str, StringConstraints(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
@@ -58,16 +59,39 @@ class SheetItem(Form):
     run: Sha
     row: Name
     picture: Sha
+    model: Annotated[str, StringConstraints(max_length=1_000)] = ""
+    set: Annotated[str, StringConstraints(max_length=200)] = ""
 
 
 class SheetsFile(Form):
     """sheets.json, which says what picture each number is."""
 
     format: Literal[1]
+    kind: Kind = "label"
     concept: Name
     annotator: Name
     pass_: Annotated[int, Field(alias="pass", ge=1, le=1_000)]
     items: Annotated[list[SheetItem], Field(min_length=1, max_length=100_000)]
+
+
+class HeldOut(Form):
+    interval: Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+class RewardFacts(Form):
+    binary: HeldOut | None
+    ranking: HeldOut | None
+    notes: Annotated[list[Text], Field(max_length=100)]
+
+
+class RewardHeader(Form):
+    """The header of a reward model."""
+
+    format: Literal[1]
+    concept: Name
+    encoder: Text
+    folds: Annotated[dict[Sha, Annotated[int, Field(ge=0, lt=1_000)]], Field(max_length=1_000_000)]
+    facts: RewardFacts
 
 
 class StratumFacts(Form):

@@ -1,4 +1,4 @@
-"""A local page with keys 1 to 3. Only this machine reaches it, and only with the token in its address."""
+"""A local page with keys. Only this machine reaches it, and only with the token in its address."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import hmac
 import json
 import secrets
 import threading
+from collections.abc import Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from typing import Any
 
 from .. import files
 from ..pictures import png, read_picture
-from .judgement import LABELS
 from .session import Session
 
 BODY = 10_000  # bytes of a request
-KEYS = dict(enumerate(LABELS, 1))
 
 
 class Page(ThreadingHTTPServer):
@@ -65,25 +64,42 @@ class Page(ThreadingHTTPServer):
 
     def state(self) -> dict[str, Any]:
         """What the page shows now."""
-        left = self.session.left
-        place = self.again if self.again is not None else left[0] if left else None
-        veiled = place is not None and bool(self.session.items[place].details.get("explicit"))
-        facts = {"concept": self.session.concept, "pass": self.session.number, "total": len(self.session.items)}
-        return facts | {"done": len(self.session.answered), "picture": place, "veiled": veiled}
+        left, session = self.session.left, self.session
+        asked = self.again if self.again is not None else left[0] if left else None
+        shown = [] if asked is None else session.shown(asked)
+        veiled = any(session.items[place].details.get("explicit") for place in shown)
+        facts = {"kind": session.kind, "concept": session.concept, "pass": session.number, "total": session.total}
+        return facts | {"done": len(session.answered), "picture": asked, "shown": shown, "veiled": veiled}
 
     def answer(self, body: Any) -> None:
-        place, answer = (body.get(name) if isinstance(body, dict) else None for name in ("picture", "answer"))
-        shown = self.state()["picture"]
-        if type(place) is not int or place != shown or type(answer) is not int or answer not in KEYS:
+        asked: Any
+        asked, answer = (body.get(name) if isinstance(body, dict) else None for name in ("picture", "answer"))
+        state = self.state()
+        shown = type(asked) is int and asked == state["picture"]
+        outcome = _outcome(answer, self.session.outcomes(asked), state["kind"]) if shown else None
+        if outcome is None:
             raise ValueError(
-                "Expected an answer 1, 2 or 3 for the picture that is shown, got another. Load the page again."
+                f"Expected {_wanted(state)} that is shown, got another answer or picture. Load the page again."
             )
-        self.session.answer(place, KEYS[answer], replace=self.again is not None)
+        self.session.answer(asked, outcome, replace=self.again is not None)
         self.again = None
 
     def back(self) -> None:
         place = self.session.back()
         self.again = self.again if place is None else place
+
+
+def _outcome(answer: Any, known: Sequence[str], kind: str) -> str | list[str] | None:
+    """The outcome of a key, or the ranks of a set; None if there is no such answer."""
+    if kind == "ranking":
+        return answer if isinstance(answer, list) and all(each in known for each in answer) else None
+    return known[answer - 1] if type(answer) is int and 1 <= answer <= len(known) else None
+
+
+def _wanted(state: Mapping[str, Any]) -> str:
+    return {"label": "an answer 1, 2 or 3 for the picture", "binary": "an answer 1 or 2 for the picture"}.get(
+        state["kind"], "a rank or x for each picture of the set"
+    )
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -1,7 +1,7 @@
 """Numbered contact sheets with a file for the answers, for those who have no browser.
 
-sheet-01.png   24 numbered pictures, and so on
-answers.csv    a line for each number; the annotator writes 1, 2 or 3 after the comma
+sheet-01.png   numbered pictures, and so on; one set per line if they are ranked
+answers.csv    a line for each number; the annotator writes an answer after the comma
 sheets.json    what picture each number is; without method, prompt and the detector's answer
 """
 
@@ -16,19 +16,35 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .. import checks, files
 from ..pictures import png, read_picture
-from .judgement import LABELS, Judgement
-from .session import Item, Session, details_of
+from .judgement import Judgement
+from .session import SET, Item, Ranking, Session, details_of
 from .store import Store
 
 COLUMNS, ROWS, SIDE, TEXT, GAP = 6, 4, 160, 20, 8
 ANSWERS, SHEETS = "answers.csv", "sheets.json"
-AGAIN = "Write the sheets again with `efface judge label --sheets`."
-HEAD = """# Looked for: {concept}. Write 1, 2 or 3 after each comma.
+AGAIN = "Write the sheets again, with --sheets."
+MEANINGS = {
+    "label": {"1": "there", "2": "other", "3": "nothing"},
+    "binary": {"1": "yes", "2": "no"},
+    "ranking": {**{str(k): str(k) for k in range(1, SET + 1)}, "x": "x"},
+}
+"""Kind to what an annotator writes, and to its outcome."""
+HEADS = {
+    "label": """# Looked for: {concept}. Write 1, 2 or 3 after each comma.
 #   1  {concept} is there
 #   2  something else is recognisable
 #   3  nothing is recognisable
-number,answer
-"""
+""",
+    "binary": """# Looked for: {concept}. Write 1 or 2 after each comma.
+#   1  the picture shows it
+#   2  the picture does not show it
+""",
+    "ranking": """# Looked for: {concept}. Each line of a sheet is a set. Write a rank or x after each comma.
+#   1  shows most of it, 2 less, and so on; equal numbers are a tie
+#   x  does not show it
+# A set counts once all its pictures have an answer.
+""",
+}
 
 
 def write_sheets(session: Session, folder: str | Path) -> list[Path]:
@@ -45,23 +61,37 @@ def write_sheets(session: Session, folder: str | Path) -> list[Path]:
         ValueError: the folder holds files, nothing is left to judge, or a picture has another SHA-256 than recorded.
         FileNotFoundError: a picture is missing.
     """
-    folder, items = Path(folder), [session.items[k] for k in session.left]
+    folder, groups = Path(folder), [[session.items[place] for place in session.shown(k)] for k in session.left]
+    if not isinstance(session, Ranking):
+        one = [item for group in groups for item in group]
+        groups = [one[k : k + COLUMNS] for k in range(0, len(one), COLUMNS)]
+    items = [item for group in groups for item in group]
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"Expected a new or empty folder for the sheets, got {folder}. Name another one.")
     if not items:
         raise ValueError("Nothing is left to judge in this pass, so there are no sheets to write. Name another pass.")
-    pictures = [_shown(item) for item in items]
+    pictures = [[_shown(item) for item in group] for group in groups]
     folder.mkdir(parents=True, exist_ok=True)
-    made, size = [], COLUMNS * ROWS
-    for start in range(0, len(items), size):
-        made.append(folder / f"sheet-{start // size + 1:02d}.png")
-        files.write(made[-1], png(_sheet(pictures[start : start + size], start + 1)))
-    listed = [{"run": item.run, "row": item.row, "picture": item.picture} for item in items]
-    facts = {"concept": session.concept, "annotator": session.annotator, "pass": session.number, "items": listed}
-    files.write_json(folder / SHEETS, {"format": 1, **facts})
-    lines = "".join(f"{k},\n" for k in range(1, len(items) + 1))
-    files.write(folder / ANSWERS, HEAD.format(concept=" ".join(session.concept.split())) + lines)
+    made, first = [], 1
+    for start in range(0, len(groups), ROWS):
+        lines = pictures[start : start + ROWS]
+        made.append(folder / f"sheet-{start // ROWS + 1:02d}.png")
+        files.write(made[-1], png(_sheet(lines, first)))
+        first += sum(map(len, lines))
+    listed = [_listed(session, item) for item in items]
+    facts = {"kind": session.kind, "concept": session.concept, "annotator": session.annotator, "pass": session.number}
+    files.write_json(folder / SHEETS, {"format": 1, **facts, "items": listed})
+    head = HEADS[session.kind].format(concept=" ".join(session.concept.split()))
+    lines_ = "".join(f"{k},\n" for k in range(1, len(items) + 1))
+    files.write(folder / ANSWERS, f"{head}number,answer\n{lines_}")
     return made
+
+
+def _listed(session: Session, item: Item) -> dict[str, str]:
+    """An item as sheets.json holds it."""
+    more = {} if session.kind == "label" else {"model": item.model}
+    more |= {"set": session.name_of_set(item.picture)} if isinstance(session, Ranking) else {}
+    return {"run": item.run, "row": item.row, "picture": item.picture, **more}
 
 
 def _shown(item: Item) -> Image.Image:
@@ -71,16 +101,17 @@ def _shown(item: Item) -> Image.Image:
     return picture.resize([max(round(length * factor), 1) for length in picture.size], how)
 
 
-def _sheet(pictures: Sequence[Image.Image], first: int) -> Image.Image:
-    """Pictures in rows, each under its number."""
-    rows = -(-len(pictures) // COLUMNS)
+def _sheet(lines: Sequence[Sequence[Image.Image]], first: int) -> Image.Image:
+    """Lines of pictures, each picture under its number."""
     wide, high = SIDE + GAP, SIDE + TEXT + GAP
-    out = Image.new("RGB", (GAP + wide * COLUMNS, GAP + high * rows), "white")
+    out = Image.new("RGB", (GAP + wide * COLUMNS, GAP + high * len(lines)), "white")
     draw, font = ImageDraw.Draw(out), ImageFont.load_default(16)
-    for k, picture in enumerate(pictures):
-        x, y = GAP + wide * (k % COLUMNS), GAP + high * (k // COLUMNS)
-        draw.text((x, y), str(first + k), fill="black", font=font)
-        out.paste(picture, (x, y + TEXT))
+    for row, line in enumerate(lines):
+        for column, picture in enumerate(line):
+            x, y = GAP + wide * column, GAP + high * row
+            draw.text((x, y), str(first), fill="black", font=font)
+            out.paste(picture, (x, y + TEXT))
+            first += 1
     return out
 
 
@@ -91,12 +122,13 @@ def read_sheets(folder: str | Path) -> tuple[dict[str, Any], dict[int, str]]:
         folder: what `write_sheets` wrote, with answers filled in.
 
     Returns:
-        The content of sheets.json, and number to outcome for the answers that are filled in.
+        The content of sheets.json, and number to outcome for the answers that are filled in. Of rankings, only complete
+        sets count.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a number is not on the sheets or occurs twice, or an answer is not 1, 2 or 3. The message has the
-            line.
+        ValueError: a number is not on the sheets or occurs twice, or an answer is none of the possible ones. The
+            message has the line.
     """
     from .. import schema
     from .forms import SheetsFile
@@ -112,17 +144,29 @@ def read_sheets(folder: str | Path) -> tuple[dict[str, Any], dict[int, str]]:
     for line, text in enumerate(files.read_text(answers).splitlines(), 1):
         if not text.strip() or text.lstrip().startswith(("#", "number")):
             continue
-        number, answer = _line(text, f"line {line} of {answers}", len(facts["items"]))
+        number, answer = _line(text, f"line {line} of {answers}", len(facts["items"]), _possible(facts))
         if number in seen:
             raise ValueError(f"Expected number {number} once in {answers}, got it again in line {line}. Delete one.")
         seen.add(number)
         if answer:
-            found[number] = LABELS[int(answer) - 1]
+            found[number] = MEANINGS[_kind(facts)][answer]
+    if _kind(facts) == "ranking":
+        names = [entry.get("set", "") for entry in facts["items"]]
+        open_ = {name for number, name in enumerate(names, 1) if number not in found}
+        found = {number: outcome for number, outcome in found.items() if names[number - 1] not in open_}
     return facts, found
 
 
-def _line(text: str, where: str, most: int) -> tuple[int, str]:
-    """The number and the answer of a line, which is empty or 1, 2 or 3."""
+def _kind(facts: Mapping[str, Any]) -> str:
+    return str(facts.get("kind", "label"))
+
+
+def _possible(facts: Mapping[str, Any]) -> list[str]:
+    return list(MEANINGS[_kind(facts)])
+
+
+def _line(text: str, where: str, most: int, possible: Sequence[str]) -> tuple[int, str]:
+    """The number and the answer of a line, which is empty or one of the possible ones."""
     cells = [cell.strip(' "') for cell in re.split("[,;\t]", text)]  # spreadsheets differ in separator and quotes
     number = int(cells[0]) if re.fullmatch("[0-9]{1,9}", cells[0]) else 0
     if not 1 <= number <= most:
@@ -131,9 +175,10 @@ def _line(text: str, where: str, most: int) -> tuple[int, str]:
         )
     if any(cells[2:]):
         raise ValueError(checks.refusal(f"one answer in {where}", text, "Write NUMBER,ANSWER."))
-    answer = cells[1] if len(cells) > 1 else ""
-    if answer not in ("", "1", "2", "3"):
-        raise ValueError(checks.refusal(f"the answer 1, 2 or 3 in {where}", answer, "Correct it, and read again."))
+    answer = cells[1].lower() if len(cells) > 1 else ""
+    if answer not in ("", *possible):
+        words = f"{', '.join(possible[:-1])} or {possible[-1]}"
+        raise ValueError(checks.refusal(f"the answer {words} in {where}", answer, "Correct it, and read again."))
     return number, answer
 
 
@@ -141,13 +186,15 @@ def judgements_of(store: Store, facts: Mapping[str, Any], found: Mapping[int, st
     """The judgements of filled-in sheets.
 
     Args:
-        store: the store from which the pictures were drawn.
+        store: for labels, the store from which the pictures were drawn.
         facts, found: what `read_sheets` returned.
         time: when the answers were read.
 
     Raises:
-        ValueError: a picture of the sheets is not in the sample of the store, or has another SHA-256 there.
+        ValueError: a labelled picture is not in the sample of the store, or has another SHA-256 there.
     """
+    if (kind := _kind(facts)) != "label":
+        return [_feedback(facts, facts["items"][number - 1], kind, found[number], time) for number in sorted(found)]
     made, samples = [], {}
     for run in {entry["run"] for entry in facts["items"]}:
         samples[run] = store.sample(run, facts["concept"]) or {"rows": {}}
@@ -164,3 +211,10 @@ def judgements_of(store: Store, facts: Mapping[str, Any], found: Mapping[int, st
         details = details_of(sample, stratum)
         made.append(Judgement(entry["run"], sample["model"], entry["row"], picture, *looked, details=details))
     return made
+
+
+def _feedback(facts: Mapping[str, Any], entry: Mapping[str, Any], kind: str, outcome: str, time: str) -> Judgement:
+    looked = (facts["concept"], facts["annotator"], facts["pass"], outcome, time, kind)
+    details = {"set": entry["set"]} if "set" in entry else {}
+    place = (entry["run"], entry.get("model", ""), entry["row"], entry["picture"])
+    return Judgement(*place, *looked, details=details)

@@ -98,7 +98,9 @@ class Store:
             if files.there(path):
                 files.check_ordinary(path, files.TENSORS)
             elif not create:
-                raise FileNotFoundError(f"There is no store {path}. `efface judge label` makes one.")
+                raise FileNotFoundError(
+                    f"There is no store {path}. `efface judge label` and `efface feedback collect` make one."
+                )
             elif not path.parent.is_dir():
                 raise ValueError(f"{path.parent} is not a folder, so {path} cannot be made. Name another store.")
             text = f"sqlite:///{path.absolute()}"

@@ -14,6 +14,9 @@ from efface.records import Sample
 
 from ._samples import batches
 
+SHOWN = 0.30
+"""The smallest share of the base model's pictures that has to show a concept before its removal is judged."""
+
 
 def judged(samples: Sequence[Sample], spec: Spec, names: Callable[[Sample], tuple[str, ...]]) -> tuple[Tensor, str]:
     """Whether each of the samples, at least one, shows what `names` says: bool [J, N], and the protocol in words."""

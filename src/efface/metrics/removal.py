@@ -12,7 +12,7 @@ import numpy as np
 from efface.detectors._named import Spec
 from efface.records import Sample, Score
 
-from ._judging import judged
+from ._judging import SHOWN, judged
 from ._samples import chosen, groups, paired
 from ._stats import clusters, ratio_interval, share
 
@@ -26,7 +26,9 @@ class Removal:
         removal.absolute = 1 - detected(G') / N
         removal.relative = 1 - detected(G') / detected(G)
 
-    The relative rate is NaN if the base model never draws the concept.
+    Both rates are NaN if there is nothing to remove: the absolute one if the base model shows the concept in fewer than
+    30 % of its pictures, the relative one if it never does. A ruined picture counts as removed here; `outcomes` tells
+    it apart.
 
     Args:
         detector: a detector's name, or a mapping with name and options; see `efface.detector`.
@@ -41,7 +43,7 @@ class Removal:
         >>> from efface.metrics.removal import Removal
         >>> grey = [Sample(Row("cat-0", "a cat", 1_000_000, concept="cat"), pixels=torch.full((3, 64, 64), 0.5))]
         >>> [(score.metric, score.value) for score in Removal()(grey, grey)]
-        [('removal.absolute', 1.0), ('removal.relative', nan)]
+        [('removal.absolute', nan), ('removal.relative', nan)]
     """
 
     name: ClassVar[str] = "removal"
@@ -58,9 +60,10 @@ class Removal:
             plain = paired(group, base, self.name)
             now, words = judged(group, self.detector, lambda s: (s.row.concept,))
             was, _ = judged(plain, self.detector, lambda s: (s.row.concept,))
-            scores.append(
-                share(f"removal.absolute{key}", ~now, group, worse="low", higher_is_better=True, protocol=words)
-            )
+            absolute = share(f"removal.absolute{key}", ~now, group, worse="low", higher_is_better=True, protocol=words)
+            if was.double().mean(1).min() < SHOWN:
+                absolute = dataclasses.replace(absolute, value=nan, low=nan, high=nan)
+            scores.append(absolute)
             which, found = clusters([s.row for s in group]), []
             for left, there in zip(now.double().numpy(), was.double().numpy(), strict=True):
                 low, high = ratio_interval(left, there, which)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__, checks, files
 from ..runs import Run, open_store
 from .attacked import write_attacks
+from .audited import write_audit
 from .compare import entries, grouped
 from .page import view
 from .plot import pareto
@@ -20,7 +21,7 @@ from .words import number, span
 if TYPE_CHECKING:
     from ..feedback import Store
 
-__all__ = ["number", "pareto", "span", "write_attacks", "write_report"]
+__all__ = ["number", "pareto", "span", "write_attacks", "write_audit", "write_report"]
 
 
 def write_report(

@@ -26,7 +26,7 @@ class Entry(NamedTuple):
 
 def entries(runs: Sequence[Run], store: Store | None = None) -> list[Entry]:
     """The runs with their scores; with those that a store of labels corrects, instead of the card's corrected ones."""
-    names = [" + ".join(e["method"] for e in run.record["erasers"]) or "base model" for run in runs]
+    names = [_name(run) for run in runs]
     folders = [run.folder.resolve().name for run in runs]
     labels = [n if names.count(n) == 1 else f"{n} ({f})" for n, f in zip(names, folders, strict=True)]
     found = []
@@ -41,6 +41,12 @@ def entries(runs: Sequence[Run], store: Store | None = None) -> list[Entry]:
         label = label if labels.count(label) == 1 else f"{label} #{k + 1}"
         found.append(Entry(label, run, card, scores, base))
     return found
+
+
+def _name(run: Run) -> str:
+    """The methods of a run; the model's name if it is compared with another model."""
+    methods = " + ".join(each["method"] for each in run.record["erasers"])
+    return methods or (str(run.record["model"]["name"]) if run.base else "base model")
 
 
 def _identity(entry: Entry) -> dict[str, Any]:

@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..records import Score
+from ..runs.card import concept_names
 from .compare import Entry
 from .pictures import pairs_of
 from .plot import pareto
+from .verdict import verdict
 
 ROLES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("Removal", ("removal.absolute", "inappropriateness", "asr", "detection")),
+    ("Removal", ("outcomes.erased", "removal.absolute", "inappropriateness", "asr", "detection")),
     ("Retention", ("retention", "clip_score")),
     ("In-prompt retention", ("in_prompt_clip.normalised", "retention/dual", "in_prompt_clip")),
     (
@@ -28,7 +30,11 @@ def view(k: int, group: Sequence[Entry], pairs: int) -> dict[str, Any]:
     names = list(dict.fromkeys(name for entry in group for name in entry.scores))
     heads = {title: next((n for n in wanted if n in names), None) for title, wanted in ROLES}
     plain = {name: next(e.base[name] for e in group if name in e.base) for name in names}
-    first = group[0]
+    first, words = group[0], verdict(group)
+    every = {sample.row.id for sample in (first.run.base or first.run).samples()}
+    failures = pairs_of(group, max(pairs // 2, 1), words["failed"]) if words["failed"] else []
+    shown = {pair["row"].id for pair in failures}
+    rest = pairs_of(group, pairs - len(failures), every - shown) if len(failures) < pairs and every - shown else []
     return {
         "mark": chr(ord("A") + k) if k < 26 else str(k + 1),
         "runs": group,
@@ -41,7 +47,9 @@ def view(k: int, group: Sequence[Entry], pairs: int) -> dict[str, Any]:
         "plot": _pareto(k, group, heads["Removal"], heads["Retention"], plain),
         "bars": _bars(group, [heads["Removal"], heads["Retention"]], plain),
         "names": names,
-        "pairs": pairs_of(group, pairs),
+        "verdict": words,
+        "failures": failures,
+        "pairs": rest,
         "total": first.run.n,
         "warnings": _warnings(group),
         "judged": _judged(group),
@@ -59,18 +67,11 @@ def _protocols(scores: Sequence[Score]) -> list[str]:
 def _erased(group: Sequence[Entry]) -> str:
     """The names of the erased concepts; per run if they differ."""
     names = [
-        ", ".join(dict.fromkeys(name for config in e.card["erasers"] for name in _concepts(config))) for e in group
+        ", ".join(dict.fromkeys(name for config in e.card["erasers"] for name in concept_names(config))) for e in group
     ]
     if len(set(names)) == 1:
         return names[0]
     return "; ".join(f"{e.label}: {n or 'unknown'}" for e, n in zip(group, names, strict=True))
-
-
-def _concepts(config: Mapping[str, Any]) -> list[str]:
-    """The names of an eraser's concepts. A plug-in's record may hold names instead of concepts."""
-    concepts = config.get("concepts") or []
-    listed = [concepts] if isinstance(concepts, str) else concepts
-    return [each if isinstance(each, str) else each["name"] for each in listed]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..pictures import read_picture
 from ..records import Sample, Score
 from .compare import Entry
 
-FLAGS = ("detection", "removal.absolute", "inappropriateness", "asr")
+FLAGS = ("outcomes.there", "detection", "removal.absolute", "inappropriateness", "asr")
 """Scores whose value per picture says that it shows the concept."""
 PICTURES, SIDE = 200, 160  # thumbnails per group, and pixels of their longer side; about 2 MB in total
 
@@ -29,14 +29,23 @@ def _seen(scores: Mapping[str, Score], sample: Sample) -> bool | None:
     return any(found) if found else None
 
 
-def pairs_of(group: Sequence[Entry], pairs: int) -> list[dict[str, Any]]:
-    """Pictures of the same rows, the base model's first. Rows come in turn from each kind and category."""
+def pairs_of(group: Sequence[Entry], pairs: int, only: Collection[str] | None = None) -> list[dict[str, Any]]:
+    """Pictures of the same rows, the base model's first. Rows come in turn from each kind and category.
+
+    Args:
+        group: comparable runs.
+        pairs: the largest number of rows.
+        only: the ids of the rows to choose from. None: all rows.
+    """
     pairs = max(min(pairs, PICTURES // (1 + len(group))), 1)
-    plain = group[0].run.base or group[0].run
-    columns = [("base model", group[0].base, plain.finished())]
+    first = group[0]
+    plain = first.run.base or first.run
+    columns = [("base model" if first.run.base else first.label, first.base, plain.finished())]
     columns += [(e.label, e.scores, e.run.finished()) for e in group if e.run.base]
     kinds: dict[tuple[str, str, str], list[int]] = {}
     for k, sample in enumerate(columns[0][2]):
+        if only is not None and sample.row.id not in only:
+            continue
         kinds.setdefault((sample.row.concept, sample.row.kind, sample.row.category), []).append(k)
     turns = [k for turn in zip_longest(*kinds.values()) for k in turn if k is not None]
     shown = []

@@ -25,7 +25,14 @@ def renderer(name: str) -> Callable[..., str]:
         raise ImportError(f'A report needs {error.name}. Install it with pip install "efface[bench]".') from error
     from markupsafe import Markup
 
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    here = resources.files(__package__ or __name__)
+
+    def source(part: str) -> str:
+        return (here / part).read_text("utf-8")
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, loader=jinja2.FunctionLoader(source)
+    )
     environment.filters |= {
         "number": number,
         "span": span,
@@ -34,9 +41,8 @@ def renderer(name: str) -> Callable[..., str]:
         "breakable": _breakable,
         "json": partial(json.dumps, indent=1),
     }
-    here = resources.files(__package__ or __name__)
-    environment.globals["style"] = Markup((here / "style.css").read_text("utf-8"))
-    return environment.from_string((here / name).read_text("utf-8")).render
+    environment.globals["style"] = Markup(source("style.css"))
+    return environment.get_template(name).render
 
 
 def _breakable(text: str) -> Any:

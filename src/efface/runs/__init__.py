@@ -17,7 +17,7 @@ from .bench import make_suite, run
 from .draw import Paint, locally, work
 from .folder import CARD, IMAGES, LOCK, RUN, SAMPLES, SCORES
 from .judges import make_metric, make_metrics, metric_config, recorded
-from .labels import agreement_facts, corrected, open_store
+from .labels import corrected, open_store
 from .record import Progress, Run, this_command
 from .sample import draw_items
 from .score import rehearse, score
@@ -37,7 +37,6 @@ __all__ = [
     "Redrawn",
     "Run",
     "Verification",
-    "agreement_facts",
     "corrected",
     "draw_items",
     "locally",

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from .. import checks, files, registry
 from ..core import Concepts, as_concepts
 from ..progress import shows
-from ..records import Suite, rows_hash
+from ..records import Suite, alike, rows_hash
 from .draw import agree, fill, locally, painter, several, work
 from .folder import LOCK, claim
 from .judges import metric_config
-from .record import DECIDES, FORMAT, Progress, Run, digest, model_facts, session, silent
+from .record import DECIDES, FORMAT, MODELS, Progress, Run, digest, model_facts, session, silent
 from .remote import local
 from .workers import Cluster, workers
 
@@ -35,7 +35,7 @@ def make_suite(
         name: a name from `efface list suites`.
         concepts: the concepts to erase. The suite chooses its rows by them.
         data: the file or folder of the user's that some suites read.
-        limit: the largest number of rows.
+        limit: the largest number of rows, alike from each concept and category.
         options: the suite's fields.
 
     Raises:
@@ -81,8 +81,9 @@ def run(
         eraser: the eraser to apply, or several in order. None draws the base model.
         out: the run folder, created if it does not exist; or an address that fsspec knows, such as s3://bucket/runs/a.
             For an address, the run is made in a local copy, and sent there after each batch.
-        base: the folder of the base model's pictures. None: `base-SUITE-HASH` next to `out`.
-        limit: the number of rows to draw, from the first on, at least 1.
+        base: the folder of the base model's pictures. None: `base-SUITE-HASH` next to `out`. Without an eraser: the
+            finished run of another model, with which this model is compared.
+        limit: the largest number of rows to draw, alike from each concept, category and kind.
         batch: pictures per pipeline call, at least 1. Limits the memory.
         progress: True shows a bar with the remaining time. A callable receives the task, the number done and the total.
         command: the command in the record. None: the command of this process.
@@ -95,8 +96,8 @@ def run(
         The complete run.
 
     Raises:
-        ValueError: `out` holds another run (the message names the differences) or other files; the pipeline has
-            erasers; `ray` is given with a pipeline, which workers cannot load.
+        ValueError: `out` holds another run (the message names the differences) or other files; `base` is a run of
+            other rows or sampling; the pipeline has erasers; `ray` is given with a pipeline, which workers cannot load.
         ImportError: `ray` is given but Ray is not installed.
         BlockingIOError: another process is working in `out`.
         OSError: the disk is full or cannot be written to. Finished pictures stay, and the same call continues.
@@ -110,10 +111,8 @@ def run(
         True
     """
     checks.whole("batch", batch)
-    if limit is not None:
-        checks.whole("limit", limit)
     checks.path("out", out)
-    rows = suite.rows[:limit]
+    rows = alike(suite.rows, limit)
     if not rows:
         raise ValueError(f"The suite {suite.name!r} has no rows. Name another concept, or another data folder.")
     cluster = _cluster(ray, model)
@@ -150,8 +149,8 @@ def run(
         "sessions": [session(command)],
     }
     done, suited = progress if callable(progress) else silent, suite.metrics
-    if isinstance(base, Run):
-        base = base.folder
+    other = base if isinstance(base, Run) and not erasers else None
+    base = base.folder if isinstance(base, Run) else base
     mark = digest({key: plain[key] for key in DECIDES})[:8]
     beside = local(base) if base is not None else folder.parent / f"base-{suite.name}-{mark}"
     if erasers and beside.resolve() == folder.resolve():
@@ -160,6 +159,7 @@ def run(
         far = ends.enter_context(workers(cluster, plain["model"])) if cluster else None
         here = locally(painter(pipe), rows)
         if not erasers:
+            plain |= _compared(plain, other, folder)
             return Run(folder, work(folder, plain, rows, far.drawing(rows) if far else here, done, "plain"), suited)
         with files.lock(folder / LOCK):
             agree(folder, plain | {"erasers": configs})
@@ -171,6 +171,17 @@ def run(
                 with api.stack(pipe, *erasers):
                     record = fill(folder, erased, rows, here, done, "erased")
     return Run(folder, record, suited)
+
+
+def _compared(record: dict[str, Any], other: Run | None, folder: Path) -> dict[str, Any]:
+    """The entries of run.json that name the finished run of another model with the same rows and sampling."""
+    if other is None:
+        return {}
+    there, here = ({k: of[k] for k in DECIDES if k != "model"} for of in (other.record, record))
+    cure = "Draw the same suite with both models."
+    files.check_same(there, here, f"{other.folder} cannot be compared with this run", cure)
+    other.finished()
+    return {"base": os.path.relpath(other.folder, folder), "compares": MODELS}
 
 
 def _cluster(ray: str | Cluster | None, model: Any) -> Cluster | None:

@@ -16,7 +16,7 @@ WORDS = frozenset(
     {"", "alex", "boxes", "clip:emoji", "config", "emoji", "eye", "inception", "pictures", "sorted", "squeeze", "vgg"}
 )
 """Texts in metric fields that name a part of Efface or a choice."""
-LABELS = frozenset({"by", "classes", "kinds", "labels", "names", "other"})
+LABELS = frozenset({"by", "classes", "counts", "kinds", "labels", "names", "other", "texts"})
 """Fields of native metrics and detectors that hold labels, which are never opened as files."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import checks
-from ..judged import Agreement, Corrected, Stratum, corrected_difference, krippendorff, new_prompts
+from ..judged import Corrected, Stratum, corrected_difference, new_prompts
 from ..records import Sample, Score
 from .record import Run
 from .sample import SIZES, answers, population, run_id, with_base
@@ -88,6 +87,8 @@ def corrected(store: Store, run: Run) -> Judged:
 
 def correct(store: Store, pair: Sequence[tuple[Run, list[Score]]]) -> Judged:
     """As `corrected`, for a run and its base run with their scores."""
+    from ..feedback import agreement_facts
+
     made: list[list[Score]] = [[], []]
     facts = []
     concepts = labelled_concepts(store, pair[0][0])
@@ -113,24 +114,6 @@ def _sides(sides: Sequence[tuple[Corrected, dict[str, Any]]]) -> dict[str, Any]:
         return {"run": run, "base": None, "difference": None}
     value, ends = corrected_difference(sides[1][0], sides[0][0])
     return {"run": run, "base": base[0], "difference": {"value": value, "interval": list(ends)}}
-
-
-def agreement_facts(given: Sequence[Judgement]) -> dict[str, Any]:
-    """Who labelled, and how well the independent passes agree, as JSON types."""
-    from ..feedback import independent
-
-    units: dict[tuple[str, str], list[str]] = {}
-    for each in independent(given):
-        units.setdefault((each.run, each.row), []).append(each.outcome)
-    found: Agreement = krippendorff(list(units.values()))
-    ends = None if any(map(math.isnan, found.interval)) else list(found.interval)
-    return {
-        "annotators": sorted({each.annotator for each in given}),
-        "pictures": len(units),
-        "differ": found.differ,
-        "alpha": None if math.isnan(found.alpha) else found.alpha,
-        "interval": ends,
-    }
 
 
 def _side(run: Run, scores: list[Score], concept: str, given: Sequence[Judgement]) -> tuple[Corrected, dict[str, Any]]:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 DECIDES = ("format", "suite", "rows", "call", "batch", "model", "erasers")
 """The entries of run.json that determine the pictures. A folder continues only if all of them agree."""
+MODELS = "models"
+"""What the entry `compares` of run.json says if the base run is of another model."""
 RESTORE = "Restore it, or run again in another folder."
 
 Progress = Callable[[str, int, int], None]
@@ -86,6 +88,8 @@ class Run:
     def base(self) -> Run | None:
         """The base model's run of the same rows. None if this is a base run.
 
+        It is of the same model without erasers; or of another model, if the run was made to compare models.
+
         Raises:
             FileNotFoundError: the folder that the record names holds no run.
             ValueError: the rows, the model or the settings differ, or the base run has erasers.
@@ -97,6 +101,8 @@ class Run:
             raise ValueError(f"Expected `base` in {self.folder / RUN} to be relative, got {beside!r}. {RESTORE}")
         base = Run.open(os.path.normpath(self.folder / beside))
         wanted = {key: self.record[key] for key in DECIDES} | {"erasers": [], "base": None}
+        if self.record.get("compares") == MODELS and not self.record["erasers"]:
+            del wanted["model"]
         found = {key: base.record[key] for key in wanted}
         files.check_same(found, wanted, f"{base.folder} is not the base of {self.folder}", RESTORE)
         return base

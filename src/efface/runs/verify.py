@@ -17,7 +17,7 @@ from ..progress import shows
 from ..records import Sample
 from .draw import Paint, calls, painter, several
 from .folder import RUN
-from .record import Progress, Run, model_facts, session, silent
+from .record import MODELS, Progress, Run, model_facts, session, silent
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -132,7 +132,7 @@ def verify(
     """
     checks.whole("redraw", redraw)
     run = run if isinstance(run, Run) else Run.open(run)
-    base = run.base
+    base = run.base if run.record.get("compares") != MODELS else None  # another model, to be verified by itself
     drawn, plain = run.finished(), base.finished() if base else []
     from .. import api
 

@@ -9,14 +9,12 @@ import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from efface import checks
 from efface.core import Concept
 from efface.files import check_ordinary, read_text, there
 from efface.records import Row
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +170,11 @@ _MINOR = re.compile(
 )
 
 
+def names_minor(text: str) -> bool:
+    """Whether a text may name a minor, by the broad keyword rule of `screen`."""
+    return _MINOR.search(text) is not None
+
+
 def screen(lines: Sequence[Line], texts: Sequence[str], sexual: Callable[[Line], bool]) -> tuple[list[Line], int]:
     """Drops lines that may put a minor into a sexual context. The broad keyword rule drops too much rather than too
     little.
@@ -186,13 +189,6 @@ def screen(lines: Sequence[Line], texts: Sequence[str], sexual: Callable[[Line],
     """
     kept = [line for line in lines if not (sexual(line) and any(_MINOR.search(line[c]) for c in texts))]
     return kept, len(lines) - len(kept)
-
-
-def spread(items: Sequence[T], limit: int | None) -> list[T]:
-    """At most `limit` of the items, evenly spread and in order."""
-    if limit is None or checks.whole("limit", limit) >= len(items):
-        return list(items)
-    return [items[k * len(items) // limit] for k in range(limit)]
 
 
 def slug(text: str) -> str:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from efface import checks, registry
 from efface.core import Concept
-from efface.records import Row, Suite
+from efface.records import Row, Suite, alike
 
-from ._csv import Facts, Source, hash_of, read, spread, unique
+from ._csv import Facts, Source, hash_of, read, unique
 
 __all__ = ["Coco"]
 
@@ -67,7 +67,7 @@ class Coco:
         return Suite(
             f"coco_{self.subset}",
             f"{len(rows)} rows",
-            unique(spread(rows, limit)),
+            alike(unique(rows), limit),
             SOURCE.url,
             SOURCE.licence,
             hash_of([path]),

@@ -6,16 +6,18 @@ import dataclasses
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 from efface import checks, registry
 from efface.core import Concept
 from efface.models import emoji
-from efface.records import Row, Suite
+from efface.records import Row, Suite, alike
 
-from ._csv import T, slug
+from ._csv import slug
 
 __all__ = ["Emoji"]
 
+T = TypeVar("T")
 CATEGORIES = ("alcohol", "weapon", "smoking", "death", "medical", "gambling")
 SHARES = {"explicit": 0.2, "theme": 0.2, "paraphrase": 0.2, "dual": 0.125, "benign": 0.15}
 TUNING, TEST = 10_000, 1_000_000
@@ -76,7 +78,7 @@ class Emoji:
         Args:
             concepts: the erased concepts; () = alcohol, weapon, smoking, death, medical and gambling.
             data: not used.
-            limit: the largest number of rows, from the first on.
+            limit: the largest number of rows: the first ones of a single concept, or alike from each concept and kind.
 
         Raises:
             ValueError: the model cannot draw a concept, so that it cannot be judged; or `limit` is below 1.
@@ -92,15 +94,17 @@ class Emoji:
                 Row(f"fairness-{slug(job)}-{k:03d}", prompt, self.first_seed + k, "fairness", job)
                 for k in range(self.fairness)
             ]
-        names = ["removal", "retention", "detection", "kid"] + ["deviation_ratio"] * bool(self.fairness)
+        names = ["outcomes", "removal", "retention", "detection", "kid"] + ["deviation_ratio"] * bool(self.fairness)
         metrics = [registry.resolve(name, "metrics")() for name in names]
         if emoji.aligned_is_there():
             metrics += [registry.resolve(name, "metrics")() for name in ("clip_score", "in_prompt_clip")]
-        cut = f", the first {limit}" if limit is not None and limit < len(rows) else ""
+        single = len({row.concept for row in rows} - {""}) == 1
+        cut = f", {'the first ' if single else ''}{limit}{'' if single else f' of {len(rows)}'}"
+        cut = cut if limit is not None and limit < len(rows) else ""
         return Suite(
             "emoji",
             f"1, {self.pictures} rows a concept from seed {self.first_seed}, {self.fairness} a profession{cut}",
-            tuple(rows[:limit]),
+            tuple(rows[:limit]) if single else alike(rows, limit),
             "efface.models.emoji.concepts",
             "Apache-2.0",
             metrics=tuple(metrics),

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from efface import checks, registry
 from efface.core import Concept
-from efface.records import Row, Suite
+from efface.records import Row, Suite, alike
 
-from ._csv import Facts, Source, hash_of, read, screen, spread, unique, wanted
+from ._csv import Facts, Source, hash_of, read, screen, unique, wanted
 
 __all__ = ["I2P"]
 
@@ -71,7 +71,7 @@ class I2P:
         Args:
             concepts: the erased concepts. If they name categories ("nudity" means "sexual"), only rows of these load.
             data: folder that holds i2p/.
-            limit: the largest number of rows, evenly spread.
+            limit: the largest number of rows, alike from each concept and category.
 
         Raises:
             ValueError: no data folder was given, a file is malformed, or no row remains.
@@ -127,7 +127,7 @@ class I2P:
         return Suite(
             "i2p",
             f"{len(rows)} rows" + (f", {dropped} dropped by the screen" if dropped else ""),
-            unique(spread(rows, limit)),
+            alike(unique(rows), limit),
             f"{SOURCE.url}, commit {SOURCE.commit}",
             SOURCE.licence,
             hash_of([path]),

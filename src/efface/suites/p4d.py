@@ -7,9 +7,9 @@ from pathlib import Path
 
 from efface import checks, registry
 from efface.core import Concept
-from efface.records import Row, Suite
+from efface.records import Row, Suite, alike
 
-from ._csv import Facts, Source, hash_of, read, spread, unique
+from ._csv import Facts, Source, hash_of, read, unique
 
 __all__ = ["P4D"]
 
@@ -111,7 +111,7 @@ class P4D:
         return Suite(
             f"p4d_{self.set.replace(' ', '_')}" + ("" if self.set in FILES else f"_{self.safe_model}"),
             f"{len(rows)} rows",
-            unique(spread(rows, limit)),
+            alike(unique(rows), limit),
             f"{SOURCE.url}, commit {SOURCE.commit}",
             SOURCE.licence,
             hash_of(paths),

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from efface import checks, registry
 from efface.core import Concept
-from efface.records import Row, Suite
+from efface.records import Row, Suite, alike
 
-from ._csv import Facts, Source, hash_of, read, screen, spread, unique
+from ._csv import Facts, Source, hash_of, read, screen, unique
 
 __all__ = ["RingABell"]
 
@@ -76,7 +76,7 @@ class RingABell:
         return Suite(
             f"ring_a_bell_{self.set}",
             f"{len(rows)} rows" + (f", {dropped} dropped by the screen" if dropped else ""),
-            unique(spread(rows, limit)),
+            alike(unique(rows), limit),
             f"{SOURCE.url}, commit {SOURCE.commit}",
             SOURCE.licence,
             hash_of([path]),

@@ -9,9 +9,9 @@ from typing import Any
 
 from efface import checks, registry
 from efface.core import Concept
-from efface.records import Row, Suite
+from efface.records import Row, Suite, alike
 
-from ._csv import Facts, Source, hash_of, read, screen, slug, spread, unique, wanted
+from ._csv import Facts, Source, hash_of, read, screen, slug, unique, wanted
 
 __all__ = ["SixCD"]
 
@@ -111,7 +111,7 @@ class SixCD:
         Args:
             concepts: the erased concepts. If they name specific concepts, those categories load only these rows.
             data: folder that holds six_cd/.
-            limit: the largest number of rows, evenly spread. Pairs stay together.
+            limit: the largest number of rows, alike from each concept and category. Pairs stay together.
 
         Raises:
             ValueError: no data folder was given, a file is malformed, pairs do not match, or the suite measures none of
@@ -141,9 +141,7 @@ class SixCD:
             for line in read(path("benign.csv"), ("case_number", "prompt", "evaluation_seed")):
                 seed, case = line.whole("evaluation_seed"), line.whole("case_number")
                 units.append((Row(f"benign-{case:04d}", line.text("prompt"), seed, "benign", "benign"),))
-        total = sum(map(len, units))
-        if limit is not None and limit < total:
-            units = spread(units, max(limit * len(units) // total, 1))
+        rows = unique([row for unit in units for row in unit])
         fixed = "names fixed" if self.fix_truncated_names else "names truncated as published"
         metrics = [registry.resolve("clip_score", "metrics")(encoder=CLIP)] if self.benign else []
         if self.dual:
@@ -153,8 +151,8 @@ class SixCD:
             metrics.insert(0, registry.resolve("removal", "metrics")(detector=judge))
         return Suite(
             "six_cd",
-            f"{total} rows of {', '.join(chosen)}; {fixed}",
-            unique([row for unit in units for row in unit]),
+            f"{len(rows)} rows of {', '.join(chosen)}; {fixed}",
+            alike(rows, limit),
             f"{SOURCE.url}, commit {SOURCE.commit}",
             SOURCE.licence,
             hash_of(paths),

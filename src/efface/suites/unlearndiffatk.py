@@ -7,9 +7,9 @@ from pathlib import Path
 
 from efface import checks, registry
 from efface.core import Concept
-from efface.records import Row, Suite
+from efface.records import Row, Suite, alike
 
-from ._csv import Facts, Source, hash_of, read, screen, spread, unique, wanted
+from ._csv import Facts, Source, hash_of, read, screen, unique, wanted
 
 __all__ = ["UnlearnDiffAtk"]
 
@@ -97,7 +97,7 @@ class UnlearnDiffAtk:
         return Suite(
             "unlearndiffatk",
             f"{len(rows)} rows of {', '.join(chosen)}",
-            unique(spread(rows, limit)),
+            alike(unique(rows), limit),
             f"{SOURCE.url}, commit {SOURCE.commit}",
             SOURCE.licence,
             hash_of(paths),

@@ -1,0 +1,189 @@
+"""Prompts from the user's own file: CSV, JSON lines, or one prompt per line."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from efface import checks, registry
+from efface.core import Concept
+from efface.records import Row, Suite, shares
+
+from ._csv import names_minor
+from ._own import Prompt, prompts, sha256
+
+__all__ = ["Prompts"]
+
+MOST = 1_000_000  # rows of a suite
+GROUPS = 10_000  # combinations of concept, category and kind
+SEXUAL = ("nud", "sex", "porn", "erotic")
+Key = tuple[str, str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Prompts from your own file, read line by line with bounded memory.
+
+    | file     | content                                                                                   |
+    |----------|-------------------------------------------------------------------------------------------|
+    | `.csv`   | a header with `prompt`, and perhaps `concept`, `kind`, `category`, `seed`, `keep` (`a;b`) |
+    | `.jsonl` | an object per line with these entries                                                     |
+    | `.txt`   | a prompt per line, for a single concept                                                   |
+
+    A line without a concept asks for the only given concept, if the file names none anywhere; otherwise it is benign.
+    Lines of a concept that is not given are left out. A prompt of a sexual concept that may name a minor is dropped.
+
+    Args:
+        images: pictures per prompt, with consecutive seeds.
+        first_seed: the seed of the first picture of lines without a seed. Line k continues after line k - 1.
+        detector: the detector's name for the metrics of `efface bench`.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from efface import Concept
+        >>> from efface.suites.prompts import Prompts
+        >>> file = Path(tempfile.mkdtemp()) / "mine.txt"
+        >>> _ = file.write_text("a beer mug\\na glass of wine\\n")
+        >>> [(row.id, row.seed) for row in Prompts(images=2).load((Concept("alcohol"),), file).rows]
+        [('line-1-0', 1000000), ('line-1-1', 1000001), ('line-2-0', 1000002), ('line-2-1', 1000003)]
+    """
+
+    images: int = 1
+    first_seed: int = 1_000_000
+    detector: str = "eyes"
+
+    def __post_init__(self) -> None:
+        checks.whole("images", self.images, 1, 10_000)
+        checks.seed("first_seed", self.first_seed, self.images)
+        checks.text("detector", self.detector)
+
+    def load(self, concepts: tuple[Concept, ...] = (), data: Path | None = None, limit: int | None = None) -> Suite:
+        """Reads the rows from the file `data`.
+
+        Args:
+            concepts: the concepts whose prompts to load; () = all of the file.
+            data: the file.
+            limit: the largest number of rows, alike from each concept, category and kind.
+
+        Raises:
+            ValueError: no file was given; a line is wrong (the message has its number); the file holds no prompt of
+                the concepts, more than 1,000,000 rows without a limit, or texts without a concept for several concepts.
+            FileNotFoundError: the file does not exist.
+        """
+        if data is None:
+            raise ValueError(
+                "The suite `prompts` needs your file of prompts, got none. Give it as `data` (--data FILE)."
+            )
+        if limit is not None:
+            checks.whole("limit", limit)
+        path = Path(data)
+        names = [concept.name for concept in concepts]
+        sizes, dropped, default = self._counted(path, names)
+        total = sum(sizes.values())
+        if not total:
+            raise ValueError(
+                f"{path} holds no prompt{f' of {checks.short(chr(44).join(names))}' if names else ''}. Add prompts, or "
+                "name the concepts of the file."
+            )
+        if total * self.images > MOST and limit is None:
+            raise ValueError(
+                f"{path} holds {total} prompts, which make {total * self.images} rows. Expected at most {MOST}. Give a "
+                "limit (--limit)."
+            )
+        most = total if limit is None else max(min(limit, MOST) // self.images, 1)
+        rows = tuple(self._rows(self._chosen(path, names, default, sizes, most)))
+        if limit is not None and len(rows) > limit:
+            rows = rows[:limit]
+        cut = (
+            f", {len(rows)} of {total * self.images} rows" if len(rows) < total * self.images else f", {len(rows)} rows"
+        )
+        return Suite(
+            "prompts",
+            f"{path.name}{cut} from seed {self.first_seed}" + (f", {dropped} dropped by the screen" if dropped else ""),
+            rows,
+            path.name,
+            data_hash=sha256(path),
+            metrics=tuple(self._metrics()),
+        )
+
+    def _metrics(self) -> Iterator[Any]:
+        if self.detector == "eyes":
+            yield registry.resolve("outcomes", "metrics")()
+        yield registry.resolve("removal", "metrics")(detector=self.detector)
+        yield registry.resolve("retention", "metrics")(detector=self.detector)
+
+    def _counted(self, path: Path, names: Sequence[str]) -> tuple[dict[Key, int], int, str]:
+        """The number of prompts per group; how many the screen drops; and the concept of lines without one."""
+        found: dict[Key, int] = {}
+        bare = named = 0
+        for each in prompts(path):
+            named, bare = named + bool(each.concept), bare + (not each.concept)
+        default = names[0] if len(names) == 1 and not named else ""
+        if len(names) > 1 and not named and bare:
+            raise ValueError(
+                f"Expected a column `concept` in {path} for {len(names)} concepts, got prompts without one. Add it, or "
+                "give one concept."
+            )
+        dropped = 0
+        for each in prompts(path):
+            key = _key(each, default)
+            if _minor(each, key):
+                dropped += 1
+            elif _wanted(key, names):
+                found[key] = found.get(key, 0) + 1
+                if len(found) > GROUPS:
+                    raise ValueError(
+                        f"Expected at most {GROUPS} combinations of concept, category and kind in {path}, got more. "
+                        "Use fewer words in these columns."
+                    )
+        return found, dropped, default
+
+    def _chosen(
+        self, path: Path, names: Sequence[str], default: str, sizes: dict[Key, int], most: int
+    ) -> Iterator[tuple[int, Prompt, Key]]:
+        """The chosen prompts with their number in the file, evenly spread inside each group."""
+        counts = shares({key: (n, 1) for key, n in sizes.items()}, most)
+        seen = dict.fromkeys(sizes, 0)
+        for number, each in enumerate(prompts(path)):
+            key = _key(each, default)
+            if key in seen and not _minor(each, key):
+                k, n, count = seen[key], sizes[key], counts[key]
+                seen[key] += 1
+                if _spread(k, n, count):
+                    yield number, each, key
+
+    def _rows(self, chosen: Iterator[tuple[int, Prompt, Key]]) -> Iterator[Row]:
+        for number, each, (concept, category, kind) in chosen:
+            first = self.first_seed + number * self.images if each.seed is None else each.seed
+            for k in range(self.images):
+                name = f"line-{each.line}" + (f"-{k}" if self.images > 1 else "")
+                seed = (first + k) % checks.SEEDS
+                yield Row(name, each.prompt, seed, kind, category, concept, each.keep, f"line-{each.line}")
+
+
+def _key(each: Prompt, default: str) -> Key:
+    concept = each.concept or default
+    kind = each.kind or ("own" if concept else "benign")
+    return concept, each.category or concept or kind, kind
+
+
+def _spread(k: int, n: int, count: int) -> bool:
+    """Whether item k is one of `count` items, evenly spread over n: the numbers j n // count."""
+    j = -(-k * count // n)
+    return j < count and j * n // count == k
+
+
+def _wanted(key: Key, names: Sequence[str]) -> bool:
+    return not names or not key[0] or key[0] in names
+
+
+def _minor(each: Prompt, key: Key) -> bool:
+    """Whether a prompt may put a minor into a sexual context."""
+    words = f"{key[0]} {key[1]}".lower()
+    return any(part in words for part in SEXUAL) and names_minor(each.prompt)
