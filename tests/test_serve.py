@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import base64
 import concurrent.futures
+import functools
 import io
 import json
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +24,7 @@ from efface.guard import Policy
 from efface.serve import fields
 from efface.serve.app import create_app
 from efface.serve.backend import Drawn, Row
-from efface.serve.service import Limits, initialise
+from efface.serve.service import Limits, initialise, opened
 from efface.serve.worker import Worker
 
 URL = "/v1/images/generations"
@@ -66,16 +69,26 @@ class Stub:
         return Drawn(picture if outcome == "drawn" else None, record)
 
 
+@functools.cache
+def template() -> tuple[Path, str, dict[str, str]]:
+    """A folder with a service, its admin key, and the keys of its tenants. Made once."""
+    folder = Path(tempfile.mkdtemp()) / "service"
+    service, admin = initialise(folder)
+    for name, entries in POLICIES.items():
+        service.policies.add(name, entries, "test")
+    keys = {name: service.keys.add(name, name)[1] for name in POLICIES}
+    service.database.close()
+    return folder, admin, keys
+
+
 class Desk:
     """A service with three policies, its keys, a client and, on demand, a worker."""
 
     def __init__(self, folder: Path, limits: Limits) -> None:
-        self.service, self.admin = initialise(folder / "service")
-        object.__setattr__(self.service, "limits", limits)
-        self.service.model, self.service.sizes = Stub.name, Stub.sizes
-        for name, entries in POLICIES.items():
-            self.service.policies.add(name, entries, "test")
-        self.keys = {name: self.service.keys.add(name, name)[1] for name in POLICIES}
+        made, self.admin, keys = template()
+        shutil.copytree(made, folder / "service")
+        self.service = opened(folder / "service", limits=limits, model=Stub.name, sizes=Stub.sizes)
+        self.keys = dict(keys)
         self.stub = Stub()
         self.workers: list[Worker] = []
         self.client = TestClient(create_app(self.service), raise_server_exceptions=False)
@@ -229,7 +242,10 @@ def test_models_health_and_metrics(desk: Desk, quiet: Desk) -> None:
     desk.post({"prompt": "a cat", "policy": "press"})
     from prometheus_client import generate_latest
 
-    text = generate_latest(desk.service.metrics.registry).decode()
+    registry = desk.service.metrics.registry
+    finished = "efface_jobs_finished_total", {"state": "done"}
+    _until(lambda: registry.get_sample_value(*finished) == 1)  # the worker counts after it has answered
+    text = generate_latest(registry).decode()
     assert f'efface_requests_total{{code="200",route="{URL}"}} 1.0' in text
     assert 'efface_rejected_total{reason="unknown_field"} 1.0' in text
     assert 'efface_jobs_finished_total{state="done"} 1.0' in text and "efface_batch_rows_count 1.0" in text

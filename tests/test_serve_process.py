@@ -38,8 +38,9 @@ from test_serve import Stub
 
 class Slow(Stub):
     def draw(self, rows, call, on_step):
-        Path(sys.argv[2]).write_text("drawing")
-        time.sleep(float(sys.argv[3]))
+        Path(sys.argv[2], "drawing").write_text("drawing")
+        while not Path(sys.argv[2], "go").exists():
+            time.sleep(0.02)
         return super().draw(rows, call, on_step)
 
 service = opened(Path(sys.argv[1]), limits=Limits(rows=2, lease=0.5, drain=10.0), model="stub", sizes=Stub.sizes)
@@ -55,12 +56,11 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
 
 
 @contextmanager
-def serving(desk: Desk, folder: Path, seconds: float) -> Iterator[tuple[subprocess.Popen[str], str, Path]]:
-    """A server process with the desk's database, whose drawings take so long. Unguarded requests need no torch."""
+def serving(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str, Path]]:
+    """A server process whose drawings wait for the file "go". Unguarded requests need no torch."""
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     drawing = folder / "drawing"
-    drawing.unlink(missing_ok=True)
-    command = [sys.executable, "-c", SERVES, str(folder / "service"), str(drawing), str(seconds)]
+    command = [sys.executable, "-c", SERVES, str(folder / "service"), str(folder)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})
     assert process.stderr is not None
     try:
@@ -76,7 +76,7 @@ def serving(desk: Desk, folder: Path, seconds: float) -> Iterator[tuple[subproce
 
 def test_sigterm_finishes_accepted_jobs_and_refuses_new_ones(desk: Desk, tmp_path: Path) -> None:
     asked = {"prompt": "a cat", "steps": 1}
-    with serving(desk, tmp_path, 0.6) as (process, url, drawing), concurrent.futures.ThreadPoolExecutor(4) as pool:
+    with serving(tmp_path) as (process, url, drawing), concurrent.futures.ThreadPoolExecutor(4) as pool:
         answers = [
             pool.submit(httpx2.post, url + URL, json=asked, headers=desk.head("press"), timeout=20) for _ in range(4)
         ]
@@ -85,6 +85,7 @@ def test_sigterm_finishes_accepted_jobs_and_refuses_new_ones(desk: Desk, tmp_pat
         _until(lambda: httpx2.get(url + "/readyz").status_code == 503)
         late = httpx2.post(url + URL, json=asked, headers=desk.head("press"))
         assert late.status_code == 503 and late.json()["error"]["code"] == "draining"
+        (tmp_path / "go").touch()
         assert [answer.result().status_code for answer in answers] == [200] * 4
         assert process.wait(15) == 0
     assert desk.service.jobs.count(["done"]) == 4
@@ -93,14 +94,15 @@ def test_sigterm_finishes_accepted_jobs_and_refuses_new_ones(desk: Desk, tmp_pat
 def test_a_killed_server_draws_what_it_had_accepted_after_its_next_start(desk: Desk, tmp_path: Path) -> None:
     head = desk.head("press", **{"idempotency-key": "order-1"})
     asked = {"prompt": "a cat", "steps": 1, "seed": 3}
-    with serving(desk, tmp_path, 30.0) as (process, url, drawing), concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with serving(tmp_path) as (process, url, drawing), concurrent.futures.ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(httpx2.post, url + URL, json=asked, headers=head, timeout=20)
         _until(drawing.exists)
         process.send_signal(signal.SIGKILL)
         with pytest.raises(httpx2.HTTPError):
             waiting.result()
     assert desk.service.jobs.count(["running"]) == 1
-    with serving(desk, tmp_path, 0.0) as (process, url, _):
+    (tmp_path / "go").touch()
+    with serving(tmp_path) as (process, url, _):
         again = httpx2.post(url + URL, json=asked, headers=head, timeout=20)
         assert again.status_code == 200 and len(again.json()["data"]) == 1
     assert desk.service.jobs.count(["done"]) == 1 and desk.service.audit.verify()[1] == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import json
 import os
 import pwd
@@ -12,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -75,7 +77,15 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     start = [bin_ / "pg_ctl", "-D", data, "-o", options, "-w", "-l", folder / "log", "start"]
     started = subprocess.run(start, **{**run, "capture_output": False, "stdout": subprocess.DEVNULL})  # type: ignore[call-overload]
     assert started.returncode == 0, (folder / "log").read_text()
-    yield f"postgresql+psycopg://efface@127.0.0.1:{port}"
+    url = f"postgresql+psycopg://efface@127.0.0.1:{port}"
+    admin = sql.create_engine(f"{url}/postgres", isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(sql.text("CREATE DATABASE migrated"))
+    admin.dispose()
+    template = Database(f"{url}/migrated")
+    template.migrate()
+    template.close()
+    yield url
     subprocess.run([bin_ / "pg_ctl", "-D", data, "-m", "immediate", "stop"], **run)  # type: ignore[call-overload]
 
 
@@ -85,20 +95,30 @@ def _known(user: str) -> bool:
     return False
 
 
+@functools.cache
+def migrated() -> Path:
+    """An empty SQLite file with the tables."""
+    path = Path(tempfile.mkdtemp()) / "serve.db"
+    database = Database(f"sqlite:///{path}")
+    database.migrate()
+    database.close()
+    return path
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
     if request.param == "sqlite":
         url = f"sqlite:///{tmp_path}/serve.db"
+        shutil.copy(migrated(), tmp_path / "serve.db")
     else:
         server = request.getfixturevalue("postgres")
         name = f"t{time.monotonic_ns()}"
         admin = sql.create_engine(f"{server}/postgres", isolation_level="AUTOCOMMIT")
         with admin.connect() as connection:
-            connection.execute(sql.text(f"CREATE DATABASE {name}"))
+            connection.execute(sql.text(f"CREATE DATABASE {name} TEMPLATE migrated"))
         admin.dispose()
         url = f"{server}/{name}"
     made = Database(url)
-    made.migrate()
     yield made
     made.close()
 
