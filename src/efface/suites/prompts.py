@@ -49,7 +49,8 @@ class Prompts:
         >>> from efface import Concept
         >>> from efface.suites.prompts import Prompts
         >>> file = Path(tempfile.mkdtemp()) / "mine.txt"
-        >>> _ = file.write_text("a beer mug\\na glass of wine\\n")
+        >>> with file.open("w") as out:
+        ...     _ = out.write("a beer mug\\na glass of wine\\n")
         >>> [(row.id, row.seed) for row in Prompts(images=2).load((Concept("alcohol"),), file).rows]
         [('line-1-0', 1000000), ('line-1-1', 1000001), ('line-2-0', 1000002), ('line-2-1', 1000003)]
     """
