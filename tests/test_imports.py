@@ -50,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "suites": FACTS | {"models"},
     "intervals": {"checks"},
     "judged": {"checks", "intervals"},
-    "feedback": {"checks", "intervals", "judged"} | FILES,
+    "feedback": {"_sqlite", "checks", "intervals", "judged"} | FILES,
     "thresholds": {"checks", "files", "intervals", "detectors", "records"},
     "progress": set(),
     "_loading": FACTS | {"models"},
@@ -63,12 +63,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": FACTS | {"runs", "redteam", "feedback", "intervals", "judged"},
     "tables": FACTS | {"runs", "report"},
     "guard": HOOKS | {"api", "detectors"},
-    "serve": FACTS | {"_weights", "api", "guard", "progress"},
+    "serve": FACTS | {"_sqlite", "_weights", "api", "guard", "progress"},
     "auditing": HOOKS
     | {"models", "api", "pipelines", "detectors", "metrics", "runs", "redteam", "report", "intervals", "judged"}
     | {"feedback", "progress", "attacks", "_hazards"},
     "jobs": HOOKS | {"models", "api", "pipelines", "runs", "progress"},
     "_interrupt": set(),
+    "_sqlite": set(),
     "cli": FACTS
     | {"models", "api", "pipelines", "calibration", "detectors", "runs", "redteam", "report", "tables", "jobs"}
     | {"progress", "feedback", "auditing", "thresholds", "guard", "serve"}

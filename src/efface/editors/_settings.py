@@ -17,8 +17,21 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
+class FamilyDefaults:
+    """An editor with fields that may be None, which means the default of the pipeline's family."""
+
+    def resolved(self, pipe: DiffusionPipeline) -> Self:
+        """Replaces fields that are None by the family's values.
+
+        Raises ValueError if the pipeline lacks what the editor needs.
+        """
+        check(self, pipe)
+        method: Self = filled(self, pipe)
+        return method
+
+
 @dataclass(frozen=True)
-class Training:
+class Training(FamilyDefaults):
     """The fields that ESD, SDD and CCRT share. None means the default of the pipeline's family.
 
     Args:
@@ -85,8 +98,7 @@ class Training:
 
         Raises ValueError if the pipeline's denoiser cannot be trained.
         """
-        check(self, pipe)
-        method: Self = filled(self, pipe)
+        method = super().resolved(pipe)
         if self.train in ("u", "full") and self.lr is None and method.lr is not None:
             return replace(method, lr=method.lr / 3)
         return method

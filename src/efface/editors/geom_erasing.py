@@ -15,13 +15,12 @@ from ..core import Concept, Concepts, config
 from ..delta import Delta, Tokens
 from ..delta.embeddings import tables
 from ..delta.tokens import learning_words
-from ..families import check, filled
 from ._denoiser import Precision, Train
 from ._examples import detected, given, read
 from ._geometry import Encoding, Grid, start
 from ._located import Data, Located, drawing, picture_size, weighted
 from ._redrawing import Redrawn, redraw
-from ._settings import Training, check_integer, check_number, phrases
+from ._settings import FamilyDefaults, Training, check_integer, check_number, phrases
 from ._training import run
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ Form = Literal["name", "all"]
 
 
 @dataclass(frozen=True)
-class GeomErasing:
+class GeomErasing(FamilyDefaults):
     """Binds a concept that prompts never mention, such as a watermark, to words for its places in the picture.
 
         v, theta = argmin E [ w (.) || e - e_theta(z_t, t, c(y')) ||^2 ],    y' = y, name <l_mn> ... for covered bins
@@ -139,15 +138,6 @@ class GeomErasing:
     def data_removal(cls, data: str = "", **fields: Any) -> Self:
         """Trains on the pictures of a folder without learning the concept in them."""
         return cls(data=data, setting="data", **fields)
-
-    def resolved(self, pipe: DiffusionPipeline) -> Self:
-        """Replaces fields that are None by the family's values.
-
-        Raises ValueError if the pipeline's denoiser cannot be trained.
-        """
-        check(self, pipe)
-        method: Self = filled(self, pipe)
-        return method
 
     @learning()
     def fit(

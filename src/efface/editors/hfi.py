@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -19,12 +19,11 @@ from ..core import Concept, Concepts, as_concepts, check_pictures, config
 from ..delta import Delta
 from ..delta.embeddings import mean_row
 from ..delta.tokens import Tokens
-from ..families import check, filled
 from ..fields import Converted
 from ._denoiser import Precision
 from ._inversion import invert
 from ._judged import Judged, best, judged
-from ._settings import check_integer
+from ._settings import FamilyDefaults, check_integer
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -35,7 +34,7 @@ TOGETHER = 16  # pictures that the VAE encodes together
 
 
 @dataclass(frozen=True)
-class HFI:
+class HFI(FamilyDefaults):
     """Human Feedback Inversion: people judge pictures, and a new word learns what they mean.
 
         v* = argmin_v E_{x, e, t} r(x) || y(z_0, e, t) - e_theta(z_t, t, tau(template with v)) ||^2
@@ -138,15 +137,6 @@ class HFI:
             if cls.fit.__annotations__.get("return", "Delta") not in ("Delta", Delta):
                 cure = "Give for example 'esd'."
                 raise ValueError(checks.refusal("`removal` to be an editor of weights", self.removal, cure))
-
-    def resolved(self, pipe: DiffusionPipeline) -> Self:
-        """Replaces fields that are None by the family's values.
-
-        Raises ValueError if the pipeline's denoiser cannot be trained.
-        """
-        check(self, pipe)
-        method: Self = filled(self, pipe)
-        return method
 
     def words(self, concept: Concept) -> tuple[str, ...]:
         """The new words for a concept."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Generator
@@ -16,11 +16,11 @@ from .._weights import learning
 from ..core import Concepts, Detector, as_concepts, config
 from ..delta import Directions
 from ..delta.table import shares_of
-from ..families import check, family, filled
+from ..families import family
 from ..fields import Converted
 from ._denoiser import Points, Precision
 from ._directions import Steered, Task, latents, loss
-from ._settings import Training, check_integer, check_number
+from ._settings import FamilyDefaults, Training, check_integer, check_number
 from ._training import check_drawn, run, telling
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ Shares = Literal["equal"] | Sequence[float] | None
 
 
 @dataclass(frozen=True)
-class LatentDirections:
+class LatentDirections(FamilyDefaults):
     """Learns one additive vector per concept for a module of the denoiser, from pictures that the model draws itself.
 
         c = argmin_c E || e - e_theta(x_t, t, y-; h <- h + c) ||^2,    x_0 ~ model(y+)
@@ -134,15 +134,6 @@ class LatentDirections:
             raise ValueError(
                 "`anti` uses negative prompts, which need `guidance` above 1, got 1. Give more, such as 7.5."
             )
-
-    def resolved(self, pipe: DiffusionPipeline) -> Self:
-        """Replaces fields that are None by the family's values.
-
-        Raises ValueError if the pipeline's denoiser cannot be trained.
-        """
-        check(self, pipe)
-        method: Self = filled(self, pipe)
-        return method
 
     @learning()
     def fit(

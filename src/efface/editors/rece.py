@@ -16,7 +16,7 @@ from .._weights import keys_values, learning
 from ..core import Concept, Concepts, as_concepts
 from ..delta import Change, Delta, dense
 from ..delta.factors import added, scaled
-from ..families import check, filled
+from ..families import check
 from ..fields import Converted
 from ..registry import name_of
 from ._closed_form import (
@@ -31,6 +31,7 @@ from ._closed_form import (
     residual,
     step,
 )
+from ._settings import FamilyDefaults
 from .uce import UCE
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ __all__ = ["RECE"]
 
 
 @dataclass(frozen=True)
-class RECE:
+class RECE(FamilyDefaults):
     """Edits as UCE, then finds embeddings that the edited model still reads as the concept, and edits these, in rounds.
 
     With T_0 the change of UCE (all layers: W = W_0 T), S = sum W_0^T W_0 over all keys and values, and c [D] each token
@@ -161,11 +162,6 @@ class RECE:
     def easy_object(cls) -> RECE:
         """The paper's settings for other objects."""
         return cls(mu=0.1, rounds=1, lam=0.1)
-
-    def resolved(self, pipe: DiffusionPipeline) -> RECE:
-        """Replaces fields that are None by the family's values."""
-        found: RECE = filled(self, pipe)
-        return found
 
     def config(self) -> dict[str, Any]:
         """The fields for records, with the hash of `uce`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Generator, Tensor
@@ -13,9 +13,9 @@ from .. import checks
 from .._weights import keys_values, learning
 from ..core import Concepts, as_concepts
 from ..delta import Change, Delta
-from ..families import check, family, filled
+from ..families import family
 from ._closed_form import Texts, Tokens, anchors_of, changes, check_positive, kept_texts, residual
-from ._settings import check_integer
+from ._settings import FamilyDefaults, check_integer
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -24,7 +24,7 @@ __all__ = ["SPEED"]
 
 
 @dataclass(frozen=True)
-class SPEED:
+class SPEED(FamilyDefaults):
     """Changes the values of every cross-attention layer so that a concept reads as its anchor and others stay.
 
     With W [O, D] the values' weight of a layer, C, A [N, D] the tokens of the concepts and of their anchors, S = C^T C
@@ -120,12 +120,6 @@ class SPEED:
     def nudity(cls) -> SPEED:
         """The published settings for nudity, with the hard constraint on the empty text."""
         return cls(tokens="tail", preserve=("",), scale=0.7)
-
-    def resolved(self, pipe: DiffusionPipeline) -> Self:
-        """Replaces a threshold of None by the family's value."""
-        check(self, pipe)
-        method: Self = filled(self, pipe)
-        return method
 
     @learning()
     def fit(self, pipe: DiffusionPipeline, concepts: Concepts, *, seed: int = 0) -> Delta:

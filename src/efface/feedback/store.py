@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import checks, files
+from .. import _sqlite, checks, files
 from .judgement import NAME, Judgement
 
 KEY = ("kind", "run", "row", "picture", "concept", "annotator", "pass")
@@ -113,8 +113,7 @@ class Store:
             cure = "Give a file, or a URL of SQLAlchemy whose driver is installed."
             raise ValueError(f"Expected a store that SQLAlchemy can open, got an error ({error}). {cure}") from error
         if self._sqlite:
-            sql.event.listen(self._engine, "connect", _careful)
-            sql.event.listen(self._engine, "begin", _begin)
+            _sqlite.prepare(self._engine)
         self._prepare(create)
 
     def _prepare(self, create: bool) -> None:
@@ -253,15 +252,3 @@ class Store:
 def _row(judgement: Judgement) -> dict[str, Any]:
     record = judgement.record()
     return record | {"details": json.dumps(record["details"], sort_keys=True)}
-
-
-def _careful(connection: Any, _: Any) -> None:
-    """A connection of SQLite that loses nothing and begins its transactions when it is asked to."""
-    connection.isolation_level = None
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=FULL")
-
-
-def _begin(connection: Any) -> None:
-    write = connection.get_execution_options().get("write")
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")

@@ -9,7 +9,7 @@ from typing import Any
 
 import sqlalchemy as sql
 
-from .. import checks, files
+from .. import _sqlite, checks, files
 
 WAIT = 10.0
 """Seconds to wait for another process that writes to an SQLite file."""
@@ -58,8 +58,7 @@ class Database:
             cure = "Give a URL such as sqlite:////srv/efface/serve.db, with an installed driver."
             raise ValueError(f"Expected a database that SQLAlchemy can open, got an error ({error}). {cure}") from error
         if self.sqlite:
-            sql.event.listen(self.engine, "connect", _careful)
-            sql.event.listen(self.engine, "begin", _begin)
+            _sqlite.prepare(self.engine)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[sql.Connection]:
@@ -126,15 +125,3 @@ def _check_file(name: str | None) -> None:
     path = checks.path("database", name)
     if files.there(path):
         files.check_ordinary(path, files.TENSORS)
-
-
-def _careful(connection: Any, _: Any) -> None:
-    """A connection of SQLite that loses nothing and begins its transactions when it is asked to."""
-    connection.isolation_level = None
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=FULL")
-
-
-def _begin(connection: Any) -> None:
-    write = connection.get_execution_options().get("write")
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
