@@ -421,3 +421,12 @@ def test_an_encoder_that_moves_its_ids_reads_the_words(pipe: Any) -> None:
     encoder.forward = lambda ids, *args, **kwargs: own(ids.clone(), *args, **kwargs)
     with made(pipe).apply(pipe):
         assert torch.equal(latents(pipe, f"a {WORD}"), cat)
+
+
+def test_a_pipeline_with_words_is_not_saved_without_their_embeddings(pipe: Any, tmp_path: Path) -> None:
+    handle = made(pipe).apply(pipe)
+    with pytest.raises(ValueError, match=r"^A tokenizer with new words cannot be saved, .*Remove the `Tokens` first"):
+        pipe.save_pretrained(tmp_path / "with")
+    handle.remove()
+    pipe.save_pretrained(tmp_path / "without")
+    assert (tmp_path / "without/tokenizer").is_dir()

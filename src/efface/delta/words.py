@@ -95,6 +95,7 @@ class Vocabulary:
             self.hooks = None
         if words:
             setattr(self.tokenizer, HELD, self)
+            self.tokenizer.save_pretrained = _unsaved
             rows = [each.embeddings[self.name] for each in self.on]
             self.hooks = Substitute(self.encoder, ids, rows, instead=self._harmless(fresh))
 
@@ -102,6 +103,13 @@ class Vocabulary:
         """The id of a real token, none of the special ones, which the encoder sees in place of new ids."""
         special = {*tokenizer.all_special_ids, tokenizer.unk_token_id}
         return next(k for k in range(self.size) if k not in special)
+
+
+def _unsaved(*_: Any, **__: Any) -> None:
+    raise ValueError(
+        "A tokenizer with new words cannot be saved, because the text encoder lacks their embeddings. Remove the "
+        "`Tokens` first, and save them with `Tokens.save`."
+    )
 
 
 def vocabularies(pipe: Any) -> dict[str, Vocabulary]:
