@@ -220,11 +220,11 @@ def test_a_prompt_without_the_concept_is_drawn_to_the_bit() -> None:
 @every_family
 def test_surgery_subtracts_one_text_with_the_phrases_that_the_prompt_holds(family: str) -> None:
     pipe, words = double(family), ("beer", "wine glass", "moon")
-    found = encode(pipe, [PROMPT, *words, "", "beer, moon", "beer, wine glass", "wine glass, moon", ", ".join(words)])
+    found = encode(pipe, [PROMPT, *words, ""])
     prompt, empty = found.text[0], found.text[4]
-    similar = [
-        float(torch.nn.functional.cosine_similarity(found.text[1 + k] - empty, prompt, dim=-1).mean()) for k in range(3)
-    ]
+    read = torch.ones(len(prompt), dtype=torch.bool) if found.mask is None else found.mask[0]
+    cosines = [torch.nn.functional.cosine_similarity(found.text[1 + k] - empty, prompt, dim=-1) for k in range(3)]
+    similar = [float(cosine[read].mean()) for cosine in cosines]
     threshold = (sorted(similar)[0] + sorted(similar)[1]) / 2  # the lowest stays below
     held = ", ".join(word for word, s in zip(words, similar, strict=True) if s >= threshold)
     alpha = 1 / (1 + math.exp(-(max(similar) - threshold) / 0.05))

@@ -175,7 +175,8 @@ def active(pipe: DiffusionPipeline) -> Handles:
     from .delta import words
     from .hooks.sites import handles
 
-    return Handles([*words.handles(pipe), *handles(pipe), *delta.handles(pipe)])
+    run_time = handles(pipe)  # refuses what is no pipeline
+    return Handles([*words.handles(pipe), *run_time, *delta.handles(pipe)])
 
 
 @contextlib.contextmanager

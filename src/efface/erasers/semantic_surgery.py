@@ -29,7 +29,7 @@ class SemanticSurgery(Method):
 
     e_P, e_C, e_0 [L, D] are the states of the prompt, a phrase C and the empty text:
 
-        s_C     = mean over the L columns of cos(e_C - e_0, e_P)
+        s_C     = mean over the columns of cos(e_C - e_0, e_P)
         alpha_C = sigmoid((s_C - threshold) / gamma)
         e_P     = e_P - strength alpha (e_J - e_0)
 
@@ -43,8 +43,8 @@ class SemanticSurgery(Method):
 
     Differs: the feedback loop, which asks a detector about the finished picture and draws again, is omitted. In the
     code, it accepts any class of NudeNet, and its second picture starts from other noise. `strength` is Efface's; 1 is
-    the paper's form. The code takes one prompt per call and SD 1.4 only. Pooled texts (SDXL, SD 3, FLUX) are not
-    edited.
+    the paper's form. The code takes one prompt per call and SD 1.4 only. On PixArt, columns of padding, which
+    the denoiser does not read, do not count. Pooled texts (SDXL, SD 3, FLUX) are not edited.
 
     Limits: gamma is small, so the test is nearly a step at `threshold`, which depends on the text encoder and the kind
     of concept. The padding of a text has most of its columns and dominates the mean. The method reads words: on `emoji`
@@ -127,22 +127,26 @@ class SemanticSurgery(Method):
     def rewrite(
         self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], call: BoundArguments, memory: Memory
     ) -> tuple[Any, ...]:
-        place = family(pipe).returns.index("text")
+        facts = family(pipe)
+        place = facts.returns.index("text")
         states: Tensor = encoded[place]
+        masks = encoded[facts.returns.index("mask")] if facts.masked else torch.ones(states.shape[:2])
         images, settings = call.arguments["num_images_per_prompt"], encoding_settings(call)
         rows = [self.concepts] * (len(states) // images) if self.rows is None else self.rows
         changed = [states[k * images : (k + 1) * images] for k in range(len(rows))]
         for k, concepts in enumerate(rows):
             if concepts and not self.is_off():
-                changed[k] = self._operated(pipe, changed[k], _phrases(concepts), settings)
+                changed[k] = self._operated(pipe, changed[k], masks[k * images], _phrases(concepts), settings)
         return (*encoded[:place], torch.cat(changed), *encoded[place + 1 :])
 
     def _operated(
-        self, pipe: DiffusionPipeline, states: Tensor, phrases: Sequence[str], settings: dict[str, Any]
+        self, pipe: DiffusionPipeline, states: Tensor, mask: Tensor, phrases: Sequence[str], settings: dict[str, Any]
     ) -> Tensor:
         """The states [images, L, D] of one prompt without the phrases that it holds."""
         *found, empty = encode(pipe, [*phrases, ""], **settings).text.to(states)
-        presence = presences(states[0], torch.stack(found) - empty, self.threshold or 0.0, self.gamma)
+        read = mask.to(states.device).bool()
+        differences = torch.stack(found) - empty
+        presence = presences(states[0, read], differences[:, read], self.threshold or 0.0, self.gamma)
         held = [phrase for phrase, alpha in zip(phrases, presence.tolist(), strict=True) if alpha >= 0.5]
         if not held:
             return states
