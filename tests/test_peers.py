@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import ALCOHOL, CAT, PROMPT, PROMPTS, change, denoiser_of, drawn, latents, pipeline
+from tiny import ALCOHOL, CAT, PROMPT, PROMPTS, bare, change, denoiser_of, drawn, latents, pipeline
 from torch import Tensor
 
 import efface
@@ -245,6 +245,14 @@ def test_surgery_takes_concepts_per_row_and_changes_no_negative_prompt() -> None
         whole = latents(pipe, PROMPTS, negative_prompt=["cat", "cat"])
     assert change(got[:1], plain[:1]) < 1e-12 and change(got[1:], whole[1:]) < 1e-12
     assert change(got[1:], plain[1:]) > 1e-3
+
+
+def test_surgery_raises_where_it_cannot_act() -> None:
+    """A denoiser that is called without `encode_prompt` would read an unedited prompt."""
+    pipe = pipeline("sd1")
+    with SemanticSurgery(CAT, threshold=-1.0).apply(pipe), pytest.raises(RuntimeError, match="edited 0 of the 2 in"):
+        bare(pipe)
+    assert bare(pipe).isfinite().all()
 
 
 def test_surgery_refuses_phrases_that_do_not_fit_together() -> None:

@@ -68,6 +68,7 @@ class SemanticSurgery(Method):
         ValueError: a concept is unknown, a field is out of range, or there is no concept. On `apply`: the pipeline pads
             texts to different lengths (CogView4), the phrases of a concept list do not fit into one text, or a phrase
             has no tokens. During a call: the numbers of `rows` and prompts differ.
+        RuntimeError: the denoiser is called directly, without the prompts' `encode_prompt`.
         TypeError: the family of the pipeline is unknown, or `rows` or `concepts` are not lists of concepts.
 
     Example:
@@ -137,7 +138,17 @@ class SemanticSurgery(Method):
         for k, concepts in enumerate(rows):
             if concepts and not self.is_off():
                 changed[k] = self._operated(pipe, changed[k], masks[k * images], _phrases(concepts), settings)
+        memory["rows"] = len(states)
         return (*encoded[:place], torch.cat(changed), *encoded[place + 1 :])
+
+    def reread(self, text: Tensor, pooled: Tensor | None, time: Tensor, memory: Memory) -> tuple[Tensor, Tensor | None]:
+        if memory.get("rows") != len(text):  # the denoiser was called directly
+            raise RuntimeError(
+                f"SemanticSurgery edits prompts in `encode_prompt`, but edited {memory.get('rows', 0)} of the "
+                f"{len(text)} in this denoiser call. Call the pipeline, or `pipe.encode_prompt` with these prompts "
+                "before the denoiser."
+            )
+        return text, pooled
 
     def _operated(
         self, pipe: DiffusionPipeline, states: Tensor, mask: Tensor, phrases: Sequence[str], settings: dict[str, Any]
