@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +184,23 @@ def dirty(pipe: Any, pictures: int, out: Rows) -> list[Any]:
     return examples
 
 
+def compared(pipe: Any, rows: Mapping[str, Sequence[Any]], tokens: Any, n: int, out: Any) -> None:
+    """Measures each row, two passes, and whether words place the watermark."""
+    prompts, seeds = icons(n, 50), range(SEEDS["selection"].start, SEEDS["selection"].start + n)
+    for name, on in rows.items():
+        out[name] = measured(pipe, on, prompts, seeds)
+    with tokens.apply(pipe):
+        again = efface.GeomErasing.two_pass(
+            pipe, tokens, prompts, watermarks, seeds=seeds, num_inference_steps=STEPS, guidance_scale=GUIDANCE
+        )
+    out["geom, two passes"] = {
+        "concept": rated([bool(b) for b in watermarks(again.images)]),
+        "icon": rated(shown(again.images, prompts)),
+    }
+    out["control"] = controlled(pipe, tokens, seeds[:64])
+    out["info"] = dict(tokens.info)
+
+
 def data_removal(n: int, steps: int, pictures: int, work: Path) -> None:
     """Fine-tuning on a set in which half of the pictures have the watermark."""
     pipe, began = efface.load("emoji"), time.perf_counter()
@@ -196,7 +213,6 @@ def data_removal(n: int, steps: int, pictures: int, work: Path) -> None:
     )
     out["fit seconds"] = time.perf_counter() - began
     plain = kept(work / f"plain-{steps}-{pictures}.safetensors", lambda: plainly(pipe, examples, editor, 0))
-    prompts, seeds = icons(n, 50), range(SEEDS["selection"].start, SEEDS["selection"].start + n)
     rows: dict[str, Sequence[Any]] = {
         "base": [],
         "plain fine-tuning": [plain],
@@ -205,18 +221,7 @@ def data_removal(n: int, steps: int, pictures: int, work: Path) -> None:
         "geom, name": [tokens, efface.NegativePrompt(Concept(NAME))],
         "geom, all words": [tokens, efface.NegativePrompt(tokens.concepts)],
     }
-    for name, on in rows.items():
-        out[name] = measured(pipe, on, prompts, seeds)
-    with tokens.apply(pipe):
-        again = editor.two_pass(
-            pipe, tokens, prompts, watermarks, seeds=seeds, num_inference_steps=STEPS, guidance_scale=GUIDANCE
-        )
-    out["geom, two passes"] = {
-        "concept": rated([bool(b) for b in watermarks(again.images)]),
-        "icon": rated(shown(again.images, prompts)),
-    }
-    out["control"] = controlled(pipe, tokens, seeds[:64])
-    out["info"] = dict(tokens.info)
+    compared(pipe, rows, tokens, n, out)
     out["seconds"] = time.perf_counter() - began
 
 
@@ -230,25 +235,13 @@ def model_removal(n: int, steps: int, pictures: int, work: Path) -> None:
         work / f"model-{steps}-{pictures}.safetensors", lambda: editor.fit(pipe, "watermark", examples=examples)
     )
     out["fit seconds"] = time.perf_counter() - began
-    prompts, seeds = icons(n, 50), range(SEEDS["selection"].start, SEEDS["selection"].start + n)
     name = Concept("watermark")
     rows: dict[str, Sequence[Any]] = {
         "base": [],
         "negative prompt of the name": [efface.NegativePrompt(name)],
         "geom, all words": [tokens, efface.NegativePrompt(tokens.concepts)],
     }
-    for row, on in rows.items():
-        out[row] = measured(pipe, on, prompts, seeds)
-    with tokens.apply(pipe):
-        again = editor.two_pass(
-            pipe, tokens, prompts, watermarks, seeds=seeds, num_inference_steps=STEPS, guidance_scale=GUIDANCE
-        )
-    out["geom, two passes"] = {
-        "concept": rated([bool(b) for b in watermarks(again.images)]),
-        "icon": rated(shown(again.images, prompts)),
-    }
-    out["control"] = controlled(pipe, tokens, seeds[:64])
-    out["info"] = dict(tokens.info)
+    compared(pipe, rows, tokens, n, out)
     out["seconds"] = time.perf_counter() - began
 
 
