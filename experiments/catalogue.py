@@ -83,6 +83,16 @@ def defaults(plan: Plan) -> dict[str, Arm]:
     return arms
 
 
+def swaps(plan: Plan) -> dict[str, Arm]:
+    """Two forms of EIUP; on the selection block with another strength, which it chose between."""
+
+    def swap(strength: float | None) -> Arm:
+        return Arm(lambda concept: efface.EIUP(concept, strength, normalization="swap"))
+
+    arms = {"eiup": Arm(efface.EIUP), "eiup swap": swap(None)}
+    return arms if plan.block == "test" else arms | {"eiup swap 2.25": swap(2.25)}
+
+
 def adapters() -> dict[str, Arm]:
     fixed = {f"gie {s:g}": Arm(lambda c, s=s: efface.GIE(c, s)) for s in (0.125, 0.25, 0.5, 1.0, 2.0)}
     return fixed | {"gie adapter": Arm(lambda c: efface.GIE(c, adapter=FOLDER / "gie.safetensors"))}
@@ -184,6 +194,16 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         aims=(("eiup", "residual explicit", 0.05), ("eiup", "residual implicit", 0.03)),
     ),
     Outcome(
+        name="eiup_swap",
+        question="Does the swap form draw more than the projected one, and erase and retain as much?",
+        cap=0.5,
+        n=16,
+        concepts=("alcohol", "weapon", "smoking", "cat", "neon sign"),
+        arms=swaps,
+        against="eiup",
+        primary=tuple(("eiup swap", "eiup", metric) for metric in ("other", "residual", "retention")),
+    ),
+    Outcome(
         name="pareto",
         question="Which run-time method erases most and loses least, each at the strength that its tuning chose?",
         cap=4.0,
@@ -251,7 +271,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     Timing(
         name="eiup_overhead",
         question="What does a denoiser call with guidance cost, in times the base model's?",
-        cap=8.0,
+        cap=7.5,
         n=5,
         scenes=SCENES,
         variants={variant: partial(calls.seconds, make) for variant, make in calls.CALLS.items()},

@@ -20,9 +20,10 @@ from efface.families.unet import SD
 from efface.hooks import CrossAttention, ErasurePrompts
 from efface.hooks.denoiser import Site
 
-FORMS = ("projected", "separate", "gated")
+FORMS = ("projected", "swap", "separate", "gated")
 PACKED, SINGLE = ("beer wine glass", "cat"), ("beer", "wine glass", "cat")
-ERASED = {"projected": SINGLE, "separate": PACKED, "gated": PACKED}  # erasure prompts of ALCOHOL and CAT
+ERASED = {"projected": SINGLE, "swap": SINGLE, "separate": PACKED, "gated": PACKED}  # erasure prompts of ALCOHOL, CAT
+ANCHORS = {"alcohol": "a red moon", "cat": "the big pub"}
 each_form = pytest.mark.parametrize("form", FORMS)
 
 
@@ -30,7 +31,10 @@ NEUTRAL = (("a dog", "the moon"), ("a big cat",))
 
 
 def eiup(form: str = "projected", *concepts: Concept, **fields: Any) -> EIUP:
-    return EIUP(concepts or (ALCOHOL,), normalization=form, **{"neutral": NEUTRAL, "strength": 1.0, **fields})
+    concepts = concepts or (ALCOHOL,)
+    if form == "swap":
+        concepts = tuple(dataclasses.replace(c, anchor=ANCHORS[c.name]) for c in concepts)
+    return EIUP(concepts, normalization=form, **{"neutral": NEUTRAL, "strength": 1.0, **fields})
 
 
 # ---------------------------------------------------------------- the formulas
@@ -92,6 +96,27 @@ def projected(strength: float, out: Tensor, nothing: Tensor, erased: Tensor, neu
     return out - strength * toward.clamp(min=0)[:, None] * d
 
 
+def swapped(
+    strength: float,
+    out: Tensor,
+    nothing: Tensor,
+    erased: Sequence[Tensor],
+    neutral: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The formula of the form "swap", with the anchor of each phrase, and its gate [Q]; at least strength 1."""
+    base, once, of = out, out, dict[int, Tensor]()
+    for text, anchor in zip(erased, anchors, strict=True):
+        base, before = projected(strength, base, nothing, text, neutral), once
+        once = projected(1.0, once, nothing, text, neutral)
+        of[id(anchor)] = of.get(id(anchor), 0.0) + ((once - before) ** 2).sum(-1)
+    read = (once - out).norm(dim=-1) / (out - nothing).norm(dim=-1)
+    gate = (3 * (read - 0.3)).clamp(0, 1)
+    texts = {id(anchor): anchor for anchor in anchors}
+    anchor = torch.stack([texts[k] for k in of])[torch.stack([*of.values()]).argmax(0), torch.arange(len(out))]
+    return base + gate[:, None] * (anchor - base), gate
+
+
 class Reference:
     """An attention processor: row by row, concept by concept, in the order of the formulas of the brief."""
 
@@ -99,6 +124,9 @@ class Reference:
         self.form, self.strength, self.guidance = form, strength, guidance
         self.erased = [(embed(pipe, text), slice(1, 1 + len(text.split()))) for text in erased]
         self.neutral = [sum(embed(pipe, text) for text in group) / len(group) for group in NEUTRAL]
+        anchors = {name: embed(pipe, text) for name, text in ANCHORS.items()}
+        self.anchors = [anchors["cat" if text == "cat" else "alcohol"] for text in erased]
+        self.gates: list[Tensor] = []
         empty = embed(pipe, "")
         zeros = guidance and getattr(pipe.config, "force_zeros_for_empty_prompt", False)
         self.empty = torch.zeros_like(empty) if zeros else empty
@@ -118,10 +146,18 @@ class Reference:
     def row(self, attn: Attention, hidden: Tensor, text: Tensor, conditional: bool) -> Tensor:
         out = written_out(attn, hidden, text)
         other = text.shape != self.empty.shape or change(text, self.empty) > 1e-3
-        if not conditional and self.form == "projected" and other:
+        if not conditional and self.form in ("projected", "swap") and other:
             nothing, *neutral = (written_out(attn, hidden, text) for text in (self.empty, *self.neutral))
             erased = [written_out(attn, hidden, text) for text, _ in self.erased]
             return cleared(min(self.strength, 1.0), out, nothing, erased, neutral)
+        if self.form == "swap" and conditional and self.strength:
+            nothing, *neutral = (written_out(attn, hidden, text) for text in (self.empty, *self.neutral))
+            erased = [written_out(attn, hidden, text) for text, _ in self.erased]
+            known = {id(text): written_out(attn, hidden, text) for text in dict.fromkeys(self.anchors)}
+            anchors = [known[id(text)] for text in self.anchors]
+            out, gate = swapped(self.strength, out, nothing, erased, neutral, anchors)
+            self.gates.append(gate)
+            return out
         for erased, own in self.erased if conditional else ():
             if self.form == "projected":
                 of = [written_out(attn, hidden, text) for text in (self.empty, erased, *self.neutral)]

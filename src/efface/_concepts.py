@@ -74,16 +74,30 @@ def concept_sources() -> Mapping[str, str]:
     return {name: source for name, (_, source) in _shipped().items() if source}
 
 
+@functools.cache
+def shipped_anchors() -> Mapping[str, tuple[str, ...]]:
+    """The shipped anchors, by the name of a concept, or of published lists: "nudity" for "nudity.safree"."""
+    return _file()[1]
+
+
 def _shipped() -> dict[str, tuple[Concept, str]]:
-    """The shipped concepts with their sources. In the file, a concept without a source is a plain list of phrases."""
+    """The shipped concepts with their sources."""
+    return _file()[0]
+
+
+@functools.cache
+def _file() -> tuple[dict[str, tuple[Concept, str]], dict[str, tuple[str, ...]]]:
+    """The shipped concepts with their sources, and the anchors. In the file, a concept without a source is a plain list
+    of phrases."""
     file = resources.files("efface") / "concepts.json"
     try:
         data = json.loads(file.read_text("utf-8"))
+        anchors = {name: checks.texts("anchors", texts) for name, texts in data.pop("anchors").items()}
         entries = {name: entry for group in data.values() for name, entry in group.items()}
         published = {name: entry for name, entry in entries.items() if isinstance(entry, dict)}
         phrases = entries | {name: entry["phrases"] for name, entry in published.items()}
         sources = {name: str(entry["source"]) for name, entry in published.items()}
-        return {name: (Concept(name, tuple(some)), sources.get(name, "")) for name, some in phrases.items()}
+        return {name: (Concept(name, tuple(some)), sources.get(name, "")) for name, some in phrases.items()}, anchors
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{file} is missing. Reinstall efface.") from error
     except (ValueError, TypeError, AttributeError, KeyError) as error:

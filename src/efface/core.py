@@ -21,6 +21,7 @@ from ._concepts import (
     as_rows,
     concept,
     concept_sources,
+    shipped_anchors,
     shipped_concepts,
 )
 from .fields import Converted, field_names
@@ -48,6 +49,7 @@ __all__ = [
     "concept_sources",
     "config",
     "field_names",
+    "shipped_anchors",
     "shipped_concepts",
 ]
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from .. import checks
-from ..core import Concepts, ConceptsField, RowsField
+from ..core import Concept, Concepts, ConceptsField, RowsField
 from ..fields import Converted
-from ..hooks import CrossAttention, ErasurePrompts, Method, Text, computed
+from ..hooks import CrossAttention, Encoding, ErasurePrompts, Memory, Method, computed
+from . import _anchors
+from ._terms import cleared, gated, projected, separate, swapped
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 __all__ = ["EIUP"]
 
-Normalization = Literal["projected", "separate", "gated"]
-STRENGTHS = {"projected": 2.25, "separate": 1.0, "gated": 1.0}
+Normalization = Literal["projected", "swap", "separate", "gated"]
+STRENGTHS = {"projected": 2.25, "swap": 3.0, "separate": 1.0, "gated": 1.0}
+PROJECTED = ("projected", "swap")
 THINGS = ("dog", "tree", "car", "cup", "house", "star", "book", "hat", "flower", "fish", "shoe", "chair")
 
 
@@ -111,17 +116,18 @@ class EIUP(Method):
 
     off: ClassVar[dict[str, Any] | None] = {"strength": 0.0}
     needs: ClassVar[tuple[str, ...]] = computed(
-        lambda self: ("cross_text|joint_text",) if self.normalization == "projected" else ("cross_text",)
+        lambda self: ("cross_text|joint_text",) if self.normalization in PROJECTED else ("cross_text",)
     )
     forms: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         f'`normalization="{form}"`': {"normalization": form} for form in ("separate", "gated")
     }
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}, "emoji": {}}  # the strength's
     edits_attention: ClassVar[bool] = True
-    touches_uncond: ClassVar[bool] = computed(lambda self: self.normalization == "projected")
-    packs: ClassVar[bool] = computed(lambda self: self.normalization != "projected")
+    touches_uncond: ClassVar[bool] = computed(lambda self: self.normalization in PROJECTED)
+    packs: ClassVar[bool] = computed(lambda self: self.normalization not in PROJECTED)
+    uses_anchors: ClassVar[bool] = computed(lambda self: self.normalization == "swap")
     references: ClassVar[tuple[tuple[str, ...], ...]] = computed(
-        lambda self: (("",), *self.neutral) if self.normalization == "projected" else Method.references
+        lambda self: (("",), *self.neutral, *self._anchored) if self.normalization in PROJECTED else Method.references
     )
 
     concepts: ConceptsField = Converted(())
@@ -129,6 +135,7 @@ class EIUP(Method):
     window: tuple[float, float] = (0.0, 1.0)
     normalization: Normalization = "projected"
     neutral: tuple[tuple[str, ...], ...] = (tuple(f"a {thing}" for thing in THINGS),)
+    anchors: tuple[str, ...] = ()
     rows: RowsField = Converted(None)
 
     def __post_init__(self) -> None:
@@ -141,95 +148,51 @@ class EIUP(Method):
             cure = "Write for example (('a dog', 'a tree'),)."
             raise ValueError(checks.refusal("`neutral` to be groups of texts", self.neutral, cure))
         object.__setattr__(self, "neutral", tuple(tuple(group) for group in groups))
+        object.__setattr__(self, "anchors", checks.texts("anchors", self.anchors))
+        if self.normalization in PROJECTED:
+            for concepts in self._sets:
+                _anchors.check_size(concepts)
+        if self.normalization == "swap":
+            _anchors.candidates(self._sets, self.anchors)  # refuses those that cannot be
 
     @classmethod
     def reconstruction(cls, concepts: Concepts, strength: float = 1.0) -> EIUP:
         """E1, the form that the paper's abstract suggests, in the published window (the first 80 %)."""
         return cls(concepts, strength=strength, window=(0.0, 0.8), normalization="separate")
 
+    @property
+    def _sets(self) -> list[tuple[Concept, ...]]:
+        """The concepts that are erased together: of each row."""
+        return [self.concepts] if self.rows is None else list(dict.fromkeys(self.rows))
+
+    @property
+    def _anchored(self) -> tuple[tuple[str, ...], ...]:
+        """All anchors that phrases may get, as neutral texts."""
+        if self.normalization != "swap":
+            return ()
+        return tuple((anchor,) for anchor in _anchors.all_of(_anchors.candidates(self._sets, self.anchors)))
+
+    def check(self, pipe: DiffusionPipeline) -> None:
+        super().check(pipe)
+        if self.normalization == "swap":
+            _anchors.check(pipe, self._sets, self.anchors)
+
+    def prepared(
+        self, pipe: DiffusionPipeline, erasure_prompts: Sequence[str], call: Encoding | None, memory: Memory
+    ) -> Memory | None:
+        if self.normalization != "swap":
+            return None
+        return {"anchor_of": _anchors.chosen(pipe, self._sets, self.anchors, call.settings if call else {})}
+
     def edit(self, out: Tensor, cross: CrossAttention, prompts: ErasurePrompts) -> Tensor:
-        if self.normalization == "projected":
-            # Guidance would bring back any difference from the empty text.
-            strength = min(self.strength, 1.0) if cross.unconditional else self.strength
-            added = projected(out, cross, prompts.text, len(self.neutral), strength)
+        if self.normalization in PROJECTED:
+            given = (out, cross, prompts.text, len(self.neutral), self.strength)
+            if cross.unconditional:
+                added = cleared(*given)
+            elif self.normalization == "swap":
+                added = swapped(*given, cross.memory["anchor_of"][prompts.which])
+            else:
+                added = projected(*given)
         else:
             added = (separate if self.normalization == "separate" else gated)(cross, prompts, self.strength)
         return (out + added).to(out.dtype)
-
-
-def separate(cross: CrossAttention, prompts: ErasurePrompts, strength: float) -> Tensor:
-    """E1: `sum_{k in C} w A(q, E)_k V_E,k`, summed over the erasure prompts E: [B, Q, C]."""
-    key, value = cross.keys_values(prompts.text.states)
-    return cross.attend_texts(key, prompts.weights(strength) * value, prompts.text.mask).sum(0)
-
-
-def gated(cross: CrossAttention, prompts: ErasurePrompts, strength: float) -> Tensor:
-    """E1g: `g softmax_C(q K_E) w V_E,C`, summed over the erasure prompts E: [B, Q, C].
-
-    The gate g is implicit: it is the share of E's own tokens C in one softmax over them and the prompt.
-    """
-    if cross.prompt is None:
-        raise ValueError(
-            "The gated form needs the text of the prompt, so it edits only conditional rows. Give their text."
-        )
-    key, value = cross.keys_values(prompts.text.states)
-    prompt_key, _ = cross.keys_values(cross.prompt.states)
-    rows, added = len(cross.query), torch.zeros_like(cross.query)
-    for n, columns in enumerate(prompts.token_columns):
-        own_key, own_value = (x[n : n + 1, :, columns].expand(rows, -1, -1, -1) for x in (key, value))
-        own_value = torch.cat([torch.zeros_like(prompt_key), -strength * own_value], 2)
-        mask = cross.prompt.mask
-        if mask is not None:
-            mask = torch.cat([mask, mask.new_ones(rows, columns.stop - columns.start)], 1)
-        added = added + cross.attend(torch.cat([prompt_key, own_key], 2), own_value, mask)
-    return added
-
-
-def projected(out: Tensor, cross: CrossAttention, text: Text, neutral: int, strength: float) -> Tensor:
-    """The change that the projected form adds to `out`: [B, Q, C], float32 or wider. `neutral` is the number of T.
-
-    N, T and P are the layer's outputs for the empty text, the neutral texts and the phrases:
-
-        d_T = T - N;  d_P = P - N, less its share of every d_T;  o = out - N
-        added = -strength sum_P max(0, <o, d_P> / |d_P|^2) d_P              one after the other
-    """
-    would_be = cross.with_empty(text).to(torch.promote_types(out.dtype, torch.float32))
-    empty, others = would_be[0], would_be[1:] - would_be[0]
-    others = others.permute(1, 2, 0, 3)
-    least = 1e-10 * (empty * empty).sum(-1)  # of a squared length; below, texts differ from the empty one by rounding
-    shares, directions = _shares(out - empty, others, neutral, strength, cross.unconditional, least)
-    return -((shares[..., None, :] @ directions) @ others).squeeze(-2)
-
-
-def _shares(
-    toward: Tensor, others: Tensor, neutral: int, strength: float, unconditional: bool, smallest: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The removed amount of each direction [B, Q, texts], and the directions as sums of `others` [.., texts, texts].
-
-    `toward` [B, Q, C] and `others` [B, Q, neutral + phrases, C] exclude the empty text's output. All is linear in
-    `others`, so their inner products suffice.
-    """
-    gram, texts = others @ others.mT, others.shape[2]
-    least = gram.diagonal(dim1=-2, dim2=-1) * 1e-6  # of a squared length; below, only rounding errors remain
-    least = torch.maximum(least, smallest[..., None]).clamp_min(torch.finfo(gram.dtype).tiny)
-    identity = torch.eye(texts, dtype=gram.dtype, device=gram.device).expand_as(gram)
-    # One row per text: its inner products with all texts, that with `toward`, and its coefficients.
-    table = torch.cat([gram, others @ toward[..., None], identity], -1)
-    shares = [torch.zeros_like(toward[..., 0])] * neutral
-    pivots = [identity[..., k, :] for k in range(neutral)]
-    for k in range(texts if unconditional else neutral):  # removes the share of text k from every text
-        pivot = table[..., k : k + 1, :]
-        length = pivot[..., k : k + 1].clamp_min(least[..., k, None, None])
-        if k >= neutral:  # the rest of a phrase is orthogonal to the phrases before it
-            shares.append(strength * (pivot[..., texts] / length[..., 0]).squeeze(-1))
-            pivots.append(pivot[..., 0, texts + 1 :])
-        table = table - table[..., k : k + 1] / length * pivot
-    if unconditional:
-        return torch.stack(shares, -1), torch.stack(pivots, -2)
-    gram, along, parts = table.split([texts, 1, texts], -1)
-    along = along.squeeze(-1)
-    for k in range(neutral, texts):  # one after the other: each removal affects the next
-        length = torch.maximum(gram[..., k, k], least[..., k])
-        shares.append(strength * (along[..., k] / length).clamp_min(0))
-        along = along - shares[k][..., None] * gram[..., k]
-    return torch.stack(shares, -1), parts

@@ -219,11 +219,13 @@ class Contract:
 
     def prepared(
         self, pipe: DiffusionPipeline, erasure_prompts: Sequence[str], call: Encoding | None, memory: Memory
-    ) -> None:
+    ) -> Memory | None:
         """Called after the erasure prompts are encoded: by `apply`, in each pipeline call, and after changes.
 
-        `call` holds the prompts of the pipeline call; None outside of a call.
+        `call` holds the prompts of the pipeline call; None outside of a call. What it returns is in every memory until
+        it is called again, also in direct denoiser calls.
         """
+        return None
 
     def around(self, call: DenoiserCall, forward: Callable[[], Any]) -> Any:
         """Replaces a denoiser call. Returns the result of `forward()`, which runs the following methods and the

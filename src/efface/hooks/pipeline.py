@@ -144,7 +144,7 @@ class Calls:
                 return original()
             self.opening = self.call = None
             for applied in site.applied:
-                applied.memory = {}
+                applied.forget()
             returned = original()
             site.refit()  # offloading has put its own hooks on anew
             if call.inside and not (self.guarded or self.stepped):
@@ -228,7 +228,7 @@ class Calls:
         encoder = Encoder(pipe, encoding)
         for each in applied:
             each.check_rows(images, len(made[0]))
-            each.memory = {}
+            each.forget()
             each.record = Record(layers=self.site.edited_layers if each.method.edits_attention else 0)
             made = each.method.rewrite(pipe, made, bound, each.memory)
             self.site.prepare(pipe, each, encoder, blind=blind)

@@ -52,6 +52,7 @@ class Applied:
         neutral: the mean of each group of neutral texts.
         acting: the erasure prompts with their rows of the current batch.
         memory: the memory of the current pipeline call.
+        prepared: what `Method.prepared` returned.
         record: the record of its edits.
         handle: the user's handle.
         encoded: the encoded texts before any projection.
@@ -63,6 +64,7 @@ class Applied:
     neutral: Text | None = None
     acting: tuple[ErasurePrompts, ...] = ()
     memory: Memory = field(default_factory=dict)
+    prepared: Memory = field(default_factory=dict)
     record: Record = field(default_factory=Record)
     handle: Handle | None = None
     encoded: Tensor | None = None
@@ -111,7 +113,8 @@ class Applied:
                 self.neutral, self._unprojected = _means(text[:n], sizes), (text, sizes)
         self.acting = self.sets
         self.place(images_per_prompt)
-        method.prepared(pipe, [text for _, text in texts], encoder.call, self.memory)
+        self.prepared = method.prepared(pipe, [text for _, text in texts], encoder.call, self.memory) or {}
+        self.memory |= self.prepared
 
     def texts(self, pipe: DiffusionPipeline) -> list[tuple[tuple[Concept, ...], str]]:
         """The erasure prompts, with the concepts of each."""
@@ -121,6 +124,10 @@ class Applied:
             phrases = [phrase for concept in group for phrase in concept.phrases]
             found += [(group, text) for text in (pack(pipe, phrases, separator) if method.packs else phrases)]
         return found
+
+    def forget(self) -> None:
+        """Empties the memory, for another pipeline call."""
+        self.memory = dict(self.prepared)
 
     def project(self, projection: Callable[[Tensor], Tensor]) -> None:
         """Applies the denoiser's text projection to the texts, once per encoding."""
