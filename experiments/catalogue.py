@@ -83,16 +83,6 @@ def defaults(plan: Plan) -> dict[str, Arm]:
     return arms
 
 
-def swaps(plan: Plan) -> dict[str, Arm]:
-    """Two forms of EIUP; on the selection block with another strength, which it chose between."""
-
-    def swap(strength: float | None) -> Arm:
-        return Arm(lambda concept: efface.EIUP(concept, strength, normalization="swap"))
-
-    arms = {"eiup": Arm(efface.EIUP), "eiup swap": swap(None)}
-    return arms if plan.block == "test" else arms | {"eiup swap 2.25": swap(2.25)}
-
-
 def adapters() -> dict[str, Arm]:
     fixed = {f"gie {s:g}": Arm(lambda c, s=s: efface.GIE(c, s)) for s in (0.125, 0.25, 0.5, 1.0, 2.0)}
     return fixed | {"gie adapter": Arm(lambda c: efface.GIE(c, adapter=FOLDER / "gie.safetensors"))}
@@ -197,9 +187,9 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         name="eiup_swap",
         question="Does the swap form draw more than the projected one, and erase and retain as much?",
         cap=0.5,
-        n=16,
+        n=12,
         concepts=("alcohol", "weapon", "smoking", "cat", "neon sign"),
-        arms=swaps,
+        arms={"eiup": Arm(efface.EIUP), "eiup swap": Arm(partial(efface.EIUP, normalization="swap"))},
         against="eiup",
         primary=tuple(("eiup swap", "eiup", metric) for metric in ("other", "residual", "retention")),
     ),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..hooks import CrossAttention, ErasurePrompts, Text
 
-SLOPE, THRESHOLD = 5.0, 0.65  # of the swap form's gate
+SLOPE = 5.0  # of the swap form's gate
 
 
 def separate(cross: CrossAttention, prompts: ErasurePrompts, strength: float) -> Tensor:
@@ -56,8 +56,8 @@ class Taken(NamedTuple):
         least: the smallest squared length of a direction that is not rounding.
         smallest: the same of `toward`.
 
-    Shapes: `smallest` [B, Q]; `empty` and `toward` [B, Q, C]; `anchors` [A, B, Q, C]; `others` [B, Q, T + P, C]; `directions` and `gram`
-    [B, Q, T + P, T + P]; `along` and `least` [B, Q, T + P].
+    Shapes: `smallest` [B, Q]; `empty` and `toward` [B, Q, C]; `anchors` [A, B, Q, C]; `others` [B, Q, T + P, C];
+    `directions` and `gram` [B, Q, T + P, T + P]; `along` and `least` [B, Q, T + P].
     """
 
     empty: Tensor
@@ -98,14 +98,20 @@ def projected(out: Tensor, cross: CrossAttention, text: Text, neutral: int, stre
 
 
 def swapped(
-    out: Tensor, cross: CrossAttention, text: Text, neutral: int, strength: float, anchor_of: Sequence[int]
+    out: Tensor,
+    cross: CrossAttention,
+    text: Text,
+    neutral: int,
+    strength: float,
+    threshold: float,
+    anchor_of: Sequence[int],
 ) -> Tensor:
     """The change that the swap form adds to `out`: [B, Q, C]. `anchor_of` has the number of each phrase's anchor.
 
     With `removed(s)` what the projected form takes out at strength s, and A the layer's output for an anchor:
 
         c = |removed(1)| / |out - N|
-        g = min(1, strength) clamp(SLOPE (c - THRESHOLD), 0, 1)
+        g = min(1, strength) clamp(SLOPE (c - threshold), 0, 1)
         added = -removed(strength) + g (A - (out - removed(strength)))
 
     With several anchors, each query reads the anchor of the phrases of which it has most: of all squared lengths of
@@ -116,7 +122,7 @@ def swapped(
     size = (once[..., None, :] @ taken.gram @ once[..., None]).flatten(-2)
     whole = torch.maximum(taken.toward.square().sum(-1), taken.smallest)[..., None]
     read = (size / whole).clamp_min(torch.finfo(size.dtype).tiny).sqrt()  # with a gradient at 0
-    gate = min(1.0, strength) * (SLOPE * (read - THRESHOLD)).clamp(0, 1)
+    gate = min(1.0, strength) * (SLOPE * (read - threshold)).clamp(0, 1)
     anchor = taken.anchors[0]
     if len(taken.anchors) > 1:
         amounts = (once.square() * lengths)[..., neutral:]
@@ -147,9 +153,7 @@ def cleared(out: Tensor, cross: CrossAttention, text: Text, neutral: int, streng
     return -((torch.stack(shares, -1)[..., None, :] @ torch.stack(pivots, -2)) @ others).squeeze(-2)
 
 
-def _outputs(
-    out: Tensor, cross: CrossAttention, text: Text, neutral: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _outputs(out: Tensor, cross: CrossAttention, text: Text, neutral: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The outputs for the empty text, for the anchors, and for neutral texts and phrases less the first; and the
     smallest squared length [B, Q], below which a text differs from the empty one by rounding."""
     would_be = cross.with_empty(text).to(torch.promote_types(out.dtype, torch.float32))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
 from .. import checks
-from ..core import Concept, Concepts, ConceptsField, RowsField
+from .._text import check_phrases
+from ..core import Concept, Concepts, ConceptsField, Handle, RowsField
 from ..fields import Converted
 from ..hooks import CrossAttention, Encoding, ErasurePrompts, Memory, Method, computed
 from . import _anchors
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["EIUP"]
 
 Normalization = Literal["projected", "swap", "separate", "gated"]
-STRENGTHS = {"projected": 2.25, "swap": 3.0, "separate": 1.0, "gated": 1.0}
+STRENGTHS = {"projected": 2.25, "swap": 2.25, "separate": 1.0, "gated": 1.0}
 PROJECTED = ("projected", "swap")
 THINGS = ("dog", "tree", "car", "cup", "house", "star", "book", "hat", "flower", "fish", "shoe", "chair")
 
@@ -39,15 +41,18 @@ class EIUP(Method):
                          d = A(q, E) V_E - A(q, N) V_N          what the concept adds, less its component along the t
                          a = max(0, <O - A(q, N) V_N, d> / <d, d>)          how much of it the row's text adds
                          O = O - strength a d                               per query, over heads and channels
+        swap:            c = |what `projected` removes at strength 1| / |O - A(q, N) V_N|           per query
+                         g = min(1, strength) clamp(5 (c - threshold), 0, 1)
+                         O = O' + g (A(q, R) V_R - O')          O': the projected output, R: the phrase's anchor
 
-    In joint attention (SD 3, FLUX, CogView4), the projected form takes other outputs, with I the picture's columns:
+    In joint attention (SD 3, FLUX, CogView4), these two forms take other outputs, with I the picture's columns:
 
-        A(q, X) V_X becomes A(q, [X, I]) V_[X, I], for X = P, N, T, E, where q are the picture's queries
+        A(q, X) V_X becomes A(q, [X, I]) V_[X, I], for X = P, N, T, E, R, where q are the picture's queries
 
-    The denoiser carries N, T and E beside the prompt. Each attends to itself and to the picture, and passes the blocks
-    as the prompt does. Prompt and picture do not attend to them, and only the picture's O changes.
+    The denoiser carries N, T, E and R beside the prompt. Each attends to itself and to the picture, and passes the
+    blocks as the prompt does. Prompt and picture do not attend to them, and only the picture's O changes.
 
-    The projected form edits unconditional rows with a negative prompt differently. P_d projects onto the span of the d
+    Both edit unconditional rows with a negative prompt differently, and without R. P_d projects onto the span of the d
     of all phrases: O = O - min(strength, 1) P_d (O - A(q, N) V_N).
 
     Paper: D. Chen, Z. Li, M. Fan, C. Chen, W. Zhou, Y. Li, 2024, "EIUP: A Training-Free Approach to Erase Non-Compliant
@@ -62,45 +67,54 @@ class EIUP(Method):
     towards it. N is the text of the pipeline's unconditional rows without a negative prompt (SDXL base: zeros), or the
     encoded "" without guidance. The user's negative prompt never affects the edit of the conditional rows. T are mean
     states of neutral texts. Removing what all things share would damage other pictures. A text that equals N is not
-    edited. `gated` is also Efface's. All columns of the prompt stay, whereas GIE's code drops one padding column per
-    concept token; so zero strength equals the base model bitwise. There is one trajectory, not two. Outside the window
-    there is no edit. Joint attention is not in the paper. There, each encoder's padding of N, T and E becomes one
-    column, its mean, which counts in the softmax as often as the padding has columns.
+    edited. `swap` is also Efface's: where most of what the prompt adds is the concept, the layer puts out what an
+    anchor would, so the picture shows the anchor instead of a blot. With anchors of several phrases, a query reads the
+    one of the phrases of which it has most. `gated` is also Efface's. All columns of the prompt stay, whereas GIE's
+    code drops one padding column per concept token; so zero strength equals the base model bitwise. There is one
+    trajectory, not two. Outside the window there is no edit. Joint attention is not in the paper. There, each encoder's
+    padding of N, T and E becomes one column, its mean, which counts in the softmax as often as the padding has columns.
 
     Negative prompts: guidance pushes away from the unconditional rows. If these contained the concept, guidance would
     damage pictures of other things. If they contained less of it than the empty text, guidance would push towards the
-    concept. The projected form therefore leaves in them as much of the concept as the empty text has. It treats the
-    further rows of `NegativePrompt` with a strength in the same way. With an empty negative prompt it edits no
-    unconditional row, at no cost. `separate` and `gated` never edit unconditional rows. With them, a negative prompt
-    that names the concept increases the removal.
+    concept. The projected and swap forms therefore leave in them as much of the concept as the empty text has. They
+    treat the further rows of `NegativePrompt` with a strength in the same way. With an empty negative prompt they edit
+    no unconditional row, at no cost. A negative prompt that names the anchor works against the swap. `separate` and
+    `gated` never edit unconditional rows. With them, a negative prompt that names the concept increases the removal.
 
     The pooled text embeddings of SDXL, SD 3 and FLUX bypass attention and are not edited. On PixArt, whose T5 has no
     start token, text is projected and its padding masked as in the pipeline.
 
     Args:
-        concepts: the concepts to erase: names of shipped concepts, `Concept` objects, or a sequence of them. Projected:
-            each phrase is an erasure prompt with its direction, and directions are removed one after the other (joined
-            phrases would dilute each other). Separate and gated: phrases are packed into as few prompts as fit the
-            encoder.
-        strength: >= 0. Projected: the removed share of the concept's component; 1 removes all of it. Values above 1
-            push the other way. Guidance amplifies that, so large values damage pictures. Separate and gated: the weight
-            -w of each concept token; with CLIP, values above 1 are usual. Guidance amplifies the edit: a strength for
-            guidance 7.5 is weak without guidance. 0 is the base model. Default: 2.25 for the projected form, the
-            smallest that meets the targets on `emoji`, and not calibrated in joint attention; 1 for the others.
+        concepts: the concepts to erase: names of shipped concepts, `Concept` objects, or a sequence of them. Projected
+            and swap: at most 256 phrases in a row; each phrase is an erasure prompt with its direction, and directions
+            are removed one after the other (joined phrases would dilute each other). Separate and gated: phrases are
+            packed into as few prompts as fit the encoder.
+        strength: >= 0. Projected and swap: the removed share of the concept's component; 1 removes all of it. Values
+            above 1 push the other way. Guidance amplifies that, so large values damage pictures. Separate and gated:
+            the weight -w of each concept token; with CLIP, values above 1 are usual. Guidance amplifies the edit: a
+            strength for guidance 7.5 is weak without guidance. 0 is the base model. Default: 2.25 for these two
+            forms, the smallest that meets the targets of the projected one on `emoji`, not calibrated in joint
+            attention; 1 for the others.
         window: (start, end), the part of the trajectory with the edit, as fractions: 0 is pure noise, 1 the picture.
-        normalization: "projected", "separate" or "gated". The latter two need cross-attention.
-        neutral: groups of neutral texts, which name ordinary things. The mean of each group is a T. Projected only; ()
-            means none.
+        normalization: "projected", "swap", "separate" or "gated". The latter two need cross-attention.
+        neutral: groups of neutral texts, which name ordinary things. The mean of each group is a T. Projected and swap
+            only; () means none.
+        anchors: swap only: texts for concepts without an own `Concept.anchor`. Each phrase takes the one that is
+            nearest in the text encoder and means none of the phrases (cosine <= 0.65). (): the shipped anchor of the
+            concept, else "a red apple", "a stack of books" or "a wrapped gift".
+        threshold: swap only: from 0 to 1, the share c from which on the anchor is read; from 0.2 above, it is read
+            alone. Default: 0.65, chosen on `emoji`. Lower values replace more, also of other things in the picture.
         rows: one list of concepts per prompt of the batch, instead of `concepts` for all.
 
-    Shapes: queries and outputs [B, Q, C], text [N, L, D]; Q counts the picture's columns. Only the projected form edits
-    unconditional rows, and only if they have a negative prompt; this doubles the cost of the edit.
+    Shapes: queries and outputs [B, Q, C], text [N, L, D]; Q counts the picture's columns. Only the projected and swap
+    forms edit unconditional rows, and only if they have a negative prompt; this doubles the cost of the edit.
 
     Raises:
         ValueError: a concept or `normalization` is unknown, `strength` is negative, `window` is outside [0, 1], a group
-            of neutral texts is empty, or there is no concept. On `apply`: the pipeline lacks the attention layers that
-            the form needs, or has fused cross-attention projections, or a phrase has no tokens or is over the encoder's
-            limit. In a call: the numbers of `rows` and prompts differ.
+            of neutral texts is empty, there is no concept, an anchor is erased in the same row, or a row has over 256
+            phrases. On `apply`: the pipeline lacks the attention layers that the form needs, or has fused
+            cross-attention projections, or a phrase or anchor has no tokens or is over the encoder's limit. In a call:
+            the numbers of `rows` and prompts differ.
         TypeError: the family of the pipeline is unknown, or `rows` or `concepts` are not lists of concepts.
         RuntimeError: in a call, the attention of a joint layer cannot be seen, as with other attention backends than
             diffusers' "native".
@@ -136,6 +150,7 @@ class EIUP(Method):
     normalization: Normalization = "projected"
     neutral: tuple[tuple[str, ...], ...] = (tuple(f"a {thing}" for thing in THINGS),)
     anchors: tuple[str, ...] = ()
+    threshold: float = 0.65
     rows: RowsField = Converted(None)
 
     def __post_init__(self) -> None:
@@ -149,6 +164,7 @@ class EIUP(Method):
             raise ValueError(checks.refusal("`neutral` to be groups of texts", self.neutral, cure))
         object.__setattr__(self, "neutral", tuple(tuple(group) for group in groups))
         object.__setattr__(self, "anchors", checks.texts("anchors", self.anchors))
+        object.__setattr__(self, "threshold", checks.share("threshold", self.threshold))
         if self.normalization in PROJECTED:
             for concepts in self._sets:
                 _anchors.check_size(concepts)
@@ -174,8 +190,15 @@ class EIUP(Method):
 
     def check(self, pipe: DiffusionPipeline) -> None:
         super().check(pipe)
-        if self.normalization == "swap":
-            _anchors.check(pipe, self._sets, self.anchors)
+        check_phrases(pipe, [anchor for (anchor,) in self._anchored])
+
+    def apply(self, pipe: DiffusionPipeline) -> Handle:
+        with ExitStack() as applied:
+            handle = applied.enter_context(super().apply(pipe))
+            if self.normalization == "swap":
+                _anchors.warn(pipe, self._sets, self.anchors)
+            applied.pop_all()
+        return handle
 
     def prepared(
         self, pipe: DiffusionPipeline, erasure_prompts: Sequence[str], call: Encoding | None, memory: Memory
@@ -190,7 +213,7 @@ class EIUP(Method):
             if cross.unconditional:
                 added = cleared(*given)
             elif self.normalization == "swap":
-                added = swapped(*given, cross.memory["anchor_of"][prompts.which])
+                added = swapped(*given, self.threshold, cross.memory["anchor_of"][prompts.which])
             else:
                 added = projected(*given)
         else:

@@ -98,11 +98,12 @@ class Erasure(Frozen):
                 f"Expected a method that takes the concepts of each row, got {self.method!r}, which acts on the whole "
                 "batch. Choose another method, or use a pipeline for this policy alone."
             )
-        if not getattr(cls, "uses_anchors", False) and any(concept.anchor for concept in self.anchored):
-            raise ValueError(
-                f"{self.method!r} maps no concept to an anchor. Leave the anchors out, or choose another method."
-            )
         eraser = self.build()
+        if not getattr(eraser, "uses_anchors", False) and any(concept.anchor for concept in self.anchored):
+            raise ValueError(
+                f"{self.method!r} maps no concept to an anchor with these fields. Leave the anchors out, or write "
+                '{"normalization": "swap"} as `fields` of \'eiup\'.'
+            )
         if eraser.is_off():
             raise ValueError(f"{self.method!r} changes nothing with these fields. Write `unguarded: true` instead.")
 
