@@ -135,8 +135,21 @@ ORDER = {
     "redteam": ("victim", "panel", "trial", "result", "forms", "folder", "run", "__init__"),
     "guard": ("forms", "policy", "file", "proof", "record", "explain", "guard", "__init__"),
     "serve": (
-        *("tables", "database", "errors", "log", "metrics", "audit", "keys", "policies", "fields", "jobs", "fair"),
-        *("service", "backend", "worker", "watch", "http", "images", "own", "app", "run", "__init__"),
+        *(
+            "tables",
+            "database",
+            "errors",
+            "log",
+            "metrics",
+            "audit",
+            "keys",
+            "policies",
+            "fields",
+            "jobs",
+            "leases",
+            "fair",
+        ),
+        *("service", "backend", "pulse", "worker", "watch", "http", "images", "own", "app", "run", "__init__"),
     ),
     "report": (
         "words",
