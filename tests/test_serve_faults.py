@@ -18,7 +18,7 @@ import pytest
 from test_serve import LIMITS, Desk, Stub, _until, desk, error, quiet
 from test_serve_state import new, nothing
 
-from efface.serve import backend, images, jobs, log, own, worker
+from efface.serve import backend, images, jobs, log, worker
 from efface.serve.backend import Drawn, Row
 from efface.serve.database import Unavailable
 from efface.serve.errors import Refused
@@ -223,14 +223,6 @@ def test_one_tenant_cannot_take_all_open_requests(desk: Desk) -> None:
     for response in (desk.post(ASKED), desk.client.get(f"/v1/efface/jobs/{name}/events", headers=desk.head())):
         assert error(response, 429, "too_many_open") and response.headers["retry-after"]
     assert desk.post(ASKED, "teens").status_code == 200
-
-
-def test_errors_that_are_raised_again_and_again_keep_no_request_alive(desk: Desk) -> None:
-    """An exception collects the frames of every raise, with the requests in them."""
-    for _ in range(3):
-        error(desk.client.get(f"/v1/efface/jobs/job_{'0' * 32}", headers=desk.head()), 404, "not_found")
-    shared = [each for module in (images, jobs, own, worker) for each in vars(module).values()]
-    assert all(each.__traceback__ is None for each in shared if isinstance(each, Refused))
 
 
 # ---------------------------------------------------------------- what is kept

@@ -23,10 +23,7 @@ from .service import Service
 from .watch import Watcher
 
 routes = APIRouter()
-
-
-def _no_job() -> Refused:
-    return Refused(404, "There is no such job. Correct its id.", "not_found")
+NO_JOB = Refused(404, "There is no such job. Correct its id.", "not_found")
 
 
 @routes.get("/v1/models", responses=documented(400, 401, 403), openapi_extra=SECURED)
@@ -44,7 +41,7 @@ async def _job(request: Request, name: str) -> tuple[Service, Holder, Job]:
     service, holder = service_of(request), await holder_of(request)
     job = await run_in_threadpool(service.jobs.get, holder.tenant, name)
     if job is None:
-        raise _no_job()
+        raise NO_JOB
     return service, holder, job
 
 
@@ -67,7 +64,7 @@ async def delete(request: Request, name: str) -> Response:
     """Cancels a job, and deletes its pictures."""
     service, holder, _ = await _job(request, name)
     if not await run_in_threadpool(cancel, service, holder, name):
-        raise _no_job()
+        raise NO_JOB
     return JSONResponse({"id": name, "deleted": True})
 
 
