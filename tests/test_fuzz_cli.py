@@ -267,6 +267,10 @@ VERBS: dict[str, tuple[list[list[str]], dict[str, Any]]] = {
         }
         | {"--batch": NUMBER, "--judge": SETTINGS, "--bar": JUNK},
     ),
+    "studio": (
+        [["--concept", "cat", "--model", "tiny"]],
+        {**TARGETS, **LOADING, "--port": NUMBER, "--batch": NUMBER},
+    ),
     "score": (
         [["run"], ["run", "--metric", "detection", "--bar", "detection<=1"], ["run", "--format", "csv"]],
         {"--metric": JUNK, "--set": SETTINGS, "--bar": JUNK, "--format": FORMAT, "--labels": PATHS},
@@ -392,7 +396,7 @@ def stubs() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(api, "load", load)
-        patch.setattr("efface.serve.run.run", lambda service, *_: service.database.close() or 0)
+        patch.setattr("efface.serve.run.run", lambda service, *_, **__: service.database.close() or 0)
         yield
 
 

@@ -73,6 +73,9 @@ def run(
     queue: Annotated[int, typer.Option(min=1, help="The largest number of live jobs.")] = 1_000,
     tenant_queue: Annotated[int, typer.Option(min=1, help="The largest number of live jobs of a tenant.")] = 200,
     drain: Annotated[float, typer.Option(help="Seconds for accepted jobs after SIGTERM.")] = 60.0,
+    studio: Annotated[
+        bool, typer.Option("--studio", help="Also serve a page at /studio that draws with a key.")
+    ] = False,
     database: DatabaseUrl = None,
     *,
     loading: Mapping[str, Any],
@@ -92,7 +95,8 @@ def run(
         sizes = sizes or [native_size(pipe)]
         service.model, service.sizes = name or model, sizes
         gently()
-        code = serve(service, PipelineBackend(pipe, service.model, sizes), host, port, metrics_port, everywhere)
+        backend = PipelineBackend(pipe, service.model, sizes)
+        code = serve(service, backend, host, port, metrics_port, everywhere, studio=studio)
     raise typer.Exit(code)
 
 
