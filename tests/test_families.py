@@ -271,7 +271,7 @@ class Words:
 def test_padding_in_front_moves_a_texts_tokens() -> None:
     facts = Family("x", "X", ("",), frozenset(), left_padded=("tokenizer",), padded_to_limit=False)
     pipe: Any = SimpleNamespace(tokenizer=Words(), text_encoder=SimpleNamespace(config=SimpleNamespace(hidden_size=3)))
-    read = facts.read(pipe, "tokenizer", "a red cat")
+    read = facts.read(pipe, "tokenizer", "a red cat", {})
     assert read.ids == [1, 2, 8, 10, 10] and read.own == slice(2, 5) and read.last == 4
     assert facts.shift("tokenizer", read, 16) == 11 and SD.shift("tokenizer", read, 16) == 0
     edit = torch.ones(2, 3)

@@ -104,7 +104,7 @@ def check_phrases(pipe: DiffusionPipeline, phrases: Sequence[str], **settings: A
 
 def _whole(facts: Family, pipe: DiffusionPipeline, name: str, text: str, settings: Mapping[str, Any]) -> Reading:
     """A cleaned text as an encoder reads it. Raises ValueError if it has no tokens or is too long."""
-    found, limit = facts.read(pipe, name, text), facts.limit(pipe, name, settings)
+    found, limit = facts.read(pipe, name, text, settings), facts.limit(pipe, name, settings)
     if text and found.own.start == found.own.stop:
         raise ValueError(
             f"The phrase {checks.shown(text)} has no tokens for this pipeline. Write the concept in other words."
@@ -214,7 +214,7 @@ def read(pipe: DiffusionPipeline, text: str, name: str, **settings: Any) -> Read
 
 def _read(facts: Family, pipe: DiffusionPipeline, name: str, text: str, settings: Mapping[str, Any]) -> Reading:
     (text,) = facts.cleaned(pipe, getattr(pipe, name), [text], settings)
-    return facts.read(pipe, name, text)
+    return facts.read(pipe, name, text, settings)
 
 
 def encoding_settings(call: inspect.BoundArguments) -> dict[str, Any]:

@@ -152,9 +152,9 @@ class Denoiser:
                 "many tokens."
             )
         fitting = [each for each in longer if each is not None]
-        made[facts.text_argument] = torch.cat([each[0] for each in fitting]).to(text)
         if (mask := facts.text_mask(arguments)) is not None:
-            made[facts.mask_argument] = torch.cat([each[1] for each in fitting if each[1] is not None]).to(mask)
+            made = facts.with_mask(made, torch.cat([each[1] for each in fitting if each[1] is not None]).to(mask))
+        made[facts.text_argument] = torch.cat([each[0] for each in fitting]).to(text)
         if facts.pooled_text(arguments) is not None:
             made = facts.with_pooled(made, torch.cat([t.pooled for t in texts if t.pooled is not None]))
         return made if length == text.shape[1] else facts.for_length(made, length)

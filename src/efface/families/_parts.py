@@ -13,11 +13,13 @@ class Reading(NamedTuple):
 
     `ids` are the tokens whose states the pipeline uses, without padding. `own` marks the text's own tokens among them.
     `dropped` is the number of leading tokens that the pipeline adds before the encoder and removes after it.
+    `padded_before` says that padding precedes the tokens.
     """
 
     ids: list[int]
     own: slice
     dropped: int = 0
+    padded_before: bool = False
 
     @property
     def last(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,8 @@ class Family:
         text_argument, time_argument, mask_argument, pooled_argument: the denoiser's arguments for the text, the time,
             the mask of the text's padding, and the pooled text.
         shared_arguments: the denoiser's arguments that all rows of a batch share.
+        weighs_padding: whether the denoiser reads masked padding too, with less weight. Otherwise it ignores it.
+        positions: whether a column of the text has a position in joint attention.
         joint: the last name of the modules with joint attention.
         text_first: whether text precedes the picture in joint attention.
         projection: the denoiser's module that projects the text for all layers; "" if there is none.
@@ -80,6 +83,8 @@ class Family:
     mask_argument: str = "encoder_attention_mask"
     pooled_argument: str = "pooled_projections"
     shared_arguments: tuple[str, ...] = ()
+    weighs_padding: bool = False
+    positions: bool = False
     joint: str = "attn"
     text_first: bool = True
     projection: str = ""
@@ -221,7 +226,7 @@ class Family:
         convert = getattr(pipe, "maybe_convert_prompt", None)  # textual inversion: one word, several tokens
         return [convert(text, tokenizer) for text in texts] if convert else list(texts)
 
-    def read(self, pipe: DiffusionPipeline, tokenizer: str, text: str) -> Reading:
+    def read(self, pipe: DiffusionPipeline, tokenizer: str, text: str, settings: Mapping[str, Any]) -> Reading:
         """A cleaned text as an encoder reads it, without truncation."""
         make = getattr(pipe, tokenizer)
         own, ids = (list(make(text, add_special_tokens=special).input_ids) for special in (False, True))
@@ -230,7 +235,7 @@ class Family:
 
     def shift(self, tokenizer: str, reading: Reading, length: int) -> int:
         """The offset of a text's tokens in `length` columns because of padding before them."""
-        return length - len(reading.ids) if tokenizer in self.left_padded else 0
+        return length - len(reading.ids) if reading.padded_before or tokenizer in self.left_padded else 0
 
     def places(
         self, pipe: DiffusionPipeline, length: int | None, settings: Mapping[str, Any]
@@ -272,7 +277,7 @@ class Family:
         """The same texts [N, L, D] and mask in `length` columns; None if padding would change the text."""
         if length == text.shape[1]:
             return text, mask
-        if length < text.shape[1] or not self.masked:
+        if length < text.shape[1] or not self.masked or self.weighs_padding:
             return None
         seen = text.new_ones(text.shape[:2]).bool() if mask is None else mask
         return self.padded(text, length), self.padded(seen[..., None], length)[..., 0]
@@ -291,6 +296,10 @@ class Family:
         mask = arguments.get(self.mask_argument)
         return mask if mask is not None and mask.ndim == 2 else None
 
+    def with_mask(self, arguments: Mapping[str, Any], mask: Tensor) -> dict[str, Any]:
+        """The arguments with another mask of the text's padding, for the same text."""
+        return {**arguments, self.mask_argument: mask}
+
     def pooled_text(self, arguments: Mapping[str, Any]) -> Tensor | None:
         """The pooled text [B, P] among a denoiser's arguments."""
         return arguments.get(self.pooled_argument)
@@ -302,6 +311,15 @@ class Family:
     def for_length(self, arguments: dict[str, Any], length: int) -> dict[str, Any]:
         """The denoiser's arguments with other inputs that depend on the text's `length`, such as positions."""
         return arguments
+
+    def with_positions(self, arguments: dict[str, Any], positions: Tensor) -> dict[str, Any]:
+        """The arguments with the positions [X] of further columns in front of the text's own columns."""
+        return arguments
+
+    def placed(self, denoiser: nn.Module, positions: Tensor, prompt: int) -> AbstractContextManager[Any]:
+        """During a denoiser call, gives further columns [X], and the prompt's after them, their positions. For denoisers
+        that count columns themselves."""
+        return nullcontext()
 
     def text_projection(self, denoiser: nn.Module) -> nn.Module | None:
         """The module that projects the text for all layers, if there is one."""
