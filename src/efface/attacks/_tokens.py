@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from .._text import cut_off, readers
+from ..families import tokenizer_of
 from ..delta.embeddings import Rows, tables
 from ._vocabulary import common, whole_words
 
@@ -19,7 +20,7 @@ from ._vocabulary import common, whole_words
 def check_tokens(pipe: Any) -> None:
     """Raises ValueError unless soft tokens work on this pipeline: tables of tokens, shared words, embeddings."""
     for name in readers(pipe):
-        whole_words(getattr(pipe, name))
+        whole_words(tokenizer_of(pipe, name))
     if not common(pipe):
         raise ValueError(
             "Expected tokenizers that share at least one word of one token, got none. Attacks that search for tokens "

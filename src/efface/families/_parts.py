@@ -32,6 +32,20 @@ def encoder_name(tokenizer: str) -> str:
     return tokenizer.replace("tokenizer", "text_encoder")
 
 
+def tokenizer_of(pipe: Any, name: str) -> Any:
+    """The pipeline's tokenizer, which may be part of a processor of texts and pictures."""
+    found = getattr(pipe, name)
+    return getattr(found, "tokenizer", found)
+
+
+def between(ids: list[int], empty: list[int]) -> slice:
+    """A text's own tokens among `ids`, which a template surrounds as in `empty`, the ids of an empty text."""
+    most = min(len(ids), len(empty))
+    start = next((k for k in range(most) if ids[k] != empty[k]), most)
+    end = next((k for k in range(most - start) if ids[-1 - k] != empty[-1 - k]), most - start)
+    return slice(start, len(ids) - end)
+
+
 def held(pipe: Any) -> dict[str, Any]:
     """The attributes of a pipeline object, including its components; faster than `components`."""
     return getattr(pipe, "__dict__", {})

@@ -7,12 +7,22 @@ family names no method. What methods may need, and families may offer, is listed
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ._parts import Reading, bare, class_names, encode_parameters, encoder_name, held, is_kind, video_argument
+from ._parts import (
+    Reading,
+    bare,
+    class_names,
+    encode_parameters,
+    encoder_name,
+    held,
+    is_kind,
+    tokenizer_of,
+    video_argument,
+)
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -213,7 +223,7 @@ class Family:
 
     def limit(self, pipe: DiffusionPipeline, tokenizer: str, settings: Mapping[str, Any]) -> int:
         """The largest number of tokens for this tokenizer, including start and end."""
-        most = int(getattr(pipe, tokenizer).model_max_length)
+        most = int(tokenizer_of(pipe, tokenizer).model_max_length)
         longest = encode_parameters(pipe).get("max_sequence_length")
         if longest is None or tokenizer not in self.resizable:
             return most
@@ -228,7 +238,7 @@ class Family:
 
     def read(self, pipe: DiffusionPipeline, tokenizer: str, text: str, settings: Mapping[str, Any]) -> Reading:
         """A cleaned text as an encoder reads it, without truncation."""
-        make = getattr(pipe, tokenizer)
+        make = tokenizer_of(pipe, tokenizer)
         own, ids = (list(make(text, add_special_tokens=special).input_ids) for special in (False, True))
         start = next(k for k in range(len(ids) + 1) if ids[k : k + len(own)] == own)
         return Reading(ids, slice(start, start + len(own)))
@@ -312,9 +322,9 @@ class Family:
         """The denoiser's arguments with other inputs that depend on the text's `length`, such as positions."""
         return arguments
 
-    def with_positions(self, arguments: dict[str, Any], positions: Tensor) -> dict[str, Any]:
-        """The arguments with the positions [X] of further columns in front of the text's own columns."""
-        return arguments
+    def with_positions(self, arguments: dict[str, Any], positions: Tensor, length: int) -> dict[str, Any]:
+        """As `for_length`, with the positions [X] of further columns beside the text's own columns."""
+        return self.for_length(arguments, length)
 
     def placed(self, denoiser: nn.Module, positions: Tensor, prompt: int) -> AbstractContextManager[Any]:
         """During a denoiser call, gives further columns [X], and the prompt's after them, their positions. For denoisers
@@ -324,6 +334,10 @@ class Family:
     def text_projection(self, denoiser: nn.Module) -> nn.Module | None:
         """The module that projects the text for all layers, if there is one."""
         return getattr(denoiser, self.projection) if self.projection else None
+
+    def projects(self, denoiser: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """The complete projection of a text, from the `forward` of that module."""
+        return forward
 
     def joint_layers(self, denoiser: nn.Module) -> dict[str, nn.Module]:
         """The modules with joint attention, by their names in the denoiser."""

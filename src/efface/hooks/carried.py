@@ -113,8 +113,7 @@ class Carried:
             arguments = facts.with_mask(arguments, torch.cat([seen, mask] if self.first else [mask, seen], 1))
         more = self.states.to(text).expand(len(text), -1, -1)
         longer = torch.cat([more, text] if self.first else [text, more], 1)
-        arguments = facts.for_length({**arguments, facts.text_argument: longer}, longer.shape[1])
-        return facts.with_positions(arguments, self.positions)
+        return facts.with_positions({**arguments, facts.text_argument: longer}, self.positions, longer.shape[1])
 
     def check(self, layer: str, query: Tensor, key: Tensor, options: dict[str, Any]) -> None:
         """Raises RuntimeError unless a layer attends from all columns to all columns, as every layer before."""
