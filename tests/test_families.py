@@ -315,7 +315,7 @@ def test_tokens_that_the_pipeline_puts_in_front_and_drops_are_counted_when_other
 
 
 def test_each_family_has_tiny_pipelines_that_all_methods_are_tried_on() -> None:
-    assert {family(tiny.untouched(name)).name for name in tiny.EACH} | {"emoji-flux"} == {
+    assert {family(tiny.untouched(name)).name for name in tiny.EACH} | {"emoji-flux", "FLUX.2 klein"} == {
         each.name for each in FAMILIES
     }
 

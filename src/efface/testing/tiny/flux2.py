@@ -69,8 +69,8 @@ def parts(words: Any, encoder: Any, guidance_embeds: bool) -> dict[str, Any]:
     for modulation in (m for n, m in transformer.named_modules() if "modulation" in n and n.endswith("linear")):
         modulation.weight.data *= 4  # gates
     for name, weight in transformer.named_parameters():
-        if "norm_q" in name or "norm_added_q" in name or "add_v_proj" in name:
-            weight.data *= 3
+        if "add_v_proj" in name or "to_add_out" in name:
+            weight.data *= 6
     return {
         "vae": AutoencoderKLFlux2(
             block_out_channels=(4, 4),
@@ -113,5 +113,5 @@ def options(pipe: Any, given: dict[str, Any], prompts: int) -> dict[str, Any]:
 
 
 BUILDERS = {"flux2": flux2, "klein": klein}
-EACH = ("flux2", "klein")
+EACH = ("flux2",)
 PIPELINES = (Flux2Pipeline, Flux2KleinPipeline)
