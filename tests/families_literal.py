@@ -58,24 +58,29 @@ class Literal:
     def __call__(self, hidden_states: Tensor, encoder_hidden_states: Tensor, **given: Any) -> Any:
         prompt, rows = encoder_hidden_states, len(encoder_hidden_states)
         edits, length = self.edits(prompt), prompt.shape[1]
-        seen = prompt.new_ones(rows, length) if given.get(self.mask) is None else given[self.mask][:, :length].to(prompt)
+        seen = (
+            prompt.new_ones(rows, length) if given.get(self.mask) is None else given[self.mask][:, :length].to(prompt)
+        )
         own = Beside(prompt, torch.ones(length), torch.arange(length), seen)
-        each = [own, *(t._replace(states=t.states.expand(rows, -1, -1), seen=t.seen.expand(rows, -1)) for t in self.texts)]
+        each = [
+            own,
+            *(t._replace(states=t.states.expand(rows, -1, -1), seen=t.seen.expand(rows, -1)) for t in self.texts),
+        ]
         picture, columns = self.start(hidden_states, given), [self.embed(text.states) for text in each]
         for block in self.blocks():
             image = self.stream(block, picture, None, text=False)
-            prompt_, *others = (self.stream(block, x, text, text=True) for x, text in zip(columns, each, strict=True))
-            out, *would = (self.over(image, text, image) for text in (prompt_, *others))
+            first, *streams = (self.stream(block, x, text, text=True) for x, text in zip(columns, each, strict=True))
+            out, *would = (self.over(image, text, image) for text in (first, *streams))
             made = []
             for row, edit in enumerate(edits):
                 nothing, *rest = (one[row] for one in would)
                 made.append(
                     out[row] if edit is None else edit(out[row], nothing, rest[: self.neutral], rest[self.neutral :])
                 )
-            read = [self.over(one, one, image) for one in (prompt_, *others)]
+            read = [self.over(one, one, image) for one in (first, *streams)]
             picture = self.leave(block, picture, torch.stack(made), image.rest, text=False)
-            streams = zip(columns, read, (prompt_, *others), strict=True)
-            columns = [self.leave(block, x, o, one.rest, text=True) for x, o, one in streams]
+            tokens = zip(columns, read, (first, *streams), strict=True)
+            columns = [self.leave(block, x, o, one.rest, text=True) for x, o, one in tokens]
         return (self.net.proj_out(self.net.norm_out(picture, self.last)),)
 
     def over(self, queries: Stream, *keys: Stream) -> Tensor:

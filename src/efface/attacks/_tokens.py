@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from .. import checks
 from .._text import cut_off, readers
-from ..families import tokenizer_of
 from ..delta.embeddings import Rows, tables
+from ..families import tokenizer_of
 from ._vocabulary import common, whole_words
 
 

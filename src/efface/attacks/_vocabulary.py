@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .. import checks
 from .._text import read, readers
-from ..families import tokenizer_of
 from ..core import Concept
+from ..families import tokenizer_of
 from ._words import table
 
 _KNOWN: weakref.WeakKeyDictionary[Any, dict[str, int]] = weakref.WeakKeyDictionary()

@@ -12,17 +12,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ._parts import (
-    Reading,
-    bare,
-    class_names,
-    encode_parameters,
-    encoder_name,
-    held,
-    is_kind,
-    tokenizer_of,
-    video_argument,
-)
+from . import _parts
+from ._parts import Reading, encode_parameters, encoder_name, held
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -50,8 +41,7 @@ class Family:
         bidirectional: the tokenizers whose encoders are not causal (BERT, T5).
         resizable: the tokenizers whose limit follows the call argument `max_sequence_length`.
         left_padded: the tokenizers that pad before the text.
-        padded_to_limit: whether all texts are padded to the encoder's limit. Otherwise they are padded to the longest
-            text of an `encode_prompt` call.
+        padded_to_limit: whether texts are padded to the encoder's limit; else to the longest of an `encode_prompt` call.
         settings: the arguments of `encode_prompt` that change the encoding of any text.
         width_names: entries of the denoiser's config with the width of its text. The first that is set counts.
         scale: the call argument, and in some pipelines the attribute, with the guidance scale.
@@ -136,8 +126,7 @@ class Family:
 
     @property
     def returns_negative(self) -> bool:
-        """Whether `encode_prompt` encodes the negative prompts together with the prompts. Otherwise it is called
-        again."""
+        """Whether `encode_prompt` also encodes the negative prompts. Otherwise it is called again."""
         return "negative" in self.returns
 
     @property
@@ -154,23 +143,22 @@ class Family:
 
         A suite's guidance is classifier-free guidance. FLUX is guidance-distilled and keeps the pipeline's default.
         """
-        rest = {name: value for name, value in call.items() if name != "guidance"}
-        return rest | ({self.scale: call["guidance"]} if "guidance" in call and self.scale == "guidance_scale" else {})
+        named = {"guidance": self.scale} if self.scale == "guidance_scale" else {}
+        return {named.get(name, name): value for name, value in call.items() if name != "guidance" or named}
 
     # ---- which pipelines are of the family
 
     def recognises(self, pipe: DiffusionPipeline) -> bool:
         """Whether a pipeline is of this family, by its class, its denoiser and its text encoders."""
-        if not self.has_denoiser(pipe) or not self.has_slots(pipe) or self.lost(pipe):
+        other = not self.has_denoiser(pipe) or not self.has_slots(pipe) or bool(self.lost(pipe))
+        if other or not hasattr(pipe, "encode_prompt") or _parts.video_argument(type(pipe)):
             return False
-        if not hasattr(pipe, "encode_prompt") or video_argument(type(pipe)):
-            return False
-        found = (bare(getattr(pipe, slot)) for slot in self.slots)
-        return all(is_kind(part, kind) for part, kind in zip(found, self.encoders, strict=True))
+        found = (_parts.bare(getattr(pipe, slot)) for slot in self.slots)
+        return all(_parts.is_kind(part, kind) for part, kind in zip(found, self.encoders, strict=True))
 
     def has_denoiser(self, pipe: DiffusionPipeline) -> bool:
         """Whether the pipeline's denoiser has this family's class."""
-        return self.denoiser_class in class_names(held(pipe).get(self.denoiser))
+        return self.denoiser_class in _parts.class_names(held(pipe).get(self.denoiser))
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -193,13 +181,10 @@ class Family:
 
     def offered(self, pipe: DiffusionPipeline) -> frozenset[str]:
         """The offers of this pipeline: `offers`, without those that its denoiser or class lacks."""
-        found = self.offers - {"guidance_scale"}
-        if self.tells_scale(pipe):
-            found |= {"guidance_scale"}
+        found = self.offers - {"guidance_scale"} | ({"guidance_scale"} if self.tells_scale(pipe) else set())
         if not self.joint_layers(getattr(pipe, self.denoiser)):
             found -= {"joint_text"}
-        layers = getattr(pipe, self.denoiser).modules() if "cross_text" in found else ()
-        if "cross_text" in found and not any(getattr(m, "is_cross_attention", False) for m in layers):
+        if not any(getattr(m, "is_cross_attention", False) for m in getattr(pipe, self.denoiser).modules()):
             found -= {"cross_text", "text_weights"}
         return found
 
@@ -223,7 +208,7 @@ class Family:
 
     def limit(self, pipe: DiffusionPipeline, tokenizer: str, settings: Mapping[str, Any]) -> int:
         """The largest number of tokens for this tokenizer, including start and end."""
-        most = int(tokenizer_of(pipe, tokenizer).model_max_length)
+        most = int(_parts.tokenizer_of(pipe, tokenizer).model_max_length)
         longest = encode_parameters(pipe).get("max_sequence_length")
         if longest is None or tokenizer not in self.resizable:
             return most
@@ -238,7 +223,7 @@ class Family:
 
     def read(self, pipe: DiffusionPipeline, tokenizer: str, text: str, settings: Mapping[str, Any]) -> Reading:
         """A cleaned text as an encoder reads it, without truncation."""
-        make = tokenizer_of(pipe, tokenizer)
+        make = _parts.tokenizer_of(pipe, tokenizer)
         own, ids = (list(make(text, add_special_tokens=special).input_ids) for special in (False, True))
         start = next(k for k in range(len(ids) + 1) if ids[k : k + len(own)] == own)
         return Reading(ids, slice(start, start + len(own)))
@@ -327,8 +312,7 @@ class Family:
         return self.for_length(arguments, length)
 
     def placed(self, denoiser: nn.Module, positions: Tensor, prompt: int) -> AbstractContextManager[Any]:
-        """During a denoiser call, gives further columns [X], and the prompt's after them, their positions. For denoisers
-        that count columns themselves."""
+        """Gives further columns [X], and the prompt's after them, their positions in a denoiser that counts columns."""
         return nullcontext()
 
     def text_projection(self, denoiser: nn.Module) -> nn.Module | None:
@@ -341,9 +325,8 @@ class Family:
 
     def joint_layers(self, denoiser: nn.Module) -> dict[str, nn.Module]:
         """The modules with joint attention, by their names in the denoiser."""
-        if not self.joint_attention:
-            return {}
-        return {name: m for name, m in denoiser.named_modules() if name.rpartition(".")[2] == self.joint}
+        modules = denoiser.named_modules() if self.joint_attention else ()
+        return {name: m for name, m in modules if name.rpartition(".")[2] == self.joint}
 
     def text_readers(self, denoiser: nn.Module) -> dict[str, nn.Module]:
         """The projections that make keys and values from the text, by their names in the denoiser.

@@ -30,6 +30,14 @@ class _Flux2(FluxLike):
     settings: tuple[str, ...] = ("max_sequence_length", "text_encoder_out_layers")
     positions: bool = True
 
+    def guided(self, guidance: float) -> dict[str, Any]:
+        """No arguments: dev takes its guidance scale as an input of the denoiser."""
+        return {}
+
+    def protocol(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        rest = {name: value for name, value in call.items() if name != "guidance"}
+        return rest | (self.guided(call["guidance"]) if "guidance" in call else {})
+
     def state_width(self, encoder: Any) -> int:
         return LAYERS * int(encoder.config.get_text_config().hidden_size)
 
@@ -39,7 +47,7 @@ class _Flux2(FluxLike):
         return Reading(ids, between(ids, empty), padded_before=left)
 
     def tells_scale(self, pipe: DiffusionPipeline) -> bool:
-        return "guidance" in self.offers and super().tells_scale(pipe)  # dev: an input of the denoiser
+        return "guidance" in self.offers and super().tells_scale(pipe)
 
     def templated(self, pipe: Any, text: str) -> list[int]:
         """The tokens of a text in the pipeline's chat template."""
@@ -84,6 +92,4 @@ class _Klein(_Flux2):
 
 
 FLUX2 = _Flux2("FLUX.2")
-FLUX2_KLEIN = _Klein(
-    "FLUX.2 klein", encoders=("Qwen3",), offers=FLUX2.offers | {"guidance", "guidance_scale"}
-)
+FLUX2_KLEIN = _Klein("FLUX.2 klein", encoders=("Qwen3",), offers=FLUX2.offers | {"guidance", "guidance_scale"})

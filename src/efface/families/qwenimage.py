@@ -26,7 +26,7 @@ class _QwenImage(Family):
         return int(encoder.config.get_text_config().hidden_size)
 
     def limit(self, pipe: DiffusionPipeline, tokenizer: str, settings: Mapping[str, Any]) -> int:
-        return min(int(settings.get("max_sequence_length") or LONGEST), pipe.tokenizer_max_length)
+        return min(int(settings.get("max_sequence_length") or LONGEST), int(pipe.tokenizer_max_length))
 
     def read(self, pipe: DiffusionPipeline, tokenizer: str, text: str, settings: Mapping[str, Any]) -> Reading:
         make, dropped = tokenizer_of(pipe, tokenizer), pipe.prompt_template_encode_start_idx

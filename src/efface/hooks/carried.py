@@ -13,7 +13,6 @@ from ..families import Family
 from . import watch
 from .texts import Text
 
-
 RUN = 32  # columns of padding that one column stands for, where their positions differ
 
 

@@ -108,7 +108,10 @@ def with_rows(
     own = {name: value for name, value in arguments.items() if name not in facts.shared_arguments}
     found = arguments | {name: in_rows(value, len(text), put) for name, value in own.items()}
     if any(each.mask is not None for each in lengthened):
-        masks = [each.states.new_ones(each.states.shape[:2]).bool() if each.mask is None else each.mask for each in lengthened]
+        masks = [
+            each.states.new_ones(each.states.shape[:2]).bool() if each.mask is None else each.mask
+            for each in lengthened
+        ]
         masks = [*masks[: len(given)], *each_row(masks[len(given) :])]
         found = facts.with_mask(found, torch.cat(masks) if mask is None else torch.cat(masks).to(mask))
     found[facts.text_argument] = torch.cat([*(t.states for t in given), *each_row([t.states for t in further])])

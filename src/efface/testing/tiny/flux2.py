@@ -20,8 +20,8 @@ from .parts import decoder_words, louder
 MARKS = ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]")
 MISTRAL = (
     "{% for m in messages %}{% set text = m['content'][0]['text'] %}"
-    "{% if m['role'] == 'system' %}[SYSTEM_PROMPT]{{ text }}[/SYSTEM_PROMPT]{% else %}[INST]{{ text }}[/INST]{% endif %}"
-    "{% endfor %}"
+    "{% if m['role'] == 'system' %}[SYSTEM_PROMPT]{{ text }}[/SYSTEM_PROMPT]"
+    "{% else %}[INST]{{ text }}[/INST]{% endif %}{% endfor %}"
 )
 QWEN = "{% for m in messages %}<|im_start|> user {{ m['content'] }}<|im_end|>{% endfor %}<|im_start|> assistant"
 TEXT = {
@@ -35,21 +35,18 @@ TEXT = {
 }
 
 
-def shallow(kind: type) -> Any:
+def shallow(kind: Any) -> Any:
     """The pipeline class, whose text comes from all three states of a decoder with two layers."""
 
-    def encode_prompt(self: Any, *args: Any, text_encoder_out_layers: Any = (0, 1, 2), **options: Any) -> Any:
-        return kind.encode_prompt(self, *args, text_encoder_out_layers=text_encoder_out_layers, **options)  # type: ignore[attr-defined]
+    def defaulting(original: Any) -> Any:
+        def call(self: Any, *args: Any, text_encoder_out_layers: Any = (0, 1, 2), **options: Any) -> Any:
+            return original(self, *args, text_encoder_out_layers=text_encoder_out_layers, **options)
 
-    def call(self: Any, *args: Any, text_encoder_out_layers: Any = (0, 1, 2), **options: Any) -> Any:
-        return kind.__call__(self, *args, text_encoder_out_layers=text_encoder_out_layers, **options)
+        call.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+        return call
 
-    for made, original in ((encode_prompt, kind.encode_prompt), (call, kind.__call__)):  # type: ignore[attr-defined]
-        taken = inspect.signature(original)
-        layers = taken.parameters["text_encoder_out_layers"].replace(default=(0, 1, 2))
-        changed = [layers if each.name == layers.name else each for each in taken.parameters.values()]
-        made.__signature__ = taken.replace(parameters=changed)  # type: ignore[attr-defined]
-    return type(kind.__name__, (kind,), {"encode_prompt": encode_prompt, "__call__": call, "__init__": kind.__init__})
+    methods = {name: defaulting(getattr(kind, name)) for name in ("encode_prompt", "__call__")}
+    return type(kind.__name__, (kind,), {**methods, "__init__": kind.__init__})
 
 
 def parts(words: Any, encoder: Any, guidance_embeds: bool) -> dict[str, Any]:
@@ -90,7 +87,13 @@ def parts(words: Any, encoder: Any, guidance_embeds: bool) -> dict[str, Any]:
 def flux2() -> Flux2Pipeline:
     """A decoder's text with a position for each column, padded in front; distilled, so without guidance."""
     words = decoder_words(("<pad>", *MARKS), chat_template=MISTRAL)
-    picture = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 8}
+    picture = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "head_dim": 8,
+    }
     config = Mistral3Config(
         text_config={"model_type": "mistral", "vocab_size": len(words), **TEXT},
         vision_config={"model_type": "pixtral", "image_size": 16, "patch_size": 8, **picture},

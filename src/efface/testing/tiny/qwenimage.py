@@ -50,7 +50,13 @@ def qwenimage() -> QwenImagePipeline:
             weight.data *= 4  # gates
     pipe = QwenImagePipeline(
         vae=AutoencoderKLQwenImage(
-            base_dim=4, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False]
+            base_dim=4,
+            z_dim=4,
+            dim_mult=[1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False],
+            latents_mean=[0.0] * 4,
+            latents_std=[1.0] * 4,
         ).eval(),
         text_encoder=encoder,
         tokenizer=words,
