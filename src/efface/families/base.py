@@ -12,8 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import _parts
-from ._parts import Reading, encode_parameters, encoder_name, held
+from ._parts import Reading, class_names, encode_parameters, encoder_name, held, is_kind, tokenizer_of, video_argument
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -41,7 +40,7 @@ class Family:
         bidirectional: the tokenizers whose encoders are not causal (BERT, T5).
         resizable: the tokenizers whose limit follows the call argument `max_sequence_length`.
         left_padded: the tokenizers that pad before the text.
-        padded_to_limit: whether texts are padded to the encoder's limit; else to the longest of an `encode_prompt` call.
+        padded_to_limit: whether texts are padded to the encoder's limit, or to the longest of an `encode_prompt` call.
         settings: the arguments of `encode_prompt` that change the encoding of any text.
         width_names: entries of the denoiser's config with the width of its text. The first that is set counts.
         scale: the call argument, and in some pipelines the attribute, with the guidance scale.
@@ -151,14 +150,14 @@ class Family:
     def recognises(self, pipe: DiffusionPipeline) -> bool:
         """Whether a pipeline is of this family, by its class, its denoiser and its text encoders."""
         other = not self.has_denoiser(pipe) or not self.has_slots(pipe) or bool(self.lost(pipe))
-        if other or not hasattr(pipe, "encode_prompt") or _parts.video_argument(type(pipe)):
+        if other or not hasattr(pipe, "encode_prompt") or video_argument(type(pipe)):
             return False
-        found = (_parts.bare(getattr(pipe, slot)) for slot in self.slots)
-        return all(_parts.is_kind(part, kind) for part, kind in zip(found, self.encoders, strict=True))
+        found = (getattr(pipe, slot) for slot in self.slots)
+        return all(is_kind(part, kind) for part, kind in zip(found, self.encoders, strict=True))
 
     def has_denoiser(self, pipe: DiffusionPipeline) -> bool:
         """Whether the pipeline's denoiser has this family's class."""
-        return self.denoiser_class in _parts.class_names(held(pipe).get(self.denoiser))
+        return self.denoiser_class in class_names(held(pipe).get(self.denoiser))
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -208,7 +207,7 @@ class Family:
 
     def limit(self, pipe: DiffusionPipeline, tokenizer: str, settings: Mapping[str, Any]) -> int:
         """The largest number of tokens for this tokenizer, including start and end."""
-        most = int(_parts.tokenizer_of(pipe, tokenizer).model_max_length)
+        most = int(tokenizer_of(pipe, tokenizer).model_max_length)
         longest = encode_parameters(pipe).get("max_sequence_length")
         if longest is None or tokenizer not in self.resizable:
             return most
@@ -223,7 +222,7 @@ class Family:
 
     def read(self, pipe: DiffusionPipeline, tokenizer: str, text: str, settings: Mapping[str, Any]) -> Reading:
         """A cleaned text as an encoder reads it, without truncation."""
-        make = _parts.tokenizer_of(pipe, tokenizer)
+        make = tokenizer_of(pipe, tokenizer)
         own, ids = (list(make(text, add_special_tokens=special).input_ids) for special in (False, True))
         start = next(k for k in range(len(ids) + 1) if ids[k : k + len(own)] == own)
         return Reading(ids, slice(start, start + len(own)))
