@@ -157,7 +157,7 @@ def deltas_on(plan: Plan, fits: Sequence[Unit]) -> Iterator[None]:
     """The pipeline with fitted deltas, in order."""
     with contextlib.ExitStack() as stack:
         for unit in fits:
-            stack.enter_context(efface.Delta.load(delta_file(plan, unit)).apply(plan.world.pipe))
+            stack.enter_context(efface.api.load_delta(delta_file(plan, unit)).apply(plan.world.pipe))
         yield
 
 
@@ -237,7 +237,7 @@ class Outcome(Experiment):
             setting |= {"negative": [arm.negative, call.get("negative_prompt"), NEAR]}
 
         def pictures(some: int) -> torch.Tensor:
-            made = (efface.Delta.load(delta_file(plan, fitted)),) if fitted else erased
+            made = (efface.api.load_delta(delta_file(plan, fitted)),) if fitted else erased
             if NEGATIVES[arm.negative] is None:
                 return embedded(plan, made, arm.negative, prompts[:some], numbers[:some])
             given = {k: v[:some] if isinstance(v, list) else v for k, v in call.items()}
