@@ -174,11 +174,11 @@ PEERS = Sweep(
     concepts=("alcohol",),
     cells=("explicit", "theme", "bystander"),
     points={
-        "casteer": settings(efface.CASteer, {"strength": 1.0}, {"strength": 2.0}, {"strength": 4.0}),
-        "midsteer": settings(efface.MidSteer, {"strength": 0.5}, {"strength": 1.0}, {"strength": 2.0}),
-        "gloce": settings(efface.GLoCE, *({"preserve": ORDINARY, "threshold": t} for t in (2.5, 1.5, 0.5))),
-        "mace": settings(efface.MACE, {"lr": 1e-3}, {"lr": 3e-3}, {"lr": 1e-2}),
-        "receler": settings(efface.Receler, {"lr": 5e-4}, {"lr": 2e-3}, {"lr": 5e-3}),
+        "casteer": settings(efface.CASteer, {"strength": 1.0}, {"strength": 2.0}),
+        "midsteer": settings(efface.MidSteer, {"strength": 1.0}, {"strength": 2.0}),
+        "gloce": settings(efface.GLoCE, *({"preserve": ORDINARY, "threshold": t} for t in (2.5, 1.5))),
+        "mace": settings(efface.MACE, {"lr": 1e-3}, {"lr": 1e-2}),
+        "receler": settings(efface.Receler, {"lr": 1e-3}, {"lr": 3e-3}),
     },
 )
 EXPERIMENTS: tuple[Experiment, ...] = (

@@ -87,7 +87,7 @@ class GLoCE(FamilyDefaults):
 
     needs: ClassVar[tuple[str, ...]] = ("cross_text",)
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "emoji": {"threshold": 1.5, "sampler_steps": 20},
+        "emoji": {"threshold": 1.5, "sampler_steps": 10},
         "": {"threshold": 1.5, "sampler_steps": 50},
     }
 

@@ -86,7 +86,7 @@ class MidSteer(FamilyDefaults):
 
     needs: ClassVar[tuple[str, ...]] = ("cross_text",)
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "emoji": {"strength": 1.0, "sampler_steps": 20},
+        "emoji": {"strength": 1.0, "sampler_steps": 10},
         "": {"strength": 1.0, "sampler_steps": 25},
     }
 
