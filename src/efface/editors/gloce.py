@@ -78,9 +78,9 @@ class GLoCE(FamilyDefaults):
         >>> import efface
         >>> pipe = efface.load("emoji")
         >>> cat = efface.Concept("cat", anchor="a tree", keep=("a dog",))
-        >>> steering = efface.GLoCE(pictures=2, sampler_steps=5).fit(pipe, cat)
+        >>> steering = efface.GLoCE(pictures=2, sampler_steps=2).fit(pipe, cat)
         >>> with steering.apply(pipe):
-        ...     image = pipe("a cat", num_inference_steps=5).images[0]
+        ...     image = pipe("a cat", num_inference_steps=2).images[0]
         >>> image.size
         (64, 64)
     """

@@ -80,7 +80,7 @@ class MACE(FamilyDefaults):
     Example:
         >>> import efface
         >>> pipe = efface.load("emoji")
-        >>> fit = efface.MACE(steps=2, pictures=2, sampler_steps=2)
+        >>> fit = efface.MACE(steps=1, pictures=1, batch=1, sampler_steps=2)
         >>> delta = fit.fit(pipe, efface.Concept("cat", anchor="a dog"))
         >>> with delta.apply(pipe):
         ...     image = pipe("a cat", num_inference_steps=2).images[0]

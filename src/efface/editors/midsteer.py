@@ -77,7 +77,8 @@ class MidSteer(FamilyDefaults):
         >>> import efface
         >>> pipe = efface.load("emoji")
         >>> cat = efface.Concept("cat", anchor="a dog")
-        >>> steering = efface.MidSteer("switch", pictures=1, sampler_steps=2).fit(pipe, cat)
+        >>> fit = efface.MidSteer("switch", neutral=("a tree",), pictures=1, sampler_steps=2)
+        >>> steering = fit.fit(pipe, cat)
         >>> with steering.apply(pipe):
         ...     image = pipe("a cat", num_inference_steps=2).images[0]
         >>> image.size

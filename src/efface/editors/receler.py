@@ -79,7 +79,7 @@ class Receler(FamilyDefaults):
     Example:
         >>> import efface
         >>> pipe = efface.load("emoji")
-        >>> fit = efface.Receler(steps=2, inner_steps=1, width=8, batch=1, sampler_steps=3)
+        >>> fit = efface.Receler(steps=1, inner_steps=1, width=8, batch=1, sampler_steps=2)
         >>> steering = fit.fit(pipe, "alcohol")
         >>> with steering.apply(pipe):
         ...     image = pipe("a night at the pub", num_inference_steps=2).images[0]
