@@ -309,8 +309,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         attacks={f"concept_arithmetics {recipe}": arithmetic(recipe) for recipe in RECIPES if recipe != "contrast"}
         | {name: CHEAP[name] for name in ("prompt_as_negative", "best_of_n", "image_to_image", "inpainting", *WEIGHTS)},
         left_out=frozenset(("eiup", attack) for attack in WEIGHTS),
-        budget=600,
-        n=16,
+        n=24,
     ),
     Redteam(
         name="gradient_attacks",

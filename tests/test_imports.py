@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checks": {"registry"},
     "fields": set(),
     "_hazards": set(),
+    "_hub": set(),
     "_concepts": {"registry", "checks", "fields", "_hazards"},
     "core": {"registry", "checks", "fields", "_concepts"},
     "files": {"checks"},
@@ -45,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "attacks": HOOKS,
     "testing": TEXTS | {"hooks"},
     "models": FACTS,
-    "detectors": FACTS | {"models"},
+    "detectors": FACTS | {"models", "_hub"},
     "metrics": FACTS | {"models", "detectors", "judged"},
     "suites": FACTS | {"models"},
     "intervals": {"checks"},
@@ -73,7 +74,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": FACTS
     | {"models", "api", "pipelines", "calibration", "detectors", "runs", "redteam", "report", "tables", "jobs"}
     | {"progress", "feedback", "auditing", "thresholds", "guard", "serve"}
-    | {"_interrupt"},
+    | {"_interrupt", "_hub"},
     "__main__": {"cli", "_interrupt"},
     "efface": {
         *("registry", "core", "records", "pictures", "pipelines", "api", "calibration", "erasers", "editors"),
@@ -135,8 +136,21 @@ ORDER = {
     "redteam": ("victim", "panel", "trial", "result", "forms", "folder", "run", "__init__"),
     "guard": ("forms", "policy", "file", "proof", "record", "explain", "guard", "__init__"),
     "serve": (
-        *("tables", "database", "errors", "log", "metrics", "audit", "keys", "policies", "fields", "jobs", "fair"),
-        *("service", "backend", "worker", "watch", "http", "images", "own", "app", "run", "__init__"),
+        *(
+            "tables",
+            "database",
+            "errors",
+            "log",
+            "metrics",
+            "audit",
+            "keys",
+            "policies",
+            "fields",
+            "jobs",
+            "leases",
+            "fair",
+        ),
+        *("service", "backend", "pulse", "worker", "watch", "http", "images", "own", "app", "run", "__init__"),
     ),
     "report": (
         "words",

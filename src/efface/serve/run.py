@@ -75,7 +75,7 @@ def run(
     metrics_port: int | None = 9000,
     everywhere: bool = False,
 ) -> int:
-    """Serves until a signal. Returns 0, or 1 if the worker ended by an error.
+    """Serves until a signal. Returns 0, or 1 if the worker ended by an error or stalled.
 
     Args:
         service: the service.
@@ -114,17 +114,19 @@ def _serve(server: Server, sockets: Sequence[Any], worker: Worker) -> bool:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.handle_exit)
     asyncio.run(server._serve(list(sockets)))
-    failed = not worker.is_alive()
+    stalled = server.service.stalled.is_set()
+    failed = stalled or not worker.is_alive()
     worker.stop()
-    worker.join(server.service.limits.drain)
+    worker.join(0.0 if stalled else server.service.limits.drain)
     told("stopped", failed=failed)
     return failed
 
 
 def _end_with(worker: Worker, server: Server) -> None:
-    """Ends the server if its worker ends by an error, so that whatever started it starts it again."""
-    worker.join()
-    if not server.service.draining.is_set():
-        told("worker ended")
+    """Ends the server if its worker ends by an error or stalls, so that whatever started it starts it again."""
+    while worker.is_alive() and not server.service.stalled.is_set():
+        worker.join(0.5)
+    if server.service.stalled.is_set() or not server.service.draining.is_set():
+        told("worker ended", stalled=server.service.stalled.is_set())
         server.service.draining.set()
         server.should_exit = True
