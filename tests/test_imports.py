@@ -105,8 +105,8 @@ ORDER = {
         *("prediction", "step", "outputs", "denoiser", "sites", "method", "__init__"),
     ),
     "delta": (
-        *("factors", "watch", "overlay", "applied", "embeddings", "words", "base", "table", "forms", "file", "lora"),
-        *("delta", "features", "tokens", "state"),
+        *("factors", "watch", "overlay", "applied", "embeddings", "words", "base", "table", "gates"),
+        *("forms", "file", "lora", "delta", "features", "steering", "tokens", "state"),
         "__init__",
     ),
     "runs": (
