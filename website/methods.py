@@ -30,7 +30,7 @@ def page(name: str) -> str:
         [
             f"# {cls.__name__}",
             registry.about(names()[name])[name].partition(": ")[2].capitalize(),
-            table(["", ""], [[key, value] for key, value in _facts(name, cls).items()]),
+            "\n".join(f"- **{key}**: {value}" for key, value in _facts(name, cls).items()),
             *([note.read_text("utf-8").partition("\n")[2].strip()] if note.is_file() else []),
             "## Figures",
             cards.of_method(name),
