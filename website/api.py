@@ -29,7 +29,10 @@ def public() -> dict[str, str]:
     """The public names of Efface, each with the module that it comes from."""
     tree = ast.parse((ROOT / "src/efface/__init__.pyi").read_text("utf-8"))
     return {
-        name.name: f"efface.{node.module}" for node in tree.body if isinstance(node, ast.ImportFrom) for name in node.names
+        name.name: f"efface.{node.module}"
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for name in node.names
     }
 
 

@@ -91,9 +91,11 @@ def _outcomes(concept: str) -> Iterator[str]:
             head = [title, *(BASE if m == "plain" else f"`{m}`" for m in methods)]
             if lines:
                 yield table(head, lines)
-        low = " (a) The base model shows the concept in fewer than 30 % of these." if not all(
-            row["counts"] for row in rows
-        ) else ""
+        low = (
+            " (a) The base model shows the concept in fewer than 30 % of these."
+            if not all(row["counts"] for row in rows)
+            else ""
+        )
         yield (
             f"{found['n_per_cell']} pictures per cell, 95 % intervals, test seeds on `emoji`.{low} Measured "
             f"{found['date'][:10]} by `{found['command']}`; card [`results/{name}.json`](../files/results/{name}.json)."
@@ -108,7 +110,8 @@ def _neighbours(concept: str) -> Iterator[str]:
     base, (strength, erased) = rows.pop(0.0), max(rows.items())
     lost = f"Not recognisable any more: {', '.join(erased['lost'])}." if erased["lost"] else "None was lost."
     yield (
-        f"**Neighbours that suffer.** Of {erased['n']} other icons, each drawn once with `eiup` at strength {strength:g}, "
+        f"**Neighbours that suffer.** Of {erased['n']} other icons, each drawn once with `eiup` at strength "
+        f"{strength:g}, "
         f"{percent({'rate': erased['kept']} | erased)} stay recognisable; the base model draws "
         f"{percent({'rate': base['kept']} | base)}. {lost} One picture per icon cannot say how often it is lost. "
         "Card [`results/eiup_bystanders.json`](../files/results/eiup_bystanders.json)."

@@ -173,7 +173,9 @@ def _nothing(name: str) -> str:
 
 def tuned() -> set[str]:
     """The concepts on which settings were chosen: in the experiments of today, and in the cards of earlier ones."""
-    cells = [cell for each in ("eiup_sweep", "editors_tuning", "editors_tuning_trained") for cell in card(each)["cells"]]
+    cells = [
+        cell for each in ("eiup_sweep", "editors_tuning", "editors_tuning_trained") for cell in card(each)["cells"]
+    ]
     return {*TUNED, *(concept for concept, _ in cells), *(c for c, _ in card("pareto").get("tuning_cells", ()))}
 
 

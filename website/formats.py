@@ -88,20 +88,21 @@ def _type(entry: Mapping[str, Any], parts: Mapping[str, Any]) -> str:
         return f"`{name}`" if parts[name].get("type") == "object" else _type(parts[name], parts)
     if "anyOf" in entry:
         return " or ".join(dict.fromkeys(_type(each, parts) for each in entry["anyOf"]))
-    if "const" in entry:
-        return f"`{entry['const']}`"
-    if "enum" in entry:
-        return " or ".join(f"`{each}`" for each in entry["enum"])
-    kind = entry.get("type")
-    if kind == "array":
-        of = " and ".join(_type(each, parts) for each in entry["prefixItems"]) if "prefixItems" in entry else ""
-        most = entry.get("maxItems")
-        of = of or (_type(entry["items"], parts) if entry.get("items") else "any value")
-        return f"list of {of}{f', at most {most:,}' if most else ''}"
-    if kind == "object":
+    if values := entry.get("enum", [entry["const"]] if "const" in entry else []):
+        return " or ".join(f"`{each}`" for each in values)
+    if entry.get("type") == "array":
+        return _list(entry, parts)
+    if entry.get("type") == "object":
         values = entry.get("additionalProperties")
         return f"mapping of texts to {_type(values, parts)}" if isinstance(values, dict) and values else "mapping"
-    return {"string": _text, "integer": _number, "number": _number}.get(str(kind), _other)(entry)
+    return {"string": _text, "integer": _number, "number": _number}.get(str(entry.get("type")), _other)(entry)
+
+
+def _list(entry: Mapping[str, Any], parts: Mapping[str, Any]) -> str:
+    each = " and ".join(_type(part, parts) for part in entry.get("prefixItems", ()))
+    each = each or (_type(entry["items"], parts) if entry.get("items") else "any value")
+    most = f", at most {entry['maxItems']:,} entries" if "maxItems" in entry else ""
+    return f"list of ({each}){most}" if "," in each else f"list of {each}{most}"
 
 
 def _text(entry: Mapping[str, Any]) -> str:

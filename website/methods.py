@@ -69,8 +69,8 @@ def families() -> str:
     return "\n\n".join(
         [
             "# Methods and families",
-            "A method declares its needs, a family of pipelines its offers. A method works on a family that offers what "
-            "it needs, and refuses the others with an error that names both. This page is made from the code. All "
+            "A method declares its needs, a family of pipelines its offers. A method works on a family that offers "
+            "what it needs, and refuses the others with an error that names both. This page is made from the code. All "
             "families are tested for mechanics on tiny pipelines with random weights; figures exist for `emoji` only.",
             drawn(),
             "## What a family can offer",

@@ -50,10 +50,12 @@ def page() -> str:
     return "\n\n".join(
         [
             "# Threat models",
-            "What an eraser can promise depends on what an attacker has. The rows go from the least access to the most; "
-            "whoever has one has those above it.",
+            "What an eraser can promise depends on what an attacker has. The rows go from the least access to the "
+            "most. "
+            "Whoever has one has those above it.",
             table(["access", "the attacker", "a run-time eraser", "an edited model (delta)", "attacks in Efface"], who),
-            "A lower rate is one on the prompts that were measured, and no guarantee for a single picture. No card holds attack rates yet: `efface attack` measures them on your model, with controls.",
+            "A lower rate is one on the prompts that were measured, and no guarantee for a single picture. No card "
+            "holds attack rates yet: `efface attack` measures them on your model, with controls.",
             "- [Attacks](attacks.md): how a result is made, and each attack.\n"
             "- [Limits](limits.md): what Efface does not protect against.\n"
             "- [Images API](serve.md#threat-model): what a tenant of the service can try.\n"
