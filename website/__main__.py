@@ -13,6 +13,10 @@ def main(arguments: list[str]) -> int:
         found = list(check.faults(Path(arguments[1])))
         print(*found, f"{len(found)} faults", sep="\n")
         return int(bool(found))
+    if arguments == ["notebooks", "--check"]:
+        found = [line for path in notebooks.files() for line in notebooks.differences(path)]
+        print(*found, f"{len(found)} differences in {len(notebooks.files())} notebooks", sep="\n")
+        return int(bool(found))
     if arguments == ["notebooks"]:
         for path in notebooks.files():
             notebooks.write(path)

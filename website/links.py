@@ -47,6 +47,8 @@ def in_site(path: str) -> str:
         return ELSEWHERE[path]
     if path.startswith("docs/"):
         return path.removeprefix("docs/")
+    if path.endswith(".ipynb"):
+        return f"notebooks/{Path(path).stem}.md"
     return f"files/{path}" if path.endswith(COPIED) else f"files/{path}.md"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from typing import Any
@@ -17,6 +18,7 @@ ROOMS = {"erasers": "run time", "editors": "editor, writes a delta"}
 ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
 
 
+@functools.cache
 def names() -> dict[str, str]:
     """The methods of Efface with their rooms; no plug-ins."""
     shipped = {name: room for name, room in registry.methods().items() if room in ROOMS}
@@ -53,9 +55,12 @@ def _facts(name: str, cls: Any) -> dict[str, str]:
     }
 
 
+cells_of = functools.cache(matrix)
+
+
 def where(name: str) -> str:
     """The families on which a method works by default."""
-    cells = matrix()[name, ""]
+    cells = cells_of()[name, ""]
     found = [family if cell == "yes" else f"{family} (with {cell})" for family, cell in cells.items() if cell]
     return ", ".join(found)
 

@@ -1,6 +1,7 @@
 """Notebooks: plain JSON files, whose code is run here in one process, and whose outputs are checked.
 
     python -m website notebooks            run each notebook, and write the outputs into it
+    python -m website notebooks --check    run each, and compare what it prints
 
 A notebook is run without Jupyter: cells in order, what a cell prints and the value of its last line. A picture becomes
 a PNG.
@@ -19,6 +20,7 @@ from typing import Any
 
 from PIL.Image import Image
 
+from . import links
 from .links import ROOT
 
 FOLDER = ROOT / "examples/notebooks"
@@ -74,6 +76,21 @@ def write(path: Path) -> None:
     path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
+def differences(path: Path) -> list[str]:
+    """What a notebook prints now and did not print when its outputs were written. Pictures only have to be there."""
+    notebook = json.loads(path.read_text("utf-8"))
+    stored = [cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    lines = []
+    for k, (then, now) in enumerate(zip(stored, executed(notebook, {}), strict=True), 1):
+        if (before := list(map(_shown, then))) != (after := list(map(_shown, now))):
+            lines.append(f"{path.name}, code cell {k}: stored {before}, now {after}")
+    return lines
+
+
+def _shown(output: Mapping[str, Any]) -> str:
+    return "".join(output.get("text") or output["data"]["text/plain"])
+
+
 def page(path: Path) -> str:
     """A notebook as a page."""
     parts = []
@@ -89,5 +106,6 @@ def page(path: Path) -> str:
                 parts.append(f'<img alt="What this cell draws" src="data:image/png;base64,{data["image/png"]}">')
             else:
                 parts.append(f"```text\n{''.join(data['text/plain']).rstrip()}\n```")
-    name = path.relative_to(ROOT)
-    return "\n\n".join([*parts, f"This page is the notebook `{name}`, with the outputs that a test draws again."])
+    name = path.relative_to(ROOT).as_posix()
+    parts.append(f"This page is the notebook `{name}`, with the outputs that `make docs` compares.")
+    return links.rewritten("\n\n".join(parts), name, links.in_site(name))

@@ -46,7 +46,11 @@ def linked() -> tuple[dict[str, str], list[str]]:
         if page.is_file()
         for target in links.targets(page.read_text("utf-8"), str(page.relative_to(ROOT)))
     }
-    others = sorted(path for path in asked if path not in links.ELSEWHERE and not path.startswith("docs/"))
+    others = sorted(
+        path
+        for path in asked
+        if path not in links.ELSEWHERE and not path.startswith("docs/") and not path.endswith(".ipynb")
+    )
     copied = [path for path in others if path.endswith(links.COPIED)]
     copied += [f"results/{path.name}" for path in sorted((ROOT / "results").glob("*.json"))]
     return {links.in_site(path): links.shown(path) for path in others if path not in copied}, sorted(set(copied))
