@@ -251,6 +251,10 @@ VERBS: dict[str, tuple[list[list[str]], dict[str, Any]]] = {
         },
     ),
     "delta info": ([["delta.safetensors"]], {}),
+    "new method": (
+        [["soft_block"], ["soft_block", "--out", "new"], ["soft_block", "--repository", "new"]],
+        {"--out": PATHS, "--repository": PATHS},
+    ),
     "delta export": ([["delta.safetensors", "--out", "new"]], {"--out": PATHS, "--layout": JUNK, "--rank": NUMBER}),
     "delta merge": ([["delta.safetensors", "--model", "tiny", "--out", "new"]], {"--out": PATHS, **LOADING}),
     "bench": (

@@ -69,12 +69,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"models", "api", "pipelines", "detectors", "metrics", "runs", "redteam", "report", "intervals", "judged"}
     | {"feedback", "progress", "attacks", "_hazards"},
     "jobs": HOOKS | {"models", "api", "pipelines", "runs", "progress"},
+    "scaffold": {"checks", "files", "registry"},
     "_interrupt": set(),
     "_sqlite": set(),
     "cli": FACTS
     | {"models", "api", "pipelines", "calibration", "detectors", "runs", "redteam", "report", "tables", "jobs"}
     | {"progress", "feedback", "auditing", "thresholds", "guard", "serve"}
-    | {"_interrupt", "_hub"},
+    | {"_interrupt", "_hub", "scaffold"},
     "__main__": {"cli", "_interrupt"},
     "efface": {
         *("registry", "core", "records", "pictures", "pipelines", "api", "calibration", "erasers", "editors"),

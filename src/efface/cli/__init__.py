@@ -11,6 +11,7 @@ from . import (
     feedback,
     fit,
     judge,
+    new,
     report,
     score,
     serve,
@@ -41,3 +42,4 @@ app.add_typer(delta.delta_app, name="delta")
 app.add_typer(judge.judge_app, name="judge")
 app.add_typer(feedback.feedback_app, name="feedback")
 app.add_typer(serve.serve_app, name="serve")
+app.add_typer(new.new_app, name="new")
