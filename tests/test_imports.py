@@ -60,11 +60,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_trials": FACTS | {"api", "intervals"},
     "calibration": FACTS | {"api", "pipelines", "delta", "intervals", "_trials"},
     "redteam": HOOKS | {"attacks", "models", "api", "pipelines", "detectors", "runs", "intervals", "progress"},
-    "runs": HOOKS | {"models", "api", "pipelines", "metrics", "detectors", "progress", "judged", "feedback"},
+    "runs": HOOKS | {"_ray", "models", "api", "pipelines", "metrics", "detectors", "progress", "judged", "feedback"},
     "report": FACTS | {"runs", "redteam", "feedback", "intervals", "judged"},
     "tables": FACTS | {"runs", "report"},
     "guard": HOOKS | {"api", "detectors"},
-    "serve": FACTS | {"_sqlite", "_weights", "api", "guard", "progress"},
+    "serve": FACTS | {"_ray", "_sqlite", "_weights", "api", "guard", "progress"},
     "auditing": HOOKS
     | {"models", "api", "pipelines", "detectors", "metrics", "runs", "redteam", "report", "intervals", "judged"}
     | {"feedback", "progress", "attacks", "_hazards"},
@@ -72,6 +72,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scaffold": {"checks", "files", "registry"},
     "_interrupt": set(),
     "_sqlite": set(),
+    "_ray": set(),
     "cli": FACTS
     | {"models", "api", "pipelines", "calibration", "detectors", "runs", "redteam", "report", "tables", "jobs"}
     | {"progress", "feedback", "auditing", "thresholds", "guard", "serve"}
@@ -151,7 +152,20 @@ ORDER = {
             "leases",
             "fair",
         ),
-        *("service", "backend", "pulse", "worker", "watch", "http", "images", "own", "app", "run", "__init__"),
+        *(
+            "service",
+            "backend",
+            "pulse",
+            "worker",
+            "watch",
+            "http",
+            "images",
+            "own",
+            "app",
+            "run",
+            "cluster",
+            "__init__",
+        ),
     ),
     "report": (
         "words",
