@@ -21,7 +21,8 @@ class Concept:
     Args:
         name: its name in files and reports.
         phrases: short texts that evoke it. They become erasure prompts. Default: `(name,)`.
-        anchor: the text that methods with an anchor map the concept to. "" is the unconditional text.
+        anchor: the text that methods with an anchor map the concept to. "" is the unconditional text; the swap form of
+            `EIUP` then takes a shipped or default anchor.
         keep: related texts that methods with preservation leave unchanged.
 
     Raises:
