@@ -205,7 +205,6 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         question="Does the swap form draw more than the projected one, and erase and retain as much?",
         cap=0.5,
         n=12,
-        concepts=("alcohol", "weapon", "smoking", "cat", "neon sign"),
         arms={"eiup": Arm(efface.EIUP), "eiup swap": Arm(partial(efface.EIUP, normalization="swap"))},
         against="eiup",
         primary=tuple(("eiup swap", "eiup", metric) for metric in ("other", "residual", "retention")),
