@@ -103,14 +103,24 @@ def test_a_threshold_of_1_is_the_projected_form(sd1: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_empty_prompt_reads_no_anchor(dtype: torch.dtype) -> None:
-    """It differs from the empty text by rounding, of which no share is a concept's."""
-    pipe = pipeline("sd1").to(dtype)
-    eraser = eiup("swap", ALCOHOL, CAT, strength=3.0, threshold=0.0)
-    plain, other = latents(pipe, "").float(), latents(pipe, PROMPTS[0]).float()
-    with eraser.apply(pipe):
-        assert change(latents(pipe, "").float(), plain) < (1e-5 if dtype == torch.float32 else 3e-2)
-        assert change(latents(pipe, PROMPTS[0]).float(), other) > 0.1
+def test_rounding_reads_no_anchor(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The empty prompt's output differs from the empty text's by rounding, of which no share is a concept's."""
+    pipe, moved = pipeline("sd1").to(dtype), list[tuple[float, float]]()
+    original = EIUP.edit
+
+    def spy(self: EIUP, out: Tensor, cross: CrossAttention, prompts: ErasurePrompts) -> Tensor:
+        nothing = cross.with_empty(prompts.text)[0]
+        rounded = nothing + nothing * torch.finfo(dtype).eps * (torch.rand(nothing.shape) - 0.5).to(dtype)
+        edited = original(self, rounded, cross, prompts)
+        moved.append((change(edited.float(), nothing.float()), change(original(self, out, cross, prompts), out)))
+        return out
+
+    monkeypatch.setattr(EIUP, "edit", spy)
+    torch.manual_seed(1_000_000)
+    with eiup("swap", ALCOHOL, CAT, threshold=0.2).apply(pipe):
+        latents(pipe, PROMPTS, num_inference_steps=1)
+    assert max(rounding for rounding, _ in moved) < 4 * torch.finfo(dtype).eps + 1e-6
+    assert min(text for _, text in moved) > 0.05
 
 
 def test_direct_calls_of_the_denoiser_read_the_anchors(sd1: Any) -> None:
