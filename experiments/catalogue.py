@@ -277,7 +277,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     Timing(
         name="eiup_overhead",
         question="What does a denoiser call with guidance cost, in times the base model's?",
-        cap=7.5,
+        cap=6.5,
         n=5,
         scenes=SCENES,
         variants={variant: partial(calls.seconds, make) for variant, make in calls.CALLS.items()},
