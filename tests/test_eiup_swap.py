@@ -250,6 +250,7 @@ def test_policies_and_records_take_the_form() -> None:
 # ---------------------------------------------------------------- joint attention
 
 
+@pytest.mark.filterwarnings("ignore:The anchor")  # random encoders find everything alike
 @pytest.mark.parametrize("family", ["sd3", "flux", "cogview4"])
 def test_joint_attention_equals_the_definition(family: str) -> None:
     """Two anchors, three phrases, all layers."""
@@ -297,14 +298,14 @@ def test_rows_with_a_negative_prompt_are_those_of_the_projected_form(family: str
 
 
 def test_a_beer_mug_becomes_a_cup_of_tea_instead_of_a_blot() -> None:
-    seeds = range(1_000_100, 1_000_103)  # neither tuned on nor in a card
+    seeds = range(1_000_100, 1_000_102)  # neither tuned on nor in a card
     found = {}
     for form in ("projected", "swap"):
         with EIUP("alcohol", normalization=form).apply(model()):
-            images = efface.pipelines.draw(model(), ["a wine glass"] * len(seeds), seeds, num_inference_steps=12)
+            images = efface.pipelines.draw(model(), ["a wine glass"] * len(seeds), seeds, num_inference_steps=10)
         eyes = load_eyes()
         icons = eyes.icons(eyes.see(images))
         alcohol = eyes.concept(eyes.see(images), "alcohol")
         found[form] = int(icons.any(-1).sum(1).min()), int(alcohol.sum(1).max())
     assert found["swap"][1] == found["projected"][1] == 0
-    assert found["swap"][0] == 3 and found["projected"][0] <= 1
+    assert found["swap"][0] == 2 and found["projected"][0] == 0

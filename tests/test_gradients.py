@@ -38,6 +38,7 @@ FAMILIES = (
 TOGETHER = (ALCOHOL, CAT)  # three phrases
 ERASERS: dict[str, Any] = {
     "eiup": EIUP(TOGETHER, neutral=NEUTRAL),
+    "eiup-swap": EIUP(TOGETHER, normalization="swap", neutral=NEUTRAL, anchors=("a big dog",), threshold=0.2),
     "eiup-separate": EIUP(TOGETHER, normalization="separate"),
     "eiup-gated": EIUP(TOGETHER, normalization="gated"),
     "eiup-rows": EIUP(rows=[[CAT, ALCOHOL], [ALCOHOL]], neutral=NEUTRAL),
