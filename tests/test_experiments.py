@@ -171,6 +171,7 @@ def test_the_retention_over_all_groups_is_that_of_its_card() -> None:
         assert all(figure in text for figure in (*found.values(), "1,152"))
 
 
+@pytest.mark.thinned
 def test_an_interrupted_run_goes_on_to_the_identical_card(
     kind: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
