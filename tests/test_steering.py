@@ -117,6 +117,27 @@ def test_directions_are_those_of_the_nearest_time() -> None:
     assert change(early, bare(pipe, timestep=torch.tensor(800))) > EFFECT
 
 
+@pytest.mark.parametrize("form", gates.PARTS)
+def test_gradients_are_those_of_what_it_computes(form: str) -> None:
+    """White-box attacks go through the edit."""
+    pipe = tiny.pipeline("sd1").to(torch.float64)
+    sample = random(1, 2, 4, 8, 8)
+    towards = random(2, *sample.shape)
+    text = {"encoder_hidden_states": tiny.batch("sd1")["encoder_hidden_states"].double()}
+
+    def loss(x: Tensor) -> Tensor:
+        with torch.enable_grad(), efface.conditional_rows(pipe, [True] * 2):
+            return pipe.unet(x, torch.tensor(500), **text).sample.square().sum()
+
+    base = float(loss(sample).detach())
+    with made("sd1", form=form).apply(pipe):
+        given, h = sample.clone().requires_grad_(), 1e-6
+        (slope,) = torch.autograd.grad(loss(given), given)
+        rise = (loss(sample + h * towards) - loss(sample - h * towards)) / (2 * h)
+        assert abs(float(loss(sample).detach()) - base) > 1e-3 * base
+    assert float((slope * towards).sum()) == pytest.approx(float(rise.detach()), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -226,6 +247,18 @@ def test_the_direction_separates_new_pictures_better_than_random_ones(sd1: Any) 
         share = (got[0] @ v > 0).float().mean()
         assert share > 0, "the positive part never acts"
     assert better >= len(with_) - 1
+
+
+@pytest.mark.parametrize("editor", [CASTEER, GLOCE], ids=["casteer", "gloce"])
+def test_fits_work_where_the_text_is_projected_first(editor: Any) -> None:
+    pipe = tiny.pipeline("pixart")
+    before = snapshot(pipe)
+    steering = editor.fit(pipe, CAT)
+    assert_same(snapshot(pipe), before)
+    with steering.apply(pipe):
+        assert change(latents(pipe, "cat"), drawn("pixart", prompt="cat")) > EFFECT
+    with pytest.raises(ValueError, match="needs cross-attention layers"):
+        editor.fit(tiny.untouched("flux"), CAT)
 
 
 def test_casteer_refuses_what_teaches_nothing(sd1: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Generator
 
 from .. import checks
-from .._weights import learning
+from .._weights import digest, learning
 from ..core import Concept, Concepts, as_concepts, config
 from ..delta import Change, Delta, Factors, dense
 from ..delta.factors import added
@@ -168,18 +168,10 @@ class MACE(FamilyDefaults):
         task = Task(concept, concept.phrases, ("",), concept.phrases)
         call = {**family(pipe).guided(self.guidance), "num_inference_steps": self.sampler_steps}
         folder = None if checkpoint is None else Path(checkpoint) / str(seed)
+        options: dict[str, Any] = {"shape": net.shape, "batch": self.batch, "seed": seed, "call": call}
+        options |= {"cache": folder and folder / "latents.safetensors"}
         with telling("drawing the model's pictures") as tell:
-            drawn = latents(
-                pipe,
-                [task],
-                self.pictures,
-                shape=net.shape,
-                batch=self.batch,
-                seed=seed,
-                call=call,
-                cache=folder and folder / "latents.safetensors",
-                tell=tell,
-            )[0].to(net.device, net.dtype)
+            drawn = latents(pipe, [task], self.pictures, tell=tell, **options)[0].to(net.device, net.dtype)
         rows = torch.tensor([net.texts[task.row(k)[0]] for k in range(self.pictures)])
         low, high = self.times
 
@@ -196,7 +188,7 @@ class MACE(FamilyDefaults):
             lambda weights, points, _: net.attended(points, weights),
             seed=seed,
             name="MACE",
-            identity={**config(self), "phrases": list(concept.phrases), "start": "refined"},
+            identity={**config(self), "phrases": list(concept.phrases), "start": digest(net.start)},
             checkpoint=folder and folder / "fit.safetensors",
         )
         learned = state.shipped
