@@ -34,6 +34,7 @@ LEFT_OUT = ("geom_erasing", "hfi", "ccrt")
 BATCH = 4
 KEEP = ("a glass of milk", "a teacup", "a dog", "a house")
 GIVEN: dict[str, dict[str, Any]] = {"gloce": {"preserve": KEEP}, "speed": {"preserve": ("", *KEEP)}}
+COMMAND = "python -m experiments.costs"
 FEW = (1, 3)  # updates of the two short fits
 
 
@@ -115,7 +116,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         for name, each in ratios.items()
     ]
-    card = {"rounds": given.rounds, "machine": machine(), "date": time.strftime("%Y-%m-%d", time.gmtime())}
+    card = {
+        "rounds": given.rounds,
+        "batch": BATCH,
+        "few": FEW,
+        "about": "the updates of the defaults",
+        "command": COMMAND,
+    }
+    card |= {"machine": machine(), "date": time.strftime("%Y-%m-%d", time.gmtime())}
     card |= {"load": Path("/proc/loadavg").read_text("utf-8").split()[0], "phrases": len(CONCEPT.phrases)}
     card |= {"versions": {"torch": torch.__version__, "efface": efface.__version__}, "rows": rows}
     given.out.write_text(json.dumps(card, indent=1) + "\n", "utf-8")

@@ -486,7 +486,7 @@ def test_outside_the_mask_the_adapters_output_costs(sd1: Any) -> None:
 
 def test_receler_lets_the_attack_find_less(sd1: Any) -> None:
     """The prediction for the concept moves away from the base model's, on noise that the fit did not see."""
-    fit = Receler(steps=12, lr=1e-2, inner_steps=2, slots=2, width=8, reuse=2, sampler_steps=3)
+    fit = Receler(steps=8, lr=1e-2, inner_steps=2, slots=2, width=8, reuse=2, sampler_steps=3)
     steering = fit.fit(tiny.untouched("sd1"), CAT)
     facts = steering.info["cat"]
     assert facts["loss"][1] < facts["loss"][0] and facts["attack, last loss of first"] < 1
