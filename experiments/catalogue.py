@@ -172,7 +172,6 @@ EDITORS = Sweep(
         "ccrt": settings(efface.CCRT, *({"eta": eta, "lr": lr} for eta in (0.5, 1.0) for lr in (1e-4, 2e-4))),
     },
 )
-ALWAYS = (0.0, 1.0)
 PEERS = Sweep(
     name="peers_sweep",
     question="Which setting of each peer of 2026 retains within 5 points of the base model and leaves least?",
@@ -181,18 +180,11 @@ PEERS = Sweep(
     concepts=("alcohol",),
     cells=("explicit", "theme", "bystander"),
     points={
-        "casteer": settings(efface.CASteer, {"strength": 1.0}, {"strength": 1.5}, {"strength": 2.0}),
-        "midsteer": settings(efface.MidSteer, {"strength": 1.0}, {"strength": 2.0}, {"strength": 3.0}),
-        "gloce": settings(
-            efface.GLoCE,
-            *(
-                {"preserve": ORDINARY, "observed": o, "window": w}
-                for o, w in (((0.2, 0.4), (0.2, 1.0)), (ALWAYS, ALWAYS))
-            ),
-            {"preserve": ORDINARY, "observed": ALWAYS, "window": ALWAYS, "threshold": 0.5},
-        ),
-        "mace": settings(efface.MACE, {"steps": 0}, {"lr": 1e-3}, {"lr": 3e-3}),
-        "receler": settings(efface.Receler, {"lr": 1e-3}, {"lr": 2e-3}, {"lr": 3e-3}),
+        "casteer": settings(efface.CASteer, {"strength": 1.5}, {"strength": 2.0}),
+        "midsteer": settings(efface.MidSteer, {"strength": 2.0}, {"strength": 3.0}),
+        "gloce": settings(efface.GLoCE, *({"preserve": ORDINARY, "threshold": t} for t in (1.5, 0.5))),
+        "mace": settings(efface.MACE, {"lr": 1e-3}, {"lr": 3e-3}),
+        "receler": settings(efface.Receler, {"lr": 2e-3}, {"lr": 3e-3}),
     },
 )
 EXPERIMENTS: tuple[Experiment, ...] = (
