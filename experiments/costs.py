@@ -35,7 +35,7 @@ BATCH = 4
 KEEP = ("a glass of milk", "a teacup", "a dog", "a house")
 GIVEN: dict[str, dict[str, Any]] = {"gloce": {"preserve": KEEP}, "speed": {"preserve": ("", *KEEP)}}
 COMMAND = "python -m experiments.costs"
-FEW = (1, 3)  # updates of the two short fits
+FEW = (4, 12)  # updates of the two short fits; one trajectory serves four of them
 
 
 def peak() -> int:
