@@ -51,8 +51,9 @@ class MACE(FamilyDefaults):
 
     Differs: part 2 counts the attention of the whole picture; the paper counts it inside a mask from an external
     segmentation model. The pictures are the model's own. The description leaves open which tokens E_i holds; here the
-    concept's own. `lr`, `lam`, the preserved texts and those around the concept are Efface's.
-    Above 1,000 concepts the code lets only five of each chunk enter part 1; here all do.
+    concept's own. If phrase and anchor differ in length, words after them move to other places, and F and G leave them
+    out. `lr`, `lam`, the preserved texts and those around the concept are Efface's. Above 1,000 concepts the code lets
+    only five of each chunk enter part 1; here all do.
 
     Limits: less attention to the concept's tokens is less of the concept only if those tokens carry it; a text encoder
     that is not causal, as that of `emoji`, spreads it. This implementation has not been measured on a large model.
@@ -93,12 +94,7 @@ class MACE(FamilyDefaults):
     needs: ClassVar[tuple[str, ...]] = ("text_weights", "training")
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "emoji": {"templates": ("{}", "a dog and {}", "a tree and {}"), "lam": 5.0, "lr": 1e-3, "sampler_steps": 20},
-        "": {
-            "templates": ("a photo of {}", "{} in a room", "{} in the street"),
-            "lam": 0.5,
-            "lr": 1e-3,
-            "sampler_steps": 25,
-        },
+        "": {"templates": ("a photo of {}", "{} in a room"), "lam": 0.5, "lr": 1e-3, "sampler_steps": 25},
     }
 
     templates: tuple[str, ...] | None = None
