@@ -88,7 +88,7 @@ def applied(eraser: Any, scene: calls.Scene) -> Any:
 @torch.no_grad()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=FILE)
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
