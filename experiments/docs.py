@@ -133,10 +133,11 @@ def costs() -> str:
 On `emoji`, concept "alcohol" with {found["phrases"]} phrases, in a batch of {found["batch"]}: median (range) of
 {found["rounds"]} rounds, measured {found["date"]} by `{found["command"]}` on {found["machine"]},
 under a load of {found["load"]} from other work. Times are core-seconds of one thread. A star: extrapolated from
-{found["few"][1]} updates to {found["about"]}. Deltas of weights add no arithmetic to a step. Their ratios
-(`uce`, `rece`, `speed`, `mace`, `esd`, `sdd`) hold the check of the weights, which a drawing makes seldom, and the error of this
-measurement; [what a step costs](#what-a-step-costs) has closer figures. Memory is the rise of the resident size over what the process held: 0 means that memory of earlier
-steps or fits sufficed. `ccrt`, `geom_erasing` and `hfi` are left out. Card in `results/method_costs.json`.
+{found["few"][1]} updates to {found["about"]}. Deltas of weights (`uce`, `rece`, `speed`, `mace`, `esd`, `sdd`) add no
+arithmetic to a step. Their ratios hold the check of the weights, which a drawing makes seldom, and the error of this
+measurement; [what a step costs](#what-a-step-costs) has closer figures. Memory is the rise of the resident size over
+what the process held: 0 means that memory of earlier steps or fits sufficed. `ccrt`, `geom_erasing` and `hfi` are left
+out. Card in `results/method_costs.json`.
 
 {table(head, lines)}"""
 
