@@ -9,6 +9,7 @@ import ast
 import functools
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from website import api, check, concepts, formats, links, methods, notebooks, pa
 
 ROOT = Path(__file__).parents[1]
 WRITTEN = [*ROOT.glob("docs/**/*.md"), *(ROOT / path for path in links.ELSEWHERE)]
-made = functools.cache(pages.generated)
+made, real = functools.cache(pages.generated), efface.grid
 
 
 def navigation(entries: list[object]) -> list[str]:
@@ -222,6 +223,23 @@ def test_notebooks_have_outputs_and_are_small() -> None:
         cells = json.loads(path.read_text("utf-8"))["cells"]
         assert sum(bool(cell["outputs"]) for cell in cells if cell["cell_type"] == "code") >= 3
         assert path.stat().st_size < 200_000
+
+
+# ---------------------------------------------------------------- scripts for a GPU
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "flux"])
+def test_a_script_runs_on_a_tiny_pipeline(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, drawn = tmp_path / "out.png", {}
+    monkeypatch.setattr(efface, "grid", lambda rows, **look: drawn.update(rows) or real(rows, **look))
+    script = runpy.run_path(str(ROOT / f"examples/{name}.py"))
+    script["main"](["--tiny", "--concept", "cat", "--prompt", "a red cat", "--images", "1", "--out", str(out)])
+    said = capsys.readouterr().out
+    assert "was not run on a GPU" in said and "denoiser calls with the eraser: 2" in said
+    (base,), (erased,) = drawn.values()
+    assert out.stat().st_size > 1_000 and base.tobytes() != erased.tobytes()
 
 
 # ---------------------------------------------------------------- the built site
