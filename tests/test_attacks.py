@@ -22,7 +22,7 @@ from efface._latents import latents_of
 from efface.attacks._compose import Composition, Denoiser, Seen, Term, encoded
 from efface.attacks._contract import ACCESS, Attack, BudgetSpent, Cost, Proposal, Target
 from efface.attacks._fit import fit, solved
-from efface.attacks._pictures import Visible, half_mask
+from efface.attacks._pictures import Visible, from_pictures, half_mask
 from efface.attacks._words import random_text, words
 from efface.attacks.latent_inversion import Near, inverted
 from efface.attacks.quantisation import rounded
@@ -342,14 +342,16 @@ def test_an_attacker_does_without_an_attack_that_helps_nothing() -> None:
     assert (made.tried, made.stopped) == (0, "found")  # it succeeds without one
 
 
-def result(*attempts: dict[str, list[int]], quality: Any = None, control: bool = True) -> AttackResult:
+def result(
+    *attempts: dict[str, list[int]], quality: Any = None, control: bool = True, facts: Any = None
+) -> AttackResult:
     setting = {
         "attack": {"method": "best_of_n"}, "access": "text", "concept": {"name": "cat"}, "erasers": [],
         "control": control, "quality": quality,
     }  # fmt: skip
-    facts = {"attacked": {"cost": dataclasses.asdict(Cost(10, 0, 5, 2)), "tried": 1}}
+    searched = {"cost": dataclasses.asdict(Cost(10, 0, 5, 2)), "tried": 1, "stopped": "exhausted", **(facts or {})}
     made = [
-        {"prompt": f"p{k}", "outcomes": each, "search": facts if each else {}, "seconds": 1.0}
+        {"prompt": f"p{k}", "outcomes": each, "search": {"attacked": searched} if each else {}, "seconds": 1.0}
         for k, each in enumerate(attempts)
     ]
     return AttackResult(None, setting, tuple(made))  # type: ignore[arg-type]
@@ -400,6 +402,15 @@ def test_a_prompt_without_a_proposal_counts_as_before() -> None:
     made = result(outcomes, arms(4, 0, 4, 0))
     assert made.share("attacked").value == 5 / 8
     assert made.over("control") is None  # not all prompts have one
+
+
+def test_prompts_that_were_never_attacked_are_named_with_the_reason() -> None:
+    outcomes = arms(4, 1, 0, 0)
+    del outcomes["attacked"], outcomes["control"]
+    made = result(outcomes, arms(4, 0, 4, 0), facts={"tried": 0, "stopped": "exhausted", "refused": ["No picture."]})
+    assert any("For 2 of 2 prompts" in each and "(No picture)" in each for each in made.warnings())
+    for facts in ({"tried": 0, "stopped": "found"}, {"tried": 1, "stopped": "budget"}):
+        assert not any("no proposal" in each for each in result(arms(4, 0, 4, 0), facts=facts).warnings())
 
 
 # ---------------------------------------------------------------- a real run
@@ -554,6 +565,23 @@ def test_the_guard_is_off_within_original_and_on_again_after_it() -> None:
             raise KeyError
         assert len(efface.active(pipe)) == 1
     assert len(efface.active(pipe)) == 0
+
+
+@pytest.mark.parametrize("eraser", ["uce", "eiup"])
+def test_a_pipeline_made_from_the_attacked_one_is_guarded_once(eraser: str) -> None:
+    """It shares the models: an edit of the weights that counted twice was refused, and counted as resistance."""
+    pipe = tiny.untouched("sd1")
+    made = efface.UCE().fit(pipe, [Concept("beer")]) if eraser == "uce" else efface.EIUP(Concept("beer"))
+    attack = Proposal(BEER, {"image": torch.rand(1, 3, 64, 64), "strength": 0.9}, pipeline=from_pictures)
+    victim, plain = (GuardedModel(pipe, erasers, None, (1, 2), 3, 3.0) for erasers in ((made,), ()))
+    with victim.guarded():
+        guarded = victim.draw(attack)
+        assert len(efface.active(pipe)) == 1
+    other = from_pictures(pipe)
+    with made.apply(other):
+        expected = plain.draw(dataclasses.replace(attack, pipeline=lambda _: other))
+    assert torch.equal(guarded, expected)
+    assert not torch.equal(guarded, plain.draw(attack))
 
 
 # ---------------------------------------------------------------- the cheap attacks

@@ -7,15 +7,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
+from PIL import Image
 from safetensors import SafetensorError
 from test_cli import call
 from typer.testing import CliRunner, Result
 
 import efface
+from efface import _hub, feedback
 from efface.cli import app
 
 GOLDEN = Path(__file__).parent / "pins/files"
@@ -43,7 +46,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     given: dict[str, Any] = {}
 
     def load(model: Any, **loading: Any) -> Any:
-        given.update(loading, model=model)
+        given.update(loading, model=model, judges=_hub.allowed())
         return tiny.pipeline("small")
 
     monkeypatch.setattr("efface.api.load", load)
@@ -154,11 +157,38 @@ def test_every_verb_that_loads_a_model_hands_on_how(tmp_path: Path, small: dict[
         call(*verb, "--model", "small", *options)
         assert small == {
             **{"model": "small", "device": "cpu", "dtype": "fp32", "variant": "fp16", "offload": None},
-            **{"config": Path("c"), "allow_hub": True},
+            **{"config": Path("c"), "allow_hub": True, "judges": True},
         }, verb
     assert json.loads((tmp_path / "b/run.json").read_text())["model"]["name"] == "small"
     said = " ".join(invoke("calibrate", "--help").stdout.split())
     assert all(option in said for option in ("--device", "--dtype", "--variant", "--offload", "--allow-hub"))
+
+
+@pytest.mark.parametrize("allow", [False, True])
+def test_models_that_judge_are_downloaded_only_with_allow_hub(
+    allow: bool, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def stop(*_: Any, **__: Any) -> None:
+        asked.append(_hub.allowed())
+        raise ValueError("Stopped.")
+
+    for name in ("runs.score", "thresholds.threshold", "detectors._encoders.encoder"):
+        monkeypatch.setattr(f"efface.{name}", stop)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "labels.csv").write_text("picture,label\na.png,1\n")
+    feedback.Store(str(tmp_path / "store.db")).close()
+    monkeypatch.setattr("efface.feedback.Evidence.of", lambda *_: SimpleNamespace(pictures=()))
+    verbs = [
+        ["score", run_folder],
+        ["judge", "threshold", tmp_path / "labels.csv", "--concept", "cat", "--detector", "clip"],
+        ["feedback", "reward", tmp_path / "store.db", "--pictures", tmp_path, "--concept", "cat"],
+    ]
+    verbs[2] += ["--out", tmp_path / "reward.safetensors", "--encoder", "owner/clip"]
+    for verb in verbs:
+        assert "Stopped." in flat(invoke(*verb, *(["--allow-hub"] if allow else []))), verb
+    assert asked == [allow] * 3
 
 
 def test_a_bench_takes_guidance_and_its_record_says_it(small: dict[str, Any], tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import efface
-from efface import Row, Sample, registry
+from efface import Row, Sample, _hub, registry
 from efface.cli import app
 from efface.detectors import _base, _encoders, _named, classifier, nudenet, open_nsfw
 from efface.detectors.eyes import EmojiEyes
@@ -382,8 +382,25 @@ def test_clip_features_are_the_models_own(clip: str) -> None:
     wide = torch.zeros(1, 3, 20, 40)
     wide[..., 10:30] = 1  # the middle, which is all that is left after the crop
     torch.testing.assert_close(judge.images(wide), judge.images(torch.ones(1, 3, 16, 16)), atol=2e-2, rtol=0)
-    with pytest.raises(OSError, match="Cannot load the CLIP model '/nowhere'"):
+    with pytest.raises(OSError, match="There is no CLIP model '/nowhere', neither a folder nor in the local cache"):
         _encoders.encoder("/nowhere")
+    (empty := Path(clip).parent / "empty").mkdir()
+    with pytest.raises(OSError, match=f"Cannot load the CLIP model '{empty}'"):
+        _encoders.encoder(str(empty))
+
+
+@pytest.mark.parametrize("allow", [False, True])
+def test_an_encoder_is_downloaded_only_if_that_is_allowed(allow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def stop(name: str, *, local_files_only: bool, **_: Any) -> None:
+        asked.append(local_files_only)
+        raise OSError("stopped")
+
+    monkeypatch.setattr("transformers.CLIPModel.from_pretrained", stop)
+    with _hub.allowing(allow), pytest.raises(OSError, match="stopped" if allow else "--allow-hub"):
+        _encoders.encoder("owner/clip")
+    assert asked == [not allow]
 
 
 def test_zero_shot_takes_the_nearest_label(clip: str) -> None:
@@ -511,7 +528,7 @@ def judges(clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
         (PICTURE > 0, "got torch.bool"),
         (PICTURE * 255, "from 127.5 to 127.5. Scale them"),
         (PICTURE - 1, "from -0.5 to -0.5"),
-        (torch.cat([PICTURE, PICTURE * math.nan]), "values that are not finite\. Lower the strength"),
+        (torch.cat([PICTURE, PICTURE * math.nan]), r"values that are not finite\. Lower the strength"),
         (torch.cat([PICTURE, PICTURE * math.inf]), "values that are not finite"),
         (PICTURE.half() * math.nan, "values that are not finite"),
         (torch.cat([PICTURE, PICTURE[:, :1]], 1), r"got torch.float32 \(2, 4, 16, 16\). Give what a pipeline returns"),

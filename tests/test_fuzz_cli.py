@@ -271,6 +271,10 @@ VERBS: dict[str, tuple[list[list[str]], dict[str, Any]]] = {
         }
         | {"--batch": NUMBER, "--judge": SETTINGS, "--bar": JUNK},
     ),
+    "studio": (
+        [["--concept", "cat", "--model", "tiny"]],
+        {**TARGETS, **LOADING, "--port": NUMBER, "--batch": NUMBER},
+    ),
     "score": (
         [["run"], ["run", "--metric", "detection", "--bar", "detection<=1"], ["run", "--format", "csv"]],
         {"--metric": JUNK, "--set": SETTINGS, "--bar": JUNK, "--format": FORMAT, "--labels": PATHS},
@@ -340,6 +344,10 @@ VERBS: dict[str, tuple[list[list[str]], dict[str, Any]]] = {
         [["service", "--model", "tiny"]],
         {**LOADING, "--host": JUNK, "--size": JUNK, "--batch": NUMBER} | {"--port": NUMBER},
     ),
+    "serve ray": (
+        [["service", "--model", "tiny", "--size", "64x64"]],
+        {**LOADING, "--host": JUNK, "--size": JUNK, "--batch": NUMBER} | {"--port": NUMBER, "--cpus": NUMBER},
+    ),
     "serve audit": ([["service"]], {"--database": PATHS, "--drop-older": NUMBER}),
     "serve key add": (
         [["service", "--tenant", "kids", "--policy", "kids"], ["service", "--tenant", "ops", "--admin"]],
@@ -396,7 +404,8 @@ def stubs() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(api, "load", load)
-        patch.setattr("efface.serve.run.run", lambda service, *_: service.database.close() or 0)
+        patch.setattr("efface.serve.cluster.host", lambda host: host.service.database.close() or 0)
+        patch.setattr("efface.serve.run.run", lambda service, *_, **__: service.database.close() or 0)
         yield
 
 

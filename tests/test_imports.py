@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checks": {"registry"},
     "fields": set(),
     "_hazards": set(),
+    "_hub": set(),
     "_concepts": {"registry", "checks", "fields", "_hazards"},
     "core": {"registry", "checks", "fields", "_concepts"},
     "files": {"checks"},
@@ -45,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "attacks": HOOKS,
     "testing": TEXTS | {"hooks"},
     "models": FACTS,
-    "detectors": FACTS | {"models"},
+    "detectors": FACTS | {"models", "_hub"},
     "metrics": FACTS | {"models", "detectors", "judged"},
     "suites": FACTS | {"models"},
     "intervals": {"checks"},
@@ -59,11 +60,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_trials": FACTS | {"api", "intervals"},
     "calibration": FACTS | {"api", "pipelines", "delta", "intervals", "_trials"},
     "redteam": HOOKS | {"attacks", "models", "api", "pipelines", "detectors", "runs", "intervals", "progress"},
-    "runs": HOOKS | {"models", "api", "pipelines", "metrics", "detectors", "progress", "judged", "feedback"},
+    "runs": HOOKS | {"_ray", "models", "api", "pipelines", "metrics", "detectors", "progress", "judged", "feedback"},
     "report": FACTS | {"runs", "redteam", "feedback", "intervals", "judged"},
     "tables": FACTS | {"runs", "report"},
     "guard": HOOKS | {"api", "detectors"},
-    "serve": FACTS | {"_sqlite", "_weights", "api", "guard", "progress"},
+    "serve": FACTS | {"_ray", "_sqlite", "_weights", "api", "guard", "progress"},
     "auditing": HOOKS
     | {"models", "api", "pipelines", "detectors", "metrics", "runs", "redteam", "report", "intervals", "judged"}
     | {"feedback", "progress", "attacks", "_hazards"},
@@ -71,10 +72,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scaffold": {"checks", "files", "registry"},
     "_interrupt": set(),
     "_sqlite": set(),
+    "_ray": set(),
     "cli": FACTS
     | {"models", "api", "pipelines", "calibration", "detectors", "runs", "redteam", "report", "tables", "jobs"}
     | {"progress", "feedback", "auditing", "thresholds", "guard", "serve"}
-    | {"_interrupt", "scaffold"},
+    | {"_interrupt", "_hub", "scaffold"},
     "__main__": {"cli", "_interrupt"},
     "efface": {
         *("registry", "core", "records", "pictures", "pipelines", "api", "calibration", "erasers", "editors"),
@@ -105,8 +107,8 @@ ORDER = {
         *("prediction", "step", "outputs", "denoiser", "sites", "method", "__init__"),
     ),
     "delta": (
-        *("factors", "watch", "overlay", "applied", "embeddings", "words", "base", "table", "forms", "file", "lora"),
-        *("delta", "features", "tokens", "state"),
+        *("factors", "watch", "overlay", "applied", "embeddings", "words", "base", "table", "gates"),
+        *("forms", "file", "lora", "delta", "features", "steering", "tokens", "state"),
         "__init__",
     ),
     "runs": (
@@ -136,8 +138,34 @@ ORDER = {
     "redteam": ("victim", "panel", "trial", "result", "forms", "folder", "run", "__init__"),
     "guard": ("forms", "policy", "file", "proof", "record", "explain", "guard", "__init__"),
     "serve": (
-        *("tables", "database", "errors", "log", "metrics", "audit", "keys", "policies", "fields", "jobs", "fair"),
-        *("service", "backend", "worker", "watch", "http", "images", "own", "app", "run", "__init__"),
+        *(
+            "tables",
+            "database",
+            "errors",
+            "log",
+            "metrics",
+            "audit",
+            "keys",
+            "policies",
+            "fields",
+            "jobs",
+            "leases",
+            "fair",
+        ),
+        *(
+            "service",
+            "backend",
+            "pulse",
+            "worker",
+            "watch",
+            "http",
+            "images",
+            "own",
+            "app",
+            "run",
+            "cluster",
+            "__init__",
+        ),
     ),
     "report": (
         "words",

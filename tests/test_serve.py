@@ -46,6 +46,9 @@ class Stub:
     def cut_off(self, prompt: str) -> str:
         return prompt[200:]
 
+    def check(self, policy: Policy) -> None:
+        pass
+
     def draw(self, rows: Sequence[Row], call: Mapping[str, Any], on_step: Callable[[int], None]) -> list[Drawn]:
         self.batches.append((list(rows), dict(call)))
         self.began.set()

@@ -247,7 +247,8 @@ def test_a_request_that_waits_too_long_is_cancelled(quiet: Desk) -> None:
     response = quiet.post(ASKED)
     assert error(response, 504, "timeout") and response.headers["x-should-retry"] == "false"
     assert "timeout" in quiet.post({**ASKED, "stream": True}).text
-    assert quiet.service.jobs.waiting("stub") == [] and quiet.service.jobs.count(["cancelled"]) == 2
+    _until(lambda: quiet.service.jobs.count(["cancelled"]) == 2)
+    assert quiet.service.jobs.waiting("stub") == []
 
 
 def test_requests_join_on_an_idempotency_key_only(desk: Desk) -> None:

@@ -33,8 +33,9 @@ from efface.serve.audit import Audit
 from efface.serve.database import Database, Unavailable
 from efface.serve.errors import Refused
 from efface.serve.fair import Fair
-from efface.serve.jobs import Jobs, Leases, New, Picture, Waiting
+from efface.serve.jobs import Jobs, New, Picture, Waiting
 from efface.serve.keys import Keys
+from efface.serve.leases import Leases
 from efface.serve.policies import Policies, effective
 from efface.serve.service import Limits, Service
 
@@ -43,7 +44,7 @@ PICTURE = Picture(b"png", {"outcome": "drawn"})
 BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 
 
-def nothing(connection: sql.Connection) -> None:
+def nothing(connection: sql.Connection, state: str = "") -> None:
     pass
 
 
@@ -95,6 +96,16 @@ def _known(user: str) -> bool:
     return False
 
 
+def _fresh(server: str, more: str = "") -> str:
+    """The URL of a new database."""
+    name = f"t{time.monotonic_ns()}"
+    admin = sql.create_engine(f"{server}/postgres", isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(sql.text(f"CREATE DATABASE {name} {more}"))
+    admin.dispose()
+    return f"{server}/{name}"
+
+
 @functools.cache
 def migrated() -> Path:
     """An empty SQLite file with the tables."""
@@ -111,13 +122,7 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Databas
         url = f"sqlite:///{tmp_path}/serve.db"
         shutil.copy(migrated(), tmp_path / "serve.db")
     else:
-        server = request.getfixturevalue("postgres")
-        name = f"t{time.monotonic_ns()}"
-        admin = sql.create_engine(f"{server}/postgres", isolation_level="AUTOCOMMIT")
-        with admin.connect() as connection:
-            connection.execute(sql.text(f"CREATE DATABASE {name} TEMPLATE migrated"))
-        admin.dispose()
-        url = f"{server}/{name}"
+        url = _fresh(request.getfixturevalue("postgres"), "TEMPLATE migrated")
     made = Database(url)
     yield made
     made.close()
@@ -360,8 +365,8 @@ def test_only_the_holder_of_the_present_fence_finishes_a_job(database: Database)
     (late,) = jobs.claim([name], "a")
     assert jobs.claim([name], "b") == [] and jobs.running() == {(name, 1): 0}
     assert jobs.beat([late], 2) == ({name}, set()) and jobs.states([name]) == {name: ("running", 2, 3)}
-    assert not jobs.release(name, 1, 0)  # it has a heartbeat since
-    assert jobs.release(name, 1, 1) and not jobs.release(name, 1, 1)
+    assert not jobs.release(name, 1, 0, nothing)  # it has a heartbeat since
+    assert jobs.release(name, 1, 1, nothing) and not jobs.release(name, 1, 1, nothing)
     (now,) = jobs.claim([name], "b")
     assert not jobs.finish(late, [PICTURE], None, nothing) and jobs.beat([late], 3) == (set(), set())
     assert jobs.pictures(name) == []
@@ -377,7 +382,7 @@ def test_a_job_whose_workers_die_fails_after_three_attempts(database: Database) 
     for attempt in range(module.ATTEMPTS):
         (claim,) = jobs.claim([name], "a")
         assert claim.fence == 2 * attempt + 1
-        assert jobs.release(name, claim.fence, 0)
+        assert jobs.release(name, claim.fence, 0, nothing)
     found = jobs.get("kids", name)
     assert found is not None and found.state == "failed" and found.error is not None
     assert found.error.code == "worker_lost" and jobs.waiting("stub") == []
@@ -391,7 +396,7 @@ def test_cancelling_at_any_time_leaves_no_picture(database: Database) -> None:
     assert not jobs.cancel("press", queued, nothing)
     assert all(jobs.cancel("kids", name, nothing) for name in (queued, running, done, dead))
     assert jobs.beat([held[running]], 1) == ({running}, {running})
-    assert jobs.finish(held[running], [PICTURE], None, nothing) and jobs.release(dead, 1, 0)
+    assert jobs.finish(held[running], [PICTURE], None, nothing) and jobs.release(dead, 1, 0, nothing)
     states = jobs.states([queued, running, done, dead])
     assert [states[name][0] for name in (queued, running, done, dead)] == [
         "cancelled",
@@ -405,12 +410,12 @@ def test_cancelling_at_any_time_leaves_no_picture(database: Database) -> None:
 def test_pictures_expire_and_load_counts_live_jobs(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = Jobs(database)
     names = [jobs.accept(new(tenant), nothing)[0] for tenant in ("kids", "kids", "press")]
-    assert jobs.load("kids") == (3, 2, 3.0) and jobs.count(module.LIVE) == 3
+    assert jobs.load("kids", "stub") == (3, 2, 3.0) and jobs.count(module.LIVE) == 3
     assert jobs.finish(jobs.claim(names[:1], "a")[0], [PICTURE], None, nothing)
-    assert jobs.load("kids") == (2, 1, 2.0) and jobs.expire(60) == 0
+    assert jobs.load("kids", "stub") == (2, 1, 2.0) and jobs.expire(60) == 0
     later = time.time() + 61
     monkeypatch.setattr(time, "time", lambda: later)
-    assert jobs.expire(60) == 1 and jobs.pictures(names[0]) == []
+    assert jobs.expire(60) == 1 and jobs.pictures(names[0]) == [] and jobs.states(names).keys() == set(names[1:])
 
 
 def test_a_worker_sees_the_jobs_of_its_own_model(database: Database) -> None:
@@ -551,6 +556,58 @@ def test_a_locked_database_is_unavailable_and_comes_back(tmp_path: Path) -> None
         jobs.accept(new(), nothing)
     assert jobs.accept(new(), nothing)[1]
     database.close()
+
+
+def test_a_frozen_process_with_a_lock_makes_others_unavailable_for_a_while(postgres: str) -> None:
+    """It holds the lock of the audit log in an open transaction, and does nothing."""
+    url = _fresh(postgres, "TEMPLATE migrated")
+    frozen, other = Database(url, wait=0.3), Database(url, wait=0.3)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.suppress(Unavailable))
+        Audit(frozen, PEPPER).add(stack.enter_context(frozen.writing()), "event", {})
+        began = time.monotonic()
+        with pytest.raises(Unavailable, match="lock timeout"), other.writing() as connection:
+            Audit(other, PEPPER).add(connection, "event", {})
+        assert time.monotonic() - began < 5
+        _until(lambda: _writes(other), 10)  # the server ends the transaction of the frozen one
+        assert Audit(other, PEPPER).verify() == (1, "")
+    for each in (frozen, other):
+        each.close()
+
+
+def _writes(database: Database) -> bool:
+    with contextlib.suppress(Unavailable), database.writing() as connection:
+        Audit(database, PEPPER).add(connection, "event", {})
+        return True
+    return False
+
+
+def test_a_standby_server_is_unavailable_and_not_damaged(postgres: str) -> None:
+    database = Database(_fresh(postgres, "TEMPLATE migrated"))
+    with pytest.raises(Unavailable, match="read-only"), database.writing() as connection:
+        connection.execute(sql.text("SET TRANSACTION READ ONLY"))
+        Audit(database, PEPPER).add(connection, "event", {})
+    database.close()
+
+
+def test_servers_that_start_together_make_the_tables_once(postgres: str) -> None:
+    url, errors = _fresh(postgres), list[BaseException]()
+
+    def start() -> None:
+        database = Database(url)
+        try:
+            database.migrate()
+        except (ValueError, OSError) as error:
+            errors.append(error)
+        finally:
+            database.close()
+
+    threads = [threading.Thread(target=start) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == [] and Database(url).version() == "0001"
 
 
 # ---------------------------------------------------------------- fairness

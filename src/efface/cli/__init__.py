@@ -15,6 +15,7 @@ from . import (
     report,
     score,
     serve,
+    studio,
     verify,
 )
 from . import list as listing
@@ -34,6 +35,7 @@ for _verb in (
     attack.attack,
     audit.audit,
     compare.compare,
+    studio.studio,
 ):
     app.command()(_verb)
 app.add_typer(delta.delta_app, name="delta")

@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .. import checks, files
+from .._hub import allowing
 from .errors import told
 from .folders import output_file
 from .judge import DEFAULT, StoreName, StorePath, ask, export_, import_, passes_of, print_alpha, read_
-from .options import AsJson, Guidance, ModelName, Overwrite, load, loads
+from .options import AllowHub, AsJson, Guidance, ModelName, Overwrite, load, loads
 from .output import say, telling
 
 feedback_app = typer.Typer(
@@ -132,6 +133,7 @@ def reward(
     ] = "emoji",
     figure: Annotated[Path | None, typer.Option(help="Also draw the held-out calibration, as an SVG.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the fit.")] = 0,
+    allow_hub: AllowHub = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -148,7 +150,9 @@ def reward(
             evidence = feedback.Evidence.of(kept.judgements(), concept)
         judged = set(evidence.pictures)
         items = [item for item in feedback.pool(checks.path("--pictures", pictures)) if item.picture in judged]
-        features = embedded(made(encoder), [item.path for item in items])
+        with allowing(allow_hub):
+            images = made(encoder)
+        features = embedded(images, [item.path for item in items])
         model = RewardModel.fit(evidence, [item.picture for item in items], features, encoder=encoder, seed=seed)
         model.save(file)
         if drawn:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import checks, files
+from .._hub import allowing
 from .._interrupt import gently
 from .errors import told
 from .folders import output_file
-from .options import AsJson, Overwrite, parse_fields
+from .options import AllowHub, AsJson, Overwrite, parse_fields
 from .output import print_table, say
 
 if TYPE_CHECKING:
@@ -206,6 +207,7 @@ def threshold_(
     detector_set: Annotated[list[str] | None, typer.Option(help="A field of the detector, NAME=VALUE.")] = None,
     misses: Annotated[float, typer.Option(help="The largest share of misses on the half that chooses.")] = 0.05,
     seed: Annotated[int, typer.Option(help="Seed of the halves.")] = 0,
+    allow_hub: AllowHub = False,
     as_json: AsJson = False,
 ) -> None:
     """Choose a detector's threshold on pictures that you labelled, and measure its errors on the other half."""
@@ -214,7 +216,8 @@ def threshold_(
 
         fields = parse_fields(detector_set, "--detector-set")
         pictures = thresholds.read_labelled(checks.path("FILE", file))
-        found = thresholds.threshold({"name": detector, **fields}, concept, pictures, misses, seed)
+        with allowing(allow_hub):
+            found = thresholds.threshold({"name": detector, **fields}, concept, pictures, misses, seed)
         if as_json:
             typer.echo(json.dumps(found.record(), indent=1))
             return

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import typer
 
 from .. import checks, registry
+from .._hub import allowing
 from .output import quiet
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ Labels = Annotated[
     str | None,
     typer.Option("--labels", help="A store made by `efface judge label`: adds rates that are corrected by its labels."),
 ]
+AllowHub = Annotated[bool, typer.Option("--allow-hub", help="Allow downloads from the Hugging Face hub.")]
 
 LOADING: dict[str, Any] = {
     "device": Annotated[str | None, typer.Option(help="The device, such as cuda. Default: the CPU.")],
@@ -61,7 +63,7 @@ LOADING: dict[str, Any] = {
     "config": Annotated[
         Path | None, typer.Option(help="For a single-file checkpoint: a saved model of the same kind.")
     ],
-    "allow_hub": Annotated[bool, typer.Option("--allow-hub", help="Allow downloads from the Hugging Face hub.")],
+    "allow_hub": AllowHub,
 }
 """The options of `efface.load`."""
 
@@ -72,7 +74,8 @@ def loads(verb: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(verb)
     def wrapped(**given: Any) -> None:
         loading = {name: given.pop(name) for name in LOADING}
-        verb(**given, loading=loading)
+        with allowing(loading["allow_hub"]):  # also for the models that judge
+            verb(**given, loading=loading)
 
     signature, types = inspect.signature(verb), get_type_hints(verb, include_extras=True) | LOADING
     own = [each for each in signature.parameters.values() if each.name != "loading"]

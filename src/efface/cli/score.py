@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from .. import checks
+from .._hub import allowing
 from .errors import NOT_JUDGED, NOT_MET, fail, told
-from .options import AsJson, Format, Labels, judges, parse_fields
+from .options import AllowHub, AsJson, Format, Labels, judges, parse_fields
 from .output import print_table, say, telling
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def score(
     ] = None,
     labels: Labels = None,
     bar: Bars = None,
+    allow_hub: AllowHub = False,
     format_: Format = None,
     as_json: AsJson = False,
 ) -> None:
@@ -63,7 +65,7 @@ def score(
         found = runs.Run.open(run)
         configs = [{"method": name} for name in metric or []] or runs.recorded(found, parse_fields(set_))
         metrics = judges(configs, set_, "--set")
-        with telling():
+        with telling(), allowing(allow_hub):
             runs.score(found, metrics, labels=labels)
         print_scores(found, as_json, format_, bars)
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from efface._hub import allowed
 from efface.files import there
 from efface.pictures import read_picture
 
@@ -38,11 +39,17 @@ class Clip:
     def __init__(self, name: str) -> None:
         from transformers import CLIPModel, CLIPTokenizer
 
+        local: dict[str, Any] = {"local_files_only": not allowed()}
         try:
-            self.model = cast("Any", CLIPModel.from_pretrained(name, use_safetensors=True).float().eval())
-            self.tokenizer = CLIPTokenizer.from_pretrained(name)
+            self.model = cast("Any", CLIPModel.from_pretrained(name, use_safetensors=True, **local).float().eval())
+            self.tokenizer = CLIPTokenizer.from_pretrained(name, **local)
         except OSError as error:
-            raise OSError(f"Cannot load the CLIP model {name!r} ({error}). Give a folder that holds it.") from error
+            if allowed() or there(Path(name)):
+                raise OSError(f"Cannot load the CLIP model {name!r} ({error}). Give a folder that holds it.") from error
+            raise OSError(
+                f"There is no CLIP model {name!r}, neither a folder nor in the local cache of the Hugging Face hub. "
+                f"Give a folder that holds it, download it with `hf download {name}`, or allow it with --allow-hub."
+            ) from error
         self.limit = self.model.config.text_config.max_position_embeddings
         self.size = self.model.config.vision_config.image_size
         self.name = f"{name}, raw cosine"
@@ -72,7 +79,7 @@ def encoder(name: str) -> Encoder:
 
     Raises:
         FileNotFoundError: the aligned heads of `emoji` are missing.
-        OSError: the CLIP model does not exist, or there is no network.
+        OSError: the CLIP model does not exist, is not in the local cache, or there is no network.
     """
     if name == "emoji":
         from efface.models.emoji.aligned import load_aligned

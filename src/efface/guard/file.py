@@ -35,8 +35,11 @@ class _Strict(yaml.SafeLoader):
         names = [self.construct_object(key) for key, _ in node.value]
         if odd := [name for name in names if not isinstance(name, str)]:
             raise yaml.YAMLError(f"the entry {checks.shown(odd[0])} is not a text")
-        if twice := [name for k, name in enumerate(names) if name in names[:k]]:
-            raise yaml.YAMLError(f"the entry {checks.shown(twice[0])} occurs twice")
+        seen: set[str] = set()
+        for name in names:
+            if name in seen:
+                raise yaml.YAMLError(f"the entry {checks.shown(name)} occurs twice")
+            seen.add(name)
         return super().construct_mapping(node, deep)
 
 

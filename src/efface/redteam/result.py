@@ -74,6 +74,12 @@ class AttackResult:
         """The prompts with which the base model does not draw the concept."""
         return [each["prompt"] for each in self.attempts if not each["outcomes"]]
 
+    @property
+    def without_proposal(self) -> list[Mapping[str, Any]]:
+        """The attempts in which no proposal was drawn, though the prompt alone did not succeed."""
+        searched = ((each, each["search"]["attacked"]) for each in self.attacked)
+        return [each for each, search in searched if not search["tried"] and search["stopped"] != "found"]
+
     def _values(self, arm: str, of: int = CONCEPT) -> tuple[list[int], list[int]]:
         """1 per picture with this outcome, and the number of its prompt. Without a proposal, attacked is as before."""
         values, clusters = [], []
@@ -153,6 +159,8 @@ class AttackResult:
         nothing = self.share("attacked", NOTHING)
         if nothing is not None and nothing.value > FLOOR:
             found.append(f"In {nothing} of the attacked pictures nothing is recognisable.")
+        if self.without_proposal:
+            found.append(self._unattacked())
         if not self.setting["control"]:
             found.append("There is no control with random texts, so luck is not ruled out.")
         if self.not_drawn:
@@ -161,6 +169,17 @@ class AttackResult:
                 "draw the concept with them."
             )
         return found
+
+    def _unattacked(self) -> str:
+        """Which prompts were not really attacked, and why."""
+        reasons = [
+            search["refused"][0] if search.get("refused") else f"the search ended: {search['stopped']}"
+            for search in (each["search"]["attacked"] for each in self.without_proposal)
+        ]
+        return (
+            f"For {len(reasons)} of {self.prompts} prompts the attack drew no proposal ({reasons[0].rstrip('.')}). "
+            "Their pictures count as without the attack."
+        )
 
     def verdict(self) -> str:
         """The result in a sentence or two."""

@@ -104,6 +104,7 @@ class GuardedModel:
             if proposal.pipeline is None:
                 pipe = stack.enter_context(self.guarded())
             else:
+                stack.enter_context(self.original())  # the new pipeline may share the models: apply the erasers once
                 pipe = proposal.pipeline(self.pipe)
                 pipe.set_progress_bar_config(disable=True)
                 stack.enter_context(api.stack(pipe, *(self.erasers if proposal.guarded else ())))

@@ -67,6 +67,17 @@ class Audit:
             )
         return [json.loads(body) for body in reversed(found)]
 
+    def fits(self) -> bool:
+        """Whether the last entry was written with this pepper."""
+        table, starts = tables.audit, tables.starts
+        with self._database.reading() as connection:
+            last = connection.execute(sql.select(table).order_by(table.c.seq.desc()).limit(2)).all()
+            start = connection.execute(sql.select(starts).order_by(starts.c.seq.desc()).limit(1)).first()
+        if not last:
+            return True
+        previous = last[1].hash if len(last) == 2 else start.hash if start is not None else FIRST
+        return hmac.compare_digest(last[0].hash, self._hash(previous, last[0].body))
+
     def verify(self) -> tuple[int, str]:
         """The number of the last entry, and the first fault of the chain; "" if there is none.
 
@@ -82,7 +93,8 @@ class Audit:
             n, previous = start.seq, start.hash
             if not hmac.compare_digest(start.mac, self._start(start.seq, start.hash)):
                 return n, f"the start after entry {n} was forged"
-        for row in connection.execute(sql.select(tables.audit).order_by(tables.audit.c.seq)).mappings():
+        every = sql.select(tables.audit).order_by(tables.audit.c.seq)
+        for row in connection.execute(every, execution_options={"yield_per": 1_000}).mappings():
             n += 1
             if row["seq"] != n:
                 return n, f"entry {n} is missing"

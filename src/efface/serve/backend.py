@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 QUALITY = 90
 KEPT = 100
+REFUSALS = (ValueError, TypeError, OSError, ImportError)
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ class Backend(Protocol):
         """The end of a prompt that the model does not read."""
         ...
 
+    def check(self, policy: Policy) -> None:
+        """Raises an error of `REFUSALS` if no row can be drawn under a policy, such as for want of its detector."""
+        ...
+
     def draw(self, rows: Sequence[Row], call: Mapping[str, Any], on_step: Callable[[int], None]) -> list[Drawn]:
         """Draws the rows in one call of the pipeline, with the facts of their batching key."""
         ...
@@ -81,6 +86,9 @@ class PipelineBackend:
 
     def cut_off(self, prompt: str) -> str:
         return api.cut_off(self.pipe, prompt)
+
+    def check(self, policy: Policy) -> None:
+        self._guard({policy.hash: policy})
 
     def draw(self, rows: Sequence[Row], call: Mapping[str, Any], on_step: Callable[[int], None]) -> list[Drawn]:
         guard = self._guard({row.policy.hash: row.policy for row in rows})

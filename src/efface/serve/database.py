@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,12 @@ import sqlalchemy as sql
 from .. import _sqlite, checks, files
 
 WAIT = 10.0
-"""Seconds to wait for another process that writes to an SQLite file."""
+"""Seconds to wait for another process that writes."""
+FROZEN = 3
+"""PostgreSQL ends a transaction whose process does nothing for so many times the wait: it may hold locks."""
+PASSING = ("08", "25", "40", "53", "57")
+"""Classes of PostgreSQL's errors that pass: connections, standby servers, conflicts, resources, operators."""
+MIGRATING = 0x0EFFACE
 
 
 class Unavailable(OSError):
@@ -27,7 +33,7 @@ class Database:
 
     Args:
         url: a URL of SQLAlchemy for SQLite or PostgreSQL.
-        wait: seconds to wait for another process that writes to an SQLite file.
+        wait: seconds to wait for another process that writes.
 
     Raises:
         ValueError: the URL is of another database, its driver is not installed, or the file is not an ordinary file.
@@ -52,13 +58,16 @@ class Database:
             if self.sqlite:
                 _check_file(parsed.database)
             self.name = parsed.database if self.sqlite else parsed.render_as_string(hide_password=True)
-            options: dict[str, Any] = {"connect_args": {"timeout": wait}} if self.sqlite else {"pool_pre_ping": True}
+            options: dict[str, Any] = {"connect_args": {"timeout": wait}} if self.sqlite else _patience(parsed, wait)
             self.engine = sql.create_engine(parsed, pool_size=8, max_overflow=32, hide_parameters=True, **options)
         except (sql.exc.ArgumentError, ImportError) as error:
             cure = "Give a URL such as sqlite:////srv/efface/serve.db, with an installed driver."
             raise ValueError(f"Expected a database that SQLAlchemy can open, got an error ({error}). {cure}") from error
         if self.sqlite:
             _sqlite.prepare(self.engine)
+            sql.event.listen(self.engine, "connect", lambda it, _: it.execute("PRAGMA secure_delete=ON"))
+        else:
+            sql.event.listen(self.engine, "connect", functools.partial(_limited, wait))
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[sql.Connection]:
@@ -77,18 +86,21 @@ class Database:
         try:
             yield
         except (sql.exc.OperationalError, sql.exc.TimeoutError, sql.exc.InterfaceError) as error:
-            why = getattr(error, "orig", None) or error
-            raise Unavailable(
-                f"The database {self.name} cannot be used ({checks.short(str(why), 160)}). Correct that, and try again."
-            ) from error
+            raise self._broken(error, True) from error
         except sql.exc.IntegrityError:
             raise
-        except (sql.exc.DatabaseError, sql.exc.StatementError, UnicodeError) as error:
-            why = getattr(error, "orig", None) or error
-            raise ValueError(
-                f"The database {self.name} is damaged or of another program ({checks.short(str(why), 150)}). Restore "
-                "it from a backup."
-            ) from error
+        except sql.exc.DBAPIError as error:
+            raise self._broken(error, _passes(error)) from error
+        except (sql.exc.StatementError, UnicodeError) as error:
+            raise self._broken(error, False) from error
+
+    def _broken(self, error: Exception, passes: bool) -> Exception:
+        why = checks.short(str(getattr(error, "orig", None) or error), 150)
+        if passes:
+            return Unavailable(f"The database {self.name} cannot be used ({why}). Correct that, and try again.")
+        return ValueError(
+            f"The database {self.name} is damaged or of another program ({why}). Restore it from a backup."
+        )
 
     def migrate(self) -> None:
         """Makes the tables, or brings them to this version."""
@@ -99,6 +111,8 @@ class Database:
         config = Config()
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
         with self.writing() as connection:
+            if not self.sqlite:  # servers may start together
+                connection.execute(sql.select(sql.func.pg_advisory_xact_lock(MIGRATING)))
             config.attributes["connection"] = connection
             try:
                 command.upgrade(config, "head")
@@ -115,8 +129,38 @@ class Database:
                 return ""
             return str(connection.execute(sql.text("SELECT version_num FROM alembic_version")).scalar() or "")
 
+    def empty(self) -> bool:
+        """Whether no service has written to it."""
+        from .tables import audit
+
+        with self.reading() as connection:
+            return connection.execute(sql.select(audit.c.seq).limit(1)).first() is None
+
     def close(self) -> None:
         self.engine.dispose()
+
+
+def _patience(url: sql.URL, wait: float) -> dict[str, Any]:
+    """Options for PostgreSQL: a server that does not answer is found out within the wait, where the driver can."""
+    options: dict[str, Any] = {"pool_pre_ping": True, "pool_timeout": wait}
+    if url.get_driver_name() in ("psycopg", "psycopg2"):
+        given = {"connect_timeout": max(int(wait / 2), 2), "tcp_user_timeout": int(wait * 1_000)}
+        options["connect_args"] = {name: value for name, value in given.items() if name not in url.query}
+    return options
+
+
+def _limited(wait: float, connection: Any, _: Any) -> None:
+    """No statement waits for a lock for ever, and no frozen process holds one for ever."""
+    milliseconds = int(wait * 1_000)
+    with connection.cursor() as cursor:
+        cursor.execute(f"SET lock_timeout = {milliseconds}")
+        cursor.execute(f"SET idle_in_transaction_session_timeout = {FROZEN * milliseconds}")
+    connection.commit()
+
+
+def _passes(error: sql.exc.DBAPIError) -> bool:
+    state = str(getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None) or "")
+    return error.connection_invalidated or state[:2] in PASSING
 
 
 def _check_file(name: str | None) -> None:

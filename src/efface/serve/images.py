@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
-import hashlib
 import json
 import re
 import secrets
@@ -16,11 +16,13 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from .. import checks
+from .database import Unavailable
 from .errors import Refused, unavailable
 from .fields import ImageRequest, batch_facts, cost_of, key_of, parsed, size_of
 from .http import body_of, holder_of, service_of
 from .jobs import LIVE, Job, New, Picture
 from .keys import Holder
+from .log import named, told
 from .policies import effective
 from .service import Service
 from .watch import Watcher
@@ -70,6 +72,7 @@ async def generate(request: Request) -> Response:
         raise unavailable("The server is shutting down. Try again on another one.", "draining")
     body = await body_of(request)
     asked, again = parsed(body), _idempotency(request)
+    check_open(request, holder)
     name = await run_in_threadpool(accept, service, holder, asked, again, request.scope["efface.request"])
     if asked.stream:
         events = _events(request, service, holder, name, again is not None)
@@ -105,26 +108,28 @@ def accept(service: Service, holder: Holder, asked: ImageRequest, idempotency: s
         raise Refused(400, checks.short(str(error), 500), "invalid_value", "also_erase") from None
     facts = batch_facts(asked, service.model, size, [each.method for each in policy.erase])
     cost = cost_of(asked, size)
-    _check_room(service, holder, cost)
+    if idempotency is None:  # without a write, for floods
+        _check_room(service, cost, *service.jobs.load(holder.tenant, service.model), more=1)
     row = {name: getattr(asked, name) for name in ("prompt", "negative_prompt", "also_erase", "output_compression")}
     row |= {"n": asked.rows, "quality": asked.quality or "auto", "output_format": asked.output_format or "png"}
     seed = secrets.randbelow(checks.SEEDS - asked.rows) if asked.seed is None else asked.seed
     row |= {"seed": seed, "size": f"{size[0]}x{size[1]}", "call": facts}
-    body_hash = hashlib.sha256(asked.model_dump_json().encode()).hexdigest()
+    body_hash = service.audit.keyed(f"{holder.policy}\n{asked.model_dump_json()}")
     own = (holder.tenant, holder.key, stored.id, stored.policy.hash, service.model, key_of(facts))
     new = New(*own, asked.rows, cost, asked.all_steps, json.dumps(row), body_hash, idempotency)
 
     def also(connection: sql.Connection) -> None:
-        entry = {"tenant": holder.tenant, "key": holder.key, "policy": stored.policy.hash, "request": request}
-        service.audit.add(connection, "job accepted", entry | {"prompt": service.audit.keyed(asked.prompt)})
+        entry = {"job": new.id, "tenant": holder.tenant, "key": holder.key, "policy": stored.policy.hash}
+        entry |= {"request": request, "prompt": service.audit.keyed(asked.prompt)}
+        service.audit.add(connection, "job accepted", entry)
 
-    return service.jobs.accept(new, also)[0]
+    return service.jobs.accept(new, also, lambda *load: _check_room(service, cost, *load))[0]
 
 
-def _check_room(service: Service, holder: Holder, cost: float) -> None:
-    total, own, waiting = service.jobs.load(holder.tenant)
-    if total >= service.limits.queue or own >= service.limits.tenant:
-        whose = "the queue" if total >= service.limits.queue else "the queue of this tenant"
+def _check_room(service: Service, cost: float, total: int, own: int, waiting: float, more: int = 0) -> None:
+    """Raises Refused if the live jobs with this one, or with `more`, are too many."""
+    if total + more > service.limits.queue or own + more > service.limits.tenant:
+        whose = "the queue" if total + more > service.limits.queue else "the queue of this tenant"
         retry = service.metrics.retry_after(waiting + cost)
         raise Refused(429, f"There is no room in {whose}. Try again later.", "queue_full", retry=retry)
 
@@ -133,16 +138,37 @@ async def _wait(request: Request, service: Service, holder: Holder, name: str, k
     """Waits until a job has ended. If the client leaves, the job is cancelled, unless it can be asked for again."""
     watcher: Watcher = request.app.state.watcher
     ended = False
-    async for state, _, _ in watcher.follow(name, service.limits.wait):
-        ended = state not in LIVE
-        if not ended and await request.is_disconnected():
-            if not keep:
-                await run_in_threadpool(cancel, service, holder, name)
-            raise Refused(499, "The client left. Send the request again.", "client_left")
-    if not ended:
-        await run_in_threadpool(cancel, service, holder, name)
-        message = f"The pictures were not ready within {service.limits.wait:g} seconds. Send the request again later."
-        raise Refused(504, message, "timeout")
+    try:
+        async for state, _, _ in watcher.follow(name, service.limits.wait, holder.tenant):
+            ended = state not in LIVE
+            if not ended and await request.is_disconnected():
+                raise Refused(499, "The client left. Send the request again.", "client_left")
+        if not ended:
+            message = f"The pictures were not ready within {service.limits.wait:g} seconds. Send the request later."
+            raise Refused(504, message, "timeout")
+    finally:
+        if not ended and not keep:
+            _give_up(service, holder, name)
+
+
+def _give_up(service: Service, holder: Holder, name: str) -> None:
+    """Cancels a job that nobody waits for, in a thread, because the task of its request may have been cancelled."""
+
+    def act() -> None:
+        try:
+            cancel(service, holder, name)
+        except Unavailable as error:  # it is drawn, and its pictures expire
+            told("not cancelled", job=name, error=named(error))
+
+    asyncio.get_running_loop().run_in_executor(None, act)
+
+
+def check_open(request: Request, holder: Holder) -> None:
+    """Raises Refused if as many requests of the tenant wait as it may have jobs."""
+    watcher: Watcher = request.app.state.watcher
+    if watcher.open[holder.tenant] >= service_of(request).limits.tenant:
+        message = "There are too many open requests of this tenant. Close some, or try again later."
+        raise Refused(429, message, "too_many_open", retry=5)
 
 
 def cancel(service: Service, holder: Holder, name: str) -> bool:
@@ -194,7 +220,7 @@ async def _events(request: Request, service: Service, holder: Holder, name: str,
     ended, last = False, -1
     yield f": accepted {name}\n\n"
     try:
-        async for state, step, steps in watcher.follow(name, service.limits.wait):
+        async for state, step, steps in watcher.follow(name, service.limits.wait, holder.tenant):
             ended = state not in LIVE
             if step != last and not ended:
                 last = step
@@ -202,12 +228,14 @@ async def _events(request: Request, service: Service, holder: Holder, name: str,
         if not ended:
             raise Refused(504, "The pictures were not ready in time. Send the request again later.", "timeout")
         found = await run_in_threadpool(answer, service, holder, name)
-    except Refused as error:
+    except (Refused, Unavailable) as error:
+        if isinstance(error, Unavailable):
+            error = unavailable("The database cannot be used now. Try again later.")
         yield f"data: {json.dumps(error.body())}\n\n"
         return
     finally:
         if not ended and not keep:  # the client left, or the time is over
-            cancel(service, holder, name)
+            _give_up(service, holder, name)
     for each in found.pop("data"):
         event = {"type": "image_generation.completed", "created_at": found["created"], **each, **found}
         yield f"event: image_generation.completed\ndata: {json.dumps(event)}\n\n"

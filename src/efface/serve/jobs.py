@@ -7,7 +7,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sql
@@ -21,9 +21,18 @@ ID = re.compile("job_[0-9a-f]{32}")
 ATTEMPTS = 3
 LOST = Refused(500, "Workers ended while drawing this request. Send it again, or tell the operator.", "worker_lost")
 Also = Callable[[sql.Connection], None]
-"""Runs in the transaction that finishes a job, such as an audit entry."""
+"""Runs in the transaction that accepts or cancels a job, such as an audit entry."""
+Ended = Callable[[sql.Connection, str], None]
+"""As `Also`, for the transaction that ends a job, with the state that it ends in."""
+Room = Callable[[int, int, float], None]
+"""Raises Refused if there is no room, given the live jobs in total and of the tenant, and the cost of all."""
 
 _T = tables.jobs
+
+
+def new_id() -> str:
+    """An id of a job, with 128 random bits."""
+    return f"job_{secrets.token_hex(16)}"
 
 
 @dataclass(frozen=True)
@@ -42,11 +51,12 @@ class New:
     request: str
     body_hash: str
     idempotency: str | None = None
+    id: str = field(default_factory=new_id)
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """A queued job, as the scheduler sees it."""
+    """A queued job, as the scheduler sees it. A job that a worker has lost before has a batching key of its own."""
 
     seq: int
     id: str
@@ -107,21 +117,27 @@ class Jobs:
 
     # ---- what requests do
 
-    def accept(self, new: New, also: Also) -> tuple[str, bool]:
+    def accept(self, new: New, also: Also, room: Room | None = None) -> tuple[str, bool]:
         """Commits a job, and returns its id and whether it is new.
 
+        Args:
+            new: the job.
+            also: writes its audit entry.
+            room: decides whether there is room for the job, which counts already. A job that exists needs none.
+
         Raises:
-            Refused: the idempotency key was used with another body.
+            Refused: the idempotency key was used with another body or policy, or there is no room.
         """
-        name = f"job_{secrets.token_hex(16)}"
-        values = vars(new) | {"id": name, "state": "queued", "attempts": 0, "fence": 0, "beat": 0, "cancel": False}
+        values = vars(new) | {"state": "queued", "attempts": 0, "fence": 0, "beat": 0, "cancel": False}
         try:
             with self.database.writing() as connection:
                 connection.execute(_T.insert().values(values | {"step": 0, "created": time.time()}))
                 also(connection)
+                if room is not None:
+                    room(*_load(connection, new.tenant, new.model))
         except sql.exc.IntegrityError:
             return self._joined(new), False
-        return name, True
+        return new.id, True
 
     def _joined(self, new: New) -> str:
         query = sql.select(_T.c.id, _T.c.body_hash)
@@ -130,7 +146,9 @@ class Jobs:
             found = connection.execute(query).mappings().one()
         if found["body_hash"] != new.body_hash:
             raise Refused(
-                422, "This Idempotency-Key was used with another body. Send another key.", "idempotency_key_reused"
+                422,
+                "This Idempotency-Key was used with another body or policy. Send another key.",
+                "idempotency_key_reused",
             )
         return str(found["id"])
 
@@ -164,7 +182,7 @@ class Jobs:
         """Cancels a live job, and deletes the pictures of a finished one. False if there is no such job."""
         with self.database.writing() as connection:
             mine = (_T.c.id == name, _T.c.tenant == tenant)
-            if connection.execute(sql.select(_T.c.id).where(*mine)).first() is None:
+            if connection.execute(sql.select(_T.c.id).where(*mine).with_for_update()).first() is None:
                 return False
             ended = {"state": "cancelled", "finished": time.time(), "request": "{}"}
             if not connection.execute(_T.update().where(*mine, _T.c.state == "queued").values(ended)).rowcount:
@@ -173,16 +191,10 @@ class Jobs:
             also(connection)
             return True
 
-    def load(self, tenant: str) -> tuple[int, int, float]:
-        """Live jobs in total, of this tenant, and the cost of all."""
-        query = sql.select(
-            sql.func.count(),
-            sql.func.count().filter(_T.c.tenant == tenant),
-            sql.func.coalesce(sql.func.sum(_T.c.cost), 0),
-        ).where(_T.c.state.in_(LIVE))
+    def load(self, tenant: str, model: str) -> tuple[int, int, float]:
+        """The live jobs of a model in total, of this tenant, and the cost of all."""
         with self.database.reading() as connection:
-            total, own, cost = connection.execute(query).one()
-        return int(total), int(own), float(cost)
+            return _load(connection, tenant, model)
 
     def count(self, states: Sequence[str], model: str | None = None) -> int:
         """The number of jobs in these states, of one model or of all."""
@@ -192,16 +204,19 @@ class Jobs:
             return int(connection.execute(query).scalar() or 0)
 
     def expire(self, seconds: float) -> int:
-        """Deletes pictures of jobs that finished longer ago, and returns the number of rows."""
-        old = sql.select(_T.c.id).where(_T.c.finished.is_not(None), _T.c.finished < time.time() - seconds)
+        """Deletes jobs that finished longer ago with their pictures, and returns the number of jobs."""
+        old = _T.c.finished.is_not(None), _T.c.finished < time.time() - seconds
         with self.database.writing() as connection:
-            return connection.execute(tables.pictures.delete().where(tables.pictures.c.job.in_(old))).rowcount
+            names = sql.select(_T.c.id).where(*old)
+            connection.execute(tables.pictures.delete().where(tables.pictures.c.job.in_(names)))
+            return connection.execute(_T.delete().where(*old)).rowcount
 
     # ---- what workers do
 
     def waiting(self, model: str, most: int = 2_000) -> list[Waiting]:
         """The queued jobs of a model, oldest first."""
-        columns = [_T.c[name] for name in ("seq", "id", "tenant", "batch", "rows", "cost")]
+        alone = sql.case((_T.c.attempts > 0, _T.c.batch + _T.c.id), else_=_T.c.batch)
+        columns = [_T.c.seq, _T.c.id, _T.c.tenant, alone, _T.c.rows, _T.c.cost]
         query = sql.select(*columns).where(_T.c.state == "queued", _T.c.model == model)
         query = query.order_by(_T.c.seq).limit(most)
         with self.database.reading() as connection:
@@ -233,12 +248,15 @@ class Jobs:
                         cancelled.add(each.id)
         return held, cancelled
 
-    def finish(self, claim: Claim, pictures: Sequence[Picture], error: Refused | None, also: Also) -> bool:
-        """Finishes a job with pictures or an error. False, without a trace, if the claim was lost."""
+    def finish(self, claim: Claim, pictures: Sequence[Picture], error: Refused | None, also: Ended) -> str:
+        """Finishes a job with pictures or an error, and returns its state.
+
+        It returns "", without a trace, if the claim was lost.
+        """
         with self.database.writing() as connection:
             row = connection.execute(sql.select(_T.c.cancel).where(*_mine(claim)).with_for_update()).first()
             if row is None:
-                return False
+                return ""
             state = "cancelled" if row.cancel else "failed" if error else "done"
             stored = None if error is None else json.dumps(error.stored())
             values: dict[str, Any] = {"state": state, "error": stored, "finished": time.time(), "owner": None}
@@ -256,8 +274,8 @@ class Jobs:
                 ]
                 connection.execute(tables.pictures.insert(), rows)
             connection.execute(_T.update().where(*_mine(claim)).values(values))
-            also(connection)
-            return True
+            also(connection, state)
+            return state
 
     def running(self) -> dict[tuple[str, int], int]:
         """The beat of each running job, by id and fence."""
@@ -265,13 +283,16 @@ class Jobs:
         with self.database.reading() as connection:
             return {(row.id, row.fence): row.beat for row in connection.execute(query)}
 
-    def release(self, name: str, fence: int, beat: int) -> bool:
-        """Takes a job from a holder without a heartbeat. After three attempts the job fails."""
+    def release(self, name: str, fence: int, beat: int, also: Ended) -> str:
+        """Takes a job from a holder without a heartbeat, and returns its new state; "" if it has a heartbeat since.
+
+        After three attempts the job fails. `also` runs if the job ends.
+        """
         same = (_T.c.id == name, _T.c.fence == fence, _T.c.beat == beat, _T.c.state == "running")
         with self.database.writing() as connection:
             row = connection.execute(sql.select(_T.c.attempts, _T.c.cancel).where(*same).with_for_update()).first()
             if row is None:
-                return False
+                return ""
             values: dict[str, Any] = {"state": "queued", "owner": None, "fence": fence + 1}
             if row.cancel:
                 values |= {"state": "cancelled", "finished": time.time(), "request": "{}"}
@@ -282,37 +303,18 @@ class Jobs:
                     "finished": time.time(),
                     "request": "{}",
                 }
-            return bool(connection.execute(_T.update().where(*same).values(values)).rowcount)
-
-    def put_back(self, claims: Sequence[Claim]) -> None:
-        """Returns claimed jobs to the queue."""
-        with self.database.writing() as connection:
-            for each in claims:
-                connection.execute(_T.update().where(*_mine(each)).values(state="queued", owner=None))
+            connection.execute(_T.update().where(*same).values(values))
+            if values["state"] != "queued":
+                also(connection, values["state"])
+            return str(values["state"])
 
 
 def _mine(claim: Claim) -> tuple[Any, ...]:
     return _T.c.id == claim.id, _T.c.fence == claim.fence, _T.c.state == "running"
 
 
-class Leases:
-    """Finds holders without a heartbeat, by this process's own clock, so that changes of the time of day do no harm.
-
-    Args:
-        patience: seconds without a heartbeat after which a holder counts as dead.
-        clock: seconds, which never go back.
-    """
-
-    def __init__(self, patience: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._patience, self._clock = patience, clock
-        self._seen: dict[tuple[str, int], tuple[int, float]] = {}
-
-    def dead(self, running: Mapping[tuple[str, int], int]) -> list[tuple[str, int, int]]:
-        """Id, fence and beat of the running jobs whose beat stood still for too long."""
-        now = self._clock()
-        seen = {}
-        for job, beat in running.items():
-            earlier = self._seen.get(job)
-            seen[job] = earlier if earlier is not None and earlier[0] == beat else (beat, now)
-        self._seen = seen
-        return [(*job, beat) for job, (beat, since) in seen.items() if now - since >= self._patience]
+def _load(connection: sql.Connection, tenant: str, model: str) -> tuple[int, int, float]:
+    total, own = sql.func.count(), sql.func.count().filter(_T.c.tenant == tenant)
+    query = sql.select(total, own, sql.func.coalesce(sql.func.sum(_T.c.cost), 0))
+    found = connection.execute(query.where(_T.c.state.in_(LIVE), _T.c.model == model)).one()
+    return int(found[0]), int(found[1]), float(found[2])

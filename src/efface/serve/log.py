@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -13,10 +14,11 @@ from .. import checks
 
 
 def told(event: str, **facts: Any) -> None:
-    """Writes a line. Long texts are cut."""
+    """Writes a line. Long texts are cut. A log that cannot be written, as on a full disk, stops nothing."""
     short = {name: checks.short(value, 500) if isinstance(value, str) else value for name, value in facts.items()}
     line = json.dumps({"time": round(time.time(), 3), "event": event, **short}, default=repr)
-    print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def named(error: BaseException) -> str:

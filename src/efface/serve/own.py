@@ -1,21 +1,22 @@
-"""The routes of Efface: jobs, policies, models and health."""
+"""The routes of Efface: models, jobs, policies and health."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
 
+import anyio
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from .. import checks
+from .. import checks, core
 from .database import Unavailable
 from .errors import Refused
+from .fields import MOST_ROWS, MOST_STEPS, STEPS
 from .http import body_of, holder_of, service_of
-from .images import SECURED, answer, cancel, documented
+from .images import SECURED, answer, cancel, check_open, documented
 from .jobs import LIVE, Job
 from .keys import Holder
 from .policies import Stored
@@ -32,6 +33,23 @@ async def models(request: Request) -> Response:
     await holder_of(request)
     model = {"id": service_of(request).model, "object": "model", "created": 0, "owned_by": "efface"}
     return JSONResponse({"object": "list", "data": [model]})
+
+
+@routes.get("/v1/efface/me", responses=documented(400, 401, 403), openapi_extra=SECURED)
+async def me(request: Request) -> Response:
+    """What a key may do: its policy in short, the model, and the bounds of a request."""
+    service, holder = service_of(request), await holder_of(request)
+    stored = await run_in_threadpool(service.policies.latest, holder.policy or "")
+    if stored is None:
+        raise Refused(403, "The policy of this key does not exist. Tell the operator.", "no_policy")
+    erased = [concept.name for concept in stored.policy.concepts]
+    policy: dict[str, Any] = {"name": stored.name, "version": stored.policy.version, "hash": stored.policy.hash}
+    policy |= {"unguarded": stored.policy.unguarded, "erase": erased, "gate": stored.policy.gate is not None}
+    facts: dict[str, Any] = {"tenant": holder.tenant, "policy": policy, "model": service.model}
+    facts |= {"sizes": [f"{width}x{height}" for width, height in service.sizes], "most_images": MOST_ROWS}
+    facts |= {"steps": STEPS["auto"], "most_steps": MOST_STEPS}
+    facts["concepts"] = [name for name in core.shipped_concepts() if name not in erased]
+    return JSONResponse(facts)
 
 
 # ---------------------------------------------------------------- jobs
@@ -68,15 +86,16 @@ async def delete(request: Request, name: str) -> Response:
     return JSONResponse({"id": name, "deleted": True})
 
 
-@routes.get("/v1/efface/jobs/{name}/events", responses=documented(400, 401, 403, 404), openapi_extra=SECURED)
+@routes.get("/v1/efface/jobs/{name}/events", responses=documented(400, 401, 403, 404, 429), openapi_extra=SECURED)
 async def events(request: Request, name: str) -> Response:
     """The progress of a job, as server-sent events. If the reader leaves, the job goes on."""
-    service, _, _ = await _job(request, name)
+    service, holder, _ = await _job(request, name)
+    check_open(request, holder)
     watcher: Watcher = request.app.state.watcher
 
     async def told() -> AsyncIterator[str]:
         last: tuple[str, int, int] | None = None
-        async for now in watcher.follow(name, service.limits.wait):
+        async for now in watcher.follow(name, service.limits.wait, holder.tenant):
             if now != last:
                 last = now
                 yield f"data: {json.dumps(dict(zip(('state', 'step', 'steps'), now, strict=True)))}\n\n"
@@ -146,12 +165,14 @@ async def healthz() -> Response:
 
 @routes.get("/readyz", responses=documented(503))
 async def readyz(request: Request) -> Response:
-    """The database answers, a worker is warm, and the server is not shutting down."""
+    """The database answers, a worker is warm and draws, and the server is not shutting down."""
     service = service_of(request)
     try:
-        there = bool(await asyncio.wait_for(run_in_threadpool(service.database.version), 5.0))
+        with anyio.fail_after(5.0):
+            there = bool(await anyio.to_thread.run_sync(service.database.version, abandon_on_cancel=True))
     except (Unavailable, TimeoutError):
         there = False
-    facts = {"database": there, "worker": service.warm.is_set(), "draining": service.draining.is_set()}
+    warm = service.warm.is_set() and not service.stalled.is_set()
+    facts = {"database": there, "worker": warm, "draining": service.draining.is_set()}
     ready = facts["database"] and facts["worker"] and not facts["draining"]
     return JSONResponse(facts | {"status": "ready" if ready else "not ready"}, 200 if ready else 503)

@@ -33,8 +33,9 @@ class Limits:
         read: seconds for reading a request's body.
         send: seconds for sending a part of a response.
         lease: seconds without a heartbeat after which another worker takes a job.
+        stall: seconds without a finished step after which a worker counts as stalled, and its heartbeat ends.
         drain: seconds for finishing accepted jobs after SIGTERM.
-        keep: seconds that pictures are kept after a job has finished.
+        keep: seconds that jobs and their pictures are kept after they have finished.
 
     Raises:
         ValueError: a bound is not above 0.
@@ -48,6 +49,7 @@ class Limits:
     read: float = 10.0
     send: float = 30.0
     lease: float = 15.0
+    stall: float = 600.0
     drain: float = 60.0
     keep: float = 86_400.0
 
@@ -75,6 +77,7 @@ class Service:
     sizes: Sequence[tuple[int, int]] = ((64, 64),)
     draining: threading.Event = field(default_factory=threading.Event)
     warm: threading.Event = field(default_factory=threading.Event)
+    stalled: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         self.audit = Audit(self.database, self.pepper)
@@ -93,6 +96,7 @@ def initialise(folder: Path, database: str | None = None) -> tuple[Service, str]
 
     Raises:
         FileExistsError: the folder holds a pepper already.
+        ValueError: the database belongs to another service, whose pepper would not fit any more.
     """
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / PEPPER_FILE
@@ -100,6 +104,11 @@ def initialise(folder: Path, database: str | None = None) -> tuple[Service, str]
         raise FileExistsError(f"{folder} holds a service already. Name another folder, or use `efface serve key`.")
     opened = Database(database or _url(folder))
     opened.migrate()
+    if not opened.empty():
+        raise ValueError(
+            f"Expected a database without a service, but {opened.name} has one. Restore its pepper, or name another "
+            "database."
+        )
     handle = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | files.NO_LINK, 0o600)
     with os.fdopen(handle, "wb") as file:
         file.write(os.urandom(PEPPER).hex().encode())
@@ -114,7 +123,7 @@ def opened(folder: Path, database: str | None = None, **options: Any) -> Service
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: the pepper is damaged, or the tables are of another version.
+        ValueError: the pepper is damaged or of another database, or the tables are of another version.
     """
     if not files.there(folder / PEPPER_FILE):
         raise FileNotFoundError(f"{folder} holds no service. `efface serve init {folder}` makes one.")
@@ -122,7 +131,13 @@ def opened(folder: Path, database: str | None = None, **options: Any) -> Service
         raise FileNotFoundError(f"{folder / DATABASE_FILE} is missing. Restore it, or give --database.")
     found = Database(database or _url(folder))
     found.migrate()
-    return Service(found, _pepper(folder), **options)
+    service = Service(found, _pepper(folder), **options)
+    if not service.audit.fits():
+        raise ValueError(
+            f"{folder / PEPPER_FILE} does not fit {found.name}, or the end of its audit log was changed. Restore both "
+            "from one backup."
+        )
+    return service
 
 
 def _url(folder: Path) -> str:

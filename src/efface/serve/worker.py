@@ -6,23 +6,30 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import sqlalchemy as sql
 
-from .. import checks, files
+from .. import files
 from ..progress import Cancelled
-from .backend import Backend, Drawn, Row, encoded
+from .backend import REFUSALS, Backend, Drawn, Row, encoded
 from .database import Unavailable
 from .errors import Refused
 from .fair import Fair
-from .jobs import Claim, Leases, Picture
+from .jobs import LOST, Claim, Picture
+from .leases import Leases
 from .log import named, told
 from .policies import effective
+from .pulse import Pulse
 from .service import Service
+
+if TYPE_CHECKING:
+    from ..guard import Policy
 
 FAILURES = (RuntimeError, ValueError, TypeError, OSError, MemoryError)
 PAUSE = 0.05
+EXPIRE = 60.0
+"""Seconds between deletions of old jobs."""
 T = TypeVar("T")
 
 
@@ -40,7 +47,7 @@ class Worker(threading.Thread):
         self._service, self._backend, self._jobs = service, backend, service.jobs
         self._fair, self._leases = Fair(service.limits.rows), Leases(service.limits.lease)
         self._stop_asked = threading.Event()
-        self._swept = 0.0
+        self._swept = self._expired = -EXPIRE
 
     def run(self) -> None:
         self._service.warm.set()
@@ -78,12 +85,27 @@ class Worker(threading.Thread):
             return
         self._swept = now
         for name, fence, beat in self._leases.dead(self._jobs.running()):
-            self._jobs.release(name, fence, beat)
-        self._jobs.expire(limits.keep)
+            self._jobs.release(name, fence, beat, self._lost(name))
+        if now - self._expired >= min(EXPIRE, limits.keep):
+            self._expired = now
+            self._jobs.expire(limits.keep)
+
+    def _lost(self, name: str) -> Callable[[sql.Connection, str], None]:
+        """Writes the end of a job that workers lost to the audit log."""
+
+        def also(connection: sql.Connection, state: str) -> None:
+            facts = {"job": name, "state": state, "error": LOST.code, "rows": [], "worker": self.name}
+            self._service.audit.add(connection, "job finished", facts)
+
+        return also
 
     # ---- one batch
 
     def _draw(self, claims: Sequence[Claim]) -> None:
+        with Pulse(self._service, claims) as pulse:
+            self._work(claims, pulse)
+
+    def _work(self, claims: Sequence[Claim], pulse: Pulse) -> None:
         ready: list[tuple[Claim, list[Row]]] = []
         for claim in claims:
             try:
@@ -93,7 +115,7 @@ class Worker(threading.Thread):
         if not ready:
             return
         began = time.monotonic()
-        drawn, failure = self._attempt(ready)
+        drawn, failure = self._attempt(ready, pulse)
         if drawn:
             seconds, cost = time.monotonic() - began, sum(claim.cost for claim, _ in ready)
             self._service.metrics.drew(len(drawn), cost, seconds)
@@ -102,22 +124,28 @@ class Worker(threading.Thread):
                 self._deliver(claim, mine)
         elif failure is not None and len(ready) > 1:  # one request may spoil the batch of others
             for claim, _ in ready:
-                self._draw([claim])
+                self._work([claim], pulse)
         else:
             for claim, _ in ready:
                 self._finish(claim, [], CANCELLED if failure is None else _failed(failure))
 
-    def _attempt(self, ready: Sequence[tuple[Claim, list[Row]]]) -> tuple[list[Drawn], BaseException | None]:
+    def _attempt(
+        self, ready: Sequence[tuple[Claim, list[Row]]], pulse: Pulse
+    ) -> tuple[list[Drawn], BaseException | None]:
         """The rows of a batch, or the error of the drawing; neither if nobody waits for it any more."""
         rows = [row for _, some in ready for row in some]
-        with _Pulse(self._service, [claim for claim, _ in ready]) as pulse:
-            try:
-                return self._backend.draw(rows, ready[0][0].request["call"], pulse.on_step), None
-            except Cancelled:
-                return [], None
-            except FAILURES as error:
-                told("drawing failed", error=named(error), jobs=[claim.id for claim, _ in ready])
-                return [], error
+        call, made = ready[0][0].request["call"], list[Drawn]()
+        try:
+            with pulse.drawing({claim.id for claim, _ in ready}) as on_step:
+                most = self._service.limits.rows
+                for k in range(0, len(rows), most):  # a job may have more rows than fit
+                    made += self._backend.draw(rows[k : k + most], call, on_step)
+            return made, None
+        except Cancelled:
+            return [], None
+        except FAILURES as error:
+            told("drawing failed", error=named(error), jobs=[claim.id for claim, _ in ready])
+            return [], error
 
     def _rows(self, claim: Claim) -> list[Row]:
         """The rows of a job. Raises Refused if its policy is not the stored one, or its prompt is too long."""
@@ -133,10 +161,23 @@ class Worker(threading.Thread):
             )
         for name in ("prompt", "negative_prompt"):
             if request[name] and (lost := self._backend.cut_off(request[name])):
-                message = f"Expected a `{name}` that the model reads to its end, got one without {checks.shown(lost)}."
-                raise Refused(400, f"{message} Shorten it.", "prompt_too_long", name)
+                got = f"got one that is {len(lost)} characters too long"  # errors are kept, so it quotes nothing
+                message = f"Expected a `{name}` that the model reads to its end, {got}. Shorten it."
+                raise Refused(400, message, "prompt_too_long", name)
+        self._check(policy, bool(request["also_erase"]))
         seeds = range(request["seed"], request["seed"] + claim.rows)
         return [Row(request["prompt"], request["negative_prompt"], seed, policy) for seed in seeds]
+
+    def _check(self, policy: Policy, more: bool) -> None:
+        """Raises Refused if the policy cannot draw, so that it does not spoil a batch."""
+        try:
+            self._backend.check(policy)
+        except REFUSALS as error:
+            told("policy refused", policy=policy.hash, error=named(error), why=str(error))
+            if more:
+                message = "The policy of this key cannot act with `also_erase`. Leave it out, or tell the operator."
+                raise Refused(400, message, "invalid_value", "also_erase") from None
+            raise Refused(500, "The policy of this key cannot act. Tell the operator.", "policy_not_applied") from None
 
     def _deliver(self, claim: Claim, drawn: Sequence[Drawn]) -> None:
         """Finishes a job with its pictures, unless a row is not proven or all are blocked."""
@@ -168,7 +209,6 @@ class Worker(threading.Thread):
         return Picture(content, record | {"sha256": files.sha256(content)})
 
     def _finish(self, claim: Claim, pictures: Sequence[Picture], error: Refused | None) -> None:
-        state = "failed" if error else "done"
         request = claim.request
         facts = {
             "job": claim.id,
@@ -180,16 +220,15 @@ class Worker(threading.Thread):
             "call": request["call"],
             "seed": request["seed"],
             "prompt": self._service.audit.keyed(request["prompt"]),
-            "state": state,
             "error": None if error is None else error.code,
             "rows": [each.record for each in pictures],
             "worker": self.name,
         }
 
-        def also(connection: sql.Connection) -> None:
-            self._service.audit.add(connection, "job finished", facts)
+        def also(connection: sql.Connection, state: str) -> None:
+            self._service.audit.add(connection, "job finished", facts | {"state": state})
 
-        if self._stubborn(lambda: self._jobs.finish(claim, pictures, error, also)):
+        if state := self._stubborn(lambda: self._jobs.finish(claim, pictures, error, also)):
             self._service.metrics.finished.labels(state).inc()
 
     def _stubborn(self, act: Callable[[], T]) -> T | None:
@@ -208,35 +247,3 @@ CANCELLED = Refused(409, "The request was cancelled. Send it again.", "cancelled
 def _failed(error: BaseException) -> Refused:
     """The error of a drawing that failed. Its text stays in the server's log."""
     return Refused(500, f"Drawing failed with {type(error).__name__}. Tell the operator.", "drawing_failed")
-
-
-class _Pulse:
-    """The heartbeat of a batch, in a thread, and the end of a batch that nobody waits for."""
-
-    def __init__(self, service: Service, claims: Sequence[Claim]) -> None:
-        self._service, self._claims = service, list(claims)
-        self._step, self.ended = 0, False
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self) -> _Pulse:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        service = self._service
-        while not self._over.wait(min(service.limits.lease / 5, 0.5)):
-            try:
-                held, cancelled = service.jobs.beat(self._claims, self._step)
-            except Unavailable:
-                continue
-            self.ended = not held - cancelled
-
-    def on_step(self, step: int) -> None:
-        self._step = step
-        if self.ended:
-            raise Cancelled("No request waits for this batch.")
