@@ -28,7 +28,22 @@ from website import api, check, concepts, formats, links, methods, notebooks, pa
 
 ROOT = Path(__file__).parents[1]
 WRITTEN = [*ROOT.glob("docs/**/*.md"), *(ROOT / path for path in links.ELSEWHERE)]
-made, real = functools.cache(pages.generated), efface.grid
+real = efface.grid
+
+
+@functools.cache
+def _made() -> dict[str, str] | Exception:
+    try:
+        return pages.generated()
+    except Exception as error:  # noqa: BLE001 - kept, so that one fault does not cost its time in every test
+        return error
+
+
+def made() -> dict[str, str]:
+    found = _made()
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def navigation(entries: list[object]) -> list[str]:
