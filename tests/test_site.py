@@ -10,6 +10,8 @@ import functools
 import json
 import re
 import runpy
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -195,6 +197,43 @@ def test_every_attack_stands_in_the_threat_models_once() -> None:
     found = threats.attacks()
     assert tuple(found) == ACCESS
     assert sorted(name for names in found.values() for name in names) == sorted(registry.methods("attacks"))
+
+
+def test_the_sortable_leaderboard_has_every_row_of_its_card() -> None:
+    page, rows = made()["standings.md"], card("leaderboard")["rows"]
+    assert page.count("<tr data-kind") == len(rows) > 5
+    for row in rows:
+        score = row["scores"]["retention"]
+        assert (
+            f'<td data-value="{100 * score["value"]:.3f}">{100 * score["value"]:.1f} [{100 * score["low"]:.1f},' in page
+        )
+    assert 'data-kind="weights" data-access="the weights" data-fit="short"><td><a href="methods/uce.html">' in page
+    assert 'data-fit="long"><td><a href="methods/esd.html">' in page
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_the_sortable_leaderboard_sorts_and_filters(tmp_path: Path) -> None:
+    body = "\n".join(line for line in made()["standings.md"].splitlines() if line.startswith("<"))
+    script = (ROOT / "docs/site.js").read_text("utf-8")
+    clicks = """document.addEventListener("DOMContentLoaded", () => {
+      document.querySelectorAll("th button")[3].click();
+      const kind = document.querySelector("select"); kind.value = "weights"; kind.dispatchEvent(new Event("change"));
+      const shown = [...document.querySelectorAll("tbody tr")].filter((row) => !row.hidden);
+      document.title = shown.map((row) => row.cells[0].textContent + " " + row.cells[3].dataset.value).join("|");
+    })"""
+    path = tmp_path / "page.html"
+    path.write_text(f"<html><head><script>{script}</script><script>{clicks}</script></head><body>{body}</body></html>")
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title
+    names, values = zip(*(each.split(" ") for each in title[1].split("|")), strict=True)
+    assert set(names) == {"uce", "rece", "esd", "sdd", "ccrt"}
+    assert [float(value) for value in values] == sorted(map(float, values), reverse=True)
 
 
 WALKS = re.findall(r"\| `([\w.]+)` in \[[^]]+\]\(\.\./([^)]+)\)", (ROOT / "docs/architecture.md").read_text("utf-8"))
