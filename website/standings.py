@@ -45,12 +45,13 @@ def _row(each: Mapping[str, Any], command: str) -> str:
     kind, access = KINDS[room]
     fit = card("editors_outcome")["fits"].get(name)
     seconds = mean(one["seconds"] for one in fit.values()) if fit else 0.0
+    shown = f"{seconds:.{0 if seconds > SHORT else 1}f}" if fit else "none"
     length = "none" if not fit else "short" if seconds <= SHORT else "long"
     link = f'<a href="methods/{name}.html"><code>{name}</code></a>' if room else "base model"
     scores = "".join(_score(each["scores"].get(column)) for column in COLUMNS)
     return (
         f'<tr data-kind="{kind}" data-access="{access}" data-fit="{length}"><td>{link}</td><td>{kind}</td>{scores}'
-        f'<td data-value="{seconds:.4f}">{f"{seconds:.2g}" if fit else "none"}</td><td>{access}</td>'
+        f'<td data-value="{seconds:.4f}">{shown}</td><td>{access}</td>'
         f'<td><a href="files/results/leaderboard.json">card</a> '
         f"<code>{escape(each.get('command') or command)}</code></td></tr>"
     )
