@@ -169,6 +169,7 @@ ORDER = {
     ),
     "report": (
         "words",
+        "delta_card",
         "template",
         "compare",
         "plot",
