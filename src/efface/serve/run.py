@@ -103,6 +103,7 @@ def run(
     guard = threading.Thread(target=_end_with, args=(worker, server), daemon=True)
     guard.start()
     sockets = [config.bind_socket()]
+    sockets[0].listen(config.backlog)  # from here on connections wait for the server
     told("listening", host=host, port=sockets[0].getsockname()[1], model=backend.name)
     failed = _serve(server, sockets, worker)
     service.database.close()
