@@ -35,15 +35,15 @@ class Pipe:
     def __init__(self, rest: float = 3.0, shows: float = 1.0) -> None:
         self.strength, self.rest, self.shows, self.drawn, self.stop = 0.0, rest, shows, 0, 10**9
 
-    def __call__(self, prompts: list[str], *, generator: list[torch.Generator], **call: Any) -> Any:
+    def __call__(self, prompt: list[str], *, generator: list[torch.Generator], **call: Any) -> Any:
         assert set(call) == {"num_inference_steps", "output_type"}
-        self.drawn += len(prompts)
+        self.drawn += len(prompt)
         if self.drawn > self.stop:
             raise KeyboardInterrupt
         at = torch.tensor([g.initial_seed() % 100 for g in generator]) / 50
         concept = (at >= self.strength) & (at < 2 * self.shows)
         rest = at * self.rest >= self.strength if self.strength else torch.ones(len(at), dtype=torch.bool)
-        images = torch.zeros(len(prompts), 3, 16, 16)
+        images = torch.zeros(len(prompt), 3, 16, 16)
         images[:, 0], images[:, 1] = concept.float()[:, None, None], rest.float()[:, None, None]
         return SimpleNamespace(images=images)
 

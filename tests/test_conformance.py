@@ -10,7 +10,7 @@ import itertools
 from typing import Any
 
 import pytest
-from tiny import ALCOHOL, CAT, EACH, adapter_file, fitted, steps_for, untouched
+from tiny import ALCOHOL, ALIKE, CAT, EACH, adapter_file, fitted, steps_for, untouched
 from torch import Tensor
 
 from efface import api, core, registry
@@ -60,7 +60,7 @@ PAIRS = list(itertools.combinations_with_replacement(ERASERS, 2))  # one order w
 each = _each(ERASERS)
 
 
-@pytest.fixture(params=EACH)
+@pytest.fixture(params=[name for name in EACH if name not in ALIKE])
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 

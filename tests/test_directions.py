@@ -112,7 +112,7 @@ def predictions(pipe: Any) -> tuple[Tensor, Tensor]:
     return unconditional, conditional
 
 
-@pytest.mark.parametrize("family", tiny.EACH)
+@pytest.mark.parametrize("family", [name for name in tiny.EACH if name != "flux2"])  # which has none
 def test_unconditional_rows_stay_to_the_bit(family: str) -> None:
     pipe = tiny.untouched(family)
     unconditional, conditional = predictions(pipe)

@@ -46,7 +46,10 @@ from efface.families.unet import EMOJI, SD
 
 CAT = Concept("cat")
 ALL = (EIUP([CAT]), GIE([CAT]), SLD([CAT]), SAFREE([CAT]), NegativePrompt([CAT]))
-TESTED = r"of a tested family \(CogView4, emoji, emoji-flux, FLUX.1, PixArt, SD 1.x/2.x, SD 3/3.5, SDXL\), got "
+TESTED = (
+    r"of a tested family \(Chroma, CogView4, emoji, emoji-flux, FLUX.1, FLUX.2, FLUX.2 klein, PixArt, Qwen-Image, "
+    r"Sana, SD 1.x/2.x, SD 3/3.5, SDXL\), got "
+)
 PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")
 
 
@@ -133,7 +136,7 @@ def test_variants_of_tested_pipelines_are_taken() -> None:
         assert family(pipe) is facts, type(pipe)
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl", "pixart", "sd3", "flux", "cogview4"])
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "pixart", "sd3", "flux", "cogview4", "flux2", "qwenimage"])
 def test_a_compiled_denoiser_or_encoder_is_what_it_was(name: str) -> None:
     pipe = pipeline(name)
     facts = family(pipe)
@@ -155,6 +158,8 @@ def test_a_compiled_denoiser_or_encoder_is_what_it_was(name: str) -> None:
         ("flux", ("text_encoder_2",)),
         ("flux", ("text_encoder",)),
         ("cogview4", ("text_encoder", "tokenizer")),
+        ("klein", ("text_encoder",)),
+        ("qwenimage", ("text_encoder", "tokenizer")),
     ],
 )
 def test_a_missing_text_encoder_is_named(name: str, lost: tuple[str, ...]) -> None:
@@ -271,7 +276,7 @@ class Words:
 def test_padding_in_front_moves_a_texts_tokens() -> None:
     facts = Family("x", "X", ("",), frozenset(), left_padded=("tokenizer",), padded_to_limit=False)
     pipe: Any = SimpleNamespace(tokenizer=Words(), text_encoder=SimpleNamespace(config=SimpleNamespace(hidden_size=3)))
-    read = facts.read(pipe, "tokenizer", "a red cat")
+    read = facts.read(pipe, "tokenizer", "a red cat", {})
     assert read.ids == [1, 2, 8, 10, 10] and read.own == slice(2, 5) and read.last == 4
     assert facts.shift("tokenizer", read, 16) == 11 and SD.shift("tokenizer", read, 16) == 0
     edit = torch.ones(2, 3)
@@ -315,7 +320,7 @@ def test_tokens_that_the_pipeline_puts_in_front_and_drops_are_counted_when_other
 
 
 def test_each_family_has_tiny_pipelines_that_all_methods_are_tried_on() -> None:
-    assert {family(tiny.untouched(name)).name for name in tiny.EACH} | {"emoji-flux"} == {
+    assert {family(tiny.untouched(name)).name for name in tiny.EACH} | {"emoji-flux", "FLUX.2 klein"} == {
         each.name for each in FAMILIES
     }
 

@@ -69,13 +69,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"models", "api", "pipelines", "detectors", "metrics", "runs", "redteam", "report", "intervals", "judged"}
     | {"feedback", "progress", "attacks", "_hazards"},
     "jobs": HOOKS | {"models", "api", "pipelines", "runs", "progress"},
+    "scaffold": {"checks", "files", "registry"},
     "_interrupt": set(),
     "_sqlite": set(),
     "_ray": set(),
     "cli": FACTS
     | {"models", "api", "pipelines", "calibration", "detectors", "runs", "redteam", "report", "tables", "jobs"}
     | {"progress", "feedback", "auditing", "thresholds", "guard", "serve"}
-    | {"_interrupt", "_hub"},
+    | {"_interrupt", "_hub", "scaffold"},
     "__main__": {"cli", "_interrupt"},
     "efface": {
         *("registry", "core", "records", "pictures", "pipelines", "api", "calibration", "erasers", "editors"),
@@ -106,8 +107,8 @@ ORDER = {
         *("prediction", "step", "outputs", "denoiser", "sites", "method", "__init__"),
     ),
     "delta": (
-        *("factors", "watch", "overlay", "applied", "embeddings", "words", "base", "table", "forms", "file", "lora"),
-        *("delta", "features", "tokens", "state"),
+        *("factors", "watch", "overlay", "applied", "embeddings", "words", "base", "table", "gates"),
+        *("forms", "file", "lora", "delta", "features", "steering", "tokens", "state"),
         "__init__",
     ),
     "runs": (

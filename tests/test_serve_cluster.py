@@ -237,6 +237,10 @@ def test_a_killed_replica_loses_no_job_and_doubles_none(host: Host, quiet: Desk,
     assert quiet.service.audit.verify()[1] == ""
     _until(lambda: len(list((tmp_path / "drawing").iterdir())) == 3 or bool(_more(url, head)), 60)  # Ray restarts it
     assert _listening(os.getpid(), near=True) and not _listening(os.getpid(), near=False)
+    with socket.socket() as beyond:  # the effect: such a port would be seen
+        beyond.bind(("", 0))
+        beyond.listen()
+        assert _listening(os.getpid(), near=False) == {f"00000000:{beyond.getsockname()[1]}"}
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         last = pool.submit(httpx2.post, url + URL, json=asked[0], headers=head, timeout=60)
         _until(lambda: quiet.service.jobs.count(["running"]) == 1)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ._text import encode_cut, encoder_of, read, readers
-from .families import Family, Reading, family
+from .families import Family, Reading, family, tokenizer_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -31,14 +31,17 @@ def encode_masked(
     """
     placed, here, facts = [], threading.get_ident(), family(pipe)
     for name, sets in columns.items():
-        tokenizer, encoder = getattr(pipe, name), encoder_of(pipe, name)
+        tokenizer, encoder = tokenizer_of(pipe, name), encoder_of(pipe, name)
         mask = tokenizer.mask_token_id
         mask = tokenizer.convert_tokens_to_ids("!") if mask is None else mask
         put = functools.partial(masked, here, mask, sets, facts, name, read(pipe, text, name, **settings))
         placed.append(encoder.register_forward_pre_hook(put, with_kwargs=True))
     try:
         n, more = max(map(len, columns.values())), [] if facts.padded_to_limit else _longest(pipe, others, settings)
-        states, pooled, _ = encode_cut(pipe, [*[text] * n, *more], settings, differentiable=True)
+        padded = [] if facts.masked else more  # masked padding changes nothing
+        states, pooled, _ = encode_cut(pipe, [*[text] * n, *padded], settings, differentiable=True)
+        lengths = [len(read(pipe, each, name, **settings).ids) for each in more for name in columns if facts.masked]
+        states = facts.padded(states, max([states.shape[1], *lengths]))
         return states[:n], None if pooled is None else pooled[:n]
     finally:
         for handle in placed:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import checks
 from ._weights import denoiser_of
-from .families import FAMILIES, Family, Reading, encoder_name, family
+from .families import FAMILIES, Family, Reading, encoder_name, family, tokenizer_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -86,7 +86,7 @@ def check_phrases(pipe: DiffusionPipeline, phrases: Sequence[str], **settings: A
     facts = family(pipe)
     learned = {word for phrase in phrases for word in LEARNED.findall(phrase.lower())}
     for name in readers(pipe):
-        tokenizer = getattr(pipe, name)
+        tokenizer = tokenizer_of(pipe, name)
         if learned and (absent := sorted(learned - tokenizer.get_vocab().keys())):
             raise ValueError(
                 f"Expected the learned word {absent[0]!r} to be on this pipeline, got a pipeline without it. Apply the "
@@ -104,7 +104,7 @@ def check_phrases(pipe: DiffusionPipeline, phrases: Sequence[str], **settings: A
 
 def _whole(facts: Family, pipe: DiffusionPipeline, name: str, text: str, settings: Mapping[str, Any]) -> Reading:
     """A cleaned text as an encoder reads it. Raises ValueError if it has no tokens or is too long."""
-    found, limit = facts.read(pipe, name, text), facts.limit(pipe, name, settings)
+    found, limit = facts.read(pipe, name, text, settings), facts.limit(pipe, name, settings)
     if text and found.own.start == found.own.stop:
         raise ValueError(
             f"The phrase {checks.shown(text)} has no tokens for this pipeline. Write the concept in other words."
@@ -131,7 +131,7 @@ def encode(pipe: DiffusionPipeline, texts: Sequence[str], *, differentiable: boo
     """
     facts, found = family(pipe), {}
     for name in readers(pipe):
-        written = facts.cleaned(pipe, getattr(pipe, name), texts, settings)
+        written = facts.cleaned(pipe, tokenizer_of(pipe, name), texts, settings)
         found[name] = [_whole(facts, pipe, name, text, settings) for text in written]
     for first, *others in facts.texts:
         if any(a.own != b.own for name in others for a, b in zip(found[first], found[name], strict=True)):
@@ -213,8 +213,8 @@ def read(pipe: DiffusionPipeline, text: str, name: str, **settings: Any) -> Read
 
 
 def _read(facts: Family, pipe: DiffusionPipeline, name: str, text: str, settings: Mapping[str, Any]) -> Reading:
-    (text,) = facts.cleaned(pipe, getattr(pipe, name), [text], settings)
-    return facts.read(pipe, name, text)
+    (text,) = facts.cleaned(pipe, tokenizer_of(pipe, name), [text], settings)
+    return facts.read(pipe, name, text, settings)
 
 
 def encoding_settings(call: inspect.BoundArguments) -> dict[str, Any]:
@@ -239,7 +239,7 @@ def _cut_off(pipe: DiffusionPipeline, text: str, **settings: Any) -> list[str]:
         found = _read(facts, pipe, name, text, settings)
         own = found.ids[found.own]
         room = facts.limit(pipe, name, settings) - (len(found.ids) - len(own))
-        lost.append(getattr(pipe, name).decode(own[room:]))
+        lost.append(tokenizer_of(pipe, name).decode(own[room:]))
     return lost
 
 
@@ -269,6 +269,16 @@ class Condition:
         return self.facts.training_arguments(self.text[rows], {name: v[rows] for name, v in self.added.items()})
 
 
+def check_bare(pipe: DiffusionPipeline) -> None:
+    """Raises ValueError if run-time erasers are applied, which a fit would learn."""
+    present = SITES.get(denoiser_of(pipe))
+    if present is not None and present.applied:
+        names = ", ".join(type(applied.method).__name__ for applied in present.applied)
+        raise ValueError(
+            f"{names} is applied to the pipeline and would affect the training. Call `handle.remove()` before `fit`."
+        )
+
+
 def condition(pipe: DiffusionPipeline, texts: Sequence[str]) -> Condition:
     """Texts as the denoiser gets them in a pipeline call, after the unconditional row of such a call.
 
@@ -277,15 +287,10 @@ def condition(pipe: DiffusionPipeline, texts: Sequence[str]) -> Condition:
     Raises:
         ValueError: run-time erasers are applied, or a text has no tokens or is over the encoder's limit.
     """
-    present = SITES.get(denoiser_of(pipe))
-    if present is not None and present.applied:
-        names = ", ".join(type(applied.method).__name__ for applied in present.applied)
-        raise ValueError(
-            f"{names} is applied to the pipeline and would affect the training. Call `handle.remove()` before `fit`."
-        )
+    check_bare(pipe)
     facts = family(pipe)
     for name in readers(pipe):
-        for text in facts.cleaned(pipe, getattr(pipe, name), texts, {}):
+        for text in facts.cleaned(pipe, tokenizer_of(pipe, name), texts, {}):
             _whole(facts, pipe, name, text, {})
     with torch.no_grad():
         out = pipe.encode_prompt(

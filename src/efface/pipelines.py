@@ -101,7 +101,8 @@ def draw(
             call["negative_prompt"] = every[k : k + batch]
         for name, picture in inputs.items():  # of pipelines that take one picture per prompt
             call[name] = picture.expand(len(prompts[k : k + batch]), *picture.shape[1:])
-        out = cast("Pipeline", pipe)(list(prompts[k : k + batch]), generator=generators, output_type="pt", **call)
+        some = list(prompts[k : k + batch])
+        out = cast("Pipeline", pipe)(prompt=some, generator=generators, output_type="pt", **call)
         pictures.append(out.images.float().cpu())
         broken = [s for s, x in zip(seeds[k : k + batch], pictures[-1], strict=False) if not x.isfinite().all()]
         if broken:

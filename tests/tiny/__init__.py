@@ -71,6 +71,7 @@ for _found in iter_modules(__path__):
     builders.BUILDERS.update(_file.BUILDERS)
 EACH = tuple(name for file in builders.FILES for name in file.EACH)
 FAMILIES = ("sd1", "sd2", "sdxl")  # with a UNet and CLIP
+ALIKE = ("chroma", "flux2", "qwenimage", "sana")  # whose promises `test_families_2026` tests, in less time
 
 
 def add_lora(pipe: Any) -> None:

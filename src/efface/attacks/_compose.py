@@ -152,9 +152,11 @@ class Denoiser:
                 "many tokens."
             )
         fitting = [each for each in longer if each is not None]
+        if any(mask is not None for _, mask in fitting):
+            masks = [text.new_ones(each.shape[:2]).bool() if mask is None else mask for each, mask in fitting]
+            given, joined = facts.text_mask(arguments), torch.cat(masks)
+            made = facts.with_mask(made, joined if given is None else joined.to(given))
         made[facts.text_argument] = torch.cat([each[0] for each in fitting]).to(text)
-        if (mask := facts.text_mask(arguments)) is not None:
-            made[facts.mask_argument] = torch.cat([each[1] for each in fitting if each[1] is not None]).to(mask)
         if facts.pooled_text(arguments) is not None:
             made = facts.with_pooled(made, torch.cat([t.pooled for t in texts if t.pooled is not None]))
         return made if length == text.shape[1] else facts.for_length(made, length)

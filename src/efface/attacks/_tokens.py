@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from .. import checks
 from .._text import cut_off, readers
 from ..delta.embeddings import Rows, tables
+from ..families import tokenizer_of
 from ._vocabulary import common, whole_words
 
 
 def check_tokens(pipe: Any) -> None:
     """Raises ValueError unless soft tokens work on this pipeline: tables of tokens, shared words, embeddings."""
     for name in readers(pipe):
-        whole_words(getattr(pipe, name))
+        whole_words(tokenizer_of(pipe, name))
     if not common(pipe):
         raise ValueError(
             "Expected tokenizers that share at least one word of one token, got none. Attacks that search for tokens "

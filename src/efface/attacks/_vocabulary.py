@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import checks
 from .._text import read, readers
 from ..core import Concept
+from ..families import tokenizer_of
 from ._words import table
 
 _KNOWN: weakref.WeakKeyDictionary[Any, dict[str, int]] = weakref.WeakKeyDictionary()
@@ -47,7 +48,7 @@ def _bare(token: str) -> str:
 
 def common(pipe: Any) -> dict[str, tuple[int, ...]]:
     """The words that are one token of every tokenizer of the pipeline, and their ids."""
-    first, *others = (whole_words(getattr(pipe, name)) for name in readers(pipe))
+    first, *others = (whole_words(tokenizer_of(pipe, name)) for name in readers(pipe))
     return {text: (k, *(o[text] for o in others)) for text, k in first.items() if all(text in o for o in others)}
 
 

@@ -129,9 +129,9 @@ class WhiteBox:
         if facts.unit_time:
             times = times / self.pipe.scheduler.config.num_train_timesteps
         kept[facts.time_argument] = times.to(when.device, when.dtype)
-        kept[facts.text_argument] = both("text")
         if facts.masked:
-            kept[facts.mask_argument] = both("mask")
+            kept = facts.with_mask(kept, both("mask"))
+        kept[facts.text_argument] = both("text")
         if "pooled" in parts:
             kept = facts.with_pooled(kept, both("pooled"))
         out = denoiser_of(self.pipe)(**kept)

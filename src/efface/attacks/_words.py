@@ -10,6 +10,7 @@ from typing import Any
 
 from .. import checks
 from .._text import own_tokens, readers
+from ..families import tokenizer_of
 
 _KNOWN: weakref.WeakKeyDictionary[Any, tuple[str, ...]] = weakref.WeakKeyDictionary()
 
@@ -58,7 +59,7 @@ def random_text(pipe: Any, like: str, rng: Random, without: Sequence[str] = ()) 
     name = readers(pipe)[0]
     count = max(1, len(own_tokens(pipe, like, name)))
     avoided = frozenset(word for text in without for word in text.lower().split())
-    return " ".join(rng.sample(_allowed(words(getattr(pipe, name)), avoided), count))
+    return " ".join(rng.sample(_allowed(words(tokenizer_of(pipe, name)), avoided), count))
 
 
 @functools.lru_cache(maxsize=8)

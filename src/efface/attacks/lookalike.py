@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from .. import checks
 from .._text import readers, unknown
+from ..families import tokenizer_of
 from ._contract import Access, Attack, Proposal, Target
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Lookalike(Attack):
         for kind in self.kinds:
             words = target.prompt.split()
             text = " ".join(_written(word, kind) if len(word) > 2 else word for word in words)
-            if text != target.prompt and not any(unknown(getattr(pipe, name), text) for name in readers(pipe)):
+            if text != target.prompt and not any(unknown(tokenizer_of(pipe, name), text) for name in readers(pipe)):
                 yield Proposal(text, about=kind)
 
 

@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 
 from .. import checks
 from .._text import encode, encoder_of, readers
+from ..families import tokenizer_of
 from ._contract import Access, Attack, Proposal, Target
 from ._words import table, words
 
@@ -86,7 +87,7 @@ class Paraphrase(Attack):
 def neighbours_of(pipe: Any, word: str, n: int, avoided: set[str]) -> list[str]:
     """The n words nearest to a word by input embedding; none if the word is not one token."""
     name = readers(pipe)[0]
-    tokenizer = getattr(pipe, name)
+    tokenizer = tokenizer_of(pipe, name)
     ids = tokenizer(word, add_special_tokens=False).input_ids
     if len(ids) != 1 or len(word) < 3 or not n:
         return []

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from .. import checks
 from .._text import cut_off, readers, unknown
+from ..families import tokenizer_of
 from ._contract import Access, Attack, Proposal, Target
 
 if TYPE_CHECKING:
@@ -96,4 +97,4 @@ def _bare(word: str) -> str:
 def _readable(victim: Victim, text: str) -> bool:
     """Whether all text encoders know its characters, and one reads all of it."""
     pipe = victim.pipe
-    return not any(unknown(getattr(pipe, name), text) for name in readers(pipe)) and not cut_off(pipe, text)
+    return not any(unknown(tokenizer_of(pipe, name), text) for name in readers(pipe)) and not cut_off(pipe, text)

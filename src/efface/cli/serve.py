@@ -42,6 +42,7 @@ BatchRows = Annotated[int, typer.Option("--batch", min=1, help="The largest numb
 Queue = Annotated[int, typer.Option("--queue", min=1, help="The largest number of live jobs.")]
 TenantQueue = Annotated[int, typer.Option("--tenant-queue", min=1, help="The largest number of live jobs of a tenant.")]
 Drain = Annotated[float, typer.Option("--drain", help="Seconds for accepted jobs after SIGTERM.")]
+Studio = Annotated[bool, typer.Option("--studio", help="Also serve a page at /studio that draws with a key.")]
 Stall = Annotated[float, typer.Option("--stall", help="Seconds without a step after which a worker counts as stalled.")]
 
 
@@ -84,6 +85,7 @@ def run(
     tenant_queue: TenantQueue = 200,
     drain: Drain = 60.0,
     stall: Stall = 600.0,
+    studio: Studio = False,
     database: DatabaseUrl = None,
     *,
     loading: Mapping[str, Any],
@@ -103,7 +105,8 @@ def run(
         sizes = sizes or [native_size(pipe)]
         service.model, service.sizes = name or model, sizes
         gently()
-        code = serve(service, PipelineBackend(pipe, service.model, sizes), host, port, metrics_port, everywhere)
+        backend = PipelineBackend(pipe, service.model, sizes)
+        code = serve(service, backend, host, port, metrics_port, everywhere, studio=studio)
     raise typer.Exit(code)
 
 

@@ -164,7 +164,8 @@ class NegativePrompt(Method):
         changed, found = own_encode(pipe)(**arguments), list(encoded)
         ours_at = torch.tensor([bool(text) for text in ours]).repeat_interleave(arguments["num_images_per_prompt"])
         for k in places:
-            if changed[k].shape != encoded[k].shape:  # all rows are padded to the longest negative prompt
+            if encoded[k] is None or changed[k] is None or changed[k].shape != encoded[k].shape:
+                # all rows are padded to the longest negative prompt, without a mask if all have its length
                 found[k] = changed[k]
                 continue
             mine = ours_at.to(encoded[k].device).reshape(-1, *[1] * (encoded[k].ndim - 1))

@@ -10,7 +10,7 @@ from ._defaults import filled, uncalibrated
 from ._find import FAMILIES, denoiser_name, family
 from ._needs import Form, about, check, forms, lacking, matrix, refusal, what_works
 from ._offers import OFFERS, Offer
-from ._parts import Reading, encode_parameters, encoder_name
+from ._parts import Reading, encode_parameters, encoder_name, tokenizer_of
 from .base import Family
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "lacking",
     "matrix",
     "refusal",
+    "tokenizer_of",
     "uncalibrated",
     "what_works",
 ]

@@ -23,6 +23,10 @@ OFFERS: Mapping[str, Offer] = {
         "joint attention layers",
         "Text and picture attend to each other in the same attention layers.",
     ),
+    "softmax_self": Offer(
+        "softmax self-attention layers",
+        "The picture attends to itself in layers of its own, by softmax.",
+    ),
     "causal_text": Offer(
         "a causal text encoder",
         "A text token sees earlier tokens only, so a prefix of a text keeps its states.",

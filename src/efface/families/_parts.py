@@ -13,11 +13,13 @@ class Reading(NamedTuple):
 
     `ids` are the tokens whose states the pipeline uses, without padding. `own` marks the text's own tokens among them.
     `dropped` is the number of leading tokens that the pipeline adds before the encoder and removes after it.
+    `padded_before` says that padding precedes the tokens.
     """
 
     ids: list[int]
     own: slice
     dropped: int = 0
+    padded_before: bool = False
 
     @property
     def last(self) -> int:
@@ -28,6 +30,20 @@ class Reading(NamedTuple):
 def encoder_name(tokenizer: str) -> str:
     """The pipeline's attribute for the text encoder of a tokenizer."""
     return tokenizer.replace("tokenizer", "text_encoder")
+
+
+def tokenizer_of(pipe: Any, name: str) -> Any:
+    """The pipeline's tokenizer, which may be part of a processor of texts and pictures."""
+    found = getattr(pipe, name)
+    return getattr(found, "tokenizer", found)
+
+
+def between(ids: list[int], empty: list[int]) -> slice:
+    """A text's own tokens among `ids`, which a template surrounds as in `empty`, the ids of an empty text."""
+    most = min(len(ids), len(empty))
+    start = next((k for k in range(most) if ids[k] != empty[k]), most)
+    end = next((k for k in range(most - start) if ids[-1 - k] != empty[-1 - k]), most - start)
+    return slice(start, len(ids) - end)
 
 
 def held(pipe: Any) -> dict[str, Any]:

@@ -7,11 +7,12 @@ family names no method. What methods may need, and families may offer, is listed
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ._parts import Reading, bare, class_names, encode_parameters, encoder_name, held, is_kind, video_argument
+from ._parts import Reading, class_names, encode_parameters, encoder_name, held, is_kind, tokenizer_of, video_argument
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -39,8 +40,7 @@ class Family:
         bidirectional: the tokenizers whose encoders are not causal (BERT, T5).
         resizable: the tokenizers whose limit follows the call argument `max_sequence_length`.
         left_padded: the tokenizers that pad before the text.
-        padded_to_limit: whether all texts are padded to the encoder's limit. Otherwise they are padded to the longest
-            text of an `encode_prompt` call.
+        padded_to_limit: whether texts are padded to the encoder's limit, or to the longest of an `encode_prompt` call.
         settings: the arguments of `encode_prompt` that change the encoding of any text.
         width_names: entries of the denoiser's config with the width of its text. The first that is set counts.
         scale: the call argument, and in some pipelines the attribute, with the guidance scale.
@@ -50,6 +50,8 @@ class Family:
         text_argument, time_argument, mask_argument, pooled_argument: the denoiser's arguments for the text, the time,
             the mask of the text's padding, and the pooled text.
         shared_arguments: the denoiser's arguments that all rows of a batch share.
+        weighs_padding: whether the denoiser reads masked padding too, with less weight. Otherwise it ignores it.
+        positions: whether a column of the text has a position in joint attention.
         joint: the last name of the modules with joint attention.
         text_first: whether text precedes the picture in joint attention.
         projection: the denoiser's module that projects the text for all layers; "" if there is none.
@@ -80,6 +82,8 @@ class Family:
     mask_argument: str = "encoder_attention_mask"
     pooled_argument: str = "pooled_projections"
     shared_arguments: tuple[str, ...] = ()
+    weighs_padding: bool = False
+    positions: bool = False
     joint: str = "attn"
     text_first: bool = True
     projection: str = ""
@@ -121,8 +125,7 @@ class Family:
 
     @property
     def returns_negative(self) -> bool:
-        """Whether `encode_prompt` encodes the negative prompts together with the prompts. Otherwise it is called
-        again."""
+        """Whether `encode_prompt` also encodes the negative prompts. Otherwise it is called again."""
         return "negative" in self.returns
 
     @property
@@ -139,18 +142,17 @@ class Family:
 
         A suite's guidance is classifier-free guidance. FLUX is guidance-distilled and keeps the pipeline's default.
         """
-        rest = {name: value for name, value in call.items() if name != "guidance"}
-        return rest | ({self.scale: call["guidance"]} if "guidance" in call and self.scale == "guidance_scale" else {})
+        named = {"guidance": self.scale} if self.scale == "guidance_scale" else {}
+        return {named.get(name, name): value for name, value in call.items() if name != "guidance" or named}
 
     # ---- which pipelines are of the family
 
     def recognises(self, pipe: DiffusionPipeline) -> bool:
         """Whether a pipeline is of this family, by its class, its denoiser and its text encoders."""
-        if not self.has_denoiser(pipe) or not self.has_slots(pipe) or self.lost(pipe):
+        other = not self.has_denoiser(pipe) or not self.has_slots(pipe) or bool(self.lost(pipe))
+        if other or not hasattr(pipe, "encode_prompt") or video_argument(type(pipe)):
             return False
-        if not hasattr(pipe, "encode_prompt") or video_argument(type(pipe)):
-            return False
-        found = (bare(getattr(pipe, slot)) for slot in self.slots)
+        found = (getattr(pipe, slot) for slot in self.slots)
         return all(is_kind(part, kind) for part, kind in zip(found, self.encoders, strict=True))
 
     def has_denoiser(self, pipe: DiffusionPipeline) -> bool:
@@ -178,13 +180,10 @@ class Family:
 
     def offered(self, pipe: DiffusionPipeline) -> frozenset[str]:
         """The offers of this pipeline: `offers`, without those that its denoiser or class lacks."""
-        found = self.offers - {"guidance_scale"}
-        if self.tells_scale(pipe):
-            found |= {"guidance_scale"}
+        found = self.offers - {"guidance_scale"} | ({"guidance_scale"} if self.tells_scale(pipe) else set())
         if not self.joint_layers(getattr(pipe, self.denoiser)):
             found -= {"joint_text"}
-        layers = getattr(pipe, self.denoiser).modules() if "cross_text" in found else ()
-        if "cross_text" in found and not any(getattr(m, "is_cross_attention", False) for m in layers):
+        if not any(getattr(m, "is_cross_attention", False) for m in getattr(pipe, self.denoiser).modules()):
             found -= {"cross_text", "text_weights"}
         return found
 
@@ -208,7 +207,7 @@ class Family:
 
     def limit(self, pipe: DiffusionPipeline, tokenizer: str, settings: Mapping[str, Any]) -> int:
         """The largest number of tokens for this tokenizer, including start and end."""
-        most = int(getattr(pipe, tokenizer).model_max_length)
+        most = int(tokenizer_of(pipe, tokenizer).model_max_length)
         longest = encode_parameters(pipe).get("max_sequence_length")
         if longest is None or tokenizer not in self.resizable:
             return most
@@ -221,16 +220,16 @@ class Family:
         convert = getattr(pipe, "maybe_convert_prompt", None)  # textual inversion: one word, several tokens
         return [convert(text, tokenizer) for text in texts] if convert else list(texts)
 
-    def read(self, pipe: DiffusionPipeline, tokenizer: str, text: str) -> Reading:
+    def read(self, pipe: DiffusionPipeline, tokenizer: str, text: str, settings: Mapping[str, Any]) -> Reading:
         """A cleaned text as an encoder reads it, without truncation."""
-        make = getattr(pipe, tokenizer)
+        make = tokenizer_of(pipe, tokenizer)
         own, ids = (list(make(text, add_special_tokens=special).input_ids) for special in (False, True))
         start = next(k for k in range(len(ids) + 1) if ids[k : k + len(own)] == own)
         return Reading(ids, slice(start, start + len(own)))
 
     def shift(self, tokenizer: str, reading: Reading, length: int) -> int:
         """The offset of a text's tokens in `length` columns because of padding before them."""
-        return length - len(reading.ids) if tokenizer in self.left_padded else 0
+        return length - len(reading.ids) if reading.padded_before or tokenizer in self.left_padded else 0
 
     def places(
         self, pipe: DiffusionPipeline, length: int | None, settings: Mapping[str, Any]
@@ -272,7 +271,7 @@ class Family:
         """The same texts [N, L, D] and mask in `length` columns; None if padding would change the text."""
         if length == text.shape[1]:
             return text, mask
-        if length < text.shape[1] or not self.masked:
+        if length < text.shape[1] or not self.masked or self.weighs_padding:
             return None
         seen = text.new_ones(text.shape[:2]).bool() if mask is None else mask
         return self.padded(text, length), self.padded(seen[..., None], length)[..., 0]
@@ -291,6 +290,10 @@ class Family:
         mask = arguments.get(self.mask_argument)
         return mask if mask is not None and mask.ndim == 2 else None
 
+    def with_mask(self, arguments: Mapping[str, Any], mask: Tensor) -> dict[str, Any]:
+        """The arguments with another mask of the text's padding, for the same text."""
+        return {**arguments, self.mask_argument: mask}
+
     def pooled_text(self, arguments: Mapping[str, Any]) -> Tensor | None:
         """The pooled text [B, P] among a denoiser's arguments."""
         return arguments.get(self.pooled_argument)
@@ -303,15 +306,26 @@ class Family:
         """The denoiser's arguments with other inputs that depend on the text's `length`, such as positions."""
         return arguments
 
+    def with_positions(self, arguments: dict[str, Any], positions: Tensor, length: int) -> dict[str, Any]:
+        """As `for_length`, with the positions [X] of further columns beside the text's own columns."""
+        return self.for_length(arguments, length)
+
+    def placed(self, denoiser: nn.Module, positions: Tensor, prompt: int) -> AbstractContextManager[Any]:
+        """Gives further columns [X], and the prompt's after them, their positions in a denoiser that counts columns."""
+        return nullcontext()
+
     def text_projection(self, denoiser: nn.Module) -> nn.Module | None:
         """The module that projects the text for all layers, if there is one."""
         return getattr(denoiser, self.projection) if self.projection else None
 
+    def projects(self, denoiser: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """The complete projection of a text, from the `forward` of that module."""
+        return forward
+
     def joint_layers(self, denoiser: nn.Module) -> dict[str, nn.Module]:
         """The modules with joint attention, by their names in the denoiser."""
-        if not self.joint_attention:
-            return {}
-        return {name: m for name, m in denoiser.named_modules() if name.rpartition(".")[2] == self.joint}
+        modules = denoiser.named_modules() if self.joint_attention else ()
+        return {name: m for name, m in modules if name.rpartition(".")[2] == self.joint}
 
     def text_readers(self, denoiser: nn.Module) -> dict[str, nn.Module]:
         """The projections that make keys and values from the text, by their names in the denoiser.

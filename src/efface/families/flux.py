@@ -13,7 +13,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Flux(Family):
+class FluxLike(Family):
+    """A family whose denoiser takes positions, which are zero for text, and times from 0 to 1."""
+
+    guidance_in_two_calls: bool = True
+    unit_time: bool = True
+    picture_output: int = 1
+    shared_arguments: tuple[str, ...] = ("img_ids", "txt_ids")  # positions
+
+    def for_length(self, arguments: dict[str, Any], length: int) -> dict[str, Any]:
+        """Adds the positions of the text, which are all zero."""
+        return {**arguments, "txt_ids": arguments["txt_ids"].new_zeros(length, arguments["txt_ids"].shape[-1])}
+
+
+@dataclass(frozen=True)
+class _Flux(FluxLike):
     denoiser_class: str = "FluxTransformer2DModel"
     encoders: tuple[str, ...] = ("", "")
     offers: frozenset[str] = frozenset({"joint_text", "guidance", "padded_text"})
@@ -23,14 +37,6 @@ class _Flux(Family):
     bidirectional: tuple[str, ...] = ("tokenizer_2",)
     resizable: tuple[str, ...] = ("tokenizer_2",)
     scale: str = "true_cfg_scale"
-    guidance_in_two_calls: bool = True
-    unit_time: bool = True
-    picture_output: int = 1
-    shared_arguments: tuple[str, ...] = ("img_ids", "txt_ids")  # positions
-
-    def for_length(self, arguments: dict[str, Any], length: int) -> dict[str, Any]:
-        """Adds the positions of the text, which are all zero."""
-        return {**arguments, "txt_ids": arguments["txt_ids"].new_zeros(length, arguments["txt_ids"].shape[-1])}
 
 
 class _Flux1(_Flux):

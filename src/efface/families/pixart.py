@@ -24,7 +24,7 @@ PIXART = _PixArt(
     "PixArt",
     denoiser_class="PixArtTransformer2DModel",
     encoders=("",),
-    offers=frozenset({"cross_text", "guidance", "padded_text"}),
+    offers=frozenset({"cross_text", "softmax_self", "guidance", "padded_text"}),
     returns=("text", "mask", "negative", "negative_mask"),
     bidirectional=("tokenizer",),
     resizable=("tokenizer",),

@@ -11,7 +11,9 @@ from .base import Family
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-OFFERED = frozenset({"cross_text", "guidance", "guidance_scale", "padded_text", "text_weights", "training"})
+OFFERED = frozenset(
+    {"cross_text", "softmax_self", "guidance", "guidance_scale", "padded_text", "text_weights", "training"}
+)
 OUTER = ("time_embedding.", "add_embedding.", "conv_norm_out.", "conv_out.")
 
 

@@ -39,9 +39,15 @@ class _Layer:
         """[B, L, C] to [B, heads, L, C / heads], without a copy."""
         return x.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2)
 
+    def _normed(self, x: Tensor, norm: Any) -> Tensor:
+        """`_heads`, after a norm across all heads, or before a norm of each head."""
+        if norm is None:
+            return self._heads(x)
+        across = getattr(norm, "weight", None) is not None and norm.weight.shape[-1] == x.shape[-1]
+        return self._heads(norm(x)) if across else norm(self._heads(x))
+
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        query = self._heads(query)
-        query = query if self.attn.norm_q is None else self.attn.norm_q(query)
+        query = self._normed(query, self.attn.norm_q)
         mask = None if mask is None else mask[:, None, None, :]
         return F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2)
 
@@ -90,8 +96,7 @@ class SelfAttention(_Layer):
         Returns:
             [B, Q, C], as `output`.
         """
-        key = self._heads(key)
-        return self._attend(query, key if self.attn.norm_k is None else self.attn.norm_k(key), self._heads(value), None)
+        return self._attend(query, self._normed(key, self.attn.norm_k), self._heads(value), None)
 
 
 @dataclass(eq=False)
@@ -146,8 +151,7 @@ class CrossAttention(_Layer):
         """
         if self.attn.norm_cross:
             states = self.attn.norm_encoder_hidden_states(states)
-        key, value = self._heads(self.attn.to_k(states)), self._heads(self.attn.to_v(states))
-        return (key if self.attn.norm_k is None else self.attn.norm_k(key)), value
+        return self._normed(self.attn.to_k(states), self.attn.norm_k), self._heads(self.attn.to_v(states))
 
     def attend(self, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """Softmax attention of the query to one text per row.

@@ -341,7 +341,7 @@ class Site:
         """Replaces the `forward` of the module that projects the text for all layers, if there is one (PixArt)."""
         out = forward(*args, **kwargs)
         if self.step is not None:
-            self.step.project(out, forward)
+            self.step.project(out, self.facts.projects(self.denoiser, forward))
         return out
 
 

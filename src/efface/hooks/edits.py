@@ -57,7 +57,7 @@ def carry(batch: Batch, acting: Acting, facts: Family, arguments: dict[str, Any]
         raise ValueError(watch.JOINT_COMPILED)
     texts = [text for applied, _ in acting for text in applied.carried()]
     rows = slice(batch.first, batch.last) if batch.repelled is None else slice(0, batch.rows)
-    return Carried(texts, rows, arguments[facts.text_argument].shape[1], facts.text_first)
+    return Carried(texts, rows, arguments[facts.text_argument].shape[1], facts)
 
 
 def edited_joint(
@@ -73,11 +73,12 @@ def edited_joint(
     if len(inputs.query) != batch.rows:
         raise RuntimeError(watch.other_rows(layer.name, len(inputs.query), batch.rows))
     carried.check(layer.name, inputs.query, inputs.key, options)
+    biases = carried.biases(layer.name, options.get("attn_mask"), inputs.query.shape[2])
 
     def edit(parts: Parts, hidden: Tensor) -> Tensor:
         return edited(batch, acting, in_joint_attention(batch, layer, carried, parts), hidden)
 
-    return attended(carried, function, inputs, options, edit)
+    return attended(carried, function, inputs, options, biases, edit)
 
 
 def edited_self(batch: Batch, acting: Acting, seen: SelfAttention, hidden: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .attention import CrossAttention
-from .carried import Carried
+from .carried import Biases, Carried
 from .texts import Text
 
 LARGEST_SHARE = 0.9  # of the prompt in the softmax; above, subtracting it would lose accuracy
@@ -32,7 +32,7 @@ class Parts:
         query: of the picture.
         alone, mass: the picture's attention to itself, and its log-sum-exp.
         key, value: of the T carried texts.
-        bias: the logarithm of `Text.repeats`.
+        bias: what is added to the logits of the texts, such as the logarithm of `Text.repeats`.
         scale: of the logits.
 
     Shapes: `query` and `alone` [B, heads, Q, d], `mass` [B, heads, Q], `key` and `value` [B, heads, T, K, d], `bias`
@@ -171,6 +171,7 @@ def attended(
     function: Function,
     inputs: Inputs,
     options: dict[str, Any],
+    biases: Biases,
     edit: Callable[[Parts, Tensor], Tensor],
 ) -> Tensor:
     """One joint attention [rows, heads, L, d] with carried texts.
@@ -180,6 +181,7 @@ def attended(
         function: the stock attention.
         inputs: of texts, prompt and picture.
         options: further arguments of the stock attention.
+        biases: what they and the mask add to the logits of the texts.
         edit: receives the parts of `carried.rows` and the picture's output [rows, Q, C] of all rows; returns the edited
             output.
     """
@@ -187,7 +189,11 @@ def attended(
     heads, scale = inputs.query.shape[1], options.get("scale") or inputs.query.shape[-1] ** -0.5
     texts, prompt, picture = carried.split(inputs.query.shape[2])
     both = slice(min(prompt.start, picture.start), max(prompt.stop, picture.stop))
-    out, mass = attention(inputs.at(both), scale) or (function(*inputs.at(both), **options), None)
+    if (mask := options.get("attn_mask")) is not None:
+        mask = mask[..., both] if mask.shape[2] == 1 else mask[..., both, both]
+        options = options | {"attn_mask": mask.contiguous()}
+    seen = None if mask is not None else attention(inputs.at(both), scale)
+    out, mass = seen or (function(*inputs.at(both), **options), None)
     cut = carried.prompt if first else out.shape[2] - carried.prompt
     beside, inside = out.tensor_split([cut], 2)[:: 1 if first else -1]
     here = inputs.at(picture, rows)
@@ -198,19 +204,21 @@ def attended(
         alone = without(of_prompt, inside[rows].to(bias.dtype), mass.to(bias.dtype), scale)
     alone, lse = alone or with_mass(here, scale)
     own = Inputs(*(x[:, :, carried.spread].unflatten(2, bias.shape) for x in inputs.at(texts, rows)))
-    found = Parts(here.query, alone.to(bias.dtype), lse.to(bias.dtype), own.key, own.value, bias, scale)
+    found = Parts(here.query, alone.to(bias.dtype), lse.to(bias.dtype), own.key, own.value, biases.picture, scale)
     edited = edit(found, inside.transpose(1, 2).flatten(2)).unflatten(2, (heads, -1)).transpose(1, 2)
-    read = _apart(own, here, bias, scale)[:, :, carried.present].to(out.dtype)
+    read = _apart(own, here, biases, scale)[:, :, carried.present].to(out.dtype)
     before, after = rows.start, len(out) - rows.stop
     if before or after:  # rows that do not need the texts
         read = F.pad(read, (0, 0, 0, 0, 0, 0, before, after))
     return torch.cat([read, beside, edited] if first else [edited, beside, read], 2)
 
 
-def _apart(text: Inputs, picture: Inputs, bias: Tensor, scale: float) -> Tensor:
+def _apart(text: Inputs, picture: Inputs, biases: Biases, scale: float) -> Tensor:
     """Each text's attention to itself and to the picture: [B, heads, T * K, d]. `text` [B, heads, T, K, d]."""
-    own = (text.query @ text.key.mT).to(bias.dtype) * scale + bias[:, None]
+    bias = biases.picture
+    own = (text.query @ text.key.mT).to(bias.dtype) * scale + biases.own
     others = (text.query.flatten(2, 3) @ picture.key.mT).to(bias.dtype).unflatten(2, bias.shape) * scale
+    others = others + biases.others
     weights = torch.cat([own, others], -1).softmax(-1).to(text.value.dtype)
     own, others = weights.split([own.shape[-1], others.shape[-1]], -1)
     return (own @ text.value).flatten(2, 3) + others.flatten(2, 3) @ picture.value

@@ -266,7 +266,8 @@ class Calls:
         if parts["text"] is call.positive:  # given by the user; the calls are told apart by the object
             parts["text"] = parts["text"].clone()
         mask, pooled = parts.get("mask"), parts.get("pooled")
-        empty = unconditional_alone(pipe, bound, parts["text"]) if self._reads_text() and not call.blind else None
+        reads = self._reads_text() and not call.blind
+        empty = unconditional_alone(pipe, bound, parts["text"], mask) if reads else None
         self.call = replace(
             call, negative=parts["text"], unconditional=empty, negative_mask=mask, negative_pooled=pooled
         )

@@ -107,13 +107,17 @@ def with_rows(
 
     own = {name: value for name, value in arguments.items() if name not in facts.shared_arguments}
     found = arguments | {name: in_rows(value, len(text), put) for name, value in own.items()}
+    if any(each.mask is not None for each in lengthened):
+        masks = [
+            each.states.new_ones(each.states.shape[:2]).bool() if each.mask is None else each.mask
+            for each in lengthened
+        ]
+        masks = [*masks[: len(given)], *each_row(masks[len(given) :])]
+        found = facts.with_mask(found, torch.cat(masks) if mask is None else torch.cat(masks).to(mask))
     found[facts.text_argument] = torch.cat([*(t.states for t in given), *each_row([t.states for t in further])])
     if pooled is not None:
         pools = each_row([each.prompts.pooled for each in asked])
         found = facts.with_pooled(found, torch.cat(pools if alone else [pooled, *pools]))
-    if mask is not None:
-        masks = [*(t.mask for t in given), *each_row([t.mask for t in further])]
-        found[facts.mask_argument] = torch.cat([seen.to(mask) for seen in masks if seen is not None])
     return found if length == text.shape[1] else facts.for_length(found, length)
 
 

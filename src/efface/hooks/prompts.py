@@ -101,11 +101,11 @@ class Applied:
             sizes, text = [len(group) for group in neutral], Text(made.text, made.mask)
             n = sum(sizes)
             self.encoded, which = made.text, tuple(range(len(texts)))
-            if family(pipe).joint_attention:
-                means, padding = _means(text[:n], sizes), made.padding
+            if (facts := family(pipe)).joint_attention:
+                means, padding = _means(text[:n], sizes, facts.weighs_padding), made.padding
                 kinds = [group.amin(0) for group in padding[:n].split(sizes)]  # a token in one of its texts is a token
-                self.neutral = None if means is None else compressed(means, torch.stack(kinds))
-                self.sets = (ErasurePrompts(compressed(text[n:], padding[n:]), made.own[n:], which=which),)
+                self.neutral = None if means is None else compressed(means, torch.stack(kinds), facts)
+                self.sets = (ErasurePrompts(compressed(text[n:], padding[n:], facts), made.own[n:], which=which),)
             else:
                 self.sets = (ErasurePrompts(text[n:], made.own[n:], which=which),)
                 self.neutral, self._unprojected = _means(text[:n], sizes), (text, sizes)
@@ -222,13 +222,15 @@ def _by_length(encoder: Encoder, texts: list[str], together: bool) -> tuple[Eras
     return tuple(sets)
 
 
-def _means(text: Text, sizes: list[int]) -> Text | None:
-    """The mean of each group of texts. With masks, the mean over texts with a token in the column. None: no group."""
+def _means(text: Text, sizes: list[int], weighs_padding: bool = False) -> Text | None:
+    """The mean of each group of texts. With masks, the mean over texts with a token in the column, unless the denoiser
+    reads masked columns too. None: no group."""
     if not sizes:
         return None
     if text.mask is None:
         return Text(torch.stack([group.mean(0) for group in text.states.split(sizes)]))
-    seen = [group[..., None].to(text.states.dtype) for group in text.mask.split(sizes)]
+    read = torch.ones_like(text.mask) if weighs_padding else text.mask
+    seen = [group[..., None].to(text.states.dtype) for group in read.split(sizes)]
     groups = zip(text.states.split(sizes), seen, strict=True)
     states = torch.stack([(group * s).sum(0) / s.sum(0).clamp_min(1) for group, s in groups])
     return Text(states, torch.stack([group.any(0) for group in text.mask.split(sizes)]))

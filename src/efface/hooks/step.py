@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -255,9 +256,11 @@ class Step:
     def _call(self, arguments: dict[str, Any]) -> Any:
         """Calls the denoiser with the original positional and keyword arguments."""
         if (carried := carry(self.batch, self.acting, self.where.facts, arguments)) is not None:
-            self.carried, arguments = carried, carried.beside(self.where.facts, arguments)
+            self.carried, arguments = carried, carried.beside(arguments)
         named = {name: value for name, value in arguments.items() if name not in self._names}
-        return self._forward(*(arguments[name] for name in self._names), **named)
+        facts, denoiser = self.where.facts, self.where.denoiser
+        with facts.placed(denoiser, carried.positions, carried.prompt) if carried is not None else nullcontext():
+            return self._forward(*(arguments[name] for name in self._names), **named)
 
     # ---- layers
 

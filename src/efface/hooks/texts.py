@@ -38,18 +38,19 @@ class Text:
     states: Tensor
     mask: Tensor | None = None
     repeats: Tensor | None = None
+    positions: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.states)
 
     def __getitem__(self, rows: Any) -> Text:
         """Selects texts by a slice, a list or a tensor."""
-        mask, repeats = (None if x is None else x[rows] for x in (self.mask, self.repeats))
-        return Text(self.states[rows], mask, repeats)
+        others = (None if x is None else x[rows] for x in (self.mask, self.repeats, self.positions))
+        return Text(self.states[rows], *others)
 
     @staticmethod
     def cat(texts: Sequence[Text]) -> Text:
-        """Concatenates texts without `repeats`. The result is masked if each text is.
+        """Concatenates texts without `repeats` and `positions`. The result is masked if each text is.
 
         Args:
             texts: texts with the same L and D.

@@ -73,15 +73,23 @@ def unconditional(
 
 
 @torch.no_grad()
-def unconditional_alone(pipe: DiffusionPipeline, call: inspect.BoundArguments, negative: Tensor) -> Unconditional:
+def unconditional_alone(
+    pipe: DiffusionPipeline, call: inspect.BoundArguments, negative: Tensor, negative_mask: Tensor | None
+) -> Unconditional:
     """As `unconditional`, if the negative prompts [B, L, D] have a separate `encode_prompt` call."""
     written = [value for name, value in call.arguments.items() if name.startswith("prompt")]
+    mask = None if negative_mask is None else negative_mask.bool()
     if all(_is_empty(value) for value in written):
-        return Unconditional(negative.detach(), None, ())
-    empty = encode(pipe, [""], **encoding_settings(call)).text
-    if empty.shape[1] != negative.shape[1]:
-        return Unconditional(empty, None, tuple(range(len(negative))))
-    return Unconditional(empty, None, _other_rows(negative, None, empty.expand_as(negative), None))
+        return Unconditional(negative.detach(), mask, ())
+    made = encode(pipe, [""], **encoding_settings(call))
+    longer = family(pipe).lengthened(made.text, made.mask, negative.shape[1])
+    if longer is None:
+        return Unconditional(made.text, made.mask, tuple(range(len(negative))))
+    text, empty_mask = longer
+    if empty_mask is not None:  # padding of negative prompts without a mask is compared as tokens
+        mask = torch.ones_like(negative[..., 0], dtype=torch.bool) if mask is None else mask
+        empty_mask = empty_mask.expand_as(mask)
+    return Unconditional(text, empty_mask, _other_rows(negative, mask, text.expand_as(negative), empty_mask))
 
 
 def _is_empty(negative: Any) -> bool:

@@ -53,7 +53,7 @@ def latents(pipe: Any, prompt: str | Sequence[str] | None = PROMPT, **options: A
     generator = [torch.Generator().manual_seed(seed + i) for i in range(images)]
     options = call_options(pipe, options, prompts)
     options = {"num_inference_steps": STEPS, "generator": generator, "output_type": "latent", **options}
-    found: Tensor = pipe(prompt, **options).images
+    found: Tensor = pipe(prompt=prompt, **options).images
     return found
 
 

@@ -201,7 +201,8 @@ class GIE(Method):
 
     def _needs(self) -> tuple[str, ...]:
         """Official values read the prompt's tokens in a longer text, so a prefix has to keep its states."""
-        more = {"causal_text": self.values == "official", "guidance_scale": self.trajectories == 2}
+        two = self.trajectories == 2
+        more = {"causal_text": self.values == "official", "guidance_scale": two, "softmax_self": two}
         return ("cross_text", *(need for need, needed in more.items() if needed))
 
     needs: ClassVar[tuple[str, ...]] = computed(_needs)

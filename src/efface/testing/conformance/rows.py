@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...core import Concept
+from ...families import family as facts_of
 from ...fields import field_names
 from ..drawing import ALCOHOL, CAT, PROMPT, PROMPTS, change, denoiser_of
 from .trial import ROUNDING, DoesNotApply, Trial, changed
@@ -30,6 +31,8 @@ def first_prediction(trial: Trial) -> Tensor:
 def touches_unconditional_rows_only_if_declared(trial: Trial) -> None:
     """Changes unconditional rows only if it declares `touches_uncond`."""
     method = trial.method
+    if "guidance" not in facts_of(trial.pipe).offers:
+        raise DoesNotApply("The pipelines of this family have no unconditional rows.")
     strong = {"strength": 16.0, "warmup": 0.0, "window": (0.0, 1.0)}  # it is the first step
     own = field_names(method)
     with contextlib.suppress(ValueError):  # a method with a smaller range is tried with its own strength

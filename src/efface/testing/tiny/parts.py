@@ -62,6 +62,16 @@ def t5(width: int) -> tuple[PreTrainedTokenizerFast, T5EncoderModel]:
     return PreTrainedTokenizerFast(tokenizer_object=words, **marks), T5EncoderModel(config).eval()
 
 
+def decoder_words(marks: tuple[str, ...], **options: Any) -> PreTrainedTokenizerFast:
+    """A decoder's tokenizer, with these special tokens, the first of which is padding, and no other token around a
+    text."""
+    vocabulary = {word: k for k, word in enumerate((*marks, "<unk>", "!", *WORDS))}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    named = {"pad_token": marks[0], "unk_token": "<unk>", "additional_special_tokens": list(marks[1:])}
+    return PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=512, **named, **options)
+
+
 def denoiser(text_width: int, **settings: Any) -> UNet2DConditionModel:
     """Two levels and a middle, with cross-attention in which the text matters."""
     settings = {
