@@ -169,6 +169,15 @@ def test_replicas_of_one_machine_share_no_port_for_metrics(quiet: Desk) -> None:
     service.database.close()
 
 
+def test_a_port_beyond_this_machine_would_be_seen() -> None:
+    with socket.socket() as near, socket.socket() as beyond:
+        for each, address in ((near, "127.0.0.1"), (beyond, "")):
+            each.bind((address, 0))
+            each.listen()
+        assert f"0100007F:{near.getsockname()[1]}" in _listening(os.getpid(), near=True)
+        assert f"00000000:{beyond.getsockname()[1]}" in _listening(os.getpid(), near=False)
+
+
 # ---------------------------------------------------------------- a cluster
 
 
@@ -237,10 +246,6 @@ def test_a_killed_replica_loses_no_job_and_doubles_none(host: Host, quiet: Desk,
     assert quiet.service.audit.verify()[1] == ""
     _until(lambda: len(list((tmp_path / "drawing").iterdir())) == 3 or bool(_more(url, head)), 60)  # Ray restarts it
     assert _listening(os.getpid(), near=True) and not _listening(os.getpid(), near=False)
-    with socket.socket() as beyond:  # the effect: such a port would be seen
-        beyond.bind(("", 0))
-        beyond.listen()
-        assert _listening(os.getpid(), near=False) == {f"00000000:{beyond.getsockname()[1]}"}
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         last = pool.submit(httpx2.post, url + URL, json=asked[0], headers=head, timeout=60)
         _until(lambda: quiet.service.jobs.count(["running"]) == 1)
@@ -270,8 +275,9 @@ def _listening(root: int, near: bool) -> set[str]:
         family |= more
     mine = set()
     for pid in family:
-        with contextlib.suppress(OSError):
-            mine |= {os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir()}
+        for each in Path(f"/proc/{pid}/fd").glob("*"):
+            with contextlib.suppress(OSError):
+                mine.add(os.readlink(each))
     found = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text("ascii").splitlines()[1:]:
