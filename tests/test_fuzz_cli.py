@@ -352,7 +352,8 @@ VERBS: dict[str, tuple[list[list[str]], dict[str, Any]]] = {
     "serve audit": ([["service"]], {"--database": PATHS, "--drop-older": NUMBER}),
     "serve key add": (
         [["service", "--tenant", "kids", "--policy", "kids"], ["service", "--tenant", "ops", "--admin"]],
-        {"--tenant": JUNK, "--policy": JUNK, "--days": NUMBER, "--database": PATHS},
+        {"--tenant": JUNK, "--policy": JUNK, "--days": NUMBER, "--database": PATHS}
+        | {"--rate": NUMBER, "--burst": NUMBER},
     ),
     "serve key list": ([["service"]], {"--database": PATHS}),
     "serve key revoke": ([["service", "key_x"]], {}),
