@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test test-slow leaderboard redteam lint types clean
+.PHONY: help venv install demo test test-slow leaderboard redteam gpu-check lint types clean
 
 help:
 	@echo "make demo       install if needed, then erase a concept and write before/after pictures"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-slow  the slow tests; their outcome goes to results/slow_tests.json"
 	@echo "make leaderboard  every method on the same prompts, into docs/; hours, can be stopped and continued"
 	@echo "make redteam    attacks on a small set of erasers, into results/; hours, can be stopped and continued"
+	@echo "make gpu-check  the cost of every run-time method on a GPU, with random weights of true size; six minutes"
 	@echo "make lint       ruff and mypy only"
 	@echo "make types      pyright, which fetches itself from npm on first use"
 	@echo "make clean      remove caches and build output (not $(VENV), not efface-out)"
@@ -57,6 +58,9 @@ leaderboard: $(STAMP)
 redteam: $(STAMP)
 	$(BIN)/python -m experiments attacks
 	$(BIN)/python -m experiments gradient_attacks
+
+gpu-check: $(STAMP)
+	$(BIN)/python -m experiments.gpu_check
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
