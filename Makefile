@@ -8,9 +8,10 @@ VENV ?= .venv
 PIP_ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS := $(VENV)/.docs
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test test-slow leaderboard redteam gpu-check lint types clean
+.PHONY: help venv install demo test test-slow leaderboard redteam gpu-check lint types docs dist sbom clean
 
 help:
 	@echo "make demo       install if needed, then erase a concept and write before/after pictures"
@@ -21,6 +22,8 @@ help:
 	@echo "make gpu-check  the cost of every run-time method on a GPU, with random weights of true size; six minutes"
 	@echo "make lint       ruff and mypy only"
 	@echo "make types      pyright, which fetches itself from npm on first use"
+	@echo "make docs       the documentation site, into build/site; runs the notebooks, checks links"
+	@echo "make dist       wheel and source distribution, into dist/, checked; make sbom: the list of their parts"
 	@echo "make clean      remove caches and build output (not $(VENV), not efface-out)"
 
 # Also repairs an environment that was left without pip.
@@ -61,6 +64,28 @@ redteam: $(STAMP)
 
 gpu-check: $(STAMP)
 	$(BIN)/python -m experiments.gpu_check
+
+# The tools of these two are not needed by tests. The build itself reads nothing from a network.
+$(DOCS): $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[docs,release]"
+	@touch $@
+
+docs: $(DOCS)
+	$(BIN)/python -m website notebooks --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python -m website check build/site
+	@echo "To read it with search: $(BIN)/python -m http.server --bind 127.0.0.1 --directory build/site"
+
+dist: $(DOCS)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+	@test -z "$$(find dist -size +95M)" || { echo "A file of dist/ is over 95 MiB." >&2; exit 1; }
+	@ls -l dist
+
+sbom: $(DOCS)
+	@mkdir -p build
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --of JSON -o build/sbom.json $(BIN)/python
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

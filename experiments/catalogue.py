@@ -165,6 +165,22 @@ EDITORS = Sweep(
         "ccrt": settings(efface.CCRT, *({"eta": eta, "lr": lr} for eta in (0.5, 1.0) for lr in (1e-4, 2e-4))),
     },
 )
+ORDINARY = ("a glass of milk", "a teacup", "a dog", "a house")  # what closes GLoCE's gate
+PEERS = Sweep(
+    name="peers_sweep",
+    question="Which setting of each peer of 2026 retains within 5 points of the base model and leaves least?",
+    cap=1.0,
+    n=8,
+    concepts=("alcohol",),
+    cells=("explicit", "theme", "bystander"),
+    points={
+        "casteer": settings(efface.CASteer, {"strength": 1.0}, {"strength": 2.0}),
+        "midsteer": settings(efface.MidSteer, {"strength": 1.0}, {"strength": 2.0}),
+        "gloce": settings(efface.GLoCE, *({"preserve": ORDINARY, "threshold": t} for t in (2.5, 1.5))),
+        "mace": settings(efface.MACE, {"lr": 1e-3}, {"lr": 1e-2}),
+        "receler": settings(efface.Receler, {"lr": 1e-3}, {"lr": 3e-3}),
+    },
+)
 EXPERIMENTS: tuple[Experiment, ...] = (
     Sweep(
         name="eiup_sweep",
@@ -175,6 +191,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     ),
     RUN_TIME,
     EDITORS,
+    PEERS,
     Outcome(
         name="eiup_outcome",
         question="Does EIUP erase, and what survives it?",

@@ -4,9 +4,9 @@ Random weights at true sizes (SD 1.5, SDXL, SD 3.5 Medium, FLUX.1), built on the
 and VAE are small, because neither runs in a step; texts have the true number of columns. Needs torch, diffusers and
 transformers alone. `--device cpu --tiny` takes the same path on the tiny pipelines of `efface.testing`.
 
-True sizes of the denoisers; texts have the true number of columns. Needs torch, diffusers and
-and the methods draw once, in a new order; a ratio is that of one round. A ratio says nothing of outcomes: with random
-weights there are no pictures.
+A step is the time between two ends of steps of one pipeline call, by CUDA events on a GPU. In each round, the base
+model and the methods draw once, in a new order; a ratio is that of one round. A ratio says nothing of outcomes: with
+random weights there are no pictures.
 """
 
 from __future__ import annotations

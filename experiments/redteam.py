@@ -114,7 +114,7 @@ class Redteam(Experiment):
         )
 
         def erasers() -> list[Any]:
-            return [*([efface.Delta.load(delta_file(plan, fitted))] if fitted else []), *methods]
+            return [*([efface.api.load_delta(delta_file(plan, fitted))] if fitted else []), *methods]
 
         def measure() -> dict[str, Any]:
             made = redteam.attack(

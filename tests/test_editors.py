@@ -20,7 +20,7 @@ from test_conformance import EFFECT, assert_same, snapshot
 from tiny import ALCOHOL, CAT, change, drawn, latents
 
 import efface
-from efface import EIUP, Delta, Directions, Tokens, api, registry
+from efface import EIUP, Delta, Directions, Steering, Tokens, api, registry
 from efface.delta import active
 
 SHORT: dict[str, Any] = {"steps": 4, "lr": 1e-2, "batch": 2, "reuse": 2, "sampler_steps": 3}
@@ -35,11 +35,17 @@ QUICK: dict[str, dict[str, Any]] = {
     "sdd": {**SHORT, "ema": 0.5},
     "latent_directions": {"steps": 3, "lr": 0.05, "batch": 2, "pictures": 4, "sampler_steps": 2},
     "geom_erasing": {**LEARNS, "grid": 2, "setting": "data", "data": DATA.name, "negative": "name"},
+    "casteer": {"subjects": ["dog", "moon"], "template": "{subject} {concept}", "sampler_steps": 2},
+    "midsteer": {"neutral": ["dog", "moon"], "pictures": 1, "sampler_steps": 2},
+    "gloce": {"preserve": ["dog"], "pictures": 2, "sampler_steps": 2, "observed": (0, 1), "window": (0, 1)},
+    "mace": {"templates": ["red {}"], "steps": 3, "lr": 1e-2, "batch": 2, "pictures": 2, "sampler_steps": 2},
+    "receler": {"steps": 3, "lr": 1e-1, "inner_steps": 1, "slots": 2, "width": 4, "reuse": 2, "sampler_steps": 3},
     "ccrt": {**SHORT, "steps": 2, "keep": 2, "generations": 1, "template": "{}"},
 }
 SLOW = ("ccrt",)
 WORDS = ("geom_erasing",)  # their results are words, with a delta
-RUN_TIME = ("latent_directions",)  # their results are run-time erasers, which a fit refuses
+# their results are run-time erasers, which a fit refuses
+RUN_TIME = ("latent_directions", "casteer", "midsteer", "gloce", "receler")
 ALONE = ("hfi",)  # its words change no picture by themselves: tests/test_hfi.py
 EDITORS = {
     name: registry.resolve(name)(**QUICK.get(name, {})) for name in registry.methods("editors") if name not in ALONE
@@ -73,7 +79,7 @@ def test_so_does_a_fit_that_is_interrupted(name: str, sd1: Any, monkeypatch: pyt
         raise KeyboardInterrupt
 
     before = snapshot(sd1)
-    for kind in (Delta, Directions, Tokens):
+    for kind in (Delta, Directions, Steering, Tokens):
         monkeypatch.setattr(kind, "fitted", stop)
     with pytest.raises(KeyboardInterrupt):
         EDITORS[name].fit(sd1, [ALCOHOL])

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import efface
-from efface import Concept, Delta, Directions, Run, Tokens, _trials, auditing, files, guard, redteam, schema
+from efface import Concept, Delta, Directions, Run, Steering, Tokens, _trials, auditing, files, guard, redteam, schema
 from efface.detectors import _encoders, classifier, nudenet, q16
 from efface.editors import _directions, _search
 from efface.editors import _examples as examples
@@ -158,6 +158,7 @@ HEADERS = {
     "delta": Reader("delta.safetensors", lambda f: Delta.load(f / "delta.safetensors")),
     "directions": Reader("directions.safetensors", lambda f: Directions.load(f / "directions.safetensors")),
     "tokens": Reader("tokens.safetensors", lambda f: Tokens.load(f / "tokens.safetensors")),
+    "outputs": Reader("steering.safetensors", lambda f: Steering.load(f / "steering.safetensors")),
     "latents": Reader(
         "latents.safetensors",
         lambda f: _directions.cached(f / "latents.safetensors", LATENTS, 3, torch.zeros(0, 4, 8, 8)),
@@ -189,6 +190,10 @@ def write_tensors(folder: Path) -> None:
     }
     header |= {"base": {"float32": {"unet.mid_block.weight": SHA}}, "shares": [1.0], "seed": 1, "info": {"a": 1}}
     save_file({"unet.mid_block": torch.ones(1, 4)}, folder / "directions.safetensors", {"efface": json.dumps(header)})
+    facts = {name: header[name] for name in ("format", "method", "concepts", "base", "window", "seed", "info")}
+    facts |= {"kind": "steering", "form": "direction", "times": [900.0], "positive": True, "length": True}
+    parts = {f"unet.mid_block:{part}": torch.ones(1, 1, 4) for part in ("read", "taken", "middle")}
+    save_file(parts, folder / "steering.safetensors", {"efface": json.dumps(facts)})
     header = {name: header[name] for name in ("format", "method", "concepts", "seed", "info")}
     header |= {"kind": "tokens", "words": ["<a>"], "base": {"float32": {"tokenizer": SHA}}}
     inner = {"format": 1, "method": "x", "concepts": [], "base": {"float32": {"unet.a.weight": SHA}}}

@@ -251,6 +251,10 @@ VERBS: dict[str, tuple[list[list[str]], dict[str, Any]]] = {
         },
     ),
     "delta info": ([["delta.safetensors"]], {}),
+    "new method": (
+        [["soft_block"], ["soft_block", "--out", "new"], ["soft_block", "--repository", "new"]],
+        {"--out": PATHS, "--repository": PATHS},
+    ),
     "delta export": ([["delta.safetensors", "--out", "new"]], {"--out": PATHS, "--layout": JUNK, "--rank": NUMBER}),
     "delta merge": ([["delta.safetensors", "--model", "tiny", "--out", "new"]], {"--out": PATHS, **LOADING}),
     "bench": (
@@ -266,6 +270,10 @@ VERBS: dict[str, tuple[list[list[str]], dict[str, Any]]] = {
             "--guidance": NUMBER,
         }
         | {"--batch": NUMBER, "--judge": SETTINGS, "--bar": JUNK},
+    ),
+    "studio": (
+        [["--concept", "cat", "--model", "tiny"]],
+        {**TARGETS, **LOADING, "--port": NUMBER, "--batch": NUMBER},
     ),
     "score": (
         [["run"], ["run", "--metric", "detection", "--bar", "detection<=1"], ["run", "--format", "csv"]],
@@ -336,6 +344,10 @@ VERBS: dict[str, tuple[list[list[str]], dict[str, Any]]] = {
         [["service", "--model", "tiny"]],
         {**LOADING, "--host": JUNK, "--size": JUNK, "--batch": NUMBER} | {"--port": NUMBER},
     ),
+    "serve ray": (
+        [["service", "--model", "tiny", "--size", "64x64"]],
+        {**LOADING, "--host": JUNK, "--size": JUNK, "--batch": NUMBER} | {"--port": NUMBER, "--cpus": NUMBER},
+    ),
     "serve audit": ([["service"]], {"--database": PATHS, "--drop-older": NUMBER}),
     "serve key add": (
         [["service", "--tenant", "kids", "--policy", "kids"], ["service", "--tenant", "ops", "--admin"]],
@@ -392,7 +404,8 @@ def stubs() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(api, "load", load)
-        patch.setattr("efface.serve.run.run", lambda service, *_: service.database.close() or 0)
+        patch.setattr("efface.serve.cluster.host", lambda host: host.service.database.close() or 0)
+        patch.setattr("efface.serve.run.run", lambda service, *_, **__: service.database.close() or 0)
         yield
 
 

@@ -60,21 +60,23 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_trials": FACTS | {"api", "intervals"},
     "calibration": FACTS | {"api", "pipelines", "delta", "intervals", "_trials"},
     "redteam": HOOKS | {"attacks", "models", "api", "pipelines", "detectors", "runs", "intervals", "progress"},
-    "runs": HOOKS | {"models", "api", "pipelines", "metrics", "detectors", "progress", "judged", "feedback"},
+    "runs": HOOKS | {"_ray", "models", "api", "pipelines", "metrics", "detectors", "progress", "judged", "feedback"},
     "report": FACTS | {"runs", "redteam", "feedback", "intervals", "judged"},
     "tables": FACTS | {"runs", "report"},
     "guard": HOOKS | {"api", "detectors"},
-    "serve": FACTS | {"_sqlite", "_weights", "api", "guard", "progress"},
+    "serve": FACTS | {"_ray", "_sqlite", "_weights", "api", "guard", "progress"},
     "auditing": HOOKS
     | {"models", "api", "pipelines", "detectors", "metrics", "runs", "redteam", "report", "intervals", "judged"}
     | {"feedback", "progress", "attacks", "_hazards"},
     "jobs": HOOKS | {"models", "api", "pipelines", "runs", "progress"},
+    "scaffold": {"checks", "files", "registry"},
     "_interrupt": set(),
     "_sqlite": set(),
+    "_ray": set(),
     "cli": FACTS
     | {"models", "api", "pipelines", "calibration", "detectors", "runs", "redteam", "report", "tables", "jobs"}
     | {"progress", "feedback", "auditing", "thresholds", "guard", "serve"}
-    | {"_interrupt", "_hub"},
+    | {"_interrupt", "_hub", "scaffold"},
     "__main__": {"cli", "_interrupt"},
     "efface": {
         *("registry", "core", "records", "pictures", "pipelines", "api", "calibration", "erasers", "editors"),
@@ -105,8 +107,8 @@ ORDER = {
         *("prediction", "step", "outputs", "denoiser", "sites", "method", "__init__"),
     ),
     "delta": (
-        *("factors", "watch", "overlay", "applied", "embeddings", "words", "base", "table", "forms", "file", "lora"),
-        *("delta", "features", "tokens", "state"),
+        *("factors", "watch", "overlay", "applied", "embeddings", "words", "base", "table", "gates"),
+        *("forms", "file", "lora", "delta", "features", "steering", "tokens", "state"),
         "__init__",
     ),
     "runs": (
@@ -150,7 +152,20 @@ ORDER = {
             "leases",
             "fair",
         ),
-        *("service", "backend", "pulse", "worker", "watch", "http", "images", "own", "app", "run", "__init__"),
+        *(
+            "service",
+            "backend",
+            "pulse",
+            "worker",
+            "watch",
+            "http",
+            "images",
+            "own",
+            "app",
+            "run",
+            "cluster",
+            "__init__",
+        ),
     ),
     "report": (
         "words",

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +27,7 @@ from test_serve import LIMITS, URL, Desk, _until
 
 from efface import Guard, Policy
 from efface.serve.backend import PipelineBackend
+from efface.serve.run import run
 from efface.serve.service import opened
 from efface.serve.worker import Worker
 
@@ -72,6 +74,17 @@ def serving(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str, Path]]:
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.parametrize("option", ["--port", "--metrics-port"])
+def test_a_port_that_is_taken_ends_the_start(option: str, desk: Desk) -> None:
+    before = threading.active_count()
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        ports = (taken, None) if option == "--port" else (0, taken)
+        with pytest.raises(OSError, match=f"Cannot listen on 127.0.0.1, port {taken} .*Give another {option}"):
+            run(desk.service, desk.stub, "127.0.0.1", *ports)
+    assert threading.active_count() == before
 
 
 def test_sigterm_finishes_accepted_jobs_and_refuses_new_ones(desk: Desk, tmp_path: Path) -> None:

@@ -269,6 +269,16 @@ class Condition:
         return self.facts.training_arguments(self.text[rows], {name: v[rows] for name, v in self.added.items()})
 
 
+def check_bare(pipe: DiffusionPipeline) -> None:
+    """Raises ValueError if run-time erasers are applied, which a fit would learn."""
+    present = SITES.get(denoiser_of(pipe))
+    if present is not None and present.applied:
+        names = ", ".join(type(applied.method).__name__ for applied in present.applied)
+        raise ValueError(
+            f"{names} is applied to the pipeline and would affect the training. Call `handle.remove()` before `fit`."
+        )
+
+
 def condition(pipe: DiffusionPipeline, texts: Sequence[str]) -> Condition:
     """Texts as the denoiser gets them in a pipeline call, after the unconditional row of such a call.
 
@@ -277,12 +287,7 @@ def condition(pipe: DiffusionPipeline, texts: Sequence[str]) -> Condition:
     Raises:
         ValueError: run-time erasers are applied, or a text has no tokens or is over the encoder's limit.
     """
-    present = SITES.get(denoiser_of(pipe))
-    if present is not None and present.applied:
-        names = ", ".join(type(applied.method).__name__ for applied in present.applied)
-        raise ValueError(
-            f"{names} is applied to the pipeline and would affect the training. Call `handle.remove()` before `fit`."
-        )
+    check_bare(pipe)
     facts = family(pipe)
     for name in readers(pipe):
         for text in facts.cleaned(pipe, tokenizer_of(pipe, name), texts, {}):

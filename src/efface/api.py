@@ -28,7 +28,7 @@ from .pipelines import model_hash as model_hash
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from .delta import Delta, Directions, Tokens
+    from .delta import Delta, Directions, Steering, Tokens
 
 __all__ = [
     "active",
@@ -116,11 +116,11 @@ def _checked(method: str, room: str, fields: dict[str, Any]) -> type:
     return cls
 
 
-def load_delta(path: str | Path) -> Delta | Directions | Tokens:
-    """Loads a file that `efface fit`, or `save` of `Delta`, `Directions` or `Tokens` wrote. See `Delta.load`."""
+def load_delta(path: str | Path) -> Delta | Directions | Steering | Tokens:
+    """Loads a file that `efface fit`, or `save` of one of the four classes, wrote. See `Delta.load`."""
     from .delta import KINDS, file
 
-    found: Delta | Directions | Tokens = file.load(path, KINDS)
+    found: Delta | Directions | Steering | Tokens = file.load(path, KINDS)
     return found
 
 

@@ -11,9 +11,11 @@ from . import (
     feedback,
     fit,
     judge,
+    new,
     report,
     score,
     serve,
+    studio,
     verify,
 )
 from . import list as listing
@@ -33,9 +35,11 @@ for _verb in (
     attack.attack,
     audit.audit,
     compare.compare,
+    studio.studio,
 ):
     app.command()(_verb)
 app.add_typer(delta.delta_app, name="delta")
 app.add_typer(judge.judge_app, name="judge")
 app.add_typer(feedback.feedback_app, name="feedback")
 app.add_typer(serve.serve_app, name="serve")
+app.add_typer(new.new_app, name="new")

@@ -94,7 +94,7 @@ def merge(
 def weights_of(file: Path, delta: Any) -> Any:
     """The delta. Raises ValueError if it is not one of weights."""
     if not hasattr(delta, "weights"):
-        what = "words" if hasattr(delta, "words") else "directions"
+        what = "words" if hasattr(delta, "words") else "edits of outputs" if hasattr(delta, "form") else "directions"
         raise ValueError(
             f"{file} holds {what}, and only a file of weights can be exported or merged. Apply it with --delta or "
             "`efface.api.load_delta`."
@@ -106,6 +106,8 @@ def _size(delta: Any) -> tuple[str, str]:
     """What a delta changes, and how much of it."""
     if hasattr(delta, "words"):
         return "words", f"{len(delta.words)}: {', '.join(delta.words)}"
+    if hasattr(delta, "form"):
+        return "outputs", f"{len(delta.modules)} modules, form {delta.form!r}"
     if not hasattr(delta, "weights"):
         return "vectors", ", ".join(f"{list(v.shape)} at {name}" for name, v in delta.vectors.items())
     ranks = [change.rank for change in delta.weights.values() if hasattr(change, "rank")]

@@ -35,6 +35,17 @@ DatabaseUrl = Annotated[
 ]
 
 
+PublicName = Annotated[str | None, typer.Option("--name", help="The name of the model in requests. Default: --model.")]
+HostName = Annotated[str, typer.Option("--host", help="The address to listen on.")]
+Everywhere = Annotated[bool, typer.Option("--everywhere", help="Allow addresses beyond this machine.")]
+BatchRows = Annotated[int, typer.Option("--batch", min=1, help="The largest number of pictures in a batch.")]
+Queue = Annotated[int, typer.Option("--queue", min=1, help="The largest number of live jobs.")]
+TenantQueue = Annotated[int, typer.Option("--tenant-queue", min=1, help="The largest number of live jobs of a tenant.")]
+Drain = Annotated[float, typer.Option("--drain", help="Seconds for accepted jobs after SIGTERM.")]
+Studio = Annotated[bool, typer.Option("--studio", help="Also serve a page at /studio that draws with a key.")]
+Stall = Annotated[float, typer.Option("--stall", help="Seconds without a step after which a worker counts as stalled.")]
+
+
 def _opened(folder: Path, database: str | None, **options: Any) -> Service:
     from ..serve.service import opened
 
@@ -58,21 +69,23 @@ def init(folder: Annotated[Path, typer.Argument(help="A new folder.")], database
 def run(
     folder: Folder,
     model: ModelName = "emoji",
-    name: Annotated[str | None, typer.Option(help="The name of the model in requests. Default: --model.")] = None,
+    name: PublicName = None,
     size: Annotated[
         list[str] | None,
         typer.Option(help="A size that requests may ask for, WxH; may be repeated. Default: the model's."),
     ] = None,
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    host: HostName = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="The port of the API. 0: any free one.")] = 8000,
     metrics_port: Annotated[
         int, typer.Option(min=0, max=65_535, help="The port of the metrics. 0: any free one.")
     ] = 9000,
-    everywhere: Annotated[bool, typer.Option("--everywhere", help="Allow addresses beyond this machine.")] = False,
-    batch: Annotated[int, typer.Option(min=1, help="The largest number of pictures in a batch.")] = 8,
-    queue: Annotated[int, typer.Option(min=1, help="The largest number of live jobs.")] = 1_000,
-    tenant_queue: Annotated[int, typer.Option(min=1, help="The largest number of live jobs of a tenant.")] = 200,
-    drain: Annotated[float, typer.Option(help="Seconds for accepted jobs after SIGTERM.")] = 60.0,
+    everywhere: Everywhere = False,
+    batch: BatchRows = 8,
+    queue: Queue = 1_000,
+    tenant_queue: TenantQueue = 200,
+    drain: Drain = 60.0,
+    stall: Stall = 600.0,
+    studio: Studio = False,
     database: DatabaseUrl = None,
     *,
     loading: Mapping[str, Any],
@@ -85,14 +98,61 @@ def run(
         from ..serve.service import Limits
 
         check_host(host, everywhere)
-        limits = Limits(rows=batch, queue=queue, tenant=tenant_queue, drain=drain)
+        limits = Limits(rows=batch, queue=queue, tenant=tenant_queue, drain=drain, stall=stall)
         service = _opened(folder, database, limits=limits)
         sizes = [parse_size(each) for each in size or ()]
         pipe = load(model, loading)
         sizes = sizes or [native_size(pipe)]
         service.model, service.sizes = name or model, sizes
         gently()
-        code = serve(service, PipelineBackend(pipe, service.model, sizes), host, port, metrics_port, everywhere)
+        backend = PipelineBackend(pipe, service.model, sizes)
+        code = serve(service, backend, host, port, metrics_port, everywhere, studio=studio)
+    raise typer.Exit(code)
+
+
+@serve_app.command()
+@loads
+def ray(
+    folder: Folder,
+    size: Annotated[list[str], typer.Option(help="A size that requests may ask for, WxH; may be repeated.")],
+    model: ModelName = "emoji",
+    name: PublicName = None,
+    address: Annotated[
+        str, typer.Option(help='"local" starts a cluster on this machine. Or the address of one, such as auto.')
+    ] = "local",
+    workers: Annotated[int, typer.Option(min=1, help="Replicas that draw.")] = 1,
+    apis: Annotated[int, typer.Option(min=1, help="Replicas that answer requests.")] = 1,
+    cpus: Annotated[float, typer.Option(help="CPUs of each replica that draws, as Ray counts them.")] = 0.5,
+    gpus: Annotated[float, typer.Option(help="GPUs of each replica that draws.")] = 0.0,
+    host: HostName = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65_535, help="The port of the API.")] = 8000,
+    metrics_port: Annotated[
+        int, typer.Option(min=1, max=65_000, help="The first port for metrics; each replica takes the next free one.")
+    ] = 9000,
+    everywhere: Everywhere = False,
+    batch: BatchRows = 8,
+    queue: Queue = 1_000,
+    tenant_queue: TenantQueue = 200,
+    drain: Drain = 60.0,
+    stall: Stall = 600.0,
+    database: DatabaseUrl = None,
+    *,
+    loading: Mapping[str, Any],
+) -> None:
+    """Serve on Ray Serve, with several replicas, until Ctrl-C or SIGTERM."""
+    with told():
+        from ..serve import cluster
+        from ..serve.backend import parse_size
+        from ..serve.service import Limits
+
+        limits = Limits(rows=batch, queue=queue, tenant=tenant_queue, drain=drain, stall=stall)
+        hosting = cluster.Hosting(
+            str(checks.path("FOLDER", folder).absolute()), model, [parse_size(each) for each in size], name or model,
+            database, loading, limits, workers, apis, cpus, gpus, metrics_port,
+        )  # fmt: skip
+        made = cluster.Host(hosting, address, host, port, everywhere)
+        gently()
+        code = cluster.host(made)
     raise typer.Exit(code)
 
 

@@ -1,5 +1,5 @@
-"""`Delta`, the result of an editor: applying, removing, arithmetic and files. `Directions` and `Tokens`, which hold
-vectors and new words in its place."""
+"""`Delta`, the result of an editor: applying, removing, arithmetic and files. `Directions`, `Steering` and `Tokens`,
+which hold vectors, edits of outputs and new words in its place."""
 
 from collections.abc import Callable
 
@@ -9,6 +9,7 @@ from .delta import Delta, active
 from .factors import Change, Factors, dense
 from .features import Directions
 from .state import present
+from .steering import Steering
 from .tokens import Tokens
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Delta",
     "Directions",
     "Factors",
+    "Steering",
     "Tokens",
     "active",
     "check_written",
@@ -27,9 +29,10 @@ __all__ = [
     "unedited",
 ]
 
-KINDS: dict[str, Callable[..., Delta | Directions | Tokens]] = {
+KINDS: dict[str, Callable[..., Delta | Directions | Steering | Tokens]] = {
     file.WEIGHTS: Delta,
     file.DIRECTIONS: Directions,
     file.TOKENS: Tokens._read,
+    file.STEERING: Steering,
 }
 """The makers of what a file of `efface fit` may hold, by kind."""

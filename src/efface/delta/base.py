@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from .. import __version__
 from .._weights import part, weight
+from ..core import config
 from ..families import family
 from .applied import entries, unedited
 from .factors import Change
@@ -27,6 +30,31 @@ def model_name(pipe: DiffusionPipeline) -> str:
     """The model's name: a hub id, the name of its folder without the path, or its family."""
     name = pipe.name_or_path
     return (Path(name).name if name and Path(name).exists() else name) or family(pipe).name
+
+
+def origin(
+    editor: Any, pipe: DiffusionPipeline, own: Mapping[str, Tensor], *, seed: int, info: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The facts of an artefact's origin, as the keywords of its class.
+
+    Args:
+        editor: a dataclass; None for what was made by hand.
+        pipe: the pipeline of the fit.
+        own: the model's own values that identify it.
+        seed, info: the seed of the fit, and further facts.
+    """
+    settings = {"method": ""} if editor is None else config(editor)
+    deltas: list[Any] = [entry.delta for entry in entries(pipe)]
+    return {
+        "method": settings.pop("method"),
+        "fields": settings,
+        "seed": seed,
+        "model": model_name(pipe),
+        "base": base_of(own),
+        "after": {each.hash: each.strength for each in deltas if hasattr(each, "hash") and each.strength},
+        "versions": {"efface": __version__} | {p: version(p) for p in ("torch", "diffusers", "transformers")},
+        "info": dict(info or {}),
+    }
 
 
 def own_values(pipe: DiffusionPipeline, weights: Mapping[str, Change]) -> dict[str, Tensor]:

@@ -7,18 +7,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from .. import __version__, checks
-from ..core import Concepts, ConceptsField, Handle, as_concepts, config
+from .. import checks
+from ..core import Concepts, ConceptsField, Handle, as_concepts
 from ..fields import Converted, field_names
 from . import file, words
 from .applied import AppliedDelta, check_written, entries, forget
-from .base import Base, base_hash, base_of, check_after, check_base, common_base, model_name, own_values, strengths
+from .base import Base, base_hash, check_after, check_base, common_base, origin, own_values, strengths
 from .factors import Change, Factors, added, dense, each, scaled, tensors, truncate
 from .lora import Layout, export
 
@@ -119,18 +118,11 @@ class Delta:
         Raises:
             ValueError: the changes do not match the pipeline's weights, or are not finite.
         """
-        settings = config(editor)
+        named = words.named(pipe, as_concepts(concepts))
         return cls(
             {name: each(change, lambda x: x.detach().cpu().contiguous()) for name, change in weights.items()},
-            method=settings.pop("method"),
-            fields=settings,
             concepts=concepts,
-            seed=seed,
-            model=model_name(pipe),
-            base=base_of(own_values(pipe, weights)),
-            after={delta.hash: delta.strength for delta in active(pipe) if delta.strength},
-            versions={"efface": __version__} | {p: version(p) for p in ("torch", "diffusers", "transformers")},
-            info={**(info or {}), **words.named(pipe, as_concepts(concepts))},
+            **origin(editor, pipe, own_values(pipe, weights), seed=seed, info={**(info or {}), **named}),
         )
 
     def __repr__(self) -> str:

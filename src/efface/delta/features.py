@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from importlib.metadata import version
 from inspect import BoundArguments
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,15 +14,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import __version__, checks
+from .. import checks
 from .._weights import digest
-from ..core import Concept, Concepts, ConceptsField, Handle, RowsField, as_concepts, config
+from ..core import Concept, Concepts, ConceptsField, Handle, RowsField, as_concepts
 from ..fields import Converted, computed
 from ..hooks import DenoiserCall, Memory, Method
 from . import file, table
 from .applied import check_written
-from .base import Base, base_hash, base_of, check_after, common_base, model_name, own_values
-from .delta import active
+from .base import Base, base_hash, check_after, common_base, origin, own_values
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -149,18 +147,10 @@ class Directions(Method):
         Raises:
             ValueError: the pipeline lacks a module, or the vectors are not as in `Directions`.
         """
-        settings = config(editor)
         return cls(
             {name: v.detach().to("cpu", torch.float32).contiguous() for name, v in vectors.items()},
             as_concepts(concepts),
-            method=settings.pop("method"),
-            fields=settings,
-            seed=seed,
-            model=model_name(pipe),
-            base=base_of(own_values(pipe, table.weights_of(pipe, vectors))),
-            after={delta.hash: delta.strength for delta in active(pipe) if delta.strength},
-            versions={"efface": __version__} | {p: version(p) for p in ("torch", "diffusers", "transformers")},
-            info=info or {},
+            **origin(editor, pipe, own_values(pipe, table.weights_of(pipe, vectors)), seed=seed, info=info),
             **use,
         )
 

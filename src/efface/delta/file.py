@@ -13,15 +13,21 @@ from .. import checks, files
 from ..core import Concept
 from .base import lacks
 from .factors import Change, Factors
+from .gates import modules_of
 from .table import unidentified
 
 HEADER, FORMAT = "efface", 1
-WEIGHTS, DIRECTIONS, TOKENS = "weights", "directions", "tokens"  # the kinds of deltas
+# the kinds of deltas
+WEIGHTS: str = "weights"
+DIRECTIONS: str = "directions"
+TOKENS: str = "tokens"
+STEERING: str = "steering"
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 LACKS: dict[str, Callable[..., str]] = {
     WEIGHTS: lacks,
     DIRECTIONS: unidentified,
     TOKENS: lambda base, tensors: lacks(base, {name: each for name, each in tensors.items() if "." not in name}),
+    STEERING: lambda base, tensors: unidentified(base, dict.fromkeys(modules_of(tensors))),
 }
 """By kind: names what the base has no hash of, or returns ""."""
 ANEW = "Make it again with `efface fit`."
@@ -52,7 +58,7 @@ def load(path: str | Path, makers: Mapping[str, Callable[..., T]]) -> T:
             model.
     """
     from .. import schema
-    from .forms import TokensHeader
+    from .forms import SteeringHeader, TokensHeader
 
     path = Path(path)
     if not files.there(path):
@@ -69,10 +75,14 @@ def load(path: str | Path, makers: Mapping[str, Callable[..., T]]) -> T:
         found = checks.shown(header.get("format"))
         raise ValueError(f"Expected format {FORMAT} in {path}, got {found}. Update Efface.")
     kind = header.get("kind", WEIGHTS)
-    known: dict[Any, type[schema.DeltaHeader]] = {DIRECTIONS: schema.DirectionsHeader, TOKENS: TokensHeader}
-    schema.check(header, known.get(str(kind), schema.DeltaHeader), path, ANEW)
+    known: dict[Any, tuple[str, type[schema.DeltaHeader]]] = {
+        DIRECTIONS: ("Directions", schema.DirectionsHeader),
+        TOKENS: ("Tokens", TokensHeader),
+        STEERING: ("Steering", SteeringHeader),
+    }
+    cls, form = known.get(str(kind), ("Delta", schema.DeltaHeader))
+    schema.check(header, form, path, ANEW)
     if kind not in makers:
-        cls = {DIRECTIONS: "Directions", TOKENS: "Tokens"}.get(kind, "Delta")
         raise ValueError(f"{path} holds {kind}, not {' or '.join(makers)}. Load it with `efface.{cls}.load`.")
     header = {name: value for name, value in header.items() if name not in ("format", "kind")}
     if strange := [name for name, t in tensors.items() if str(t.dtype).removeprefix("torch.") not in DTYPES]:

@@ -97,15 +97,15 @@ def check_model(pipe: DiffusionPipeline, modules: Mapping[str, Any], base: Base,
     """Raises ValueError unless `base` describes the modules of the pipeline."""
     if what := unidentified(base, modules):
         raise ValueError(
-            f"The directions do not identify their base model, because `base` has no hash of {what}. Make them with "
-            "LatentDirections, or with `Directions.fitted`."
+            f"The vectors do not identify their base model, because `base` has no hash of {what}. Make them with an "
+            "editor's `fit`, or with `fitted`."
         )
     weights = weights_of(pipe, modules)
     within = tuple(f"{name}." for name in modules)
     asked = [name for hashes in base.values() for name in hashes if name.startswith(within)]
     if missing := [name for name in asked if name not in weights]:
         raise ValueError(
-            f"The directions were fitted on {model!r}, but this pipeline, {model_name(pipe)!r}, has no weight "
+            f"The vectors were fitted on {model!r}, but this pipeline, {model_name(pipe)!r}, has no weight "
             f"{missing[0]!r}. Load their base model, or fit them again."
         )
     check_values(pipe, own_values(pipe, weights), base, model)

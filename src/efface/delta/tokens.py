@@ -8,21 +8,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .. import __version__
 from .._weights import digest
-from ..core import Concepts, ConceptsField, Handle, as_concepts, config
+from ..core import Concepts, ConceptsField, Handle, as_concepts
 from ..fields import Converted
 from . import file, words
 from .applied import check_written
-from .base import Base, base_hash, base_of, check_after, check_values, lacks, model_name
-from .delta import Delta, active
+from .base import Base, base_hash, check_after, check_values, lacks, origin
+from .delta import Delta
 from .embeddings import Rows, only_rows_learn, tables
 
 if TYPE_CHECKING:
@@ -128,21 +126,15 @@ class Tokens:
         Raises:
             ValueError: as `Tokens`, or an encoder of the pipeline has no input embeddings in memory.
         """
-        settings = {"method": "tokens"} if editor is None else config(editor)
         known = tables(pipe)
+        own = {name: known[name] for name in embeddings if name in known}
+        made = origin(editor, pipe, own, seed=seed, info=info)
         return cls(
             {name: rows.detach().to("cpu", torch.float32).contiguous() for name, rows in embeddings.items()},
             words,
             as_concepts(concepts),
-            method=settings.pop("method"),
-            fields=settings,
-            seed=seed,
-            model=model_name(pipe),
-            base=base_of({name: known[name] for name in embeddings if name in known}),
-            after={delta.hash: delta.strength for delta in active(pipe) if delta.strength},
-            versions={"efface": __version__} | {p: version(p) for p in ("torch", "diffusers", "transformers")},
-            info=info or {},
             delta=delta,
+            **made | {"method": made["method"] or "tokens"},
         )
 
     def __repr__(self) -> str:

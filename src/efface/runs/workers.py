@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import checks, files
+from .. import _ray, checks, files
 from ..pipelines import EMBEDDED
 from .draw import Batch, Draw, Drawn, painter, timed
 from .record import model_facts
@@ -136,20 +135,6 @@ class Workers:
             ) from error
 
 
-def _ray(cluster: Cluster) -> Any:
-    """Ray, set up before its import, which is when it reads these variables."""
-    if "ray" not in sys.modules:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # batches after a failed one may fail as well
-        if cluster.address == "local":
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
-    try:
-        import ray
-    except ImportError as error:
-        raise ImportError('Drawing on workers needs Ray. Install it with pip install "efface[ray]".') from error
-    return ray
-
-
 @contextlib.contextmanager
 def workers(cluster: Cluster, facts: Mapping[str, Any]) -> Iterator[Workers]:
     """Starts as many workers as fit on the cluster: one per GPU, or one per as many CPUs as this process has threads.
@@ -163,7 +148,8 @@ def workers(cluster: Cluster, facts: Mapping[str, Any]) -> Iterator[Workers]:
         ValueError: a worker has another model.
         ConnectionError: the address has no cluster.
     """
-    ray, local = _ray(cluster), {"include_dashboard": False} if cluster.address == "local" else {}
+    ray = _ray.imported(cluster.address == "local", "Drawing on workers", "ray")
+    local = {"include_dashboard": False} if cluster.address == "local" else {}
     import torch
 
     threads, ours = torch.get_num_threads(), not ray.is_initialized()

@@ -16,14 +16,16 @@ from .database import Unavailable
 from .errors import Refused
 from .http import Edge, broken, missing, refused
 from .service import Service
+from .studio import pages
 from .watch import Watcher
 
 
-def create_app(service: Service) -> FastAPI:
+def create_app(service: Service, *, studio: bool = False) -> FastAPI:
     """The application of a service. It draws nothing: a `Worker` on the same database does.
 
     Args:
         service: the service.
+        studio: whether the page at /studio is served.
     """
 
     @contextlib.asynccontextmanager
@@ -37,6 +39,8 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     app.include_router(images.routes)
     app.include_router(own.routes)
+    if studio:
+        app.include_router(pages)
     app.add_exception_handler(Refused, refused)
     app.add_exception_handler(HTTPException, missing)
     app.add_exception_handler(RequestValidationError, missing)

@@ -1,4 +1,4 @@
-"""The routes of Efface: jobs, policies, models and health."""
+"""The routes of Efface: models, jobs, policies and health."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from .. import checks
+from .. import checks, core
 from .database import Unavailable
 from .errors import Refused
+from .fields import MOST_ROWS, MOST_STEPS, STEPS
 from .http import body_of, holder_of, service_of
 from .images import SECURED, answer, cancel, check_open, documented
 from .jobs import LIVE, Job
@@ -32,6 +33,23 @@ async def models(request: Request) -> Response:
     await holder_of(request)
     model = {"id": service_of(request).model, "object": "model", "created": 0, "owned_by": "efface"}
     return JSONResponse({"object": "list", "data": [model]})
+
+
+@routes.get("/v1/efface/me", responses=documented(400, 401, 403), openapi_extra=SECURED)
+async def me(request: Request) -> Response:
+    """What a key may do: its policy in short, the model, and the bounds of a request."""
+    service, holder = service_of(request), await holder_of(request)
+    stored = await run_in_threadpool(service.policies.latest, holder.policy or "")
+    if stored is None:
+        raise Refused(403, "The policy of this key does not exist. Tell the operator.", "no_policy")
+    erased = [concept.name for concept in stored.policy.concepts]
+    policy: dict[str, Any] = {"name": stored.name, "version": stored.policy.version, "hash": stored.policy.hash}
+    policy |= {"unguarded": stored.policy.unguarded, "erase": erased, "gate": stored.policy.gate is not None}
+    facts: dict[str, Any] = {"tenant": holder.tenant, "policy": policy, "model": service.model}
+    facts |= {"sizes": [f"{width}x{height}" for width, height in service.sizes], "most_images": MOST_ROWS}
+    facts |= {"steps": STEPS["auto"], "most_steps": MOST_STEPS}
+    facts["concepts"] = [name for name in core.shipped_concepts() if name not in erased]
+    return JSONResponse(facts)
 
 
 # ---------------------------------------------------------------- jobs

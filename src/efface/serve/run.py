@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import logging
 import signal
+import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -36,6 +38,23 @@ def check_host(host: str, everywhere: bool) -> None:
     if not near:
         cure = "Give --everywhere to listen beyond this machine, behind a proxy with TLS."
         raise ValueError(checks.refusal("a loopback address such as 127.0.0.1", host, cure))
+
+
+@contextlib.contextmanager
+def _port(host: str, port: int, option: str) -> Iterator[None]:
+    """Says in an error which port it is about."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or error
+        raise OSError(f"Cannot listen on {host}, port {port} ({why}). Give another {option}.") from error
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens, bound before anything else starts."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with _port(host, port, "--port"):
+        return socket.create_server((host, port), family=family, backlog=2_048)
 
 
 class Server(uvicorn.Server):
@@ -74,6 +93,9 @@ def run(
     port: int = 8000,
     metrics_port: int | None = 9000,
     everywhere: bool = False,
+    *,
+    studio: bool = False,
+    ready: Callable[[int], object] | None = None,
 ) -> int:
     """Serves until a signal. Returns 0, or 1 if the worker ended by an error or stalled.
 
@@ -84,27 +106,38 @@ def run(
         port: the port of the API. 0: any free one, which the log names.
         metrics_port: the port of the metrics, on the same address. None: no metrics; 0: any free one.
         everywhere: allows an address beyond this machine.
+        studio: whether the page at /studio is served.
+        ready: called with the port of the API, once it is taken.
+
+    Raises:
+        OSError: a port is taken.
     """
     check_host(host, everywhere)
+    listening = listen(host, port)
     logging.getLogger("uvicorn").addHandler(logging.NullHandler())  # the log says it in one line
     logging.getLogger("uvicorn").propagate = False
     threading.excepthook = lambda args: told("thread ended", error=named(args.exc_value or args.exc_type()))
     config = uvicorn.Config(
-        create_app(service), host=host, port=port, log_config=None, access_log=False, server_header=False,
-        timeout_keep_alive=5, limit_concurrency=2_000, h11_max_incomplete_event_size=16_384, loop="asyncio", http="h11",
-        timeout_graceful_shutdown=5,
+        create_app(service, studio=studio), host=host, port=port, log_config=None, access_log=False,
+        server_header=False, timeout_keep_alive=5, limit_concurrency=2_000, h11_max_incomplete_event_size=16_384,
+        loop="asyncio", http="h11", timeout_graceful_shutdown=5,
     )  # fmt: skip
     server = Server(config, service)
     worker = Worker(service, backend)
     if metrics_port is not None:
-        metrics, _ = start_http_server(metrics_port, host, registry=service.metrics.registry)
+        with contextlib.ExitStack() as stack, _port(host, metrics_port, "--metrics-port"):
+            stack.callback(listening.close)
+            metrics, _ = start_http_server(metrics_port, host, registry=service.metrics.registry)
+            stack.pop_all()
         told("metrics", port=metrics.server_port)
     worker.start()
     guard = threading.Thread(target=_end_with, args=(worker, server), daemon=True)
     guard.start()
-    sockets = [config.bind_socket()]
-    told("listening", host=host, port=sockets[0].getsockname()[1], model=backend.name)
-    failed = _serve(server, sockets, worker)
+    number = listening.getsockname()[1]
+    told("listening", host=host, port=number, model=backend.name)
+    if ready is not None:
+        ready(number)
+    failed = _serve(server, [listening], worker)
     service.database.close()
     return 1 if failed else 0
 
