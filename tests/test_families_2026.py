@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import FirstBlockCacheConfig
+from diffusers import FirstBlockCacheConfig, QwenImageEditPipeline
 from families_literal import KINDS, Beside
 from joint_literal import conditional, over, unconditional
 from PIL import Image
@@ -292,6 +292,14 @@ def test_a_distilled_klein_has_no_guidance() -> None:
     plain = latents(pipe)
     with eiup().apply(pipe):
         assert change(latents(pipe), plain) > 1e-3
+
+
+def test_qwen_image_edit_is_refused_since_its_encoder_reads_the_picture_too() -> None:
+    pipe = QwenImageEditPipeline(**untouched("qwenimage").components, processor=None)
+    with pytest.raises(
+        TypeError, match="Expected a diffusers text-to-image pipeline .*got QwenImageEditPipeline with a?"
+    ):
+        eiup().apply(pipe)
 
 
 def test_fused_projections_act() -> None:
