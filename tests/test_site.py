@@ -103,6 +103,12 @@ def test_pages_of_a_kind_read_once(kind: str) -> None:
     assert [f for text in texts for each in test_prose.paragraphs_of_page(text) for f in test_prose.faults(each)] == []
 
 
+def test_no_page_holds_the_marks_of_a_merge() -> None:
+    files = [*ROOT.glob("*.*"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.*")]
+    marks = re.compile(r"^(<{7}|>{7}) |^={7}$", re.MULTILINE)
+    assert [file.name for file in files if file.is_file() and marks.search(file.read_text("utf-8", "ignore"))] == []
+
+
 def test_links_move_outside_of_code_only() -> None:
     text = "[a](docs/usage.md#x) [b](https://e.org/docs/c.md)\n```\n[c](docs/usage.md)\n```\n[d](LICENSE) [e](#here)"
     assert links.rewritten(text, "README.md", "index.md") == (
