@@ -81,6 +81,9 @@ dist: $(DOCS)
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/twine check --strict dist/*
 	@test -z "$$(find dist -size +95M)" || { echo "A file of dist/ is over 95 MiB." >&2; exit 1; }
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target build/wheel dist/*.whl
+	cd build && PYTHONPATH=wheel $(abspath $(BIN))/python -c "import efface; \
+		assert 'build/wheel' in efface.__file__; efface.load('emoji')('a cat', num_inference_steps=1)"
 	@ls -l dist
 
 sbom: $(DOCS)
