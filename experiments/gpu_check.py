@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -87,21 +88,21 @@ def vae(channels: int, **settings: float) -> AutoencoderKL:
     )
 
 
-def sd15() -> Any:
+def sd15(scheduler: Any) -> Any:
     tokens, encoder = clip(768)
     return StableDiffusionPipeline(
         vae=vae(4),
         text_encoder=encoder,
         tokenizer=tokens,
         unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
-        scheduler=EulerDiscreteScheduler(),
+        scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
 
 
-def sdxl() -> Any:
+def sdxl(scheduler: Any) -> Any:
     (tokens, encoder), (tokens_2, encoder_2) = clip(768), clip(1280, CLIPTextModelWithProjection)
     unet = UNet2DConditionModel(
         sample_size=128,
@@ -123,12 +124,12 @@ def sdxl() -> Any:
         text_encoder_2=encoder_2,
         tokenizer_2=tokens_2,
         unet=unet,
-        scheduler=EulerDiscreteScheduler(),
+        scheduler=scheduler,
         add_watermarker=False,
     )
 
 
-def sd35() -> Any:
+def sd35(scheduler: Any) -> Any:
     (tokens, encoder), (tokens_2, encoder_2) = (clip(n, CLIPTextModelWithProjection) for n in (768, 1280))
     words, encoder_3 = t5_xxl()
     transformer = SD3Transformer2DModel(
@@ -154,11 +155,11 @@ def sd35() -> Any:
         text_encoder_3=encoder_3,
         tokenizer_3=words,
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=scheduler,
     )
 
 
-def flux() -> Any:
+def flux(scheduler: Any) -> Any:
     (tokens, encoder), (words, encoder_2) = clip(768), t5_xxl()
     return FluxPipeline(
         vae=vae(16, shift_factor=0.0),
@@ -167,15 +168,21 @@ def flux() -> Any:
         text_encoder_2=encoder_2,
         tokenizer_2=words,
         transformer=FluxTransformer2DModel(guidance_embeds=True),
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        scheduler=scheduler,
     )
 
 
-TRUE: dict[str, tuple[Callable[[], Any], torch.dtype, dict[str, Any]]] = {
+TRUE: dict[str, tuple[Callable[[Any], Any], torch.dtype, dict[str, Any]]] = {
     "sd15": (sd15, torch.float16, {"height": 512, "width": 512}),
     "sdxl": (sdxl, torch.float16, {"height": 1024, "width": 1024}),
     "sd35-medium": (sd35, torch.bfloat16, {"height": 1024, "width": 1024, "max_sequence_length": 256}),
     "flux1-dev": (flux, torch.bfloat16, {"height": 1024, "width": 1024, "max_sequence_length": 512}),
+}
+SCHEDULERS: dict[str, Callable[[], Any]] = {
+    "sd15": partial(EulerDiscreteScheduler, steps_offset=1),
+    "sdxl": partial(EulerDiscreteScheduler, steps_offset=1),
+    "sd35-medium": partial(FlowMatchEulerDiscreteScheduler, shift=3.0),
+    "flux1-dev": partial(FlowMatchEulerDiscreteScheduler, use_dynamic_shifting=True),
 }
 TINY = {"sd15": "sd1", "sdxl": "sdxl", "sd35-medium": "sd35", "flux1-dev": "flux"}
 
@@ -188,11 +195,12 @@ def built(name: str, device: str, small: bool) -> tuple[Any, dict[str, Any]]:
         given = tiny.call_options(pipe, {}, 1)
         return pipe, {k: v for k, v in given.items() if "scale" not in k and "negative" not in k}
     make, dtype, options = TRUE[name]
+    scheduler = SCHEDULERS[name]()  # which computes in float32 on the CPU
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # twelve billion weights do not fit twice
     try:
         with torch.device(device):
-            pipe = make()
+            pipe = make(scheduler)
     finally:
         torch.set_default_dtype(before)
     for part in pipe.components.values():
