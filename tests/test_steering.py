@@ -23,7 +23,7 @@ from efface import MACE, CASteer, Concept, Delta, GLoCE, MidSteer, Receler, Stee
 from efface._weights import keys_values, layer_names
 from efface.delta import Factors, dense, gates
 from efface.editors._adapters import Adapted, attacked
-from efface.editors._fusion import Attending, fused, other_tokens
+from efface.editors._fusion import Attending, divided, fused
 from efface.editors._outputs import Moments, surrogate
 from efface.editors.midsteer import direction
 from efface.testing import conformance
@@ -34,6 +34,7 @@ DOG = Concept("dog", anchor="moon")
 seeds = st.integers(0, 2**31)
 HELD_OUT = 1_000_000
 CASTEER = CASteer(subjects=("dog", "moon"), template="{subject} {concept}", sampler_steps=2)
+MIDSTEER = MidSteer(neutral=("dog", "moon"), pictures=1, sampler_steps=2)
 GLOCE = GLoCE(preserve=("dog",), pictures=2, sampler_steps=3, observed=(0, 1), window=(0, 1))
 
 
@@ -115,6 +116,27 @@ def test_directions_are_those_of_the_nearest_time() -> None:
         late, early = (bare(pipe, timestep=torch.tensor(t)) for t in (200, 800))
     assert torch.equal(late, bare(pipe, timestep=torch.tensor(200)))
     assert change(early, bare(pipe, timestep=torch.tensor(800))) > EFFECT
+
+
+@pytest.mark.parametrize("form", gates.PARTS)
+def test_gradients_are_those_of_what_it_computes(form: str) -> None:
+    """White-box attacks go through the edit."""
+    pipe = tiny.pipeline("sd1").to(torch.float64)
+    sample = random(1, 2, 4, 8, 8)
+    towards = random(2, *sample.shape)
+    text = {"encoder_hidden_states": tiny.batch("sd1")["encoder_hidden_states"].double()}
+
+    def loss(x: Tensor) -> Tensor:
+        with torch.enable_grad(), efface.conditional_rows(pipe, [True] * 2):
+            return pipe.unet(x, torch.tensor(500), **text).sample.square().sum()
+
+    base = float(loss(sample).detach())
+    with made("sd1", form=form).apply(pipe):
+        given, h = sample.clone().requires_grad_(), 1e-6
+        (slope,) = torch.autograd.grad(loss(given), given)
+        rise = (loss(sample + h * towards) - loss(sample - h * towards)) / (2 * h)
+        assert abs(float(loss(sample).detach()) - base) > 1e-3 * base
+    assert float((slope * towards).sum()) == pytest.approx(float(rise.detach()), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -226,6 +248,20 @@ def test_the_direction_separates_new_pictures_better_than_random_ones(sd1: Any) 
         share = (got[0] @ v > 0).float().mean()
         assert share > 0, "the positive part never acts"
     assert better >= len(with_) - 1
+
+
+@pytest.mark.parametrize("editor", [MIDSTEER, GLOCE], ids=["midsteer", "gloce"])
+def test_fits_work_where_the_text_is_projected_first(editor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny.pipeline("pixart")
+    tiny_size = functools.partialmethod(type(pipe).__call__, use_resolution_binning=False)  # it has no bins for 16
+    monkeypatch.setattr(type(pipe), "__call__", tiny_size)
+    before = snapshot(pipe)
+    steering = editor.fit(pipe, CAT)
+    assert_same(snapshot(pipe), before)
+    with steering.apply(pipe):
+        assert change(latents(pipe, "cat"), drawn("pixart", prompt="cat")) > EFFECT
+    with pytest.raises(ValueError, match="needs cross-attention layers"):
+        editor.fit(tiny.untouched("flux"), CAT)
 
 
 def test_casteer_refuses_what_teaches_nothing(sd1: Any) -> None:
@@ -359,10 +395,10 @@ def test_words_beside_the_concept_read_as_beside_its_anchor(sd1: Any) -> None:
 
     delta = dataclasses.replace(QUICK_MACE, steps=0, lam=1e-4, preserve=()).fit(sd1, DOG)
     texts = Texts(sd1, ["dog and moon", "moon and moon"])
-    beside, wanted = other_tokens(sd1, texts, "{} and moon", "dog", "moon")
+    own, beside, wanted = divided(sd1, texts, "{} and moon", "dog", "moon")
     assert beside.shape == wanted.shape and len(beside) == len(texts.rows("dog and moon")) - 1
-    left = [texts.rows("dog and moon")[1], texts.rows("moon and moon")[1]]
-    assert not any(torch.equal(row, left[0]) for row in beside)  # the concept's own token is not among them
+    assert torch.equal(own, texts.rows("dog and moon")[1:2])  # after the start token
+    assert not any(torch.equal(row, own[0]) for row in beside)
     assert change(beside, wanted) > 1e-2
     for name, w in keys_values(sd1).items():
         old, new = (w.detach().double(), w.detach().double() + dense(delta.weights[name]).double())
@@ -450,7 +486,7 @@ def test_outside_the_mask_the_adapters_output_costs(sd1: Any) -> None:
 
 def test_receler_lets_the_attack_find_less(sd1: Any) -> None:
     """The prediction for the concept moves away from the base model's, on noise that the fit did not see."""
-    fit = Receler(steps=12, lr=1e-2, inner_steps=2, slots=2, width=8, reuse=2, sampler_steps=3)
+    fit = Receler(steps=8, lr=1e-2, inner_steps=2, slots=2, width=8, reuse=2, sampler_steps=3)
     steering = fit.fit(tiny.untouched("sd1"), CAT)
     facts = steering.info["cat"]
     assert facts["loss"][1] < facts["loss"][0] and facts["attack, last loss of first"] < 1

@@ -50,7 +50,7 @@ def test_the_page_loads_only_its_own_files_and_runs_nothing_else(client: TestCli
     assert not re.search(
         r"innerHTML|insertAdjacentHTML|document\.write|eval\(|localStorage|sessionStorage|cookie", script
     )
-    for path in ("/studio/page.html", "/studio/__init__.py", "/studio/..%2Fown.py", "/studio/x/y"):
+    for path in ("/studio/studio.html", "/studio/..%2Fown.py", "/studio/..%2Fstudio.py", "/studio/x/y"):
         error(client.get(path), 404, "not_found")
 
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from efface import schema
 from efface.auditing.forms import AuditFile
+from efface.delta.forms import SteeringHeader
 from efface.feedback.forms import JudgementLine
 from efface.redteam.forms import AttackFile
 from experiments.docs import table
@@ -34,6 +35,7 @@ FORMATS = (
         schema.DeltaHeader,
     ),
     Format("Header of latent directions", "The same for vectors on outputs of modules.", schema.DirectionsHeader),
+    Format("Header of steering", "The same for edits of outputs of modules.", SteeringHeader),
     Format("Adapter header", "In an adapter of GIE, a safetensors file.", schema.AdapterHeader),
     Format("setting.json", "In the folder of a calibration: what the judgements belong to.", schema.Setting),
     Format("Judgements of a calibration", "In the folder of a calibration: 1 yes, 0 no, -1 open.", schema.Judgements),

@@ -58,16 +58,21 @@ class Attending(Denoiser):
         return torch.stack(found).mean()
 
 
-def other_tokens(pipe: Any, texts: Texts, template: str, phrase: str, anchor: str) -> tuple[Tensor, Tensor]:
-    """The tokens [N, D] of a text beside those of the phrase that it names, and the same with the anchor instead."""
+def divided(pipe: Any, texts: Texts, template: str, phrase: str, anchor: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens [n, D] of the phrase in a text that names it, the others [N, D], and those with the anchor instead.
+
+    The others are the columns where both texts have the same word or padding. If phrase and anchor differ in length,
+    words after them have moved to other columns and are left out.
+    """
+    named, plain = (template.format(each) for each in (phrase, anchor))
     before = template.partition("{}")[0].strip()
-    own = [each.stop - each.start for each in encode(pipe, [phrase, anchor or "", before]).own]
-    rows = [texts.rows(template.format(each)) for each in (phrase, anchor)]
-    start = encode(pipe, [template.format(phrase)]).own[0].start + (own[2] if before else 0)
-    ends = [start + (own[0]), start + (own[1] if anchor else 0)]
-    length = min(len(rows[0]) - ends[0], len(rows[1]) - ends[1])
-    kept = [torch.cat([r[:start], r[end : end + length]]) for r, end in zip(rows, ends, strict=True)]
-    return kept[0], kept[1]
+    with_, without, one, two, ahead = encode(pipe, [named, plain, phrase, anchor, before]).own
+    start = with_.start + (ahead.stop - ahead.start if before else 0)
+    end, same = start + one.stop - one.start, one.stop - one.start == two.stop - two.start and bool(anchor)
+    rest = end if same else max(with_.stop, without.stop) + 1  # behind both end tokens
+    rows = [texts.rows(each) for each in (named, plain)]
+    kept = [torch.cat([each[:start], each[rest:]]) for each in rows]
+    return rows[0][start:end], kept[0], kept[1]
 
 
 def fused(learned: Sequence[tuple[Mapping[str, Factors], Tensor]], gram: Tensor, lam: float) -> dict[str, Factors]:

@@ -13,7 +13,7 @@ from .. import checks
 from .._text import check_bare, check_phrases
 from .._weights import layer_names
 from ..core import Concept, Concepts, ConceptsField, as_concepts
-from ..families import family
+from ..families import check, family
 from ..fields import Converted, computed
 from ..hooks import DenoiserCall, Memory, Method
 from ._training import telling, unobserved
@@ -33,6 +33,7 @@ See = Callable[[str, float, Tensor, Sequence[int]], None]
 class _Reading(Method):
     """Passes the outputs of modules on conditional rows to `see`, and changes nothing."""
 
+    needs: ClassVar[tuple[str, ...]] = ("cross_text",)
     counts_steps: ClassVar[bool] = True
     steers: ClassVar[tuple[str, ...]] = computed(lambda self: tuple(self.modules))
 
@@ -40,6 +41,10 @@ class _Reading(Method):
     window: tuple[float, float] = (0.0, 1.0)
     modules: tuple[str, ...] = ()
     see: Callable[[str, float, Tensor], None] = field(default=lambda *_: None)
+
+    def check(self, pipe: DiffusionPipeline) -> None:
+        """Its concept is never encoded, so only the needs count."""
+        check(self, pipe)
 
     def around(self, call: DenoiserCall, forward: Callable[[], Any]) -> Any:
         call.memory["timestep"] = float(call.timestep)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["GLoCE"]
 
+WINDOWS: dict[str, Any] = {"observed": (0.2, 0.4), "window": (0.2, 1.0)}  # published
+
 
 @dataclass(frozen=True)
 class GLoCE(FamilyDefaults):
@@ -62,8 +64,8 @@ class GLoCE(FamilyDefaults):
         pictures: pictures per text, >= 2; code: 3, or 8 (explicit).
         sampler_steps: steps of each picture; code: 50. None: the family's default.
         guidance: guidance scale of the pictures, >= 1; code: 7.5.
-        observed: (start, end), the part of the steps that is measured; code: 0.2 to 0.4.
-        window: (start, end), the part of the steps with the edit; code: from 0.2.
+        observed: (start, end), the part of the steps that is measured; code: 0.2 to 0.4. None: the family's default.
+        window: (start, end), the part of the steps with the edit; code: from 0.2. None: the family's default.
         batch: pictures per pipeline call.
 
     Shapes: x [B, Q, D], r and k [B, Q]; per layer two matrices [D, S] and [S, D], four vectors [D] and two numbers.
@@ -87,8 +89,8 @@ class GLoCE(FamilyDefaults):
 
     needs: ClassVar[tuple[str, ...]] = ("cross_text",)
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "emoji": {"threshold": 1.5, "sampler_steps": 10},
-        "": {"threshold": 1.5, "sampler_steps": 50},
+        "emoji": {"threshold": 1.5, "sampler_steps": 10, "observed": (0.0, 1.0), "window": (0.0, 1.0)},
+        "": {"threshold": 1.5, "sampler_steps": 50, **WINDOWS},
     }
 
     preserve: tuple[str, ...] = ()
@@ -98,13 +100,13 @@ class GLoCE(FamilyDefaults):
     pictures: int = 3
     sampler_steps: int | None = None
     guidance: float = 7.5
-    observed: tuple[float, float] = (0.2, 0.4)
-    window: tuple[float, float] = (0.2, 1.0)
+    observed: tuple[float, float] | None = None
+    window: tuple[float, float] | None = None
     batch: int = 8
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "preserve", checks.texts("preserve", self.preserve))
-        for name in ("observed", "window"):
+        for name in (name for name in ("observed", "window") if getattr(self, name) is not None):
             object.__setattr__(self, name, checks.window(name, getattr(self, name)))
         check_drawing(self)
         for name, least in (("rank", 1), ("surrogate_rank", 1), ("pictures", 2)):
@@ -115,12 +117,12 @@ class GLoCE(FamilyDefaults):
     @classmethod
     def celebrities(cls, preserve: Sequence[str] = ()) -> GLoCE:
         """The published settings for celebrities. `preserve`: the names of others."""
-        return cls(preserve=tuple(preserve), threshold=2.5, pictures=3, sampler_steps=50)
+        return cls(preserve=tuple(preserve), threshold=2.5, pictures=3, sampler_steps=50, **WINDOWS)
 
     @classmethod
     def explicit(cls, preserve: Sequence[str] = ()) -> GLoCE:
         """The published settings for explicit content. `preserve`: texts of people, for example."""
-        return cls(preserve=tuple(preserve), threshold=1.5, pictures=8, sampler_steps=50)
+        return cls(preserve=tuple(preserve), threshold=1.5, pictures=8, sampler_steps=50, **WINDOWS)
 
     def fit(self, pipe: DiffusionPipeline, concepts: Concepts, *, seed: int = 0) -> Steering:
         """Returns the steering that erases `concepts`. Only reads `pipe`.
@@ -148,7 +150,7 @@ class GLoCE(FamilyDefaults):
                 vectors.setdefault(f"{prefix}.{name}", []).append(each)
         made = {name: torch.stack(each) for name, each in vectors.items()}
         info = {"gate open, concept and preserved": opened, "preserved texts": [len(some) for some in kept.values()]}
-        return Steering.fitted(method, pipe, made, found, seed=seed, info=info, form="surrogate", window=self.window)
+        return Steering.fitted(method, pipe, made, found, seed=seed, info=info, form="surrogate", window=method.window)
 
     def _learned(
         self, pipe: DiffusionPipeline, concept: Concept, kept: Sequence[str], seed: int

@@ -11,7 +11,7 @@ import torch
 from torch import Generator
 
 from .. import checks
-from .._weights import learning
+from .._weights import digest, learning
 from ..core import Concept, Concepts, as_concepts, config
 from ..delta import Change, Delta, Factors, dense
 from ..delta.factors import added
@@ -19,7 +19,8 @@ from ..families import family
 from ._closed_form import Texts, anchors_of, changes, check_positive, kept_texts, step
 from ._denoiser import Points, Precision, Weights
 from ._directions import Task, latents
-from ._fusion import Attending, fused, other_tokens
+from ._fusion import Attending, divided, fused
+from ._outputs import SUBJECTS
 from ._settings import FamilyDefaults, Training, check_integer, check_number
 from ._training import run, telling
 
@@ -34,8 +35,8 @@ class MACE(FamilyDefaults):
     """Edits keys and values in three parts, so that many concepts can be erased in one model.
 
     W [O, D] is the keys' or values' weight of a cross-attention layer. F, G [N, D] are the tokens other than the
-    concept's in texts that name it, and the same tokens with the anchor in its place; E_i [M, D] all tokens of texts
-    that name concept i, and P those of the texts to preserve:
+    concept's in texts that name it, and the same tokens with the anchor in its place; E_i [M, D] the tokens of concept
+    i in its texts, and P those of the texts to preserve:
 
         1. W0 = argmin  |(W' F^T - W G^T)|^2 + b |(W' - W) P^T|^2 + lam |W' - W|^2        (other words lose the concept)
         2. D_i = B_i A_i of rank 1, `steps` updates on  |attention to the tokens of concept i|^2,  under W0 + D_i
@@ -49,17 +50,19 @@ class MACE(FamilyDefaults):
     non-commercial licence and was not used.
 
     Differs: part 2 counts the attention of the whole picture; the paper counts it inside a mask from an external
-    segmentation model. The pictures are the model's own. `lr`, `lam` and the texts around the concept are Efface's.
-    Above 1,000 concepts the code lets only five of each chunk enter part 1; here all do.
+    segmentation model. The pictures are the model's own. The description leaves open which tokens E_i holds; here the
+    concept's own. If phrase and anchor differ in length, words after them move to other places, and F and G leave them
+    out. `lr`, `lam`, the preserved texts and those around the concept are Efface's. Above 1,000 concepts the code lets
+    only five of each chunk enter part 1; here all do.
 
     Limits: less attention to the concept's tokens is less of the concept only if those tokens carry it; a text encoder
     that is not causal, as that of `emoji`, spreads it. This implementation has not been measured on a large model.
 
     Args:
         templates: texts with {} for the concept, from which F, G and E come. None: the family's default.
-        preserve: texts to preserve, in addition to each concept's `keep`.
+        preserve: texts to preserve, in addition to each concept's `keep`. Paper: a cache of captions.
         preserve_scale: b >= 0.
-        lam: > 0, on the scale of a token's squared norm.
+        lam: > 0, on the scale of a token's squared norm. None: the family's default.
         steps: updates per concept, >= 0; paper: 50. 0 leaves parts 2 and 3 out.
         lr: learning rate of AdamW. None: the family's default.
         batch: pictures per update.
@@ -90,14 +93,14 @@ class MACE(FamilyDefaults):
 
     needs: ClassVar[tuple[str, ...]] = ("text_weights", "training")
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "emoji": {"templates": ("{}", "{} and a dog", "a tree and {}"), "lr": 1e-2, "sampler_steps": 20},
-        "": {"templates": ("a photo of {}", "{} in a room", "{} in the street"), "lr": 1e-3, "sampler_steps": 25},
+        "emoji": {"templates": ("{}", "a dog and {}", "a tree and {}"), "lam": 5.0, "lr": 1e-3, "sampler_steps": 20},
+        "": {"templates": ("a photo of {}", "{} in a room"), "lam": 0.5, "lr": 1e-3, "sampler_steps": 25},
     }
 
     templates: tuple[str, ...] | None = None
-    preserve: tuple[str, ...] = ("",)
+    preserve: tuple[str, ...] = ("", *SUBJECTS)
     preserve_scale: float = 1.0
-    lam: float = 0.1
+    lam: float | None = None
     steps: int = 50
     lr: float | None = None
     batch: int = 4
@@ -114,7 +117,8 @@ class MACE(FamilyDefaults):
             if not self.templates or any(each.count("{}") != 1 for each in self.templates):
                 cure = 'Write for example ("a photo of {}",).'
                 raise ValueError(checks.refusal("`templates` with one {} each", self.templates, cure))
-        check_positive("lam", self.lam)
+        if self.lam is not None:
+            check_positive("lam", self.lam)
         check_number("preserve_scale", self.preserve_scale)
         check_number("guidance", self.guidance, 1)
         for name, least in (("steps", 0), ("batch", 1), ("pictures", 1), ("sampler_steps", 1)):
@@ -140,21 +144,20 @@ class MACE(FamilyDefaults):
         method, found = self.resolved(pipe), as_concepts(concepts)
         anchors = anchors_of(found)
         kept = kept_texts(self.preserve, found, anchors)
-        named = {c: [t.format(phrase) for phrase in c.phrases for t in method.templates or ()] for c in found}
         pairs = [(t, phrase, to) for phrase, to in anchors.items() for t in method.templates or ()]
         texts = Texts(pipe, [*(t.format(each) for t, *two in pairs for each in two), *anchors, *kept])
-        others = [other_tokens(pipe, texts, *pair) for pair in pairs]
-        concept, anchor = (torch.cat([each[side] for each in others]) for side in (0, 1))
+        parts = {pair[:2]: divided(pipe, texts, *pair) for pair in pairs}
+        concept, anchor = (torch.cat([each[side] for each in parts.values()]) for side in (1, 2))
         gram = self.preserve_scale * texts.gram(kept)
         net = Attending(pipe, list(anchors), 1, self.precision)
-        refined = changes(net.base, *step(concept, anchor, gram, 1.0, self.lam))
+        refined = changes(net.base, *step(concept, anchor, gram, 1.0, method.lam or 1.0))
         made: dict[str, Change] = dict(refined)
         if self.steps:
             net.start = {name: w + dense(refined[name]).to(w) for name, w in net.base.items()}
             learned = [method._learned(net, pipe, c, seed + k, checkpoint) for k, c in enumerate(found)]
-            shares = fused(
-                [(d, texts.gram(named[c])) for c, (d, _) in zip(found, learned, strict=True)], gram, self.lam
-            )
+            own = [torch.cat([part[0] for (_, phrase), part in parts.items() if phrase in c.phrases]) for c in found]
+            grams = [rows.T @ rows for rows in own]
+            shares = fused([(d, g) for (d, _), g in zip(learned, grams, strict=True)], gram, method.lam or 1.0)
             made = {name: added(refined[name], shares[name]) for name in refined}
             masses = {c.name: info for c, (_, info) in zip(found, learned, strict=True)}
         info: dict[str, Any] = {"other tokens": len(concept), "preserved texts": len(kept)}
@@ -168,18 +171,10 @@ class MACE(FamilyDefaults):
         task = Task(concept, concept.phrases, ("",), concept.phrases)
         call = {**family(pipe).guided(self.guidance), "num_inference_steps": self.sampler_steps}
         folder = None if checkpoint is None else Path(checkpoint) / str(seed)
+        options: dict[str, Any] = {"shape": net.shape, "batch": self.batch, "seed": seed, "call": call}
+        options |= {"cache": folder and folder / "latents.safetensors"}
         with telling("drawing the model's pictures") as tell:
-            drawn = latents(
-                pipe,
-                [task],
-                self.pictures,
-                shape=net.shape,
-                batch=self.batch,
-                seed=seed,
-                call=call,
-                cache=folder and folder / "latents.safetensors",
-                tell=tell,
-            )[0].to(net.device, net.dtype)
+            drawn = latents(pipe, [task], self.pictures, tell=tell, **options)[0].to(net.device, net.dtype)
         rows = torch.tensor([net.texts[task.row(k)[0]] for k in range(self.pictures)])
         low, high = self.times
 
@@ -196,7 +191,7 @@ class MACE(FamilyDefaults):
             lambda weights, points, _: net.attended(points, weights),
             seed=seed,
             name="MACE",
-            identity={**config(self), "phrases": list(concept.phrases), "start": "refined"},
+            identity={**config(self), "phrases": list(concept.phrases), "start": digest(net.start)},
             checkpoint=folder and folder / "fit.safetensors",
         )
         learned = state.shipped

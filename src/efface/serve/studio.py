@@ -11,11 +11,11 @@ from importlib import resources
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-from ..errors import Refused
+from .errors import Refused
 
 pages = APIRouter()
 FILES = {
-    "": ("page.html", "text/html"),
+    "": ("studio.html", "text/html"),
     "studio.js": ("studio.js", "text/javascript"),
     "studio.css": ("studio.css", "text/css"),
 }
@@ -36,5 +36,5 @@ async def page(name: str = "") -> Response:
     if name not in FILES:
         raise Refused(404, "There is no such page. The studio is at /studio.", "not_found")
     file, kind = FILES[name]
-    content = (resources.files(__package__) / file).read_bytes()
+    content = (resources.files(__package__) / "static" / file).read_bytes()
     return Response(content, headers=HEADERS, media_type=f"{kind}; charset=utf-8")
