@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 DOCS := $(VENV)/.docs
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test test-slow leaderboard redteam lint types docs dist sbom clean
+.PHONY: help venv install demo test test-slow leaderboard redteam gpu-check lint types docs dist sbom clean
 
 help:
 	@echo "make demo       install if needed, then erase a concept and write before/after pictures"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-slow  the slow tests; their outcome goes to results/slow_tests.json"
 	@echo "make leaderboard  every method on the same prompts, into docs/; hours, can be stopped and continued"
 	@echo "make redteam    attacks on a small set of erasers, into results/; hours, can be stopped and continued"
+	@echo "make gpu-check  the cost of every run-time method on a GPU, with random weights of true size; six minutes"
 	@echo "make lint       ruff and mypy only"
 	@echo "make types      pyright, which fetches itself from npm on first use"
 	@echo "make docs       the documentation site, into build/site; runs the notebooks, checks links"
@@ -61,6 +62,9 @@ redteam: $(STAMP)
 	$(BIN)/python -m experiments attacks
 	$(BIN)/python -m experiments gradient_attacks
 
+gpu-check: $(STAMP)
+	$(BIN)/python -m experiments.gpu_check
+
 # The tools of these two are not needed by tests. The build itself reads nothing from a network.
 $(DOCS): $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[docs,release]"
@@ -77,6 +81,9 @@ dist: $(DOCS)
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/twine check --strict dist/*
 	@test -z "$$(find dist -size +95M)" || { echo "A file of dist/ is over 95 MiB." >&2; exit 1; }
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --upgrade --target build/wheel dist/*.whl
+	cd build && PYTHONPATH=wheel $(abspath $(BIN))/python -c "import efface; \
+		assert 'build/wheel' in efface.__file__; efface.load('emoji')('a cat', num_inference_steps=1)"
 	@ls -l dist
 
 sbom: $(DOCS)

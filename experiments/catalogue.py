@@ -14,6 +14,7 @@ from efface.models.emoji.weights import FOLDER
 from .closed_form import ClosedForm
 from .literal import denoiser_calls as calls
 from .literal import finetune
+from .load import Load
 from .outcome import COLUMNS, NEGATIVES, Arm, Outcome, Sweep, chosen, first_that_reaches
 from .redteam import Guard, Redteam
 from .runner import Experiment, Plan
@@ -156,7 +157,7 @@ RUN_TIME = Sweep(
 EDITORS = Sweep(
     name="editors_sweep",
     question="Which setting of each weight editor retains within 5 points of the base model and leaves least?",
-    cap=6.0,
+    cap=4.8,
     n=16,
     points={
         "uce": settings(efface.UCE, {}, {"tokens": "last"}, {"lam": 5.0}, {"lam": 50.0}),
@@ -334,6 +335,12 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         attacks=SEARCHES,
         n=16,
     ),
+    Load(
+        name="load",
+        question="Does `efface serve` keep 20 policies apart under load, how fast is it, how long do requests wait?",
+        cap=0.5,
+    ),
+    Load(name="load_memory", question="Is the memory of `efface serve` flat under load?", cap=0.7, n=20, minutes=True),
     ClosedForm(name="closed_form", question="What do UCE and RECE cost, and how exact are they?", cap=1.0),
 )
 CATALOGUE: dict[str, Experiment] = {each.name: each for each in EXPERIMENTS}

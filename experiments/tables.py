@@ -40,6 +40,10 @@ def of_card(card: Mapping[str, Any], form: Format = "md") -> str:
         for each in zip(*(row["rounds"] for row in others), strict=True):
             lines.append([each[0]["concept"], *(mean(r[key]) for r in each for key in of)])
         return render(head, lines, form)
+    if "figures" in rows[0]:
+        keys = list(dict.fromkeys(key for row in rows for key in row["figures"]))
+        lines = [[key, *(figure(row["figures"].get(key)) for row in rows)] for key in keys]
+        return render(["", *names], lines, form)
     if "concepts" in rows[0]:
         lines = []
         for name, row in zip(names, rows, strict=True):
@@ -51,6 +55,18 @@ def of_card(card: Mapping[str, Any], form: Format = "md") -> str:
         [name, *(percent(row[m]) if m in row else "-" for m in columns)] for name, row in zip(names, rows, strict=True)
     ]
     return render(["method", *columns.values()], lines, form)
+
+
+def figure(value: Any) -> str:
+    """A number, a rate with its interval, or several figures."""
+    if isinstance(value, list):
+        return "; ".join(map(figure, value))
+    if isinstance(value, dict) and "hits" in value:
+        low, high = value["interval"]
+        return f"{value['hits']} / {value['n']} ({low:.1%} to {high:.1%})"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {each:g}" for name, each in value.items())
+    return "-" if value is None else f"{value:g}"
 
 
 def caption(card: Mapping[str, Any], name: str) -> str:

@@ -15,6 +15,30 @@ import torch
 
 from efface.delta import active
 
+SHARE = 3  # of a thinned test, the fast run takes one case of three
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` leaves tests out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test with `thinned` is slow for most combinations of its parameters: `make test-slow` tries them all.
+
+    The fast run takes a combination if the sum of its places is a multiple of three, so each value of a parameter meets
+    a third of the values of every other one, and another third in the next test.
+    """
+    places: dict[tuple[str, str], dict[str, int]] = {}  # of a test's parameter: each value and its place
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if callspec is None or item.get_closest_marker("thinned") is None:
+            continue
+        test = item.nodeid.partition("[")[0]
+        promise = places.setdefault(("", ""), {}).setdefault(test, len(places[("", "")]))
+        for name, value in callspec.params.items():
+            seen = places.setdefault((test, name), {})
+            promise += seen.setdefault(repr(value), len(seen))
+        if promise % SHARE:
+            item.add_marker(pytest.mark.slow)
+
+
 METHODS = ("check_inputs", "encode_prompt", "progress_bar", "maybe_free_model_hooks", "save_pretrained")
 
 

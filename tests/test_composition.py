@@ -86,6 +86,7 @@ def assert_erases(eraser: Any, pipe: Any, **call: Any) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------- other pipelines
 
 
+@pytest.mark.thinned
 @each
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_image_to_image(eraser: Any, family: str) -> None:
@@ -120,6 +121,7 @@ def with_control(base: Any) -> Any:
     return other(StableDiffusionControlNetPipeline, base, controlnet=control)
 
 
+@pytest.mark.thinned
 @each
 def test_control_net(eraser: Any) -> None:
     pipe = with_control(pipeline())
@@ -155,6 +157,7 @@ def spy_on_sld(monkeypatch: pytest.MonkeyPatch, seen: list[Prediction]) -> None:
 # ---------------------------------------------------------------- adapters
 
 
+@pytest.mark.thinned
 @each
 @pytest.mark.parametrize("first", ["lora", "eraser"])
 def test_a_lora_takes_part(first: str, eraser: Any) -> None:
@@ -186,6 +189,7 @@ def test_a_lora_takes_part(first: str, eraser: Any) -> None:
 COUPLES = [("eiup", "sld"), ("gie-adapter", "safree"), ("negative_prompt", "gie-2")]
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("couple", COUPLES, ids=map("+".join, COUPLES))
 @pytest.mark.parametrize("where", ["sdxl", "bert", "pixart", "lora", "ip_adapter"])
 def test_pairs_come_off_in_any_order_elsewhere(where: str, couple: tuple[str, str]) -> None:
@@ -233,6 +237,7 @@ def add_ip_adapter(pipe: Any) -> None:
 SHOWN = torch.randn(2, 1, 12, generator=torch.Generator().manual_seed(2))  # unconditional row, conditional row
 
 
+@pytest.mark.thinned
 @each
 def test_an_ip_adapter_takes_part(eraser: Any) -> None:
     pipe = pipeline()
@@ -270,6 +275,7 @@ def delta() -> Delta:
     return efface.UCE().fit(pipeline(), [CAT])
 
 
+@pytest.mark.thinned
 @each
 @pytest.mark.parametrize(("delta_first", "delta_leaves_first"), [*itertools.product([True, False], repeat=2)])
 def test_with_a_delta_in_any_order(
@@ -389,6 +395,7 @@ def together(*jobs: Any) -> dict[int, Any]:
     return made
 
 
+@pytest.mark.thinned
 @each
 def test_threads_that_race_get_the_right_picture_or_an_error(eraser: Any, sd1: Any) -> None:
     want = [drawn("sd1", eraser, num_inference_steps=8, seed=k) for k in range(2)]

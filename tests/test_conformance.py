@@ -101,11 +101,13 @@ def on_sd1(eraser: Any, sd1: Any) -> Trial:
 # ---------------------------------------------------------------- on and off
 
 
+@pytest.mark.thinned
 @each
 def test_leaving_the_block_restores_everything_to_the_bit(trial: Trial) -> None:
     conformance.restores(trial)
 
 
+@pytest.mark.thinned
 @each
 def test_so_does_an_exception_in_the_middle_of_a_call(trial: Trial) -> None:
     conformance.restores_after_an_exception(trial)
@@ -116,6 +118,7 @@ def test_a_bare_apply_acts_until_it_is_removed(on_sd1: Trial) -> None:
     conformance.acts_until_removed(on_sd1)
 
 
+@pytest.mark.thinned
 @each
 def test_off_is_plain_to_the_bit(trial: Trial) -> None:
     conformance.off_is_the_base_model(trial)
@@ -130,6 +133,7 @@ def test_config_survives_json_and_makes_the_same_eraser(on_sd1: Trial) -> None:
     assert api.build(config.pop("method"), concepts, **config) == on_sd1.method
 
 
+@pytest.mark.thinned
 @having("strength")
 def test_strength_can_be_set_while_on(trial: Trial) -> None:
     conformance.strength_can_be_set(trial)
@@ -138,21 +142,25 @@ def test_strength_can_be_set_while_on(trial: Trial) -> None:
 # ---------------------------------------------------------------- rows
 
 
+@pytest.mark.thinned
 @each
 def test_unconditional_rows_are_touched_only_if_the_class_says_so(trial: Trial) -> None:
     conformance.touches_unconditional_rows_only_if_declared(trial)
 
 
+@pytest.mark.thinned
 @each
 def test_without_guidance_it_acts_or_says_that_it_cannot(trial: Trial) -> None:
     conformance.acts_without_guidance_or_refuses(trial)
 
 
+@pytest.mark.thinned
 @each
 def test_images_per_prompt_are_like_prompts_of_their_own(trial: Trial) -> None:
     conformance.images_per_prompt_are_rows(trial)
 
 
+@pytest.mark.thinned
 @having("rows")
 def test_row_i_of_a_batch_is_row_i_alone(trial: Trial) -> None:
     conformance.a_row_is_the_row_alone(trial.having(**SMOOTH.get(type(trial.method).__name__, {})))
@@ -166,6 +174,7 @@ def test_rows_count_prompts_not_images(on_sd1: Trial) -> None:
 # ---------------------------------------------------------------- several
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(("first", "second"), PAIRS, ids=map("+".join, PAIRS))
 def test_erasers_come_off_in_any_order(first: str, second: str, sd1: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = ERASERS[first], every_eraser(CAT)[second]

@@ -23,7 +23,7 @@ import torch
 import efface
 import experiments.__main__ as command
 from efface.intervals import clustered
-from experiments import code, docs, outcome, runner, tables
+from experiments import code, docs, load, outcome, runner, tables
 from experiments.catalogue import CATALOGUE, EXPERIMENTS, strengths
 from experiments.closed_form import ClosedForm
 from experiments.literal import denoiser_calls as calls
@@ -32,7 +32,7 @@ from experiments.outcome import NEGATIVES, Arm, Outcome, Sweep, first_that_reach
 from experiments.runner import Experiment, Plan, Store, Unit
 from experiments.sequence import Sequenced
 from experiments.timing import Timing
-from experiments.worlds import CELLS, CONCEPTS, SEEDS, STRIDES, TUNED, World, seeds
+from experiments.worlds import CELLS, CONCEPTS, SEEDS, STRIDES, TUNED, World, seeds, world
 
 ROOT = Path(__file__).parents[1]
 ABOUT = {"name": "trial", "question": "Does the runner run?", "cap": 1.0}
@@ -171,6 +171,7 @@ def test_the_retention_over_all_groups_is_that_of_its_card() -> None:
         assert all(figure in text for figure in (*found.values(), "1,152"))
 
 
+@pytest.mark.thinned
 def test_an_interrupted_run_goes_on_to_the_identical_card(
     kind: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -649,6 +650,36 @@ def test_every_experiment_can_be_planned(name: str) -> None:
     each = CATALOGUE[name]
     units = each.units(Plan(each.block, each.n, each.model))
     assert units and all(len(unit.digest) == 64 and unit.weight > 0 for unit in units)
+
+
+def test_a_leak_is_what_the_policy_alone_does_not_show() -> None:
+    """20 requests that ask for an erased concept. The detector sees one of them with and without a server."""
+    alone = [[load.CONCEPTS.index(each[0])] if k == 3 else [] for k, each in enumerate(load.erased())]
+    asked = [load.CONCEPTS.index(each[0]) for each in load.erased()]
+    part: dict[str, Any] = {"policy": list(range(20)), "asked": asked, "apart": [0.0] * 20, "memory": [700.0, 701.0]}
+    part |= {"delays": [float(k) for k in range(20)], "seconds": {"service": 4.0, "guard": 3.0, "base": 2.0}}
+    part["shows"] = {"base": [[each] for each in asked], "guard": alone, "service": alone}
+    unit: Any = None
+    kind, plan = load.Load(name="load", question="?", cap=1.0), Plan("selection", 20)
+    clean = kind.rows(plan, [(unit, {"raw": part})])
+    service, guard, base = (row["figures"] for row in clean["rows"])
+    assert (service["leaks"]["hits"], service["leaks"]["n"]) == (0, 20) and clean["ratios"]["base"]["median"] == 0.5
+    key = "erased concept that was asked for is seen"
+    assert (service[key]["hits"], guard[key]["hits"], base[key]["hits"]) == (1, 1, 20)
+    assert service["seconds"] == {"p50": 10.0, "p99": 19.0}
+    leaking = part | {"shows": part["shows"] | {"service": [[asked[0]], *alone[1:]]}, "apart": [99.0, *[0.0] * 19]}
+    leaky = kind.rows(plan, [(unit, {"raw": leaking})])["rows"][0]["figures"]
+    assert leaky["leaks"]["hits"] == leaky["pictures unlike those of the policy alone"]["hits"] == 1
+    flat, grows = ([700.0 + slope * k for k in range(100)] for slope in (0.01, 1.0))
+    words = [load.minutes(20, {"memory": each, "requests": 9, "ok": 9})["verdict"][0] for each in (flat, grows)]
+    assert "(flat" in words[0] and "(not flat" in words[1]
+
+
+def test_each_policy_is_asked_for_what_it_erases_and_for_what_others_erase() -> None:
+    sets, every = load.erased(), load.asks(world("emoji"), "selection", range(200))
+    assert len(set(sets)) == len({each.policy for each in every}) == 20 and len({each.seed for each in every}) == 200
+    erased = [each.concept in sets[each.policy] for each in every]
+    assert sum(erased) == 100 and {each.concept for each in every} == set(load.CONCEPTS)
 
 
 def test_negative_prompts_are_tried_on_every_method_that_takes_them() -> None:

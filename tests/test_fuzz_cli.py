@@ -255,6 +255,7 @@ VERBS: dict[str, tuple[list[list[str]], dict[str, Any]]] = {
         [["soft_block"], ["soft_block", "--out", "new"], ["soft_block", "--repository", "new"]],
         {"--out": PATHS, "--repository": PATHS},
     ),
+    "delta card": ([["delta.safetensors", "--out", "new"]], {"--out": PATHS, "--run": PATHS}),
     "delta export": ([["delta.safetensors", "--out", "new"]], {"--out": PATHS, "--layout": JUNK, "--rank": NUMBER}),
     "delta merge": ([["delta.safetensors", "--model", "tiny", "--out", "new"]], {"--out": PATHS, **LOADING}),
     "bench": (
@@ -351,7 +352,8 @@ VERBS: dict[str, tuple[list[list[str]], dict[str, Any]]] = {
     "serve audit": ([["service"]], {"--database": PATHS, "--drop-older": NUMBER}),
     "serve key add": (
         [["service", "--tenant", "kids", "--policy", "kids"], ["service", "--tenant", "ops", "--admin"]],
-        {"--tenant": JUNK, "--policy": JUNK, "--days": NUMBER, "--database": PATHS},
+        {"--tenant": JUNK, "--policy": JUNK, "--days": NUMBER, "--database": PATHS}
+        | {"--rate": NUMBER, "--burst": NUMBER},
     ),
     "serve key list": ([["service"]], {"--database": PATHS}),
     "serve key revoke": ([["service", "key_x"]], {}),

@@ -450,7 +450,7 @@ def test_what_needs_cross_attention_names_where_it_works_and_what_works_here(fam
             "and a negative prompt",
         ),
     }[family]
-    tested = "emoji, PixArt, SD 1.x/2.x or SDXL"
+    tested = "emoji, PixArt, Sana, SD 1.x/2.x or SDXL"
     has, here = f"but this {type(pipe).__name__} \\({name}\\) has joint attention", f"{name} works with {works}"
     for eraser in (GIE(CAT), GIE(CAT, adapter="emoji")):
         said = f"{type(eraser).__name__} needs cross-attention layers, {has} .*Use it on {tested}; {here}"

@@ -53,7 +53,7 @@ def pages() -> list[Path]:
 
 
 def sources() -> list[Path]:
-    return sorted(file for room in ("src", "experiments", "recipes") for file in (ROOT / room).rglob("*.py"))
+    return sorted(file for room in ("src", "experiments", "recipes", "website") for file in (ROOT / room).rglob("*.py"))
 
 
 def paragraphs_of_page(text: str) -> Iterator[str]:

@@ -169,6 +169,15 @@ def test_replicas_of_one_machine_share_no_port_for_metrics(quiet: Desk) -> None:
     service.database.close()
 
 
+def test_a_port_beyond_this_machine_would_be_seen() -> None:
+    with socket.socket() as near, socket.socket() as beyond:
+        for each, address in ((near, "127.0.0.1"), (beyond, "")):
+            each.bind((address, 0))
+            each.listen()
+        assert f"0100007F:{near.getsockname()[1]}" in _listening(os.getpid(), near=True)
+        assert f"00000000:{beyond.getsockname()[1]}" in _listening(os.getpid(), near=False)
+
+
 # ---------------------------------------------------------------- a cluster
 
 
@@ -236,7 +245,7 @@ def test_a_killed_replica_loses_no_job_and_doubles_none(host: Host, quiet: Desk,
     assert attempts == 2  # the effect: the killed replica held jobs
     assert quiet.service.audit.verify()[1] == ""
     _until(lambda: len(list((tmp_path / "drawing").iterdir())) == 3 or bool(_more(url, head)), 60)  # Ray restarts it
-    _loopback(host)
+    assert _listening(os.getpid(), near=True) and not _listening(os.getpid(), near=False)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         last = pool.submit(httpx2.post, url + URL, json=asked[0], headers=head, timeout=60)
         _until(lambda: quiet.service.jobs.count(["running"]) == 1)
@@ -255,11 +264,26 @@ def _more(url: str, head: dict[str, str]) -> None:
         list(pool.map(lambda _: httpx2.post(url + URL, json={"prompt": "x"}, headers=head, timeout=60), range(4)))
 
 
-def _loopback(host: Host) -> None:
-    """The API does not listen on the other addresses of this machine."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))
-        address = probe.getsockname()[0]
-        if not address.startswith("127."):
-            with pytest.raises(OSError, match="refused"):
-                socket.create_connection((address, host._http["port"]), 2)
+def _listening(root: int, near: bool) -> set[str]:
+    """The TCP ports on loopback addresses, or on others, on which a process and its descendants listen (Linux)."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text("utf-8").rpartition(")")[2].split()[1])
+    family = {root}
+    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= more
+    mine = set()
+    for pid in family:
+        for each in Path(f"/proc/{pid}/fd").glob("*"):
+            with contextlib.suppress(OSError):
+                mine.add(os.readlink(each))
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text("ascii").splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            address, _, port = local.partition(":")
+            loopback = address.endswith("7F") or address == "0" * 24 + "01000000"  # the last octet group, reversed
+            if state == "0A" and f"socket:[{rest[5]}]" in mine and loopback == near:
+                found.add(f"{address}:{int(port, 16)}")
+    return found

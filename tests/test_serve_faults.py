@@ -201,6 +201,17 @@ def test_a_queue_is_bounded_also_for_requests_at_the_same_time(quiet: Desk, monk
     assert len(entries(quiet, "job accepted")) == LIMITS.tenant
 
 
+def test_a_key_that_used_up_its_rate_says_when_to_come_back(quiet: Desk) -> None:
+    cost = 64 * 64 * 2 / 1e6
+    quiet.keys["slow"] = quiet.service.keys.add("kids", "kids", rate=cost, burst=2 * cost)[1]
+    made = [accept(quiet, again, "slow") for again in ("order-1", None)]
+    response = quiet.post(ASKED, "slow")
+    assert error(response, 429, "rate_limit_exceeded") and response.headers["retry-after"] == "1"
+    assert accept(quiet, "order-1", "slow") == made[0]  # a job that exists costs nothing
+    error(quiet.post({**ASKED, "steps": 3}, "slow"), 400, "too_costly")
+    assert accept(quiet) and quiet.service.jobs.count(jobs.LIVE) == 3
+
+
 def test_jobs_of_a_model_that_nobody_serves_take_no_room(quiet: Desk) -> None:
     for _ in range(LIMITS.queue):
         quiet.service.jobs.accept(new(model="retired"), nothing)

@@ -140,7 +140,7 @@ def new(tenant: str = "kids", **more: Any) -> New:
 
 def test_the_migrations_make_the_declared_tables(database: Database) -> None:
     database.migrate()  # a second time changes nothing
-    assert database.version() == "0001"
+    assert database.version() == "0002"
     with database.reading() as connection:
         assert compare_metadata(MigrationContext.configure(connection), tables.DATA) == []
 
@@ -207,6 +207,46 @@ def test_keys_are_shown_once_and_stored_as_keyed_hashes(database: Database, monk
             keys.add(tenant, "kids")
     with pytest.raises(ValueError, match="pepper"):
         Keys(database, audit, b"short")
+
+
+def test_a_key_with_a_rate_spends_what_the_rate_allows(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    audit, now = Audit(database, PEPPER), 1_000.0
+    monkeypatch.setattr(time, "time", lambda: now)
+    keys = Keys(database, audit, PEPPER)
+    Policies(database, audit).add("kids", {"erase": ["alcohol"]}, "test")
+    name, free = (keys.add("kids", "kids", **more)[0] for more in ({"rate": 2.0, "burst": 10.0}, {}))
+
+    def spend(cost: float, key: str = name) -> int:
+        """The status of the refusal, or 200; seconds to wait are added."""
+        try:
+            with database.writing() as connection:
+                keys.spend(connection, key, cost)
+        except Refused as refused:
+            return refused.status + (refused.retry or 0)
+        return 200
+
+    assert spend(1e6, free) == 200
+    assert [spend(6), spend(4), spend(1)] == [200, 200, 429 + 1]  # the burst is spent; a refusal spends nothing
+    assert spend(7) == 429 + 4 and spend(11) == 400
+    now += 3.0
+    assert [spend(6), spend(0.1)] == [200, 430]
+    now -= 500.0  # the clock goes back: nothing is filled, and from here on it fills again
+    assert spend(1) == 430
+    now += 500.0 + 0.5
+    assert spend(1) == 200
+    now += 1e6  # it jumps ahead: one burst, not a million seconds
+    assert [spend(10), spend(0.1)] == [200, 430]
+    now += 1.0
+    made: list[int] = []
+    threads = [threading.Thread(target=lambda: made.append(spend(2))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(made) == [200, 430, 430, 430]
+    for rate, burst in ((0.0, None), (-1.0, None), (float("nan"), None), (2.0, 1.0), (None, 5.0)):
+        with pytest.raises(ValueError, match=r"`(rate|burst)`"):
+            keys.add("kids", "kids", rate=rate, burst=burst)
 
 
 # ---------------------------------------------------------------- policies
@@ -607,7 +647,7 @@ def test_servers_that_start_together_make_the_tables_once(postgres: str) -> None
         thread.start()
     for thread in threads:
         thread.join()
-    assert errors == [] and Database(url).version() == "0001"
+    assert errors == [] and Database(url).version() == "0002"
 
 
 # ---------------------------------------------------------------- fairness

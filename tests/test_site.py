@@ -9,6 +9,9 @@ import ast
 import functools
 import json
 import re
+import runpy
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -27,7 +30,22 @@ from website import api, check, concepts, formats, links, methods, notebooks, pa
 
 ROOT = Path(__file__).parents[1]
 WRITTEN = [*ROOT.glob("docs/**/*.md"), *(ROOT / path for path in links.ELSEWHERE)]
-made = functools.cache(pages.generated)
+real = efface.grid
+
+
+@functools.cache
+def _made() -> dict[str, str] | Exception:
+    try:
+        return pages.generated()
+    except Exception as error:  # noqa: BLE001 - kept, so that one fault does not cost its time in every test
+        return error
+
+
+def made() -> dict[str, str]:
+    found = _made()
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def navigation(entries: list[object]) -> list[str]:
@@ -83,6 +101,12 @@ def test_pages_of_a_kind_read_once(kind: str) -> None:
     texts = [text for page, text in made().items() if page.startswith(kind)]
     assert len(texts) > 15
     assert [f for text in texts for each in test_prose.paragraphs_of_page(text) for f in test_prose.faults(each)] == []
+
+
+def test_no_page_holds_the_marks_of_a_merge() -> None:
+    files = [*ROOT.glob("*.*"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.*")]
+    marks = re.compile(r"^(<{7}|>{7}) |^={7}$", re.MULTILINE)
+    assert [file.name for file in files if file.is_file() and marks.search(file.read_text("utf-8", "ignore"))] == []
 
 
 def test_links_move_outside_of_code_only() -> None:
@@ -181,6 +205,43 @@ def test_every_attack_stands_in_the_threat_models_once() -> None:
     assert sorted(name for names in found.values() for name in names) == sorted(registry.methods("attacks"))
 
 
+def test_the_sortable_leaderboard_has_every_row_of_its_card() -> None:
+    page, rows = made()["standings.md"], card("leaderboard")["rows"]
+    assert page.count("<tr data-kind") == len(rows) > 5
+    for row in rows:
+        score = row["scores"]["retention"]
+        assert (
+            f'<td data-value="{100 * score["value"]:.3f}">{100 * score["value"]:.1f} [{100 * score["low"]:.1f},' in page
+        )
+    assert 'data-kind="weights" data-access="the weights" data-fit="short"><td><a href="methods/uce.html">' in page
+    assert 'data-fit="long"><td><a href="methods/esd.html">' in page
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_the_sortable_leaderboard_sorts_and_filters(tmp_path: Path) -> None:
+    body = "\n".join(line for line in made()["standings.md"].splitlines() if line.startswith("<"))
+    script = (ROOT / "docs/site.js").read_text("utf-8")
+    clicks = """document.addEventListener("DOMContentLoaded", () => {
+      document.querySelectorAll("th button")[3].click();
+      const kind = document.querySelector("select"); kind.value = "weights"; kind.dispatchEvent(new Event("change"));
+      const shown = [...document.querySelectorAll("tbody tr")].filter((row) => !row.hidden);
+      document.title = shown.map((row) => row.cells[0].textContent + " " + row.cells[3].dataset.value).join("|");
+    })"""
+    path = tmp_path / "page.html"
+    path.write_text(f"<html><head><script>{script}</script><script>{clicks}</script></head><body>{body}</body></html>")
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title
+    names, values = zip(*(each.split(" ") for each in title[1].split("|")), strict=True)
+    assert set(names) == {"uce", "rece", "esd", "sdd", "ccrt"}
+    assert [float(value) for value in values] == sorted(map(float, values), reverse=True)
+
+
 WALKS = re.findall(r"\| `([\w.]+)` in \[[^]]+\]\(\.\./([^)]+)\)", (ROOT / "docs/architecture.md").read_text("utf-8"))
 
 
@@ -222,6 +283,23 @@ def test_notebooks_have_outputs_and_are_small() -> None:
         cells = json.loads(path.read_text("utf-8"))["cells"]
         assert sum(bool(cell["outputs"]) for cell in cells if cell["cell_type"] == "code") >= 3
         assert path.stat().st_size < 200_000
+
+
+# ---------------------------------------------------------------- scripts for a GPU
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "flux"])
+def test_a_script_runs_on_a_tiny_pipeline(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, drawn = tmp_path / "out.png", {}
+    monkeypatch.setattr(efface, "grid", lambda rows, **look: drawn.update(rows) or real(rows, **look))
+    script = runpy.run_path(str(ROOT / f"examples/{name}.py"))
+    script["main"](["--tiny", "--concept", "cat", "--prompt", "a red cat", "--images", "1", "--out", str(out)])
+    said = capsys.readouterr().out
+    assert "was not run on a GPU" in said and "denoiser calls with the eraser: 2" in said
+    (base,), (erased,) = drawn.values()
+    assert out.stat().st_size > 1_000 and base.tobytes() != erased.tobytes()
 
 
 # ---------------------------------------------------------------- the built site

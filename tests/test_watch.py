@@ -691,6 +691,7 @@ def test_a_replacement_may_have_the_delta_too() -> None:
     assert torch.equal(latents(pipe), drawn()) and "check_inputs" not in vars(pipe)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("on", [(0, 1, 2), (1, 0, 2)])
 @pytest.mark.parametrize("off", [*itertools.permutations(range(3))])
 def test_another_denoiser_is_noticed_with_erasers_that_come_and_go(on: tuple[int, ...], off: tuple[int, ...]) -> None:

@@ -133,6 +133,7 @@ def test_a_worker_that_always_dies_is_an_error_that_says_what_stayed(model: Path
             there._wait(actor.__ray_call__.remote(lambda self: os._exit(1)))
 
 
+@pytest.mark.slow
 def test_workers_have_the_callers_model(model: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     pipe = tiny.pipeline("sd1")
@@ -156,6 +157,7 @@ def test_ray_is_not_imported_where_it_is_not_used() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_bench_by_command_draws_on_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.pipeline("small").save_pretrained(tmp_path / "model")
     monkeypatch.chdir(tmp_path)

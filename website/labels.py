@@ -7,7 +7,7 @@ from typing import Any
 
 import griffe
 
-LABEL = re.compile(r"^(Paper|Source|Differs|Shapes|Negative prompts): ", re.MULTILINE)
+LABEL = re.compile(r"^(Paper|Source|Differs|Limits|Shapes|Negative prompts): ", re.MULTILINE)
 EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)
 """The heading of our docstrings; griffe reads code under its plural only."""
 

@@ -23,6 +23,7 @@ ELSEWHERE = {
     "src/efface/models/emoji/MODEL_CARD.md": "models/emoji.md",
     "src/efface/models/emoji128/MODEL_CARD.md": "models/emoji128.md",
 }
+HIDDEN = "---\nsearch:\n  exclude: true\n---"
 COPIED = (".png", ".svg", ".jpg", ".json", ".cff")
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 CODE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
@@ -90,7 +91,7 @@ def shown(path: str, root: Path = ROOT) -> str:
     if not place.exists():
         raise FileNotFoundError(f"A page links to {path}, which does not exist. Correct the link.")
     files = [place] if place.is_file() else sorted(file for file in place.iterdir() if file.is_file())
-    parts = [f"# `{path}`"]
+    parts = [HIDDEN, f"# `{path}`"]
     for file in files:
         text = file.read_text("utf-8")
         kind = {".py": "python", ".toml": "toml", ".json": "json"}.get(file.suffix, "text")

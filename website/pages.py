@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 from efface.core import shipped_concepts
 
-from . import api, commands, concepts, formats, links, methods, notebooks, recipes, threats
+from . import api, commands, concepts, formats, links, methods, notebooks, recipes, standings, threats
 from .links import ROOT
 
 SINGLE: dict[str, Callable[[], str]] = {
     "families.md": methods.families,
     "threat_models.md": threats.page,
     "recipes.md": recipes.page,
+    "standings.md": standings.page,
     "commands.md": commands.page,
     "formats.md": formats.page,
     "concepts/index.md": concepts.index,

@@ -23,6 +23,8 @@ def imported(local: bool, use: str, extra: str) -> Any:
         os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # a task after a failed one may fail as well
         if local:
             os.environ.setdefault("RAY_AUTH_MODE", "token")
+            # Ray then takes the loopback address for this machine's own, and its servers listen there only.
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
     except ImportError as error:

@@ -91,6 +91,24 @@ def merge(
         typer.echo(f"{out}")
 
 
+@delta_app.command()
+def card(
+    file: DeltaFile,
+    out: Annotated[Path, typer.Option(help="The file to write, such as README.md.")],
+    run: Annotated[Path | None, typer.Option(help="A scored run of the base model with this delta.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the page that goes with a published delta: what it erases, how to apply it, what was measured."""
+    with told():
+        from .. import api, files
+        from ..report.delta_card import delta_card
+        from ..runs import Run
+
+        text = delta_card(api.load_delta(file).config(), file.name, None if run is None else Run.open(run))
+        files.write(output_file(out, overwrite), text)
+    typer.echo(f"{out}")
+
+
 def weights_of(file: Path, delta: Any) -> Any:
     """The delta. Raises ValueError if it is not one of weights."""
     if not hasattr(delta, "weights"):

@@ -194,12 +194,16 @@ def add_key(
     policy: Annotated[str | None, typer.Option(help="The name of a stored policy. Leave it out with --admin.")] = None,
     admin: Annotated[bool, typer.Option("--admin", help="Make a key that stores policies and draws nothing.")] = False,
     days: Annotated[float | None, typer.Option(help="Days until it expires. Default: never.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Cost per second, see docs/serve.md. Default: any.")] = None,
+    burst: Annotated[
+        float | None, typer.Option(help="Cost that it may spend at one time. Default: 60 seconds of --rate.")
+    ] = None,
     database: DatabaseUrl = None,
 ) -> None:
     """Make a key, and print it once."""
     with told():
         service = _opened(folder, database)
-        name, key = service.keys.add(tenant, policy, admin=admin, days=days)
+        name, key = service.keys.add(tenant, policy, admin=admin, days=days, rate=rate, burst=burst)
         service.database.close()
         say(f"Made {name} for {tenant}. The key, which is not shown again:")
         typer.echo(key)

@@ -93,12 +93,14 @@ class Substitute:
             )
         return ((seen, *args[1:]), kwargs) if args else (args, {**kwargs, "input_ids": seen})
 
-    def put(self, _: nn.Module, args: Any, out: Tensor) -> Tensor | None:
+    def put(self, module: nn.Module, args: Any, out: Tensor) -> Tensor | None:
         found = _READING.of.pop(self, None)
         if found is None or found.numel() != args[0].numel():
             return None
         which = found.reshape(args[0].shape).to(out.device)  # offload moves ids after `begin`
         rows = torch.cat([each.to(out) for each in self.rows])[which.clamp(min=0)]
+        if (scale := getattr(module, "embed_scale", None)) is not None:  # Gemma multiplies what it looks up
+            rows = rows * torch.as_tensor(scale).to(rows)
         return torch.where((which >= 0)[..., None], rows, out)
 
     def take_off(self) -> None:

@@ -32,12 +32,6 @@ def encoder_name(tokenizer: str) -> str:
     return tokenizer.replace("tokenizer", "text_encoder")
 
 
-def tokenizer_of(pipe: Any, name: str) -> Any:
-    """The pipeline's tokenizer, which may be part of a processor of texts and pictures."""
-    found = getattr(pipe, name)
-    return getattr(found, "tokenizer", found)
-
-
 def between(ids: list[int], empty: list[int]) -> slice:
     """A text's own tokens among `ids`, which a template surrounds as in `empty`, the ids of an empty text."""
     most = min(len(ids), len(empty))
@@ -64,6 +58,12 @@ def class_names(part: Any) -> Iterator[str]:
 def is_kind(part: Any, beginning: str) -> bool:
     """Whether the name of a component's class, or of a base class, has this prefix."""
     return any(name.startswith(beginning) for name in class_names(part))
+
+
+def tokenizer_of(pipe: Any, name: str) -> Any:
+    """The pipeline's tokenizer, which may be part of a processor of texts and pictures."""
+    found = getattr(pipe, name)
+    return found.tokenizer if is_kind(found, "ProcessorMixin") else found
 
 
 def video_argument(pipeline: Any) -> str:

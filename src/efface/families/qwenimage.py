@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ._parts import Reading, between, tokenizer_of
+from ._parts import Reading, between, encode_parameters, tokenizer_of
 from .base import Family
 
 if TYPE_CHECKING:
@@ -22,6 +22,10 @@ LONGEST = 1024  # the default of `max_sequence_length` in `encode_prompt`
 
 @dataclass(frozen=True)
 class _QwenImage(Family):
+    def recognises(self, pipe: DiffusionPipeline) -> bool:
+        """Not if the text encoder reads the prompt together with a picture (Edit), which a phrase does not have."""
+        return super().recognises(pipe) and "image" not in encode_parameters(pipe)
+
     def state_width(self, encoder: Any) -> int:
         return int(encoder.config.get_text_config().hidden_size)
 

@@ -1,6 +1,7 @@
 """Sana: a decoder whose projected and normalised text is masked, in cross-attention; self-attention is linear.
 
 A prompt follows an instruction, of whose columns the first and the last one remain. A negative prompt stands alone.
+For several prompts with several images each, diffusers repeats masks in another order than texts; Qwen-Image's, too.
 """
 
 from __future__ import annotations

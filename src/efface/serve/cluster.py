@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import importlib
 import signal
 import threading
 import time
@@ -61,6 +62,7 @@ class Hosting:
         cpus: CPUs that Ray counts for each drawing replica.
         gpus: GPUs of each drawing replica.
         metrics: the first port that replicas try for their metrics. None: no metrics.
+        near: whether replicas listen on loopback addresses only. `Host` sets it.
         backend: what makes the backend of a drawing replica.
 
     Raises:
@@ -79,6 +81,7 @@ class Hosting:
     cpus: float = 0.5
     gpus: float = 0.0
     metrics: int | None = None
+    near: bool = False
     backend: Callable[[Hosting], Backend] = load_backend
 
     def __post_init__(self) -> None:
@@ -91,10 +94,28 @@ class Hosting:
 
     def service(self) -> Service:
         """The service as a replica opens it."""
+        if self.near:
+            _stay_near()
         made = opened(Path(self.folder), self.database, limits=self.limits, model=self.name, sizes=self.sizes)
         if self.metrics is not None:
             _measured(made, self.metrics)
         return made
+
+
+def _stay_near() -> None:
+    """Binds the server for other replicas, which Ray Serve starts next, to a loopback address. Ray takes all addresses.
+
+    Raises:
+        RuntimeError: this version of Ray Serve starts that server in another way.
+    """
+    replica: Any = importlib.import_module("ray.serve._private.replica")
+    bind = getattr(replica, "add_port_to_grpc_server", None)
+    if bind is None:
+        raise RuntimeError(
+            "This version of Ray Serve cannot be kept on loopback addresses. Install ray 2.60, or start a cluster and "
+            "give its address."
+        )
+    replica.add_port_to_grpc_server = lambda server, address: bind(server, address.replace("[::]", "127.0.0.1"))
 
 
 def _measured(service: Service, first: int) -> None:
@@ -223,8 +244,8 @@ class Host:
 
     Args:
         hosting: what replicas are made from.
-        address: "local" to start a cluster on this machine, which requires a token and listens on loopback addresses
-            only; or the address of a cluster, such as "auto".
+        address: "local" to start a cluster on this machine, which requires a token and whose own ports are on
+            loopback addresses; or the address of a cluster, such as "auto".
         host: the address on which the API listens.
         port: its port.
         everywhere: allows an address beyond this machine, and listens on every machine.
@@ -239,7 +260,7 @@ class Host:
         everywhere: bool = False,
     ) -> None:  # fmt: skip
         check_host(host, everywhere)
-        self.hosting = hosting
+        self.hosting = dataclasses.replace(hosting, near=address == "local")
         self.service = dataclasses.replace(hosting, metrics=None).service()
         if address != "local" and self.service.database.sqlite:
             self.service.database.close()
@@ -259,7 +280,7 @@ class Host:
         except ImportError as error:
             raise ImportError('Hosting needs Ray Serve. Install it with pip install "efface[ray-serve]".') from error
         self._serve = serve
-        local = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if self._address == "local" else {}
+        local = {"include_dashboard": False} if self._address == "local" else {}
         self._ours = not self._ray.is_initialized()
         if self._ours:
             self._ray.init(self._address, log_to_driver=False, logging_level="error", **local)
@@ -302,10 +323,10 @@ class Host:
 def host(host: Host) -> int:
     """Serves until SIGTERM or SIGINT, then drains. Returns 0, or 1 if the replicas could not be started."""
     ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
     try:
         host.start()
+        for number in (signal.SIGTERM, signal.SIGINT):  # Ray sets handlers of its own when it starts
+            signal.signal(number, lambda *_: ended.set())
         while not ended.wait(5.0):
             if host.failed():
                 told("replicas failed")

@@ -121,6 +121,7 @@ def accept(service: Service, holder: Holder, asked: ImageRequest, idempotency: s
     def also(connection: sql.Connection) -> None:
         entry = {"job": new.id, "tenant": holder.tenant, "key": holder.key, "policy": stored.policy.hash}
         entry |= {"request": request, "prompt": service.audit.keyed(asked.prompt)}
+        service.keys.spend(connection, holder.key, cost)  # before the audit log, as when a key is revoked
         service.audit.add(connection, "job accepted", entry)
 
     return service.jobs.accept(new, also, lambda *load: _check_room(service, cost, *load))[0]

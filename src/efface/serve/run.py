@@ -133,6 +133,7 @@ def run(
     worker.start()
     guard = threading.Thread(target=_end_with, args=(worker, server), daemon=True)
     guard.start()
+    listening.listen(config.backlog)  # from here on connections wait for the server
     number = listening.getsockname()[1]
     told("listening", host=host, port=number, model=backend.name)
     if ready is not None:

@@ -32,8 +32,12 @@ keys = sql.Table(
     sql.Column("created", sql.Float, nullable=False),
     sql.Column("expires", sql.Float, nullable=True),
     sql.Column("revoked", sql.Float, nullable=True),
+    sql.Column("rate", sql.Float, nullable=True),
+    sql.Column("burst", sql.Float, nullable=True),
+    sql.Column("level", sql.Float, nullable=True),
+    sql.Column("filled", sql.Float, nullable=True),
 )
-"""API keys, as keyed hashes."""
+"""API keys, as keyed hashes. `level` is what a key with a rate may spend, as of the time `filled`."""
 
 jobs = sql.Table(
     "jobs",

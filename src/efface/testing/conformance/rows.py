@@ -60,6 +60,8 @@ def touches_unconditional_rows_only_if_declared(trial: Trial) -> None:
 def images_per_prompt_are_rows(trial: Trial) -> None:
     """With `num_images_per_prompt=2` it draws the same pictures as for each prompt given twice."""
     repeated = tuple(prompt for prompt in PROMPTS for _ in range(2))
+    if change(trial.drawn(prompt=PROMPTS, num_images_per_prompt=2), trial.drawn(prompt=repeated)) > ROUNDING:
+        raise DoesNotApply("The family's own pipeline draws images of a prompt with masks of another.")
     with trial.method.apply(trial.pipe):
         erased = trial.latents(PROMPTS, num_images_per_prompt=2)
     far = change(erased, trial.drawn(trial.method, prompt=repeated))
