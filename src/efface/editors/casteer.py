@@ -78,7 +78,7 @@ class CASteer(FamilyDefaults):
 
     needs: ClassVar[tuple[str, ...]] = ("cross_text",)
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "emoji": {"template": "{subject} and {concept}", "strength": 2.0, "sampler_steps": 10},
+        "emoji": {"template": "{subject} and {concept}", "strength": 1.5, "sampler_steps": 10},
         "": {"template": "{subject} with {concept}", "strength": 2.0, "sampler_steps": 50},
     }
 

@@ -87,7 +87,7 @@ class MidSteer(FamilyDefaults):
 
     needs: ClassVar[tuple[str, ...]] = ("cross_text",)
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "emoji": {"strength": 1.0, "sampler_steps": 10},
+        "emoji": {"strength": 2.0, "sampler_steps": 10},
         "": {"strength": 1.0, "sampler_steps": 25},
     }
 
