@@ -48,6 +48,7 @@ def column(parts: list[Image.Image]) -> Image.Image:
 def main() -> None:
     prompts = cell("alcohol", "pair", 3) + ["a night at the pub"] * 3
     erasers = {"negative": efface.NegativePrompt("alcohol"), "EIUP": efface.EIUP("alcohol")}
+    erasers["EIUP, swap"] = efface.EIUP("alcohol", normalization="swap")
     rows(prompts, erasers).save(DOCS / "front.png")
     cells = (("alcohol", "theme"), ("cat", "pair"), ("neon sign", "explicit"))
     column([rows(cell(*each), {"EIUP": efface.EIUP(each[0])}) for each in cells]).save(DOCS / "eiup.png")

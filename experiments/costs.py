@@ -1,4 +1,4 @@
-"""What every method costs on `emoji`: a denoiser call, the fit, and memory. `python -m experiments.costs`.
+"""What every method costs on `emoji`: a denoiser call, and the fit. `python -m experiments.costs`.
 
 Core-seconds of one process with one thread, so that other work on the machine disturbs little. The variants take turns
 in rounds; a step is a denoiser call with guidance in a batch of 4, as a ratio to the base model's of the same round.
@@ -38,17 +38,11 @@ COMMAND = "python -m experiments.costs"
 FEW = (4, 12)  # updates of the two short fits; one trajectory serves four of them
 
 
-def peak() -> int:
-    """The largest resident size since the last reset, in bytes. Linux."""
-    return int(Path("/proc/self/status").read_text("utf-8").split("VmHWM:")[1].split()[0]) * 1024
-
-
-def measured(call: Callable[[], Any]) -> tuple[Any, float, float]:
-    """The result, the core-seconds, and the MiB above the resident size before."""
-    Path("/proc/self/clear_refs").write_text("5", "utf-8")
-    before, began = peak(), time.process_time()
+def measured(call: Callable[[], Any]) -> tuple[Any, float]:
+    """The result, and the core-seconds."""
+    began = time.process_time()
     made = call()
-    return made, time.process_time() - began, (peak() - before) / 2**20
+    return made, time.process_time() - began
 
 
 def fitted(name: str, pipe: Any) -> tuple[Any, dict[str, Any]]:
@@ -58,13 +52,13 @@ def fitted(name: str, pipe: Any) -> tuple[Any, dict[str, Any]]:
     settled = editor.resolved(pipe) if hasattr(editor, "resolved") else editor
     steps = getattr(settled, "steps", None)
     if steps is None:
-        delta, seconds, memory = measured(lambda: editor.fit(pipe, CONCEPT))
-        return delta, {"fit": seconds, "fit memory": memory, "updates": None}
+        delta, seconds = measured(lambda: editor.fit(pipe, CONCEPT))
+        return delta, {"fit": seconds, "updates": None}
     few = [dataclasses.replace(settled, steps=k) for k in FEW]
     found = [measured(lambda each=each: each.fit(pipe, CONCEPT)) for each in few]
     update = max(found[1][1] - found[0][1], 0.0) / (FEW[1] - FEW[0])
     seconds = found[1][1] + (steps - FEW[1]) * update
-    return found[1][0], {"fit": seconds, "fit memory": found[1][2], "updates": steps}
+    return found[1][0], {"fit": seconds, "updates": steps}
 
 
 def variants(pipe: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -88,7 +82,7 @@ def applied(eraser: Any, scene: calls.Scene) -> Any:
 @torch.no_grad()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=FILE)
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -96,22 +90,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     scene.pipe.set_progress_bar_config(disable=True)
     made, facts = variants(scene.pipe)
     ratios: dict[str, list[float]] = {name: [] for name in made}
-    memory: dict[str, list[float]] = {name: [] for name in made}
     for number in range(given.rounds + 1):  # the first one warms up
         seconds: dict[str, float] = {}
         for name in random.Random(number).sample(list(made), len(made)):
             with made[name](scene) as call:
-                _, seconds[name], mib = measured(call)
-            if number:
-                memory[name].append(mib)
+                _, seconds[name] = measured(call)
         for name in made if number else ():
             ratios[name].append(seconds[name] / seconds["base"])
-    base = statistics.median(memory["base"])
     rows = [
         {
             "row": name,
             "step": {"median": statistics.median(each), "min": min(each), "max": max(each)},
-            "step memory": statistics.median(memory[name]) - base,
             **facts.get(name, {}),
         }
         for name, each in ratios.items()

@@ -122,22 +122,20 @@ def families() -> str:
 
 
 def costs() -> str:
-    """What a step, a fit and their memory cost, for every method; `experiments/costs.py`."""
+    """What a step and a fit cost, for every method; `experiments/costs.py`."""
     found, lines = card("method_costs"), []
     for row in found["rows"]:
         fit = "-" if "fit" not in row else f"{row['fit']:.2g}{'*' * bool(row['updates'])}"
-        memory = [f"{row[name]:.0f}" if name in row else "-" for name in ("step memory", "fit memory")]
-        lines.append([f"`{row['row']}`", tables.ratio(row["step"]), memory[0], fit, memory[1]])
-    head = ["method", "a step, times the base model's", "MiB more", "fit, core-seconds", "MiB"]
+        lines.append([f"`{row['row']}`", tables.ratio(row["step"]), fit])
+    head = ["method", "a step, times the base model's", "fit, core-seconds"]
     return f"""\
 On `emoji`, concept "alcohol" with {found["phrases"]} phrases, in a batch of {found["batch"]}: median (range) of
 {found["rounds"]} rounds, measured {found["date"]} by `{found["command"]}` on {found["machine"]},
 under a load of {found["load"]} from other work. Times are core-seconds of one thread. A star: extrapolated from
 {found["few"][1]} updates to {found["about"]}. Deltas of weights (`uce`, `rece`, `speed`, `mace`, `esd`, `sdd`) add no
 arithmetic to a step. Their ratios hold the check of the weights, which a drawing makes seldom, and the error of this
-measurement; [what a step costs](#what-a-step-costs) has closer figures. Memory is the rise of the resident size over
-what the process held: 0 means that memory of earlier steps or fits sufficed. `ccrt`, `geom_erasing` and `hfi` are left
-out. Card in `results/method_costs.json`.
+measurement; [what a step costs](#what-a-step-costs) has closer figures. `ccrt`, `geom_erasing` and `hfi` are left
+out, and memory is not measured. Card in `results/method_costs.json`.
 
 {table(head, lines)}"""
 
