@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import shutil
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -142,6 +143,20 @@ def test_other_distributions_add_methods(add_plugins: AddPlugins) -> None:
     add_plugins(editors__mine="math:tau")
     with pytest.raises(TypeError, match="`math:tau` to export exactly one class"):
         registry.resolve("mine")
+
+
+def test_a_distribution_is_noticed_when_it_is_installed_and_when_it_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "late" not in registry.methods("editors")
+    info = tmp_path / "late-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: late\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[efface.methods]\neditors.late = collections:OrderedDict\n")
+    assert registry.resolve("late", "editors") is OrderedDict
+    shutil.rmtree(info)
+    assert "late" not in registry.methods("editors")
 
 
 def test_names_are_unique_across_rooms_and_distributions(add_file: AddFile, add_plugins: AddPlugins) -> None:

@@ -16,6 +16,8 @@ Listing imports no method, so it is fast and does not need torch.
 """
 
 import ast
+import functools
+import os
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
@@ -268,10 +270,24 @@ def _files(room: str) -> list[str]:
     return [module.name for module in iter_modules(folders) if not module.name.startswith("_")]
 
 
+@functools.lru_cache(1)
+def _entries(read: Callable[..., Iterable[EntryPoint]], where: tuple[tuple[str, int], ...]) -> tuple[EntryPoint, ...]:
+    """The entry points of all distributions on the path. Reading them takes long, so they are kept until it changes."""
+    return tuple(read(group=GROUP))
+
+
+def _changed(place: str) -> int:
+    """When something was installed there or removed; 0 if it is no folder."""
+    try:
+        return os.stat(place or ".").st_mtime_ns
+    except OSError:
+        return 0
+
+
 def _plugins() -> list[tuple[tuple[str, str], EntryPoint]]:
     """((room, name), entry point) of every method from another distribution."""
     found = []
-    for entry in entry_points(group=GROUP):
+    for entry in _entries(entry_points, tuple((place, _changed(place)) for place in sys.path)):
         room, _, name = entry.name.partition(".")
         if room not in ROOMS or not name or {".", ":"} & set(name):  # a dot precedes a preset, a colon a class
             owner = entry.dist.name if entry.dist else "unknown"
