@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import efface
-from efface import EIUP, Concept, Handle, NegativePrompt, Row, Sample, Score, Suite, checks, concept
+from efface import EIUP, Concept, Handle, NegativePrompt, Row, Sample, Score, Suite, _concepts, checks, concept
 from efface.core import Handles, as_concepts, as_rows, concept_sources, field_names, shipped_concepts
 from efface.hooks import ConceptsField, Converted, Method, RowsField, computed
 
@@ -66,7 +66,7 @@ def test_a_damaged_list_of_concepts_names_file_and_cure(
         (tmp_path / "concepts.json").write_text(text)
     monkeypatch.setattr("efface._concepts.resources.files", lambda package: tmp_path)
     with pytest.raises((ValueError, FileNotFoundError), match=r"concepts.json is .* Reinstall efface"):
-        shipped_concepts.__wrapped__()
+        _concepts._file.__wrapped__()
 
 
 def test_every_shipped_concept_can_be_had_by_name() -> None:
@@ -182,7 +182,7 @@ def test_an_eraser_needs_something_to_erase() -> None:
 
 
 def test_an_unknown_normalization_is_an_error() -> None:
-    with pytest.raises(ValueError, match="one of .*'projected', 'separate', 'gated'.*.* got 'shared'"):
+    with pytest.raises(ValueError, match="one of .*'projected', 'swap', 'separate', 'gated'.*.* got 'shared'"):
         EIUP("cat", normalization="shared")  # type: ignore[arg-type]
 
 

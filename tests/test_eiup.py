@@ -396,7 +396,7 @@ def test_the_empty_and_the_neutral_prompts_are_left_alone(sd1: Any) -> None:
 def test_a_concept_that_is_nothing_or_neutral_erases_nothing(edits: Edits, sd1: Any) -> None:
     for edit in edits(sd1, eiup(strength=2.0), num_inference_steps=1):
         empty, neutral = (ErasurePrompts(edit.cross.neutral[k : k + 1], (slice(1, 1),)) for k in (0, 1))
-        for form in FORMS:
+        for form in (form for form in FORMS if form != "swap"):  # which reads anchors, see test_eiup_swap.py
             unchanged = dataclasses.replace(edit.eraser, normalization=form).edit(edit.out, edit.cross, empty)
             assert change(unchanged, edit.out) < 1e-6, form
         assert change(edit.eraser.edit(edit.out, edit.cross, neutral), edit.out) < 1e-3

@@ -612,13 +612,13 @@ def test_a_metric_is_its_configuration_and_measures_nothing_of_nothing(name: str
 def test_effectiveness_is_the_share_of_each_prompts_pictures() -> None:
     asked: list[tuple[str, int]] = []
 
-    def pipe(prompts: list[str], generator: list[torch.Generator], output_type: str, **call: Any) -> Any:
+    def pipe(prompt: list[str], generator: list[torch.Generator], output_type: str, **call: Any) -> Any:
         assert call["guidance_scale"] == 5.0
-        asked.extend((p, g.initial_seed()) for p, g in zip(prompts, generator, strict=True))
+        asked.extend((p, g.initial_seed()) for p, g in zip(prompt, generator, strict=True))
         images = torch.stack(
             [
                 torch.full((3, 8, 8), (g.initial_seed() % 10) / 10 if p == "some" else 1.0)
-                for p, g in zip(prompts, generator, strict=True)
+                for p, g in zip(prompt, generator, strict=True)
             ]
         )
         return SimpleNamespace(images=images)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from importlib import resources
 
 from efface import _hazards
-from efface.core import Concept, concept_sources, shipped_concepts
+from efface.core import Concept, concept_sources, shipped_anchors, shipped_concepts
 from efface.models import emoji
 from experiments.docs import card, table
 from experiments.worlds import CONCEPTS, TUNED
@@ -37,7 +37,7 @@ ON_TUNING_SEEDS = ("alcohol", "weapon")
 def groups() -> Mapping[str, tuple[str, ...]]:
     """The groups of `concepts.json`, with their concepts."""
     data = json.loads((resources.files("efface") / "concepts.json").read_text("utf-8"))
-    return {group: tuple(entries) for group, entries in data.items()}
+    return {group: tuple(entries) for group, entries in data.items() if group != "anchors"}
 
 
 def file_of(name: str) -> str:
@@ -127,8 +127,10 @@ def _anchor(concept: Concept) -> str:
     anchor = (
         f"The anchor is {concept.anchor!r}."
         if concept.anchor
-        else "No anchor ships with it: editors map it to the unconditional text. `--anchor` names another text."
+        else "Editors map it to the unconditional text. `--anchor` names another text."
     )
+    if shipped := shipped_anchors().get(concept.name.partition(".")[0]):
+        anchor += f" EIUP's form `swap` draws {', '.join(map(repr, shipped))} in its place."
     keep = (
         f"Methods with preservation retain {', '.join(concept.keep)}."
         if concept.keep

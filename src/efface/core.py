@@ -103,12 +103,15 @@ def config(method: Any) -> dict[str, Any]:
     """The name and the fields of a method as JSON types, as records store them.
 
     `efface.erase` and `api.build` find the method by this registered name. A class without a registered name gets
-    `module:Class`. Register it by an entry point to rebuild it from records.
+    `module:Class`. Register it by an entry point to rebuild it from records. Fields that a class names in `added` came
+    with a later version: records leave them out at their defaults, so that they equal the earlier version's.
     """
     if hasattr(method, "config"):  # deltas describe themselves, without their tensors
         return dict(method.config())
+    added = getattr(type(method), "added", ())
+    same = [f.name for f in dataclasses.fields(method) if f.name in added and getattr(method, f.name) == f.default]
     fields = json.loads(json.dumps(dataclasses.asdict(method)))
-    return {"method": name_of(type(method)), **fields}
+    return {"method": name_of(type(method)), **{name: fields[name] for name in fields if name not in same}}
 
 
 SETTABLE = ("strength", "rows")  # on a handle

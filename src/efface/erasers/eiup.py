@@ -137,6 +137,7 @@ class EIUP(Method):
     }
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}, "emoji": {}}  # the strength's
     edits_attention: ClassVar[bool] = True
+    added: ClassVar[tuple[str, ...]] = ("anchors", "threshold")
     touches_uncond: ClassVar[bool] = computed(lambda self: self.normalization in PROJECTED)
     packs: ClassVar[bool] = computed(lambda self: self.normalization not in PROJECTED)
     uses_anchors: ClassVar[bool] = computed(lambda self: self.normalization == "swap")

@@ -21,8 +21,9 @@ class Text:
         mask: the columns that the denoiser reads. None: all.
         repeats: how often each column counts in attention. None: once. In texts that joint attention carries, one
             column stands for all padding of an encoder, and 0 is a column that is not there. On the CPU.
+        positions: of each column in its text, where the family has rotary positions for text. None: there are none.
 
-    Shapes: `states` [N, L, D], `mask` bool [N, L], `repeats` [N, L].
+    Shapes: `states` [N, L, D], `mask` bool [N, L], `repeats` and `positions` [N, L].
 
     Raises:
         IndexError: `text[rows]` with rows out of range.
