@@ -17,7 +17,7 @@ from PIL import Image
 
 import efface
 from efface import EIUP, Concept, Handle, NegativePrompt, Row, Sample, Score, Suite, _concepts, checks, concept
-from efface.core import Handles, as_concepts, as_rows, concept_sources, field_names, shipped_concepts
+from efface.core import Handles, as_concepts, as_rows, concept_sources, config, field_names, shipped_concepts
 from efface.hooks import ConceptsField, Converted, Method, RowsField, computed
 
 NUMBERS = st.floats(allow_nan=True, allow_infinity=True) | st.integers(-3, 3)
@@ -53,6 +53,18 @@ def test_an_empty_phrase_is_an_error(phrases: tuple[str, ...]) -> None:
 def test_a_text_in_place_of_a_sequence_is_an_error(field: str) -> None:
     with pytest.raises(TypeError, match=rf"`{field}` to be a sequence .* Write \('beer',\)"):
         Concept("alcohol", **{field: "beer"})  # type: ignore[arg-type]
+
+
+def test_records_leave_out_later_fields_at_their_defaults_and_no_other() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Mine:
+        added = ("later",)
+        first: int = 1
+        later: int = 2
+
+    assert {k: v for k, v in config(Mine()).items() if k != "method"} == {"first": 1}
+    assert {k: v for k, v in config(Mine(1, 3)).items() if k != "method"} == {"first": 1, "later": 3}
+    assert "threshold" not in config(EIUP("cat")) and config(EIUP("cat", threshold=0.5))["threshold"] == 0.5
 
 
 @pytest.mark.parametrize(

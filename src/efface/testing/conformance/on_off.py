@@ -96,9 +96,9 @@ def config_survives_json(trial: Trial) -> None:
         not registered or registry.resolve(name) is cls,
         f"The name {name!r} leads to another class. Choose a name for the entry point that no other package uses.",
     )
-    fields = field_names(method)
+    fields, later = field_names(method), set(getattr(cls, "added", ()))
     trial.require(
-        read.keys() == set(fields),
+        set(fields) - later <= read.keys() <= set(fields),
         f"The configuration has {sorted(read)}, but the fields are {sorted(fields)}. Let each setting be a field.",
     )
     concepts = [Concept(**each) for each in read.pop("concepts")]
