@@ -64,7 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": FACTS | {"runs", "redteam", "feedback", "intervals", "judged"},
     "tables": FACTS | {"runs", "report"},
     "guard": HOOKS | {"api", "detectors"},
-    "serve": FACTS | {"_ray", "_sqlite", "_weights", "api", "guard", "progress"},
+    "serve": FACTS | {"_hub", "_ray", "_sqlite", "_weights", "api", "guard", "progress"},
     "auditing": HOOKS
     | {"models", "api", "pipelines", "detectors", "metrics", "runs", "redteam", "report", "intervals", "judged"}
     | {"feedback", "progress", "attacks", "_hazards"},

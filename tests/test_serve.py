@@ -20,6 +20,7 @@ import sqlalchemy as sql
 from PIL import Image
 from starlette.testclient import TestClient
 
+from efface import _hub
 from efface.guard import Policy
 from efface.serve import fields
 from efface.serve.app import create_app
@@ -225,6 +226,17 @@ def test_jobs_can_be_followed_read_and_deleted_by_their_tenant_only(desk: Desk) 
     assert desk.client.delete(path, headers=desk.head()).json()["deleted"]
     found = desk.client.get(path, headers=desk.head()).json()
     assert found["result"] is None and found["error"]["code"] == "expired"
+
+
+@pytest.mark.parametrize("allow", [False, True])
+def test_a_worker_may_download_what_its_command_allowed(allow: bool, quiet: Desk) -> None:
+    seen: list[bool] = []
+    draw = quiet.stub.draw
+    quiet.stub.draw = lambda *given: [seen.append(_hub.allowed()), draw(*given)][1]  # type: ignore[method-assign]
+    with _hub.allowing(allow):
+        quiet.start()
+    assert quiet.post({"prompt": "a cat", "steps": 1}).status_code == 200
+    assert seen == [allow]
 
 
 def test_the_prompt_is_not_kept_after_the_job(desk: Desk) -> None:

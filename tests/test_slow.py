@@ -4,6 +4,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import pytest_collection_modifyitems
 
 SLOW = Path(__file__).with_name("slow.py")
 TESTS = """
@@ -32,6 +36,33 @@ def test_quick(): assert False
 def ran(*args: object) -> int:
     command = [sys.executable, str(SLOW), "-p", "no:cacheprovider", *map(str, args)]
     return subprocess.run(command, capture_output=True, check=False).returncode
+
+
+class Case:
+    """An item of pytest, as `pytest_collection_modifyitems` sees it."""
+
+    def __init__(self, test: str, thinned: bool, **params: object) -> None:
+        self.nodeid, self.callspec, self.marks = f"{test}[x]", SimpleNamespace(params=params), ["thinned"] * thinned
+
+    def get_closest_marker(self, name: str) -> str | None:
+        return name if name in self.marks else None
+
+    def add_marker(self, mark: pytest.MarkDecorator) -> None:
+        self.marks.append(mark.name)
+
+
+def test_a_thinned_test_meets_every_value_in_the_fast_run_and_others_stay_whole() -> None:
+    def cases(test: str, thinned: bool) -> list[Case]:
+        return [Case(test, thinned, a=a, b=b) for a in "uvwxyz" for b in range(7)]
+
+    first, second, whole = cases("f.py::one", True), cases("f.py::two", True), cases("f.py::three", False)
+    pytest_collection_modifyitems([*first, *second, *whole])  # type: ignore[list-item]
+    fast = []
+    for some in (first, second, whole):
+        fast.append({(c.callspec.params["a"], c.callspec.params["b"]) for c in some if "slow" not in c.marks})
+    assert [len(some) for some in fast] == [14, 14, 42] and not fast[0] & fast[1]
+    for left in fast:
+        assert {a for a, _ in left} == set("uvwxyz") and {b for _, b in left} == set(range(7))
 
 
 def test_the_slow_tests_leave_a_dated_record(tmp_path: Path) -> None:

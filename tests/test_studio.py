@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from efface import core
 from efface.cli import app
+from efface.guard.record import DELIVERED
 from efface.serve.app import create_app
 
 __all__ = ["idle", "quiet"]
@@ -60,6 +61,11 @@ def test_every_control_of_the_page_has_a_label(client: TestClient) -> None:
         assert f'for="{name}"' in page or re.search(rf'<label[^>]*><input id="{name}"', page), name
     used = set(re.findall(r'\$\("([\w-]+)"\)', client.get("/studio/studio.js").text))
     assert used <= set(re.findall(r'\bid="([^"]+)"', page))
+
+
+def test_the_page_knows_which_outcomes_have_a_picture(client: TestClient) -> None:
+    found = re.search(r"DELIVERED = new Set\((\[.*?\])\)", client.get("/studio/studio.js").text)
+    assert found and set(json.loads(found[1])) == set(DELIVERED)
 
 
 def test_there_is_no_page_unless_it_was_asked_for(idle: Desk) -> None:

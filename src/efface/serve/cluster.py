@@ -20,6 +20,7 @@ from typing import Any
 from prometheus_client import start_http_server
 
 from .. import _ray, checks
+from .._hub import allowing
 from .app import create_app
 from .backend import Backend, PipelineBackend
 from .database import Unavailable
@@ -139,7 +140,8 @@ class Drawer:
 
     def __init__(self, hosting: Hosting) -> None:
         self.service = hosting.service()
-        self.worker = Worker(self.service, hosting.backend(hosting))
+        with allowing(bool(hosting.loading.get("allow_hub"))):
+            self.worker = Worker(self.service, hosting.backend(hosting))
         self.worker.start()
 
     def ready(self) -> bool:

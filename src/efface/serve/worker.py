@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import secrets
 import threading
 import time
@@ -48,8 +49,12 @@ class Worker(threading.Thread):
         self._fair, self._leases = Fair(service.limits.rows), Leases(service.limits.lease)
         self._stop_asked = threading.Event()
         self._swept = self._expired = -EXPIRE
+        self._context = contextvars.copy_context()  # what the caller allows, such as downloads of detectors
 
     def run(self) -> None:
+        self._context.run(self._run)
+
+    def _run(self) -> None:
         self._service.warm.set()
         try:
             while not self._stop_asked.is_set():
