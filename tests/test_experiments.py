@@ -171,6 +171,7 @@ def test_the_retention_over_all_groups_is_that_of_its_card() -> None:
         assert all(figure in text for figure in (*found.values(), "1,152"))
 
 
+@pytest.mark.long
 @pytest.mark.thinned
 def test_an_interrupted_run_goes_on_to_the_identical_card(
     kind: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -230,6 +231,7 @@ def _forever(folder: str) -> None:
     run(dataclasses.replace(KINDS["outcome"](), n=40), Path(folder))
 
 
+@pytest.mark.long
 def test_a_killed_process_leaves_what_it_measured_and_no_lock(tmp_path: Path) -> None:
     worker = multiprocessing.get_context("spawn").Process(target=_forever, args=(str(tmp_path),))
     worker.start()
