@@ -100,6 +100,7 @@ ORDER = {
             "prompts",
             "layers",
             "unconditional",
+            "calls",
             "pipeline",
             "batch",
             "edits",
