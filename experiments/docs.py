@@ -17,6 +17,7 @@ from typing import Any
 
 from . import tables
 from .code import ROOT
+from .heat import heat
 from .tables import percent
 
 
@@ -53,7 +54,9 @@ def block(marker: str, root: Path = ROOT) -> str:
 
 
 def figure(found: Any) -> str:
-    """Removed against kept, as an SVG in a grey that can be read on white and on black."""
+    """Removed against kept, or attacks against guards, as an SVG that can be read on white and on black."""
+    if any("attacked" in row for row in found["rows"]):
+        return heat(found)
     import efface
     from efface.report.plot import pareto
 
