@@ -154,6 +154,17 @@ def load() -> str:
     return "\n\n".join(parts)
 
 
+ATTACKS = ("attacks", "gradient_attacks", "peer_attacks")
+
+
+def attacks(root: Path = ROOT) -> str:
+    """The cards of attacks that there are; `experiments/redteam.py`."""
+    found = {name: card(name, root) for name in ATTACKS if (root / f"results/{name}.json").is_file()}
+    parts = [f"{tables.caption(each, name)}\n\n{tables.of_card(each)}".rstrip() for name, each in found.items()]
+    missing = [f"`python -m experiments {name}`" for name in ATTACKS if name not in found]
+    return "\n\n".join([*parts, *([f"Without a card so far: {', '.join(missing)}."] if missing else [])])
+
+
 def summary() -> str:
     """README's few lines: the base model and every method of two cards."""
     found = [card(name) for name in ("pareto", "editors_outcome")]
@@ -170,6 +181,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "families": families,
     "costs": costs,
     "load": load,
+    "attacks": attacks,
     **{marker: partial(block, marker) for marker in EARLIER},
     "gates": lambda: gates(card("emoji_gates")),
 }
@@ -190,4 +202,6 @@ def filled(text: str) -> str:
 def fill_all(root: Path = ROOT) -> None:
     for name in (*PAGES, MODEL_CARD):
         (root / name).write_text(filled((root / name).read_text("utf-8")), "utf-8")
+    if (root / "results/attacks.json").is_file():
+        (root / "docs/attacks.svg").write_text(figure(card("attacks")), "utf-8")
     (root / "docs/leaderboard.svg").write_text(figure(card("leaderboard")), "utf-8")
