@@ -55,7 +55,8 @@ def main(argv: list[str]) -> int:
     out = given.out or (None if rest else ROOT / "results/slow_tests.json")
     outcomes, began, head = Outcomes(), time.monotonic(), commit()
     spread = ["-n", given.n, "--dist", "worksteal"]
-    code = pytest.main(["-c", str(ROOT / "pyproject.toml"), "-m", "slow", *spread, *(rest or [str(ROOT / "tests")])], [outcomes])
+    which = ["-c", str(ROOT / "pyproject.toml"), "-m", "slow", *(rest or [str(ROOT / "tests")])]
+    code = pytest.main([*which, *spread], [outcomes])
     if out is not None and code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         record = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -545,5 +545,5 @@ def test_training_resumes_from_its_checkpoint_and_refuses_one_of_other_data(reci
     second.run(lambda step: (other(x) - y).square().mean(), 64)
     assert second.step > first.step
     torch.testing.assert_close(second.ema["weight"], torch.tensor([[1.0, -2.0]]), atol=0.05, rtol=0)
-    with pytest.raises(SystemExit, match="other data or another pool, or started from other weights\. Delete it"):
+    with pytest.raises(SystemExit, match=r"other data or another pool, or started from other weights\. Delete it"):
         fit(plan(1.0, pool=11), nn.Linear(2, 1))

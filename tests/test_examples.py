@@ -34,7 +34,7 @@ def test_public_names_have_examples() -> None:
     assert set(efface.__all__) - without <= shown
 
 
-@pytest.mark.parametrize("example", map(marked, EXAMPLES), ids=lambda test: test.name)
+@pytest.mark.parametrize("example", [marked(each) for each in EXAMPLES], ids=lambda test: test.name)
 def test_example(example: doctest.DocTest) -> None:
     needs_weights = any("load(" in e.source and "emoji" in (e.source + example.name) for e in example.examples)
     if needs_weights and not (FOLDER / "model.json").exists():

@@ -23,7 +23,7 @@ import torch
 import efface
 import experiments.__main__ as command
 from efface.intervals import clustered
-from experiments import code, docs, load, outcome, runner, tables
+from experiments import code, costs, docs, load, outcome, runner, tables
 from experiments.catalogue import CATALOGUE, EXPERIMENTS, strengths
 from experiments.closed_form import ClosedForm
 from experiments.literal import denoiser_calls as calls
@@ -744,3 +744,31 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
     with pytest.raises(SystemExit):
         command.main(["no such experiment"])
     assert "is not an experiment. There is: trial" in capsys.readouterr().err
+
+
+def test_a_heat_map_has_a_cell_for_each_guard_and_attack_that_was_drawn() -> None:
+    def row(name: str, attacked: float, control: float | None = None) -> dict[str, Any]:
+        made = {"row": name, "attacked": {"rate": attacked}}
+        return made | ({"control": {"rate": control}} if control is not None else {})
+
+    card = {"rows": [row("esd | relearning", 0.97), row("esd | best_of_n", 0.31, 0.04), row("eiup | best_of_n", 0.02)]}
+    svg = docs.figure(card)
+    shown = re.findall(r">([^<>]+)</text>", svg)
+    assert sorted(shown) == sorted(["97 %", "31 % (4)", "2 %", "esd", "eiup", "relearning", "best_of_n"])
+    assert "currentColor" not in svg
+    assert svg == docs.figure(card)  # without a date
+    assert {each for each in re.findall(r"#ffffff|#1f2328", svg)} == {"#ffffff", "#1f2328"}
+
+
+def test_the_peak_of_memory_is_what_tensors_hold_at_once() -> None:
+    def one_after_the_other() -> None:
+        for _ in range(3):
+            torch.ones(1000)
+
+    def at_once() -> None:
+        kept = [torch.ones(1000) for _ in range(3)]
+        kept.clear()
+
+    assert costs.peak(one_after_the_other) < 2 * 4000 < 3 * 4000 <= costs.peak(at_once) < 4 * 4000
+    with pytest.raises(RuntimeError, match="no memory"):
+        costs.peak(lambda: None)
