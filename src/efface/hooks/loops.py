@@ -46,7 +46,8 @@ class Loop:
         """Starts a call with encoded prompts, by the names of `Family.returns`, and returns them as methods changed
         them."""
         text = encoded["text"]
-        arguments: dict[str, Any] = {n: None for n, p in encode_parameters(self.pipe).items() if p.default is p.empty}
+        taken = {n: p for n, p in encode_parameters(self.pipe).items() if n != "self"}
+        arguments: dict[str, Any] = {n: None for n, p in taken.items() if p.default is p.empty}
         arguments |= {GIVEN[part]: value for part, value in encoded.items()}
         arguments |= {"num_images_per_prompt": 1, "do_classifier_free_guidance": encoded["negative"] is not None}
         made = self.pipe.encode_prompt(**arguments, device=None if text is None else text.device)
