@@ -35,7 +35,7 @@ from efface.schema import Facts, Form, Sha, Short, Size, Text, read
 from .catalogue import CATALOGUE
 from .code import ROOT
 from .outcome import IMPLICIT, SOURCES, Arm, Outcome, delta_file, erasers_of, packed
-from .runner import FORM, Plan, Unit, check_block
+from .runner import FORM, Plan, Unit, check_block, outdated
 
 CURE = "Send the card as `python -m experiments NAME` wrote it."
 SAME = ("model", "detector", "data_sha256", "call")
@@ -106,19 +106,16 @@ def checked(card: Mapping[str, Any], rows: Sequence[str], work: Path) -> tuple[l
         if as_json(plan.facts[name]) != card[name]
     ]
     units = [unit for unit in experiment.units(plan) if unit.row in of_card]
-    problems += list(_code(card, units)) + list(_figures(card, experiment, plan, units))
+    other = outdated(experiment, plan, card)
+    problems += [f"row {row}: other code drew it than this version's. Redraw it with `--update`." for row in other]
+    problems += _figures(card, experiment, plan, units, other)
     return problems, experiment, plan, [unit for unit in units if unit.row in (rows or of_card)]
 
 
-def _code(card: Mapping[str, Any], units: Sequence[Unit]) -> Iterator[str]:
-    for row in card["rows"]:
-        own = next(unit for unit in units if unit.row == row["row"] and unit.kind == "cell")
-        if own.setting["code"] != row["code"]:
-            yield f"row {row['row']}: other code drew it (commit {row.get('commit')}). Redraw it with `--update`."
-
-
-def _figures(card: Mapping[str, Any], experiment: Outcome, plan: Plan, units: Sequence[Unit]) -> Iterator[str]:
-    """What differs from what the digits of the card give."""
+def _figures(
+    card: Mapping[str, Any], experiment: Outcome, plan: Plan, units: Sequence[Unit], other: Sequence[str]
+) -> Iterator[str]:
+    """What differs from what the digits of the card give. Rows of `other` code may have had other fields."""
     given, found = {row["row"]: row for row in card["rows"]}, []
     for unit in units:
         if unit.kind == "fit":
@@ -143,12 +140,14 @@ def _figures(card: Mapping[str, Any], experiment: Outcome, plan: Plan, units: Se
         )
     for row in made["rows"]:
         there = given[row["row"]]
-        names = (row.keys() | there.keys()) - {*STAMPS}
+        names = (row.keys() | there.keys()) - {*STAMPS, *(("erasers", "fits") if row["row"] in other else ())}
         yield from (
             f"row {row['row']}: expected {name} {shown(row.get(name))} from its pictures, got {shown(there.get(name))}."
             for name in sorted(names)
             if not _same(row.get(name), there.get(name))
         )
+    if not _same(made["base"], card["base"]):
+        yield "base differs from the pictures of the base row."
     again = as_json(experiment.derived(dict(card) | made))
     yield from (f"{name} differs from what the rows give." for name in again if not _same(again[name], card.get(name)))
 

@@ -44,11 +44,12 @@ class Guider(BaseGuidance):
 
     Source: the interface of `diffusers.guiders`, which diffusers calls experimental.
 
-    Differs: SD 3's modular pipeline has guidance only with a `negative_prompt`, for example "". Modular pipelines call the denoiser separately for the prompt and for the negative prompt. Methods that
-    guide predict e_u once more, in the call of e_p, so a step with them costs 2 times a base step, and not 1.5. Outside
-    of the guider's `start` and `stop` the guidance scale counts as 1. `NegativePrompt` with a strength needs a
-    `ClassifierFreeGuidance`, whose scale it divides by. `rows` of a method are those of the batch, so one prompt with
-    `num_images_per_prompt=2` has two.
+    Differs: modular pipelines call the denoiser separately for the prompt and for the negative prompt. Methods that
+    guide predict e_u once more, in the call of e_p, so a step with them costs 2 times a base step, and not 1.5. SD
+    3's modular pipeline has guidance only with a `negative_prompt`, for example "". Outside of the guider's `start`
+    and `stop` the guidance scale counts as 1. `NegativePrompt` with a strength needs a `ClassifierFreeGuidance`,
+    whose scale it divides by. `rows` of a method are those of the batch: one prompt with `num_images_per_prompt=2`
+    has two. The concept is encoded with the default settings of `encode_prompt`, without `clip_skip`.
 
     Args:
         pipe: an SDXL or SD 3 pipeline, from whose parts the modular pipeline is made.
