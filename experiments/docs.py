@@ -129,8 +129,8 @@ def costs() -> str:
     found, lines = card("method_costs"), []
     for row in found["rows"]:
         fit = "-" if "fit" not in row else f"{row['fit']:.2g}{'*' * bool(row['updates'])}"
-        lines.append([f"`{row['row']}`", tables.ratio(row["step"]), fit])
-    head = ["method", "a step, times the base model's", "fit, core-seconds"]
+        lines.append([f"`{row['row']}`", tables.ratio(row["step"]), f"{row['memory']['times']:.2f}", fit])
+    head = ["method", "a step, times the base model's", "its memory, times the base model's", "fit, core-seconds"]
     return f"""\
 On `emoji`, concept "alcohol" with {found["phrases"]} phrases, in a batch of {found["batch"]}: median (range) of
 {found["rounds"]} rounds, measured {found["date"]} by `{found["command"]}` on {found["machine"]},
@@ -138,7 +138,9 @@ under a load of {found["load"]} from other work. Times are core-seconds of one t
 {found["few"][1]} updates to {found["about"]}. Deltas of weights (`uce`, `rece`, `speed`, `mace`, `esd`, `sdd`) add no
 arithmetic to a step. Their ratios hold the check of the weights, which a drawing makes seldom, and the error of this
 measurement; [what a step costs](#what-a-step-costs) has closer figures. `ccrt`, `geom_erasing` and `hfi` are left
-out, and memory is not measured. Card in `results/method_costs.json`.
+out. Memory is the peak of the tensors that a step makes, weights left out, measured {found["memory"]["date"]} by
+`{found["memory"]["command"]}`: methods that edit attention make theirs where the UNet does not need its peak, and those
+that predict a further row pay for it. Card in `results/method_costs.json`.
 
 {table(head, lines)}"""
 
