@@ -101,7 +101,7 @@ def read(pipeline: str) -> Facts:
     if not (isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline)):
         cure = "Name one that this version has, such as Lumina2Pipeline."
         raise ValueError(checks.refusal("a pipeline class of diffusers", pipeline, cure))
-    made = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    made = list(inspect.signature(cls).parameters.values())
     parts = {each.name: _named(each.annotation) for each in made}
     denoiser = next((name for name in ("transformer", "unet") if name in parts), "")
     network: Any = getattr(diffusers, parts.get(denoiser, ""), None)
