@@ -15,6 +15,7 @@ SD3 = Family(
     texts=(_CLIP, ("tokenizer_3",)),
     pools=_CLIP,
     bidirectional=("tokenizer_3",),
+    skip_argument="skip_layers",
     text_first=False,
     resizable=("tokenizer_3",),
     picture_output=1,
