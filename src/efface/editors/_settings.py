@@ -36,7 +36,11 @@ class Training(FamilyDefaults):
 
     Args:
         train: the trained weights: "x" all of cross-attention, "x-strict" its keys and values only, "u" all but
-            cross-attention, time embedding and output layers, "self" self-attention, "full" everything.
+            cross-attention, time embedding and output layers, "self" self-attention, "full" everything. In joint
+            attention: "x" the queries, keys and values of the text (add_q_proj, add_k_proj, add_v_proj), "x-strict" its
+            keys and values, "joint" those of text and picture (also to_q, to_k, to_v, which the single blocks of FLUX
+            share), "u" all but those of "x" and the layers around the blocks, "self" attention of the picture alone
+            (SD 3.5 Medium).
         steps: updates; 0 learns nothing.
         lr: of AdamW, constant.
         batch: points per update.
@@ -52,7 +56,7 @@ class Training(FamilyDefaults):
     """
 
     off: ClassVar[Mapping[str, Any] | None] = {"steps": 0}
-    needs: ClassVar[tuple[str, ...]] = ("training",)
+    needs: ClassVar[tuple[str, ...]] = ("training|flow_training",)
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Family -> the default values; "" for all other families."""
 
