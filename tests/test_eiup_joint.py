@@ -81,11 +81,12 @@ def written_out(
     negative: Any = None,
     phrases: Sequence[str] = PHRASES,
     row: Any = None,
+    alone: bool = False,
     **options: Any,
 ) -> Tensor:
     """The pictures of the definition. Requires that every phrase changes some queries and leaves others.
 
-    `row` is another edit of the conditional rows.
+    `row` is another edit of the conditional rows; `alone` edits what is read of the texts alone.
     """
     texts = [beside(pipe, group) for group in (("",), *NEUTRAL, *((phrase,) for phrase in phrases))]
     prompts, moved = encoded(pipe, PROMPTS), list[Tensor]()
@@ -98,7 +99,8 @@ def written_out(
             made.append(row if is_prompt else None if negative is None else unconditional(strength))
         return made
 
-    pipe.transformer.forward = Literal(pipe.transformer, texts, len(NEUTRAL), edits)
+    pipe.transformer.forward = engine = Literal(pipe.transformer, texts, len(NEUTRAL), edits)
+    engine.alone = alone
     try:
         made = latents(pipe, PROMPTS, **({} if negative is None else {"negative_prompt": negative}), **options)
     finally:
