@@ -497,9 +497,21 @@ INPUTS: dict[str, dict[str, tuple[int, ...]]] = {  # 4,096 columns of the pictur
 
 
 @pytest.mark.parametrize(
-    ("family", "phrases", "most"), [("flux", 1, 1.025), ("flux", 7, 1.035), ("sd3", 1, 1.015), ("sd3", 7, 1.03)]
+    ("family", "phrases", "form", "most"),
+    [
+        ("flux", 1, "projected", 1.025),
+        ("flux", 7, "projected", 1.035),
+        ("sd3", 1, "projected", 1.015),
+        ("sd3", 7, "projected", 1.03),
+        ("flux", 7, "swap", 1.035),
+        ("flux", 7, "text", 1.05),
+        ("sd3", 7, "text", 1.05),
+        ("flux", 7, "oblique", 1.035),
+    ],
 )
-def test_a_step_costs_little_more(family: str, phrases: int, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_costs_little_more(
+    family: str, phrases: int, form: Any, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Operations of blocks of the published width, counted and not computed: guidance on, no negative prompt."""
     pipe = pipeline(family)
     with torch.device("meta"):
@@ -521,6 +533,6 @@ def test_a_step_costs_little_more(family: str, phrases: int, most: float, monkey
         return counter.get_total_flops()
 
     base = count()
-    with EIUP(Concept("several", SEVEN[:phrases])).apply(pipe):
+    with EIUP(Concept("several", SEVEN[:phrases]), normalization=form).apply(pipe):
         ratio = count() / base
     assert 1.005 < ratio < most
