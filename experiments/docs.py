@@ -17,6 +17,7 @@ from typing import Any
 
 from . import tables
 from .code import ROOT
+from .heat import heat
 from .tables import percent
 
 
@@ -53,7 +54,9 @@ def block(marker: str, root: Path = ROOT) -> str:
 
 
 def figure(found: Any) -> str:
-    """Removed against kept, as an SVG in a grey that can be read on white and on black."""
+    """Removed against kept, or attacks against guards, as an SVG that can be read on white and on black."""
+    if any("attacked" in row for row in found["rows"]):
+        return heat(found)
     import efface
     from efface.report.plot import pareto
 
@@ -140,6 +143,17 @@ out, and memory is not measured. Card in `results/method_costs.json`.
 {table(head, lines)}"""
 
 
+def load() -> str:
+    """The service under load; `experiments/load.py`."""
+    parts = []
+    for name in ("load", "load_memory"):
+        found = card(name)
+        parts += [" ".join(found["verdict"]), tables.of_card(found).removesuffix("\n")]
+        made = f"Measured {found['date'][:10]} by `{found['command']}` on {found['machine']}"
+        parts.append(f"{made}; card in `results/{name}.json`.")
+    return "\n\n".join(parts)
+
+
 def summary() -> str:
     """README's few lines: the base model and every method of two cards."""
     found = [card(name) for name in ("pareto", "editors_outcome")]
@@ -155,6 +169,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "summary": summary,
     "families": families,
     "costs": costs,
+    "load": load,
     **{marker: partial(block, marker) for marker in EARLIER},
     "gates": lambda: gates(card("emoji_gates")),
 }

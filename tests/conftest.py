@@ -18,7 +18,7 @@ from efface.delta import active
 SHARE = 3  # of a thinned test, the fast run takes one case of three
 
 
-@pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` leaves tests out
+@pytest.hookimpl(tryfirst=True)  # before `-m` leaves tests out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test with `thinned` is slow for most combinations of its parameters: `make test-slow` tries them all.
 

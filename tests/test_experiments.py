@@ -171,6 +171,7 @@ def test_the_retention_over_all_groups_is_that_of_its_card() -> None:
         assert all(figure in text for figure in (*found.values(), "1,152"))
 
 
+@pytest.mark.long
 @pytest.mark.thinned
 def test_an_interrupted_run_goes_on_to_the_identical_card(
     kind: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -230,6 +231,7 @@ def _forever(folder: str) -> None:
     run(dataclasses.replace(KINDS["outcome"](), n=40), Path(folder))
 
 
+@pytest.mark.long
 def test_a_killed_process_leaves_what_it_measured_and_no_lock(tmp_path: Path) -> None:
     worker = multiprocessing.get_context("spawn").Process(target=_forever, args=(str(tmp_path),))
     worker.start()
@@ -755,3 +757,17 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
     with pytest.raises(SystemExit):
         command.main(["no such experiment"])
     assert "is not an experiment. There is: trial" in capsys.readouterr().err
+
+
+def test_a_heat_map_has_a_cell_for_each_guard_and_attack_that_was_drawn() -> None:
+    def row(name: str, attacked: float, control: float | None = None) -> dict[str, Any]:
+        made = {"row": name, "attacked": {"rate": attacked}}
+        return made | ({"control": {"rate": control}} if control is not None else {})
+
+    card = {"rows": [row("esd | relearning", 0.97), row("esd | best_of_n", 0.31, 0.04), row("eiup | best_of_n", 0.02)]}
+    svg = docs.figure(card)
+    shown = re.findall(r">([^<>]+)</text>", svg)
+    assert sorted(shown) == sorted(["97 %", "31 % (4)", "2 %", "esd", "eiup", "relearning", "best_of_n"])
+    assert "currentColor" not in svg
+    assert svg == docs.figure(card)  # without a date
+    assert {each for each in re.findall(r"#ffffff|#1f2328", svg)} == {"#ffffff", "#1f2328"}

@@ -461,6 +461,7 @@ def check(argv: list[str], data: st.DataObject) -> None:
         assert not [name for name in after if name.endswith((".partial", ".writable"))]
 
 
+@pytest.mark.long
 @settings(QUICK, max_examples=150)
 @given(commands(), st.data())
 def test_no_command_ends_in_a_traceback_or_loses_a_file(argv: list[str], data: st.DataObject) -> None:

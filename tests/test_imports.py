@@ -123,6 +123,7 @@ ORDER = {
         *("_words", "_contract", "_vocabulary", "_tokens", "_encoders", "_noising", "_recording", "_directions"),
         *("_whitebox", "_masked", "_compose", "_fit", "_pictures", "__init__"),
         *("best_of_n", "concept_arithmetics", "concept_inversion", "gcg", "guidance_sweep", "image_to_image"),
+        "detector_guidance",
         *(
             "inpainting",
             "latent_inversion",
@@ -432,6 +433,7 @@ def test_every_native_method_is_a_public_name(name: str) -> None:
     assert getattr(efface, cls.__name__) is cls
 
 
+@pytest.mark.long
 def test_all_public_names_can_be_imported_when_efface_is() -> None:
     """`EAGER_IMPORT=1` is how lazy names are checked in the libraries that load them as we do."""
     environment = {**os.environ, "EAGER_IMPORT": "1"}
@@ -446,6 +448,7 @@ def test_nothing_imports_the_conformance_kit() -> None:
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)
 
 
+@pytest.mark.long
 def test_the_conformance_kit_needs_no_test_framework() -> None:
     script = "import efface.testing, sys; print(*sorted({'pytest', '_pytest', 'hypothesis'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -439,6 +439,7 @@ def test_the_hash_of_a_model_tells_two_apart(family: str) -> None:
 # ---------------------------------------------------------------- refused, and compiled
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 def test_what_needs_cross_attention_names_where_it_works_and_what_works_here(family: str) -> None:
     pipe = pipeline(family)
@@ -471,6 +472,7 @@ def test_what_needs_cross_attention_names_where_it_works_and_what_works_here(fam
     assert "encode_prompt" not in vars(pipe) and "forward" not in vars(pipe.transformer)
 
 
+@pytest.mark.long
 def test_compiled_without_a_graph_break() -> None:
     torch._dynamo.reset()
     erasers = (SLD(ALCOHOL, sld_guidance_scale=5.0, threshold=10.0, warmup=0.1), SAFREE([CAT]))

@@ -82,6 +82,7 @@ def test_the_tests_of_a_new_method_find_a_broken_one(made: Path) -> None:
         tests.test_strengths_add_up()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "chosen", ["add_up or config_survives or says", pytest.param("test", marks=pytest.mark.slow)], ids=["some", "all"]
 )

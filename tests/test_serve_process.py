@@ -104,6 +104,7 @@ def test_sigterm_finishes_accepted_jobs_and_refuses_new_ones(desk: Desk, tmp_pat
     assert desk.service.jobs.count(["done"]) == 4
 
 
+@pytest.mark.long
 def test_a_killed_server_draws_what_it_had_accepted_after_its_next_start(desk: Desk, tmp_path: Path) -> None:
     head = desk.head("press", **{"idempotency-key": "order-1"})
     asked = {"prompt": "a cat", "steps": 1, "seed": 3}
@@ -123,6 +124,7 @@ def test_a_killed_server_draws_what_it_had_accepted_after_its_next_start(desk: D
     assert kinds.count("job accepted") == kinds.count("job finished") == 1
 
 
+@pytest.mark.long
 def test_tenants_of_a_busy_server_get_what_their_own_policy_draws(desk: Desk) -> None:
     """Many requests at one time on a tiny pipeline. Each picture equals the one that its policy draws alone."""
     alcohol, cat = ({"name": c.name, "phrases": [*c.phrases]} for c in (tiny.ALCOHOL, tiny.CAT))

@@ -492,6 +492,7 @@ def _tensor(picture: Image.Image) -> torch.Tensor:
 YAML = "policies: {kids: {erase: [alcohol]}, press: {unguarded: true}}"
 
 
+@pytest.mark.long
 def test_from_init_to_a_picture_and_a_clean_end(tmp_path: Path) -> None:
     """The command line, the emoji model, the official client, SIGTERM."""
     folder, policies = str(tmp_path / "service"), tmp_path / "policies.yaml"

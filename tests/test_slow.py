@@ -65,6 +65,7 @@ def test_a_thinned_test_meets_every_value_in_the_fast_run_and_others_stay_whole(
         assert {a for a, _ in left} == set("uvwxyz") and {b for _, b in left} == set(range(7))
 
 
+@pytest.mark.long
 def test_the_slow_tests_leave_a_dated_record(tmp_path: Path) -> None:
     (tmp_path / "test_some.py").write_text(TESTS)
     before = {path: path.read_bytes() for path in (SLOW.parents[1] / "results").glob("slow_tests.json")}

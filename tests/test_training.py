@@ -89,6 +89,7 @@ def test_without_biases_all_that_trains_fits_a_lora(train: str, pipe: Any) -> No
     assert any(name.endswith("to_out.0.bias") for name in every) == (train != "x-strict")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
 @pytest.mark.parametrize(
     "editor",
