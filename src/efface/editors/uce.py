@@ -56,8 +56,8 @@ class UCE:
 
         W* c = W c + sum_j s_j (||W C^T|| / ||W A_j^T||) W a_j         C, A_j [N, D]: all tokens of the phrase
 
-    In joint attention only the first layer reads the text as it was encoded; what later layers read of it depends on
-    the time and on the picture, so a closed form has no meaning there. `weights="input"` edits that first layer:
+    In joint attention, one layer reads the encoded text, before all blocks. What later layers read of it depends on the
+    time and on the picture, so a closed form has no meaning there. `weights="input"` edits that first layer:
 
         W* c + bias = W T c + bias         W: the linear layer of the text before all blocks (`context_embedder`)
         W* p + bias = W T_p p + bias       W: that of the pooled text p (SD 3, FLUX.1), with a T_p of the pooled vectors

@@ -53,9 +53,9 @@ def text_only(out: Tensor, cross: CrossAttention, text: Text, neutral: int, stre
 def oblique(out: Tensor, would_be: Tensor, neutral: int, strength: float) -> Tensor:
     """The change that the oblique form adds to `out`: [B, Q, C], float32 or wider.
 
-    With t and e what the neutral texts and the phrases add to the empty text N, each phrase's share c in `out - N` is
-    what the neutral texts and the other phrases do not explain, by least squares with a ridge. What is taken out is
-    the phrase's output; the mean of the neutral texts' takes its place:
+    t and e are what the neutral texts and the phrases add to the empty text N. Least squares with a ridge explains
+    `out - N` by all of them together, so a phrase's share c is what no other text explains. The phrase's output is
+    taken out, and the mean of the neutral texts' takes its place:
 
         D = (t_1 .. t_T, e_1 .. e_P)     G = D^T D      c = (G + 0.05 diag G)^-1 D^T (out - N)
         added = -strength sum_k clamp(c_k, 0, 1) (e_k - mean t)                              k: the phrases

@@ -117,7 +117,7 @@ class EIUP(Method):
         threshold: swap only: from 0 to 1, the share c from which on the anchor is read; from 0.2 above, it is read
             alone. Default: 0.65, chosen on `emoji`. Lower values replace more, also of other things in the picture.
         pooled: >= 0: the strength of the projected form on the pooled text of conditional rows, within `window` (SDXL,
-            SD 3/3.5, FLUX.1). 0 leaves it as it is. Not calibrated.
+            SD 3/3.5, FLUX.1). 0 does not change it. Not calibrated.
         rows: one list of concepts per prompt of the batch, instead of `concepts` for all.
 
     Shapes: queries and outputs [B, Q, C], text [N, L, D]; Q counts the picture's columns. Only the projected and swap

@@ -158,8 +158,8 @@ class JointAttention(CrossAttention):
             text: N carried texts.
 
         Returns:
-            That of the row's own text [B, Q, C], the share of this text in the layer's softmax [B, Q, heads], and that
-            of the R neutral texts, the empty one first, and of the N texts [R + N, B, Q, C].
+            For the row's own text [B, Q, C]; the share of this text in the layer's softmax [B, Q, heads]; for the R
+            neutral texts, the empty one first, and the N texts [R + N, B, Q, C].
 
         Raises:
             ValueError: the layer has no neutral texts, or does not carry a text.
