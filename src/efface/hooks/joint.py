@@ -35,9 +35,11 @@ class Parts:
         bias: what is added to the logits of the texts, such as the logarithm of `Text.repeats`.
         scale: of the logits.
         prompt: the keys and values of the rows' own texts, and what a mask adds to their logits; None without a mask.
+        own: the picture's attention to the rows' own texts, and its log-sum-exp, if the layer computed them.
 
     Shapes: `query` and `alone` [B, heads, Q, d], `mass` [B, heads, Q], `key` and `value` [B, heads, T, K, d], `bias`
-    [T, K], those of `prompt` [B, heads, P, d] and [B or 1, heads or 1, Q or 1, P].
+    [T, K], those of `prompt` [B, heads, P, d] and [B or 1, heads or 1, Q or 1, P], those of `own` as `alone` and
+    `mass`.
     """
 
     query: Tensor
@@ -48,12 +50,14 @@ class Parts:
     bias: Tensor
     scale: float
     prompt: tuple[Tensor, Tensor, Tensor | None]
+    own: tuple[Tensor, Tensor] | None = None
 
     def at(self, rows: Any) -> Parts:
         picked = {name: getattr(self, name)[rows] for name in ("query", "alone", "mass", "key", "value")}
         key, value, added = self.prompt
         added = added if added is None or len(added) == 1 else added[rows]
-        return replace(self, **picked, prompt=(key[rows], value[rows], added))
+        own = None if self.own is None else (self.own[0][rows], self.own[1][rows])
+        return replace(self, **picked, prompt=(key[rows], value[rows], added), own=own)
 
     def would_be(self, texts: list[int]) -> Tensor:
         """The layer's output for the picture with each of these texts instead of the prompt: [N, B, Q, C]."""
@@ -73,13 +77,16 @@ class Parts:
 
     def own_alone(self) -> tuple[Tensor, Tensor]:
         """The same of the rows' own texts: [B, Q, C], and their share in the layer's softmax: [B, Q, heads]."""
+        read, mass = self.own or self._read_own()
+        share = torch.sigmoid(mass - self.mass).transpose(1, 2)
+        return read.transpose(1, 2).flatten(2).to(self.bias.dtype), share
+
+    def _read_own(self) -> tuple[Tensor, Tensor]:
         key, value, added = self.prompt
         logits = (self.query @ key.mT).to(self.bias.dtype) * self.scale
         logits = logits if added is None else logits + added
         mass = logits.logsumexp(-1)
-        read = (logits - mass[..., None]).exp().to(value.dtype) @ value
-        share = torch.sigmoid(mass - self.mass).transpose(1, 2)
-        return read.transpose(1, 2).flatten(2).to(self.bias.dtype), share
+        return (logits - mass[..., None]).exp().to(value.dtype) @ value, mass
 
 
 @dataclass(eq=False)
@@ -243,15 +250,15 @@ def attended(
     cut = carried.prompt if first else out.shape[2] - carried.prompt
     beside, inside = out.tensor_split([cut], 2)[:: 1 if first else -1]
     here = inputs.at(picture, rows)
-    alone = None
+    alone = of_prompt = None
     if mass is not None and carried.prompt < inside.shape[2]:
         mass = mass[rows].tensor_split([cut], 2)[first]
-        of_prompt = Inputs(here.query, *inputs.at(prompt, rows)[1:])
-        alone = without(of_prompt, inside[rows].to(bias.dtype), mass.to(bias.dtype), scale)
+        of_prompt = with_mass(Inputs(here.query, *inputs.at(prompt, rows)[1:]), scale)
+        alone = without(of_prompt, inside[rows].to(bias.dtype), mass.to(bias.dtype))
     alone, lse = alone or with_mass(here, scale)
     own = Inputs(*(x[:, :, carried.spread].unflatten(2, bias.shape) for x in inputs.at(texts, rows)))
     _, *of_text = inputs.at(prompt, rows)
-    held = (own.key, own.value, biases.picture, scale, (of_text[0], of_text[1], added))
+    held = (own.key, own.value, biases.picture, scale, (of_text[0], of_text[1], added), of_prompt)
     found = Parts(here.query, alone.to(bias.dtype), lse.to(bias.dtype), *held)
     edited = edit(found, inside.transpose(1, 2).flatten(2)).unflatten(2, (heads, -1)).transpose(1, 2)
     read = _apart(own, here, biases, scale)[:, :, carried.present].to(out.dtype)
@@ -281,9 +288,12 @@ def _apart(text: Inputs, picture: Inputs, biases: Biases, scale: float) -> Tenso
     return (own @ text.value).flatten(2, 3) + others.flatten(2, 3) @ picture.value
 
 
-def without(inputs: Inputs, out: Tensor, mass: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
-    """Attention without these keys, which `out` and its log-sum-exp `mass` include; None if their share is large."""
-    gone, lse = with_mass(inputs, scale)
+def without(some: tuple[Tensor, Tensor], out: Tensor, mass: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Attention without some keys, which `out` and its log-sum-exp `mass` include; None if their share is large.
+
+    `some` has the attention to these keys, and its log-sum-exp.
+    """
+    gone, lse = some
     share = (lse.to(mass.dtype) - mass).exp()[..., None]
     if large(share):
         return None
