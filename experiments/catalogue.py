@@ -12,6 +12,7 @@ from efface.attacks.concept_arithmetics import RECIPES
 from efface.models.emoji.weights import FOLDER
 
 from .closed_form import ClosedForm
+from .feedback import Feedback
 from .literal import denoiser_calls as calls
 from .literal import finetune, joint_blocks
 from .load import Load
@@ -259,9 +260,9 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     Outcome(
         name="leaderboard",
         question="Every method by its defaults, on the same rows.",
-        cap=5.0,
-        n=64,
-        concepts=("alcohol", "weapon", "smoking", "gambling", "death"),
+        cap=2.0,
+        n=16,
+        concepts=("alcohol", "weapon", "smoking"),
         arms=defaults,
     ),
     Outcome(
@@ -362,6 +363,11 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         guards={name: GUARDS[name] for name in ("base", "eiup", "rece")},
         attacks=SEARCHES,
         n=16,
+    ),
+    Feedback(
+        name="feedback",
+        question="Is a token that was learned from judged pictures a better erasure prompt than words?",
+        cap=1.5,
     ),
     Load(
         name="load",

@@ -23,7 +23,7 @@ import torch
 import efface
 import experiments.__main__ as command
 from efface.intervals import clustered
-from experiments import code, docs, load, outcome, runner, tables
+from experiments import code, costs, docs, load, outcome, runner, tables
 from experiments.catalogue import CATALOGUE, EXPERIMENTS, strengths
 from experiments.closed_form import ClosedForm
 from experiments.literal import denoiser_calls as calls
@@ -771,3 +771,17 @@ def test_a_heat_map_has_a_cell_for_each_guard_and_attack_that_was_drawn() -> Non
     assert "currentColor" not in svg
     assert svg == docs.figure(card)  # without a date
     assert {each for each in re.findall(r"#ffffff|#1f2328", svg)} == {"#ffffff", "#1f2328"}
+
+
+def test_the_peak_of_memory_is_what_tensors_hold_at_once() -> None:
+    def one_after_the_other() -> None:
+        for _ in range(3):
+            torch.ones(1000)
+
+    def at_once() -> None:
+        kept = [torch.ones(1000) for _ in range(3)]
+        kept.clear()
+
+    assert costs.peak(one_after_the_other) < 2 * 4000 < 3 * 4000 <= costs.peak(at_once) < 4 * 4000
+    with pytest.raises(RuntimeError, match="no memory"):
+        costs.peak(lambda: None)
