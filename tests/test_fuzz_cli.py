@@ -347,11 +347,12 @@ VERBS: dict[str, tuple[list[list[str]], dict[str, Any]]] = {
     "serve init": ([["new"]], {"--database": PATHS}),
     "serve run": (
         [["service", "--model", "tiny"]],
-        {**LOADING, "--host": JUNK, "--size": JUNK, "--batch": NUMBER} | {"--port": NUMBER},
+        {**LOADING, "--host": JUNK, "--size": JUNK, "--batch": NUMBER} | {"--port": NUMBER, "--deltas": PATHS},
     ),
     "serve ray": (
         [["service", "--model", "tiny", "--size", "64x64"]],
-        {**LOADING, "--host": JUNK, "--size": JUNK, "--batch": NUMBER} | {"--port": NUMBER, "--cpus": NUMBER},
+        {**LOADING, "--host": JUNK, "--size": JUNK, "--batch": NUMBER}
+        | {"--port": NUMBER, "--cpus": NUMBER, "--deltas": PATHS},
     ),
     "serve audit": ([["service"]], {"--database": PATHS, "--drop-older": NUMBER}),
     "serve key add": (

@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": FACTS,
     "detectors": FACTS | {"models", "_hub"},
     "metrics": FACTS | {"models", "detectors", "judged"},
-    "suites": FACTS | {"models"},
+    "suites": FACTS | {"models", "_hub"},
     "intervals": {"checks"},
     "judged": {"checks", "intervals"},
     "feedback": {"_sqlite", "checks", "intervals", "judged"} | FILES,
@@ -69,7 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "auditing": HOOKS
     | {"models", "api", "pipelines", "detectors", "metrics", "runs", "redteam", "report", "intervals", "judged"}
     | {"feedback", "progress", "attacks", "_hazards"},
-    "jobs": HOOKS | {"models", "api", "pipelines", "runs", "progress"},
+    "jobs": HOOKS | {"models", "api", "pipelines", "runs", "progress", "auditing"},
     "scaffold": {"checks", "files", "registry"},
     "_interrupt": set(),
     "_sqlite": set(),
@@ -151,7 +151,10 @@ ORDER = {
         *("relearning", "repetition", "ring_a_bell", "translation", "unlearndiffatk"),
     ),
     "redteam": ("victim", "panel", "trial", "result", "forms", "folder", "run", "__init__"),
-    "guard": ("forms", "policy", "file", "proof", "record", "explain", "guard", "__init__"),
+    "guard": (
+        *("forms", "edit", "policy", "file", "deltas", "proof", "record", "partial", "explain", "drawing", "guard"),
+        "__init__",
+    ),
     "serve": (
         *("tables", "database", "errors", "log", "metrics", "audit", "keys", "policies", "fields", "jobs", "leases"),
         *("fair", "service", "backend", "pulse", "worker", "watch", "http", "images", "own", "studio", "app", "run"),
