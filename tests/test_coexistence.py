@@ -513,7 +513,7 @@ CELLS = {
     "copy": Cell(
         "`copy.copy(pipe)` draws",
         shallow_copy,
-        refuses={("NegativePrompt, strength",): "needs the guidance scale of a pipeline's call"},
+        refuses={("NegativePrompt, strength",): "needs the guidance scale of a pipeline call"},
     ),
     "from-pipe": Cell(
         "another pipeline by `from_pipe`, without `apply`",

@@ -57,6 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_loading": FACTS | {"models"},
     "pipelines": TEXTS | {"delta", "_loading"},
     "api": HOOKS | {"pipelines"},
+    "modular": HOOKS,
     "_trials": FACTS | {"api", "intervals"},
     "calibration": FACTS | {"api", "pipelines", "delta", "intervals", "_trials"},
     "redteam": HOOKS | {"attacks", "models", "api", "pipelines", "detectors", "runs", "intervals", "progress"},
@@ -80,7 +81,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli", "_interrupt"},
     "efface": {
         *("registry", "core", "records", "pictures", "pipelines", "api", "calibration", "erasers", "editors"),
-        *("attacks", "auditing", "detectors", "suites", "delta", "guard", "runs", "redteam", "report", "tables"),
+        *(
+            "attacks",
+            "auditing",
+            "detectors",
+            "suites",
+            "delta",
+            "guard",
+            "modular",
+            "runs",
+            "redteam",
+            "report",
+            "tables",
+        ),
     },
 }
 
@@ -104,7 +117,7 @@ ORDER = {
             "batch",
             "edits",
         ),
-        *("prediction", "step", "outputs", "denoiser", "sites", "method", "__init__"),
+        *("prediction", "step", "outputs", "denoiser", "sites", "loops", "method", "__init__"),
     ),
     "delta": (
         *("factors", "watch", "overlay", "applied", "embeddings", "words", "base", "table", "gates"),
