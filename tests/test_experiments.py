@@ -27,7 +27,7 @@ from experiments import code, costs, docs, load, outcome, runner, tables
 from experiments.catalogue import CATALOGUE, EXPERIMENTS, strengths
 from experiments.closed_form import ClosedForm
 from experiments.literal import denoiser_calls as calls
-from experiments.literal import finetune
+from experiments.literal import finetune, joint_blocks
 from experiments.outcome import NEGATIVES, Arm, Outcome, Sweep, first_that_reaches, least_residual
 from experiments.runner import Experiment, Plan, Store, Unit
 from experiments.sequence import Sequenced
@@ -652,6 +652,19 @@ def test_every_experiment_can_be_planned(name: str) -> None:
     each = CATALOGUE[name]
     units = each.units(Plan(each.block, each.n, each.model))
     assert units and all(len(unit.digest) == 64 and unit.weight > 0 for unit in units)
+
+
+@pytest.mark.parametrize("make", [partial(joint_blocks.flux, 0, 1), joint_blocks.sd35], ids=["flux", "sd35"])
+def test_a_block_is_timed_with_and_without_eiup(make: Any) -> None:
+    """Conditional rows alone are edited; EIUP comes off for the next variant."""
+    scene = joint_blocks.scene(make, small=True)
+    plain, erased, again = (joint_blocks.seconds(n, scene) for n in (0, 2, 0))
+    assert torch.equal(plain[1], again[1]) and min(plain[0], erased[0]) > 0
+    assert (erased[1] - plain[1]).norm() / plain[1].norm() > 1e-4
+    with efface.EIUP(efface.Concept("a", ("beer",))).apply(scene.pipe) as handle:
+        with torch.no_grad(), efface.conditional_rows(scene.pipe, scene.rows):
+            scene.pipe.transformer(**scene.arguments)
+        assert handle.record["rows"] == {"0": 1}
 
 
 def test_a_leak_is_what_the_policy_alone_does_not_show() -> None:

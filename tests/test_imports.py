@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": FACTS,
     "detectors": FACTS | {"models", "_hub"},
     "metrics": FACTS | {"models", "detectors", "judged"},
-    "suites": FACTS | {"models"},
+    "suites": FACTS | {"models", "_hub"},
     "intervals": {"checks"},
     "judged": {"checks", "intervals"},
     "feedback": {"_sqlite", "checks", "intervals", "judged"} | FILES,
@@ -57,6 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_loading": FACTS | {"models"},
     "pipelines": TEXTS | {"delta", "_loading"},
     "api": HOOKS | {"pipelines"},
+    "modular": HOOKS,
     "_trials": FACTS | {"api", "intervals"},
     "calibration": FACTS | {"api", "pipelines", "delta", "intervals", "_trials"},
     "redteam": HOOKS | {"attacks", "models", "api", "pipelines", "detectors", "runs", "intervals", "progress"},
@@ -68,7 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "auditing": HOOKS
     | {"models", "api", "pipelines", "detectors", "metrics", "runs", "redteam", "report", "intervals", "judged"}
     | {"feedback", "progress", "attacks", "_hazards"},
-    "jobs": HOOKS | {"models", "api", "pipelines", "runs", "progress"},
+    "jobs": HOOKS | {"models", "api", "pipelines", "runs", "progress", "auditing"},
     "scaffold": {"checks", "files", "registry"},
     "_interrupt": set(),
     "_sqlite": set(),
@@ -80,7 +81,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli", "_interrupt"},
     "efface": {
         *("registry", "core", "records", "pictures", "pipelines", "api", "calibration", "erasers", "editors"),
-        *("attacks", "auditing", "detectors", "suites", "delta", "guard", "runs", "redteam", "report", "tables"),
+        *(
+            "attacks",
+            "auditing",
+            "detectors",
+            "suites",
+            "delta",
+            "guard",
+            "modular",
+            "runs",
+            "redteam",
+            "report",
+            "tables",
+        ),
     },
 }
 
@@ -105,7 +118,7 @@ ORDER = {
             "batch",
             "edits",
         ),
-        *("prediction", "step", "outputs", "denoiser", "sites", "method", "__init__"),
+        *("prediction", "step", "outputs", "denoiser", "sites", "loops", "method", "__init__"),
     ),
     "delta": (
         *("factors", "watch", "overlay", "applied", "embeddings", "words", "base", "table", "gates"),
@@ -138,7 +151,10 @@ ORDER = {
         *("relearning", "repetition", "ring_a_bell", "translation", "unlearndiffatk"),
     ),
     "redteam": ("victim", "panel", "trial", "result", "forms", "folder", "run", "__init__"),
-    "guard": ("forms", "policy", "file", "proof", "record", "explain", "guard", "__init__"),
+    "guard": (
+        *("forms", "edit", "policy", "file", "deltas", "proof", "record", "partial", "explain", "drawing", "guard"),
+        "__init__",
+    ),
     "serve": (
         *("tables", "database", "errors", "log", "metrics", "audit", "keys", "policies", "fields", "jobs", "leases"),
         *("fair", "service", "backend", "pulse", "worker", "watch", "http", "images", "own", "studio", "app", "run"),

@@ -39,11 +39,11 @@ from efface.serve.service import Limits, opened
 from test_serve import Stub
 
 class Slow(Stub):
-    def draw(self, rows, call, on_step):
+    def draw(self, rows, call, on_step, on_partial):
         Path(sys.argv[2], "drawing").write_text("drawing")
         while not Path(sys.argv[2], "go").exists():
             time.sleep(0.02)
-        return super().draw(rows, call, on_step)
+        return super().draw(rows, call, on_step, on_partial)
 
 service = opened(Path(sys.argv[1]), limits=Limits(rows=2, lease=0.5, drain=10.0), model="stub", sizes=Stub.sizes)
 sys.exit(run(service, Slow(), port=0, metrics_port=None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from math import isqrt
 from typing import Any
 
@@ -65,3 +66,15 @@ def pictures_of(pipe: Any, latents: Tensor) -> Tensor:
     weight = next(pipe.vae.parameters())
     made = pipe.vae.decode((latents / scale + shift).to(weight), return_dict=False)[0]
     return (made / 2 + 0.5).clamp(0, 1)
+
+
+def decodes(pipe: Any) -> bool:
+    """Whether `pictures_of` decodes the latents of any step as the pipeline decodes its last ones.
+
+    It does not for packed latents, latents with a mean of their own, and pipelines that check or mark their pictures.
+    """
+    config = getattr(getattr(pipe, "vae", None), "config", None)
+    known = getattr(config, "scaling_factor", None) is not None and getattr(config, "latents_mean", None) is None
+    marks = any(getattr(pipe, name, None) is not None for name in ("safety_checker", "watermark"))
+    tells = "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
+    return known and tells and not marks and not hasattr(pipe, "_unpack_latents")

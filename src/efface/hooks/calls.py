@@ -41,6 +41,7 @@ class Texts:
         blind: whether the text encoder was removed, so that the unconditional text cannot be compared with "".
         negative: the text of the unconditional rows; None without guidance.
         negative_mask, negative_pooled: its mask and pooled text, if there are any.
+        apart: whether another loop than the pipeline's follows, with separate denoiser calls for unconditional rows.
     """
 
     positive: Tensor
@@ -53,6 +54,7 @@ class Texts:
     negative: Tensor | None
     negative_mask: Tensor | None
     negative_pooled: Tensor | None
+    apart: bool = False
 
 
 @dataclass(eq=False)
@@ -94,6 +96,7 @@ class Guarded(Protocol):
     applied: list[Applied]
     copies: Copies
     layers: Layers
+    given: tuple[int, int] | None
 
     def alone(self) -> Any: ...
 
@@ -127,6 +130,13 @@ class Calls:
     def texts(self) -> Texts | None:
         """The facts on the rows of the call."""
         return None if self.call is None else self.call.texts
+
+    @property
+    def apart(self) -> bool:
+        """Whether unconditional predictions come from separate denoiser calls."""
+        return self.site.facts.guidance_in_two_calls or (
+            self.site.given is None and self.texts is not None and self.texts.apart
+        )
 
     @property
     def drawing(self) -> Call | None:
@@ -221,6 +231,11 @@ class Calls:
             raise RuntimeError(watch.not_entered(self.site.facts.denoiser))
         call.guarded = False
         call.done += 1
+        self._measure(call)
+
+    def at(self, call: Call, step: int, steps: int) -> None:
+        """Called before each step of a loop that is not the pipeline's."""
+        call.counted, call.done, call.steps = True, step, steps
         self._measure(call)
 
     def stop(self, call: Call) -> None:

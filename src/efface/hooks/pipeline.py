@@ -132,7 +132,7 @@ class Pipelines:
             made = each.method.rewrite(pipe, made, bound, each.memory)
             self.site.prepare(pipe, each, encoder, blind=blind)
         parts = dict(zip(facts.returns, made, strict=True))
-        negatives = {name: parts.get(name) if guided else None for name in NEGATIVE}
+        negatives: dict[str, Any] = {name: parts.get(name) if guided else None for name in NEGATIVE}
         empty, negative, scale = None, negatives["negative"], getattr(pipe, facts.scale, math.nan)
         if negative is not None and self._reads_text() and not blind:
             untouched = negative is given[facts.returns.index("negative")]

@@ -33,7 +33,6 @@ class Where(Guarded, Protocol):
     """The called denoiser."""
 
     calls: Calls
-    given: tuple[int, int] | None
     train_timesteps: int
 
     @property
@@ -162,11 +161,11 @@ class Step:
         """Whether a method acts on, or refuses, a call without conditional rows."""
         if method.edits_attention:
             return method.touches_uncond and self.batch.repelled is not None
-        return method.touches_uncond or (method.guides and not self.where.facts.guidance_in_two_calls)
+        return method.touches_uncond or (method.guides and not self.where.calls.apart)
 
     def _predict(self) -> Any:
         """The denoiser's output, with edited attention and the changed prediction of the conditional rows."""
-        batch, apart = self.batch, self.where.facts.guidance_in_two_calls
+        batch, apart = self.batch, self.where.calls.apart
         texts = self.where.calls.texts if apart and batch.conditional else None
         if texts is not None and texts.negative is None:
             self.where.refuse_without_guidance()
@@ -243,7 +242,7 @@ class Step:
 
     def _guidance_scale(self) -> float:
         texts = self.where.calls.texts
-        if texts is None or torch.compiler.is_compiling():
+        if texts is None or texts.apart or torch.compiler.is_compiling():
             return math.nan if texts is None else texts.guidance_scale
         return getattr(texts.pipe(), self.where.facts.scale, math.nan)  # a callback may have changed it
 
