@@ -113,6 +113,7 @@ ORDER = {
             "prompts",
             "layers",
             "unconditional",
+            "calls",
             "pipeline",
             "batch",
             "edits",
