@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from .. import checks
@@ -15,6 +16,7 @@ from ..core import Concept, Concepts, ConceptsField, Handle, RowsField
 from ..fields import Converted
 from ..hooks import CrossAttention, Encoding, ErasurePrompts, Memory, Method, computed
 from . import _anchors
+from ._keys import outputs, remembered
 from ._terms import cleared, gated, projected, separate, swapped
 
 if TYPE_CHECKING:
@@ -204,19 +206,24 @@ class EIUP(Method):
     def prepared(
         self, pipe: DiffusionPipeline, erasure_prompts: Sequence[str], call: Encoding | None, memory: Memory
     ) -> Memory | None:
-        if self.normalization != "swap":
-            return None
-        return {"anchor_of": _anchors.chosen(pipe, self._sets, self.anchors, call.settings if call else {})}
+        kept = remembered(pipe, memory)
+        if self.normalization == "swap":
+            kept["anchor_of"] = _anchors.chosen(pipe, self._sets, self.anchors, call.settings if call else {})
+        return kept
 
     def edit(self, out: Tensor, cross: CrossAttention, prompts: ErasurePrompts) -> Tensor:
         if self.normalization in PROJECTED:
-            given = (out, cross, prompts.text, len(self.neutral), self.strength)
-            if cross.unconditional:
-                added = cleared(*given)
-            elif self.normalization == "swap":
-                added = swapped(*given, self.threshold, cross.memory["anchor_of"][prompts.which])
-            else:
-                added = projected(*given)
+            parts = [self._change(out[:, part], texts, cross, prompts) for part, texts in outputs(cross, prompts.text)]
+            added = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         else:
             added = (separate if self.normalization == "separate" else gated)(cross, prompts, self.strength)
         return (out + added).to(out.dtype)
+
+    def _change(self, out: Tensor, would_be: Tensor, cross: CrossAttention, prompts: ErasurePrompts) -> Tensor:
+        """What `projected` and `swap` add to the outputs of some queries."""
+        given = out, would_be, len(self.neutral), len(prompts.text), self.strength
+        if cross.unconditional:
+            return cleared(*given)
+        if self.normalization == "swap":
+            return swapped(*given, self.threshold, cross.memory["anchor_of"][prompts.which])
+        return projected(*given)
