@@ -11,11 +11,12 @@ STAMP := $(VENV)/.installed
 DOCS := $(VENV)/.docs
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test test-slow leaderboard redteam gpu-check lint types docs dist sbom clean
+.PHONY: help venv install demo test test-long test-slow leaderboard redteam gpu-check lint types docs dist sbom clean
 
 help:
 	@echo "make demo       install if needed, then erase a concept and write before/after pictures"
 	@echo "make test       install if needed, then ruff, mypy and the fast tests"
+	@echo "make test-long  the tests from end to end, which CI runs too"
 	@echo "make test-slow  the slow tests; their outcome goes to results/slow_tests.json"
 	@echo "make leaderboard  every method on the same prompts, into docs/; hours, can be stopped and continued"
 	@echo "make redteam    attacks on a small set of erasers, into results/; hours, can be stopped and continued"
@@ -51,8 +52,11 @@ types: $(STAMP)
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
+test-long: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "long and not slow" -n auto --dist worksteal
+
 test-slow: $(STAMP)
-	$(BIN)/python tests/slow.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/slow.py -n auto
 
 leaderboard: $(STAMP)
 	$(BIN)/python -m experiments leaderboard

@@ -13,8 +13,9 @@ from efface.attacks.concept_arithmetics import RECIPES
 from efface.models.emoji.weights import FOLDER
 
 from .closed_form import ClosedForm
+from .feedback import Feedback
 from .literal import denoiser_calls as calls
-from .literal import drawings, finetune
+from .literal import drawings, finetune, joint_blocks
 from .load import Load
 from .neighbours import Neighbours
 from .outcome import COLUMNS, NEGATIVES, Arm, Outcome, Sweep, chosen, first_that_reaches
@@ -200,7 +201,7 @@ EDITORS = Sweep(
 PEERS = Sweep(
     name="peers_sweep",
     question="Which setting of each peer of 2026 retains within 5 points of the base model and leaves least?",
-    cap=0.5,
+    cap=0.2,
     n=8,
     concepts=("alcohol",),
     cells=("explicit", "theme", "bystander"),
@@ -234,7 +235,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     Outcome(
         name="eiup_swap",
         question="Does the swap form draw more than the projected one, and erase and retain as much?",
-        cap=0.5,
+        cap=0.3,
         n=12,
         arms={"eiup": Arm(efface.EIUP), "eiup swap": Arm(partial(efface.EIUP, normalization="swap"))},
         against="eiup",
@@ -313,9 +314,9 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     Outcome(
         name="leaderboard",
         question="Every method by its defaults, on the same rows.",
-        cap=5.0,
-        n=64,
-        concepts=("alcohol", "weapon", "smoking", "gambling", "death"),
+        cap=2.0,
+        n=16,
+        concepts=("alcohol", "weapon", "smoking"),
         arms=defaults,
     ),
     Outcome(
@@ -384,6 +385,25 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         used=(calls.hooks_alone,),
     ),
     Timing(
+        name="joint_blocks",
+        question="What does EIUP cost in joint attention, in times a base block of the published width, on the CPU?",
+        cap=0.5,
+        n=3,
+        scenes={
+            "FLUX.1, one double block": partial(joint_blocks.scene, partial(joint_blocks.flux, 1, 0)),
+            "FLUX.1, one single block": partial(joint_blocks.scene, partial(joint_blocks.flux, 0, 1)),
+            "SD 3.5 Large, one block and the last": partial(joint_blocks.scene, joint_blocks.sd35),
+        },
+        variants={
+            "base": partial(joint_blocks.seconds, 0),
+            "eiup, 1 phrase": partial(joint_blocks.seconds, 1),
+            "eiup, 7 phrases": partial(joint_blocks.seconds, 7),
+        },
+        against="base",
+        effect=1e-4,
+        used=(joint_blocks.seconds, efface.EIUP),
+    ),
+    Timing(
         name="finetune_step",
         question="What does an update of ESD and SDD cost, beside the published three-chain step?",
         cap=1.0,
@@ -421,6 +441,11 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         guards={name: GUARDS[name] for name in ("base", "eiup", "rece")},
         attacks=SEARCHES,
         n=16,
+    ),
+    Feedback(
+        name="feedback",
+        question="Is a token that was learned from judged pictures a better erasure prompt than words?",
+        cap=1.5,
     ),
     Load(
         name="load",

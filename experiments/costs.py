@@ -3,6 +3,9 @@
 Core-seconds of one process with one thread, so that other work on the machine disturbs little. The variants take turns
 in rounds; a step is a denoiser call with guidance in a batch of 4, as a ratio to the base model's of the same round.
 Trained methods are fitted for few updates, twice, and their time is extrapolated to the updates of their defaults.
+
+Memory is the largest sum of bytes of tensors that a step makes and has not freed, weights left out. It is the same in
+each run, so `--memory` measures it alone, on a machine with other work too, and adds it to the card.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import torch
 
 import efface
 from efface import registry
+from efface.files import read_json, write_json
 
 from .code import ROOT
 from .literal import denoiser_calls as calls
@@ -61,6 +65,30 @@ def fitted(name: str, pipe: Any) -> tuple[Any, dict[str, Any]]:
     return found[1][0], {"fit": seconds, "updates": steps}
 
 
+def peak(call: Callable[[], Any]) -> int:
+    """The largest number of bytes that tensors of a call hold at once."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    held = most = 0
+    found = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    for event in sorted((each for each in found if each.name() == "[memory]"), key=lambda each: each.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    if most == 0:
+        raise RuntimeError("The profiler saw no memory of tensors. Use the torch version of constraints.txt.")
+    return most
+
+
+def memory(made: dict[str, Any], scene: calls.Scene) -> dict[str, dict[str, Any]]:
+    """The peak of a step for each variant, and as a ratio to the base model's."""
+    found = {}
+    for name, make in made.items():
+        with make(scene) as call:
+            call()  # what is made once stays out
+            found[name] = peak(call)
+    return {name: {"bytes": each, "times": each / found["base"]} for name, each in found.items()}
+
+
 def variants(pipe: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """What draws with each method, and the costs of the fits."""
     made: dict[str, Any] = {"base": calls.base}
@@ -84,11 +112,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=FILE)
+    parser.add_argument("--memory", action="store_true", help="measure memory alone, and add it to the card")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     scene = calls.scene("emoji", BATCH)
     scene.pipe.set_progress_bar_config(disable=True)
     made, facts = variants(scene.pipe)
+    held = memory(made, scene)
+    if given.memory:
+        card = read_json(given.out, f"Run `{COMMAND}` first.")
+        rows = [row | {"memory": held[row["row"]]} for row in card["rows"]]
+        new = [{"row": name, "memory": each} for name, each in held.items() if name not in {r["row"] for r in rows}]
+        about = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "command": f"{COMMAND} --memory"}
+        write_json(given.out, card | {"memory": about, "rows": rows + new})
+        return
     ratios: dict[str, list[float]] = {name: [] for name in made}
     for number in range(given.rounds + 1):  # the first one warms up
         seconds: dict[str, float] = {}
@@ -101,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         {
             "row": name,
             "step": {"median": statistics.median(each), "min": min(each), "max": max(each)},
+            "memory": held[name],
             **facts.get(name, {}),
         }
         for name, each in ratios.items()

@@ -17,6 +17,7 @@ from typing import Any
 
 from . import tables
 from .code import ROOT
+from .heat import heat
 from .tables import percent
 
 
@@ -53,7 +54,9 @@ def block(marker: str, root: Path = ROOT) -> str:
 
 
 def figure(found: Any) -> str:
-    """Removed against kept, as an SVG in a grey that can be read on white and on black."""
+    """Removed against kept, or attacks against guards, as an SVG that can be read on white and on black."""
+    if any("attacked" in row for row in found["rows"]):
+        return heat(found)
     import efface
     from efface.report.plot import pareto
 
@@ -126,8 +129,8 @@ def costs() -> str:
     found, lines = card("method_costs"), []
     for row in found["rows"]:
         fit = "-" if "fit" not in row else f"{row['fit']:.2g}{'*' * bool(row['updates'])}"
-        lines.append([f"`{row['row']}`", tables.ratio(row["step"]), fit])
-    head = ["method", "a step, times the base model's", "fit, core-seconds"]
+        lines.append([f"`{row['row']}`", tables.ratio(row["step"]), f"{row['memory']['times']:.2f}", fit])
+    head = ["method", "a step, times the base model's", "its memory, times the base model's", "fit, core-seconds"]
     return f"""\
 On `emoji`, concept "alcohol" with {found["phrases"]} phrases, in a batch of {found["batch"]}: median (range) of
 {found["rounds"]} rounds, measured {found["date"]} by `{found["command"]}` on {found["machine"]},
@@ -135,9 +138,33 @@ under a load of {found["load"]} from other work. Times are core-seconds of one t
 {found["few"][1]} updates to {found["about"]}. Deltas of weights (`uce`, `rece`, `speed`, `mace`, `esd`, `sdd`) add no
 arithmetic to a step. Their ratios hold the check of the weights, which a drawing makes seldom, and the error of this
 measurement; [what a step costs](#what-a-step-costs) has closer figures. `ccrt`, `geom_erasing` and `hfi` are left
-out, and memory is not measured. Card in `results/method_costs.json`.
+out. Memory is the peak of the tensors that a step makes, weights left out, measured {found["memory"]["date"]} by
+`{found["memory"]["command"]}`: methods that edit attention make theirs where the UNet does not need its peak, and those
+that predict a further row pay for it. Card in `results/method_costs.json`.
 
 {table(head, lines)}"""
+
+
+def load() -> str:
+    """The service under load; `experiments/load.py`."""
+    parts = []
+    for name in ("load", "load_memory"):
+        found = card(name)
+        parts += [" ".join(found["verdict"]), tables.of_card(found).removesuffix("\n")]
+        made = f"Measured {found['date'][:10]} by `{found['command']}` on {found['machine']}"
+        parts.append(f"{made}; card in `results/{name}.json`.")
+    return "\n\n".join(parts)
+
+
+ATTACKS = ("attacks", "gradient_attacks", "peer_attacks")
+
+
+def attacks(root: Path = ROOT) -> str:
+    """The cards of attacks that there are; `experiments/redteam.py`."""
+    found = {name: card(name, root) for name in ATTACKS if (root / f"results/{name}.json").is_file()}
+    parts = [f"{tables.caption(each, name)}\n\n{tables.of_card(each)}".rstrip() for name, each in found.items()]
+    missing = [f"`python -m experiments {name}`" for name in ATTACKS if name not in found]
+    return "\n\n".join([*parts, *([f"Without a card so far: {', '.join(missing)}."] if missing else [])])
 
 
 def summary() -> str:
@@ -155,6 +182,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "summary": summary,
     "families": families,
     "costs": costs,
+    "load": load,
+    "attacks": attacks,
     **{marker: partial(block, marker) for marker in EARLIER},
     "gates": lambda: gates(card("emoji_gates")),
 }
@@ -175,4 +204,6 @@ def filled(text: str) -> str:
 def fill_all(root: Path = ROOT) -> None:
     for name in (*PAGES, MODEL_CARD):
         (root / name).write_text(filled((root / name).read_text("utf-8")), "utf-8")
+    if (root / "results/attacks.json").is_file():
+        (root / "docs/attacks.svg").write_text(figure(card("attacks")), "utf-8")
     (root / "docs/leaderboard.svg").write_text(figure(card("leaderboard")), "utf-8")

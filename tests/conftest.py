@@ -15,20 +15,23 @@ import torch
 
 from efface.delta import active
 
-SHARE = 3  # of a thinned test, the fast run takes one case of three
+SHARE = 3  # of a thinned test, CI takes one case of three, and the fast run every other one of these
 
 
-@pytest.hookimpl(tryfirst=True)  # before `-m "not slow"` leaves tests out
+@pytest.hookimpl(tryfirst=True)  # before `-m` leaves tests out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test with `thinned` is slow for most combinations of its parameters: `make test-slow` tries them all.
+    """Marks combinations of parameters as `slow` or `long`.
 
-    The fast run takes a combination if the sum of its places is a multiple of three, so each value of a parameter meets
-    a third of the values of every other one, and another third in the next test.
+    A test with `thinned` is slow for most combinations: `make test-slow` tries them all. CI takes a combination if the
+    sum of its places is a multiple of three, so each value of a parameter meets a third of the values of every other
+    one, and another third in the next test. The fast run takes half of those. Of a test with `thinned("long")`, CI
+    takes all combinations, and the fast run a third.
     """
     places: dict[tuple[str, str], dict[str, int]] = {}  # of a test's parameter: each value and its place
     for item in items:
         callspec = getattr(item, "callspec", None)
-        if callspec is None or item.get_closest_marker("thinned") is None:
+        mark = item.get_closest_marker("thinned")
+        if callspec is None or mark is None:
             continue
         test = item.nodeid.partition("[")[0]
         promise = places.setdefault(("", ""), {}).setdefault(test, len(places[("", "")]))
@@ -36,7 +39,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             seen = places.setdefault((test, name), {})
             promise += seen.setdefault(repr(value), len(seen))
         if promise % SHARE:
-            item.add_marker(pytest.mark.slow)
+            item.add_marker(getattr(pytest.mark, *(mark.args or ("slow",))))
+        elif not mark.args and promise % (2 * SHARE):
+            item.add_marker(pytest.mark.long)
 
 
 METHODS = ("check_inputs", "encode_prompt", "progress_bar", "maybe_free_model_hooks", "save_pretrained")

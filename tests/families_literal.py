@@ -13,7 +13,7 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux2 import Flux2Modulation
 from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
-from joint_literal import Edit
+from joint_literal import Edit, on_text_alone
 from torch import Tensor
 
 
@@ -48,6 +48,7 @@ class Literal:
     """
 
     mask = ""
+    alone = False
 
     def __init__(
         self, net: Any, texts: Sequence[Beside], neutral: int, edits: Callable[[Tensor], list[Edit | None]]
@@ -71,8 +72,13 @@ class Literal:
             image = self.stream(block, picture, None, text=False)
             first, *streams = (self.stream(block, x, text, text=True) for x, text in zip(columns, each, strict=True))
             out, *would = (self.over(image, text, image) for text in (first, *streams))
+            own, *alone = (self.over(image, text) for text in (first, *streams))
             made = []
             for row, edit in enumerate(edits):
+                if self.alone and edit is not None:
+                    given = out[row], own[row], self.share(image, first)[row], [each[row] for each in alone]
+                    made.append(on_text_alone(edit, *given, self.neutral))
+                    continue
                 nothing, *rest = (one[row] for one in would)
                 made.append(
                     out[row] if edit is None else edit(out[row], nothing, rest[: self.neutral], rest[self.neutral :])
@@ -83,15 +89,23 @@ class Literal:
             columns = [self.leave(block, x, o, one.rest, text=True) for x, o, one in tokens]
         return (self.net.proj_out(self.net.norm_out(picture, self.last)),)
 
-    def over(self, queries: Stream, *keys: Stream) -> Tensor:
-        """One softmax over several sets of keys: [B, L, C]."""
+    def weights(self, queries: Stream, *keys: Stream) -> Tensor:
+        """One softmax over several sets of keys: [B, heads, L, K]."""
         scale = queries.q.shape[-1] ** -0.5
         logits = [
             queries.q @ each.k.mT * scale + each.weight.log().to(each.k) + self.added(queries.seen, each.seen)[:, None]
             for each in keys
         ]
-        out = torch.cat(logits, -1).softmax(-1) @ torch.cat([each.v for each in keys], 2)
+        return torch.cat(logits, -1).softmax(-1)
+
+    def over(self, queries: Stream, *keys: Stream) -> Tensor:
+        """Attention to several sets of keys: [B, L, C]."""
+        out = self.weights(queries, *keys) @ torch.cat([each.v for each in keys], 2)
         return out.transpose(1, 2).flatten(2)
+
+    def share(self, image: Stream, text: Stream) -> Tensor:
+        """Of a text in the softmax of the picture's queries: [B, L, heads]."""
+        return self.weights(image, text, image)[..., : text.k.shape[2]].sum(-1).transpose(1, 2)
 
     def added(self, query: Tensor, key: Tensor) -> Tensor:
         """What masks [B, L] add to the logits [B, Lq, Lk]."""

@@ -42,8 +42,21 @@ def over(q: Tensor, *sets: tuple[Tensor, Tensor, Tensor | None]) -> Tensor:
     return out.transpose(1, 2).flatten(2)
 
 
+def share(q: Tensor, first: Tensor, others: Tensor) -> Tensor:
+    """Of the first keys in one softmax: [B, L, heads]."""
+    weights = (q @ torch.cat([first, others], 2).mT / q.shape[-1] ** 0.5).softmax(-1)
+    return weights[..., : first.shape[2]].sum(-1).transpose(1, 2)
+
+
+def on_text_alone(edit: Edit, out: Tensor, own: Tensor, share: Tensor, texts: Sequence[Tensor], neutral: int) -> Tensor:
+    """The text-only form: what is read of the texts alone is edited, and the difference counts as the prompt does."""
+    nothing, *rest = texts
+    difference = edit(own, nothing, rest[:neutral], rest[neutral:]) - own
+    return out + (difference.unflatten(-1, (share.shape[-1], -1)) * share[..., None]).flatten(-2)
+
+
 class Literal:
-    """Stands in for the denoiser's `forward`.
+    """Stands in for the denoiser's `forward`. With `alone`, edits the text-only outputs.
 
     Args:
         net: the denoiser.
@@ -51,6 +64,8 @@ class Literal:
         neutral: the number of neutral texts.
         edits: an edit for each row of a call, or None for a row that stays; from the text of the call.
     """
+
+    alone = False
 
     def __init__(
         self, net: Any, texts: Sequence[Beside], neutral: int, edits: Callable[[Tensor], list[Edit | None]]
@@ -106,8 +121,14 @@ class Literal:
             over(image.q, (each.k, each.v, text.weight), at_picture)
             for each, text in zip(others, self.texts, strict=True)
         ]
+        own, part = over(image.q, (prompt.k, prompt.v, None)), share(image.q, prompt.k, image.k)
+        alone = [over(image.q, (each.k, each.v, text.weight)) for each, text in zip(others, self.texts, strict=True)]
         made = []
         for row, edit in enumerate(edits):
+            if self.alone and edit is not None:
+                given = out[row], own[row], part[row], [each[row] for each in alone]
+                made.append(on_text_alone(edit, *given, self.neutral))
+                continue
             nothing, *rest = (each[row] for each in would)
             made.append(
                 out[row] if edit is None else edit(out[row], nothing, rest[: self.neutral], rest[self.neutral :])

@@ -1,6 +1,6 @@
 """Runs the slow tests and writes what came of them, dated, to results/slow_tests.json: `make test-slow`.
 
-    python tests/slow.py [--out FILE] [what pytest takes, such as tests/test_ccrt.py]
+    python tests/slow.py [--out FILE] [-n PROCESSES] [what pytest takes, such as tests/test_ccrt.py]
 
 A part of the tests is written where --out says, or nowhere: the committed file is of all of them.
 """
@@ -50,10 +50,13 @@ def commit() -> str:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("-n", default="0", help="processes of pytest-xdist")
     given, rest = parser.parse_known_args(argv)
     out = given.out or (None if rest else ROOT / "results/slow_tests.json")
     outcomes, began, head = Outcomes(), time.monotonic(), commit()
-    code = pytest.main(["-c", str(ROOT / "pyproject.toml"), "-m", "slow", *(rest or [str(ROOT / "tests")])], [outcomes])
+    spread = ["-n", given.n, "--dist", "worksteal"]
+    which = ["-c", str(ROOT / "pyproject.toml"), "-m", "slow", *(rest or [str(ROOT / "tests")])]
+    code = pytest.main([*which, *spread], [outcomes])
     if out is not None and code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         record = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),

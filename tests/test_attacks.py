@@ -451,6 +451,7 @@ def cats(pipe: Any, attack: Any, out: Any, **more: Any) -> AttackResult:
     return redteam.attack(pipe, attack, Concept("cat"), out=out, **keep)
 
 
+@pytest.mark.long
 def test_taking_the_guard_off_brings_the_base_model_back(emoji: Any, tmp_path: Any) -> None:
     made = cats(emoji, TakesOff(), tmp_path / "a")
     assert made.prompts == 1 and made.not_drawn == ["a dog"]  # the base model draws no cat for it
@@ -477,6 +478,7 @@ def test_taking_the_guard_off_brings_the_base_model_back(emoji: Any, tmp_path: A
         )
 
 
+@pytest.mark.long
 def test_an_interrupted_attack_continues_where_it_was(emoji: Any, tmp_path: Any) -> None:
     options = {"prompts": ["a cat", "a cat and a rocket"], "control": False, "n": 1, "search_seeds": 1, "eraser": None}
     whole = cats(emoji, efface.BestOfN((2,)), tmp_path / "whole", **options)
@@ -507,6 +509,7 @@ def test_an_interrupted_attack_continues_where_it_was(emoji: Any, tmp_path: Any)
         cats(emoji, efface.BestOfN((2,)), folder, **options, budget=501)
 
 
+@pytest.mark.long
 def test_what_cannot_be_attacked_is_refused_with_the_reason(emoji: Any, tmp_path: Any) -> None:
     with pytest.raises(ValueError, match="One proposal costs about 32"):
         cats(emoji, "best_of_n", tmp_path / "a", budget=31)
@@ -758,6 +761,7 @@ def test_the_visible_part_also_stays_where_latents_are_packed() -> None:
     assert apart(made[:, made.shape[1] // 2 :], known[:, made.shape[1] // 2 :]) > 0.1
 
 
+@pytest.mark.long
 def test_inverted_noise_leads_back_to_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = tiny.pipeline("sd1")
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, set_alpha_to_one=False)
@@ -823,6 +827,7 @@ def test_relearning_trains_only_layers_that_read_text_and_counts_its_cost() -> N
 # ---------------------------------------------------------------- from the command line
 
 
+@pytest.mark.long
 def test_the_command_says_the_verdict_and_keeps_bars(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 

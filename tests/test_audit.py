@@ -568,6 +568,7 @@ def called(words: str, code: int) -> str:
     return done.stdout if code in (0, 3, 4) else done.output
 
 
+@pytest.mark.long
 def test_the_command_ends_with_the_code_of_the_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tiny.pipeline("small").save_pretrained(tmp_path / "model")
@@ -586,6 +587,7 @@ def test_the_command_ends_with_the_code_of_the_verdict(tmp_path: Path, monkeypat
     assert "Give --concept NAME" in called("audit model --out c", 2)
 
 
+@pytest.mark.long
 def test_on_emoji_the_base_model_fails_and_an_erased_one_is_held_up_by_missing_labels_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,6 +120,7 @@ def test_the_negative_prompt_of_the_user_takes_part(tmp_path: Path) -> None:
         assert Image.open(tmp_path / "a" / name).tobytes() != Image.open(tmp_path / "b" / name).tobytes()
 
 
+@pytest.mark.long
 @needs_weights
 def test_a_prompt_that_is_cut_is_told_once(tmp_path: Path) -> None:
     args = ["erase", "dog " * 30 + "cat", "--negative", "bird " * 22 + "ant", "--concept", "cat", "--images", "9"]
@@ -279,6 +280,7 @@ def test_without_its_text_encoder_the_embedded_model_says_what_to_install(
     assert 'pip install "efface[emoji]"' in said and not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 @needs_weights
 def test_damaged_weights_end_the_process_without_a_traceback(model: Path, tmp_path: Path) -> None:
     (model / "unet.safetensors").unlink()
@@ -354,6 +356,7 @@ def test_bad_calibrations_are_explained(args: list[str], expected: str, tmp_path
     assert not list((tmp_path / "out").glob("*"))
 
 
+@pytest.mark.long
 @needs_weights
 def test_calibrate_names_a_strength_and_goes_on_without_drawing(tmp_path: Path) -> None:
     args = ["calibrate", "--concept", "cat", "--prompt", "a cat", "--keep-prompt", "a rocket", "--n", "4"]
@@ -452,6 +455,7 @@ def test_ctrl_c_while_loading_is_said_in_a_word(once: str, tmp_path: Path) -> No
     assert lines == ["Interrupted.\n"] and not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 @needs_weights
 def test_ctrl_c_keeps_what_was_finished(tmp_path: Path) -> None:
     args = ["erase", "a cat", "--concept", "cat", "--images", "800", "--steps", "2", "--out", tmp_path / "out"]
@@ -491,6 +495,7 @@ def test_bad_input_of_fit_and_delta_writes_nothing(args: list[str], expected: st
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 @needs_weights
 def test_fit_describe_export_merge_and_erase(tmp_path: Path) -> None:
     file, lora, merged = tmp_path / "made/cat.safetensors", tmp_path / "lora.safetensors", tmp_path / "merged"
@@ -543,6 +548,7 @@ def test_fit_describe_export_merge_and_erase(tmp_path: Path) -> None:
     call(*draw, "--delta", file, "--delta", later, "--out", tmp_path / "p")
 
 
+@pytest.mark.long
 @needs_weights
 def test_the_same_fit_command_goes_on_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from efface.editors import _training
@@ -604,6 +610,7 @@ def test_bad_input_to_a_bench_is_explained(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 @needs_weights
 def test_a_bench_that_is_interrupted_continues_and_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = ["bench", "emoji", "--concept", "alcohol", "--limit", "8", "--batch", "2", "--out", "runs/a"]

@@ -513,7 +513,7 @@ CELLS = {
     "copy": Cell(
         "`copy.copy(pipe)` draws",
         shallow_copy,
-        refuses={("NegativePrompt, strength",): "needs the guidance scale of a pipeline's call"},
+        refuses={("NegativePrompt, strength",): "needs the guidance scale of a pipeline call"},
     ),
     "from-pipe": Cell(
         "another pipeline by `from_pipe`, without `apply`",
@@ -671,6 +671,7 @@ def eraser_for(method: str, family: str) -> Any:
     return _deltas[family]
 
 
+@pytest.mark.thinned("long")
 @pytest.mark.parametrize(("name", "method"), grid())
 @pytest.mark.filterwarnings("ignore:.*cpu_offload.*|.*float8.*|.*from_pipe.*")
 def test_it_acts_or_refuses_with_the_reason(name: str, method: str) -> None:

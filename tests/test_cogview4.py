@@ -311,6 +311,7 @@ def test_several_come_off_in_any_order(pipe: Any) -> None:
 # ---------------------------------------------------------------- refused
 
 
+@pytest.mark.long
 def test_what_needs_other_layers_names_where_it_works_and_what_works_here(pipe: Any) -> None:
     has, here = (
         "this CogView4Pipeline \\(CogView4\\) has joint",

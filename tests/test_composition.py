@@ -411,6 +411,7 @@ def test_threads_that_race_get_the_right_picture_or_an_error(eraser: Any, sd1: A
         assert torch.equal(latents(sd1), drawn("sd1", eraser))  # and it is not stuck
 
 
+@pytest.mark.long
 def test_two_pipelines_at_once(sd1: Any) -> None:
     second, how = pipeline(), {"num_inference_steps": 8}
     for a, b in zip(ERASERS.values(), itertools.cycle((SLD(CAT), SAFREE(CAT), GIE(CAT, trajectories=2)))):

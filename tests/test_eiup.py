@@ -219,6 +219,7 @@ def test_a_negative_prompt_is_edited_like_a_prompt_but_not_beyond(pipe: Any, fam
     assert change(erased, latents(pipe, PROMPTS, **texts)) > 0.1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["embeddings", "rows", "images", "eraser", "compiled"])
 def test_however_a_negative_prompt_is_given(how: str, sd1: Any, compile_options: dict[str, Any]) -> None:
     """Always the same formula."""
@@ -575,6 +576,7 @@ def test_the_other_forms_compile_too(form: str, compile_options: dict[str, Any])
     assert change(drawn("small", eiup(form)), drawn("small")) > 1e-3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("first", "way"),
     [
@@ -605,6 +607,7 @@ def test_compiled_without_a_graph_break(first: str, way: str, compile_options: d
     check()
 
 
+@pytest.mark.long
 def test_a_lora_added_to_a_compiled_unet_takes_part(compile_options: dict[str, Any]) -> None:
     pipe, eager = pipeline("small"), pipeline("small")
     with eiup().apply(pipe), eiup().apply(eager):

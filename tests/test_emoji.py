@@ -142,6 +142,7 @@ def test_load_leaves_random_numbers_alone(weights: Path) -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.long
 def test_load_is_quiet_and_the_concepts_need_no_torch(weights: Path) -> None:
     code = """
 import sys
@@ -155,6 +156,7 @@ emoji.load(Path(sys.argv[1]))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.long
 def test_saved_pipelines_draw_the_same_in_a_fresh_process(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
     """A tiny random one, and the one that is shipped."""
     pipes = {"tiny": pipe} | ({"shipped": efface.load("emoji")} if (FOLDER / "model.json").exists() else {})

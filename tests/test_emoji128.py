@@ -180,6 +180,7 @@ def test_saved_pipelines_load_again_and_draw_the_same(pipe: DiffusionPipeline, t
     np.testing.assert_allclose(picture(again), expected, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", emoji128.MODELS)
 def test_lora_weights_load_and_change_the_picture(name: str, folder: Path, tmp_path: Path) -> None:
     from peft import LoraConfig
@@ -456,6 +457,7 @@ def test_training_goes_on_from_weights_that_fit_and_refuses_others(recipe: Any, 
         train.check_starts(starts(decoder_of=folder, work=work))
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
 def test_a_decoder_is_trained_alone_and_the_export_keeps_the_rest(
     recipe: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -543,5 +545,5 @@ def test_training_resumes_from_its_checkpoint_and_refuses_one_of_other_data(reci
     second.run(lambda step: (other(x) - y).square().mean(), 64)
     assert second.step > first.step
     torch.testing.assert_close(second.ema["weight"], torch.tensor([[1.0, -2.0]]), atol=0.05, rtol=0)
-    with pytest.raises(SystemExit, match="other data or another pool, or started from other weights\. Delete it"):
+    with pytest.raises(SystemExit, match=r"other data or another pool, or started from other weights\. Delete it"):
         fit(plan(1.0, pool=11), nn.Linear(2, 1))

@@ -20,6 +20,13 @@ EXAMPLES = [
     test for name in MODULES for test in doctest.DocTestFinder().find(importlib.import_module(name)) if test.examples
 ]
 
+LONG = {"attack", "audit", "AttackResult", "CCRT", "check", "HFI", "GIE.fit", "LatentDirections", "calibrate"}
+
+
+def marked(example: doctest.DocTest) -> Any:
+    long = any(example.name.endswith(f".{name}") for name in LONG)
+    return pytest.param(example, marks=[pytest.mark.long] if long else [])
+
 
 def test_public_names_have_examples() -> None:
     shown = {test.name.rpartition(".")[2] for test in EXAMPLES}
@@ -27,7 +34,7 @@ def test_public_names_have_examples() -> None:
     assert set(efface.__all__) - without <= shown
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda test: test.name)
+@pytest.mark.parametrize("example", [marked(each) for each in EXAMPLES], ids=lambda test: test.name)
 def test_example(example: doctest.DocTest) -> None:
     needs_weights = any("load(" in e.source and "emoji" in (e.source + example.name) for e in example.examples)
     if needs_weights and not (FOLDER / "model.json").exists():
@@ -44,7 +51,7 @@ PAGES = (
     Path(efface.__file__).parent / "models/emoji/MODEL_CARD.md",
 )
 BLOCKS = [
-    pytest.param(code, id=f"{page.name}-{k}", marks=[pytest.mark.slow] if "calibrate(" in code else [])
+    pytest.param(code, id=f"{page.name}-{k}", marks=[pytest.mark.slow if "calibrate(" in code else pytest.mark.long])
     for page in PAGES
     for k, code in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL), 1)
 ]

@@ -23,11 +23,11 @@ import torch
 import efface
 import experiments.__main__ as command
 from efface.intervals import clustered
-from experiments import code, docs, load, outcome, runner, tables
+from experiments import code, costs, docs, load, outcome, runner, tables
 from experiments.catalogue import CATALOGUE, EXPERIMENTS, strengths
 from experiments.closed_form import ClosedForm
 from experiments.literal import denoiser_calls as calls
-from experiments.literal import finetune
+from experiments.literal import finetune, joint_blocks
 from experiments.outcome import NEGATIVES, Arm, Outcome, Sweep, first_that_reaches, least_residual
 from experiments.runner import Experiment, Plan, Store, Unit
 from experiments.sequence import Sequenced
@@ -171,6 +171,7 @@ def test_the_retention_over_all_groups_is_that_of_its_card() -> None:
         assert all(figure in text for figure in (*found.values(), "1,152"))
 
 
+@pytest.mark.long
 @pytest.mark.thinned
 def test_an_interrupted_run_goes_on_to_the_identical_card(
     kind: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -230,6 +231,7 @@ def _forever(folder: str) -> None:
     run(dataclasses.replace(KINDS["outcome"](), n=40), Path(folder))
 
 
+@pytest.mark.long
 def test_a_killed_process_leaves_what_it_measured_and_no_lock(tmp_path: Path) -> None:
     worker = multiprocessing.get_context("spawn").Process(target=_forever, args=(str(tmp_path),))
     worker.start()
@@ -652,6 +654,19 @@ def test_every_experiment_can_be_planned(name: str) -> None:
     assert units and all(len(unit.digest) == 64 and unit.weight > 0 for unit in units)
 
 
+@pytest.mark.parametrize("make", [partial(joint_blocks.flux, 0, 1), joint_blocks.sd35], ids=["flux", "sd35"])
+def test_a_block_is_timed_with_and_without_eiup(make: Any) -> None:
+    """Conditional rows alone are edited; EIUP comes off for the next variant."""
+    scene = joint_blocks.scene(make, small=True)
+    plain, erased, again = (joint_blocks.seconds(n, scene) for n in (0, 2, 0))
+    assert torch.equal(plain[1], again[1]) and min(plain[0], erased[0]) > 0
+    assert (erased[1] - plain[1]).norm() / plain[1].norm() > 1e-4
+    with efface.EIUP(efface.Concept("a", ("beer",))).apply(scene.pipe) as handle:
+        with torch.no_grad(), efface.conditional_rows(scene.pipe, scene.rows):
+            scene.pipe.transformer(**scene.arguments)
+        assert handle.record["rows"] == {"0": 1}
+
+
 def test_a_leak_is_what_the_policy_alone_does_not_show() -> None:
     """20 requests that ask for an erased concept. The detector sees one of them with and without a server."""
     alone = [[load.CONCEPTS.index(each[0])] if k == 3 else [] for k, each in enumerate(load.erased())]
@@ -742,3 +757,31 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
     with pytest.raises(SystemExit):
         command.main(["no such experiment"])
     assert "is not an experiment. There is: trial" in capsys.readouterr().err
+
+
+def test_a_heat_map_has_a_cell_for_each_guard_and_attack_that_was_drawn() -> None:
+    def row(name: str, attacked: float, control: float | None = None) -> dict[str, Any]:
+        made = {"row": name, "attacked": {"rate": attacked}}
+        return made | ({"control": {"rate": control}} if control is not None else {})
+
+    card = {"rows": [row("esd | relearning", 0.97), row("esd | best_of_n", 0.31, 0.04), row("eiup | best_of_n", 0.02)]}
+    svg = docs.figure(card)
+    shown = re.findall(r">([^<>]+)</text>", svg)
+    assert sorted(shown) == sorted(["97 %", "31 % (4)", "2 %", "esd", "eiup", "relearning", "best_of_n"])
+    assert "currentColor" not in svg
+    assert svg == docs.figure(card)  # without a date
+    assert {each for each in re.findall(r"#ffffff|#1f2328", svg)} == {"#ffffff", "#1f2328"}
+
+
+def test_the_peak_of_memory_is_what_tensors_hold_at_once() -> None:
+    def one_after_the_other() -> None:
+        for _ in range(3):
+            torch.ones(1000)
+
+    def at_once() -> None:
+        kept = [torch.ones(1000) for _ in range(3)]
+        kept.clear()
+
+    assert costs.peak(one_after_the_other) < 2 * 4000 < 3 * 4000 <= costs.peak(at_once) < 4 * 4000
+    with pytest.raises(RuntimeError, match="no memory"):
+        costs.peak(lambda: None)

@@ -93,8 +93,11 @@ def beside(pipe: Any, group: Sequence[str]) -> Beside:
     return Beside(torch.stack(parts), torch.tensor(sizes), torch.tensor(middles), seen)
 
 
-def written_out(family: str, strength: float, **call: Any) -> Tensor:
-    """The pictures of the definition. Requires that every phrase changes some queries and leaves others."""
+def written_out(family: str, strength: float, alone: bool = False, **call: Any) -> Tensor:
+    """The pictures of the definition. Requires that every phrase changes some queries and leaves others.
+
+    `alone` edits what is read of the texts alone.
+    """
     pipe = double(family)
     texts = [beside(pipe, group) for group in (("",), *NEUTRAL, *((phrase,) for phrase in PHRASES))]
     prompts, moved = encoded(pipe, PROMPTS)[0], list[Tensor]()
@@ -105,7 +108,8 @@ def written_out(family: str, strength: float, **call: Any) -> Tensor:
             return [row] * len(text)
         return [unconditional(strength)] * len(text)
 
-    pipe.transformer.forward = KINDS[family](pipe.transformer, texts, len(NEUTRAL), edits)
+    pipe.transformer.forward = engine = KINDS[family](pipe.transformer, texts, len(NEUTRAL), edits)
+    engine.alone = alone
     try:
         made = latents(pipe, PROMPTS, **call)
     finally:

@@ -168,6 +168,8 @@ HEADERS = {
     "reward": Reader("reward.safetensors", lambda f: RewardModel.load(f / "reward.safetensors")),
     "tensors": Reader("delta.safetensors", lambda f: q16._safetensors.__wrapped__(f / "delta.safetensors")),
 }
+PINNED = files.sha256((PINS / "delta.safetensors").read_bytes())
+EDIT = guard.Edit(file="delta.safetensors", sha256=PINNED, concepts=[{"name": "cat"}])
 OTHERS = {
     "answers": Reader("sheets/answers.csv", lambda f: read_sheets(f / "sheets")),
     "csv": Reader("prompts.csv", lambda f: _csv.read(f / "prompts.csv", ("prompt",))),
@@ -175,6 +177,7 @@ OTHERS = {
     "own lines": Reader("own/mine.jsonl", lambda f: Prompts().load((), f / "own/mine.jsonl")),
     "picture": Reader("run/cat/images/cat-explicit-000.png", read_pictures),
     "policies": Reader("policies.yaml", lambda f: guard.read(f / "policies.yaml")),
+    "policy's delta": Reader("delta.safetensors", lambda f: guard.Shelf(f).get(EDIT)),
 }
 READERS = JSON | LINES | HEADERS | OTHERS
 
@@ -386,6 +389,7 @@ def thin(found: list[Any]) -> list[Any]:
     return found if len(found) <= 30 else [found[k * len(found) // 30] for k in range(30)]
 
 
+@pytest.mark.thinned("long")
 @pytest.mark.parametrize("name", JSON)
 def test_entries_of_other_types_are_refused_or_decide_nothing(name: str, there: Path) -> None:
     path = there / READERS[name].file

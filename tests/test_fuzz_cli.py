@@ -259,6 +259,10 @@ VERBS: dict[str, tuple[list[list[str]], dict[str, Any]]] = {
         [["soft_block"], ["soft_block", "--out", "new"], ["soft_block", "--repository", "new"]],
         {"--out": PATHS, "--repository": PATHS},
     ),
+    "new family": (
+        [["trial", "--pipeline", "FluxPipeline", "--repository", "new"], ["trial", "--pipeline", "NoPipeline"]],
+        {"--pipeline": JUNK, "--repository": PATHS, "--reads": JUNK},
+    ),
     "delta card": ([["delta.safetensors", "--out", "new"]], {"--out": PATHS, "--run": PATHS}),
     "delta export": ([["delta.safetensors", "--out", "new"]], {"--out": PATHS, "--layout": JUNK, "--rank": NUMBER}),
     "delta merge": ([["delta.safetensors", "--model", "tiny", "--out", "new"]], {"--out": PATHS, **LOADING}),
@@ -347,11 +351,12 @@ VERBS: dict[str, tuple[list[list[str]], dict[str, Any]]] = {
     "serve init": ([["new"]], {"--database": PATHS}),
     "serve run": (
         [["service", "--model", "tiny"]],
-        {**LOADING, "--host": JUNK, "--size": JUNK, "--batch": NUMBER} | {"--port": NUMBER},
+        {**LOADING, "--host": JUNK, "--size": JUNK, "--batch": NUMBER} | {"--port": NUMBER, "--deltas": PATHS},
     ),
     "serve ray": (
         [["service", "--model", "tiny", "--size", "64x64"]],
-        {**LOADING, "--host": JUNK, "--size": JUNK, "--batch": NUMBER} | {"--port": NUMBER, "--cpus": NUMBER},
+        {**LOADING, "--host": JUNK, "--size": JUNK, "--batch": NUMBER}
+        | {"--port": NUMBER, "--cpus": NUMBER, "--deltas": PATHS},
     ),
     "serve audit": ([["service"]], {"--database": PATHS, "--drop-older": NUMBER}),
     "serve key add": (
@@ -465,6 +470,7 @@ def check(argv: list[str], data: st.DataObject) -> None:
         assert not [name for name in after if name.endswith((".partial", ".writable"))]
 
 
+@pytest.mark.long
 @settings(QUICK, max_examples=150)
 @given(commands(), st.data())
 def test_no_command_ends_in_a_traceback_or_loses_a_file(argv: list[str], data: st.DataObject) -> None:

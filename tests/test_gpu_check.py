@@ -18,6 +18,7 @@ ABSENT = ("pydantic", "typer", "rich", "sqlalchemy", "scipy", "matplotlib", "pan
 CODE = f"import sys; [sys.modules.__setitem__(m, None) for m in {ABSENT}]; from experiments.gpu_check import main; "
 
 
+@pytest.mark.long
 def test_every_setting_is_measured_or_says_why_not(tmp_path: Path) -> None:
     """In a process without the absent packages."""
     words = ["--device", "cpu", "--tiny", "--models", "flux1-dev", "--modes", "eager", "--methods", "eiup", "sld"]

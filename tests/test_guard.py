@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 import efface
 import efface.testing
 from efface import Guard, Policy
-from efface.guard import Erasure, PolicyNotApplied, explain, parsed, proof
+from efface.guard import Erasure, Partial, PolicyNotApplied, drawing, explain, parsed, proof
 from efface.guard import guard as module
 from efface.hooks import watch
 from efface.hooks.prompts import Applied
@@ -154,7 +155,7 @@ def test_a_record_with_a_gap_proves_nothing(change: Any, why: str) -> None:
 
 
 def test_a_policy_that_no_eraser_serves_is_not_proven(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "lines", lambda *_: [])
+    monkeypatch.setattr(drawing, "lines", lambda *_: [])
     with pytest.raises(PolicyNotApplied, match="no eraser acted on 'alcohol'"):
         drawn(Guard(POLICIES), pipeline(), ["weak"])
 
@@ -420,6 +421,60 @@ def test_a_method_outside_attention_has_no_map() -> None:
     made = guarded(pipe, [PROMPT], ["two"], **CALL)
     with pytest.raises(ValueError, match="sld, safree changes the prompt or the prediction"):
         guarded.explain(made)
+
+
+# ---------------------------------------------------------------- partial pictures
+
+
+def shown(guarded: Guard, pipe: Any, tenants: list[str], steps: dict[int, list[int]], **call: Any) -> Any:
+    """The partial pictures by row and step, and the result."""
+    found: dict[tuple[int, int], Any] = {}
+    partial = Partial(steps, lambda row, step, picture: found.__setitem__((row, step), picture))
+    options = {"num_inference_steps": 4} | call
+    return found, guarded.draw(pipe, [PROMPT] * len(tenants), tenants, [7] * len(tenants), partial=partial, **options)
+
+
+@pytest.mark.parametrize("family", efface.testing.FAMILIES)
+def test_latents_are_shown_as_the_pipeline_decodes_them(family: str) -> None:
+    """The latents of the last step give the finished picture."""
+    pipe = tiny.pipeline(family)
+    guarded = Guard({"open": Policy(unguarded=True, partial_pictures=True)})
+    given = call_options(pipe, {}, 1)
+    options = {name: value for name, value in given.items() if "scale" not in name and "negative" not in name}
+    if not Partial.possible(pipe):
+        assert family in {"flux", "flux2", "chroma", "qwenimage", "pixart", "pixart_sigma"}, family
+        with pytest.raises(ValueError, match="whose latents can be shown"):
+            shown(guarded, pipe, ["open"], {0: [1]}, **options)
+        return
+    found, result = shown(guarded, pipe, ["open"] * 2, {1: [1, 2]}, **options | {"num_inference_steps": 2})
+    assert found.keys() == {(1, 1), (1, 2)}
+    last = np.array(result.images[1], dtype=float)
+    apart = [float(np.abs(np.array(found[1, step], dtype=float) - last).max()) for step in (1, 2)]
+    assert apart[1] == 0 and apart[0] >= 1, apart  # of 255
+
+
+def test_only_rows_that_are_proven_so_far_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    late = Erasure(concepts=[ALCOHOL], fields={"window": (0.5, 1.0)}, strength=2.0)
+    policies = {"late": Policy(erase=[late], partial_pictures=True), "press": efface.unguarded}
+    pipe, guarded = pipeline(), Guard(policies | {"strong": Policy(erase=STRONG.erase, partial_pictures=True)})
+    found, result = shown(guarded, pipe, ["press", "late", "strong"], {1: [1, 2, 3], 2: [1]})
+    ((first, _),) = result.rows[1].acted[0].steps
+    assert first > 0 and found.keys() == {(1, step) for step in (1, 2, 3) if step > first} | {(2, 1)}
+    edited = Applied.edited_rows
+    monkeypatch.setattr(Applied, "edited_rows", lambda self, n: [row for row in edited(self, n) if row != 1])
+    found, result = shown(guarded, pipe, ["strong", "strong"], {0: [2], 1: [2]})
+    assert found.keys() == {(0, 2)} and [row.outcome for row in result.rows] == ["drawn", "not proven"]
+
+
+def test_partial_pictures_need_a_policy_that_allows_them_and_a_pipeline_without_a_checker() -> None:
+    pipe, guarded = pipeline(), Guard({"weak": WEAK, "open": Policy(unguarded=True, partial_pictures=True)})
+    with pytest.raises(ValueError, match="policies allow partial pictures, got row 0"):
+        shown(guarded, pipe, ["weak", "open"], {0: [1]})
+    with pytest.raises(ValueError, match="`row`"):
+        shown(guarded, pipe, ["open"], {1: [1]})
+    pipe.safety_checker = torch.nn.Identity()
+    with pytest.raises(ValueError, match="whose latents can be shown"):
+        shown(guarded, pipe, ["open"], {0: [1]})
 
 
 # ---------------------------------------------------------------- outcome

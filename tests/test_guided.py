@@ -200,6 +200,7 @@ SCHEDULERS = {  # and the step of each denoiser call, of 50
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_the_warmup_of_fifty_steps_is_the_papers_count(name: str, seen: list[Prediction]) -> None:
     """Steps, of which some schedulers make two denoiser calls, whatever their noise."""
@@ -386,6 +387,7 @@ def test_in_two_calls_methods_see_the_unconditional_prediction_as_other_methods_
     assert change(seen[0].negative, plain) < 1e-5 and change(seen[1].negative, edited) < 1e-5
 
 
+@pytest.mark.long
 def test_so_it_has_compiled_without_a_graph_break() -> None:
     torch._dynamo.reset()
     pipe = pipeline("small")
@@ -553,6 +555,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert change(erased.float(), drawn("sd1", eraser)) < change(drawn(), drawn("sd1", eraser)) / 2
 
 
+@pytest.mark.long
 def test_compiled_without_a_graph_break() -> None:
     torch._dynamo.reset()
     pipe = pipeline("small")

@@ -158,6 +158,7 @@ def test_pictures_are_laid_out_row_by_row() -> None:
             bad()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", ["small", "flux"])
 def test_the_guidance_of_a_job_is_the_neutral_scale_or_the_models_own(model: str, tmp_path: Path) -> None:
     pipe = tiny.pipeline(model)

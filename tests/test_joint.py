@@ -17,7 +17,7 @@ from tiny import ALCOHOL, CAT, LIMIT, PROMPT, PROMPTS, change, drawn, latents, p
 from tiny.flux import flux
 from torch import Tensor
 
-from efface import CCRT, EIUP, ESD, GIE, RECE, SAFREE, SDD, SLD, UCE, Concept, NegativePrompt
+from efface import EIUP, GIE, MACE, RECE, SAFREE, SLD, UCE, Concept, NegativePrompt
 from efface._text import SITES, encode, pack
 from efface._weights import keys_values
 from efface.pipelines import model_hash
@@ -439,15 +439,16 @@ def test_the_hash_of_a_model_tells_two_apart(family: str) -> None:
 # ---------------------------------------------------------------- refused, and compiled
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 def test_what_needs_cross_attention_names_where_it_works_and_what_works_here(family: str) -> None:
     pipe = pipeline(family)
     name, works = {
-        "sd3": ("SD 3/3.5", "CRG, EIUP, NAG, NegativePrompt, SAFREE, SemanticSurgery and SLD"),
+        "sd3": ("SD 3/3.5", "CRG, EIUP, NAG, NegativePrompt, SAFREE, SemanticSurgery, SLD, CCRT, ESD and SDD"),
         "flux": (
             "FLUX.1",
-            "EIUP, NAG, SAFREE and SemanticSurgery, and CRG, NegativePrompt and SLD with `true_cfg_scale` above 1 "
-            "and a negative prompt",
+            "EIUP, NAG, SAFREE, SemanticSurgery, CCRT, ESD and SDD, and CRG, NegativePrompt and SLD with "
+            "`true_cfg_scale` above 1 and a negative prompt",
         ),
     }[family]
     tested = "emoji, PixArt, Sana, SD 1.x/2.x or SDXL"
@@ -464,14 +465,14 @@ def test_what_needs_cross_attention_names_where_it_works_and_what_works_here(fam
     for editor in (UCE(), RECE()):
         with pytest.raises(ValueError, match=f"needs weights that read the encoded text, {has}.*{here}"):
             editor.fit(pipe, [CAT])
-    for trained in (ESD(), SDD(), CCRT()):
-        with pytest.raises(ValueError, match=f"needs a denoiser that trains outside .*{has}.*{here}"):
-            trained.fit(pipe, [CAT])
+    with pytest.raises(ValueError, match=f"MACE needs weights .* and a denoiser that trains outside .*{has}.*{here}"):
+        MACE().fit(pipe, [CAT])
     with pytest.raises(ValueError, match="in closed form needs cross-attention layers"):
         keys_values(pipe)
     assert "encode_prompt" not in vars(pipe) and "forward" not in vars(pipe.transformer)
 
 
+@pytest.mark.long
 def test_compiled_without_a_graph_break() -> None:
     torch._dynamo.reset()
     erasers = (SLD(ALCOHOL, sld_guidance_scale=5.0, threshold=10.0, warmup=0.1), SAFREE([CAT]))

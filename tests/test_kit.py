@@ -230,6 +230,7 @@ def test_a_refusal_without_a_need_and_one_without_a_cure_are_found() -> None:
         refuses(Terse("cat"))
 
 
+@pytest.mark.long
 def test_every_check_sees_what_a_method_leaves() -> None:
     class Marks(Good):
         def apply(self, pipe: Any) -> Any:
@@ -242,6 +243,7 @@ def test_every_check_sees_what_a_method_leaves() -> None:
                 check(Marks("cat"))
 
 
+@pytest.mark.long
 def test_check_returns_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     report = efface.testing.check(Good("cat"), ["flux", "sd1"], steps=1)
     assert not report.broken and {finding.outcome for finding in report} == {"kept", "-"}
@@ -254,6 +256,7 @@ def test_check_returns_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.long
 def test_check_raises_with_the_table_and_every_broken_promise() -> None:
     with pytest.raises(ConformanceError) as caught:
         efface.testing.check(Litters("cat"), "sd1", steps=1)
@@ -264,6 +267,7 @@ def test_check_raises_with_the_table_and_every_broken_promise() -> None:
     assert re.search(r"^says where it comes from +kept$", said, re.MULTILINE)
 
 
+@pytest.mark.long
 def test_a_method_that_works_nowhere_is_not_conforming() -> None:
     with pytest.raises(ConformanceError, match=r"Good refuses all of flux, sd3\. Add .*\. Good needs cross-attention"):
         efface.testing.check(Good("cat"), ["flux", "sd3"])

@@ -185,6 +185,7 @@ def test_unconditional_rows_are_edited_in_the_window_only(sd1: Any) -> None:
     assert [torch.equal(a, b) for a, b in zip(late, plain, strict=True)] == [True, True, False, False, False]
 
 
+@pytest.mark.long
 def test_compiled_with_rows_of_concepts(compile_options: dict[str, Any]) -> None:  # noqa: F811
     rows, call = [[ALCOHOL], [CAT]], {"negative_prompt": ["", "a big dog"]}
     pipe, eager = pipeline("small"), pipeline("small")
@@ -280,11 +281,13 @@ def test_what_stands_next_to_the_concept_is_drawn() -> None:
     assert of("cat") == 0 and of("guitar") >= 5
 
 
+@pytest.mark.long
 def test_a_member_of_the_concept_as_negative_prompt_does_not_bring_another_one_back() -> None:
     """Guidance away from a dagger would otherwise draw a bomb."""
     assert outcome(EIUP("weapon"), "a pirate attack", "dagger")("weapon") <= 1
 
 
+@pytest.mark.long
 def test_an_ordinary_negative_prompt_keeps_its_effect() -> None:
     without = outcome(EIUP("cat"), "a dog and a guitar", "")
     pushed = outcome(EIUP("cat"), "a dog and a guitar", "a guitar")

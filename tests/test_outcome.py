@@ -75,6 +75,7 @@ def test_more_strength_leaves_less_and_spares_the_rest(pipe, eyes: Eyes) -> None
     assert min(kept) >= kept[0] - 0.1 and min(alive) >= alive[0] - 0.2
 
 
+@pytest.mark.long
 def test_the_shipped_adapter_erases(pipe, eyes: Eyes) -> None:
     """What it was fitted on (cat), and what not (dog)."""
     prompts, rows = ["a cat", "a dog"] * 5, [["cat"], ["dog"]] * 5
@@ -87,6 +88,7 @@ def test_the_shipped_adapter_erases(pipe, eyes: Eyes) -> None:
         assert share(eyes.concept(seen, concept)[:, row::2], "most") <= 0.35
 
 
+@pytest.mark.long
 def test_a_picture_is_nearer_to_its_own_prompt(pipe) -> None:
     prompts = ["a cat", "a rocket", "a pizza", "a violin", "a beer mug", "a horse", "a snowman", "a clown"]
     judge = load_aligned()
@@ -113,6 +115,7 @@ def test_bystanders_stay(pipe, eyes: Eyes) -> None:
     assert not torch.equal(plain, guarded)
 
 
+@pytest.mark.long
 def test_free_text_erases_a_style(pipe, eyes: Eyes) -> None:
     prompts = ["a cat, neon sign style", "a neon sign of a guitar"] * 4
     seeds = [1_700_000 + k for k in range(8)]
@@ -121,6 +124,7 @@ def test_free_text_erases_a_style(pipe, eyes: Eyes) -> None:
         assert share(eyes.concept(draw(pipe, prompts, seeds), "neon sign"), "most") <= 0.25
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "editor",
     [

@@ -70,6 +70,7 @@ def test_without_the_example_nobody_knows_its_name() -> None:
     assert not hasattr(efface, "Dampen")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "chosen", ["sd1 or survives or add_up", pytest.param("test", marks=pytest.mark.slow)], ids=["some", "all"]
 )
@@ -93,6 +94,7 @@ def test_the_page_shows_the_files_of_the_example() -> None:
     assert len(lines) <= 25
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not (FOLDER / "model.json").exists(), reason="the emoji weights are not trained yet")
 def test_the_code_of_the_page_runs(installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one program, from top to bottom; the first block is the module `efface_dampen`, which is installed."""

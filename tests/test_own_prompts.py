@@ -124,6 +124,7 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
         Prompts().load((CAT,), tmp_path / "y.csv")
 
 
+@pytest.mark.long
 def test_a_long_file_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompts, "MOST", 1_000)
     path = tmp_path / "long.txt"

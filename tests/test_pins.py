@@ -300,6 +300,7 @@ def pictures() -> dict[str, Any]:
     return {name: outcome(case) for name, case in (BASES | CASES).items()}
 
 
+@pytest.mark.thinned("long")
 @pytest.mark.parametrize("name", [*BASES, *CASES])
 def test_a_picture_is_the_pinned_one(name: str) -> None:
     pinned, found = golden("pictures")[name], outcome((BASES | CASES)[name])
@@ -906,6 +907,7 @@ def use(line: str, folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.thinned("long")
 @pytest.mark.parametrize("name", USES)
 def test_a_command_ends_as_pinned(name: str, uses_desk: Path) -> None:
     assert_kept(golden("commands")[name], use(USES[name], uses_desk), USES[name])

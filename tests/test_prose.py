@@ -46,14 +46,19 @@ DOCSTRINGS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def pages() -> list[Path]:
-    places = (ROOT, ROOT / "docs", ROOT / "recipes", ROOT / "src", ROOT / "experiments", ROOT / "examples")
+    rooms = ("docs", "recipes", "src", "experiments", "examples", "integrations")
+    places = (ROOT, *(ROOT / room for room in rooms))
     found = {page for k, place in enumerate(places) for page in (place.rglob if k else place.glob)("*.md")}
     found -= set((ROOT / "experiments" / "earlier").glob("*.md"))  # records of earlier versions
     return sorted(page for page in found if page.name != "CHANGELOG.md")
 
 
 def sources() -> list[Path]:
-    return sorted(file for room in ("src", "experiments", "recipes", "website") for file in (ROOT / room).rglob("*.py"))
+    return sorted(
+        file
+        for room in ("src", "experiments", "recipes", "website", "integrations")
+        for file in (ROOT / room).rglob("*.py")
+    )
 
 
 def paragraphs_of_page(text: str) -> Iterator[str]:

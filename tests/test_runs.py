@@ -655,6 +655,7 @@ def test_deltas_are_given_and_other_erasers_made_by_name(sd1: Any, tmp_path: Pat
     assert efface.verify(run, model=sd1, eraser=delta).same
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not (FOLDER / "model.json").exists(), reason="the emoji weights are not trained yet")
 def test_the_command_says_of_each_picture_whether_it_is_the_same(tmp_path: Path) -> None:
     rows = tuple(Row(f"r{k}", "a cat", 1_900_000 + k) for k in range(3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import importlib
 import json
@@ -11,13 +12,21 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+from diffusers import PixArtAlphaPipeline
+from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 import efface
+import efface.families
+import efface.testing
+import efface.testing.drawing
 from efface import registry, scaffold
 from efface.cli import app
+from efface.testing import tiny as builders
 
 ROOT = Path(__file__).parents[1]
 LINT = [str(Path(sys.executable).with_name("ruff"))]
@@ -53,10 +62,14 @@ def clone(tmp_path: Path) -> Path:
     """A clone of Efface whose other files are links to this one's."""
     package = tmp_path / "clone/src/efface"
     (package / "erasers").mkdir(parents=True)
-    for folder, into in ((ROOT / "src/efface", package), (ROOT / "src/efface/erasers", package / "erasers")):
-        for file in folder.iterdir():
-            if file.name not in ("erasers", "__init__.pyi", "__pycache__"):
-                (into / file.name).symlink_to(file)
+    (package / "families").mkdir()
+    (package / "testing/tiny").mkdir(parents=True)
+    rooms = (".", "erasers", "families", "testing", "testing/tiny")
+    for room in rooms:
+        for file in (ROOT / "src/efface" / room).iterdir():
+            place = package / room / file.name
+            if file.name not in ("__init__.pyi", "__pycache__") and not place.exists():
+                place.symlink_to(file)
     (package / "__init__.pyi").write_text((ROOT / scaffold.PUBLIC).read_text("utf-8"))
     return tmp_path / "clone"
 
@@ -75,6 +88,13 @@ def test_a_new_package_is_used_by_name_and_passes_its_own_tests(made: Path) -> N
         tests.test_soft_block_keeps_the_promises(check)
 
 
+def test_a_new_package_takes_this_version_of_efface(made: Path) -> None:
+    (needed,) = tomllib.loads((made / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
+    requirement = Requirement(needed)
+    assert requirement.name == "efface" and requirement.specifier.contains(efface.__version__)
+    assert not requirement.specifier.contains("1000.0.0")
+
+
 def test_the_tests_of_a_new_method_find_a_broken_one(made: Path) -> None:
     tests = importlib.import_module("test_soft_block")
     tests.SoftBlock.edit = lambda self, out, cross, prompts: out * 1.01
@@ -82,6 +102,7 @@ def test_the_tests_of_a_new_method_find_a_broken_one(made: Path) -> None:
         tests.test_strengths_add_up()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "chosen", ["add_up or config_survives or says", pytest.param("test", marks=pytest.mark.slow)], ids=["some", "all"]
 )
@@ -156,6 +177,106 @@ def test_a_file_that_cannot_be_written_leaves_no_others(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="tests"):
         broken.write()
     assert [path.name for path in tmp_path.iterdir()] == ["tests"]
+
+
+# ---------------------------------------------------------------- families
+
+
+def new_family(clone: Path, pipeline: str = "PixArtAlphaPipeline", *options: str) -> dict[str, str]:
+    """The text of each new file by its path in the clone."""
+    given = ["new", "family", "trial", "--pipeline", pipeline, "--repository", str(clone), "--json", *options]
+    done = CliRunner().invoke(app, given)
+    assert done.exit_code == 0, done.output
+    return {Path(f).relative_to(clone).as_posix(): Path(f).read_text("utf-8") for f in json.loads(done.stdout)["files"]}
+
+
+def test_a_new_family_passes_the_kit_once_filled(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of PixArt, which Efface knows, and which is taken from the list of families. Three lines are filled in."""
+    texts = new_family(clone, "PixArtAlphaPipeline", "--reads", "cross_text")
+    assert list(texts) == [
+        "src/efface/families/trial.py",
+        "src/efface/testing/tiny/trial.py",
+        "tests/test_trial.py",
+        "docs/families/trial.md",
+    ]
+    facts = texts["src/efface/families/trial.py"].replace("\n)", '\n    projection="caption_projection",\n)')
+    own: dict[str, Any] = {"__name__": "efface.families.trial", "__package__": "efface.families"}
+    exec(facts, own)
+    others = tuple(each for each in efface.families.FAMILIES if each.name != "PixArt")
+    monkeypatch.setattr("efface.families._find.FAMILIES", (*others, own["TRIAL"]))
+    tiny = ModuleType("efface.testing.tiny.trial")
+    vars(tiny)["__package__"] = "efface.testing.tiny"
+    exec(texts["src/efface/testing/tiny/trial.py"], vars(tiny))
+    plain = {"use_resolution_binning": False, "clean_caption": False}
+    vars(tiny).update(PIPELINES=(PixArtAlphaPipeline,), options=lambda pipe, given, prompts: plain | given)
+    monkeypatch.setattr(builders, "FILES", [tiny])
+    monkeypatch.setitem(builders.BUILDERS, "trial", tiny.BUILDERS["trial"])
+    tests: dict[str, Any] = {"__name__": "test_trial"}
+    exec(texts["tests/test_trial.py"], tests)
+    tests["test_the_tiny_pipeline_draws_its_prompt"]()
+    tests["test_the_family_is_known"]()
+    (parametrized,) = tests["test_methods_keep_their_promises"].pytestmark
+    chosen = [check for check in parametrized.args[1] if str(check).startswith(("restores-", "off_is", "rows_"))]
+    assert len(chosen) >= 3
+    for check in chosen:
+        tests["test_methods_keep_their_promises"](check)
+    wrong = dataclasses.replace(own["TRIAL"], offers=frozenset({"joint_text"}))  # it has no such layers
+    monkeypatch.setattr("efface.families._find.FAMILIES", (*others, wrong))
+    efface.testing.drawing.forget()
+    with pytest.raises((AssertionError, ValueError, efface.testing.DoesNotApply)):
+        tests["test_methods_keep_their_promises"](chosen[0])
+    efface.testing.drawing.forget()
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "said"),
+    [
+        ("SanaPipeline", ('encoders=("Gemma2",)', 'width_names=("caption_channels",)', "fill(")),
+        ("CogView4Pipeline", ("guidance_in_two_calls=True", 'returns=("text", "negative")', 'encoders=("Glm",)')),
+        ("StableDiffusion3Pipeline", ('returns=("text", "negative", "pooled", "negative_pooled")', '"CLIPText"')),
+        ("StableDiffusionPipeline", ('denoiser="unet"', 'returns=("text", "negative")')),
+    ],
+)
+def test_what_diffusers_code_says_of_known_families_is_what_they_say(
+    pipeline: str, said: tuple[str, ...], clone: Path
+) -> None:
+    texts = new_family(clone, pipeline)
+    whole = texts["src/efface/families/trial.py"] + texts["src/efface/testing/tiny/trial.py"]
+    assert [each for each in said if each not in whole] == []
+
+
+def test_files_of_a_new_family_pass_the_linters(clone: Path) -> None:
+    (clone / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text("utf-8"))
+    for pipeline, reads in (("CogView4Pipeline", "joint_text"), ("PixArtSigmaPipeline", "cross_text")):
+        made = [clone / path for path in new_family(clone, pipeline, "--reads", reads) if path.endswith(".py")]
+        for command in (["check", "--no-cache"], ["format", "--check", "--diff", "--no-cache"]):
+            done = subprocess.run([*LINT, *command, *made], cwd=clone, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
+        for path in made:
+            path.unlink()
+        (clone / "docs/families/trial.md").unlink()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["trial", "--pipeline", "NoPipeline"], "a pipeline class of diffusers"),
+        (["trial", "--pipeline", "UNet2DConditionModel"], "a pipeline class of diffusers"),
+        (["trial", "--pipeline", "DDPMPipeline"], "with `encode_prompt`"),
+        (["Trial", "--pipeline", "FluxPipeline"], "the name of a family"),
+        (["flux", "--pipeline", "FluxPipeline"], "found"),
+        (["trial", "--pipeline", "FluxPipeline", "--reads", "words"], "joint_text"),
+        (["trial", "--pipeline", "FluxPipeline", "--repository", "."], "clone of Efface"),
+    ],
+)
+def test_families_that_cannot_be_written_are_refused(
+    options: list[str], words: str, clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (clone / "src/efface/families").mkdir(exist_ok=True)
+    where = [] if "--repository" in options else ["--repository", str(clone)]
+    done = CliRunner().invoke(app, ["new", "family", *options, *where])
+    assert done.exit_code == 2 and words in " ".join(done.output.split())
 
 
 def test_a_folder_that_is_no_clone_is_refused(tmp_path: Path) -> None:

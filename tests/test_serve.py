@@ -24,7 +24,7 @@ from efface import _hub
 from efface.guard import Policy
 from efface.serve import fields
 from efface.serve.app import create_app
-from efface.serve.backend import Drawn, Row
+from efface.serve.backend import Drawn, OnPartial, Row
 from efface.serve.service import Limits, initialise, opened
 from efface.serve.worker import Worker
 
@@ -34,7 +34,7 @@ URL = "/v1/images/generations"
 class Stub:
     """Draws one colour per prompt and seed, and records what it was asked for."""
 
-    name, sizes = "stub", ((64, 64), (32, 64))
+    name, sizes, shows = "stub", ((64, 64), (32, 64)), True
 
     def __init__(self) -> None:
         self.batches: list[tuple[list[Row], dict[str, Any]]] = []
@@ -50,11 +50,17 @@ class Stub:
     def check(self, policy: Policy) -> None:
         pass
 
-    def draw(self, rows: Sequence[Row], call: Mapping[str, Any], on_step: Callable[[int], None]) -> list[Drawn]:
+    def draw(
+        self, rows: Sequence[Row], call: Mapping[str, Any], on_step: Callable[[int], None], on_partial: OnPartial
+    ) -> list[Drawn]:
         self.batches.append((list(rows), dict(call)))
         self.began.set()
         for step in range(call["steps"]):
             on_step(step + 1)
+            for k, row in enumerate(rows):
+                for number, shown in enumerate(fields.partial_steps(row.partial, call["steps"])):
+                    if shown == step + 1:
+                        on_partial(k, number, Image.new("RGB", tuple(call["size"]), (shown, 0, 99)))
             if step == 0:
                 while not self.gate.wait(0.02):
                     on_step(1)
@@ -70,6 +76,7 @@ class Stub:
         acted = [{"concepts": [c.name], "steps": [[0, 1]], "calls": 2, "eraser": {}} for c in row.policy.concepts]
         found = [["alcohol"]] if outcome == "blocked" else []
         record = {"outcome": outcome, "policy": row.policy.hash, "acted": acted, "detections": found}
+        record["deltas"] = [{"sha256": each.sha256, "concepts": []} for each in row.policy.deltas]
         return Drawn(picture if outcome == "drawn" else None, record)
 
 
@@ -108,6 +115,7 @@ class Desk:
         return self.client.post(URL, json=body, headers=self.head(key, **more))
 
 
+DELTA: dict[str, Any] = {"file": "a.safetensors", "sha256": "0" * 64, "concepts": ["alcohol"]}
 POLICIES: dict[str, dict[str, Any]] = {
     "kids": {"erase": ["alcohol"]},
     "teens": {"erase": ["weapon"]},
@@ -349,7 +357,7 @@ VALUES: dict[str, tuple[Any, Any]] = {
     "guidance_scale": (2.0, 3.0),
     "background": ("auto", "opaque"),
     "moderation": ("auto", "low"),
-    "partial_images": (0, None),
+    "partial_images": (2, None),
     "response_format": ("b64_json", None),
     "safety_identifier": ("a", "b"),
     "stream": (True, False),
@@ -367,17 +375,22 @@ def test_the_table_declares_every_field() -> None:
 def test_only_fields_of_the_batching_key_change_it(name: str) -> None:
     keys = []
     for k, value in enumerate(VALUES[name]):
-        request = fields.parsed({"prompt": "x", name: value})
+        request = fields.parsed({"prompt": "x", "stream": name == "partial_images", name: value})
         size = fields.size_of(request, Stub.sizes)
         model = "stub" if name != "model" or not k else "other"  # a server has one model; the key names it all the same
-        keys.append(fields.key_of(fields.batch_facts(request, model, size, ["eiup"])))
+        keys.append(fields.key_of(fields.batch_facts(request, model, size, Policy(erase=["alcohol"]))))
     assert (len(set(keys)) == 2) == (fields.FIELDS[name] == "batch"), name
 
 
-def test_a_negative_prompt_and_other_methods_make_another_batch() -> None:
+def test_a_negative_prompt_other_methods_and_other_deltas_make_another_batch() -> None:
     plain, negative = fields.parsed({"prompt": "x"}), fields.parsed({"prompt": "x", "negative_prompt": ""})
-    made = [(plain, ["eiup"]), (negative, ["eiup"]), (plain, ["sld"]), (plain, [])]
-    assert len({fields.key_of(fields.batch_facts(r, "m", (8, 8), methods)) for r, methods in made}) == 4
+    eiup, sld, none = {"erase": ["cat"]}, {"erase": [{"concepts": ["cat"], "method": "sld"}]}, {"unguarded": True}
+    half, other = DELTA | {"strength": 0.5}, DELTA | {"sha256": "1" * 64}
+    deltas = [eiup | {"deltas": [each]} for each in (DELTA, half, other)]
+    made = [(negative, eiup), *((plain, each) for each in (eiup, sld, none, *deltas))]
+    assert len({fields.key_of(fields.batch_facts(r, "m", (8, 8), Policy(**each))) for r, each in made}) == 7
+    same = [{"erase": ["cat"]}, {"erase": ["weapon"], "gate": {"detector": "eyes"}}]
+    assert len({fields.key_of(fields.batch_facts(plain, "m", (8, 8), Policy(**each))) for each in same}) == 1
 
 
 BAD: dict[str, tuple[Any, str | None]] = {
@@ -424,7 +437,11 @@ BAD: dict[str, tuple[Any, str | None]] = {
     "transparent": ({"prompt": "x", "background": "transparent"}, "background"),
     "gif": ({"prompt": "x", "output_format": "gif"}, "output_format"),
     "svg": ({"prompt": "x", "output_format": "svg"}, "output_format"),
-    "partial pictures": ({"prompt": "x", "partial_images": 1}, "partial_images"),
+    "partial pictures without a stream": ({"prompt": "x", "partial_images": 1}, "partial_images"),
+    "partial pictures of two": ({"prompt": "x", "partial_images": 1, "stream": True, "n": 2}, "partial_images"),
+    "partial pictures 4": ({"prompt": "x", "partial_images": 4, "stream": True}, "partial_images"),
+    "deltas": ({"prompt": "x", "deltas": []}, "deltas"),
+    "a delta": ({"prompt": "x", "delta": "no-alcohol.safetensors"}, "delta"),
     "many erasures": ({"prompt": "x", "also_erase": ["cat"] * 9}, "also_erase"),
     "erasures as text": ({"prompt": "x", "also_erase": "cat"}, "also_erase"),
     "erasure as object": ({"prompt": "x", "also_erase": [{"name": "x"}]}, "also_erase.0"),

@@ -24,8 +24,9 @@ from test_serve import LIMITS, URL, Desk, Stub, _until, quiet
 from test_serve_faults import accept, state
 
 import efface
+from efface import _ray
 from efface.serve import cluster
-from efface.serve.backend import Drawn, Row
+from efface.serve.backend import Drawn, OnPartial, Row
 from efface.serve.cluster import Application, Drawer, Host, Hosting, deployments
 from efface.serve.service import Limits
 
@@ -156,7 +157,23 @@ def test_what_cannot_be_hosted_is_refused_before_ray_starts(quiet: Desk) -> None
         Host(hosting(quiet), "auto")
     with pytest.raises(ValueError, match="--everywhere"):
         Host(hosting(quiet), host="0.0.0.0")
+    made, everywhere = Host(hosting(quiet)), Host(hosting(quiet), everywhere=True, host="0.0.0.0")
+    assert made._http["request_timeout_s"] is None  # a time-out of Ray's is a 408, which clients repeat
+    assert (made._http["host"], made._place, everywhere._place) == ("127.0.0.1", "HeadOnly", "EveryNode")
+    for each in (made, everywhere):
+        assert each.hosting.near
+        each.service.database.close()
     assert "secret" not in repr(hosting(quiet, database="postgresql://u:secret@h/x"))
+
+
+def test_a_cluster_of_this_machine_requires_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    for local, mode in ((True, "token"), (False, None)):
+        found: dict[str, str] = {}
+        monkeypatch.setattr(_ray, "os", SimpleNamespace(environ=found))
+        monkeypatch.setattr(_ray, "sys", SimpleNamespace(modules={}))  # as in a new process
+        monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
+        _ray.imported(local, "This test", "ray-serve")
+        assert found.get("RAY_AUTH_MODE") == mode and found["RAY_USAGE_STATS_ENABLED"] == "0"
 
 
 def test_replicas_of_one_machine_share_no_port_for_metrics(quiet: Desk) -> None:
@@ -186,12 +203,14 @@ class Slow(Stub):
 
     folder = Path()
 
-    def draw(self, rows: Sequence[Row], call: Mapping[str, Any], on_step: Callable[[int], None]) -> list[Drawn]:
+    def draw(
+        self, rows: Sequence[Row], call: Mapping[str, Any], on_step: Callable[[int], None], on_partial: OnPartial
+    ) -> list[Drawn]:
         (self.folder / str(os.getpid())).touch()
         for _ in range(10):
             time.sleep(0.05)
             on_step(1)
-        return super().draw(rows, call, on_step)
+        return super().draw(rows, call, on_step, on_partial)
 
 
 def slow(hosting: Hosting) -> Stub:

@@ -19,7 +19,7 @@ from test_serve import LIMITS, Desk, Stub, _until, desk, error, quiet
 from test_serve_state import new, nothing
 
 from efface.serve import backend, images, jobs, log, worker
-from efface.serve.backend import Drawn, Row
+from efface.serve.backend import Drawn, OnPartial, Row
 from efface.serve.database import Unavailable
 from efface.serve.errors import Refused
 from efface.serve.fields import parsed
@@ -70,10 +70,12 @@ class Hangs(Stub):
         super().__init__()
         self.go = threading.Event()
 
-    def draw(self, rows: Sequence[Row], call: Mapping[str, Any], on_step: Callable[[int], None]) -> list[Drawn]:
+    def draw(
+        self, rows: Sequence[Row], call: Mapping[str, Any], on_step: Callable[[int], None], on_partial: OnPartial
+    ) -> list[Drawn]:
         self.began.set()
         self.go.wait(30)
-        return super().draw(rows, call, on_step)
+        return super().draw(rows, call, on_step, on_partial)
 
 
 def test_a_drawing_that_hangs_loses_its_jobs_to_another_worker(quiet: Desk) -> None:
@@ -132,7 +134,32 @@ def test_a_policy_that_cannot_be_drawn_spoils_no_batch(quiet: Desk) -> None:
     assert state(quiet, good) == "done" and [len(rows) for rows, _ in quiet.stub.batches] == [1]
 
 
+@pytest.mark.parametrize("jump", [1e9, -1e9])
+def test_a_clock_that_jumps_while_drawing_takes_no_job(
+    jump: float, quiet: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet.stub.gate.clear()
+    name, now = accept(quiet), time.time
+    for _ in range(2):  # either would take the job
+        quiet.start()
+    assert quiet.stub.began.wait(5)
+    monkeypatch.setattr(time, "time", lambda: now() + jump)
+    time.sleep(1.5 * LIMITS.lease)
+    quiet.stub.gate.set()
+    _until(lambda: state(quiet, name) == "done")
+    assert len(quiet.stub.batches) == 1 and len(quiet.service.jobs.pictures(name)) == 1
+    assert quiet.service.audit.verify()[1] == ""
+
+
 # ---------------------------------------------------------------- requests
+
+
+def test_a_key_whose_policy_is_gone_draws_nothing(quiet: Desk) -> None:
+    with quiet.service.database.writing() as connection:
+        connection.exec_driver_sql("DELETE FROM policies WHERE name = 'kids'")
+    error(quiet.post(ASKED), 403, "no_policy")
+    error(quiet.client.get("/v1/efface/me", headers=quiet.head()), 403, "no_policy")
+    assert quiet.service.jobs.waiting("stub") == [] and accept(quiet, key="press")
 
 
 def test_a_request_that_can_be_repeated_outlives_its_time_out(quiet: Desk) -> None:

@@ -39,11 +39,11 @@ from efface.serve.service import Limits, opened
 from test_serve import Stub
 
 class Slow(Stub):
-    def draw(self, rows, call, on_step):
+    def draw(self, rows, call, on_step, on_partial):
         Path(sys.argv[2], "drawing").write_text("drawing")
         while not Path(sys.argv[2], "go").exists():
             time.sleep(0.02)
-        return super().draw(rows, call, on_step)
+        return super().draw(rows, call, on_step, on_partial)
 
 service = opened(Path(sys.argv[1]), limits=Limits(rows=2, lease=0.5, drain=10.0), model="stub", sizes=Stub.sizes)
 sys.exit(run(service, Slow(), port=0, metrics_port=None))
@@ -104,6 +104,7 @@ def test_sigterm_finishes_accepted_jobs_and_refuses_new_ones(desk: Desk, tmp_pat
     assert desk.service.jobs.count(["done"]) == 4
 
 
+@pytest.mark.long
 def test_a_killed_server_draws_what_it_had_accepted_after_its_next_start(desk: Desk, tmp_path: Path) -> None:
     head = desk.head("press", **{"idempotency-key": "order-1"})
     asked = {"prompt": "a cat", "steps": 1, "seed": 3}
@@ -123,6 +124,7 @@ def test_a_killed_server_draws_what_it_had_accepted_after_its_next_start(desk: D
     assert kinds.count("job accepted") == kinds.count("job finished") == 1
 
 
+@pytest.mark.long
 def test_tenants_of_a_busy_server_get_what_their_own_policy_draws(desk: Desk) -> None:
     """Many requests at one time on a tiny pipeline. Each picture equals the one that its policy draws alone."""
     alcohol, cat = ({"name": c.name, "phrases": [*c.phrases]} for c in (tiny.ALCOHOL, tiny.CAT))

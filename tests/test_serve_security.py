@@ -125,6 +125,10 @@ def test_tenants_cannot_touch_policies_and_admins_cannot_draw(quiet: Desk) -> No
         {"erase": 1},
         {"unguarded": 1},
         {"__init__": 1},
+        {"erase": [{"concepts": ["cat"], "strength": 1.0}, {"concepts": ["cat"], "strength": 2.0}]},
+        {"erase": ["cat", {"name": "dog", "anchor": "cat"}]},
+        {"erase": ["cat"], "unguarded": True},
+        {"deltas": [{"file": "../serve.db", "sha256": "0" * 64, "concepts": ["cat"]}]},
     ):
         response = quiet.client.put("/v1/efface/policies/kids", json=wrong, headers=quiet.head(quiet.admin))
         error(response, 400, "invalid_policy")
@@ -383,7 +387,24 @@ def test_a_client_that_leaves_cancels_its_request_unless_it_can_ask_again(desk: 
             desk.stub.gate.clear()
 
 
-def test_a_reader_that_stalls_is_cut_and_its_job_goes_on() -> None:
+def test_a_reader_of_events_that_leaves_cancels_nothing(desk: Desk, address: tuple[str, int]) -> None:
+    from test_serve_faults import accept
+
+    desk.stub.gate.clear()
+    name = accept(desk)
+    assert desk.stub.began.wait(5)
+    with socket.create_connection(address, 5) as line:
+        head = f"authorization: Bearer {desk.keys['kids']}"
+        line.sendall(f"GET /v1/efface/jobs/{name}/events HTTP/1.1\r\nhost: x\r\n{head}\r\n\r\n".encode())
+        answer = b""
+        while b"running" not in answer:
+            answer += line.recv(65_536)
+    time.sleep(0.3)
+    desk.stub.gate.set()
+    _until(lambda: desk.service.jobs.states([name])[name][0] == "done")
+
+
+def test_a_reader_that_stalls_is_cut() -> None:
     """The answer is sent in parts; each has to be taken within the limit."""
     cut: list[str] = []
 
@@ -492,6 +513,7 @@ def _tensor(picture: Image.Image) -> torch.Tensor:
 YAML = "policies: {kids: {erase: [alcohol]}, press: {unguarded: true}}"
 
 
+@pytest.mark.long
 def test_from_init_to_a_picture_and_a_clean_end(tmp_path: Path) -> None:
     """The command line, the emoji model, the official client, SIGTERM."""
     folder, policies = str(tmp_path / "service"), tmp_path / "policies.yaml"

@@ -140,7 +140,7 @@ def new(tenant: str = "kids", **more: Any) -> New:
 
 def test_the_migrations_make_the_declared_tables(database: Database) -> None:
     database.migrate()  # a second time changes nothing
-    assert database.version() == "0002"
+    assert database.version() == "0003"
     with database.reading() as connection:
         assert compare_metadata(MigrationContext.configure(connection), tables.DATA) == []
 
@@ -359,6 +359,32 @@ def test_writers_of_the_audit_log_make_one_chain(database: Database) -> None:
     assert audit.verify() == (40, "")
 
 
+WRITES = """
+import sys
+from efface.serve.audit import Audit
+from efface.serve.database import Database
+
+database = Database(sys.argv[1])
+audit = Audit(database, b"p" * 32)
+for k in range(10):
+    with database.writing() as connection:
+        audit.add(connection, "event", {"process": sys.argv[2], "k": k})
+"""
+
+
+def test_processes_write_one_chain(database: Database) -> None:
+    """No entry is lost or doubled, and each process finds its own in order."""
+    url = database.engine.url.render_as_string(hide_password=False)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    writers = [subprocess.Popen([sys.executable, "-c", WRITES, url, name], env=environment) for name in "abc"]
+    assert [writer.wait(60) for writer in writers] == [0, 0, 0]
+    audit = Audit(database, PEPPER)
+    found = audit.entries()
+    assert audit.verify() == (30, "") and [entry["seq"] for entry in found] == list(range(1, 31))
+    for name in "abc":
+        assert [entry["k"] for entry in found if entry["process"] == name] == list(range(10))
+
+
 # ---------------------------------------------------------------- jobs
 
 
@@ -511,7 +537,7 @@ from efface.serve.worker import Worker
 from test_serve import Stub
 
 class Slow(Stub):
-    def draw(self, rows, call, on_step):
+    def draw(self, rows, call, on_step, on_partial):
         Path(sys.argv[2]).write_text("drawing")
         time.sleep(60)
 
@@ -622,6 +648,27 @@ def _writes(database: Database) -> bool:
     return False
 
 
+def test_a_server_that_breaks_all_connections_comes_back(postgres: str) -> None:
+    """As a restart does, also in the middle of a transaction."""
+    url = _fresh(postgres, "TEMPLATE migrated")
+    database, other = Database(url), sql.create_engine(f"{postgres}/postgres", isolation_level="AUTOCOMMIT")
+    jobs, audit = Jobs(database), Audit(database, PEPPER)
+    kept = jobs.accept(new(), lambda connection: audit.add(connection, "job accepted", {}))[0]
+
+    def break_all(connection: sql.Connection | None = None) -> None:
+        with other.connect() as admin:
+            query = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = :name"
+            assert admin.execute(sql.text(query), {"name": url.rpartition("/")[2]}).scalar()
+
+    with pytest.raises(Unavailable, match="Correct that, and try again"):
+        jobs.accept(new(), break_all)
+    assert [job.id for job in jobs.waiting("stub")] == [kept]
+    break_all()  # connections that are not in use are replaced
+    assert jobs.accept(new(), nothing)[1] and audit.verify() == (1, "")
+    other.dispose()
+    database.close()
+
+
 def test_a_standby_server_is_unavailable_and_not_damaged(postgres: str) -> None:
     database = Database(_fresh(postgres, "TEMPLATE migrated"))
     with pytest.raises(Unavailable, match="read-only"), database.writing() as connection:
@@ -647,7 +694,7 @@ def test_servers_that_start_together_make_the_tables_once(postgres: str) -> None
         thread.start()
     for thread in threads:
         thread.join()
-    assert errors == [] and Database(url).version() == "0002"
+    assert errors == [] and Database(url).version() == "0003"
 
 
 # ---------------------------------------------------------------- fairness

@@ -26,7 +26,7 @@ from efface.cli import app
 from efface.core import shipped_concepts
 from efface.models.emoji.weights import FOLDER
 from experiments.docs import card
-from website import api, check, concepts, formats, links, methods, notebooks, pages, threats
+from website import api, check, concepts, formats, links, methods, notebooks, pages, standings, threats
 
 ROOT = Path(__file__).parents[1]
 WRITTEN = [*ROOT.glob("docs/**/*.md"), *(ROOT / path for path in links.ELSEWHERE)]
@@ -209,12 +209,25 @@ def test_the_sortable_leaderboard_has_every_row_of_its_card() -> None:
     page, rows = made()["standings.md"], card("leaderboard")["rows"]
     assert page.count("<tr data-kind") == len(rows) > 5
     for row in rows:
-        score = row["scores"]["retention"]
-        assert (
-            f'<td data-value="{100 * score["value"]:.3f}">{100 * score["value"]:.1f} [{100 * score["low"]:.1f},' in page
-        )
-    assert 'data-kind="weights" data-access="the weights" data-fit="short"><td><a href="methods/uce.html">' in page
-    assert 'data-fit="long"><td><a href="methods/esd.html">' in page
+        score = row["scores"]["retention"] if "scores" in row else row["retention"]
+        value = 100 * score.get("value", score.get("rate"))
+        assert f'<td data-value="{value:.3f}">{value:.1f} [' in page
+    weights = 'data-kind="weights" data-access="the weights" data-step="small" '
+    assert f'{weights}data-fit="short"><td><a href="methods/uce.html">' in page
+    assert f'{weights}data-fit="long"><td><a href="methods/esd.html">' in page
+    assert (
+        'data-kind="run time" data-access="the call" data-step="large" data-fit="none"><td><a href="methods/sld' in page
+    )
+
+
+def test_the_sortable_leaderboard_shows_cards_of_the_runner_of_today(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = {"leaderboard": card("eiup_swap"), "method_costs": card("method_costs")}
+    monkeypatch.setattr("website.standings.card", cards.__getitem__)
+    page, rows = standings.page(), cards["leaderboard"]["rows"]
+    assert page.count("<tr data-kind") == len(rows) == 3 and "4 concepts, n = 12 pictures a cell" in page
+    rate = rows[1]["residual"]
+    low, high = (100 * bound for bound in rate["interval"])
+    assert f"{100 * rate['rate']:.1f} [{low:.1f}, {high:.1f}]" in page and "not measured" in page
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

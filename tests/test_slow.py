@@ -41,30 +41,34 @@ def ran(*args: object) -> int:
 class Case:
     """An item of pytest, as `pytest_collection_modifyitems` sees it."""
 
-    def __init__(self, test: str, thinned: bool, **params: object) -> None:
-        self.nodeid, self.callspec, self.marks = f"{test}[x]", SimpleNamespace(params=params), ["thinned"] * thinned
+    def __init__(self, test: str, thinned: tuple[str, ...] | None, **params: object) -> None:
+        self.nodeid, self.callspec, self.marks = f"{test}[x]", SimpleNamespace(params=params), list[str]()
+        self.thinned = thinned
 
-    def get_closest_marker(self, name: str) -> str | None:
-        return name if name in self.marks else None
+    def get_closest_marker(self, name: str) -> SimpleNamespace | None:
+        return SimpleNamespace(args=self.thinned or ()) if self.thinned is not None else None
 
     def add_marker(self, mark: pytest.MarkDecorator) -> None:
         self.marks.append(mark.name)
 
 
 def test_a_thinned_test_meets_every_value_in_the_fast_run_and_others_stay_whole() -> None:
-    def cases(test: str, thinned: bool) -> list[Case]:
+    def cases(test: str, thinned: tuple[str, ...] | None) -> list[Case]:
         return [Case(test, thinned, a=a, b=b) for a in "uvwxyz" for b in range(7)]
 
-    first, second, whole = cases("f.py::one", True), cases("f.py::two", True), cases("f.py::three", False)
-    pytest_collection_modifyitems([*first, *second, *whole])  # type: ignore[list-item]
-    fast = []
-    for some in (first, second, whole):
-        fast.append({(c.callspec.params["a"], c.callspec.params["b"]) for c in some if "slow" not in c.marks})
-    assert [len(some) for some in fast] == [14, 14, 42] and not fast[0] & fast[1]
-    for left in fast:
+    def taken(some: list[Case], *left_out: str) -> set[tuple[object, object]]:
+        return {(c.callspec.params["a"], c.callspec.params["b"]) for c in some if not {*left_out} & {*c.marks}}
+
+    made = [cases(name, how) for name, how in (("one", ()), ("two", ()), ("three", None), ("four", ("long",)))]
+    pytest_collection_modifyitems([case for some in made for case in some])  # type: ignore[list-item]
+    ci, fast = ([taken(some, *left_out) for some in made] for left_out in (["slow"], ["slow", "long"]))
+    assert [len(some) for some in ci] == [14, 14, 42, 42] and not ci[0] & ci[1]
+    assert [len(some) for some in fast] == [7, 7, 42, 14]
+    for left in (*ci, *fast):
         assert {a for a, _ in left} == set("uvwxyz") and {b for _, b in left} == set(range(7))
 
 
+@pytest.mark.long
 def test_the_slow_tests_leave_a_dated_record(tmp_path: Path) -> None:
     (tmp_path / "test_some.py").write_text(TESTS)
     before = {path: path.read_bytes() for path in (SLOW.parents[1] / "results").glob("slow_tests.json")}

@@ -71,6 +71,7 @@ def test_workers_draw_the_same_to_the_bit(alone: efface.Run, model: Path, tmp_pa
     assert efface.verify(run, model=model).same
 
 
+@pytest.mark.long
 def test_a_killed_worker_loses_nothing(
     alone: efface.Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +119,7 @@ def test_an_unfinished_run_goes_on_with_workers(alone: efface.Run, model: Path, 
     assert drawn(run) == drawn(alone)
 
 
+@pytest.mark.long
 def test_a_workers_error_is_the_callers(model: Path, tmp_path: Path) -> None:
     broken = Suite("cats", "1", ROWS, call={"num_inference_steps": 1, "height": 15, "width": 16})
     with pytest.raises(ValueError, match="have to be divisible by 8"):

@@ -15,6 +15,7 @@ from . import cards
 from .links import ROOT
 
 ROOMS = {"erasers": "run time", "editors": "editor, writes a delta"}
+NOTES = ROOT / "docs/families"
 ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
 
 
@@ -82,5 +83,6 @@ def families() -> str:
             table(["offer", "in messages", "meaning"], offers),
             "## What each family offers",
             table(["family", "offers"], kinds),
+            *(note.read_text("utf-8").replace("# ", "## ", 1).strip() for note in sorted(NOTES.glob("*.md"))),
         ]
     )

@@ -11,6 +11,7 @@ from .api import stack as stack
 from .attacks.best_of_n import BestOfN as BestOfN
 from .attacks.concept_arithmetics import ConceptArithmetics as ConceptArithmetics
 from .attacks.concept_inversion import ConceptInversion as ConceptInversion
+from .attacks.detector_guidance import DetectorGuidance as DetectorGuidance
 from .attacks.gcg import GCG as GCG
 from .attacks.guidance_sweep import GuidanceSweep as GuidanceSweep
 from .attacks.image_to_image import ImageToImage as ImageToImage
@@ -66,6 +67,7 @@ from .erasers.sld import SLD as SLD
 from .guard.guard import Guard as Guard
 from .guard.policy import Policy as Policy
 from .guard.policy import unguarded as unguarded
+from .modular import Guider as Guider
 from .phrases import propose_phrases as propose_phrases
 from .pictures import grid as grid
 from .pipelines import effectiveness as effectiveness

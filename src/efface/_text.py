@@ -292,14 +292,14 @@ def condition(pipe: DiffusionPipeline, texts: Sequence[str]) -> Condition:
     for name in readers(pipe):
         for text in facts.cleaned(pipe, tokenizer_of(pipe, name), texts, {}):
             _whole(facts, pipe, name, text, {})
+    call = facts.encoding_arguments(pipe, list(texts) if facts.returns_negative else ["", *texts], {})
+    if "do_classifier_free_guidance" in call:
+        call["do_classifier_free_guidance"] = True
     with torch.no_grad():
-        out = pipe.encode_prompt(
-            prompt=list(texts),
-            device=pipe._execution_device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=True,
-        )
-    made = dict(zip(facts.returns, out, strict=True))
+        made = dict(zip(facts.returns, pipe.encode_prompt(**call), strict=True))
     pairs = {"text": "negative", "pooled": "negative_pooled"}.items()
-    parts = {name: torch.cat([made[negative][:1], made[name]]) for name, negative in pairs if name in made}
+    if facts.returns_negative:
+        parts = {name: torch.cat([made[negative][:1], made[name]]) for name, negative in pairs if name in made}
+    else:
+        parts = {name: made[name] for name, _ in pairs if name in made}
     return Condition(parts["text"], facts.training_added(pipe, parts), facts)

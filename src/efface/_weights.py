@@ -8,13 +8,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from .families import denoiser_name, family, refusal
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+
+PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
 
 class Elsewhere(ValueError):
@@ -66,8 +69,8 @@ def stored(root: nn.Module, path: str) -> Tensor:
                 f"{path!r} is offloaded to disk (`offload_to_disk_path`) and cannot be edited there. Load the model "
                 "without this offload, or apply the delta before enabling it."
             )
-        if isinstance(found, Attention) and name in ("to_q", "to_k", "to_v"):
-            check_unfused(found)
+        if name in PROJECTIONS:
+            check_unfused(found, "unet" if type(root).__name__.startswith("UNet") else "transformer")
         while name != "base_layer" and isinstance(getattr(found, "base_layer", None), nn.Module):
             found = found.base_layer
         found = getattr(found, name, None)
@@ -129,8 +132,20 @@ def keys_values(pipe: DiffusionPipeline) -> dict[str, Tensor]:
     return {f"{facts.denoiser}.{name}.weight": weight(root, f"{name}.weight") for name in facts.text_readers(root)}
 
 
-def check_unfused(attn: Attention, denoiser: str = "unet") -> None:
-    if isinstance(attn.processor, FusedAttnProcessor2_0):  # `fused_projections` stays set after unfusing
+def text_inputs(pipe: DiffusionPipeline, *, pooled: bool = False) -> dict[str, Tensor]:
+    """The weights [C, D] of the linear layers that read the encoded text, or the pooled one, before all others."""
+    root, facts = denoiser_of(pipe), family(pipe)
+    names = facts.pooled_inputs if pooled else facts.text_inputs
+    return {f"{facts.denoiser}.{name}.weight": weight(root, f"{name}.weight") for name in names}
+
+
+def check_unfused(attn: Any, denoiser: str = "unet") -> None:
+    """Raises Elsewhere if the layer computes its queries, keys and values with one fused projection."""
+    if isinstance(attn, Attention):  # whose `fused_projections` stays set after unfusing
+        fused = type(attn.processor).__name__.startswith("Fused")
+    else:
+        fused = getattr(attn, "fused_projections", False)
+    if fused:
         raise Elsewhere(f"The attention projections are fused. Call `pipe.{denoiser}.unfuse_qkv_projections()` first.")
 
 

@@ -178,7 +178,7 @@ def plugin_classes() -> dict[str, list[EntryPoint]]:
     Leaves out classes with the name of an Efface module: `from efface import api` must import the module.
     """
     found: dict[str, list[EntryPoint]] = {}
-    for entry in entry_points(group=GROUP):
+    for entry in _installed():
         room, _, name = entry.name.partition(".")
         _, cls = _target(entry)
         if room in METHODS and name and cls.isidentifier() and find_spec(f"efface.{cls}") is None:
@@ -284,10 +284,14 @@ def _changed(place: str) -> int:
         return 0
 
 
+def _installed() -> tuple[EntryPoint, ...]:
+    return _entries(entry_points, tuple((place, _changed(place)) for place in sys.path))
+
+
 def _plugins() -> list[tuple[tuple[str, str], EntryPoint]]:
     """((room, name), entry point) of every method from another distribution."""
     found = []
-    for entry in _entries(entry_points, tuple((place, _changed(place)) for place in sys.path)):
+    for entry in _installed():
         room, _, name = entry.name.partition(".")
         if room not in ROOMS or not name or {".", ":"} & set(name):  # a dot precedes a preset, a colon a class
             owner = entry.dist.name if entry.dist else "unknown"

@@ -165,6 +165,15 @@ class Victim(Protocol):
         """Which pictures the detector of the search flags, bool [N]."""
         ...
 
+    def log_odds(self, images: Tensor) -> Tensor:
+        """The log-odds of the concept by the detector of the search, above its threshold where positive, [N], with
+        gradients.
+
+        Raises:
+            ValueError: the detector has no `log_odds`.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Attack:

@@ -64,6 +64,24 @@ class Noising:
             return a * noise - b * latents
         return {"epsilon": noise, "sample": latents, "flow": noise - latents}[self.kind]
 
+    def clean(self, prediction: Tensor, noisy: Tensor, time: float) -> Tensor:
+        """z_0 as a prediction implies it."""
+        a, b = self._parts(time, noisy)
+        if self.kind == "v_prediction":
+            return a * noisy - b * prediction
+        return {
+            "epsilon": (noisy - b * prediction) / a,
+            "sample": prediction,
+            "flow": noisy - b * prediction,
+        }[self.kind]
+
+    def moved(self, prediction: Tensor, change: Tensor, time: float) -> Tensor:
+        """The prediction that implies z_0 + `change`."""
+        a, b = self._parts(time, prediction)
+        return (
+            prediction + {"epsilon": -a / b, "v_prediction": -1 / b, "sample": 1.0, "flow": -1 / b}[self.kind] * change
+        )
+
     def _parts(self, time: float, like: Tensor) -> tuple[Tensor, Tensor]:
         if self.kind == "flow":
             b = torch.tensor(time / self.steps).to(like)

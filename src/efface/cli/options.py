@@ -72,19 +72,35 @@ def loads(verb: Callable[..., None]) -> Callable[..., None]:
     """Adds the options of `efface.load` to a verb, which receives them as the mapping `loading`."""
 
     @functools.wraps(verb)
-    def wrapped(**given: Any) -> None:
-        loading = {name: given.pop(name) for name in LOADING}
-        with allowing(loading["allow_hub"]):  # also for the models that judge
-            verb(**given, loading=loading)
+    def allowed(**given: Any) -> None:
+        with allowing(given["loading"]["allow_hub"]):  # also for the models that judge
+            verb(**given)
 
-    signature, types = inspect.signature(verb), get_type_hints(verb, include_extras=True) | LOADING
-    own = [each for each in signature.parameters.values() if each.name != "loading"]
-    defaults: dict[str, Any] = {**dict.fromkeys(LOADING), "allow_hub": False}
-    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=it) for name, it in defaults.items()]
-    typed = [each.replace(annotation=types[each.name]) for each in (*own, *more)]
-    wrapped.__signature__ = signature.replace(parameters=typed)  # type: ignore[attr-defined]
-    wrapped.__annotations__ = types
-    return wrapped
+    return shared("loading", LOADING, {**dict.fromkeys(LOADING), "allow_hub": False})(allowed)
+
+
+def shared(
+    name: str, options: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Adds options to a verb, which receives them as a mapping of this name."""
+
+    def adding(verb: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(verb)
+        def wrapped(**given: Any) -> None:
+            mine = {option: given.pop(option) for option in options}
+            verb(**given, **{name: mine})
+
+        signature, types = inspect.signature(verb), get_type_hints(verb, include_extras=True) | dict(options)
+        own = [each for each in signature.parameters.values() if each.name != name]
+        more = [
+            inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=defaults[option]) for option in options
+        ]
+        typed = [each.replace(annotation=types.get(each.name, each.annotation)) for each in (*own, *more)]
+        wrapped.__signature__ = signature.replace(parameters=typed)  # type: ignore[attr-defined]
+        wrapped.__annotations__ = types
+        return wrapped
+
+    return adding
 
 
 def load(model: str, loading: Mapping[str, Any]) -> Pipeline:

@@ -12,11 +12,11 @@ import typer
 from .. import checks
 from .._interrupt import gently
 from .errors import told
-from .options import AsJson, ModelName, load, loads
+from .options import AsJson, ModelName, load, loads, shared
 from .output import print_table, say
 
 if TYPE_CHECKING:
-    from ..serve.service import Service
+    from ..serve.service import Limits, Service
 
 serve_app = typer.Typer(help="Serve an images API in which each key carries a policy.", no_args_is_help=True)
 key_app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
@@ -35,15 +35,43 @@ DatabaseUrl = Annotated[
 ]
 
 
-PublicName = Annotated[str | None, typer.Option("--name", help="The name of the model in requests. Default: --model.")]
-HostName = Annotated[str, typer.Option("--host", help="The address to listen on.")]
-Everywhere = Annotated[bool, typer.Option("--everywhere", help="Allow addresses beyond this machine.")]
-BatchRows = Annotated[int, typer.Option("--batch", min=1, help="The largest number of pictures in a batch.")]
-Queue = Annotated[int, typer.Option("--queue", min=1, help="The largest number of live jobs.")]
-TenantQueue = Annotated[int, typer.Option("--tenant-queue", min=1, help="The largest number of live jobs of a tenant.")]
-Drain = Annotated[float, typer.Option("--drain", help="Seconds for accepted jobs after SIGTERM.")]
-Studio = Annotated[bool, typer.Option("--studio", help="Also serve a page at /studio that draws with a key.")]
-Stall = Annotated[float, typer.Option("--stall", help="Seconds without a step after which a worker counts as stalled.")]
+HOSTING: dict[str, Any] = {
+    "name": Annotated[str | None, typer.Option(help="The name of the model in requests. Default: --model.")],
+    "host": Annotated[str, typer.Option(help="The address to listen on.")],
+    "everywhere": Annotated[bool, typer.Option("--everywhere", help="Allow addresses beyond this machine.")],
+    "deltas": Annotated[
+        Path | None, typer.Option(help="The folder of the deltas that policies name. Default: policies have none.")
+    ],
+    "batch": Annotated[int, typer.Option(min=1, help="The largest number of pictures in a batch.")],
+    "queue": Annotated[int, typer.Option(min=1, help="The largest number of live jobs.")],
+    "tenant_queue": Annotated[int, typer.Option(min=1, help="The largest number of live jobs of a tenant.")],
+    "drain": Annotated[float, typer.Option(help="Seconds for accepted jobs after SIGTERM.")],
+    "stall": Annotated[float, typer.Option(help="Seconds without a step after which a worker counts as stalled.")],
+    "database": DatabaseUrl,
+}
+"""The options of every command that serves."""
+DEFAULTS: dict[str, Any] = {
+    "name": None, "host": "127.0.0.1", "everywhere": False, "deltas": None, "batch": 8, "queue": 1_000,
+    "tenant_queue": 200, "drain": 60.0, "stall": 600.0, "database": None,
+}  # fmt: skip
+hosts = shared("hosting", HOSTING, DEFAULTS)
+
+
+def _limits(hosting: Mapping[str, Any]) -> Limits:
+    from ..serve.service import Limits
+
+    same = {name: hosting[name] for name in ("queue", "drain", "stall")}
+    return Limits(rows=hosting["batch"], tenant=hosting["tenant_queue"], **same)
+
+
+def _folder(hosting: Mapping[str, Any]) -> Path | None:
+    """The absolute path of --deltas. Raises ValueError unless it is a folder."""
+    if hosting["deltas"] is None:
+        return None
+    path = checks.path("--deltas", hosting["deltas"]).absolute()
+    if not path.is_dir():
+        raise ValueError(checks.refusal("a folder as --deltas", str(hosting["deltas"]), "Name the folder."))
+    return path
 
 
 def _opened(folder: Path, database: str | None, **options: Any) -> Service:
@@ -66,28 +94,23 @@ def init(folder: Annotated[Path, typer.Argument(help="A new folder.")], database
 
 @serve_app.command()
 @loads
+@hosts
 def run(
     folder: Folder,
     model: ModelName = "emoji",
-    name: PublicName = None,
     size: Annotated[
         list[str] | None,
         typer.Option(help="A size that requests may ask for, WxH; may be repeated. Default: the model's."),
     ] = None,
-    host: HostName = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="The port of the API. 0: any free one.")] = 8000,
     metrics_port: Annotated[
         int, typer.Option(min=0, max=65_535, help="The port of the metrics. 0: any free one.")
     ] = 9000,
-    everywhere: Everywhere = False,
-    batch: BatchRows = 8,
-    queue: Queue = 1_000,
-    tenant_queue: TenantQueue = 200,
-    drain: Drain = 60.0,
-    stall: Stall = 600.0,
-    studio: Studio = False,
-    database: DatabaseUrl = None,
+    studio: Annotated[
+        bool, typer.Option("--studio", help="Also serve a page at /studio that draws with a key.")
+    ] = False,
     *,
+    hosting: Mapping[str, Any],
     loading: Mapping[str, Any],
 ) -> None:
     """Serve until Ctrl-C or SIGTERM, which lets accepted jobs finish."""
@@ -95,28 +118,27 @@ def run(
         from ..serve.backend import PipelineBackend, native_size, parse_size
         from ..serve.run import check_host
         from ..serve.run import run as serve
-        from ..serve.service import Limits
 
+        host, everywhere = hosting["host"], hosting["everywhere"]
         check_host(host, everywhere)
-        limits = Limits(rows=batch, queue=queue, tenant=tenant_queue, drain=drain, stall=stall)
-        service = _opened(folder, database, limits=limits)
+        deltas = _folder(hosting)
+        service = _opened(folder, hosting["database"], limits=_limits(hosting))
         sizes = [parse_size(each) for each in size or ()]
         pipe = load(model, loading)
-        sizes = sizes or [native_size(pipe)]
-        service.model, service.sizes = name or model, sizes
+        service.model, service.sizes = hosting["name"] or model, sizes or [native_size(pipe)]
         gently()
-        backend = PipelineBackend(pipe, service.model, sizes)
+        backend = PipelineBackend(pipe, service.model, service.sizes, deltas)
         code = serve(service, backend, host, port, metrics_port, everywhere, studio=studio)
     raise typer.Exit(code)
 
 
 @serve_app.command()
 @loads
+@hosts
 def ray(
     folder: Folder,
     size: Annotated[list[str], typer.Option(help="A size that requests may ask for, WxH; may be repeated.")],
     model: ModelName = "emoji",
-    name: PublicName = None,
     address: Annotated[
         str, typer.Option(help='"local" starts a cluster on this machine. Or the address of one, such as auto.')
     ] = "local",
@@ -124,33 +146,26 @@ def ray(
     apis: Annotated[int, typer.Option(min=1, help="Replicas that answer requests.")] = 1,
     cpus: Annotated[float, typer.Option(help="CPUs of each replica that draws, as Ray counts them.")] = 0.5,
     gpus: Annotated[float, typer.Option(help="GPUs of each replica that draws.")] = 0.0,
-    host: HostName = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65_535, help="The port of the API.")] = 8000,
     metrics_port: Annotated[
         int, typer.Option(min=1, max=65_000, help="The first port for metrics; each replica takes the next free one.")
     ] = 9000,
-    everywhere: Everywhere = False,
-    batch: BatchRows = 8,
-    queue: Queue = 1_000,
-    tenant_queue: TenantQueue = 200,
-    drain: Drain = 60.0,
-    stall: Stall = 600.0,
-    database: DatabaseUrl = None,
     *,
+    hosting: Mapping[str, Any],
     loading: Mapping[str, Any],
 ) -> None:
     """Serve on Ray Serve, with several replicas, until Ctrl-C or SIGTERM."""
     with told():
         from ..serve import cluster
         from ..serve.backend import parse_size
-        from ..serve.service import Limits
 
-        limits = Limits(rows=batch, queue=queue, tenant=tenant_queue, drain=drain, stall=stall)
-        hosting = cluster.Hosting(
-            str(checks.path("FOLDER", folder).absolute()), model, [parse_size(each) for each in size], name or model,
-            database, loading, limits, workers, apis, cpus, gpus, metrics_port,
+        deltas = _folder(hosting)
+        every = cluster.Hosting(
+            str(checks.path("FOLDER", folder).absolute()), model, [parse_size(each) for each in size],
+            hosting["name"] or model, hosting["database"], loading, _limits(hosting), workers, apis, cpus, gpus,
+            metrics_port, None if deltas is None else str(deltas),
         )  # fmt: skip
-        made = cluster.Host(hosting, address, host, port, everywhere)
+        made = cluster.Host(every, address, hosting["host"], port, hosting["everywhere"])
         gently()
         code = cluster.host(made)
     raise typer.Exit(code)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from .._weights import part, weight
+from .._weights import denoiser_of, part, weight
 from ..core import config
 from ..families import family
 from .applied import entries, unedited
@@ -55,6 +55,12 @@ def origin(
         "versions": {"efface": __version__} | {p: version(p) for p in ("torch", "diffusers", "transformers")},
         "info": dict(info or {}),
     }
+
+
+def kind(pipe: DiffusionPipeline) -> dict[str, str]:
+    """The class of a transformer, which the names in files of other tools depend on. Nothing for a UNet."""
+    found = type(denoiser_of(pipe)).__name__
+    return {} if found.startswith("UNet") else {"denoiser": found}
 
 
 def own_values(pipe: DiffusionPipeline, weights: Mapping[str, Change]) -> dict[str, Tensor]:

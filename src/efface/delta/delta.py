@@ -17,7 +17,7 @@ from ..core import Concepts, ConceptsField, Handle, as_concepts
 from ..fields import Converted, field_names
 from . import file, words
 from .applied import AppliedDelta, check_written, entries, forget
-from .base import Base, base_hash, check_after, check_base, common_base, origin, own_values, strengths
+from .base import Base, base_hash, check_after, check_base, common_base, kind, origin, own_values, strengths
 from .factors import Change, Factors, added, dense, each, scaled, tensors, truncate
 from .lora import Layout, export
 
@@ -118,7 +118,7 @@ class Delta:
         Raises:
             ValueError: the changes do not match the pipeline's weights, or are not finite.
         """
-        named = words.named(pipe, as_concepts(concepts))
+        named = words.named(pipe, as_concepts(concepts)) | kind(pipe)
         return cls(
             {name: each(change, lambda x: x.detach().cpu().contiguous()) for name, change in weights.items()},
             concepts=concepts,
@@ -314,19 +314,26 @@ class Delta:
 
         Args:
             path: the safetensors file.
-            layout: "diffusers", for `pipe.load_lora_weights` (PEFT), or "kohya", for A1111 and ComfyUI (diffusers also
-                reads it).
+            layout: "diffusers", for `pipe.load_lora_weights` (PEFT), or "kohya", for A1111 and ComfyUI. Diffusers also
+                reads kohya's names, except for SD 3/3.5. For SD 3/3.5 and FLUX.1, these are the names of the published
+                checkpoint, with one change for queries, keys and values together.
             rank: the largest rank of a change. None loses nothing, but gives large files for dense changes.
             dtype: dtype of the file. None: float32 for diffusers, float16 for kohya.
 
         Raises:
-            ValueError: the delta has changes that a LoRA cannot hold (biases, norms, parts other than the UNet) or
-                requires other deltas; `layout` is unknown, or `rank` is below 1.
+            ValueError: the delta has changes that a LoRA cannot hold (biases, norms, parts other than the denoiser), or
+                that have no name in the layout, or requires other deltas; `layout` is unknown, or `rank` is below 1.
             OSError: the file cannot be written.
         """
         if self.after:
             raise ValueError("This delta requires others. Export the sum of all: (earlier + this).export(...).")
-        return export(path, self.weights, self.strength, layout, rank, dtype, self.method)
+        return export(path, self.weights, self.strength, layout, rank, dtype, self.method, _denoiser(self.info))
+
+
+def _denoiser(info: Mapping[str, Any]) -> str:
+    """The class of the transformer that a delta, or each part of a sum, was fitted on; "" if it is unknown."""
+    parts = {_denoiser(each["info"]) for each in info.get("sum of", ())} or {str(info.get("denoiser", ""))}
+    return parts.pop() if len(parts) == 1 else ""
 
 
 def active(pipe: DiffusionPipeline) -> list[Delta]:

@@ -65,6 +65,13 @@ class EmojiEyes(Looking):
                 found.append(icons[..., [INDEX[icon] for icon in what]].amax(-1))
         return torch.stack(found).amax(0)
 
+    def log_odds(self, images: Tensor) -> Tensor:
+        """The log-odds less those of the thresholds, [2, N], with gradients. Without names, of the surest icon."""
+        from efface.models.emoji.eyes import ICONS
+
+        found: Tensor = networks().log_odds(images, self.names or ICONS)
+        return found
+
     def decide(self, looks: list[Any]) -> Tensor:
         if not looks:
             return torch.zeros(2, 0, dtype=torch.bool)

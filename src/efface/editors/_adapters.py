@@ -43,7 +43,7 @@ class Adapted(Steered):
         random: Generator,
     ) -> None:
         super().__init__(pipe, texts, layer_names(pipe), 1, spatial=True, precision=precision)
-        self.scheduler.set_timesteps(sampler_steps, device=self.device)
+        self.set_steps(sampler_steps)
         self.columns = [slice(0, 0), *encode(pipe, list(texts)).own]
         self.width, self.random = width, random
         self.outputs: dict[str, Tensor] = {}  # of the adapters, in the latest call

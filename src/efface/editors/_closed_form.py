@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -62,28 +62,44 @@ def kept_texts(preserve: Sequence[str], concepts: Sequence[Concept], erased: Map
 
 class Texts:
     """Texts as the pipeline encodes them, each once, in batches that fit into memory. Refuses texts that the encoder
-    cannot read."""
+    cannot read.
 
-    def __init__(self, pipe: DiffusionPipeline, texts: Sequence[str], batch: int = 64) -> None:
+    Args:
+        pipe: the pipeline.
+        texts: the texts.
+        read: the weights that read them. None: keys and values of cross-attention.
+        batch: the number of texts that are encoded together.
+    """
+
+    def __init__(
+        self, pipe: DiffusionPipeline, texts: Sequence[str], read: Mapping[str, Tensor] | None = None, batch: int = 64
+    ) -> None:
         unique = list(dict.fromkeys(texts))
         check_phrases(pipe, unique)
         self._rows: dict[str, Tensor] = {}
         self._last: dict[str, int] = {}
+        self._pooled: dict[str, Tensor] = {}
         for k in range(0, len(unique), batch):
             encoded = encode(pipe, unique[k : k + batch])
             self._rows |= zip(unique[k : k + batch], encoded.text.cpu(), strict=True)
             self._last |= {t: max(own.stop - 1, 0) for t, own in zip(unique[k : k + batch], encoded.own, strict=True)}
-        made, read = encoded.text.shape[-1], {w.shape[1] for w in keys_values(pipe).values()}
-        if read != {made}:
+            if encoded.pooled is not None:
+                self._pooled |= zip(unique[k : k + batch], encoded.pooled.cpu(), strict=True)
+        made, widths = encoded.text.shape[-1], {w.shape[1] for w in (read or keys_values(pipe)).values()}
+        if widths != {made}:
             raise ValueError(
                 f"Expected keys and values that read the encoded text (width {made}), got width "
-                f"{', '.join(map(str, sorted(read)))} in this {type(pipe).__name__}, which projects the text first. "
+                f"{', '.join(map(str, sorted(widths)))} in this {type(pipe).__name__}, which projects the text first. "
                 "Use a run-time eraser, such as EIUP."
             )
 
     def rows(self, text: str) -> Tensor:
         """All positions of a text, [L, D] in float64."""
         return self._rows[text].double()
+
+    def pooled(self, texts: Iterable[str]) -> Tensor:
+        """The pooled vectors of these texts, [N, P] in float64."""
+        return torch.stack([self._pooled[text].double() for text in texts])
 
     def last(self, text: str) -> int:
         """The position of the last own token; of the start token for the empty text."""

@@ -26,7 +26,7 @@ from ..families import family
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-Train = Literal["x", "x-strict", "u", "self", "full"]
+Train = Literal["x", "x-strict", "joint", "u", "self", "full"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Weights = Mapping[str, Tensor]  # canonical name -> tensor
 
@@ -34,10 +34,13 @@ Weights = Mapping[str, Tensor]  # canonical name -> tensor
 # ---------------------------------------------------------------- which tensors
 
 
-def trained(denoiser: nn.Module, train: str, outer: Sequence[str] = (), *, biases: bool = True) -> list[str]:
+def trained(
+    denoiser: nn.Module, train: str, outer: Sequence[str] = (), joint: Sequence[str] = (), *, biases: bool = True
+) -> list[str]:
     """The names of the denoiser's parameters that a mode trains. "u" excludes names with the prefixes `outer`.
 
-    Without `biases`, only matrices and convolutions train, because a LoRA can hold only these.
+    Without `biases`, only matrices and convolutions train, because a LoRA can hold only these. `joint`: the names of
+    the layers with joint attention, if the denoiser reads text there.
 
     Raises:
         ValueError: the mode is unknown or finds no parameters, or a LoRA is loaded.
@@ -52,11 +55,20 @@ def trained(denoiser: nn.Module, train: str, outer: Sequence[str] = (), *, biase
     attention = [
         (f"{n}.", m.is_cross_attention) for n, m in denoiser.named_modules() if hasattr(m, "is_cross_attention")
     ]
-    cross, own = (tuple(n for n, is_cross in attention if is_cross == kind) for kind in (True, False))
+    of_joint = tuple(f"{name}." for name in joint)
+    cross, own = (
+        tuple(n for n, is_cross in attention if is_cross == kind and n not in of_joint) for kind in (True, False)
+    )
+    text = tuple(f"{layer}add_{part}_proj." for layer in of_joint for part in "qkv")
+    shared = tuple(f"{layer}to_{part}." for layer in of_joint for part in "qkv")
     rules: dict[str, Callable[[str], bool]] = {
-        "x": lambda name: name.startswith(cross),
-        "x-strict": lambda name: name.startswith(cross) and name.endswith((".to_k.weight", ".to_v.weight")),
-        "u": lambda name: not name.startswith((*cross, *outer)),
+        "x": lambda name: name.startswith((*cross, *text)),
+        "x-strict": lambda name: (
+            name.startswith((*cross, *text))
+            and name.endswith((".to_k.weight", ".to_v.weight", ".add_k_proj.weight", ".add_v_proj.weight"))
+        ),
+        "joint": lambda name: name.startswith((*text, *shared)),
+        "u": lambda name: not name.startswith((*cross, *text, *outer)),
         "self": lambda name: name.startswith(own),
         "full": lambda name: True,
     }
@@ -147,7 +159,8 @@ class Denoiser:
     ) -> None:
         facts = family(pipe)
         self.module, self.prefix = cast("Any", part(pipe, facts.denoiser)), f"{facts.denoiser}."
-        self.names = trained(self.module, train, facts.outer_layers, biases=biases)
+        joint = tuple(facts.joint_layers(self.module))
+        self.names = trained(self.module, train, facts.outer_layers, joint, biases=biases)
         parameters = dict(self.module.named_parameters())
         if any(p.is_meta or not p.is_floating_point() or p.element_size() < 2 for p in parameters.values()):
             raise ValueError(
@@ -158,8 +171,8 @@ class Denoiser:
                 "The denoiser was loaded under `torch.inference_mode()`, and such weights cannot be trained. Load the "
                 "pipeline outside of it."
             )
-        config = self.module.config
-        if config.in_channels != config.out_channels or facts.distilled(self.module):
+        config, few = self.module.config, facts.distilled(self.module) or facts.few_steps(pipe)
+        if few or config.out_channels not in (None, config.in_channels):
             raise ValueError(
                 "Expected a text-to-image denoiser with an unconditional prediction, got one for inpainting or "
                 "distilled to few steps. Use a base model with guidance."
@@ -182,10 +195,13 @@ class Denoiser:
         self.dtype = torch.float32 if self.amp else own
         self.pipe, self.condition = pipe, condition(pipe, texts)
         self.scheduler = copy.deepcopy(pipe.scheduler)
-        self.scheduler.set_timesteps(sampler_steps, device=self.device)
-        size = config.sample_size
-        self.shape = (config.in_channels, *((size, size) if isinstance(size, int) else size))
+        self.set_steps(sampler_steps)
+        self.shape = facts.latent_shape(pipe)
         self.rows = 0
+
+    def set_steps(self, steps: int) -> None:
+        """Sets the number of steps of a full trajectory."""
+        self.condition.facts.set_steps(self.pipe, self.scheduler, steps, self.device)
 
     def add(self, texts: Sequence[str]) -> Tensor:
         """Adds texts, and returns their rows of the condition."""
@@ -209,9 +225,9 @@ class Denoiser:
         if torch.is_grad_enabled():
             inner = self.frozen | {n.removeprefix(self.prefix): w for n, w in self.base.items()} | inner
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp), self._recomputing(inner), unwatched():
-            kwargs = {**self.condition.at(prompt), "return_dict": False}
-            out = functional_call(self.module, inner, (x, t), kwargs, tie_weights=False)[0]
-        return out.to(self.dtype)
+            args, kwargs = self.condition.facts.training_call(x, t, self.condition.at(prompt))
+            out = functional_call(self.module, inner, args, {**kwargs, "return_dict": False}, tie_weights=False)[0]
+        return self.condition.facts.training_output(out, x).to(self.dtype)
 
     @contextmanager
     def _recomputing(self, weights: Weights) -> Iterator[None]:
@@ -266,11 +282,13 @@ class Denoiser:
         extra = {"generator": rng} if "generator" in inspect.signature(scheduler.step).parameters else {}
         if noise is None:
             noise = torch.randn(len(prompt), *self.shape, generator=rng)
-        x = noise.to(self.device, self.dtype).expand(len(prompt), *self.shape) * scheduler.init_noise_sigma
+        x = noise.to(self.device, self.dtype).expand(len(prompt), *self.shape)
+        x = x * getattr(scheduler, "init_noise_sigma", 1.0)  # flow matching starts at noise of size 1
         prompt, both = prompt.to(self.device), torch.cat([torch.zeros_like(prompt), prompt])
         found, own = x.new_empty(*stops.shape, *self.shape), x.new_empty(*stops.shape, *self.shape)
         for k, t in enumerate(scheduler.timesteps[: last + 1]):
-            seen, here = scheduler.scale_model_input(x, t), (stops == k).to(self.device)
+            seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+            here = (stops == k).to(self.device)
             found[here] = seen.expand_as(found)[here]
             if k == last and not keep:
                 break

@@ -36,7 +36,11 @@ class Training(FamilyDefaults):
 
     Args:
         train: the trained weights: "x" all of cross-attention, "x-strict" its keys and values only, "u" all but
-            cross-attention, time embedding and output layers, "self" self-attention, "full" everything.
+            cross-attention, time embedding and output layers, "self" self-attention, "full" everything. In joint
+            attention, "x" is the queries, keys and values of the text (add_q_proj, add_k_proj, add_v_proj). There
+            "x-strict" is its keys and values. The mode "joint" adds to_q, to_k and to_v to "x"; text and picture share
+            these in the single blocks of FLUX. There "u" is all but "x" and the layers around the blocks, and "self" is
+            attention of the picture alone (SD 3.5 Medium).
         steps: updates; 0 learns nothing.
         lr: of AdamW, constant.
         batch: points per update.
@@ -52,7 +56,7 @@ class Training(FamilyDefaults):
     """
 
     off: ClassVar[Mapping[str, Any] | None] = {"steps": 0}
-    needs: ClassVar[tuple[str, ...]] = ("training",)
+    needs: ClassVar[tuple[str, ...]] = ("training|flow_training",)
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Family -> the default values; "" for all other families."""
 

@@ -35,7 +35,8 @@ class ESD(Training):
         target = e*(x_t, f, t) - eta (e*(x_t, c, t) - e*(x_t, t)),  L on e(x_t, f, t)   to erase c from f only
 
     The student draws x_t, guided with the prompt c (or f), up to a random step of the pipeline's scheduler. The
-    coefficients of the target sum to one, so the formula also holds for v-prediction.
+    coefficients of the target sum to one, so the formula also holds for v-prediction, and for the velocity of flow
+    matching (SD 3/3.5, FLUX.1).
 
     Paper: R. Gandikota, J. Materzynska, J. Fiotto-Kaufman, D. Bau, 2023, "Erasing Concepts from Diffusion Models", ICCV
     2023, arXiv 2303.07345, equation 6. `ESD.paper()` has its settings, `ESD.code_2025()` those of the authors' current
@@ -46,12 +47,17 @@ class ESD(Training):
     time step matches the noise in x_t exactly, and latents are scaled for the scheduler. The authors sample with DDIM
     (in 2025 PNDM): set `pipe.scheduler` before `fit` for theirs. The empty prompt is that of inference: zeros on SDXL.
     One trajectory serves `reuse` updates at different steps. "u" excludes the time embedding and the output layers, as
-    the paper's code did. By default biases do not train, unlike in the authors' code, so that every default fit exports
-    as a LoRA.
+    the paper's code did. Joint attention is not in the paper, and nothing is calibrated there. FLUX.1 dev has its
+    guidance distilled in: it trains at an embedded guidance of 1, with the empty prompt as the unconditional one. A
+    model that is distilled to few steps (schnell) is refused. By default biases do not train, unlike in the authors'
+    code, so that every default fit exports as a LoRA.
 
     Args:
         train: "x" (ESD-x: cross-attention; for names and styles), "u" (ESD-u: all but cross-attention; for implied
-            concepts), "x-strict" (keys and values of cross-attention), "self" or "full".
+            concepts), "x-strict" (keys and values of cross-attention), "self" or "full". In joint attention, "x": the
+            text's add_q_proj, add_k_proj and add_v_proj; "x-strict": its add_k_proj and add_v_proj; "joint": these
+            three, and to_q, to_k and to_v of all blocks; "u": all but those of "x", and not the layers around the
+            blocks.
         steps: updates, >= 0; paper: 1000. None: the family's default, as for `lr`, `batch`, `reuse`, `sampler_steps`.
         lr: learning rate of AdamW; paper: 1e-5. The family's default is a third for "u" and "full".
         batch: points per update; paper: 1.

@@ -59,7 +59,7 @@ class SDD(Training):
             `emoji`, where "readme" has a higher residual rate for concepts with several phrases).
         ema: decay of the average per update, in [0, 1]: 0 is the student, 1 the original. Above 1 - 3 / steps, the
             average lags too far behind. None: 0.999 from 1500 updates on (the script's), below that 1 - 5 / steps.
-        train: "x" (cross-attention, the script's), "x-strict", "u", "self" or "full".
+        train: "x" (cross-attention, the script's), "x-strict", "joint", "u", "self" or "full", as for `ESD`.
         steps: updates, >= 0; script: 1500. None: the family's default, as for `lr`, `batch`, `reuse`, `sampler_steps`.
         lr: learning rate of AdamW; script: 1e-5.
         batch: points per update; script: 1.

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from .._weights import keys_values, learning
+from .._weights import keys_values, learning, text_inputs
 from ..core import Concept, Concepts, as_concepts, config
-from ..delta import Delta
+from ..delta import Change, Delta
 from ..families import check, family
+from ..fields import computed
 from ._closed_form import (
     Texts,
     Tokens,
@@ -34,6 +35,7 @@ __all__ = ["UCE"]
 
 Mode = Literal["erase", "moderate", "debias"]
 Shift = Literal["token", "layer"]
+Weights = Literal["layers", "input"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,14 @@ class UCE:
 
         W* c = W c + sum_j s_j (||W C^T|| / ||W A_j^T||) W a_j         C, A_j [N, D]: all tokens of the phrase
 
+    In joint attention, one layer reads the encoded text, before all blocks. What later layers read of it depends on the
+    time and on the picture, so a closed form has no meaning there. `weights="input"` edits that first layer:
+
+        W* c + bias = W T c + bias         W: the linear layer of the text before all blocks (`context_embedder`)
+        W* p + bias = W T_p p + bias       W: that of the pooled text p (SD 3, FLUX.1), with a T_p of the pooled vectors
+
+    So the edited model reads each text as the base model reads T c and T_p p, in all layers.
+
     Paper: R. Gandikota, H. Orgad, Y. Belinkov, J. Materzynska, D. Bau, 2024, "Unified Concept Editing in Diffusion
     Models", WACV, arXiv 2308.14761. There are no equation numbers, because the formulas follow a summary and the public
     code.
@@ -62,9 +72,10 @@ class UCE:
     float64 by Cholesky, is Efface's; the code solves each layer with an explicit inverse in float32. The code's
     `tensor` target is omitted. `tokens="all"` is Efface's, for text encoders that are not causal. The empty text is
     preserved, as in the code of 2023; its 1,734 artists are not, unless you give them. SDXL's pooled text is not
-    edited, so part of the concept remains. Debiasing needs your function for measuring the shares; the script of 2023
-    has CLIP, five templates per profession, and a list of professions to preserve. A loaded LoRA stays unchanged: only
-    the base weights are edited.
+    edited, so part of the concept remains. The authors' code of 2025 for FLUX edits the same two layers as
+    `weights="input"`, but adds the bias twice; the edit here leaves it alone. It was measured on no model. Debiasing
+    needs your function for measuring the shares; the script of 2023 has CLIP, five templates per profession, and a list
+    of professions to preserve. A loaded LoRA stays unchanged: only the base weights are edited.
 
     Args:
         mode: "erase" maps concepts onto their `anchor`. "moderate" maps them onto the empty text, for any anchor.
@@ -78,6 +89,8 @@ class UCE:
         erase_scale: a > 0; 1 in the paper.
         preserve_scale: b >= 0; None: max(0.1, 1 / number of preserved texts), as in the code of 2023.
         lam: > 0, on the scale of a token's squared norm; 0.5 in the code.
+        weights: "layers": keys and values of cross-attention. "input": the linear layers that read the encoded text and
+            the pooled text before all others, on SD 3/3.5, FLUX.1, FLUX.2 and Chroma; not for "debias".
 
     Shapes: W [C, D]; tokens [N, D], one row per edited position of each phrase.
 
@@ -95,7 +108,11 @@ class UCE:
         'uce'
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("text_weights",)
+    needs: ClassVar[tuple[str, ...]] = computed(
+        lambda self: ("text_weights",) if self.weights == "layers" else ("text_inputs",)
+    )
+    forms: ClassVar[Mapping[str, Mapping[str, Any]]] = {'`weights="input"`': {"weights": "input"}}
+    added: ClassVar[tuple[str, ...]] = ("weights",)
 
     mode: Mode = "erase"
     tokens: Tokens | None = None
@@ -105,9 +122,11 @@ class UCE:
     erase_scale: float = 1.0
     preserve_scale: float | None = None
     lam: float = 0.5
+    weights: Weights = "layers"
 
     def __post_init__(self) -> None:
         choices = {"mode": get_args(Mode), "tokens": (*get_args(Tokens), None), "shift": get_args(Shift)}
+        choices |= {"weights": get_args(Weights)}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(
@@ -132,6 +151,9 @@ class UCE:
                 f"Expected `attributes` with mode 'debias' and with no other, got mode {self.mode!r} and "
                 f"{checks.shown(self.attributes)}. Give for example (('a woman', 0.2), ('a man', -0.2))."
             )
+        if self.weights == "input" and self.mode == "debias":
+            cure = "Debias a model with cross-attention."
+            raise ValueError(checks.refusal("mode 'erase' or 'moderate' with `weights=\"input\"`", self.mode, cure))
 
     @classmethod
     def code_2025(cls) -> UCE:
@@ -159,7 +181,10 @@ class UCE:
             made = layered(keys_values(pipe), phrases, shifts, gram, self.erase_scale, self.lam)
         else:
             left, right, info = self.transform(pipe, wanted)
-            made = changes(keys_values(pipe), left, right)
+            made = changes(self._read(pipe), left, right)
+        if self.weights == "input":
+            pooled, info["pooled residual"] = self._pooled(pipe, wanted)
+            made |= pooled
         return Delta.fitted(self, pipe, made, wanted, seed=seed, info=info)
 
     def transform(self, pipe: DiffusionPipeline, concepts: Sequence[Concept]) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -172,6 +197,11 @@ class UCE:
             anchor = concept + torch.cat([torch.as_tensor(toward) for toward in towards])
         else:
             anchor = torch.cat([toward for _, (toward,) in phrases])
+        left, right, rest = self._solved(concept, anchor, gram)
+        return left, right, info | {"residual": rest}
+
+    def _solved(self, concept: Tensor, anchor: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, float]:
+        """T - I as factors, and what is left of the difference between concept and anchor."""
         left, right = step(concept, anchor, gram, self.erase_scale, self.lam)
         rest = residual(left, right, concept, anchor)
         if rest > 0.5:
@@ -181,22 +211,54 @@ class UCE:
                 f"The edit is {1 - rest:.0%} complete, and would be {1 - alone:.0%} complete if nothing were "
                 f"preserved. Give {cure}."
             )
-        return left, right, info | {"residual": rest}
+        return left, right, rest
+
+    def _pooled(self, pipe: DiffusionPipeline, concepts: Sequence[Concept]) -> tuple[dict[str, Change], float | None]:
+        """The changes of the layer that reads the pooled text, and the residual there; none without such a layer."""
+        if not (read := text_inputs(pipe, pooled=True)):
+            return {}, None
+        anchors, kept, texts = self._texts(pipe, concepts)
+        held = texts.pooled(kept) if kept else texts.pooled(anchors)[:0]
+        gram = self._scale(kept) * held.T @ held
+        left, right, rest = self._solved(texts.pooled(anchors), texts.pooled(anchors.values()), gram)
+        return changes(read, left, right), rest
+
+    def _read(self, pipe: DiffusionPipeline) -> dict[str, Tensor]:
+        """The edited weights, which read the encoded text."""
+        return keys_values(pipe) if self.weights == "layers" else text_inputs(pipe)
+
+    def _scale(self, kept: Sequence[str]) -> float:
+        return max(0.1, 1 / max(len(kept), 1)) if self.preserve_scale is None else self.preserve_scale
+
+    def _texts(
+        self, pipe: DiffusionPipeline, concepts: Sequence[Concept]
+    ) -> tuple[dict[str, str], tuple[str, ...], Texts]:
+        """Phrases to their anchors, the preserved texts, and all of these encoded."""
+        anchors = anchors_of(concepts, "" if self.mode == "moderate" else None)
+        kept = kept_texts(self.preserve, concepts, anchors)
+        found = [*anchors, *anchors.values(), *kept, *(text for text, _ in self.attributes)]
+        return anchors, kept, Texts(pipe, found, self._read(pipe))
 
     def _prepared(
         self, pipe: DiffusionPipeline, concepts: Sequence[Concept]
     ) -> tuple[list[tuple[Tensor, list[Tensor]]], Tensor, dict[str, Any]]:
         """Each phrase's rows with those of its target, b P^T P [D, D], and facts."""
         check(self, pipe)
-        tokens = self.tokens or ("tail" if family(pipe).causal else "all")
-        anchors = anchors_of(concepts, "" if self.mode == "moderate" else None)
-        kept = kept_texts(self.preserve, concepts, anchors)
-        texts = Texts(pipe, [*anchors, *anchors.values(), *kept, *(text for text, _ in self.attributes)])
+        facts = family(pipe)
+        tokens = self.tokens or ("tail" if facts.causal else "all")
+        if tokens != "all" and len(facts.texts) > 1:
+            raise ValueError(
+                checks.refusal(
+                    f"tokens 'all' on {facts.name}, whose text has the columns of {len(facts.texts)} encoders",
+                    tokens,
+                    "Leave `tokens` out.",
+                )
+            )
+        anchors, kept, texts = self._texts(pipe, concepts)
         aims = [text for text, _ in self.attributes]
         phrases = [texts.aligned(phrase, aims or (anchor,), tokens) for phrase, anchor in anchors.items()]
         concept = torch.cat([rows for rows, _ in phrases])
-        scale = max(0.1, 1 / max(len(kept), 1)) if self.preserve_scale is None else self.preserve_scale
-        gram = scale * texts.gram(kept, last=tokens == "last")
+        gram = self._scale(kept) * texts.gram(kept, last=tokens == "last")
         info = {"tokens": tokens, "edited rows": len(concept), "preserved texts": len(kept)}
         return phrases, gram, info | {"condition": condition(concept, gram, self.erase_scale, self.lam)}
 

@@ -13,9 +13,11 @@ from torch import Tensor
 from .. import checks
 from .._text import check_phrases
 from ..core import Concept, Concepts, ConceptsField, Handle, RowsField
+from ..families import family
 from ..fields import Converted
 from ..hooks import CrossAttention, Encoding, ErasurePrompts, Memory, Method, computed
 from . import _anchors
+from ._joint_forms import oblique, pooled_projected, pooled_texts, text_only
 from ._keys import outputs, remembered
 from ._terms import cleared, gated, projected, separate, swapped
 
@@ -24,9 +26,10 @@ if TYPE_CHECKING:
 
 __all__ = ["EIUP"]
 
-Normalization = Literal["projected", "swap", "separate", "gated"]
-STRENGTHS = {"projected": 2.25, "swap": 2.25, "separate": 1.0, "gated": 1.0}
-PROJECTED = ("projected", "swap")
+Normalization = Literal["projected", "swap", "text", "oblique", "separate", "gated"]
+STRENGTHS = {"projected": 2.25, "swap": 2.25, "text": 2.25, "oblique": 2.0, "separate": 1.0, "gated": 1.0}
+PROJECTED = ("projected", "swap", "text", "oblique")
+NEEDS = {"text": ("joint_text",), "separate": ("cross_text",), "gated": ("cross_text",)}
 THINGS = ("dog", "tree", "car", "cup", "house", "star", "book", "hat", "flower", "fish", "shoe", "chair")
 
 
@@ -54,8 +57,15 @@ class EIUP(Method):
     The denoiser carries N, T, E and R beside the prompt. Each attends to itself and to the picture, and passes the
     blocks as the prompt does. Prompt and picture do not attend to them, and only the picture's O changes.
 
-    Both edit unconditional rows with a negative prompt differently, and without R. P_d projects onto the span of the d
-    of all phrases: O = O - min(strength, 1) P_d (O - A(q, N) V_N).
+    Two more forms are for joint attention (`oblique` works elsewhere too), with m the prompt's share in the softmax of
+    a query and head, and p, N, T, E read from the text's own columns alone, without the picture's:
+
+        text:            O = O + m (p' - p)                     p': p in the projected form
+        oblique:         c = least squares of the t and d_E in O - A(q, N) V_N, within [0, 1], d_E = A(q, E) V_E -
+                         A(q, N) V_N, with a ridge of 0.05;  O = O - strength sum_E c_E (d_E - mean t)
+
+    All four edit unconditional rows with a negative prompt differently, and without R. P_d projects onto the span of
+    the d of all phrases: O = O - min(strength, 1) P_d (O - A(q, N) V_N).
 
     Paper: D. Chen, Z. Li, M. Fan, C. Chen, W. Zhou, Y. Li, 2024, "EIUP: A Training-Free Approach to Erase Non-Compliant
     Concepts Conditioned on Implicit Unsafe Prompts", arXiv 2408.01014 v1. Only the abstract of v1 was available, so
@@ -83,8 +93,8 @@ class EIUP(Method):
     no unconditional row, at no cost. A negative prompt that names the anchor works against the swap. `separate` and
     `gated` never edit unconditional rows. With them, a negative prompt that names the concept increases the removal.
 
-    The pooled text embeddings of SDXL, SD 3 and FLUX bypass attention and are not edited. On PixArt, whose T5 has no
-    start token, text is projected and its padding masked as in the pipeline.
+    The pooled text embeddings of SDXL, SD 3 and FLUX bypass attention and are edited only with `pooled`. On PixArt,
+    whose T5 has no start token, text is projected and its padding masked as in the pipeline.
 
     Args:
         concepts: the concepts to erase: names of shipped concepts, `Concept` objects, or a sequence of them. Projected
@@ -98,7 +108,8 @@ class EIUP(Method):
             forms, the smallest that meets the targets of the projected one on `emoji`, not calibrated in joint
             attention; 1 for the others.
         window: (start, end), the part of the trajectory with the edit, as fractions: 0 is pure noise, 1 the picture.
-        normalization: "projected", "swap", "separate" or "gated". The latter two need cross-attention.
+        normalization: "projected", "swap", "text", "oblique", "separate" or "gated". "text" needs joint attention, the
+            last two cross-attention. "text" and "oblique" are not calibrated on any model.
         neutral: groups of neutral texts, which name ordinary things. The mean of each group is a T. Projected and swap
             only; () means none.
         anchors: swap only: texts for concepts without an own `Concept.anchor`. Each phrase takes the one that is
@@ -106,6 +117,8 @@ class EIUP(Method):
             concept, else "a red apple", "a stack of books" or "a wrapped gift".
         threshold: swap only: from 0 to 1, the share c from which on the anchor is read; from 0.2 above, it is read
             alone. Default: 0.65, chosen on `emoji`. Lower values replace more, also of other things in the picture.
+        pooled: >= 0: the strength of the projected form on the pooled text of conditional rows, within `window` (SDXL,
+            SD 3/3.5, FLUX.1). 0 does not change it. Not calibrated.
         rows: one list of concepts per prompt of the batch, instead of `concepts` for all.
 
     Shapes: queries and outputs [B, Q, C], text [N, L, D]; Q counts the picture's columns. Only the projected and swap
@@ -131,15 +144,13 @@ class EIUP(Method):
     """
 
     off: ClassVar[dict[str, Any] | None] = {"strength": 0.0}
-    needs: ClassVar[tuple[str, ...]] = computed(
-        lambda self: ("cross_text|joint_text",) if self.normalization in PROJECTED else ("cross_text",)
-    )
+    needs: ClassVar[tuple[str, ...]] = computed(lambda self: NEEDS.get(self.normalization, ("cross_text|joint_text",)))
     forms: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        f'`normalization="{form}"`': {"normalization": form} for form in ("separate", "gated")
+        f'`normalization="{form}"`': {"normalization": form} for form in NEEDS
     }
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}, "emoji": {}}  # the strength's
     edits_attention: ClassVar[bool] = True
-    added: ClassVar[tuple[str, ...]] = ("anchors", "threshold")
+    added: ClassVar[tuple[str, ...]] = ("anchors", "threshold", "pooled")
     touches_uncond: ClassVar[bool] = computed(lambda self: self.normalization in PROJECTED)
     packs: ClassVar[bool] = computed(lambda self: self.normalization not in PROJECTED)
     uses_anchors: ClassVar[bool] = computed(lambda self: self.normalization == "swap")
@@ -154,6 +165,7 @@ class EIUP(Method):
     neutral: tuple[tuple[str, ...], ...] = (tuple(f"a {thing}" for thing in THINGS),)
     anchors: tuple[str, ...] = ()
     threshold: float = 0.65
+    pooled: float = 0.0
     rows: RowsField = Converted(None)
 
     def __post_init__(self) -> None:
@@ -168,6 +180,7 @@ class EIUP(Method):
         object.__setattr__(self, "neutral", tuple(tuple(group) for group in groups))
         object.__setattr__(self, "anchors", checks.texts("anchors", self.anchors))
         object.__setattr__(self, "threshold", checks.share("threshold", self.threshold))
+        object.__setattr__(self, "pooled", checks.number("pooled", self.pooled, 0))
         if self.normalization in PROJECTED:
             for concepts in self._sets:
                 _anchors.check_size(concepts)
@@ -194,6 +207,11 @@ class EIUP(Method):
     def check(self, pipe: DiffusionPipeline) -> None:
         super().check(pipe)
         check_phrases(pipe, [anchor for (anchor,) in self._anchored])
+        if self.pooled and not (facts := family(pipe)).pooled:
+            raise ValueError(
+                f"Expected a family with a pooled text for `pooled`, got {facts.name}, which has none. Leave `pooled` "
+                "out."
+            )
 
     def apply(self, pipe: DiffusionPipeline) -> Handle:
         with ExitStack() as applied:
@@ -206,13 +224,28 @@ class EIUP(Method):
     def prepared(
         self, pipe: DiffusionPipeline, erasure_prompts: Sequence[str], call: Encoding | None, memory: Memory
     ) -> Memory | None:
-        kept = remembered(pipe, memory)
+        settings, kept = call.settings if call else {}, remembered(pipe, memory)
         if self.normalization == "swap":
-            kept["anchor_of"] = _anchors.chosen(pipe, self._sets, self.anchors, call.settings if call else {})
+            kept["anchor_of"] = _anchors.chosen(pipe, self._sets, self.anchors, settings)
+        if self.pooled:
+            kept["pooled"] = pooled_texts(pipe, self._sets, self.neutral, settings)
         return kept
 
+    def reread(self, text: Tensor, pooled: Tensor | None, time: Tensor, memory: Memory) -> tuple[Tensor, Tensor | None]:
+        if not self.pooled or pooled is None:
+            return text, pooled
+        rows = [self.concepts] if self.rows is None else self.rows
+        parts = pooled.chunk(len(rows))
+        found = [
+            pooled_projected(part, memory["pooled"][some], len(self.neutral), self.pooled) if some else part
+            for part, some in zip(parts, rows, strict=True)
+        ]
+        return text, torch.lerp(pooled, torch.cat(found), torch.as_tensor(self.weight(time)).to(pooled))
+
     def edit(self, out: Tensor, cross: CrossAttention, prompts: ErasurePrompts) -> Tensor:
-        if self.normalization in PROJECTED:
+        if self.normalization == "text":
+            added = text_only(out, cross, prompts.text, len(self.neutral), self.strength)
+        elif self.normalization in PROJECTED:
             parts = [self._change(out[:, part], texts, cross, prompts) for part, texts in outputs(cross, prompts.text)]
             added = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         else:
@@ -220,10 +253,12 @@ class EIUP(Method):
         return (out + added).to(out.dtype)
 
     def _change(self, out: Tensor, would_be: Tensor, cross: CrossAttention, prompts: ErasurePrompts) -> Tensor:
-        """What `projected` and `swap` add to the outputs of some queries."""
+        """What `projected`, `swap` and `oblique` add to the outputs of some queries."""
         given = out, would_be, len(self.neutral), len(prompts.text), self.strength
         if cross.unconditional:
             return cleared(*given)
+        if self.normalization == "oblique":
+            return oblique(out, would_be, len(self.neutral), self.strength)
         if self.normalization == "swap":
             return swapped(*given, self.threshold, cross.memory["anchor_of"][prompts.which])
         return projected(*given)

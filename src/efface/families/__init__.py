@@ -10,6 +10,7 @@ from ._defaults import filled, uncalibrated
 from ._find import FAMILIES, denoiser_name, family
 from ._needs import Form, about, check, forms, lacking, matrix, refusal, what_works
 from ._offers import OFFERS, Offer
+from ._original import original_place
 from ._parts import Reading, encode_parameters, encoder_name, tokenizer_of
 from .base import Family
 
@@ -30,6 +31,7 @@ __all__ = [
     "forms",
     "lacking",
     "matrix",
+    "original_place",
     "refusal",
     "tokenizer_of",
     "uncalibrated",

@@ -51,4 +51,12 @@ OFFERS: Mapping[str, Offer] = {
         "a denoiser that trains outside of the pipeline's call",
         "The denoiser predicts from latents, time and encoded text alone, on steps of the pipeline's scheduler.",
     ),
+    "text_inputs": Offer(
+        "an input layer for the encoded text",
+        "One linear layer reads the states of the text encoder before all other layers of the denoiser.",
+    ),
+    "flow_training": Offer(
+        "a flow-matching denoiser that trains outside of the pipeline's call",
+        "As `training`, for a denoiser with joint attention that predicts velocity.",
+    ),
 }

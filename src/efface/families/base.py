@@ -9,10 +9,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ._parts import Reading, class_names, encode_parameters, encoder_name, held, is_kind, tokenizer_of, video_argument
+from ._training import InTraining
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -22,7 +23,7 @@ _JOINT = ("add_k_proj", "add_v_proj", "to_k", "to_v")
 
 
 @dataclass(frozen=True)
-class Family:
+class Family(InTraining):
     """The facts on a family of pipelines for hooks and methods.
 
     Args:
@@ -55,6 +56,9 @@ class Family:
         joint: the last name of the modules with joint attention.
         text_first: whether text precedes the picture in joint attention.
         projection: the denoiser's module that projects the text for all layers; "" if there is none.
+        text_inputs, pooled_inputs: the denoiser's linear modules that read the encoded text, and the pooled one, before
+            all of its layers.
+        original: this denoiser's modules as in the checkpoint that the model was published with, see `original_place`.
         bottleneck: the denoiser's module in the middle, whose output is smaller than its input; "" if there is none.
         picture_output: the position of the picture among the outputs of a block that returns text and picture.
         outer_layers: prefixes of the names of the denoiser's parameters before and after its blocks.
@@ -87,6 +91,9 @@ class Family:
     joint: str = "attn"
     text_first: bool = True
     projection: str = ""
+    text_inputs: tuple[str, ...] = ()
+    pooled_inputs: tuple[str, ...] = ()
+    original: Mapping[str, str] = field(default_factory=dict, hash=False)
     bottleneck: str = ""
     picture_output: int = 0
     outer_layers: tuple[str, ...] = ()
@@ -338,11 +345,3 @@ class Family:
             return alone or named
         layers = [(n, m) for n, m in denoiser.named_modules() if getattr(m, "is_cross_attention", False)]
         return {f"{name}.{part}": getattr(layer, part) for name, layer in layers for part in ("to_k", "to_v")}
-
-    def training_added(self, pipe: DiffusionPipeline, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Further training inputs of the denoiser, from the output of `encode_prompt`."""
-        return {}
-
-    def training_arguments(self, text: Tensor, added: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Keyword arguments of a denoiser call in training, from a text and from rows of `training_added`."""
-        return {self.text_argument: text, **added}

@@ -32,10 +32,11 @@ CHROMA = _Chroma(
     "Chroma",
     denoiser_class="ChromaTransformer2DModel",
     encoders=("T5",),
-    offers=frozenset({"joint_text", "guidance", "guidance_scale", "padded_text"}),
+    offers=frozenset({"joint_text", "guidance", "guidance_scale", "padded_text", "text_inputs"}),
     returns=("text", "ids", "mask", "negative", "other_ids", "negative_mask"),
     bidirectional=("tokenizer",),
     resizable=("tokenizer",),
     mask_argument="attention_mask",
     weighs_padding=True,
+    text_inputs=("context_embedder",),
 )

@@ -24,11 +24,12 @@ LAYERS = 3  # of the decoder, whose states stand side by side
 class _Flux2(FluxLike):
     denoiser_class: str = "Flux2Transformer2DModel"
     encoders: tuple[str, ...] = ("Mistral3",)
-    offers: frozenset[str] = frozenset({"joint_text", "padded_text", "causal_text"})
+    offers: frozenset[str] = frozenset({"joint_text", "padded_text", "causal_text", "text_inputs"})
     returns: tuple[str, ...] = ("text", "ids")
     resizable: tuple[str, ...] = ("tokenizer",)
     settings: tuple[str, ...] = ("max_sequence_length", "text_encoder_out_layers")
     positions: bool = True
+    text_inputs: tuple[str, ...] = ("context_embedder",)
 
     def guided(self, guidance: float) -> dict[str, Any]:
         """No arguments: dev takes its guidance scale as an input of the denoiser."""

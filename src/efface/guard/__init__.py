@@ -10,25 +10,38 @@ from typing import TYPE_CHECKING
 
 import lazy_loader as _lazy_loader
 
+from .edit import Edit
 from .file import parsed, read
 from .policy import Erasure, Gate, Policy, unguarded
 
 if TYPE_CHECKING:
+    from .deltas import Edited, NotRestored, Shelf
     from .guard import Guard
+    from .partial import Partial
     from .record import DELIVERED, Guarded, PolicyNotApplied, RowRecord
 
-_LATE = {"guard": ["Guard"], "record": ["DELIVERED", "Guarded", "PolicyNotApplied", "RowRecord"]}
+_LATE = {
+    "deltas": ["Edited", "NotRestored", "Shelf"],
+    "guard": ["Guard"],
+    "partial": ["Partial"],
+    "record": ["DELIVERED", "Guarded", "PolicyNotApplied", "RowRecord"],
+}
 __getattr__, _, _ = _lazy_loader.attach(__name__, submod_attrs=_LATE)
 
 __all__ = [
     "DELIVERED",
+    "Edit",
+    "Edited",
     "Erasure",
     "Gate",
     "Guard",
     "Guarded",
+    "NotRestored",
+    "Partial",
     "Policy",
     "PolicyNotApplied",
     "RowRecord",
+    "Shelf",
     "parsed",
     "read",
     "unguarded",

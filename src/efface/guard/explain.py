@@ -13,6 +13,7 @@ from .. import api
 from ..core import ConceptsField, RowsField
 from ..hooks import Converted, CrossAttention, ErasurePrompts, Method
 from ..pictures import grid, to_pil
+from .deltas import Shelf, edited
 from .proof import lines
 from .record import Guarded, lock_of
 
@@ -42,13 +43,13 @@ class _Probe(Method):
         return out
 
 
-def explained(policy: Policy, result: Guarded, row: int) -> Image:
+def explained(policy: Policy, result: Guarded, row: int, shelf: Shelf) -> Image:
     """See `Guard.explain`."""
     record, pipe = result.rows[row], result.again.pipe()
     if pipe is None or policy.hash != record.policy:
         raise ValueError("The pipeline of this result was deleted, or the result is of another guard. Draw it again.")
     if record.outcome not in ("drawn", "logged") or not policy.erase:
-        why = "has no erasure" if not policy.erase else f"is {record.outcome}"
+        why = f"is {record.outcome}" if policy.erase else "has deltas only" if policy.deltas else "has no erasure"
         raise ValueError(f"Expected a row that was drawn with erasures, but row {row} {why}. Choose another row.")
     batch = result.again.some([row])
     needed = lines([policy], pipe)
@@ -59,7 +60,7 @@ def explained(policy: Policy, result: Guarded, row: int) -> Image:
             "concept. Choose a method that edits attention, such as 'eiup'."
         )
     probe = _Probe(policy.concepts[:1])
-    with lock_of(pipe), api.stack(pipe, *(line.eraser for line in needed), probe):
+    with lock_of(pipe), edited(pipe, policy.deltas, shelf), api.stack(pipe, *(line.eraser for line in needed), probe):
         drawn = api.draw(pipe, batch.prompts, batch.seeds, 1, batch.guidance, **batch.call)
     given = result.again.pictures
     if given is None or float((drawn[0] - given[row]).abs().max()) > SAME:

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import inspect
+import itertools
 import secrets
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import api, checks
+import torch
+
+from .. import checks
 from ..core import Concept, Concepts, Detector
 from ..detectors._named import detector, judges_anything_unsafe
-from ..hooks.sites import handles, records
+from ..hooks.sites import handles
 from ..pictures import to_pil
 from ..registry import near
 from . import file
+from .deltas import Shelf, edited
+from .drawing import Drawing, alike
 from .explain import explained
 from .forms import plain
+from .partial import Partial
 from .policy import Erasure, Policy
-from .proof import Line, acted, lines
 from .record import DELIVERED, Batch, Guarded, PolicyNotApplied, RowRecord, lock_of
 
 if TYPE_CHECKING:
@@ -33,14 +37,6 @@ OWN = ("prompt", "generator", "output_type", "return_dict", "num_images_per_prom
 """Arguments of a pipeline call that the guard sets."""
 
 
-@dataclass
-class _Drawn:
-    """The pictures and records of some rows, while a gate may still change them."""
-
-    pictures: Tensor
-    rows: dict[int, RowRecord]
-
-
 class Guard:
     """Draws pictures under policies: which concepts are erased for which tenant, and how.
 
@@ -51,10 +47,13 @@ class Guard:
     Args:
         policies: tenant to a `Policy`, to concepts that `method` erases, or to `efface.unguarded`.
         method: the method for tenants whose entry is a list of concepts.
+        deltas: the folder of the deltas that policies name, or a `Shelf`. None: no policy may name deltas.
         fields: fields of that method, such as `strength`.
 
     Raises:
-        ValueError: a policy is empty, unknown or contradicts itself, or its detector cannot judge its concepts.
+        FileNotFoundError: the file of a delta is missing.
+        ValueError: a policy is empty, unknown or contradicts itself, its detector cannot judge its concepts, or the
+            file of a delta has another SHA-256 or does not name its concepts.
         TypeError: an entry is neither a policy nor concepts.
 
     Example:
@@ -67,7 +66,14 @@ class Guard:
         [('kids', [((0, 1),)]), ('press', [])]
     """
 
-    def __init__(self, policies: Mapping[str, Policy | Concepts], method: str = "eiup", **fields: Any) -> None:
+    def __init__(
+        self,
+        policies: Mapping[str, Policy | Concepts],
+        method: str = "eiup",
+        *,
+        deltas: str | Path | Shelf | None = None,
+        **fields: Any,
+    ) -> None:
         if not isinstance(policies, Mapping) or not policies:
             cure = 'Write for example {"kids": ["alcohol"], "press": efface.unguarded}.'
             raise ValueError(checks.refusal("`policies` from tenants to policies", policies, cure))
@@ -89,16 +95,23 @@ class Guard:
             made[tenant] = Policy(erase=[Erasure(concepts=concepts, method=method, strength=strength, fields=fields)])
         self._policies = made
         self._detectors = {policy.hash: _detectors(policy) for policy in made.values()}
+        self._shelf = deltas if isinstance(deltas, Shelf) else Shelf(deltas)
+        for edit in itertools.chain(*(policy.deltas for policy in made.values())):
+            self._shelf.get(edit)
 
     @classmethod
-    def load(cls, path: str | Path) -> Guard:
+    def load(cls, path: str | Path, *, deltas: str | Path | None = None) -> Guard:
         """The guard of a YAML file with policies, see docs/guard.md.
 
+        Args:
+            path: the file.
+            deltas: the folder of the deltas that its policies name.
+
         Raises:
-            FileNotFoundError: the file does not exist.
+            FileNotFoundError: the file, or that of a delta, does not exist.
             ValueError: as `Guard`, or the file is not such a file.
         """
-        return cls(file.read(path))
+        return cls(file.read(path), deltas=deltas)
 
     @property
     def policies(self) -> dict[str, Policy]:
@@ -155,13 +168,21 @@ class Guard:
         seeds: Sequence[int] | None = None,
         guidance: float | None = None,
         on_step: Callable[[int], None] | None = None,
+        partial: Partial | None = None,
         **call: Any,
     ) -> Guarded:
         """As calling the guard, but a row that is not proven has no picture and says why, and the others are returned.
 
+        Rows whose policies have other deltas are drawn in calls of the pipeline of their own.
+
         Args:
             pipe, prompts, tenants, seeds, guidance, call: as in a call of the guard.
             on_step: called with the number of each finished step. An exception of it ends the call.
+            partial: shows pictures of rows that are not finished. Only rows that are proven so far are shown.
+
+        Raises:
+            ValueError: a policy does not allow partial pictures, or a delta does not fit the pipeline.
+            NotRestored: the weights could not be restored after a call with deltas.
         """
         batch = self._batch(pipe, prompts, tenants, seeds, guidance, call)
         policies = [self.policy(tenant) for tenant in batch.tenants]
@@ -171,13 +192,32 @@ class Guard:
                     "Expected a pipeline without run-time erasers, got one with some. Remove them, and write them into "
                     "the policies."
                 )
-            made = self._drawn(pipe, batch, policies, range(len(policies)), 1.0, on_step)
-            self._judge(pipe, batch, policies, made, on_step)
-        pictures = to_pil(made.pictures)
-        rows = tuple(made.rows[k] for k in range(len(policies)))
-        images = [p if row.outcome in DELIVERED else None for p, row in zip(pictures, rows, strict=True)]
-        again = replace(batch, pictures=made.pictures)
-        return Guarded(tuple(images), rows, batch.seeds, again)
+            if partial is not None:
+                partial.check(pipe, policies)
+            drawn: dict[int, tuple[Tensor, RowRecord]] = {}
+            for some in alike(policies):
+                mine, part = [policies[k] for k in some], batch if len(some) == len(policies) else batch.some(some)
+                with edited(pipe, mine[0].deltas, self._shelf) as deltas:
+                    made = Drawing(pipe, part, mine, deltas, on_step).draw(partial and partial.of(some))
+                    made.judge(self._detectors)
+                drawn |= dict(zip(some, zip(made.pictures, made.rows, strict=True), strict=True))
+        pictures = torch.stack([drawn[k][0] for k in range(len(policies))])
+        rows = tuple(drawn[k][1] for k in range(len(policies)))
+        images = [p if row.outcome in DELIVERED else None for p, row in zip(to_pil(pictures), rows, strict=True)]
+        return Guarded(tuple(images), rows, batch.seeds, replace(batch, pictures=pictures))
+
+    def check(self, pipe: DiffusionPipeline) -> None:
+        """Applies the deltas of each policy to the pipeline and removes them, without drawing.
+
+        Raises:
+            FileNotFoundError: the file of a delta is missing.
+            ValueError: a delta is not the one that its policy names, or does not fit the pipeline.
+            NotRestored: the weights could not be restored.
+        """
+        with lock_of(pipe):
+            for policy in self._policies.values():
+                with edited(pipe, policy.deltas, self._shelf):
+                    pass
 
     def explain(self, result: Guarded, row: int = 0) -> Image:
         """The picture of a row beside a map of where the erasers changed what attention read there.
@@ -193,7 +233,7 @@ class Guard:
                 attention, so the place where they read the concept is not defined.
         """
         checks.whole("row", row, 0, len(result.rows) - 1)
-        return explained(self.policy(result.rows[row].tenant), result, row)
+        return explained(self.policy(result.rows[row].tenant), result, row, self._shelf)
 
     # ---- one call
 
@@ -228,76 +268,6 @@ class Guard:
         call = {"num_inference_steps": STEPS, **call}
         return Batch(weakref.ref(pipe), tuple(texts), owners, tuple(numbers), guidance, call)
 
-    def _drawn(
-        self,
-        pipe: DiffusionPipeline,
-        batch: Batch,
-        policies: Sequence[Policy],
-        numbers: Sequence[int],
-        factor: float,
-        on_step: Callable[[int], None] | None,
-    ) -> _Drawn:
-        """Draws a batch with its erasers, and compares the record. `numbers` are the rows' numbers in the result."""
-        needed, call = lines(policies, pipe, factor), dict(batch.call)
-        if on_step is not None and "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
-            call["callback_on_step_end"] = _reporting(on_step)
-        with api.stack(pipe, *(line.eraser for line in needed)) as applied:
-            pictures = api.draw(pipe, batch.prompts, batch.seeds, len(batch.prompts), batch.guidance, **call)
-            found = {id(handle): record for handle, record in records(pipe)}
-            logs = [(line, found[id(handle)]) for line, handle in zip(needed, applied, strict=True)]
-        steps = int(batch.call["num_inference_steps"])
-        rows = {}
-        for k, (policy, tenant) in enumerate(zip(policies, batch.tenants, strict=True)):
-            mine = [acted(line, record, k, steps) for line, record in logs if line.rows[k]]
-            why = "; ".join(reason for _, reason in mine if reason) or _lacks(policy, [line for line, _ in logs], k)
-            outcome = "not proven" if why else "drawn"
-            row = RowRecord(tenant, policy.hash, policy.version, outcome, tuple(each for each, _ in mine), (), why)
-            rows[numbers[k]] = row
-        return _Drawn(pictures, rows)
-
-    def _judge(
-        self,
-        pipe: DiffusionPipeline,
-        batch: Batch,
-        policies: Sequence[Policy],
-        made: _Drawn,
-        on_step: Callable[[int], None] | None,
-    ) -> None:
-        """Applies the gates: each row whose detector finds a concept is blocked, drawn again, or logged."""
-        gates = {k: policy.gate for k, policy in enumerate(policies) if policy.gate is not None}
-        waiting = [k for k in gates if made.rows[k].outcome == "drawn"]
-        redraws = 0
-        while waiting:
-            again: dict[float, list[int]] = {}
-            for k in waiting:
-                row, gate = made.rows[k], gates[k]
-                seen = tuple(
-                    name for name, judge in self._detectors[policies[k].hash] if _finds(judge, made.pictures[k])
-                )
-                detections = (*row.detections, seen)
-                outcome = "redrawn" if redraws else "drawn"
-                if seen:
-                    outcome = "logged" if gate.on_detection == "log" else "blocked"
-                    if gate.on_detection == "redraw" and redraws < gate.redraws:
-                        again.setdefault(gate.stronger, []).append(k)
-                made.rows[k] = replace(row, outcome=outcome, detections=detections)
-            redraws += 1
-            waiting = [k for rows in again.values() for k in rows]
-            for stronger, rows in again.items():
-                some = [policies[k] for k in rows]
-                new = self._drawn(pipe, batch.some(rows), some, rows, stronger**redraws, on_step)
-                for j, k in enumerate(rows):
-                    made.pictures[k] = new.pictures[j]
-                    made.rows[k] = replace(new.rows[k], detections=made.rows[k].detections)
-            waiting = [k for k in waiting if made.rows[k].outcome == "drawn"]
-
-
-def _lacks(policy: Policy, applied: Sequence[Line], row: int) -> str:
-    """What the policy erases but no eraser of the row does; "" if nothing."""
-    erased = {concept for line in applied for concept in line.rows[row]}
-    missing = [concept.name for concept in policy.concepts if concept not in erased]
-    return f"no eraser acted on {missing[0]!r}" if missing else ""
-
 
 def _detectors(policy: Policy) -> list[tuple[str, Detector]]:
     """The detectors of a policy's gate, by concept."""
@@ -307,16 +277,3 @@ def _detectors(policy: Policy) -> list[tuple[str, Detector]]:
     if judges_anything_unsafe(spec):
         return [("anything unsafe", detector(spec))]
     return [(concept.name, detector(spec, concept.name)) for concept in policy.concepts]
-
-
-def _finds(judge: Detector, picture: Tensor) -> bool:
-    """Whether any judge finds the concept in a picture [3, H, W]."""
-    return bool(judge(picture[None].clamp(0, 1)).any())
-
-
-def _reporting(on_step: Callable[[int], None]) -> Callable[..., dict[str, Any]]:
-    def report(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        on_step(step + 1)
-        return {}
-
-    return report

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
 from .. import api, checks, registry
 from ..core import Concept, config, field_names
+from .edit import Edit, edits
 from .forms import CURE, Frozen, Given, Settings, as_given, plain
 
 RESERVED = ("concepts", "rows", "strength")
@@ -165,13 +166,17 @@ class Policy(Frozen):
 
     Args:
         erase: names of concepts, which `eiup` erases at its default strength, or `Erasure` objects or mappings.
+        deltas: weight edits, `Edit` objects or mappings, in the order in which they are applied.
         version: a number >= 1 of your choice, which records show beside the hash.
         gate: a detector after drawing. None: no detector.
-        unguarded: True for a policy that erases nothing. Nothing else may be given then.
+        partial_pictures: whether pictures may leave before they are finished. Not with a gate, which judges finished
+            pictures.
+        unguarded: True for a policy that erases nothing. Neither `erase` nor `deltas` nor `gate` may be given then.
 
     Raises:
-        ValueError: the policy is empty or contradicts itself: a concept is erased twice by one method, occurs with
-            different phrases, or is erased and also used as an anchor or kept. Or an entry is unknown or out of range.
+        ValueError: the policy is empty or contradicts itself: a concept is erased twice by one method or by two deltas,
+            occurs with different phrases, or is erased and also used as an anchor or kept. Or an entry is unknown or
+            out of range.
 
     Example:
         >>> import efface
@@ -182,7 +187,9 @@ class Policy(Frozen):
 
     version: Annotated[int, Field(ge=1, le=1_000_000)] = 1
     erase: Annotated[tuple[Erasure, ...], BeforeValidator(_erase), Field(max_length=20)] = ()
+    deltas: Annotated[tuple[Edit, ...], BeforeValidator(edits), Field(max_length=8)] = ()
     gate: Gate | None = None
+    partial_pictures: bool = False
     unguarded: bool = False
     _hash: str = PrivateAttr("")
 
@@ -193,88 +200,116 @@ class Policy(Frozen):
             *,
             version: int = 1,
             erase: Given | Sequence[Erasure] = (),
+            deltas: Sequence[Edit | Mapping[str, Any]] = (),
             gate: Gate | Mapping[str, Any] | None = None,
+            partial_pictures: bool = False,
             unguarded: bool = False,
         ) -> None: ...
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.unguarded and (self.erase or self.gate):
+        if self.unguarded and (self.erase or self.deltas or self.gate):
             raise ValueError(
-                "Expected an unguarded policy without `erase` and `gate`, got them. Leave out one of both."
+                "Expected an unguarded policy without `erase`, `deltas` and `gate`, got some. Leave out one of both."
             )
-        if not self.unguarded and not self.erase:
+        if not self.unguarded and not (self.erase or self.deltas):
             raise ValueError(
                 "Expected a policy that erases something, got an empty one. Write `unguarded: true` to erase nothing."
             )
-        _check_contradictions(self.erase)
+        if self.partial_pictures and self.gate:
+            raise ValueError(
+                "Expected a policy with a gate or with partial pictures, got both. Leave out one, because a gate "
+                "judges finished pictures."
+            )
+        _check_contradictions(self.erase, self.deltas)
         for each in self.erase:
             each.check_method()
-        redraws = self.gate is not None and self.gate.on_detection == "redraw"
-        fixed = [each.method for each in self.erase if redraws and getattr(each.build(), "strength", None) is None]
-        if fixed:
-            raise ValueError(
-                f"{fixed[0]!r} has no strength to raise for a redraw. Give a `strength`, or choose `block`."
-            )
+        if self.gate is not None and self.gate.on_detection == "redraw":
+            self._check_redraw()
         self._hash = hashlib.sha256(self._canonical().encode()).hexdigest()
         return self
+
+    def _check_redraw(self) -> None:
+        fixed = [repr(each.method) for each in self.erase if getattr(each.build(), "strength", None) is None]
+        if fixed or not self.erase:
+            what = fixed[0] if fixed else "A policy with deltas only"
+            raise ValueError(f"{what} has no strength to raise for a redraw. Give a `strength`, or choose `block`.")
 
     def _canonical(self) -> str:
         return json.dumps(self.as_json(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the policy: concepts with phrases and anchors, methods, fields, gate and version."""
+        """SHA-256 of the policy: concepts with phrases and anchors, methods, fields, deltas, gate and version."""
         return self._hash
 
     @property
     def concepts(self) -> tuple[Concept, ...]:
         """All erased concepts, once each."""
-        return tuple(dict.fromkeys(itertools.chain(*(each.anchored for each in self.erase))))
+        edited = (each.concepts for each in self.deltas)
+        return tuple(dict.fromkeys(itertools.chain(*(each.anchored for each in self.erase), *edited)))
+
+    @property
+    def weights(self) -> tuple[tuple[str, float | None], ...]:
+        """SHA-256 and strength of each delta, in order. Rows of one pipeline call have the same ones."""
+        return tuple((each.sha256, each.strength) for each in self.deltas)
 
     def as_json(self) -> dict[str, Any]:
-        """The policy as JSON types, which `Policy(**...)` takes."""
-        return {
+        """The policy as JSON types, which `Policy(**...)` takes.
+
+        Entries of later versions are left out at their defaults, so that hashes of earlier policies do not change.
+        """
+        found: dict[str, Any] = {
             "version": self.version,
             "erase": [each.as_json() for each in self.erase],
             "gate": None if self.gate is None else self.gate.as_json(),
             "unguarded": self.unguarded,
         }
+        if self.deltas:
+            found["deltas"] = [each.as_json() for each in self.deltas]
+        if self.partial_pictures:
+            found["partial_pictures"] = True
+        return found
 
     def configs(self) -> list[dict[str, Any]]:
         """The erasers with all their fields, as records store them."""
         return [config(each.build()) for each in self.erase]
 
     def plus(self, names: Sequence[str]) -> Policy:
-        """This policy with further erasures of shipped concepts. Concepts that it erases already do not change.
+        """This policy with further erasures of shipped concepts. Concepts that methods erase already do not change.
 
-        The method and its fields are those of the first erasure; an unguarded policy gets `eiup`.
+        The method and its fields are those of the first erasure; `eiup` if there is none.
         """
-        known = {concept.name for concept in self.concepts}
+        known = {concept.name for each in self.erase for concept in each.concepts}
         new = [name for name in dict.fromkeys(names) if name not in known]
         if not new:
             return self
         first = self.erase[0] if self.erase else Erasure(concepts=new)
         added = Erasure(concepts=new, method=first.method, strength=first.strength, fields=first.fields)
-        return Policy(version=self.version, erase=(*self.erase, added), gate=self.gate)
+        return Policy(
+            version=self.version, erase=(*self.erase, added), deltas=self.deltas, gate=self.gate,
+            partial_pictures=self.partial_pictures,
+        )  # fmt: skip
 
 
-def _check_contradictions(erase: Sequence[Erasure]) -> None:
+DELTA = "a delta"
+
+
+def _check_contradictions(erase: Sequence[Erasure], deltas: Sequence[Edit]) -> None:
+    if len({each.sha256 for each in deltas}) < len(deltas):
+        raise ValueError("Expected different deltas, got one twice, whose change would count twice. Leave one out.")
     by_name: dict[str, Concept] = {}
     methods: dict[str, set[str]] = {}
-    for each in erase:
-        for concept in each.anchored:
-            if by_name.setdefault(concept.name, concept) != concept:
-                raise ValueError(
-                    f"The concept {concept.name!r} occurs with different phrases or anchors. Write it once."
-                )
-            name = registry.split(each.method)[0]
-            if name in methods.setdefault(concept.name, set()):
-                raise ValueError(
-                    f"The concept {concept.name!r} is erased twice by {name!r}, so it would have two strengths. Erase "
-                    "it once."
-                )
-            methods[concept.name].add(name)
+    uses = [(repr(registry.split(each.method)[0]), concept) for each in erase for concept in each.anchored]
+    for name, concept in [*uses, *((DELTA, concept) for each in deltas for concept in each.concepts)]:
+        if by_name.setdefault(concept.name, concept) != concept:
+            raise ValueError(f"The concept {concept.name!r} occurs with different phrases or anchors. Write it once.")
+        if name in methods.setdefault(concept.name, set()):
+            raise ValueError(
+                f"The concept {concept.name!r} is erased twice by {name}, so it would have two strengths. Erase it "
+                "once."
+            )
+        methods[concept.name].add(name)
     texts = {text.casefold().strip(): name for name, c in by_name.items() for text in (name, *c.phrases)}
     for concept in by_name.values():
         for use, text in [("an anchor", concept.anchor), *(("kept", keep) for keep in concept.keep)]:

@@ -93,6 +93,15 @@ def acted(line: Line, record: Record, row: int, steps: int) -> tuple[Acted, str]
     return found, ""
 
 
+def proven(policy: Policy, logs: Sequence[tuple[Line, Record]], row: int, steps: int) -> tuple[tuple[Acted, ...], str]:
+    """What the erasers did to a row in so many steps, and why this does not prove its policy; "" if it does."""
+    mine = [acted(line, record, row, steps) for line, record in logs if line.rows[row]]
+    erased = {concept for line, _ in logs for concept in line.rows[row]}
+    missing = [c.name for each in policy.erase for c in each.anchored if c not in erased]
+    why = [reason for _, reason in mine if reason] or [f"no eraser acted on {name!r}" for name in missing[:1]]
+    return tuple(each for each, _ in mine), "; ".join(why)
+
+
 def _spans(numbers: Sequence[int]) -> tuple[tuple[int, int], ...]:
     spans: list[tuple[int, int]] = []
     for k in numbers:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .._weights import denoiser_of
+from .deltas import Edited
 from .proof import Acted
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class RowRecord:
         outcome: "drawn"; "redrawn" with more strength; "logged", which is returned although a detector found a concept;
             "blocked" by a detector; or "not proven", if the record does not prove that the policy acted.
         acted: what each eraser did to the row.
+        deltas: the deltas of its policy that were on the weights.
         detections: the concepts that the detector found, once per drawing.
         why: why the row is not proven, or "".
     """
@@ -56,10 +58,11 @@ class RowRecord:
     acted: tuple[Acted, ...] = ()
     detections: tuple[tuple[str, ...], ...] = ()
     why: str = ""
+    deltas: tuple[Edited, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        made = dict(vars(self))
-        return made | {"acted": [each.as_json() for each in self.acted], "detections": [*map(list, self.detections)]}
+        made = dict(vars(self)) | {"detections": [*map(list, self.detections)]}
+        return made | {name: [each.as_json() for each in getattr(self, name)] for name in ("acted", "deltas")}
 
 
 @dataclass(frozen=True, eq=False)

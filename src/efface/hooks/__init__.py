@@ -30,8 +30,8 @@ guidance.
 the call raises an error, so no picture is drawn without the methods unnoticed.
 
 Imports run from `texts`, `attention`, `watch`, `copies` and `forward` to `contract`, `carried`, `joint`, `prompts`,
-`layers`, `unconditional`, `pipeline`, `batch`, `edits`, `prediction`, `step`, `outputs`, `denoiser`, `sites` and
-`method`.
+`layers`, `unconditional`, `pipeline`, `batch`, `edits`, `prediction`, `step`, `outputs`, `denoiser`, `sites`, `loops`
+and `method`.
 """
 
 from ..core import ConceptsField, RowsField

@@ -74,7 +74,7 @@ def first_row(text: Tensor, call: Call | None, given: tuple[int, int] | None, fa
         raise RuntimeError(watch.unknown_rows(n, "outside of a pipeline call"))
     positive, negative = call.positive, call.negative
     p = len(positive)
-    if facts.guidance_in_two_calls and text is negative:  # which may equal the prompt
+    if (facts.guidance_in_two_calls or call.apart) and text is negative:  # which may equal the prompt
         return n
     if n == p and torch.equal(text, positive):
         return 0
@@ -95,7 +95,7 @@ def compiled_first_row(text: Tensor, call: Call | None, given: tuple[int, int] |
         raise RuntimeError(watch.unknown_rows(len(text), "outside of a pipeline call"))
     if call.negative is None:
         return 0
-    if facts.guidance_in_two_calls:
+    if facts.guidance_in_two_calls or call.apart:
         raise ValueError(
             f"With `{facts.scale}` above 1, Efface cannot recognise the unconditional call of a compiled denoiser. "
             "Give a pipeline that is not compiled."

@@ -34,9 +34,12 @@ class Parts:
         key, value: of the T carried texts.
         bias: what is added to the logits of the texts, such as the logarithm of `Text.repeats`.
         scale: of the logits.
+        prompt: the keys and values of the rows' own texts, and what a mask adds to their logits; None without a mask.
+        own: the picture's attention to the rows' own texts, and its log-sum-exp, if the layer computed them.
 
     Shapes: `query` and `alone` [B, heads, Q, d], `mass` [B, heads, Q], `key` and `value` [B, heads, T, K, d], `bias`
-    [T, K].
+    [T, K], those of `prompt` [B, heads, P, d] and [B or 1, heads or 1, Q or 1, P], those of `own` as `alone` and
+    `mass`.
     """
 
     query: Tensor
@@ -46,10 +49,15 @@ class Parts:
     value: Tensor
     bias: Tensor
     scale: float
+    prompt: tuple[Tensor, Tensor, Tensor | None]
+    own: tuple[Tensor, Tensor] | None = None
 
     def at(self, rows: Any) -> Parts:
         picked = {name: getattr(self, name)[rows] for name in ("query", "alone", "mass", "key", "value")}
-        return replace(self, **picked)
+        key, value, added = self.prompt
+        added = added if added is None or len(added) == 1 else added[rows]
+        own = None if self.own is None else (self.own[0][rows], self.own[1][rows])
+        return replace(self, **picked, prompt=(key[rows], value[rows], added), own=own)
 
     def would_be(self, texts: list[int]) -> Tensor:
         """The layer's output for the picture with each of these texts instead of the prompt: [N, B, Q, C]."""
@@ -59,6 +67,26 @@ class Parts:
         read = torch.einsum("bhqnk,bhnkd->nbqhd", (logits - mass[..., None]).exp().to(value.dtype), value)
         share = torch.sigmoid(mass - self.mass[..., None]).permute(3, 0, 2, 1)[..., None]
         return torch.lerp(self.alone.transpose(1, 2).expand_as(read), read.to(bias.dtype), share).flatten(3)
+
+    def read_alone(self, texts: list[int]) -> Tensor:
+        """The picture's attention to each of these texts, without its attention to itself: [N, B, Q, C]."""
+        key, value, bias = self.key[:, :, texts], self.value[:, :, texts], self.bias[texts]
+        logits = (self.query @ key.flatten(2, 3).mT).to(bias.dtype).unflatten(-1, bias.shape) * self.scale + bias
+        weights = logits.softmax(-1).to(value.dtype)
+        return torch.einsum("bhqnk,bhnkd->nbqhd", weights, value).flatten(3).to(bias.dtype)
+
+    def own_alone(self) -> tuple[Tensor, Tensor]:
+        """The same of the rows' own texts: [B, Q, C], and their share in the layer's softmax: [B, Q, heads]."""
+        read, mass = self.own or self._read_own()
+        share = torch.sigmoid(mass - self.mass).transpose(1, 2)
+        return read.transpose(1, 2).flatten(2).to(self.bias.dtype), share
+
+    def _read_own(self) -> tuple[Tensor, Tensor]:
+        key, value, added = self.prompt
+        logits = (self.query @ key.mT).to(self.bias.dtype) * self.scale
+        logits = logits if added is None else logits + added
+        mass = logits.logsumexp(-1)
+        return (logits - mass[..., None]).exp().to(value.dtype) @ value, mass
 
 
 @dataclass(eq=False)
@@ -119,12 +147,8 @@ class JointAttention(CrossAttention):
 
     def would_be(self, text: Text) -> Tensor:
         """The layer's output for each of N carried texts: [N, B, Q, C], float32 or wider."""
-        if self.parts is None or self.carried is None or id(text) not in self.carried.places:
-            raise ValueError(
-                f"Layer {self.name!r} reads text in joint attention and does not carry this text. Use the texts of "
-                "`ErasurePrompts.text`, without changing them."
-            )
-        return self.parts.would_be(self.carried.places[id(text)])
+        parts, places = self._carried(text)
+        return parts.would_be(places)
 
     def with_empty(self, text: Text) -> Tensor:
         """The layer's output for the R neutral texts, the empty one first, and for N carried texts: [R + N, B, Q, C].
@@ -132,11 +156,38 @@ class JointAttention(CrossAttention):
         Raises:
             ValueError: the layer has no neutral texts.
         """
+        return torch.cat([self.would_be(self._neutral()), self.would_be(text)])
+
+    def read_alone(self, text: Text) -> tuple[Tensor, Tensor, Tensor]:
+        """What the picture reads of texts alone: attention without the picture's own columns.
+
+        Args:
+            text: N carried texts.
+
+        Returns:
+            For the row's own text [B, Q, C]; the share of this text in the layer's softmax [B, Q, heads]; for the R
+            neutral texts, the empty one first, and the N texts [R + N, B, Q, C].
+
+        Raises:
+            ValueError: the layer has no neutral texts, or does not carry a text.
+        """
+        parts, places = self._carried(self._neutral())
+        return *parts.own_alone(), parts.read_alone([*places, *self._carried(text)[1]])
+
+    def _carried(self, text: Text) -> tuple[Parts, list[int]]:
+        if self.parts is None or self.carried is None or id(text) not in self.carried.places:
+            raise ValueError(
+                f"Layer {self.name!r} reads text in joint attention and does not carry this text. Use the texts of "
+                "`ErasurePrompts.text`, without changing them."
+            )
+        return self.parts, self.carried.places[id(text)]
+
+    def _neutral(self) -> Text:
         if self.neutral is None:
             raise ValueError(
                 f"Layer {self.name!r} has no neutral texts. Give the method `references`, the empty one first."
             )
-        return torch.cat([self.would_be(self.neutral), self.would_be(text)])
+        return self.neutral
 
 
 class Inputs(NamedTuple):
@@ -189,7 +240,9 @@ def attended(
     heads, scale = inputs.query.shape[1], options.get("scale") or inputs.query.shape[-1] ** -0.5
     texts, prompt, picture = carried.split(inputs.query.shape[2])
     both = slice(min(prompt.start, picture.start), max(prompt.stop, picture.stop))
+    added = None
     if (mask := options.get("attn_mask")) is not None:
+        added = added_for(mask if len(mask) == 1 else mask[rows], prompt, picture, bias.dtype)
         mask = mask[..., both] if mask.shape[2] == 1 else mask[..., both, both]
         options = options | {"attn_mask": mask.contiguous()}
     seen = None if mask is not None else attention(inputs.at(both), scale)
@@ -197,20 +250,31 @@ def attended(
     cut = carried.prompt if first else out.shape[2] - carried.prompt
     beside, inside = out.tensor_split([cut], 2)[:: 1 if first else -1]
     here = inputs.at(picture, rows)
-    alone = None
+    alone = of_prompt = None
     if mass is not None and carried.prompt < inside.shape[2]:
         mass = mass[rows].tensor_split([cut], 2)[first]
-        of_prompt = Inputs(here.query, *inputs.at(prompt, rows)[1:])
-        alone = without(of_prompt, inside[rows].to(bias.dtype), mass.to(bias.dtype), scale)
+        of_prompt = with_mass(Inputs(here.query, *inputs.at(prompt, rows)[1:]), scale)
+        alone = without(of_prompt, inside[rows].to(bias.dtype), mass.to(bias.dtype))
     alone, lse = alone or with_mass(here, scale)
     own = Inputs(*(x[:, :, carried.spread].unflatten(2, bias.shape) for x in inputs.at(texts, rows)))
-    found = Parts(here.query, alone.to(bias.dtype), lse.to(bias.dtype), own.key, own.value, biases.picture, scale)
+    _, *of_text = inputs.at(prompt, rows)
+    held = (own.key, own.value, biases.picture, scale, (of_text[0], of_text[1], added), of_prompt)
+    found = Parts(here.query, alone.to(bias.dtype), lse.to(bias.dtype), *held)
     edited = edit(found, inside.transpose(1, 2).flatten(2)).unflatten(2, (heads, -1)).transpose(1, 2)
     read = _apart(own, here, biases, scale)[:, :, carried.present].to(out.dtype)
     before, after = rows.start, len(out) - rows.stop
     if before or after:  # rows that do not need the texts
         read = F.pad(read, (0, 0, 0, 0, 0, 0, before, after))
     return torch.cat([read, beside, edited] if first else [edited, beside, read], 2)
+
+
+def added_for(mask: Tensor, prompt: slice, picture: slice, dtype: torch.dtype) -> Tensor:
+    """What a mask [B, heads, L or 1, L] adds to the logits of the picture's queries for the prompt, relative to those
+    for the picture: [B, heads, Q or 1, P]."""
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
+    mask = (mask if mask.shape[2] == 1 else mask[:, :, picture]).to(dtype)
+    return mask[..., prompt] - mask[..., picture][..., :1]
 
 
 def _apart(text: Inputs, picture: Inputs, biases: Biases, scale: float) -> Tensor:
@@ -224,9 +288,12 @@ def _apart(text: Inputs, picture: Inputs, biases: Biases, scale: float) -> Tenso
     return (own @ text.value).flatten(2, 3) + others.flatten(2, 3) @ picture.value
 
 
-def without(inputs: Inputs, out: Tensor, mass: Tensor, scale: float) -> tuple[Tensor, Tensor] | None:
-    """Attention without these keys, which `out` and its log-sum-exp `mass` include; None if their share is large."""
-    gone, lse = with_mass(inputs, scale)
+def without(some: tuple[Tensor, Tensor], out: Tensor, mass: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Attention without some keys, which `out` and its log-sum-exp `mass` include; None if their share is large.
+
+    `some` has the attention to these keys, and its log-sum-exp.
+    """
+    gone, lse = some
     share = (lse.to(mass.dtype) - mass).exp()[..., None]
     if large(share):
         return None

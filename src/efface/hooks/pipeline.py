@@ -51,6 +51,7 @@ class Call:
         inside: whether it belongs to a pipeline call, not to a separate `encode_prompt`.
         blind: whether the text encoder was removed, so that the unconditional text cannot be compared with "".
         negative_mask, negative_pooled: mask and pooled text of `negative`, if there are any.
+        apart: whether another loop than the pipeline's follows, with separate denoiser calls for unconditional rows.
     """
 
     positive: Tensor
@@ -64,6 +65,7 @@ class Call:
     blind: bool = False
     negative_mask: Tensor | None = None
     negative_pooled: Tensor | None = None
+    apart: bool = False
     thread: int = field(default_factory=threading.get_ident)
 
 
@@ -73,6 +75,7 @@ class Guarded(Protocol):
     facts: Family
     applied: list[Applied]
     copies: Copies
+    given: tuple[int, int] | None
 
     @property
     def edited_layers(self) -> int: ...
@@ -195,6 +198,18 @@ class Calls:
     def end(self) -> None:
         """Called after the last step."""
         self.drawing, self.counted = None, False
+
+    def at(self, step: int, steps: int) -> None:
+        """Called before each step of a loop that is not the pipeline's."""
+        self.counted, self._done, self._steps = True, step, steps
+        self._measure()
+
+    @property
+    def apart(self) -> bool:
+        """Whether unconditional predictions come from separate denoiser calls."""
+        return self.site.facts.guidance_in_two_calls or (
+            self.site.given is None and self.call is not None and self.call.apart
+        )
 
     def _measure(self) -> None:
         self.progress.fill_((self._done + 0.5) / self._steps)

@@ -34,7 +34,6 @@ class Where(Guarded, Protocol):
 
     calls: Calls
     layers: Layers
-    given: tuple[int, int] | None
     train_timesteps: int
 
     @property
@@ -159,11 +158,11 @@ class Step:
         """Whether a method acts on, or refuses, a call without conditional rows."""
         if method.edits_attention:
             return method.touches_uncond and self.batch.repelled is not None
-        return method.touches_uncond or (method.guides and not self.where.facts.guidance_in_two_calls)
+        return method.touches_uncond or (method.guides and not self.where.calls.apart)
 
     def _predict(self) -> Any:
         """The denoiser's output, with edited attention and the changed prediction of the conditional rows."""
-        batch, apart = self.batch, self.where.facts.guidance_in_two_calls
+        batch, apart = self.batch, self.where.calls.apart
         call = self.where.calls.call if apart and batch.conditional else None
         if call is not None and call.negative is None:
             self.where.refuse_without_guidance()
@@ -241,7 +240,7 @@ class Step:
 
     def _guidance_scale(self) -> float:
         call = self.where.calls.call
-        if call is None or torch.compiler.is_compiling():
+        if call is None or call.apart or torch.compiler.is_compiling():
             return math.nan if call is None else call.guidance_scale
         return getattr(call.pipe(), self.where.facts.scale, math.nan)  # a callback may have changed it
 

@@ -68,6 +68,19 @@ CHECKPOINTED = (
     "`disable_gradient_checkpointing()` on the denoiser while erasers are applied."
 )
 
+NOT_BEGUN = (
+    "An eraser was applied, or the pipeline was called, in the middle of another loop over the steps. Apply erasers "
+    "before the loop, and draw with one pipeline at a time."
+)
+
+
+def other_denoiser(name: str, kind: str) -> str:
+    """A loop calls another denoiser than that of the pipeline with the erasers."""
+    return (
+        f"Expected the `{name}` of the {kind} that the guider was made with, got another one, which would draw without "
+        "its erasers. Give both pipelines the same parts."
+    )
+
 
 def swapped(name: str, kind: str) -> str:
     """The pipeline's denoiser is not the one with the erasers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,11 @@ class Only:
     def __call__(self, images: Tensor) -> Tensor:
         found: Tensor = self.detector(images)[list(self.judges)]
         return found
+
+    @property
+    def log_odds(self) -> Callable[[Tensor], Tensor] | None:
+        asked = getattr(self.detector, "log_odds", None)
+        return (lambda images: asked(images)[list(self.judges)]) if callable(asked) else None
 
 
 @dataclass(frozen=True)

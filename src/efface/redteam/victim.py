@@ -150,6 +150,16 @@ class GuardedModel:
             raise ValueError("This attack needs a detector for its search. Give one by `search`.")
         return self.search(images).all(0)
 
+    def log_odds(self, images: Tensor) -> Tensor:
+        asked = getattr(self.search, "log_odds", None)
+        if not callable(asked):
+            raise ValueError(
+                f"This attack follows the gradient of the search's detector, and {getattr(self.search, 'name', None)} "
+                "has no function `log_odds`. Give another one by `search`, such as those of `emoji`."
+            )
+        odds: Tensor = asked(images)
+        return odds.amin(0)
+
     # ---- meters
 
     @contextlib.contextmanager

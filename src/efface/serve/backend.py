@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import io
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import __version__, api, checks
+from .fields import partial_steps
+from .log import named, told
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ..guard import Guard, Policy
+    from .service import Service
 
 QUALITY = 90
 KEPT = 100
 REFUSALS = (ValueError, TypeError, OSError, ImportError)
+
+
+OnPartial = Callable[[int, int, "Image"], None]
 
 
 @dataclass(frozen=True)
@@ -29,12 +37,14 @@ class Row:
         negative: the negative prompt; None for none.
         seed: the seed.
         policy: the policy, with the further erasures of the request.
+        partial: the number of partial pictures.
     """
 
     prompt: str
     negative: str | None
     seed: int
     policy: Policy
+    partial: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,16 +68,31 @@ class Backend(Protocol):
         """The sizes that it draws, width and height; the first is the default."""
         ...
 
+    @property
+    def shows(self) -> bool:
+        """Whether it can show partial pictures."""
+        ...
+
     def cut_off(self, prompt: str) -> str:
         """The end of a prompt that the model does not read."""
         ...
 
     def check(self, policy: Policy) -> None:
-        """Raises an error of `REFUSALS` if no row can be drawn under a policy, such as for want of its detector."""
+        """Raises an error of `REFUSALS` if no row can be drawn under a policy, such as for want of its detector or of
+        its deltas."""
         ...
 
-    def draw(self, rows: Sequence[Row], call: Mapping[str, Any], on_step: Callable[[int], None]) -> list[Drawn]:
-        """Draws the rows in one call of the pipeline, with the facts of their batching key."""
+    def draw(
+        self, rows: Sequence[Row], call: Mapping[str, Any], on_step: Callable[[int], None], on_partial: OnPartial
+    ) -> list[Drawn]:
+        """Draws the rows in one call of the pipeline, with the facts of their batching key.
+
+        Args:
+            rows: the rows.
+            call: the facts.
+            on_step: called with the number of each finished step.
+            on_partial: called with the number of a row, that of its partial picture, and the picture.
+        """
         ...
 
 
@@ -78,24 +103,49 @@ class PipelineBackend:
         pipe: the pipeline.
         name: the name of the model, as requests give it.
         sizes: the sizes that requests may ask for, width and height.
+        deltas: the folder of the deltas that policies name. None: no policy may name deltas.
     """
 
-    def __init__(self, pipe: Any, name: str, sizes: Sequence[tuple[int, int]]) -> None:
+    def __init__(
+        self, pipe: Any, name: str, sizes: Sequence[tuple[int, int]], deltas: str | Path | None = None
+    ) -> None:
+        from ..guard import Shelf
+
         self.pipe, self.name, self.sizes = pipe, name, tuple(sizes)
+        self._shelf = Shelf(deltas)
         self._guards: OrderedDict[frozenset[str], Guard] = OrderedDict()
+        self._fitting: set[tuple[Any, ...]] = {()}  # sets of deltas that were on the model once
+
+    @property
+    def shows(self) -> bool:
+        from ..guard import Partial
+
+        return Partial.possible(self.pipe)
 
     def cut_off(self, prompt: str) -> str:
         return api.cut_off(self.pipe, prompt)
 
     def check(self, policy: Policy) -> None:
-        self._guard({policy.hash: policy})
+        guard = self._guard({policy.hash: policy})
+        if policy.weights not in self._fitting:
+            guard.check(self.pipe)
+            self._fitting.add(policy.weights)
 
-    def draw(self, rows: Sequence[Row], call: Mapping[str, Any], on_step: Callable[[int], None]) -> list[Drawn]:
+    def draw(
+        self, rows: Sequence[Row], call: Mapping[str, Any], on_step: Callable[[int], None], on_partial: OnPartial
+    ) -> list[Drawn]:
+        from ..guard import Partial
+
         guard = self._guard({row.policy.hash: row.policy for row in rows})
         width, height = call["size"]
         options: dict[str, Any] = {"num_inference_steps": call["steps"], "width": width, "height": height}
         if call["negative_prompt"]:
             options["negative_prompt"] = [row.negative for row in rows]
+        steps = {k: partial_steps(row.partial, call["steps"]) for k, row in enumerate(rows) if row.partial}
+
+        def show(row: int, step: int, picture: Image) -> None:
+            on_partial(row, steps[row].index(step), picture)
+
         made = guard.draw(
             self.pipe,
             [row.prompt for row in rows],
@@ -103,6 +153,7 @@ class PipelineBackend:
             [row.seed for row in rows],
             call["guidance_scale"],
             on_step,
+            Partial(steps, show) if steps else None,
             **options,
         )
         return [Drawn(image, record.as_json()) for image, record in zip(made.images, made.rows, strict=True)]
@@ -113,11 +164,28 @@ class PipelineBackend:
 
         key = frozenset(policies)
         if key not in self._guards:
-            self._guards[key] = Guard(policies)
+            self._guards[key] = Guard(policies, deltas=self._shelf)
         self._guards.move_to_end(key)
         while len(self._guards) > KEPT:
             self._guards.popitem(last=False)
         return self._guards[key]
+
+
+def check_deltas(service: Service, backend: Backend) -> None:
+    """Raises ValueError if the policy of a valid key names a delta that cannot act. No server starts then."""
+    keys = [key for key in service.keys.list() if key["revoked"] is None]
+    carried = {key["policy"] for key in keys if key["expires"] is None or key["expires"] > time.time()}
+    for name in sorted(carried.intersection(service.policies.with_deltas())):
+        try:
+            stored = service.policies.latest(name)
+        except ValueError as error:  # its requests are refused
+            told("policy damaged", policy=name, error=named(error))
+            continue
+        if stored is not None and stored.policy.deltas:
+            try:
+                backend.check(stored.policy)
+            except REFUSALS as error:
+                raise ValueError(f"The policy {name!r} of a valid key cannot act. {error}") from error
 
 
 def parse_size(text: str) -> tuple[int, int]:

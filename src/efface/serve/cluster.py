@@ -22,7 +22,7 @@ from prometheus_client import start_http_server
 from .. import _ray, checks
 from .._hub import allowing
 from .app import create_app
-from .backend import Backend, PipelineBackend
+from .backend import Backend, PipelineBackend, check_deltas
 from .database import Unavailable
 from .jobs import LIVE
 from .log import named, told
@@ -43,7 +43,7 @@ def load_backend(hosting: Hosting) -> Backend:
 
     pipe = api.load(hosting.model, **hosting.loading)
     pipe.set_progress_bar_config(disable=True)
-    return PipelineBackend(pipe, hosting.name, hosting.sizes)
+    return PipelineBackend(pipe, hosting.name, hosting.sizes, hosting.deltas)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Hosting:
         cpus: CPUs that Ray counts for each drawing replica.
         gpus: GPUs of each drawing replica.
         metrics: the first port that replicas try for their metrics. None: no metrics.
+        deltas: the folder of the deltas that policies name, which each machine has at this path.
         near: whether replicas listen on loopback addresses only. `Host` sets it.
         backend: what makes the backend of a drawing replica.
 
@@ -82,6 +83,7 @@ class Hosting:
     cpus: float = 0.5
     gpus: float = 0.0
     metrics: int | None = None
+    deltas: str | None = None
     near: bool = False
     backend: Callable[[Hosting], Backend] = load_backend
 
@@ -141,7 +143,9 @@ class Drawer:
     def __init__(self, hosting: Hosting) -> None:
         self.service = hosting.service()
         with allowing(bool(hosting.loading.get("allow_hub"))):
-            self.worker = Worker(self.service, hosting.backend(hosting))
+            backend = hosting.backend(hosting)
+            check_deltas(self.service, backend)
+            self.worker = Worker(self.service, backend)
         self.worker.start()
 
     def ready(self) -> bool:

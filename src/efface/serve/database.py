@@ -44,7 +44,7 @@ class Database:
         >>> database = Database(f"sqlite:///{tempfile.mkdtemp()}/serve.db")
         >>> database.migrate()
         >>> database.version()
-        '0002'
+        '0003'
     """
 
     def __init__(self, url: str, wait: float = WAIT) -> None:

@@ -6,12 +6,24 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from .. import checks
 from .errors import Refused
+
+if TYPE_CHECKING:
+    from ..guard import Policy
 
 Role = Literal["batch", "row", "http"]
 
@@ -30,7 +42,7 @@ FIELDS: dict[str, Role] = {
     "guidance_scale": "batch",
     "background": "http",
     "moderation": "http",
-    "partial_images": "http",
+    "partial_images": "row",
     "response_format": "http",
     "safety_identifier": "http",
     "stream": "http",
@@ -41,7 +53,7 @@ FIELDS: dict[str, Role] = {
 
 PROMPT = 32_000
 STEPS = {"low": 10, "medium": 25, "high": 50, "standard": 25, "hd": 50, "auto": 25}
-MOST_STEPS, MOST_SCALE, MOST_ROWS = 100, 20.0, 10
+MOST_STEPS, MOST_SCALE, MOST_ROWS, MOST_PARTIAL = 100, 20.0, 10, 3
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 
@@ -69,8 +81,8 @@ class ImageRequest(BaseModel):
     response_format: Literal["b64_json"] | None = None
     background: Literal["auto", "opaque"] | None = None
     moderation: Literal["auto", "low"] | None = None
-    partial_images: Annotated[int, Field(ge=0, le=0)] | None = None
     stream: bool | None = None
+    partial_images: Annotated[int, Field(ge=0, le=MOST_PARTIAL)] | None = None
     style: Literal["vivid", "natural"] | None = None
     user: Short | None = None
     safety_identifier: Short | None = None
@@ -80,6 +92,13 @@ class ImageRequest(BaseModel):
     def _printable(cls, value: str | None) -> str | None:
         if value is not None and _CONTROL.search(value):
             raise ValueError("a text without control characters")
+        return value
+
+    @field_validator("partial_images")
+    @classmethod
+    def _streamed(cls, value: int | None, others: ValidationInfo) -> int | None:
+        if value and not (others.data.get("stream") and others.data.get("n") in (None, 1)):
+            raise ValueError("0 without `stream`, and for more than one picture")
         return value
 
     @model_validator(mode="after")
@@ -131,14 +150,14 @@ def size_of(request: ImageRequest, sizes: Sequence[tuple[int, int]]) -> tuple[in
     return int(found[1]), int(found[2])
 
 
-def batch_facts(request: ImageRequest, model: str, size: tuple[int, int], methods: Sequence[str]) -> dict[str, Any]:
+def batch_facts(request: ImageRequest, model: str, size: tuple[int, int], policy: Policy) -> dict[str, Any]:
     """What rows of one pipeline call have in common.
 
     Args:
         request: the request.
         model: the name of the model with its dtype.
         size: width and height.
-        methods: the names of the methods of its policy.
+        policy: the policy with the further erasures of the request.
     """
     return {
         "model": model,
@@ -146,13 +165,25 @@ def batch_facts(request: ImageRequest, model: str, size: tuple[int, int], method
         "steps": request.all_steps,
         "guidance_scale": request.guidance_scale,
         "negative_prompt": request.negative_prompt is not None,
-        "methods": sorted(set(methods)),
+        "methods": sorted({each.method for each in policy.erase}),
+        "deltas": [list(each) for each in policy.weights],
     }
 
 
 def key_of(facts: dict[str, Any]) -> str:
     """The batching key."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def partial_steps(pictures: int, steps: int) -> list[int]:
+    """After how many of the steps each partial picture is shown: evenly, and never after the last one.
+
+    Example:
+        >>> from efface.serve.fields import partial_steps
+        >>> partial_steps(3, 8), partial_steps(3, 2)
+        ([2, 4, 6], [1])
+    """
+    return sorted({steps * k // (pictures + 1) for k in range(1, pictures + 1)} - {0})
 
 
 def cost_of(request: ImageRequest, size: tuple[int, int]) -> float:

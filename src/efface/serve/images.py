@@ -7,6 +7,7 @@ import base64
 import json
 import re
 import secrets
+import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -28,6 +29,8 @@ from .service import Service
 from .watch import Watcher
 
 routes = APIRouter()
+LOOK = 0.2
+"""Seconds between two looks for the partial pictures of a stream."""
 _TOKEN = re.compile(r"[\x21-\x7e]{1,200}")
 ERROR = {
     "type": "object",
@@ -75,7 +78,8 @@ async def generate(request: Request) -> Response:
     check_open(request, holder)
     name = await run_in_threadpool(accept, service, holder, asked, again, request.scope["efface.request"])
     if asked.stream:
-        events = _events(request, service, holder, name, again is not None)
+        partial = bool(asked.partial_images)
+        events = _events(request, service, holder, name, again is not None, partial)
         return StreamingResponse(events, media_type="text/event-stream")
     await _wait(request, service, holder, name, again is not None)
     return JSONResponse(await run_in_threadpool(answer, service, holder, name))
@@ -106,12 +110,16 @@ def accept(service: Service, holder: Holder, asked: ImageRequest, idempotency: s
         policy = effective(stored.policy, asked.also_erase)
     except ValueError as error:
         raise Refused(400, checks.short(str(error), 500), "invalid_value", "also_erase") from None
-    facts = batch_facts(asked, service.model, size, [each.method for each in policy.erase])
+    if asked.partial_images and not policy.partial_pictures:
+        message = "The policy of this key allows no partial pictures. Leave out `partial_images`."
+        raise Refused(403, message, "no_partial_images", "partial_images")
+    facts = batch_facts(asked, service.model, size, policy)
     cost = cost_of(asked, size)
     if idempotency is None:  # without a write, for floods
         _check_room(service, cost, *service.jobs.load(holder.tenant, service.model), more=1)
     row = {name: getattr(asked, name) for name in ("prompt", "negative_prompt", "also_erase", "output_compression")}
     row |= {"n": asked.rows, "quality": asked.quality or "auto", "output_format": asked.output_format or "png"}
+    row["partial_images"] = asked.partial_images or 0
     seed = secrets.randbelow(checks.SEEDS - asked.rows) if asked.seed is None else asked.seed
     row |= {"seed": seed, "size": f"{size[0]}x{size[1]}", "call": facts}
     body_hash = service.audit.keyed(f"{holder.policy}\n{asked.model_dump_json()}")
@@ -212,13 +220,53 @@ def _format(request: Mapping[str, Any]) -> dict[str, Any]:
 def _shown(record: Mapping[str, Any]) -> dict[str, Any]:
     """What a tenant sees of a row's record."""
     acted = [{name: each[name] for name in ("concepts", "steps", "calls")} for each in record["acted"]]
-    return {"outcome": record["outcome"], "policy": record["policy"], "acted": acted}
+    deltas = [{name: each[name] for name in ("concepts", "sha256")} for each in record["deltas"]]
+    return {"outcome": record["outcome"], "policy": record["policy"], "acted": acted, "deltas": deltas}
 
 
-async def _events(request: Request, service: Service, holder: Holder, name: str, keep: bool) -> AsyncIterator[str]:
-    """Progress as comments, then a picture per event, or the error."""
+class _PartialEvents:
+    """The events of the partial pictures of a job, each once.
+
+    Args:
+        service: the service.
+        holder: whose job it is.
+        name: the id of the job.
+        wanted: whether the request asked for any.
+    """
+
+    def __init__(self, service: Service, holder: Holder, name: str, wanted: bool) -> None:
+        self._service, self._holder, self._name = service, holder, name
+        self._wanted, self._next, self._looked = wanted, 0, 0.0
+
+    async def new(self, *, now: bool = False) -> list[str]:
+        """Those that were not returned yet. It asks the database only now and then, or `now`."""
+        if not self._wanted or (not now and time.monotonic() - self._looked < LOOK):
+            return []
+        self._looked = time.monotonic()
+        return await run_in_threadpool(self._found)
+
+    def _found(self) -> list[str]:
+        job = self._service.jobs.get(self._holder.tenant, self._name)
+        found = self._service.jobs.partial(self._name, self._next) if job is not None else []
+        made = []
+        for number, content in found:
+            self._next = number + 1
+            facts = {"created_at": int(job.created), **_format(job.request), "background": "opaque"}  # type: ignore[union-attr]
+            facts |= {"b64_json": base64.b64encode(content).decode(), "partial_image_index": number}
+            made.append(_event("image_generation.partial_image", facts))
+        return made
+
+
+def _event(kind: str, facts: Mapping[str, Any]) -> str:
+    return f"event: {kind}\ndata: {json.dumps({'type': kind, **facts})}\n\n"
+
+
+async def _events(
+    request: Request, service: Service, holder: Holder, name: str, keep: bool, partial: bool
+) -> AsyncIterator[str]:
+    """Progress as comments and partial pictures, then a picture per event, or the error."""
     watcher: Watcher = request.app.state.watcher
-    ended, last = False, -1
+    ended, last, partial_events = False, -1, _PartialEvents(service, holder, name, partial)
     yield f": accepted {name}\n\n"
     try:
         async for state, step, steps in watcher.follow(name, service.limits.wait, holder.tenant):
@@ -226,9 +274,13 @@ async def _events(request: Request, service: Service, holder: Holder, name: str,
             if step != last and not ended:
                 last = step
                 yield f": step {step} of {steps}\n\n"
+            for event in () if ended else await partial_events.new():
+                yield event
         if not ended:
             raise Refused(504, "The pictures were not ready in time. Send the request again later.", "timeout")
         found = await run_in_threadpool(answer, service, holder, name)
+        for event in await partial_events.new(now=True):
+            yield event
     except (Refused, Unavailable) as error:
         if isinstance(error, Unavailable):
             error = unavailable("The database cannot be used now. Try again later.")
@@ -238,6 +290,5 @@ async def _events(request: Request, service: Service, holder: Holder, name: str,
         if not ended and not keep:  # the client left, or the time is over
             _give_up(service, holder, name)
     for each in found.pop("data"):
-        event = {"type": "image_generation.completed", "created_at": found["created"], **each, **found}
-        yield f"event: image_generation.completed\ndata: {json.dumps(event)}\n\n"
+        yield _event("image_generation.completed", {"created_at": found["created"], **each, **found})
     yield "data: [DONE]\n\n"

@@ -178,6 +178,13 @@ class Jobs:
             found = connection.execute(sql.select(table).where(table.c.job == name).order_by(table.c.number)).mappings()
             return [Picture(row["content"], json.loads(row["record"])) for row in found]
 
+    def partial(self, name: str, start: int) -> list[tuple[int, bytes]]:
+        """The partial pictures of a job from a number on, with their numbers."""
+        table = tables.partial
+        query = sql.select(table.c.number, table.c.content).where(table.c.job == name, table.c.number >= start)
+        with self.database.reading() as connection:
+            return [(row.number, row.content) for row in connection.execute(query.order_by(table.c.number))]
+
     def cancel(self, tenant: str, name: str, also: Also) -> bool:
         """Cancels a live job, and deletes the pictures of a finished one. False if there is no such job."""
         with self.database.writing() as connection:
@@ -187,7 +194,7 @@ class Jobs:
             ended = {"state": "cancelled", "finished": time.time(), "request": "{}"}
             if not connection.execute(_T.update().where(*mine, _T.c.state == "queued").values(ended)).rowcount:
                 connection.execute(_T.update().where(*mine, _T.c.state == "running").values(cancel=True))
-            connection.execute(tables.pictures.delete().where(tables.pictures.c.job == name))
+            _drop(connection, [name], tables.pictures, tables.partial)
             also(connection)
             return True
 
@@ -207,8 +214,7 @@ class Jobs:
         """Deletes jobs that finished longer ago with their pictures, and returns the number of jobs."""
         old = _T.c.finished.is_not(None), _T.c.finished < time.time() - seconds
         with self.database.writing() as connection:
-            names = sql.select(_T.c.id).where(*old)
-            connection.execute(tables.pictures.delete().where(tables.pictures.c.job.in_(names)))
+            _drop(connection, sql.select(_T.c.id).where(*old), tables.pictures, tables.partial)
             return connection.execute(_T.delete().where(*old)).rowcount
 
     # ---- what workers do
@@ -248,6 +254,16 @@ class Jobs:
                         cancelled.add(each.id)
         return held, cancelled
 
+    def show(self, claim: Claim, number: int, content: bytes) -> bool:
+        """Stores a partial picture of a job. False, without a trace, if the claim was lost."""
+        table = tables.partial
+        with self.database.writing() as connection:
+            if connection.execute(sql.select(_T.c.id).where(*_mine(claim)).with_for_update()).first() is None:
+                return False
+            connection.execute(table.delete().where(table.c.job == claim.id, table.c.number == number))
+            connection.execute(table.insert().values(job=claim.id, number=number, content=content))
+            return True
+
     def finish(self, claim: Claim, pictures: Sequence[Picture], error: Refused | None, also: Ended) -> str:
         """Finishes a job with pictures or an error, and returns its state.
 
@@ -273,6 +289,8 @@ class Jobs:
                     for k, each in enumerate(pictures)
                 ]
                 connection.execute(tables.pictures.insert(), rows)
+            else:
+                _drop(connection, [claim.id], tables.partial)
             connection.execute(_T.update().where(*_mine(claim)).values(values))
             also(connection, state)
             return state
@@ -305,12 +323,18 @@ class Jobs:
                 }
             connection.execute(_T.update().where(*same).values(values))
             if values["state"] != "queued":
+                _drop(connection, [name], tables.partial)
                 also(connection, values["state"])
             return str(values["state"])
 
 
 def _mine(claim: Claim) -> tuple[Any, ...]:
     return _T.c.id == claim.id, _T.c.fence == claim.fence, _T.c.state == "running"
+
+
+def _drop(connection: sql.Connection, jobs: Any, *which: sql.Table) -> None:
+    for table in which:
+        connection.execute(table.delete().where(table.c.job.in_(jobs)))
 
 
 def _load(connection: sql.Connection, tenant: str, model: str) -> tuple[int, int, float]:

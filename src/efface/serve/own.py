@@ -45,6 +45,7 @@ async def me(request: Request) -> Response:
     erased = [concept.name for concept in stored.policy.concepts]
     policy: dict[str, Any] = {"name": stored.name, "version": stored.policy.version, "hash": stored.policy.hash}
     policy |= {"unguarded": stored.policy.unguarded, "erase": erased, "gate": stored.policy.gate is not None}
+    policy["partial_pictures"] = stored.policy.partial_pictures
     facts: dict[str, Any] = {"tenant": holder.tenant, "policy": policy, "model": service.model}
     facts |= {"sizes": [f"{width}x{height}" for width, height in service.sizes], "most_images": MOST_ROWS}
     facts |= {"steps": STEPS["auto"], "most_steps": MOST_STEPS}
@@ -131,7 +132,7 @@ async def policy(request: Request, name: str) -> Response:
 
 POLICY = {
     "type": "object",
-    "properties": {name: {} for name in ("erase", "gate", "unguarded")},
+    "properties": {name: {} for name in ("erase", "deltas", "gate", "partial_pictures", "unguarded")},
     "additionalProperties": False,
 }
 

@@ -85,6 +85,13 @@ class Policies:
         found = connection.execute(query).mappings().first()
         return None if found is None else _stored(found)
 
+    def with_deltas(self) -> set[str]:
+        """The names of policies of which a version may have deltas, without reading the policies."""
+        table = tables.policies
+        query = sql.select(table.c.name).where(table.c.body.contains('"deltas": [', autoescape=True)).distinct()
+        with self._database.reading() as connection:
+            return set(connection.execute(query).scalars())
+
     def version(self, number: int) -> Stored | None:
         """A version by its number in the database."""
         with self._database.reading() as connection:

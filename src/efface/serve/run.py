@@ -19,7 +19,7 @@ from prometheus_client import start_http_server
 
 from .. import checks
 from .app import create_app
-from .backend import Backend
+from .backend import Backend, check_deltas
 from .database import Unavailable
 from .jobs import LIVE
 from .log import named, told
@@ -111,8 +111,10 @@ def run(
 
     Raises:
         OSError: a port is taken.
+        ValueError: the policy of a key names a delta that cannot act on the model.
     """
     check_host(host, everywhere)
+    check_deltas(service, backend)
     listening = listen(host, port)
     logging.getLogger("uvicorn").addHandler(logging.NullHandler())  # the log says it in one line
     logging.getLogger("uvicorn").propagate = False

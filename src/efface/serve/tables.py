@@ -80,6 +80,15 @@ pictures = sql.Table(
 )
 """The rows of finished jobs. A blocked row has a record and no content."""
 
+partial = sql.Table(
+    "partial_pictures",
+    DATA,
+    sql.Column("job", sql.String(40), primary_key=True),
+    sql.Column("number", sql.Integer, primary_key=True),
+    sql.Column("content", sql.LargeBinary, nullable=False),
+)
+"""Pictures of jobs that were being drawn, for streams. They are deleted with the job, or if it does not end well."""
+
 audit = sql.Table(
     "audit",
     DATA,

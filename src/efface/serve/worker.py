@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import functools
 import secrets
 import threading
 import time
@@ -25,6 +26,8 @@ from .pulse import Pulse
 from .service import Service
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from ..guard import Policy
 
 FAILURES = (RuntimeError, ValueError, TypeError, OSError, MemoryError)
@@ -49,6 +52,7 @@ class Worker(threading.Thread):
         self._fair, self._leases = Fair(service.limits.rows), Leases(service.limits.lease)
         self._stop_asked = threading.Event()
         self._swept = self._expired = -EXPIRE
+        self._shown: dict[str, list[str]] = {}  # job to the SHA-256 of its partial pictures
         self._context = contextvars.copy_context()  # what the caller allows, such as downloads of detectors
 
     def run(self) -> None:
@@ -126,7 +130,7 @@ class Worker(threading.Thread):
             self._service.metrics.drew(len(drawn), cost, seconds)
             for claim, some in ready:
                 mine, drawn = drawn[: len(some)], drawn[len(some) :]
-                self._deliver(claim, mine)
+                self._deliver(claim, [_proven(row, each) for row, each in zip(some, mine, strict=True)])
         elif failure is not None and len(ready) > 1:  # one request may spoil the batch of others
             for claim, _ in ready:
                 self._work([claim], pulse)
@@ -138,19 +142,31 @@ class Worker(threading.Thread):
         self, ready: Sequence[tuple[Claim, list[Row]]], pulse: Pulse
     ) -> tuple[list[Drawn], BaseException | None]:
         """The rows of a batch, or the error of the drawing; neither if nobody waits for it any more."""
-        rows = [row for _, some in ready for row in some]
+        owned = [(claim, row) for claim, some in ready for row in some]
         call, made = ready[0][0].request["call"], list[Drawn]()
         try:
             with pulse.drawing({claim.id for claim, _ in ready}) as on_step:
                 most = self._service.limits.rows
-                for k in range(0, len(rows), most):  # a job may have more rows than fit
-                    made += self._backend.draw(rows[k : k + most], call, on_step)
+                for k in range(0, len(owned), most):  # a job may have more rows than fit
+                    part = owned[k : k + most]
+                    show = functools.partial(self._show, part)
+                    made += self._backend.draw([row for _, row in part], call, on_step, show)
             return made, None
         except Cancelled:
             return [], None
         except FAILURES as error:
             told("drawing failed", error=named(error), jobs=[claim.id for claim, _ in ready])
             return [], error
+
+    def _show(self, owned: Sequence[tuple[Claim, Row]], k: int, number: int, picture: Image) -> None:
+        """Stores a partial picture. One that cannot be stored now is left out."""
+        claim, row = owned[k]
+        content = self._encoded(claim, picture, row.policy.hash)
+        try:
+            if self._jobs.show(claim, number, content):
+                self._shown.setdefault(claim.id, []).append(files.sha256(content))
+        except Unavailable as error:
+            told("partial picture left out", job=claim.id, error=named(error))
 
     def _rows(self, claim: Claim) -> list[Row]:
         """The rows of a job. Raises Refused if its policy is not the stored one, or its prompt is too long."""
@@ -170,8 +186,12 @@ class Worker(threading.Thread):
                 message = f"Expected a `{name}` that the model reads to its end, {got}. Shorten it."
                 raise Refused(400, message, "prompt_too_long", name)
         self._check(policy, bool(request["also_erase"]))
+        partial = int(request.get("partial_images", 0))  # jobs of earlier versions have none
+        if partial and not self._backend.shows:
+            message = "This model shows no partial pictures. Leave out `partial_images`."
+            raise Refused(400, message, "invalid_value", "partial_images")
         seeds = range(request["seed"], request["seed"] + claim.rows)
-        return [Row(request["prompt"], request["negative_prompt"], seed, policy) for seed in seeds]
+        return [Row(request["prompt"], request["negative_prompt"], seed, policy, partial) for seed in seeds]
 
     def _check(self, policy: Policy, more: bool) -> None:
         """Raises Refused if the policy cannot draw, so that it does not spoil a batch."""
@@ -208,10 +228,12 @@ class Worker(threading.Thread):
         record = dict(drawn.record)
         if drawn.picture is None:
             return Picture(None, record)
-        facts = {"efface:model": self._service.model, "efface:policy": str(record["policy"])}
-        request = claim.request
-        content = encoded(drawn.picture, request["output_format"], request["output_compression"], facts)
+        content = self._encoded(claim, drawn.picture, str(record["policy"]))
         return Picture(content, record | {"sha256": files.sha256(content)})
+
+    def _encoded(self, claim: Claim, picture: Image, policy: str) -> bytes:
+        facts, request = {"efface:model": self._service.model, "efface:policy": policy}, claim.request
+        return encoded(picture, request["output_format"], request["output_compression"], facts)
 
     def _finish(self, claim: Claim, pictures: Sequence[Picture], error: Refused | None) -> None:
         request = claim.request
@@ -227,6 +249,7 @@ class Worker(threading.Thread):
             "prompt": self._service.audit.keyed(request["prompt"]),
             "error": None if error is None else error.code,
             "rows": [each.record for each in pictures],
+            "partial_pictures": list(dict.fromkeys(self._shown.pop(claim.id, []))),
             "worker": self.name,
         }
 
@@ -247,6 +270,15 @@ class Worker(threading.Thread):
 
 
 CANCELLED = Refused(409, "The request was cancelled. Send it again.", "cancelled")
+
+
+def _proven(row: Row, drawn: Drawn) -> Drawn:
+    """A row without a picture, if its record is not that of its own policy with all of its deltas."""
+    record = drawn.record
+    deltas = [each["sha256"] for each in record["deltas"]]
+    if record["policy"] == row.policy.hash and deltas == [each.sha256 for each in row.policy.deltas]:
+        return drawn
+    return Drawn(None, {**record, "outcome": "not proven", "why": "the record is of another policy"})
 
 
 def _failed(error: BaseException) -> Refused:

@@ -232,6 +232,31 @@ class Eyes:
                 found |= icons[..., [INDEX[icon] for icon in what]].any(-1)
         return found
 
+    def log_odds(self, images: Tensor, concept: str | Sequence[str]) -> Tensor:
+        """The log-odds of a concept less those of its threshold, [2, N], with gradients: positive where it is seen.
+
+        Args:
+            images: pictures [N, 3, H, W] in [0, 1].
+            concept: as in `concept`. The surest of several icons counts.
+        """
+        rows = []
+        for k, eye in enumerate(self.eyes):
+            icons, styles, watermark = eye.logits(images.float().cpu())
+            styles = styles.softmax(-1).logit(eps=1e-6)
+            limits = Seen(*(each[k].logit(eps=1e-6) for each in self.thresholds))
+            surest = []
+            for name in [concept] if isinstance(concept, str) else list(concept):
+                what = name if name in (*STYLES, "watermark") else truth(name)
+                if what == "watermark":
+                    surest.append(watermark - limits.watermark)
+                elif isinstance(what, str):
+                    surest.append(styles[:, STYLES.index(what)] - limits.styles[STYLES.index(what)])
+                else:
+                    some = [INDEX[icon] for icon in what]
+                    surest.append((icons[:, some] - limits.icons[some]).amax(-1))
+            rows.append(torch.stack(surest).amax(0))
+        return torch.stack(rows)
+
 
 class ConceptEyes:
     """Both eyes as the detector of one concept.
@@ -259,6 +284,10 @@ class ConceptEyes:
     def __call__(self, images: Tensor) -> Tensor:
         """Whether the pictures show the concept: bool [2, N]."""
         return self.eyes.concept(images, self.concept)
+
+    def log_odds(self, images: Tensor) -> Tensor:
+        """The log-odds less those of the thresholds, [2, N], with gradients."""
+        return self.eyes.log_odds(images, self.concept)
 
     def kept(self, erased: Tensor, plain: Tensor) -> Tensor:
         """Retention of other icons: int8 [2, N]. 1 if the erased picture shows another icon of the base model's
