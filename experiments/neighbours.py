@@ -26,7 +26,7 @@ LOST = 0.25  # an icon is flagged if this share of its pictures lost it, beyond 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Neighbours(Experiment):
-    """Rows x concepts x icons that are no part of the concept, each alone in its prompt, `n` seeds an icon.
+    """Rows x concepts x single icons outside the concept: a prompt names one icon, which is drawn with `n` seeds.
 
     Args:
         arms: the rows by name; `base` is the base model.

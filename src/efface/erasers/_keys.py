@@ -125,7 +125,7 @@ class _Kept:
         return sum(x.numel() * x.element_size() for x in (self.key, self.value))
 
     def holds(self, weights: Sequence[Tensor], call: _Call) -> bool:
-        """Whether the weights are as they were."""
+        """Whether the weights are still the same."""
         if not all(kept.is_still(weight) for kept, weight in zip(self.weights, weights, strict=True)):
             return False
         if self.checked is not call and not _equal(self.sums, _sums(weights)):
