@@ -400,7 +400,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
             "eiup, 7 phrases": partial(joint_blocks.seconds, 7),
         },
         against="base",
-        effect=1e-4,
+        effect=1e-6,
         used=(joint_blocks.seconds, efface.EIUP),
     ),
     Timing(

@@ -14,6 +14,7 @@ from typing import Any
 import efface
 
 ROOT = Path(__file__).parents[1]
+FIRST_VERSION = "0.1.0"  # of which the first cards of this runner are
 ROOTS = {"efface": Path(efface.__file__).parents[1], "experiments": ROOT}
 
 
@@ -28,9 +29,11 @@ def commit() -> str:
 
 @functools.cache
 def meaning(path: Path) -> str:
-    """A source file's syntax tree, without docstrings."""
+    """A source file's syntax tree, without docstrings, and as if the version had never changed."""
     tree = ast.parse(path.read_text("utf-8"))
     for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and [getattr(t, "id", "") for t in node.targets] == ["__version__"]:
+            node.value = ast.Constant(FIRST_VERSION)
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             node.body = [
                 n for n in node.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))

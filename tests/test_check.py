@@ -14,6 +14,7 @@ import torch
 import efface
 from efface import intervals
 from experiments import check, outcome, runner
+from experiments.code import meaning
 from experiments.outcome import Arm, Outcome
 from experiments.runner import Plan
 
@@ -177,6 +178,14 @@ def test_an_editors_row_is_fitted_only_if_asked(tmp_path: Path, monkeypatch: Any
     assert code == check.NOT_REDRAWN and "Not drawn again: uce" in said and "Drew 3 pictures" in said
     code, said = result(found, tmp_path, capsys, "--redraw", "3", "--fit")
     assert code == 0 and "Fitting uce for alcohol" in said and "Drew 6 pictures" in said
+
+
+def test_a_new_version_alone_is_no_other_code(tmp_path: Path) -> None:
+    hashes = []
+    for k, text in enumerate(('__version__ = "0.1.0"', '__version__ = "9.9.9"', '__version__ = "0.1.0"\nx = 1')):
+        (tmp_path / f"{k}.py").write_text(text)
+        hashes.append(meaning(tmp_path / f"{k}.py"))
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 @pytest.mark.long

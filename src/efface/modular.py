@@ -126,8 +126,8 @@ class Guider(BaseGuidance):
             self.fields.text: (made["text"], made["negative"]),
             self.fields.pooled: (made["pooled"], made["negative_pooled"]),
         }
-        changed = {name: pair if isinstance(data[name], tuple) else pair[0] for name, pair in changed.items()}
-        return list(self.guider.prepare_inputs(data | changed))
+        asked = {name: pair if isinstance(data[name], tuple) else pair[0] for name, pair in changed.items()}
+        return list(self.guider.prepare_inputs(data | asked))
 
     def prepare_models(self, denoiser: nn.Module) -> None:
         super().prepare_models(denoiser)

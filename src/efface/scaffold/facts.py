@@ -101,10 +101,10 @@ def read(pipeline: str) -> Facts:
     if not (isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline)):
         cure = "Name one that this version has, such as Lumina2Pipeline."
         raise ValueError(checks.refusal("a pipeline class of diffusers", pipeline, cure))
-    made = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    made = list(inspect.signature(cls).parameters.values())
     parts = {each.name: _named(each.annotation) for each in made}
     denoiser = next((name for name in ("transformer", "unet") if name in parts), "")
-    network = getattr(diffusers, parts.get(denoiser, ""), None)
+    network: Any = getattr(diffusers, parts.get(denoiser, ""), None)
     if not hasattr(cls, "encode_prompt") or network is None:
         raise ValueError(
             f"Expected a pipeline with `encode_prompt` and a `transformer` or `unet` of diffusers, got {pipeline}. "
@@ -119,7 +119,7 @@ def read(pipeline: str) -> Facts:
         _returned(cls.encode_prompt),
         tuple(inspect.signature(cls.encode_prompt).parameters),
         tuple(inspect.signature(network.forward).parameters)[1:],
-        tuple(inspect.signature(network.__init__).parameters)[1:],
+        tuple(inspect.signature(network).parameters),
         not any(each in source for each in BATCHED),
     )
 
