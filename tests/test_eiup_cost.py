@@ -154,6 +154,26 @@ def test_changed_weights_make_new_keys_and_values(how: str) -> None:
             assert torch.equal(after, bare(pipe))
 
 
+def test_direct_calls_compare_the_weights_each_time() -> None:
+    """Also after a pipeline call that failed, with texts that were encoded outside of one."""
+    pipe = pipeline()
+
+    def stop(*_: Any) -> dict[str, Any]:
+        raise KeyError
+
+    with EIUP(ALCOHOL).apply(pipe):
+        with pytest.raises(KeyError):
+            latents(pipe, PROMPTS, callback_on_step_end=stop)
+        pipe.encode_prompt(list(PROMPTS), "cpu", 1, False)
+        before = bare(pipe)
+        assert torch.equal(bare(pipe), before)
+        _added(pipe)
+        after = bare(pipe)
+        with anew():
+            assert torch.equal(bare(pipe), after)
+    assert change(after, before) > 1e-3
+
+
 def test_a_delta_that_changes_in_the_middle_of_a_drawing_counts(sd1: Any) -> None:
     delta = efface.UCE().fit(sd1, CAT)
 
