@@ -18,7 +18,7 @@ from test_report import Page
 from typer.testing import CliRunner
 
 import efface
-from efface import Row, Suite, auditing, runs
+from efface import Concept, Row, Suite, auditing, jobs, progress, runs
 from efface._hazards import RELATIONS, schemes
 from efface.auditing.judge import labels_needed
 from efface.auditing.prepare import digest
@@ -161,6 +161,33 @@ def erased(prepared: Path, tmp_path: Path) -> Path:
 def store(tmp_path: Path) -> Iterator[Store]:
     with Store(tmp_path / "labels.db") as kept:
         yield kept
+
+
+# ---------------------------------------------------------------- a job
+
+
+def test_an_audit_is_a_job_that_is_cancelled_and_goes_on(tmp_path: Path) -> None:
+    seen: list[progress.Progress] = []
+
+    def listen(now: progress.Progress) -> None:
+        seen.append(now)
+        if now.done >= 8:
+            meter.cancel()
+
+    meter, out = progress.Meter(listen), tmp_path / "audit"
+    options: dict[str, Any] = {"suite": suite(), "detector": Marked, "recognises": Marked, "at_most": 0.05, "batch": 4}
+
+    def act() -> auditing.Audit:
+        return jobs.audit(model(never), [Concept("cat")], base=model(always), out=out, **options)
+
+    assert jobs.audited(out) == ""
+    with pytest.raises(progress.Cancelled), progress.telling(meter):
+        act()
+    assert "Run the same command" in jobs.audited(out) and not (out / "audit.json").exists()
+    drawn = (out / "base/samples.jsonl").read_text("utf-8")
+    made, whole = act(), (out / "base/samples.jsonl").read_text("utf-8")
+    assert 0 < len(drawn.splitlines()) < 16 == len(whole.splitlines()) and whole.startswith(drawn)
+    assert made.outcome == "not judged" and seen[0].done == 0
 
 
 # ---------------------------------------------------------------- the bar, in both directions

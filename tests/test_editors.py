@@ -111,7 +111,8 @@ def test_config_and_delta_survive_json_and_a_file(name: str, sd1: Any, tmp_path:
     assert json.loads(json.dumps(config)) == config
     assert config["method"] == name and config["concepts"][0]["name"] == "alcohol"
     assert name in WORDS or config["concepts"][0]["phrases"] == ["beer", "wine glass"]
-    assert config["fields"].keys() == {f.name for f in dataclasses.fields(editor)}
+    later = getattr(type(editor), "added", ())  # fields of later versions, left out at their defaults
+    assert config["fields"].keys() == {f.name for f in dataclasses.fields(editor)} - {*later}
     assert type(editor)(**config["fields"]) == editor
     delta.save(tmp_path / "delta.safetensors")
     read = api.load_delta(tmp_path / "delta.safetensors")

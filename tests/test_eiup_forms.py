@@ -72,6 +72,15 @@ def test_pictures_equal_the_definition(family: str, form: Any, negative: Any) ->
         assert change(erased, latents(pipe, PROMPTS, **call)) > 1e-3
 
 
+def test_large_pictures_equal_the_definition_too() -> None:
+    """With more queries than columns of the prompt, the layer computed what is read of the prompt before."""
+    pipe, size = joint.double("sd3"), {"height": 32, "width": 32, "num_inference_steps": 1}
+    with joint.eiup(normalization="text").apply(pipe):
+        erased = latents(pipe, PROMPTS, **size)
+    assert change(erased, latents(pipe, PROMPTS, **size)) > 1e-3
+    assert change(erased, joint.written_out(pipe, alone=True, **size)) < 1e-9
+
+
 @pytest.mark.parametrize("family", ["chroma", "flux2", "qwenimage"])
 def test_texts_alone_are_read_through_masks_and_at_positions(family: str) -> None:
     pipe = later.double(family)

@@ -585,7 +585,7 @@ def test_a_shallow_copy_of_a_guarded_pipeline_that_is_gone_says_so() -> None:
     twin = copy.copy(pipe)
     del pipe
     gc.collect()
-    with pytest.raises(RuntimeError, match="is a shallow copy of a deleted pipeline with erasers"):
+    with pytest.raises(RuntimeError, match="`encode_prompt` belongs to a deleted pipeline with erasers"):
         twin.encode_prompt(PROMPT, "cpu", 1, True)
     handle.remove()
 

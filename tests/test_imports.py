@@ -115,6 +115,7 @@ ORDER = {
             "prompts",
             "layers",
             "unconditional",
+            "calls",
             "pipeline",
             "batch",
             "edits",

@@ -69,7 +69,44 @@ def stub(*thresholds: float) -> Callable[[tuple[str, ...]], Any]:
     return lambda names: Bright()
 
 
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Formulas are tried on fewer prompts than a score needs."""
+    monkeypatch.setattr(_stats, "LEAST", 2)
+
+
 # ---------------------------------------------------------------- intervals
+
+
+def test_a_mean_needs_as_many_prompts_as_its_interval_needs() -> None:
+    """An interval of 95 % covers the truth in at least 90 % of the cases, and with fewer prompts it does not."""
+    rng, found = np.random.default_rng(1_000_000), {}
+    for n in (_stats.LEAST, _stats.LEAST // 2):
+        values = rng.normal(size=(4_000, n))
+        means = values @ _stats.weights(n, 400).T / n
+        low, high = np.percentile(means, (2.5, 97.5), axis=1)
+        found[n] = float(((low <= 0) & (high >= 0)).mean())
+    enough, half = found.values()
+    assert enough > 0.885 > 0.87 > half, found  # 0.904 and 0.846 by the t distribution, less the noise of 400 draws
+
+
+def test_scores_of_few_prompts_are_not_given(numbers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_stats, "LEAST", 10)
+    rows = [sample(f"r{k}", k / 20, kind="benign", prompt=str(k / 20), cluster=f"c{k}") for k in range(_stats.LEAST)]
+    dual = [dataclasses.replace(s, row=dataclasses.replace(s.row, kind="dual")) for s in rows]
+    clean = [dataclasses.replace(s, row=dataclasses.replace(s.row, kind="clean", id=f"{s.row.id}-clean")) for s in dual]
+    for metric, group, base in (
+        (ClipScore(), rows, rows),
+        (KID(features="eye"), rows, rows),
+        (InPromptClip(), dual, [*dual, *clean]),
+    ):
+        (score,) = metric(group[1:], base)  # type: ignore[operator]
+        assert math.isnan(score.value) and math.isnan(score.low) and score.n == _stats.LEAST - 1
+        assert score.protocol.endswith("; not given: 9 prompts, fewer than 10") and not score.per_sample
+        whole = metric(group, base)  # type: ignore[operator]
+        assert whole[0].metric == score.metric and not math.isnan(whole[0].value)
+    twice = [*rows[1:], sample("again", 0.5, kind="benign", prompt="0.5", cluster="c1")]  # of a prompt that is there
+    assert math.isnan(ClipScore()(twice, twice)[0].value)
 
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 4)), min_size=6, max_size=30))
@@ -252,7 +289,7 @@ class Numbers:
 
 
 @pytest.fixture
-def numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def numbers(few: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (clip_score, in_prompt_clip):
         monkeypatch.setattr(module, "encoder", lambda name: Numbers())
 
@@ -435,7 +472,7 @@ def test_distances_are_named_by_what_they_compare(tmp_path: Path, monkeypatch: p
         FID(features="vgg")(now, now)
 
 
-def test_kid_is_the_double_sum(tmp_path: Path) -> None:
+def test_kid_is_the_double_sum(few: None, tmp_path: Path) -> None:
     both = np.concatenate([features(9, 4, 0), features(9, 4, 1, 0.5)])
     x, y = both[:9], both[9:]
     now = carrying(x)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import socket
+import sys
 import tracemalloc
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import efface
-from efface import Concept
+from efface import Concept, _hub
 from efface.records import Row, alike
 from efface.suites import _own, prompts
 from efface.suites.prompts import Prompts
@@ -165,3 +168,80 @@ def test_own_prompts_are_a_suite_by_name(tmp_path: Path) -> None:
     suite = efface.make_suite("prompts", "cat", file(tmp_path, "a cat\n", "x.txt"), images=2)
     assert suite.name == "prompts" and [m.name for m in suite.metrics] == ["outcomes", "removal", "retention"]
     assert suite.rows[0] == Row("line-1-0", "a cat", 1_000_000, "own", "cat", "cat", (), "line-1")
+
+
+# ---------------------------------------------------------------- datasets
+
+
+def saved(folder: Path, form: str) -> Path:
+    """A dataset of three prompts in a folder, and one of another split."""
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    rows = {"prompt": ["a cat, on a mat", "a tree", "my cat"], "concept": ["cat", None, "cat"], "seed": [7, None, 9]}
+    more = {"picture": [b"x"] * 3, "keep": [["mat"], [], []]}
+    made = datasets.DatasetDict(train=datasets.Dataset.from_dict(rows | more), test=datasets.Dataset.from_dict(rows))
+    if form == "saved":
+        made.save_to_disk(folder)
+    elif form == "one":
+        made["train"].save_to_disk(folder)
+    else:
+        folder.mkdir()
+        for split in made:
+            made[split].to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(*_: object) -> None:
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("form", ["saved", "one", "parquet"])
+def test_a_dataset_in_a_folder_makes_the_rows_of_a_file(form: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "mine", form)
+    suite = Prompts(dataset=str(folder)).load((CAT,))
+    csv = file(tmp_path, 'prompt,concept,seed,keep\n"a cat, on a mat",cat,7,mat\na tree,,,\nmy cat,cat,9,\n')
+    expected = Prompts().load((CAT,), csv).rows
+    facts = [[(r.prompt, r.concept, r.kind, r.seed, r.keep) for r in rows] for rows in (suite.rows, expected)]
+    assert facts[0] == facts[1] and len(facts[0]) == 3 and len(suite.data_hash) == 64
+    assert suite.version.startswith("mine, train, 3 rows") and str(tmp_path) not in suite.version
+    if form != "one":
+        other = Prompts(dataset=str(folder), split="test").load((CAT,))
+        assert other.data_hash != suite.data_hash and [row.keep for row in other.rows] == [(), (), ()]
+        with pytest.raises(ValueError, match="a split of the dataset"):
+            Prompts(dataset=str(folder), split="validation").load((CAT,))
+    with pytest.raises(ValueError, match="a column of prompts in the dataset"):
+        Prompts(dataset=str(folder), column="caption").load((CAT,))
+    with pytest.raises(ValueError, match=r"row 1, `prompt`: expected a text, got a int"):
+        Prompts(dataset=str(folder), column="seed").load((CAT,))
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_dataset_of_the_hub_needs_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    asked: list[str] = []
+    made = datasets.Dataset.from_dict({"prompt": ["a cat"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: [asked.append(name), made][1])
+    with pytest.raises(ValueError, match="give --allow-hub"):
+        Prompts(dataset="somebody/prompts").load((CAT,))
+    assert not asked
+    with _hub.allowing(True):
+        assert [row.prompt for row in Prompts(dataset="somebody/prompts").load((CAT,)).rows] == ["a cat"]
+    with pytest.raises(FileNotFoundError, match="neither a saved dataset nor Parquet"):
+        Prompts(dataset=str(tmp_path)).load((CAT,))
+
+
+def test_a_dataset_without_the_library_or_beside_a_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="got a dataset too"):
+        Prompts(dataset="x").load((CAT,), file(tmp_path, "a cat\n", "x.txt"))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match="pip install datasets"):
+        Prompts(dataset=str(tmp_path)).load((CAT,))
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(__version__="3.6.0"))
+    with pytest.raises(ImportError, match="datasets 4 or later"):
+        Prompts(dataset=str(tmp_path)).load((CAT,))

@@ -14,15 +14,18 @@ from typing import Any, ClassVar
 import pytest
 import tiny
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 from typer.testing import CliRunner
 
 import efface
 from efface import Row, Sample, Score, Suite, files, pipelines, runs
 from efface.cli import app
+from efface.delta import present
 from efface.models.emoji.weights import FOLDER
 from efface.records import rows_hash
 from efface.runs.folder import claim
+from efface.runs.record import model_facts
 
 STUB = """
 import hashlib, os, random, signal, sys, time
@@ -676,3 +679,11 @@ def test_the_command_says_of_each_picture_whether_it_is_the_same(tmp_path: Path)
     assert [line.split()[:2] for line in done.stdout.splitlines() if "pixels differ" in line] == [["r0", "(run):"]]
     done = CliRunner().invoke(app, ["verify", str(tmp_path / "none")])
     assert done.exit_code == 2 and "is not a run folder" in done.stderr
+
+
+def test_a_setting_that_json_cannot_hold_is_recorded_as_a_text() -> None:
+    """DPM-Solver clips at minus infinity by default."""
+    pipe = tiny.pipeline("sd1")
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    for facts in (model_facts(pipe, "x"), present(pipe)):
+        assert json.loads(json.dumps(facts, allow_nan=False))["scheduler"]["lambda_min_clipped"] == "-inf"

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from .auditing import Audit
     from .delta import Delta
     from .records import Suite
 
@@ -299,3 +300,28 @@ def bench(suite: Suite, pipe: DiffusionPipeline, *, score: bool = True, **option
     if score:
         runs.score(made)
     return made
+
+
+# ---------------------------------------------------------------- audit
+
+
+def audit(model: str | Path | DiffusionPipeline, concepts: Sequence[Concept], *, out: Path, **options: Any) -> Audit:
+    """Audits a model. After an early end, the same call continues with the pictures in the folder.
+
+    Args:
+        model: the model, as `efface.audit` takes it.
+        concepts: what to look for.
+        out: the folder of the audit.
+        options: further options of `efface.audit`.
+    """
+    from . import auditing
+
+    return auditing.audit(model, concepts, out=out, **options)
+
+
+def audited(out: Path) -> str:
+    """Describes the results of an audit that ended early; "" if there are none."""
+    from . import auditing
+
+    there = files.there(out / auditing.SETTING)
+    return f"Finished pictures are in {out}. Run the same command, which continues." if there else ""

@@ -81,7 +81,7 @@ def audit(
             checks.share("--at-most", at_most)
         if guidance is not None:
             checks.number("--guidance", guidance)
-        from .. import auditing, runs
+        from .. import auditing, jobs, runs
 
         judge = _spec(detector, detector_set, "--detector-set")
         other = auditing.AUTO if recognises is None else _spec(recognises, recognises_set, "--recognises-set")
@@ -104,9 +104,8 @@ def audit(
             "suite": runs.make_suite(suite, targets, data, limit, **parse_fields(option, "--option")),
             "command": shlex.join(["efface", *sys.argv[1:]]),
         }
-        kept = f"Finished pictures are in {out}. Run the same command, which continues."
-        with told(lambda: kept if (out / auditing.SETTING).exists() else ""), telling():
-            made = auditing.audit(model, targets, out=out, detector=judge, recognises=other, **options)
+        with told(lambda: jobs.audited(out)), telling():
+            made = jobs.audit(model, targets, out=out, detector=judge, recognises=other, **options)
     _show(made, as_json)
     if made.code:
         fail(str(made.facts["headline"]), made.code)

@@ -156,10 +156,8 @@ def _peft(part: str, ranks: Mapping[str, int]) -> dict[str, Any]:
     PEFT takes a module's name also for the end of a longer one, unless it begins with "^".
     """
     r = max(ranks.values())
-    ends = {
-        f"{'^' if any(other.endswith(f'.{module}') for other in ranks) else ''}{module}": module for module in ranks
-    }
-    others = {pattern: ranks[module] for pattern, module in ends.items() if ranks[module] != r}
+    longer = {module for module in ranks if any(other.endswith(f".{module}") for other in ranks)}
+    others = {f"^{m}" if m in longer else m: rank for m, rank in ranks.items() if rank != r}
     config = {"r": r, "lora_alpha": r, "rank_pattern": others, "alpha_pattern": others, "target_modules": sorted(ranks)}
     return {f"{part}.{name}": value for name, value in config.items()}
 

@@ -51,6 +51,7 @@ class Family(InTraining):
         text_argument, time_argument, mask_argument, pooled_argument: the denoiser's arguments for the text, the time,
             the mask of the text's padding, and the pooled text.
         shared_arguments: the denoiser's arguments that all rows of a batch share.
+        skip_argument: the denoiser's argument with the numbers of the `transformer_blocks` that a call skips.
         weighs_padding: whether the denoiser reads masked padding too, with less weight. Otherwise it ignores it.
         positions: whether a column of the text has a position in joint attention.
         joint: the last name of the modules with joint attention.
@@ -86,6 +87,7 @@ class Family(InTraining):
     mask_argument: str = "encoder_attention_mask"
     pooled_argument: str = "pooled_projections"
     shared_arguments: tuple[str, ...] = ()
+    skip_argument: str = ""
     weighs_padding: bool = False
     positions: bool = False
     joint: str = "attn"
@@ -145,10 +147,7 @@ class Family(InTraining):
         return {self.scale: guidance} if self.returns_negative else {self.scale: guidance, "negative_prompt": ""}
 
     def protocol(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        """A suite's call arguments for this family: `guidance` becomes `guidance_scale`.
-
-        A suite's guidance is classifier-free guidance. FLUX is guidance-distilled and keeps the pipeline's default.
-        """
+        """A suite's call arguments for this family: `guidance` becomes `guidance_scale`; distilled families drop it."""
         named = {"guidance": self.scale} if self.scale == "guidance_scale" else {}
         return {named.get(name, name): value for name, value in call.items() if name != "guidance" or named}
 

@@ -79,6 +79,7 @@ SD3 = _SD3(
     texts=(_CLIP, ("tokenizer_3",)),
     pools=_CLIP,
     bidirectional=("tokenizer_3",),
+    skip_argument="skip_layers",
     text_first=False,
     resizable=("tokenizer_3",),
     picture_output=1,

@@ -9,13 +9,15 @@ Glossary:
 - *Denoiser*: the UNet or transformer that predicts the noise. Each has one ordered list of applied methods (`Site`).
 Methods can be removed in any order; with the last one, all hooks disappear.
 - *Call of the pipeline*: one `pipe(...)`. Efface wraps methods of the pipeline object to follow it from `check_inputs`
-to `maybe_free_model_hooks` (`pipeline`). `encode_prompt` determines which rows of the batch are conditional.
+to `maybe_free_model_hooks` (`pipeline`). `encode_prompt` determines which rows of the batch are conditional. A record
+in a context variable says in which call the current code is; the denoiser belongs to one call at a time (`calls`).
 - *Denoiser call*: one call of the denoiser, once or twice per step. `around` replaces it.
 - *Batch rows*: the rows of a denoiser call: unconditional rows, then conditional rows, then further predictions for
 methods. Texts of another length need a further denoiser call. The engine compares the batch with the output of
 `encode_prompt` (`batch`). Callers without a pipeline declare the rows with `efface.conditional_rows`.
-- *Erasure prompts*: texts of the concept that methods use in attention. Each pipeline call encodes them, equal texts
-once.
+- *Erasure prompts*: texts of the concept that methods use in attention. Each pipeline call encodes them, because the
+text encoder may have changed. Methods with the same list of texts share one encoding. Lists are not divided: in another
+batch a text may round differently, and then an eraser's picture would depend on which other erasers are applied.
 - *Layer*: an attention module. Hooks read its query after `to_q` and edit its output before `to_out[0]`, on conditional
 rows. Processors stay unchanged. Methods with `touches_uncond` also edit unconditional rows whose text is not the empty
 one.
@@ -30,8 +32,8 @@ guidance.
 the call raises an error, so no picture is drawn without the methods unnoticed.
 
 Imports run from `texts`, `attention`, `watch`, `copies` and `forward` to `contract`, `carried`, `joint`, `prompts`,
-`layers`, `unconditional`, `pipeline`, `batch`, `edits`, `prediction`, `step`, `outputs`, `denoiser`, `sites`, `loops`
-and `method`.
+`layers`, `unconditional`, `calls`, `pipeline`, `batch`, `edits`, `prediction`, `step`, `outputs`, `denoiser`, `sites`,
+`loops` and `method`.
 """
 
 from ..core import ConceptsField, RowsField

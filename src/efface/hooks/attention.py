@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .texts import ErasurePrompts, Text
+from .texts import Text
 
 
 @dataclass(eq=False)
@@ -31,9 +31,18 @@ class _Layer:
     name: str = ""
     memory: Mapping[str, Any] = field(default_factory=dict)
 
-    def at(self, rows: Tensor) -> Self:
-        """The same layer on some of the rows."""
-        return replace(self, query=self.query[rows], output=None if self.output is None else self.output[rows])
+    def at(self, rows: Any, **others: Any) -> Self:
+        """The same layer on some of the rows.
+
+        Args:
+            rows: a slice or a tensor.
+            others: values of other fields.
+        """
+        return replace(self, **(self._on(rows) | others))
+
+    def _on(self, rows: Any) -> dict[str, Any]:
+        """The values of the fields that differ between rows."""
+        return {"query": self.query[rows], "output": None if self.output is None else self.output[rows]}
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, L, C] to [B, heads, L, C / heads], without a copy."""
@@ -83,9 +92,9 @@ class SelfAttention(_Layer):
     key: Tensor | None = None
     value: Tensor | None = None
 
-    def at(self, rows: Tensor) -> Self:
-        key, value = (None if x is None else x[rows] for x in (self.key, self.value))
-        return replace(super().at(rows), key=key, value=value)
+    def _on(self, rows: Any) -> dict[str, Any]:
+        own = {"key": self.key, "value": self.value}
+        return super()._on(rows) | {name: None if x is None else x[rows] for name, x in own.items()}
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Softmax attention of projections, which may come from different pictures.
@@ -136,9 +145,9 @@ class CrossAttention(_Layer):
     empty: Text | None = None
     unconditional: bool = False
 
-    def at(self, rows: Tensor) -> Self:
-        prompt, empty = (x if x is None or len(x) == 1 else x[rows] for x in (self.prompt, self.empty))
-        return replace(super().at(rows), prompt=prompt, empty=empty)
+    def _on(self, rows: Any) -> dict[str, Any]:
+        texts = {"prompt": self.prompt, "empty": self.empty}
+        return super()._on(rows) | {n: x if x is None or len(x) == 1 else x[rows] for n, x in texts.items()}
 
     def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values of a text, from the layer's `to_k` and `to_v`.
@@ -214,30 +223,3 @@ class CrossAttention(_Layer):
             return self.would_be(Text.cat([empty, others]))
         nothing = self.attend(*self.keys_values(empty.states), empty.mask)
         return torch.cat([nothing[None], self.would_be(others)])
-
-    def mass(self, prompts: ErasurePrompts) -> tuple[Tensor, ...]:
-        """The softmax over each erasure prompt at its own tokens, averaged over heads and queries.
-
-        One-hot values make attention return its map, a few columns at a time, so the full map is never stored.
-
-        Args:
-            prompts: N erasure prompts.
-
-        Returns:
-            N tensors [B, tokens].
-        """
-        key, value = self.keys_values(prompts.text.states)
-        wide = torch.promote_types(self.query.dtype, torch.float32)
-        cross = CrossAttention(self.attn, self.query.to(wide))
-        width, most = value.shape[-1], max(columns.stop - columns.start for columns in prompts.token_columns)
-        found = []
-        for k in range(0, most, width):
-            one_hot = torch.zeros_like(value, dtype=wide)
-            for n, columns in enumerate(prompts.token_columns):
-                for column in range(columns.start + k, min(columns.start + k + width, columns.stop)):
-                    one_hot[n, :, column, column - columns.start - k] = 1.0
-            out = cross.attend_texts(key.to(wide), one_hot, prompts.text.mask)
-            found.append(out.unflatten(-1, (self.attn.heads, -1)).mean((2, 3)))
-        masses = torch.cat(found, -1)
-        pairs = zip(masses, prompts.token_columns, strict=True)
-        return tuple(mass[:, : columns.stop - columns.start] for mass, columns in pairs)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..families import Family
 from . import watch
-from .pipeline import Call
+from .calls import Texts
 from .texts import Repelled, Text
 
 
@@ -49,12 +49,12 @@ class Batch:
         return torch.cat([hidden[: self.first], conditional, hidden[self.last :]])
 
 
-def first_row(text: Tensor, call: Call | None, given: tuple[int, int] | None, facts: Family) -> int:
+def first_row(text: Tensor, texts: Texts | None, given: tuple[int, int] | None, facts: Family) -> int:
     """The number of unconditional rows. Compares the call's text [rows, L, D] with the encoded texts.
 
     Args:
         text: the text of the denoiser call.
-        call: the current pipeline call.
+        texts: the texts of the current pipeline call.
         given: the number of unconditional rows and of all rows, if the caller declared them.
         facts: the family.
 
@@ -70,11 +70,11 @@ def first_row(text: Tensor, call: Call | None, given: tuple[int, int] | None, fa
                 "value per row of the call."
             )
         return first
-    if call is None:
+    if texts is None:
         raise RuntimeError(watch.unknown_rows(n, "outside of a pipeline call"))
-    positive, negative = call.positive, call.negative
+    positive, negative = texts.positive, texts.negative
     p = len(positive)
-    if (facts.guidance_in_two_calls or call.apart) and text is negative:  # which may equal the prompt
+    if (facts.guidance_in_two_calls or texts.apart) and text is negative:  # which may equal the prompt
         return n
     if n == p and torch.equal(text, positive):
         return 0
@@ -87,28 +87,28 @@ def first_row(text: Tensor, call: Call | None, given: tuple[int, int] | None, fa
     raise RuntimeError(watch.unknown_rows(n, guidance))
 
 
-def compiled_first_row(text: Tensor, call: Call | None, given: tuple[int, int] | None, facts: Family) -> int:
+def compiled_first_row(text: Tensor, texts: Texts | None, given: tuple[int, int] | None, facts: Family) -> int:
     """As `first_row`, inside a compiled denoiser, which does not allow comparisons."""
     if given is not None:
         return given[0]
-    if call is None:
+    if texts is None:
         raise RuntimeError(watch.unknown_rows(len(text), "outside of a pipeline call"))
-    if call.negative is None:
+    if texts.negative is None:
         return 0
-    if facts.guidance_in_two_calls or call.apart:
+    if facts.guidance_in_two_calls or texts.apart:
         raise ValueError(
             f"With `{facts.scale}` above 1, Efface cannot recognise the unconditional call of a compiled denoiser. "
             "Give a pipeline that is not compiled."
         )
-    return len(text) - len(call.positive)
+    return len(text) - len(texts.positive)
 
 
-def negated_rows(first: int, call: Call | None, given: tuple[int, int] | None) -> dict[int, int]:
+def negated_rows(first: int, texts: Texts | None, given: tuple[int, int] | None) -> dict[int, int]:
     """The unconditional rows whose text may differ from the empty one, and the conditional row of each."""
-    blind = call is not None and call.blind and call.negative is not None
+    blind = texts is not None and texts.blind and texts.negative is not None
     if given is not None or blind:  # unknown; an edit of the empty text only causes rounding
         return {row: row for row in range(first)}
-    empty = call.unconditional if call is not None else None
+    empty = texts.unconditional if texts is not None else None
     return {row: row for row in empty.others} if empty is not None and first else {}
 
 

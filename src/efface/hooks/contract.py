@@ -145,6 +145,7 @@ class Contract:
     off: ClassVar[dict[str, Any] | None] = None
     needs: ClassVar[tuple[str, ...]] = ()  # required of the pipeline: names from `efface.families.OFFERS`
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # by family, see `efface.families.filled`; {}: no table
+    added: ClassVar[tuple[str, ...]] = ()  # fields of later versions, which records leave out at their defaults
     touches_uncond: ClassVar[bool] = False  # whether it may change unconditional rows
     edits_attention: ClassVar[bool] = False
     edits_self_attention: ClassVar[bool] = False

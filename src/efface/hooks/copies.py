@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,13 @@ if TYPE_CHECKING:
 
 
 class Hidden:
-    """A wrapper of a method of one pipeline object. Deep copies of the pipeline receive its erasers.
+    """A wrapper of a method of one pipeline object: calls `act(pipe, original, ...)` instead.
 
-    `original` is the pipeline's own method: `texts` asks for it by that name.
+    Deep copies of the pipeline receive its erasers. `original` is the pipeline's own method; `efface._text` asks for it
+    by that name.
     """
+
+    waiting: Waiting | None = None  # of a deep copy before its first use
 
     def __init__(self, pipe: DiffusionPipeline, name: str, act: Callable[..., Any], copies: Copies) -> None:
         self.pipe, self.name, self.act, self.copies = weakref.ref(pipe), name, act, copies
@@ -28,17 +32,25 @@ class Hidden:
         pipe = self.pipe()
         if pipe is None:
             raise RuntimeError(
-                f"This pipeline is a shallow copy of a deleted pipeline with erasers, so `{self.name}` has no "
-                f"pipeline. Make the copy with `copy.deepcopy` or `from_pipe`, or `del pipe.{self.name}`."
+                f"`{self.name}` belongs to a deleted pipeline with erasers, of which this one is a shallow copy. Make "
+                f"copies with `copy.deepcopy` or `from_pipe`, or `del pipe.{self.name}`."
             )
         return self.hidden or MethodType(getattr(type(pipe), self.name), pipe)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.act(self.original, *args, **kwargs)
+        original = self.original
+        return self.act(self.pipe(), original, *args, **kwargs)
+
+    def take_off(self) -> None:
+        """Restores the pipeline's method, unless other code replaced it since then."""
+        pipe = self.pipe()
+        if pipe is not None and vars(pipe).get(self.name) is self:
+            delattr(pipe, self.name)
+            if self.hidden is not None:
+                setattr(pipe, self.name, self.hidden)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        waiting = self.copies.of(memo)
-        return waiting.method(self, memo)
+        return self.copies.of(memo).method(self, memo)
 
 
 class Copies:
@@ -67,77 +79,54 @@ class Waiting:
     def __init__(self, erasers: Sequence[Any], apply: Callable[[Any, Sequence[Any]], None]) -> None:
         self.erasers, self.apply = erasers, apply
         self.copies = Copies(lambda: erasers, apply)  # of the copy
-        self.pipe: weakref.ref[DiffusionPipeline] | None = None  # None: a denoiser was copied without its pipeline
-        self.hidden: dict[str, Any] = {}
+        self.methods: list[Hidden] = []  # empty if a denoiser was copied without its pipeline
         self.retire: list[Callable[[], None]] = []  # the copies of hooks on modules
 
-    def method(self, of: Hidden | _First, memo: dict[int, Any]) -> Any:
-        pipe = memo[id(of.pipe())]
-        self.pipe = weakref.ref(pipe)
-        self.hidden[of.name] = deepcopy(of.hidden, memo)
-        return _First(self, of.name)
+    def method(self, of: Hidden, memo: dict[int, Any]) -> Hidden:
+        """The copy of a wrapper."""
+        made = Hidden(memo[id(of.pipe())], of.name, partial(self._first, of.name), self.copies)
+        made.hidden, made.waiting = deepcopy(of.hidden, memo), self
+        self.methods.append(made)
+        return made
+
+    def _first(
+        self, name: str, pipe: DiffusionPipeline, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        self.wake()
+        return getattr(pipe, name)(*args, **kwargs)
 
     def wake(self) -> None:
         """Applies the erasers to the copy."""
-        pipe, self.pipe = self.pipe() if self.pipe is not None else None, None
+        methods, self.methods = self.methods, []
         for retire in self.retire:
             retire()
-        if pipe is None:
-            return
-        for name, hidden in self.hidden.items():
-            if isinstance(vars(pipe).get(name), _First):
-                delattr(pipe, name)
-                if hidden is not None:
-                    setattr(pipe, name, hidden)
-        self.apply(pipe, self.erasers)
-
-
-class _First:
-    """A method of a deep copy before its first call."""
-
-    def __init__(self, waiting: Waiting, name: str) -> None:
-        self.waiting, self.name, self.hidden = waiting, name, waiting.hidden[name]
-
-    def pipe(self) -> DiffusionPipeline | None:
-        return self.waiting.pipe() if self.waiting.pipe is not None else None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return self.waiting.copies.of(memo).method(self, memo)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        pipe = self.pipe()
-        if pipe is None:
-            raise RuntimeError(f"`{self.name}` belongs to a deleted pipeline. Copy the pipeline again.")
-        self.waiting.wake()
-        return getattr(pipe, self.name)(*args, **kwargs)
+        for method in methods:
+            method.take_off()
+        if methods and (pipe := methods[0].pipe()) is not None:
+            self.apply(pipe, self.erasers)
 
 
 def wake(pipe: DiffusionPipeline) -> None:
     """Applies the erasers to a deep copy of a pipeline, before its first use."""
     for value in tuple(vars(pipe).values()):
-        if isinstance(value, _First):
+        if isinstance(value, Hidden) and value.waiting is not None:
             value.waiting.wake()
-            return
 
 
-def hide(pipe: DiffusionPipeline, acts: Mapping[str, Callable[..., Any]], copies: Copies) -> dict[str, Hidden]:
+def hide(pipe: DiffusionPipeline, acts: Mapping[str, Callable[..., Any]], copies: Copies) -> list[Hidden]:
     """Replaces the pipeline's methods of these names by `acts`."""
-    made = {name: Hidden(pipe, name, act, copies) for name, act in acts.items() if hasattr(pipe, name)}
-    for name, method in made.items():
-        setattr(pipe, name, method)
+    made = [Hidden(pipe, name, act, copies) for name, act in acts.items() if hasattr(pipe, name)]
+    for method in made:
+        setattr(pipe, method.name, method)
     return made
 
 
-def show(methods: Mapping[str, Hidden]) -> None:
-    """Restores the methods that `hide` replaced, unless other code replaced them since then."""
-    for name, method in methods.items():
-        pipe = method.pipe()
-        if pipe is not None and vars(pipe).get(name) is method:
-            delattr(pipe, name)
-            if method.hidden is not None:
-                setattr(pipe, name, method.hidden)
+def show(methods: Sequence[Hidden]) -> None:
+    """Restores the methods that `hide` replaced."""
+    for method in methods:
+        method.take_off()
         method.act = _as_it_was
 
 
-def _as_it_was(original: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+def _as_it_was(pipe: Any, original: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     return original(*args, **kwargs)

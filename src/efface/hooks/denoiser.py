@@ -18,13 +18,13 @@ from ..core import Handle
 from ..families import Family, check, filled, refusal, uncalibrated
 from . import watch
 from .batch import Batch, compiled_first_row, first_row, negated_rows, repelled
+from .calls import Calls, Texts
 from .contract import Contract
 from .copies import Copies
 from .forward import Entered, Forward
-from .joint import Function, Inputs
-from .layers import Layer, Layers
+from .layers import Layers
 from .outputs import Outputs
-from .pipeline import Call, Calls
+from .pipeline import Pipelines
 from .prediction import needs_guidance
 from .prompts import Applied, Encoder
 from .step import Step
@@ -42,19 +42,20 @@ class Site:
     def __init__(self, denoiser: nn.Module, facts: Family) -> None:
         self.facts = facts
         self._denoiser = weakref.ref(denoiser)
-        self.layers = Layers(facts, self, self._project)
+        self.layers = Layers(facts, self.running, self._project)
         self.layers.find(denoiser)
-        self.outputs = Outputs(facts, self)
+        self.outputs = Outputs(facts, self.running)
         self.parameters = tuple(inspect.signature(type(denoiser).forward).parameters)[1:]
         self.applied: list[Applied] = []
         self.copies = Copies(lambda: [applied.method for applied in self.applied], _apply_all)
         self.calls = Calls(self)
+        self.pipelines = Pipelines(self, self.calls)
         self._hook: weakref.ref[Forward] | None = None  # on the denoiser, which holds it
         self.entered: Entered | None = None
         self.given: tuple[int, int] | None = None  # the number of unconditional and of all rows, if the caller says it
         self.train_timesteps = 1000
         self.step: Step | None = None  # a denoiser call that is going on
-        self._by_the_way = False  # whether this call of the denoiser came by
+        self._passed = False  # whether the current call of the denoiser passed the erasers
         self._checked: tuple[Tensor, int] | None = None  # the text whose rows are known, and the first conditional one
         self._repelled: Any = None  # of the call before
         self._busy: int | None = None  # the thread that is inside
@@ -70,11 +71,6 @@ class Site:
     def hook(self) -> Forward | None:
         return None if self._hook is None else self._hook()
 
-    @property
-    def edited_layers(self) -> int:
-        """The number of layers that a cross-attention method edits."""
-        return len(self.layers.cross)
-
     # ---- the list
 
     def add(self, pipe: DiffusionPipeline, method: Contract) -> Handle:
@@ -83,7 +79,7 @@ class Site:
         applied = Applied(method)
         check_width(pipe)
         self.prepare(pipe, applied, Encoder(pipe, None))
-        self.calls.follow(pipe)
+        self.pipelines.follow(pipe)
         self.applied.append(applied)
         self.refit()
         owner = weakref.ref(pipe)
@@ -125,17 +121,24 @@ class Site:
 
     def _change(self, pipe: DiffusionPipeline, applied: Applied, changed: Contract) -> None:
         """Replaces an applied method by a changed one. After an error the old one stays."""
-        call = self.calls.call if self.calls.drawing is not None else None
-        if call is not None and changed.guides != applied.method.guides:
+        texts = None if self.calls.drawing is None else self.calls.texts
+        if texts is not None and changed.guides != applied.method.guides:
             raise ValueError(
                 f"This change moves {type(changed).__name__} to other rows of the batch while the pipeline is drawing. "
                 "Set it between two calls."
             )
-        trial = Applied(changed, memory=applied.memory, record=applied.record)
-        trial.check_rows(self.images_per_prompt, len(call.positive) if call else None)
-        self.prepare(pipe, trial, Encoder(pipe, call.encoding if call else None))
-        vars(applied).update(vars(trial) | {"handle": applied.handle})
+        trial = Applied(changed, memory=applied.memory, record=applied.record, handle=applied.handle)
+        trial.check_rows(self.images_per_prompt, len(texts.positive) if texts else None)
+        self.prepare(pipe, trial, Encoder(pipe, texts.encoding if texts else None))
+        applied.become(trial)
         self._checked = None
+
+    def restore(self, applied: Applied, state: Applied) -> None:
+        """Gives an eraser its state in another call back, with the fields that it has by now."""
+        changed, texts = applied.method, self.calls.texts
+        applied.become(state)
+        if changed is not state.method and texts is not None and (pipe := texts.pipe()) is not None:
+            self._change(pipe, applied, changed)
 
     def prepare(self, pipe: DiffusionPipeline, applied: Applied, encoder: Encoder, *, blind: bool = False) -> None:
         """Encodes a method's erasure prompts. `blind`: keeps the earlier encoding, because the text encoder was
@@ -149,7 +152,7 @@ class Site:
 
     @property
     def images_per_prompt(self) -> int:
-        return self.calls.call.images_per_prompt if self.calls.call else 1
+        return 1 if self.calls.texts is None else self.calls.texts.images_per_prompt
 
     def forget_if_empty(self) -> None:
         """Drops the state of a denoiser without methods."""
@@ -163,7 +166,7 @@ class Site:
             self.entered.take_off()
         self._hook = self.entered = None
         self.forget_if_empty()
-        self.calls.close()
+        self.pipelines.close()
 
     # ---- hooks on modules
 
@@ -186,19 +189,17 @@ class Site:
         self.layers.fit(denoiser, cross=cross, own=own)
         self.outputs.fit(denoiser, [name for method in methods for name in method.steers])
 
-    def check_pipeline(self, pipe: DiffusionPipeline | None) -> DiffusionPipeline:
+    def check_pipeline(self, pipe: DiffusionPipeline) -> None:
         """Checks before a call that the denoiser is unchanged, no other thread draws, and all hooks are outermost."""
         present = getattr(pipe, self.facts.denoiser, None)
-        if pipe is None or getattr(present, "_orig_mod", present) is not self._denoiser():
+        if getattr(present, "_orig_mod", present) is not self._denoiser():
             raise RuntimeError(watch.swapped(self.facts.denoiser, type(pipe).__name__))
-        if self.calls.drawing not in (None, threading.get_ident()):
-            raise RuntimeError(watch.TWO_THREADS)
+        self.calls.check_free()
         cache = watch.cache_on(self.denoiser.modules())
         if cache and any((m.edits_attention or m.guides or m.steers) and not m.is_off() for m in self._methods()):
             raise RuntimeError(watch.cached(self.facts.denoiser, cache))
         self.layers.find(self.denoiser)
         self._fit()
-        return pipe
 
     def _methods(self) -> list[Contract]:
         return [applied.method for applied in self.applied]
@@ -236,21 +237,25 @@ class Site:
 
     def _on_entering(self) -> None:
         if not torch.compiler.is_compiling():
-            self._by_the_way = False
+            self._passed = False
 
     def _on_leaving(self) -> None:
-        if not torch.compiler.is_compiling() and not self._by_the_way:
+        if not torch.compiler.is_compiling() and not self._passed:
             self._fit()
             raise RuntimeError(watch.bypassed(self.facts.denoiser))
 
     def _enter(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Replaces the denoiser's `forward`."""
         if torch.compiler.is_compiling():
-            return self._denoise(forward, args, kwargs)
-        with self.alone(), self.outputs.watched():
-            return self._denoise(forward, args, kwargs)
+            return self._step(forward, args, kwargs).run()
+        with self.alone():
+            try:
+                return self._step(forward, args, kwargs).run()
+            finally:
+                self.step = None
 
-    def _denoise(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _step(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
+        """The denoiser call that begins."""
         names = self.parameters[: len(args)]
         arguments = dict(zip(names, args, strict=True)) | kwargs
         first = self.parameters[0]
@@ -259,22 +264,28 @@ class Site:
         text, mask = arguments[facts.text_argument], facts.text_mask(arguments)
         batch = self._begin(arguments[facts.time_argument], text, mask)
         self.step = Step(self, forward, names, arguments, batch)
-        return self.step.run()
+        return self.step
+
+    def running(self, name: str) -> Step:
+        """The denoiser call in which a module runs. Raises RuntimeError if there is none."""
+        if self.step is None:
+            raise RuntimeError(watch.outside(name))
+        return self.step
 
     def _begin(self, timestep: Tensor | float, text: Tensor, mask: Tensor | None) -> Batch:
         """Determines the conditional rows, the time, and the text of each row."""
-        call, given, compiling = self.calls.call, self.given, torch.compiler.is_compiling()
+        texts, given, compiling = self.calls.texts, self.given, torch.compiler.is_compiling()
         if compiling:
-            first = compiled_first_row(text, call, given, self.facts)
+            first = compiled_first_row(text, texts, given, self.facts)
         else:
-            self._by_the_way = True
+            self._passed = True
             self._fit()
-            first = self._first_row(text, call)
+            first = self._first_row(text, texts)
         if given is not None and first:
-            self._check_negatives(text[:first], call)
-        reads = call.unconditional if call is not None and given is None else None
+            self._check_negatives(text[:first], texts)
+        reads = texts.unconditional if texts is not None and given is None else None
         empty = None if reads is None else Text(reads.text, reads.mask)
-        self._repelled = repelled(negated_rows(first, call, given), text.device, self._repelled)
+        self._repelled = repelled(negated_rows(first, texts, given), text.device, self._repelled)
         prompt = Text(text[first:], None if mask is None else mask[first:].bool())
         if not compiling:
             for applied in self.applied:
@@ -282,16 +293,20 @@ class Site:
             for layer in self.layers.own if any(m.edits_self_attention for m in self._methods()) else ():
                 check_unfused(layer.attn, self.facts.denoiser)
         time = timestep.flatten()[0] if isinstance(timestep, Tensor) and timestep.ndim else timestep
-        self.calls.guarded = True
+        if self.calls.call is not None and given is None:
+            self.calls.call.guarded = True
         n = len(text)
         return Batch(first, n, n, prompt, empty, time, self._repelled, empty, not self.layers.projects)
 
-    def _first_row(self, text: Tensor, call: Call | None) -> int:
+    def _first_row(self, text: Tensor, texts: Texts | None) -> int:
         """The number of unconditional rows. Compares texts once per batch, and assigns the methods their rows."""
         if self.given is None:
-            self.calls.check_thread()
+            self.calls.check_here()
         if self._checked is None or self._checked[0] is not text:
-            first = first_row(text, call, self.given, self.facts)
+            first = first_row(text, texts, self.given, self.facts)
+            separate = self.given is None and not self.facts.returns_negative
+            if first == len(text) and separate and not self.calls.drawing:  # the steps of that call never ran
+                raise RuntimeError(watch.unknown_rows(first, "outside of the steps of a pipeline call"))
             if first < len(text):
                 for applied in self.applied:
                     applied.place(1 if self.given is not None else self.images_per_prompt, len(text) - first)
@@ -301,10 +316,10 @@ class Site:
             raise RuntimeError(watch.CHECKPOINTED)
         return self._checked[1]
 
-    def _check_negatives(self, text: Tensor, call: Call | None) -> None:
+    def _check_negatives(self, text: Tensor, texts: Texts | None) -> None:
         """Refuses negative prompts that a method which changes them did not make."""
         acting = [method for method in self._methods() if method.negates and not method.is_off()]
-        made = None if call is None else call.negative
+        made = None if texts is None else texts.negative
         if acting and (made is None or made.shape != text.shape or not torch.equal(made, text)):
             raise RuntimeError(
                 f"{type(acting[0]).__name__} changes the negative prompt in `encode_prompt`, but the unconditional "
@@ -319,23 +334,6 @@ class Site:
             acts = applied.prompts is not None if method.guides else method.negates
             if acts and not method.is_off():
                 raise ValueError(needs_guidance(method, self.denoiser, self.facts))
-
-    # ---- what the hooks on modules call
-
-    def edit(self, layer: Layer, hidden: Tensor) -> Tensor:
-        if self.step is None:
-            raise RuntimeError(watch.outside(layer.name))
-        return self.step.edit(layer, hidden)
-
-    def edit_self(self, layer: Layer, hidden: Tensor) -> Tensor:
-        if self.step is None:
-            raise RuntimeError(watch.outside(layer.name))
-        return self.step.edit_self(layer, hidden)
-
-    def attend(self, layer: Layer, function: Function, inputs: Inputs, options: dict[str, Any]) -> Tensor:
-        if self.step is None:
-            raise RuntimeError(watch.outside(layer.name))
-        return self.step.attend(layer, function, inputs, options)
 
     def _project(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Replaces the `forward` of the module that projects the text for all layers, if there is one (PixArt)."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
 
 from torch import nn
 
-from .copies import Copies
+from .copies import Copies, Waiting
 
 Act = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """Replaces a `forward`: receives the inner one and the arguments."""
@@ -72,17 +72,14 @@ class Forward:
         made.below = made.outer = deepcopy(below, memo)
         if self.act is not None and self.copies is not None:
             waiting = self.copies.of(memo)
-
-            def first(below: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                waiting.wake()
-                return getattr(made.module(), "forward", below)(*args, **kwargs)
-
-            def retire() -> None:
-                made.act = None
-
-            made.act = first
-            waiting.retire.append(retire)
+            made.act = functools.partial(made._first, waiting)
+            waiting.retire.append(functools.partial(setattr, made, "act", None))
         return made
+
+    def _first(self, waiting: Waiting, below: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The first call of a copy, which applies the erasers first."""
+        waiting.wake()
+        return getattr(self.module(), "forward", below)(*args, **kwargs)
 
 
 def _run(forward: Forward, /, *args: Any, **kwargs: Any) -> Any:
@@ -99,6 +96,22 @@ def _ours(module: nn.Module) -> Forward | None:
 
 def _is_own(module: nn.Module, function: Any) -> bool:
     return getattr(function, "__func__", None) is type(module).forward and function.__self__ is module
+
+
+class Hooks:
+    """Wrappers of some modules, each the outermost of its module."""
+
+    def __init__(self) -> None:
+        self._on: dict[nn.Module, Forward] = {}
+
+    def fit(self, acts: Mapping[nn.Module, Act]) -> None:
+        """Wraps these modules, and no others. What a module's wrapper does never changes."""
+        for module, hook in tuple(self._on.items()):
+            if module not in acts or not hook.on_top():
+                self._on.pop(module).take_off()
+        for module, act in acts.items():
+            if module not in self._on:
+                self._on[module] = Forward(module, act)
 
 
 class Entered:

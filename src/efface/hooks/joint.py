@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -135,8 +135,8 @@ class JointAttention(CrossAttention):
     parts: Parts | None = None
     carried: Carried | None = field(default=None, repr=False)
 
-    def at(self, rows: Tensor) -> Self:
-        return replace(super().at(rows), parts=None if self.parts is None else self.parts.at(rows))
+    def _on(self, rows: Any) -> dict[str, Any]:
+        return super()._on(rows) | {"parts": None if self.parts is None else self.parts.at(rows)}
 
     def keys_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Raises ValueError: the keys of a text depend on the picture and on the layers before."""

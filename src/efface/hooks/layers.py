@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -12,12 +13,12 @@ from torch import Tensor, nn
 from ..families import Family
 from . import watch
 from .attention import CrossAttention
-from .forward import Act, Forward
+from .forward import Act, Hooks
 from .joint import Function, Inputs, Watched
 
 
-class Watcher(Protocol):
-    """The interface that layers call."""
+class Editing(Protocol):
+    """The denoiser call that edits the outputs of layers."""
 
     def edit(self, layer: Layer, hidden: Tensor) -> Tensor: ...
 
@@ -30,7 +31,7 @@ class Layer:
     """One attention module. Hooks on its submodules observe the query, and pass on the input of `to_out`.
 
     Args:
-        site: performs the edits.
+        running: returns the denoiser call in which a layer runs.
         name: of the module in the denoiser.
         attn: the module, diffusers' `Attention`.
     """
@@ -38,37 +39,27 @@ class Layer:
     seen: tuple[str, ...] = ("to_q",)
     missed = staticmethod(watch.missed)  # the message if it was not seen
 
-    def __init__(self, site: Watcher, name: str, attn: Any) -> None:
-        self.site, self.name, self.attn = site, name, attn
+    def __init__(self, running: Callable[[str], Editing], name: str, attn: Any) -> None:
+        self.running, self.name, self.attn = running, name, attn
         self.to_q: Tensor | None = None
         self.to_k: Tensor | None = None  # this and the next of self-attention only
         self.to_v: Tensor | None = None
         self.came = False  # whether it was seen in this denoiser call
-        self.hooks: dict[nn.Module, Forward] = {}
+        self.hooks = Hooks()
         self.whole: Any = None  # the processor that does not call `to_q` or `to_out`, if it is of that kind
 
     def acts(self) -> dict[nn.Module, Act]:
         """The action in each submodule. Loading or unloading a LoRA replaces submodules."""
         if self.whole is not None:
             return {self.attn: self._around}
-        found: dict[nn.Module, Act] = {getattr(self.attn, part): self._keep(part) for part in self.seen}
-        found[self.attn.to_out[0]] = self._edit
-        return found
+        found: dict[nn.Module, Act] = {getattr(self.attn, part): partial(self._keep, part) for part in self.seen}
+        return found | {self.attn.to_out[0]: self._out}
 
-    def fit(self) -> None:
-        """Hooks the current submodules, as the outermost hooks."""
+    def fit(self, on: bool) -> None:
+        """Hooks the current submodules, as the outermost hooks, or none."""
         if self.whole is not None and self.attn.processor is not self.whole:
             self.whole = None
-        acts = self.acts()
-        if [*self.hooks] == [*acts] and all(hook.on_top() for hook in self.hooks.values()):
-            return
-        self.unhook()
-        self.hooks = {module: Forward(module, act) for module, act in acts.items()}
-
-    def unhook(self) -> None:
-        for hook in self.hooks.values():
-            hook.take_off()
-        self.hooks = {}
+        self.hooks.fit(self.acts() if on else {})
 
     def begin(self) -> None:
         """Resets the observations at the start of a denoiser call."""
@@ -78,21 +69,25 @@ class Layer:
     def take_whole(self) -> None:
         """Watches the complete module from now on, until it gets another processor."""
         self.whole = self.attn.processor
-        self.fit()
+        self.fit(True)
 
-    def _keep(self, part: str) -> Act:
-        def keep(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            out = forward(*args, **kwargs)
-            setattr(self, part, out)
-            return out
+    def edit(self, hidden: Tensor) -> Tensor:
+        """The input of `to_out` [rows, Q, C], after the edits."""
+        hidden = self._edited(hidden)
+        self.to_q = self.to_k = self.to_v = None
+        return hidden
 
-        return keep
+    def _edited(self, hidden: Tensor) -> Tensor:
+        return self.running(self.name).edit(self, hidden)
 
-    def _edit(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _keep(self, part: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = forward(*args, **kwargs)
+        setattr(self, part, out)
+        return out
+
+    def _out(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden, *others = args
-        hidden = self.site.edit(self, hidden)
-        self.to_q = None
-        return forward(hidden, *others, **kwargs)
+        return forward(self.edit(hidden), *others, **kwargs)
 
     def _around(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Wraps a module whose processor uses the weights of `to_q` or `to_out` without calling these modules.
@@ -112,8 +107,7 @@ class Layer:
         if again.shape != out.shape or (again / factor - out).norm() > tolerance * out.norm():
             return out
         self.to_q = query
-        edited = self.site.edit(self, attended)
-        self.to_q = None
+        edited = self.edit(attended)
         return out if edited is attended else out + (project(edited) - project(attended)) / factor
 
 
@@ -140,11 +134,8 @@ class SelfLayer(Layer):
 
     seen = ("to_q", "to_k", "to_v")
 
-    def _edit(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden, *others = args
-        hidden = self.site.edit_self(self, hidden)
-        self.to_q = self.to_k = self.to_v = None
-        return forward(hidden, *others, **kwargs)
+    def _edited(self, hidden: Tensor) -> Tensor:
+        return self.running(self.name).edit_self(self, hidden)
 
 
 class JointLayer(Layer):
@@ -166,7 +157,7 @@ class JointLayer(Layer):
             if inputs.query.shape[2] != inputs.key.shape[2]:  # attention to an IP-Adapter's picture
                 return function(*inputs, **options)
             found += 1
-            return self.site.attend(self, function, inputs, options)
+            return self.running(self.name).attend(self, function, inputs, options)
 
         with Watched(attend):
             out = forward(*args, **kwargs)
@@ -179,21 +170,16 @@ class Layers:
 
     Args:
         facts: the family.
-        site: performs the edits.
+        running: returns the denoiser call in which a layer runs.
         project: replaces the projection's `forward`.
     """
 
-    def __init__(self, facts: Family, site: Watcher, project: Act) -> None:
-        self._facts, self._site, self._project = facts, site, project
+    def __init__(self, facts: Family, running: Callable[[str], Editing], project: Act) -> None:
+        self._facts, self._running, self._project = facts, running, project
         self.cross: list[Layer] = []
         self.own: list[SelfLayer] = []
-        self._projection: nn.Module | None = None
-        self._projecting: Forward | None = None
-
-    @property
-    def projects(self) -> bool:
-        """Whether a module projects the text for the layers."""
-        return self._projection is not None
+        self.projects = False  # whether a module projects the text for the layers
+        self._hooks = Hooks()  # on that module
 
     def find(self, denoiser: nn.Module) -> None:
         """Finds the denoiser's current layers, and removes the hooks of former layers."""
@@ -203,23 +189,18 @@ class Layers:
         kinds = {
             n: JointLayer if n in joint else Layer if m.is_cross_attention else SelfLayer for n, m in named.items()
         }
-        found = [known.pop(m) if m in known else kinds[n](self._site, n, m) for n, m in named.items()]
+        found = [known.pop(m) if m in known else kinds[n](self._running, n, m) for n, m in named.items()]
         for gone in known.values():
-            gone.unhook()
+            gone.fit(False)
         self.cross = [layer for layer in found if not isinstance(layer, SelfLayer)]
         self.own = [layer for layer in found if isinstance(layer, SelfLayer)]
 
     def fit(self, denoiser: nn.Module | None, *, cross: bool, own: bool) -> None:
         """Hooks the needed layers, and removes the hooks of all others."""
-        hook, projection = self._projecting, None if denoiser is None else self._facts.text_projection(denoiser)
-        if hook is not None and (not cross or projection is not self._projection or not hook.on_top()):
-            hook.take_off()
-            hook = None
-        self._projection = projection
-        if cross and hook is None and projection is not None:
-            hook = Forward(projection, self._project)
-        self._projecting = hook
+        projection = None if denoiser is None else self._facts.text_projection(denoiser)
+        self.projects = projection is not None
+        self._hooks.fit({projection: self._project} if cross and projection is not None else {})
         for layer in self.cross:
-            layer.fit() if cross else layer.unhook()
-        for self_layer in self.own:
-            self_layer.fit() if own else self_layer.unhook()
+            layer.fit(cross)
+        for layer in self.own:
+            layer.fit(own)

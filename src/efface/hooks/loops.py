@@ -51,26 +51,28 @@ class Loop:
         arguments |= {GIVEN[part]: value for part, value in encoded.items()}
         arguments |= {"num_images_per_prompt": 1, "do_classifier_free_guidance": encoded["negative"] is not None}
         made = self.pipe.encode_prompt(**arguments, device=None if text is None else text.device)
-        if (found := self._site) is not None and found.calls.call is not None:
-            found.calls.call = replace(found.calls.call, apart=True)
+        call = None if (found := self._site) is None else found.calls.call
+        if call is not None and call.texts is not None:
+            call.texts = replace(call.texts, apart=True)
         return dict(zip(self.facts.returns, made, strict=True))
 
     def step(self, step: int, steps: int, guidance_scale: float) -> None:
         """Called before the denoiser calls of each step."""
         if (found := self._site) is not None:
-            if found.calls.call is None or not found.calls.call.apart:
+            call = found.calls.call
+            if call is None or call.texts is None or not call.texts.apart:
                 raise RuntimeError(watch.NOT_BEGUN)
-            found.calls.at(step, steps)
-            found.calls.call = replace(found.calls.call, guidance_scale=guidance_scale)
+            found.calls.at(call, step, steps)
+            call.texts = replace(call.texts, guidance_scale=guidance_scale)
 
     def enter(self, denoiser: nn.Module) -> None:
         """Called before each denoiser call. Raises RuntimeError if the denoiser is not the pipeline's."""
         if getattr(denoiser, "_orig_mod", denoiser) is not denoiser_of(self.pipe):
             raise RuntimeError(watch.other_denoiser(self.facts.denoiser, type(self.pipe).__name__))
-        if (found := self._site) is not None:
-            found.calls.guarded = False
+        if (found := self._site) is not None and found.calls.call is not None:
+            found.calls.call.guarded = False
 
     def leave(self) -> None:
         """Called after each denoiser call. Raises RuntimeError if it did not pass the methods."""
-        if (found := self._site) is not None and not found.calls.guarded:
+        if (found := self._site) is not None and not (found.calls.call and found.calls.call.guarded):
             raise RuntimeError(watch.not_entered(self.facts.denoiser))

@@ -37,6 +37,8 @@ class Method(Contract):
     - `steers`: names of the denoiser's modules, such as "mid_block", whose outputs its `steer` changes.
     - `guides`: it overrides `guide`. Each conditional row is predicted once more for the concept's text.
     - `touches_uncond`: it may change unconditional rows.
+    - `added`: the fields that a later version of the method added. Records omit them at their defaults, so runs that
+    were started with the earlier version continue.
     - `counts_steps`: its times are shares of the steps of a pipeline call, for any number of denoiser calls per step.
     Step k of N, counted from 0, is at (k + 1/2) / N. Without it, and in direct denoiser calls, times follow the noise.
 

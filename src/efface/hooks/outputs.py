@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..families import Family
 from . import watch
-from .forward import Act, Forward
+from .forward import Hooks
 from .step import Step
-
-
-class Stepping(Protocol):
-    """The called denoiser, which knows the current denoiser call."""
-
-    step: Step | None
 
 
 def found(denoiser: nn.Module, name: str) -> nn.Module | None:
@@ -34,51 +28,22 @@ class Outputs:
 
     Args:
         facts: the family.
-        site: holds the current denoiser call.
+        running: returns the denoiser call in which a module runs.
     """
 
-    def __init__(self, facts: Family, site: Stepping) -> None:
-        self._facts, self._site = facts, site
-        self.hooks: dict[str, Forward] = {}
-        self._steered: set[str] = set()  # in this denoiser call
+    def __init__(self, facts: Family, running: Callable[[str], Step]) -> None:
+        self._facts, self._running = facts, running
+        self._hooks = Hooks()
 
     def fit(self, denoiser: nn.Module | None, names: Sequence[str]) -> None:
         """Hooks the modules of these names, as the outermost hooks, and no others. Missing modules are left out."""
-        modules = {} if denoiser is None else {name: found(denoiser, name) for name in names}
-        for name, hook in tuple(self.hooks.items()):
-            if hook.module() is not modules.get(name) or not hook.on_top():
-                self.hooks.pop(name).take_off()
-        for name, module in modules.items():
-            if module is not None and name not in self.hooks:
-                self.hooks[name] = Forward(module, self._act(name))
+        modules = {name: found(denoiser, name) for name in names} if denoiser is not None else {}
+        self._hooks.fit({m: partial(self._changed, name) for name, m in modules.items() if m is not None})
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """A denoiser call, which ends its step.
-
-        Raises RuntimeError unless each method changed the outputs of all its modules, except as its plan says.
-        """
-        self._steered = set()
-        try:
-            yield
-            plan = [] if self._site.step is None else self._site.step.plan
-            due = {name for applied, _, exempt in plan if not exempt for name in applied.method.steers}
-            if missed := sorted(due - self._steered):
-                raise RuntimeError(watch.not_steered(missed, self._facts.denoiser))
-        finally:
-            self._site.step = None
-
-    def _act(self, name: str) -> Act:
-        def act(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return self._changed(name, forward(*args, **kwargs))
-
-        return act
-
-    def _changed(self, name: str, out: Any) -> Any:
-        """The output of a module, with the picture's part changed on conditional rows."""
-        if self._site.step is None:
-            raise RuntimeError(watch.outside(name))
-        step, batch = self._site.step, self._site.step.batch
+    def _changed(self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Replaces the `forward` of a module: its output, with the picture's part changed on conditional rows."""
+        out, step = forward(*args, **kwargs), self._running(name)
+        batch = step.batch
         if step.seen is not None or not batch.conditional:
             return out
         acting = [(applied, weight) for applied, weight, exempt in step.plan if not exempt]
@@ -96,5 +61,5 @@ class Outputs:
             edited = applied.method.steer(changed, name, rows, applied.memory)
             changed = torch.lerp(changed, edited, weight.to(edited)) if isinstance(weight, Tensor) else edited
         hidden = batch.replaced(hidden, changed)
-        self._steered.add(name)
+        step.steered.add(name)
         return hidden if at is None else (*out[:at], hidden, *out[at + 1 :])

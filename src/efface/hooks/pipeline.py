@@ -4,262 +4,143 @@ from __future__ import annotations
 
 import inspect
 import math
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._text import cut_off, encoder_of, encoding_settings, readers
-from ..families import Family
 from . import watch
+from .calls import Call, Calls, Guarded, Texts
 from .contract import Encoding
-from .copies import Copies, Hidden, hide, show
-from .prompts import Applied, Encoder
-from .unconditional import Unconditional, unconditional, unconditional_alone
+from .copies import Hidden, hide, show
+from .prompts import Encoder
+from .unconditional import unconditional, unconditional_alone
 from .watch import Record
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-
-@dataclass
-class Opening:
-    """A pipeline call, from `check_inputs` on."""
-
-    thread: int
-    prompts: bool = False  # whether they were encoded
+NEGATIVE = ("negative", "negative_mask", "negative_pooled")
+OF_PROMPTS = ("text", "mask", "pooled")  # the same parts of what `encode_prompt` returns for prompts
 
 
-@dataclass(frozen=True, eq=False)
-class Call:
-    """The facts on the coming batches from the latest `encode_prompt`.
+class Followed(NamedTuple):
+    """A pipeline whose calls are followed: its wrapped methods, and the tokenizers whose text encoders it had."""
+
+    pipe: weakref.ref[DiffusionPipeline]
+    methods: list[Hidden]
+    readers: tuple[str, ...]
+
+
+class Pipelines:
+    """The pipelines that share one denoiser.
 
     Args:
-        positive: the text of the conditional rows.
-        negative: the text of the unconditional rows; None without guidance.
-        unconditional: if methods edit attention to text: the empty text, and the rows with another text.
-        images_per_prompt: as in the call.
-        encoding: the prompts and the settings.
-        pipe: the pipeline.
-        guidance_scale: the guidance scale of the call; NaN if the pipeline does not expose it.
-        inside: whether it belongs to a pipeline call, not to a separate `encode_prompt`.
-        blind: whether the text encoder was removed, so that the unconditional text cannot be compared with "".
-        negative_mask, negative_pooled: mask and pooled text of `negative`, if there are any.
-        apart: whether another loop than the pipeline's follows, with separate denoiser calls for unconditional rows.
+        site: the denoiser.
+        calls: their calls.
     """
 
-    positive: Tensor
-    negative: Tensor | None
-    unconditional: Unconditional | None
-    images_per_prompt: int
-    encoding: Encoding
-    pipe: weakref.ref[DiffusionPipeline]
-    guidance_scale: float
-    inside: bool
-    blind: bool = False
-    negative_mask: Tensor | None = None
-    negative_pooled: Tensor | None = None
-    apart: bool = False
-    thread: int = field(default_factory=threading.get_ident)
-
-
-class Guarded(Protocol):
-    """The interface of the denoiser whose pipelines are followed."""
-
-    facts: Family
-    applied: list[Applied]
-    copies: Copies
-    given: tuple[int, int] | None
-
-    @property
-    def edited_layers(self) -> int: ...
-
-    def alone(self) -> Any: ...
-
-    def check_pipeline(self, pipe: DiffusionPipeline | None) -> DiffusionPipeline: ...
-
-    def refuse_without_guidance(self) -> None: ...
-
-    def prepare(self, pipe: DiffusionPipeline, applied: Applied, encoder: Encoder, *, blind: bool = False) -> None: ...
-
-    def check_no_rows_given(self) -> None: ...
-
-    def refit(self) -> None: ...
-
-
-class Calls:
-    """Follows the calls of all pipelines that share one denoiser. One of them draws at a time.
-
-    Attributes:
-        opening: a call that started.
-        call: the facts on its rows.
-        drawing: the thread that is running steps.
-        guarded: whether the denoiser was called in this step.
-        stepped: whether there was a step before.
-        counted: whether the number of steps of the call is known.
-        progress: the middle of the current step, as a share of all steps. A step may need several denoiser calls.
-    """
-
-    def __init__(self, site: Guarded) -> None:
-        self.site = site
-        self.pipes: list[tuple[weakref.ref[DiffusionPipeline], dict[str, Hidden]]] = []  # with what hides their methods
-        self.encoders: list[tuple[weakref.ref[DiffusionPipeline], tuple[str, ...]]] = []  # those it had, by tokenizer
-        self.opening: Opening | None = None
-        self.call: Call | None = None
-        self.drawing: int | None = None
-        self.guarded = self.stepped = self.counted = False
-        self.progress = torch.zeros(())  # one tensor for all calls, which a compiled denoiser reads
-        self._done, self._steps = 0, 0
+    def __init__(self, site: Guarded, calls: Calls) -> None:
+        self.site, self.calls = site, calls
+        self.followed: list[Followed] = []
 
     def follow(self, pipe: DiffusionPipeline) -> None:
         """Wraps the methods of this pipeline object."""
-        if any(ref() is pipe for ref, _ in self.pipes):
+        if any(each.pipe() is pipe for each in self.followed):
             return
-        owner, site = weakref.ref(pipe), self.site
-        kind: Any = type(pipe)
-        signature = inspect.signature(kind.encode_prompt.__get__(pipe))
-
-        def begun(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            site.check_pipeline(owner())
-            self.opening = Opening(threading.get_ident())
-            return original(*args, **kwargs)
-
-        def encoded(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            with site.alone():
-                present = site.check_pipeline(owner())
-                bound = signature.bind(*args, **kwargs)
-                bound.apply_defaults()
-                return self._encode(present, lambda: original(*args, **kwargs), bound)
-
-        def looped(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            return _Loop(original(*args, **kwargs), self)
-
-        def ended(original: Callable[..., Any]) -> Any:
-            call = self.call
-            self.end()
-            if call is None or call.thread != threading.get_ident():
-                return original()
-            self.opening = self.call = None
-            for applied in site.applied:
-                applied.forget()
-            returned = original()
-            site.refit()  # offloading has put its own hooks on anew
-            if call.inside and not (self.guarded or self.stepped):
-                raise RuntimeError(watch.not_entered(site.facts.denoiser))
-            return returned
-
-        def saved(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            names = ", ".join(type(applied.method).__name__ for applied in site.applied)
-            warnings.warn(
-                "`save_pretrained` does not save run-time erasers, so a pipeline loaded from this folder draws "
-                f"without {names}. Apply the erasers again after loading.",
-                stacklevel=3,
-            )
-            return original(*args, **kwargs)
-
-        self.encoders.append((owner, readers(pipe)))
-        acts = {"check_inputs": begun, "encode_prompt": encoded, "progress_bar": looped}
-        acts |= {"maybe_free_model_hooks": ended, "save_pretrained": saved}
-        self.pipes.append((owner, hide(pipe, acts, site.copies)))
+        acts: dict[str, Callable[..., Any]] = {"check_inputs": self._begun, "encode_prompt": self._encoded}
+        acts |= {"progress_bar": self._looped, "maybe_free_model_hooks": self._ended, "save_pretrained": self._saved}
+        self.followed.append(Followed(weakref.ref(pipe), hide(pipe, acts, self.site.copies), readers(pipe)))
 
     def close(self) -> None:
         """Restores the pipelines' methods."""
-        for _, methods in self.pipes:
-            show(methods)
-        self.pipes.clear()
-        self.encoders.clear()
-        self.call = self.opening = None
-        self.end()
+        for each in self.followed:
+            show(each.methods)
+        self.followed.clear()
+        self.calls.close()
 
-    def lacks_encoder(self, pipe: DiffusionPipeline) -> bool:
+    def _lacks_encoder(self, pipe: DiffusionPipeline) -> bool:
         """Whether a text encoder was removed since a method was applied, which saves memory."""
-        had = next((names for ref, names in self.encoders if ref() is pipe), ())
+        had = next((each.readers for each in self.followed if each.pipe() is pipe), ())
         return any(encoder_of(pipe, name) is None for name in had)
 
-    def check_thread(self) -> None:
-        """Raises RuntimeError during another thread's pipeline call."""
-        if self.call is not None and self.call.thread != threading.get_ident():
-            raise RuntimeError(watch.TWO_THREADS)
+    # ---- the pipeline's methods
 
-    def start(self, steps: int | None = None) -> None:
-        """Called at the start of a pipeline call's steps."""
-        self.check_thread()
-        self.site.check_no_rows_given()
-        self.drawing, self.counted = threading.get_ident(), bool(steps)
-        self._done, self._steps = 0, steps or 1
-        self._measure()
+    def _begun(self, pipe: DiffusionPipeline, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.site.check_pipeline(pipe)
+        self.calls.open(entered=True)
+        return original(*args, **kwargs)
 
-    def end(self) -> None:
-        """Called after the last step."""
-        self.drawing, self.counted = None, False
+    def _encoded(self, pipe: DiffusionPipeline, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self.site.alone():
+            self.site.check_pipeline(pipe)
+            kind: Any = type(pipe)
+            bound = inspect.signature(kind.encode_prompt.__get__(pipe)).bind(*args, **kwargs)
+            bound.apply_defaults()
+            facts, call = self.site.facts, self.calls.here()
+            if facts.returns_negative and not bound.arguments.get("do_classifier_free_guidance", False):
+                self.site.refuse_without_guidance()
+            made = original(*args, **kwargs)
+            if call is None or call.over:
+                call = self.calls.open(entered=False)
+            elif call.texts is not None and call.entered and not (facts.returns_negative or call.drawing):
+                return self._negated(pipe, call, call.texts, made, bound)
+            return self._encode(pipe, call, made, bound)
 
-    def at(self, step: int, steps: int) -> None:
-        """Called before each step of a loop that is not the pipeline's."""
-        self.counted, self._done, self._steps = True, step, steps
-        self._measure()
+    def _looped(self, pipe: DiffusionPipeline, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return _Loop(original(*args, **kwargs), self.calls)
 
-    @property
-    def apart(self) -> bool:
-        """Whether unconditional predictions come from separate denoiser calls."""
-        return self.site.facts.guidance_in_two_calls or (
-            self.site.given is None and self.call is not None and self.call.apart
+    def _ended(self, pipe: DiffusionPipeline, original: Callable[..., Any]) -> Any:
+        returned, call = original(), self.calls.here()
+        if call is not None:
+            self.calls.leave(call)
+            if call.entered and call.texts is not None and not (call.guarded or call.done):
+                raise RuntimeError(watch.not_entered(self.site.facts.denoiser))
+        return returned
+
+    def _saved(self, pipe: DiffusionPipeline, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        names = ", ".join(type(applied.method).__name__ for applied in self.site.applied)
+        warnings.warn(
+            "`save_pretrained` does not save run-time erasers, so a pipeline loaded from this folder draws "
+            f"without {names}. Apply the erasers again after loading.",
+            stacklevel=3,
         )
-
-    def _measure(self) -> None:
-        self.progress.fill_((self._done + 0.5) / self._steps)
-
-    def step(self) -> None:
-        """Called after each step."""
-        if self.site.applied and self.call is not None and not self.guarded:
-            raise RuntimeError(watch.not_entered(self.site.facts.denoiser))
-        self.guarded, self.stepped = False, True
-        self._done += 1
-        self._measure()
+        return original(*args, **kwargs)
 
     # ---- encode_prompt
 
-    def _encode(self, pipe: DiffusionPipeline, encode_prompt: Callable[[], Any], bound: inspect.BoundArguments) -> Any:
-        """Runs `encode_prompt`, and stores its facts on the coming rows."""
-        facts, applied = self.site.facts, self.site.applied
-        settings, images = encoding_settings(bound), bound.arguments["num_images_per_prompt"]
-        guided = bound.arguments.get("do_classifier_free_guidance", False)
-        if not guided and facts.returns_negative:
-            self.site.refuse_without_guidance()
-        made = encode_prompt()
-        opening = self.opening if self.opening and self.opening.thread == threading.get_ident() else None
-        if not facts.returns_negative and opening is not None and opening.prompts:
-            return self._negated(pipe, made, bound)
-        self.call, self.guarded, self.stepped = None, False, False
-        prompts = _prompts(bound.arguments)
-        _warn_of_cut_prompts(pipe, prompts or (), bound.arguments.get("negative_prompt") or (), settings)
-        given, blind = made, prompts is None and self.lacks_encoder(pipe)
+    def _encode(self, pipe: DiffusionPipeline, call: Call, made: Any, bound: inspect.BoundArguments) -> Any:
+        """Prepares the methods, and stores the facts on the coming rows."""
+        facts, applied, arguments = self.site.facts, self.site.applied, bound.arguments
+        settings, images = encoding_settings(bound), arguments["num_images_per_prompt"]
+        before, guided = call.texts, arguments.get("do_classifier_free_guidance", False)
+        self.calls.claim(call)
+        call.texts = None
+        prompts = _prompts(arguments)
+        _warn_of_cut_prompts(pipe, prompts or (), arguments.get("negative_prompt") or (), settings)
+        given, blind = made, prompts is None and self._lacks_encoder(pipe)
         encoding = Encoding(prompts, settings)
         encoder = Encoder(pipe, encoding)
         for each in applied:
             each.check_rows(images, len(made[0]))
             each.forget()
-            each.record = Record(layers=self.site.edited_layers if each.method.edits_attention else 0)
+            if not call.drawing:  # a callback may encode another prompt for the next steps
+                each.record = Record(len(self.site.layers.cross) if each.method.edits_attention else 0)
             made = each.method.rewrite(pipe, made, bound, each.memory)
             self.site.prepare(pipe, each, encoder, blind=blind)
         parts = dict(zip(facts.returns, made, strict=True))
-        negative, mask = (parts.get(name) if guided else None for name in ("negative", "negative_mask"))
-        empty = None
+        negatives: dict[str, Any] = {name: parts.get(name) if guided else None for name in NEGATIVE}
+        empty, negative, scale = None, negatives["negative"], getattr(pipe, facts.scale, math.nan)
         if negative is not None and self._reads_text() and not blind:
             untouched = negative is given[facts.returns.index("negative")]
-            empty = unconditional(pipe, bound, negative, mask, untouched)
-        scale, inside = getattr(pipe, facts.scale, math.nan), opening is not None
-        pooled = parts.get("negative_pooled") if guided else None
-        self.call = Call(
-            *(parts["text"], negative, empty, images, encoding, weakref.ref(pipe), scale, inside, blind, mask, pooled)
-        )
-        if opening is not None:
-            opening.prompts = True
+            empty = unconditional(pipe, bound, negative, negatives["negative_mask"], untouched)
+        if before is not None and call.drawing and not facts.returns_negative:  # the negative prompts stay
+            empty, negatives = before.unconditional, {name: getattr(before, name) for name in NEGATIVE}
+        owner = weakref.ref(pipe)
+        call.texts = Texts(parts["text"], empty, images, encoding, owner, scale, blind, **negatives)
         self.site.refit()
         for each in applied:
             each.place(images, len(made[0]))
@@ -269,23 +150,20 @@ class Calls:
         """Whether methods may edit the unconditional rows' reading of their text."""
         return self.site.facts.cross_attention or any(each.method.edits_attention for each in self.site.applied)
 
-    def _negated(self, pipe: DiffusionPipeline, encoded: tuple[Any, ...], bound: inspect.BoundArguments) -> Any:
+    def _negated(
+        self, pipe: DiffusionPipeline, call: Call, texts: Texts, encoded: Any, bound: inspect.BoundArguments
+    ) -> Any:
         """Stores the negative prompts, which some pipelines encode after the prompts."""
-        call = self.call
-        if call is None:
-            return encoded
-        prompts = len(call.positive) // bound.arguments["num_images_per_prompt"]
+        prompts = len(texts.positive) // bound.arguments["num_images_per_prompt"]
         for each in self.site.applied:
             encoded = each.method.negate(pipe, encoded, bound, prompts)
         parts = dict(zip(self.site.facts.returns, encoded, strict=True))
-        if parts["text"] is call.positive:  # given by the user; the calls are told apart by the object
+        if parts["text"] is texts.positive:  # given by the user; the calls are told apart by the object
             parts["text"] = parts["text"].clone()
-        mask, pooled = parts.get("mask"), parts.get("pooled")
-        reads = self._reads_text() and not call.blind
-        empty = unconditional_alone(pipe, bound, parts["text"], mask) if reads else None
-        self.call = replace(
-            call, negative=parts["text"], unconditional=empty, negative_mask=mask, negative_pooled=pooled
-        )
+        reads = self._reads_text() and not texts.blind
+        empty = unconditional_alone(pipe, bound, parts["text"], parts.get("mask")) if reads else None
+        negatives: dict[str, Any] = {name: parts.get(of) for name, of in zip(NEGATIVE, OF_PROMPTS, strict=True)}
+        call.texts = replace(texts, unconditional=empty, **negatives)
         return tuple(parts.values())
 
 
@@ -294,30 +172,35 @@ class _Loop:
 
     def __init__(self, bar: Any, calls: Calls) -> None:
         self.bar, self.calls = bar, calls
+        self.call: Call | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.bar, name)
 
     def __enter__(self) -> _Loop:
-        self.calls.start(self.bar.total)
+        self.call = self.calls.start(self.bar.total)
         self.bar.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> Any:
-        self.calls.end()
+        if self.call is not None:
+            (self.calls.stop if kind is None else self.calls.leave)(self.call)
         return self.bar.__exit__(kind, error, trace)
 
     def __iter__(self) -> Iterator[Any]:
-        self.calls.start()
+        call = self.calls.start()
         try:
-            yield from self.bar
+            for each in self.bar:
+                yield each
+                self.calls.resume(call)
         finally:
-            self.calls.end()
+            self.calls.stop(call)
 
     def update(self, n: float | None = 1) -> Any:
-        self.calls.step()
+        if self.call is not None:
+            self.calls.step(self.call)
         return self.bar.update(n)
 
 

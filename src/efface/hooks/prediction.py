@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..families import Family
+from .calls import Texts
 from .contract import Contract, Prediction
-from .pipeline import Call
 from .prompts import Applied
 from .texts import ErasurePrompts, Text
 
@@ -67,9 +67,9 @@ def by_call(facts: Family, arguments: dict[str, Any], asked: Sequence[Asked]) ->
     return list(found.values())
 
 
-def negative_prompts(call: Call, conditional: int) -> list[ErasurePrompts]:
+def negative_prompts(texts: Texts, conditional: int) -> list[ErasurePrompts]:
     """The negative prompt of each conditional row, if unconditional predictions have a separate call."""
-    text, mask, pooled = call.negative, call.negative_mask, call.negative_pooled
+    text, mask, pooled = texts.negative, texts.negative_mask, texts.negative_pooled
     if text is None:
         return []
     if conditional != len(text):

@@ -76,6 +76,10 @@ class Applied:
         """All erasure prompts of a method that edits attention; for a method that guides, the first set."""
         return self.sets[0] if self.sets else None
 
+    def become(self, other: Applied) -> None:
+        """Takes the method and the state of `other`."""
+        vars(self).update(vars(other))
+
     def carried(self) -> list[tuple[Text, dict[int, list[int]]]]:
         """The texts that joint attention carries, each with the positions in it of other texts, by their `id`."""
         found = [] if self.neutral is None else [(self.neutral, {id(self.neutral): [*range(len(self.neutral))]})]

@@ -31,16 +31,13 @@ def site(pipe: DiffusionPipeline) -> Site:
 
 def handles(pipe: DiffusionPipeline) -> list[Handle]:
     """The handles of the applied methods, in order."""
-    facts = family(pipe)
-    wake(pipe)
-    present = getattr(pipe, facts.denoiser)
-    found = SITES.get(getattr(present, "_orig_mod", present))
-    return [applied.handle for applied in found.applied if applied.handle is not None] if found else []
+    return [handle for handle, _ in records(pipe)]
 
 
 def records(pipe: DiffusionPipeline) -> list[tuple[Handle, Record]]:
     """The handles of the applied methods, in order, with the records of the latest pipeline call."""
     facts = family(pipe)
+    wake(pipe)
     present = getattr(pipe, facts.denoiser)
     found = SITES.get(getattr(present, "_orig_mod", present))
     return [(each.handle, each.record) for each in found.applied if each.handle is not None] if found else []

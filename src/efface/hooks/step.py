@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from . import watch
-from .attention import SelfAttention
+from .attention import CrossAttention, SelfAttention
 from .batch import Batch, negated_rows, repelled
+from .calls import Calls, Guarded
 from .carried import Carried
 from .contract import Contract, DenoiserCall, Seen
-from .edits import carry, cross, edited, edited_joint, edited_self, in_cross_attention
+from .edits import carry, conditional, edited, edited_joint, edited_self
 from .joint import Function, Inputs
-from .layers import Layer, Layers
-from .pipeline import Calls, Guarded
+from .layers import Layer
 from .prediction import Asked, by_call, concepts_of, guided, needs_guidance, negative_prompts, repelled_rows, with_rows
 from .prompts import Applied
 from .texts import ErasurePrompts
@@ -33,7 +33,6 @@ class Where(Guarded, Protocol):
     """The called denoiser."""
 
     calls: Calls
-    layers: Layers
     train_timesteps: int
 
     @property
@@ -66,6 +65,7 @@ class Step:
         self.seen: Seen | None = None  # in a call without methods
         self.carried: Carried | None = None  # the texts beside the prompt in joint attention
         self.plan: Plan = []
+        self.steered: set[str] = set()  # the modules whose outputs were changed
         self._predicted = False  # whether all methods have had their turn
 
     def run(self) -> Any:
@@ -82,6 +82,9 @@ class Step:
         if not self._predicted:
             kinds = [type(applied.method) for applied in self.where.applied]
             raise RuntimeError(watch.not_forwarded([m.__name__ for m in kinds if m.around is not Contract.around]))
+        due = {name for applied, _, exempt in self.plan if not exempt for name in applied.method.steers}
+        if (missed := sorted(due - self.steered)) and not torch.compiler.is_compiling():
+            raise RuntimeError(watch.not_steered(missed, self.where.facts.denoiser))
         return out
 
     def _reread(self) -> None:
@@ -102,14 +105,14 @@ class Step:
     def _time(self, method: Contract) -> Tensor:
         """The time in the method's unit."""
         calls = self.where.calls
-        counted = method.counts_steps and calls.counted and self.where.given is None
-        return calls.progress.to(self.time.device, copy=True) if counted else self.time
+        counted = calls.call is not None and calls.call.counted and self.where.given is None
+        return calls.progress.to(self.time.device, copy=True) if counted and method.counts_steps else self.time
 
     # ---- without methods
 
     def _as_seen_by(self, applied: Applied) -> DenoiserCall:
         (_, sample), *others = self.arguments.items()
-        call = self.where.calls.call if self.where.given is None else None
+        texts = self.where.calls.texts if self.where.given is None else None
 
         def plain(other: Tensor | None, seen: Seen) -> Tensor:
             return self._plain(lambda: self._forward(sample if other is None else other, **dict(others)), seen)
@@ -120,7 +123,7 @@ class Step:
             self.batch.prompt,
             self.batch.time,
             lambda: applied.prompts if applied.acting else None,
-            None if call is None else call.pipe(),
+            None if texts is None else texts.pipe(),
             applied.memory,
             plain,
         )
@@ -163,10 +166,10 @@ class Step:
     def _predict(self) -> Any:
         """The denoiser's output, with edited attention and the changed prediction of the conditional rows."""
         batch, apart = self.batch, self.where.calls.apart
-        call = self.where.calls.call if apart and batch.conditional else None
-        if call is not None and call.negative is None:
+        texts = self.where.calls.texts if apart and batch.conditional else None
+        if texts is not None and texts.negative is None:
             self.where.refuse_without_guidance()
-        negatives = negative_prompts(call, batch.conditional) if call is not None else []
+        negatives = negative_prompts(texts, batch.conditional) if texts is not None else []
         plan = self.plan = self._plan()
         self.acting = [(a, weight) for a, weight, exempt in plan if a.method.edits_attention and not exempt]
         acts = batch.conditional or not apart
@@ -180,7 +183,7 @@ class Step:
     def _guided(self, guiding: list[tuple[Applied, Tensor | float]], negatives: list[ErasurePrompts]) -> Any:
         """The output, with concept predictions from further rows or calls, which are dropped after use."""
         batch, where, method = self.batch, self.where, guiding[0][0].method
-        if self.arguments.get("skip_layers") is not None:
+        if self.arguments.get(where.facts.skip_argument) is not None:
             raise ValueError(
                 f"{type(method).__name__} changes the conditional prediction, which `skip_guidance_layers` compares "
                 "with a separate one. Leave them out, or use method 'safree'."
@@ -210,7 +213,7 @@ class Step:
         """The denoiser's output with some predictions in further rows, and these predictions by number."""
         batch, where = self.batch, self.where
         some = [asked[k] for k in which]
-        owners = negated_rows(batch.first, where.calls.call, where.given) | repelled_rows(some, batch.last)
+        owners = negated_rows(batch.first, where.calls.texts, where.given) | repelled_rows(some, batch.last)
         batch.repelled = repelled(owners, self.time.device, batch.repelled)
         longer = with_rows(where.facts, self.arguments, some, batch.first)
         batch.rows = len(longer[where.facts.text_argument])
@@ -233,16 +236,15 @@ class Step:
 
     def _asked_negatives(self, negatives: Sequence[ErasurePrompts], every: Tensor) -> list[Asked]:
         """The unconditional predictions. Other methods edit those with a negative prompt."""
-        where = self.where
-        negated = negated_rows(len(negatives), where.calls.call, where.given)
+        negated = negated_rows(len(negatives), self.where.calls.texts, self.where.given)
         pairs = enumerate(negatives)
         return [Asked(each, every[k : k + 1], (k,) if k in negated else ()) for k, each in pairs]
 
     def _guidance_scale(self) -> float:
-        call = self.where.calls.call
-        if call is None or call.apart or torch.compiler.is_compiling():
-            return math.nan if call is None else call.guidance_scale
-        return getattr(call.pipe(), self.where.facts.scale, math.nan)  # a callback may have changed it
+        texts = self.where.calls.texts
+        if texts is None or texts.apart or torch.compiler.is_compiling():
+            return math.nan if texts is None else texts.guidance_scale
+        return getattr(texts.pipe(), self.where.facts.scale, math.nan)  # a callback may have changed it
 
     def _keep(self, plan: Plan) -> None:
         """Records the edits that ran."""
@@ -290,7 +292,8 @@ class Step:
     def _wanted(self) -> list[Layer]:
         """The layers that have to run in this call."""
         cross, own = self.where.layers.cross if self._needed else [], self.where.layers.own
-        skipped = tuple(f"transformer_blocks.{k}." for k in self.arguments.get("skip_layers") or ())
+        numbers = self.arguments.get(self.where.facts.skip_argument) or ()
+        skipped = tuple(f"transformer_blocks.{k}." for k in numbers)
         cross = [layer for layer in cross if not layer.name.startswith(skipped)]
         edits = any(a.method.edits_self_attention and not a.method.is_off() for a in self.where.applied)
         return [*cross, *own] if edits and self._needed and self.batch.conditional else cross
@@ -303,11 +306,11 @@ class Step:
         if len(hidden) != batch.rows:
             raise RuntimeError(watch.other_rows(layer.name, len(hidden), batch.rows))
         layer.came = True
+        whole = CrossAttention(layer.attn, query, name=layer.name)
         if self.seen is not None:
-            at = slice(batch.first, batch.last)
-            self.seen(layer.name, cross(batch, None, layer, query[at], hidden[at]))
+            self.seen(layer.name, conditional(batch, whole, hidden[batch.first : batch.last]))
             return hidden
-        return edited(batch, self.acting, in_cross_attention(batch, layer, query), hidden)
+        return edited(batch, self.acting, whole, hidden)
 
     def attend(self, layer: Layer, function: Function, inputs: Inputs, options: dict[str, Any]) -> Tensor:
         """Joint attention [rows, heads, L, d] with the carried texts; the picture's output is edited."""

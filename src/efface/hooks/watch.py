@@ -22,33 +22,27 @@ class Record:
     """The edits of one eraser during the latest pipeline call.
 
     Args:
-        calls: denoiser calls that passed the eraser. Calls of compiled denoisers are not counted.
-        rows: conditional row of the batch to the number of calls with an edit.
-        exempt: reason to the number of calls without an edit.
         layers: number of cross-attention layers edited per call; 0 for other methods.
-        log: for each denoiser call, the edited rows and the reason if there are none.
+        log: for each denoiser call, the edited rows and the reason if there are none. Calls of compiled denoisers are
+            not logged.
     """
 
-    calls: int = 0
-    rows: Counter[int] = field(default_factory=Counter)
-    exempt: Counter[str] = field(default_factory=Counter)
     layers: int = 0
     log: list[tuple[frozenset[int], str]] = field(default_factory=list)
 
     def add(self, rows: Iterable[int], exempt: str = "") -> None:
         """Records one denoiser call: the edited rows, or the reason for none."""
-        self.calls += 1
-        edited = frozenset() if exempt else frozenset(rows)
-        self.log.append((edited, exempt))
-        if exempt:
-            self.exempt[exempt] += 1
-        else:
-            self.rows.update(edited)
+        self.log.append((frozenset() if exempt else frozenset(rows), exempt))
 
     def as_json(self) -> dict[str, Any]:
-        """As JSON types."""
-        rows = {str(row): count for row, count in sorted(self.rows.items())}
-        return {"calls": self.calls, "rows": rows, "exempt": dict(self.exempt), "layers": self.layers}
+        """As JSON types: the number of calls, that of the edits of each row, and that of each reason for none."""
+        rows = Counter(row for edited, _ in self.log for row in edited)
+        return {
+            "calls": len(self.log),
+            "rows": {str(row): rows[row] for row in sorted(rows)},
+            "exempt": dict(Counter(exempt for _, exempt in self.log if exempt)),
+            "layers": self.layers,
+        }
 
 
 TWO_THREADS = (

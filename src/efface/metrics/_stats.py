@@ -11,6 +11,9 @@ from torch import Tensor
 from efface.records import Row, Sample, Score
 
 DRAWS, SEED, Z = 2000, 0, 1.959964
+LEAST = 10
+"""Prompts that a mean or a distance needs. With fewer, its 95 % bootstrap interval covers the truth in under 90 % of
+cases, even for normal values: P(|t| < 1.96 sqrt((n - 1) / n)) with n - 1 degrees of freedom."""
 
 
 def clusters(rows: Sequence[Row]) -> np.ndarray:
@@ -19,6 +22,17 @@ def clusters(rows: Sequence[Row]) -> np.ndarray:
     index = {name: k for k, name in enumerate(dict.fromkeys(names))}
     found: np.ndarray = np.array([index[name] for name in names], np.int64)
     return found
+
+
+def too_few(
+    samples: Sequence[Sample], name: str, unit: str, higher_is_better: bool | None, protocol: str
+) -> list[Score]:
+    """A score without a value that says why, if the rows have fewer than `LEAST` prompts; otherwise nothing."""
+    prompts = int(clusters([s.row for s in samples]).max()) + 1
+    if prompts >= LEAST:
+        return []
+    words = f"{protocol}; not given: {prompts} prompts, fewer than {LEAST}"
+    return [Score(name, nan, len(samples), nan, nan, unit, higher_is_better, words)]
 
 
 def weights(n: int, draws: int = DRAWS, seed: int = SEED) -> np.ndarray:

@@ -13,7 +13,7 @@ from efface.records import Sample, Score
 
 from ._samples import batches, chosen, paired
 from ._similarity import floor
-from ._stats import mean
+from ._stats import mean, too_few
 
 __all__ = ["ClipScore"]
 
@@ -29,7 +29,7 @@ class ClipScore:
 
     Paper: Hessel, Holtzman, Forbes, Le Bras, Choi 2021, "CLIPScore", arXiv 2104.08718.
 
-    Differs: not scaled by 2.5, and not clipped at 0.
+    Differs: not scaled by 2.5, and not clipped at 0. NaN with fewer than 10 prompts.
 
     Args:
         encoder: "emoji" (its detectors, aligned to sentences), or the folder or hub id of a CLIP model.
@@ -53,6 +53,8 @@ class ClipScore:
         if not group:
             return []
         judge = encoder(self.encoder)
+        if few := too_few(group, self.name, self.unit, True, judge.name):
+            return few
         prompts = [s.row.prompt for s in group]
         texts = judge.texts(prompts)
         sides = {"": group} | ({".base": paired(group, base, self.name)} if base is not None else {})

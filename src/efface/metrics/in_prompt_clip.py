@@ -15,7 +15,7 @@ from efface.records import Sample, Score
 
 from ._samples import batches, chosen, paired
 from ._similarity import floor
-from ._stats import clusters, mean, ratio_interval
+from ._stats import clusters, mean, ratio_interval, too_few
 
 __all__ = ["InPromptClip"]
 
@@ -33,7 +33,7 @@ class InPromptClip:
     Paper: Ren et al. 2024, "Six-CD", arXiv 2406.14855.
 
     Differs: the paper does not name its CLIP model, so report yours with the number. The reference scores and the
-    normalised value are Efface's.
+    normalised value are Efface's. NaN with fewer than 10 prompts.
 
     Args:
         encoder: "emoji" (its detectors, aligned to sentences), or the folder or hub id of a CLIP model.
@@ -77,6 +77,8 @@ class InPromptClip:
                     "Draw the same suite."
                 )
         judge = encoder(self.encoder)
+        if few := too_few(dual, self.name, self.unit, True, judge.name):
+            return few
         prompts = [s.row.prompt for s in clean]
         texts = judge.texts(prompts)
         seen = {

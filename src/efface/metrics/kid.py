@@ -13,7 +13,7 @@ from efface.records import Sample, Score
 
 from ._features import Extract, extractor, folder_of, named, of
 from ._samples import chosen, paired
-from ._stats import clusters, weights
+from ._stats import clusters, too_few, weights
 
 __all__ = ["KID"]
 
@@ -33,8 +33,8 @@ class KID:
 
     Paper: Binkowski, Sutherland, Arbel, Gretton 2018, "Demystifying MMD GANs", arXiv 1801.01401.
 
-    Differs: uses all pictures together, not 100 subsets. The interval is a basic bootstrap over clusters. Inception
-    runs through torchmetrics; it was not run for lack of its weights.
+    Differs: uses all pictures together, not 100 subsets. The interval is a basic bootstrap over clusters. NaN with
+    fewer than 10 prompts. Inception runs through torchmetrics; it was not run for lack of its weights.
 
     Args:
         features: "eye", "inception", "clip:FOLDER", or a callable that returns features [J, N, D].
@@ -66,7 +66,9 @@ class KID:
         other = folder_of(self.reference) if self.reference else paired(group, base, self.name)
         extract, words = extractor(self.features)
         name, n = named("kid", self.features, self.reference), len(group)
-        if min(n, len(other)) < 2:
+        if few := too_few(group, name, self.unit, False, words):
+            return few
+        if len(other) < 2:
             return [Score(name, nan, n, nan, nan, self.unit, False, f"{words}; not defined for one picture")]
         twins, found = not self.reference, []
         for x, y in zip(of(group, extract), of(other, extract), strict=True):

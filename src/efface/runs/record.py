@@ -202,13 +202,13 @@ def _row(entry: Mapping[str, Any]) -> Row:
 def model_facts(pipe: DiffusionPipeline, name: str | None) -> dict[str, Any]:
     """The facts on the model for a record."""
     from ..api import model_hash
+    from ..delta.state import schedule
 
-    settings = {k: v for k, v in dict(pipe.scheduler.config).items() if not k.startswith("_")}
     return {
         "name": name if name is not None else f"a {type(pipe).__name__} in memory",
         "text_hash": model_hash(pipe),
         "pipeline": type(pipe).__name__,
-        "scheduler": json.loads(json.dumps({"class": type(pipe.scheduler).__name__, **settings}, default=str)),
+        "scheduler": schedule(pipe),
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": pipe.device.type,
     }

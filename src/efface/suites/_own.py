@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +54,7 @@ def prompts(path: Path) -> Iterator[Prompt]:
         return
     for number, text in _lines(path):
         if text.strip() and path.suffix.lower() == ".txt":
-            yield _checked(path, number, {"prompt": text})
+            yield checked(_at(path, number), number, {"prompt": text})
         elif text.strip():
             yield _entry(path, number, files.json_of(text, _at(path, number), "Write one object per line."))
 
@@ -96,7 +98,7 @@ def _csv(path: Path) -> Iterator[Prompt]:
                     )
                 values: dict[str, Any] = dict(zip(header, record, strict=True))
                 values["keep"] = [each.strip() for each in values.get("keep", "").split(";") if each.strip()]
-                yield _checked(path, start, values)
+                yield checked(_at(path, start), start, values)
             start = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(f"{_at(path, start)}: not a CSV record ({error}). Correct the line.") from error
@@ -105,11 +107,11 @@ def _csv(path: Path) -> Iterator[Prompt]:
 def _entry(path: Path, number: int, value: Any) -> Prompt:
     if not isinstance(value, Mapping):
         raise ValueError(f"{_at(path, number)}: expected an object with `prompt`, got another value. Write an object.")
-    return _checked(path, number, value)
+    return checked(_at(path, number), number, value)
 
 
-def _checked(path: Path, number: int, values: Mapping[str, Any]) -> Prompt:
-    where = _at(path, number)
+def checked(where: str, number: int, values: Mapping[str, Any]) -> Prompt:
+    """The prompt of a line. Raises ValueError, with the line's place, if an entry is of another type or empty."""
     texts = {name: values.get(name) or "" for name in ("prompt", "concept", "kind", "category")}
     for name, value in texts.items():
         if not isinstance(value, str):
@@ -140,3 +142,11 @@ def _seed(where: str, value: Any) -> int | None:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of(rows: Iterator[Prompt]) -> str:
+    """One hash over prompts that are in no file."""
+    found = hashlib.sha256()
+    for each in rows:
+        found.update(f"{json.dumps(dataclasses.astuple(each))}\n".encode())
+    return found.hexdigest()

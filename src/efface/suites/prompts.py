@@ -1,4 +1,4 @@
-"""Prompts from the user's own file: CSV, JSON lines, or one prompt per line."""
+"""Prompts from the user's own file: CSV, JSON lines, one prompt per line, or a dataset."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from efface.core import Concept
 from efface.records import Row, Suite, shares
 
 from ._csv import names_minor
-from ._own import Prompt, prompts, sha256
+from ._datasets import rows as dataset_rows
+from ._own import Prompt, prompts, sha256, sha256_of
 
 __all__ = ["Prompts"]
 
@@ -32,6 +33,9 @@ class Prompts:
     | `.jsonl` | an object per line with these entries                                                     |
     | `.txt`   | a prompt per line, for a single concept                                                   |
 
+    Instead of a file, `dataset` names a dataset of the library `datasets` (4 or later): a folder that `save_to_disk`
+    wrote or that holds Parquet files, or, if --allow-hub is given, a name on the hub. Its columns are those of a file.
+
     A line without a concept asks for the only given concept, if the file names none anywhere; otherwise it is benign.
     Lines of a concept that is not given are left out. A prompt of a sexual concept that may name a minor is dropped.
 
@@ -39,6 +43,9 @@ class Prompts:
         images: pictures per prompt, with consecutive seeds.
         first_seed: the seed of the first picture of lines without a seed. Line k continues after line k - 1.
         detector: the detector's name for the metrics of `efface bench`.
+        dataset: a dataset instead of a file; "" for a file.
+        split: the dataset's split.
+        column: the dataset's column of prompts.
 
     Raises:
         ValueError: a number is out of range.
@@ -58,8 +65,13 @@ class Prompts:
     images: int = 1
     first_seed: int = 1_000_000
     detector: str = "eyes"
+    dataset: str = ""
+    split: str = "train"
+    column: str = "prompt"
 
     def __post_init__(self) -> None:
+        for name in ("dataset", "split", "column"):
+            checks.text(name, getattr(self, name), empty=name == "dataset")
         checks.whole("images", self.images, 1, 10_000)
         checks.seed("first_seed", self.first_seed, self.images)
         checks.text("detector", self.detector)
@@ -69,21 +81,24 @@ class Prompts:
 
         Args:
             concepts: the concepts whose prompts to load; () = all of the file.
-            data: the file.
+            data: the file; None for a dataset.
             limit: the largest number of rows, alike from each concept, category and kind.
 
         Raises:
-            ValueError: no file was given; a line is wrong (the message has its number); the file holds no prompt of
-                the concepts, more than 1,000,000 rows without a limit, or texts without a concept for several concepts.
-            FileNotFoundError: the file does not exist.
+            ValueError: no file was given, or a file and a dataset; or a line is wrong, whose number the message has.
+                Or the file holds no prompt of the concepts, more than 1,000,000 rows without a limit, or texts without
+                a concept for several concepts.
+            FileNotFoundError: the file or the dataset does not exist.
+            ImportError: `datasets` is not installed, or too old.
         """
-        if data is None:
+        if (data is None) == (not self.dataset):
+            both = "got none" if data is None else "got a dataset too"
             raise ValueError(
-                "The suite `prompts` needs your file of prompts, got none. Give it as `data` (--data FILE)."
+                f"The suite `prompts` needs your file of prompts, {both}. Give it as `data` (--data FILE)."
             )
         if limit is not None:
             checks.whole("limit", limit)
-        path = Path(data)
+        path = self.dataset if data is None else Path(data)
         names = [concept.name for concept in concepts]
         sizes, dropped, default = self._counted(path, names)
         total = sum(sizes.values())
@@ -104,12 +119,14 @@ class Prompts:
         cut = (
             f", {len(rows)} of {total * self.images} rows" if len(rows) < total * self.images else f", {len(rows)} rows"
         )
+        called = Path(path).name if Path(path).exists() else str(path)
+        called += f", {self.split}" if self.dataset else ""
         return Suite(
             "prompts",
-            f"{path.name}{cut} from seed {self.first_seed}" + (f", {dropped} dropped by the screen" if dropped else ""),
+            f"{called}{cut} from seed {self.first_seed}" + (f", {dropped} dropped by the screen" if dropped else ""),
             rows,
-            path.name,
-            data_hash=sha256(path),
+            called,
+            data_hash=sha256(path) if isinstance(path, Path) else sha256_of(self._read(path)),
             metrics=tuple(self._metrics()),
         )
 
@@ -119,11 +136,15 @@ class Prompts:
         yield registry.resolve("removal", "metrics")(detector=self.detector)
         yield registry.resolve("retention", "metrics")(detector=self.detector)
 
-    def _counted(self, path: Path, names: Sequence[str]) -> tuple[dict[Key, int], int, str]:
+    def _read(self, path: Path | str) -> Iterator[Prompt]:
+        """The prompts of a file, or of a dataset by its name."""
+        return prompts(path) if isinstance(path, Path) else dataset_rows(path, self.split, self.column)
+
+    def _counted(self, path: Path | str, names: Sequence[str]) -> tuple[dict[Key, int], int, str]:
         """The number of prompts per group; how many the screen drops; and the concept of lines without one."""
         found: dict[Key, int] = {}
         bare = named = 0
-        for each in prompts(path):
+        for each in self._read(path):
             named, bare = named + bool(each.concept), bare + (not each.concept)
         default = names[0] if len(names) == 1 and not named else ""
         if len(names) > 1 and not named and bare:
@@ -132,7 +153,7 @@ class Prompts:
                 "give one concept."
             )
         dropped = 0
-        for each in prompts(path):
+        for each in self._read(path):
             key = _key(each, default)
             if _minor(each, key):
                 dropped += 1
@@ -146,12 +167,12 @@ class Prompts:
         return found, dropped, default
 
     def _chosen(
-        self, path: Path, names: Sequence[str], default: str, sizes: dict[Key, int], most: int
+        self, path: Path | str, names: Sequence[str], default: str, sizes: dict[Key, int], most: int
     ) -> Iterator[tuple[int, Prompt, Key]]:
         """The chosen prompts with their number in the file, evenly spread inside each group."""
         counts = shares({key: (n, 1) for key, n in sizes.items()}, most)
         seen = dict.fromkeys(sizes, 0)
-        for number, each in enumerate(prompts(path)):
+        for number, each in enumerate(self._read(path)):
             key = _key(each, default)
             if key in seen and not _minor(each, key):
                 k, n, count = seen[key], sizes[key], counts[key]

@@ -242,7 +242,10 @@ class GIE(Method):
         if self.measures and call.erasure_prompts() and len(call.prompt) and "weights" not in call.memory:
             call.memory["weights"] = measured(call, self.weigh)
         if self.trajectories == 2:
-            Trajectory.of(call).step()
+            plain = Trajectory.of(call)
+            plain.step()
+            start, end = (int(share * (plain.steps + 1)) for share in self.window)
+            call.memory["inside"] = start <= plain.number < end
         return forward()
 
     def weigh(self, features: Tensor, layers: tuple[str, ...]) -> Tensor:
@@ -258,8 +261,7 @@ class GIE(Method):
         official, base = self.values == "official", cross
         if self.trajectories == 2:
             plain: Trajectory = cross.memory["trajectory"]
-            start, end = (int(share * (plain.steps + 1)) for share in self.window)
-            if not start <= plain.number < end:
+            if not cross.memory["inside"]:
                 return out + afterwards(cross, prompts) if official else out
             base, shift = plain.cross(cross, prompts)
             out = out + shift
