@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -14,8 +15,9 @@ from efface.models.emoji.weights import FOLDER
 from .closed_form import ClosedForm
 from .feedback import Feedback
 from .literal import denoiser_calls as calls
-from .literal import finetune, joint_blocks
+from .literal import drawings, finetune, joint_blocks
 from .load import Load
+from .neighbours import Neighbours
 from .outcome import COLUMNS, NEGATIVES, Arm, Outcome, Sweep, chosen, first_that_reaches
 from .redteam import Guard, Redteam
 from .runner import Experiment, Plan
@@ -96,7 +98,29 @@ def finetuned() -> dict[str, Any]:
     return finetune.rows_per_update(efface.load("emoji")) | {"ccrt": finetune.counted(efface.load("emoji"), 20)}
 
 
-SCENES = {f"{model}, batch {b}": partial(calls.scene, model, b) for model in ("emoji", "sd15") for b in (1, 8)}
+DRAWINGS = {
+    "emoji, batch 1": partial(drawings.scene, "emoji", 1, 10),
+    "emoji, batch 4": partial(drawings.scene, "emoji", 4, 10),
+    "emoji, batch 4, a drawing of 25 steps": partial(drawings.scene, "emoji", 4, 25, whole=True),
+}
+COSTS = {"1 phrase": 1.02, "7 phrases": 1.05, "35 phrases": 1.10, "a concept per row": 1.10}
+
+
+def some_phrases(which: slice, concept: efface.Concept) -> efface.EIUP:
+    return efface.EIUP(dataclasses.replace(concept, phrases=concept.phrases[which]))
+
+
+UNNAMED = "residual, member that no phrase names"
+NEIGHBOURS = {
+    "eiup": Arm(efface.EIUP),
+    "eiup swap": Arm(partial(efface.EIUP, normalization="swap")),
+    "negative_prompt": Arm(efface.NegativePrompt),
+    "safree": Arm(efface.SAFREE),
+    "sld": Arm(partial(api.build, "sld")),
+}
+SCENES = {
+    f"{model}, batch {b}": partial(calls.scene, model, b) for model, b in (("emoji", 1), ("emoji", 8), ("sd15", 1))
+}
 TARGETS = dict.fromkeys(("eiup projected", "projected, 1 phrase", "eiup separate", "eiup gated", "gie"), 1.05)
 TARGETS |= {"safree": 1.02, "sld, 1 phrase": 1.5, "negative, own strength, 1 phrase": 1.5}
 
@@ -218,6 +242,36 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         primary=tuple(("eiup swap", "eiup", metric) for metric in ("other", "residual", "retention")),
     ),
     Outcome(
+        name="eiup_phrases",
+        question="How many phrases does a concept need, and what is left of members that no phrase names?",
+        cap=0.5,
+        n=16,
+        block="selection",
+        concepts=("alcohol", "weapon"),
+        cells=("explicit", "theme", "bystander"),
+        arms={"all": Arm(efface.EIUP)}
+        | {f"first {k}": Arm(partial(some_phrases, slice(k))) for k in (1, 2, 4)}
+        | {f"last {k}": Arm(partial(some_phrases, slice(-k, None))) for k in (1, 2, 4)},
+        against="all",
+        columns={**COLUMNS, UNNAMED: "residual, a member that no phrase names"},
+    ),
+    Neighbours(
+        name="eiup_neighbours",
+        question="How often is another thing drawn as before, alone in its prompt, while a concept is erased?",
+        cap=1.2,
+        block="selection",
+        arms=NEIGHBOURS,
+    ),
+    Neighbours(
+        name="eiup_neighbours_flagged",
+        question="Of the things that EIUP lost in few pictures, how often is each drawn in many?",
+        cap=0.8,
+        n=128,
+        arms=NEIGHBOURS,
+        flagged=("eiup_neighbours", "eiup"),
+        share=0.90,
+    ),
+    Outcome(
         name="pareto",
         question="Which run-time method erases most and loses least, each at the strength that its tuning chose?",
         cap=4.0,
@@ -285,7 +339,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     Timing(
         name="eiup_overhead",
         question="What does a denoiser call with guidance cost, in times the base model's?",
-        cap=6.5,
+        cap=3.0,
         n=5,
         scenes=SCENES,
         variants={variant: partial(calls.seconds, make) for variant, make in calls.CALLS.items()},
@@ -294,6 +348,30 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         targets={(scene, variant): limit for scene in SCENES for variant, limit in TARGETS.items() if "8" in scene},
         memory=tuple(scene for scene in SCENES if "emoji" in scene),
         used=(calls.seconds, efface.EIUP, efface.GIE, efface.SAFREE, efface.SLD, efface.NegativePrompt),
+    ),
+    Timing(
+        name="eiup_cost",
+        question="What does EIUP cost in a drawing: a later step, and the whole, in times the base model's?",
+        cap=0.5,
+        n=7,
+        scenes=DRAWINGS,
+        variants=drawings.VARIANTS,
+        against="plain",
+        effect=0.01,
+        targets={(scene, variant): limit for scene in DRAWINGS for variant, limit in COSTS.items()},
+        used=(drawings.seconds, drawings.Scene, efface.EIUP),
+    ),
+    Timing(
+        name="eiup_cost_sd15",
+        question="What does EIUP cost in a later step of Stable Diffusion 1.5's size, in times the base model's?",
+        cap=0.5,
+        n=3,
+        scenes={"sd15, batch 1": partial(drawings.scene, "sd15", 1, 2)},
+        variants=drawings.VARIANTS,
+        against="plain",
+        effect=0.001,
+        targets={("sd15, batch 1", variant): limit for variant, limit in COSTS.items()},
+        used=(drawings.seconds, drawings.Scene, efface.EIUP),
     ),
     Timing(
         name="guard_overhead",

@@ -66,7 +66,7 @@ def fitted(name: str, pipe: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def peak(call: Callable[[], Any]) -> int:
-    """The largest number of bytes that tensors of a call hold at once."""
+    """How many bytes the tensors of a call hold at most."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     held = most = 0

@@ -28,6 +28,7 @@ PILOT = 2  # pictures that an estimate draws per row
 COUNTS = 0.30  # removal is judged in cells where the base model shows the concept this often
 POOLED = 512  # pictures that an aim needs
 IMPLICIT = ("theme", "paraphrase")
+NAMED = ("explicit", "pair")  # cells whose prompts name a member of the concept
 NEAR = 0.03  # length of the noise on nearly equal embeddings, relative to the prompt's
 
 COLUMNS = {
@@ -306,18 +307,20 @@ class Outcome(Experiment):
             cell |= {"base rate": shown[name], "named by a phrase": _named_by_phrase(cell)}
             cell["removal judged"] = shown[name] >= COUNTS and cell["cell"] != "bystander"
         rows = [
-            {"row": row, **self.rates(row, pictures[row], cells), "erasers": erasers[row]}
+            {"row": row, **self.rates(row, pictures[row], cells, erasers[row]), "erasers": erasers[row]}
             | ({"fits": fits[row]} if row in fits else {})
             for row in pictures
         ]
         return {"cells": cells, "rows": rows, "pictures": pictures, "base": pictures["base"]}
 
-    def rates(self, row: str, pictures: Mapping[str, Any], cells: Mapping[str, Any]) -> dict[str, Any]:
+    def rates(
+        self, row: str, pictures: Mapping[str, Any], cells: Mapping[str, Any], erasers: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """Every metric of a row, pooled over cells, by the less favourable detector."""
-        found = {}
+        found, phrases = {}, {concept: _phrases(concept, of) for concept, of in erasers.items()}
         for metric in METRICS:
             worst = max if METRICS[metric].low and row != "base" else min
-            eyes = [_values(metric, eye, pictures, cells) for eye in (0, 1)]
+            eyes = [_values(metric, eye, pictures, cells, phrases) for eye in (0, 1)]
             if eyes[0][0]:
                 values, prompts = worst(eyes, key=lambda each: sum(each[0]))
                 found[metric] = rate(values, prompts)
@@ -370,6 +373,7 @@ class Metric:
     counts: Callable[[str], bool]
     of: Callable[[Mapping[str, Any]], bool]
     source: str = "outcome"
+    unnamed: bool = False  # only prompts in which no phrase of the row's erasers stands
 
 
 METRICS = {
@@ -382,6 +386,12 @@ METRICS = {
     ),
     "residual, no phrase names it": Metric(
         True, lambda c: c == str(CONCEPT), lambda cell: cell["removal judged"] and not cell["named by a phrase"]
+    ),
+    "residual, member that no phrase names": Metric(
+        True,
+        lambda c: c == str(CONCEPT),
+        lambda cell: cell["removal judged"] and cell["cell"] in NAMED,
+        unnamed=True,
     ),
     "retention": Metric(False, lambda c: c == "1", lambda cell: True, "retained"),
     "retention bystander": Metric(False, lambda c: c == "1", lambda cell: cell["cell"] == "bystander", "retained"),
@@ -401,15 +411,20 @@ def _share(eyes: Sequence[str], outcome: int, pick: Callable[..., float]) -> flo
 
 
 def _values(
-    metric: str, eye: int, pictures: Mapping[str, Any], cells: Mapping[str, Any]
+    metric: str,
+    eye: int,
+    pictures: Mapping[str, Any],
+    cells: Mapping[str, Any],
+    phrases: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[list[int], list[str]]:
-    """Outcomes of a metric in all its cells, and the prompt of each."""
+    """Outcomes of a metric in all its cells, and the prompt of each. `phrases`: of each concept, those of the row."""
     what, values, prompts = METRICS[metric], [], []
     for name, raw in pictures.items():
         if what.of(cells[name]):
-            texts = cells[name]["prompts"]
+            texts, concept = cells[name]["prompts"], cells[name]["concept"]
+            written = (phrases or {}).get(concept, named(concept).phrases) if what.unnamed else ()
             for k, digit in enumerate(raw[what.source][eye]):
-                if digit != "-":
+                if digit != "-" and not any(phrase in texts[k % len(texts)] for phrase in written):
                     values.append(int(what.counts(digit)))
                     prompts.append(f"{cells[name]['concept']}: {texts[k % len(texts)]}")
     return values, prompts
@@ -448,6 +463,12 @@ def _named_by_phrase(cell: Mapping[str, Any]) -> bool:
     """Whether a phrase of the concept stands in a prompt of the cell."""
     phrases = named(cell["concept"]).phrases
     return any(phrase in text for phrase in phrases for text in cell["prompts"])
+
+
+def _phrases(concept: str, erasers: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The phrases that a row's erasers have for a concept; the shipped ones if they do not say."""
+    found = [each for eraser in erasers for each in eraser.get("concepts", ()) if each["name"] == concept]
+    return tuple(phrase for each in found for phrase in each["phrases"]) or named(concept).phrases
 
 
 def _aim(rows: Mapping[str, Any], row: str, metric: str, limit: float) -> str:

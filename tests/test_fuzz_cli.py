@@ -250,6 +250,10 @@ VERBS: dict[str, tuple[list[list[str]], dict[str, Any]]] = {
             **LOADING,
         },
     ),
+    "concept propose": (
+        [["alcohol", "--model", "tiny"], ["cat", "--model", "tiny", "--text", "a dog"]],
+        {"--phrase": JUNK, "--text": JUNK, "--n": NUMBER, **LOADING},
+    ),
     "delta info": ([["delta.safetensors"]], {}),
     "new method": (
         [["soft_block"], ["soft_block", "--out", "new"], ["soft_block", "--repository", "new"]],

@@ -44,6 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "erasers": HOOKS,
     "editors": HOOKS | {"progress", "feedback", "detectors"},
     "attacks": HOOKS,
+    "phrases": TEXTS | {"attacks", "erasers"},
     "testing": TEXTS | {"hooks"},
     "models": FACTS,
     "detectors": FACTS | {"models", "_hub"},
@@ -77,7 +78,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": FACTS
     | {"models", "api", "pipelines", "calibration", "detectors", "runs", "redteam", "report", "tables", "jobs"}
     | {"progress", "feedback", "auditing", "thresholds", "guard", "serve"}
-    | {"_interrupt", "_hub", "scaffold"},
+    | {"_interrupt", "_hub", "scaffold", "phrases"},
     "__main__": {"cli", "_interrupt"},
     "efface": {
         *("registry", "core", "records", "pictures", "pipelines", "api", "calibration", "erasers", "editors"),
@@ -85,6 +86,7 @@ MAY_IMPORT: dict[str, set[str]] = {
             "attacks",
             "auditing",
             "detectors",
+            "phrases",
             "suites",
             "delta",
             "guard",

@@ -60,6 +60,7 @@ def drawn(family: str, pipe: Any, guidance: float, steps: int) -> list[dict[str,
     return seen
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("scheduler", [{}, {"use_dynamic_shifting": True, "shift": 1.0}, {"use_karras_sigmas": True}])
 @each_family
 def test_points_are_what_the_denoiser_sees_in_a_call_of_the_pipeline(family: str, scheduler: dict[str, Any]) -> None:
@@ -144,7 +145,9 @@ def test_modes_say_what_they_train() -> None:
         ("sd3", ESD(train="x-strict", steps=2, lr=1e-2, **QUICK)),
         ("sd35", SDD(train="joint", steps=2, lr=1e-2, **QUICK)),
         ("flux", ESD(steps=2, lr=1e-2, **QUICK)),
-        ("flux", CCRT(train="joint", steps=1, lr=1e-2, keep=2, generations=0, **QUICK)),
+        pytest.param(
+            "flux", CCRT(train="joint", steps=1, lr=1e-2, keep=2, generations=0, **QUICK), marks=pytest.mark.slow
+        ),
     ],
     ids=lambda each: each if isinstance(each, str) else f"{type(each).__name__} {each.train}",
 )

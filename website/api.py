@@ -10,7 +10,7 @@ from types import FunctionType
 from .links import ROOT
 
 GROUPS = {
-    "erase": ("Draw and erase", ("api", "core", "pipelines", "pictures", "calibration", "modular")),
+    "erase": ("Draw and erase", ("api", "core", "pipelines", "pictures", "calibration", "modular", "phrases")),
     "deltas": ("Deltas", ("delta",)),
     "guard": ("Guard", ("guard",)),
     "runs": ("Suites, runs and reports", ("runs", "records", "report", "tables", "detectors")),

@@ -8,6 +8,7 @@ the prediction by more than 10 %; the effect is no measure of erasure.
 from __future__ import annotations
 
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -20,7 +21,9 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 import efface
+from efface._text import SITES
 from efface.hooks import CrossAttention, ErasurePrompts
+from efface.hooks.pipeline import Opening
 from efface.hooks.sites import site
 
 from .gie import CopiedSelfAttention, OneTrajectory, TwoTrajectories
@@ -73,10 +76,17 @@ def base(scene: Scene) -> Iterator[Call]:
 
 @contextmanager
 def applied(method: Callable[..., Any], scene: Scene, phrases: int | None = None) -> Iterator[Call]:
-    """A run-time method; those that guide ask the pipeline for its guidance scale, set here as a call does."""
+    """A run-time method; those that guide ask the pipeline for its guidance scale, set here as a call does.
+
+    As in the later steps of a drawing: methods have computed before what they keep for all steps.
+    """
     scene.pipe._guidance_scale = GUIDANCE
     with method(replace(scene.concept, phrases=scene.concept.phrases[:phrases])).apply(scene.pipe):
-        yield scene.call(*scene.texts())
+        if (here := SITES.get(scene.pipe.unet)) is not None:
+            here.calls.opening = Opening(threading.get_ident())
+        call = scene.call(*scene.texts())
+        call()
+        yield call
 
 
 @contextmanager

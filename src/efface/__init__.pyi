@@ -68,6 +68,7 @@ from .guard.guard import Guard as Guard
 from .guard.policy import Policy as Policy
 from .guard.policy import unguarded as unguarded
 from .modular import Guider as Guider
+from .phrases import propose_phrases as propose_phrases
 from .pictures import grid as grid
 from .pipelines import effectiveness as effectiveness
 from .pipelines import load as load

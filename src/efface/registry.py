@@ -178,7 +178,7 @@ def plugin_classes() -> dict[str, list[EntryPoint]]:
     Leaves out classes with the name of an Efface module: `from efface import api` must import the module.
     """
     found: dict[str, list[EntryPoint]] = {}
-    for entry in _installed():
+    for entry in _entries(entry_points, _path()):
         room, _, name = entry.name.partition(".")
         _, cls = _target(entry)
         if room in METHODS and name and cls.isidentifier() and find_spec(f"efface.{cls}") is None:
@@ -276,22 +276,16 @@ def _entries(read: Callable[..., Iterable[EntryPoint]], where: tuple[tuple[str, 
     return tuple(read(group=GROUP))
 
 
-def _changed(place: str) -> int:
-    """When something was installed there or removed; 0 if it is no folder."""
-    try:
-        return os.stat(place or ".").st_mtime_ns
-    except OSError:
-        return 0
-
-
-def _installed() -> tuple[EntryPoint, ...]:
-    return _entries(entry_points, tuple((place, _changed(place)) for place in sys.path))
+def _path() -> tuple[tuple[str, int], ...]:
+    """The places of `sys.path`, and when something was last installed there or removed."""
+    places = [place or "." for place in sys.path]
+    return tuple((place, os.stat(place).st_mtime_ns if os.path.exists(place) else 0) for place in places)
 
 
 def _plugins() -> list[tuple[tuple[str, str], EntryPoint]]:
     """((room, name), entry point) of every method from another distribution."""
     found = []
-    for entry in _installed():
+    for entry in _entries(entry_points, _path()):
         room, _, name = entry.name.partition(".")
         if room not in ROOMS or not name or {".", ":"} & set(name):  # a dot precedes a preset, a colon a class
             owner = entry.dist.name if entry.dist else "unknown"

@@ -6,6 +6,7 @@ from . import (
     bench,
     calibrate,
     compare,
+    concept,
     delta,
     erase,
     feedback,
@@ -38,6 +39,7 @@ for _verb in (
     studio.studio,
 ):
     app.command()(_verb)
+app.add_typer(concept.concept_app, name="concept")
 app.add_typer(delta.delta_app, name="delta")
 app.add_typer(judge.judge_app, name="judge")
 app.add_typer(feedback.feedback_app, name="feedback")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,15 +17,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 RIDGE = 0.05  # of a text's squared length, in the oblique form
-
-
-class _Given(NamedTuple):
-    """A layer's outputs for the empty text, T neutral texts and N phrases: [1 + T + N, B, Q, C]."""
-
-    outputs: Tensor
-
-    def with_empty(self, text: Sequence[Any]) -> Tensor:
-        return self.outputs
 
 
 def text_only(out: Tensor, cross: CrossAttention, text: Text, neutral: int, strength: float) -> Tensor:
@@ -44,8 +35,7 @@ def text_only(out: Tensor, cross: CrossAttention, text: Text, neutral: int, stre
             "the same there."
         )
     own, share, texts = cross.read_alone(text)
-    form: Any = cleared if cross.unconditional else projected
-    change: Tensor = form(own, _Given(texts), text, neutral, strength)
+    change = (cleared if cross.unconditional else projected)(own, texts, neutral, len(text), strength)
     heads = share.shape[-1]
     return (change.unflatten(-1, (heads, -1)) * share[..., None]).flatten(-2)
 
@@ -105,7 +95,5 @@ def pooled_texts(
 def pooled_projected(pooled: Tensor, texts: Tensor, neutral: int, strength: float) -> Tensor:
     """Pooled vectors [B, D] without the phrases, in the projected form, from `pooled_texts` of one set."""
     rows = texts.to(pooled)[:, None, None].expand(-1, len(pooled), -1, -1)
-    stand_in: Any = _Given(rows)
-    text: Any = range(len(texts) - 1 - neutral)
-    change = projected(pooled[:, None], stand_in, text, neutral, strength)
+    change = projected(pooled[:, None], rows, neutral, len(texts) - 1 - neutral, strength)
     return (pooled + change[:, 0]).to(pooled.dtype)

@@ -18,6 +18,7 @@ from ..fields import Converted
 from ..hooks import CrossAttention, Encoding, ErasurePrompts, Memory, Method, computed
 from . import _anchors
 from ._joint_forms import oblique, pooled_projected, pooled_texts, text_only
+from ._keys import outputs, remembered
 from ._terms import cleared, gated, projected, separate, swapped
 
 if TYPE_CHECKING:
@@ -223,12 +224,12 @@ class EIUP(Method):
     def prepared(
         self, pipe: DiffusionPipeline, erasure_prompts: Sequence[str], call: Encoding | None, memory: Memory
     ) -> Memory | None:
-        settings, kept = call.settings if call else {}, dict[str, Any]()
+        settings, kept = call.settings if call else {}, remembered(pipe, memory)
         if self.normalization == "swap":
             kept["anchor_of"] = _anchors.chosen(pipe, self._sets, self.anchors, settings)
         if self.pooled:
             kept["pooled"] = pooled_texts(pipe, self._sets, self.neutral, settings)
-        return kept or None
+        return kept
 
     def reread(self, text: Tensor, pooled: Tensor | None, time: Tensor, memory: Memory) -> tuple[Tensor, Tensor | None]:
         if not self.pooled or pooled is None:
@@ -242,18 +243,22 @@ class EIUP(Method):
         return text, torch.lerp(pooled, torch.cat(found), torch.as_tensor(self.weight(time)).to(pooled))
 
     def edit(self, out: Tensor, cross: CrossAttention, prompts: ErasurePrompts) -> Tensor:
-        if self.normalization in PROJECTED:
-            given = (out, cross, prompts.text, len(self.neutral), self.strength)
-            if self.normalization == "text":
-                added = text_only(*given)
-            elif cross.unconditional:
-                added = cleared(*given)
-            elif self.normalization == "oblique":
-                added = oblique(out, cross.with_empty(prompts.text), len(self.neutral), self.strength)
-            elif self.normalization == "swap":
-                added = swapped(*given, self.threshold, cross.memory["anchor_of"][prompts.which])
-            else:
-                added = projected(*given)
+        if self.normalization == "text":
+            added = text_only(out, cross, prompts.text, len(self.neutral), self.strength)
+        elif self.normalization in PROJECTED:
+            parts = [self._change(out[:, part], texts, cross, prompts) for part, texts in outputs(cross, prompts.text)]
+            added = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         else:
             added = (separate if self.normalization == "separate" else gated)(cross, prompts, self.strength)
         return (out + added).to(out.dtype)
+
+    def _change(self, out: Tensor, would_be: Tensor, cross: CrossAttention, prompts: ErasurePrompts) -> Tensor:
+        """What `projected`, `swap` and `oblique` add to the outputs of some queries."""
+        given = out, would_be, len(self.neutral), len(prompts.text), self.strength
+        if cross.unconditional:
+            return cleared(*given)
+        if self.normalization == "oblique":
+            return oblique(out, would_be, len(self.neutral), self.strength)
+        if self.normalization == "swap":
+            return swapped(*given, self.threshold, cross.memory["anchor_of"][prompts.which])
+        return projected(*given)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,11 @@ from torch import Tensor
 from .. import checks
 from ..core import ConceptsField, RowsField
 from ..fields import Converted
-from ..hooks import CrossAttention, ErasurePrompts, Method
+from ..hooks import CrossAttention, Encoding, ErasurePrompts, Memory, Method
+from ._keys import remembered, would_be
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 __all__ = ["NAG"]
 
@@ -112,9 +116,14 @@ class NAG(Method):
     def is_off(self) -> bool:
         return super().is_off() or not self.alpha
 
+    def prepared(
+        self, pipe: DiffusionPipeline, erasure_prompts: Sequence[str], call: Encoding | None, memory: Memory
+    ) -> Memory:
+        return remembered(pipe, memory)
+
     def edit(self, out: Tensor, cross: CrossAttention, prompts: ErasurePrompts) -> Tensor:
         wide = torch.promote_types(out.dtype, torch.float32)
-        positive, negative = out.to(wide), cross.would_be(prompts.text).to(wide)
+        positive, negative = out.to(wide), would_be(cross, prompts.text).to(wide)
         return guided(positive, negative, self.strength, self.tau, self.alpha).to(out.dtype)
 
 

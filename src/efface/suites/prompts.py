@@ -86,8 +86,8 @@ class Prompts:
 
         Raises:
             ValueError: no file was given, or a file and a dataset; or a line is wrong, whose number the message has.
-                Or the file holds no prompt of the concepts, more than 1,000,000 rows without a limit, or texts without a
-                concept for several concepts.
+                Or the file holds no prompt of the concepts, more than 1,000,000 rows without a limit, or texts without
+                a concept for several concepts.
             FileNotFoundError: the file or the dataset does not exist.
             ImportError: `datasets` is not installed, or too old.
         """

@@ -16,6 +16,7 @@ from ...delta import unedited
 from ...families import check
 from ...fields import Converted
 from ...hooks import CrossAttention, DenoiserCall, Encoding, ErasurePrompts, Memory, Method, SelfAttention, computed
+from .._keys import keys_values, remembered
 from .adapter import Adapter
 from .measure import measured
 from .official import afterwards, joined, swapped
@@ -225,13 +226,14 @@ class GIE(Method):
 
     def prepared(
         self, pipe: DiffusionPipeline, erasure_prompts: Sequence[str], call: Encoding | None, memory: Memory
-    ) -> None:
+    ) -> Memory:
         key = (tuple(erasure_prompts), self.rows)
         if memory.get("measured of") != key:
             memory.pop("weights", None)
         memory["measured of"] = key
         if self.values == "official" and call is not None and call.prompts is not None:
             memory["joined"] = joined(pipe, call.prompts, erasure_prompts, **call.settings)
+        return remembered(pipe, memory)
 
     def around(self, call: DenoiserCall, forward: Callable[[], Any]) -> Any:
         if call.pipe is None:  # the prompts are unknown, so each call counts as a first one
@@ -263,7 +265,7 @@ class GIE(Method):
                 return out + afterwards(cross, prompts) if official else out
             base, shift = plain.cross(cross, prompts)
             out = out + shift
-        key, value = cross.keys_values(prompts.text.states)
+        key, value = keys_values(cross, [prompts.text], [prompts.text.states])
         if not self.measures:  # the same in all rows
             out = out + cross.attend_texts(key, prompts.weights(self.strength) * value, prompts.text.mask).sum(0)
         else:
