@@ -48,7 +48,8 @@ class _QwenImage(Family):
             picture, text = out
             return picture, cat([text[positions.round().long()], text[:prompt]])
 
-        handle = denoiser.pos_embed.register_forward_hook(pick)
+        embedding: Any = denoiser.pos_embed
+        handle = embedding.register_forward_hook(pick)
         try:
             yield
         finally:

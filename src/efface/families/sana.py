@@ -36,7 +36,8 @@ class _Sana(Family):
 
     def projects(self, denoiser: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """The projection stands before the norm."""
-        return lambda states: forward(denoiser.caption_projection(states))
+        projection: Any = denoiser.caption_projection
+        return lambda states: forward(projection(states))
 
 
 SANA = _Sana(

@@ -21,7 +21,7 @@ from .texts import Text
 
 LARGEST_SHARE = 0.9  # of the prompt in the softmax; above, subtracting it would lose accuracy
 Function = Callable[..., Tensor]
-TORCHS = torch._C._nn.scaled_dot_product_attention  # `F`'s may be replaced
+TORCHS: Function = vars(torch._C)["_nn"].scaled_dot_product_attention  # `F`'s may be replaced
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +213,7 @@ class Watched(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not TORCHS:
             return func(*args, **(kwargs or {}))
-        options = dict(zip(self.NAMES, args, strict=False)) | (kwargs or {})
+        options: dict[str, Any] = {**dict(zip(self.NAMES, args, strict=False)), **(kwargs or {})}
         return self.act(func, Inputs(*(options.pop(name) for name in Inputs._fields)), options)
 
 
