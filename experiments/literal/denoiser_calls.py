@@ -8,7 +8,6 @@ the prediction by more than 10 %; the effect is no measure of erasure.
 from __future__ import annotations
 
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -23,7 +22,6 @@ from torch import Tensor
 import efface
 from efface._text import SITES
 from efface.hooks import CrossAttention, ErasurePrompts
-from efface.hooks.pipeline import Opening
 from efface.hooks.sites import site
 
 from .gie import CopiedSelfAttention, OneTrajectory, TwoTrajectories
@@ -83,7 +81,7 @@ def applied(method: Callable[..., Any], scene: Scene, phrases: int | None = None
     scene.pipe._guidance_scale = GUIDANCE
     with method(replace(scene.concept, phrases=scene.concept.phrases[:phrases])).apply(scene.pipe):
         if (here := SITES.get(scene.pipe.unet)) is not None:
-            here.calls.opening = Opening(threading.get_ident())
+            here.calls.open(entered=True)
         call = scene.call(*scene.texts())
         call()
         yield call

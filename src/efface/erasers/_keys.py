@@ -85,8 +85,8 @@ def remembered(pipe: DiffusionPipeline, memory: Memory) -> Memory:
         kept = Keys()
     kept.grow_older()
     site = SITES.get(denoiser_of(pipe))
-    opening = None if site is None else site.calls.opening
-    if opening is not None and not opening.prompts:  # a pipeline call encodes its prompts; not one that failed before
+    call = None if site is None else site.calls.here()
+    if call is not None and call.entered and call.texts is None:  # a pipeline call encodes, and none that failed before
         memory[CALL] = _Call()  # emptied with the memory when the pipeline call ends
     return {NAME: kept}
 
