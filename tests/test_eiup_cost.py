@@ -71,7 +71,12 @@ def test_texts_are_projected_once_in_a_layer_over_steps_and_calls(sd1: Any, monk
         first = latents(sd1, PROMPTS)
         assert len(seen) == layers and set(seen) == {4}  # the empty text, a neutral one and two phrases
         assert torch.equal(latents(sd1, PROMPTS), first) and len(seen) == layers
-        latents(sd1, "another prompt", num_inference_steps=5)
+        compared: list[Any] = []
+        original = _keys._sums
+        with monkeypatch.context() as patch:
+            patch.setattr(_keys, "_sums", lambda weights: compared.append(weights) or original(weights))
+            latents(sd1, "another prompt", num_inference_steps=5)
+        assert len(compared) == layers  # once in a call, not in each step
         latents(sd1, PROMPTS, negative_prompt=NEGATIVE)
         assert len(seen) == layers
     with anew(), EIUP(ALCOHOL).apply(sd1), counted(monkeypatch) as seen:

@@ -79,7 +79,7 @@ def test_a_key_says_what_it_may_do_and_not_how(idle: Desk) -> None:
     assert policy is not None
     assert found["policy"] == {
         **{"name": "kids", "version": 1, "hash": policy.policy.hash},
-        **{"unguarded": False, "erase": ["alcohol"], "gate": False},
+        **{"unguarded": False, "erase": ["alcohol"], "gate": False, "partial_pictures": False},
     }
     assert (found["tenant"], found["model"], found["sizes"]) == ("kids", "stub", ["64x64", "32x64"])
     assert set(found["concepts"]) == set(core.shipped_concepts()) - {"alcohol"}

@@ -85,8 +85,8 @@ def remembered(pipe: DiffusionPipeline, memory: Memory) -> Memory:
         kept = Keys()
     kept.grow_older()
     site = SITES.get(denoiser_of(pipe))
-    call = None if site is None else site.calls.call
-    if call is not None and call.entered and call.texts is None:  # a pipeline call that encodes its prompts
+    call = None if site is None else site.calls.call  # not one that failed before it encoded
+    if call is not None and call.entered and call.texts is None:
         memory[CALL] = _Call()  # emptied with the memory when the pipeline call ends
     return {NAME: kept}
 
