@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from random import Random
 from typing import Any, ClassVar
@@ -567,6 +568,51 @@ def test_the_guard_is_off_within_original_and_on_again_after_it() -> None:
             assert len(efface.active(pipe)) == 0
             raise KeyError
         assert len(efface.active(pipe)) == 1
+    assert len(efface.active(pipe)) == 0
+
+
+@pytest.mark.parametrize("eraser", ["uce", "eiup"])
+def test_the_guard_is_as_the_innermost_block_says_however_blocks_are_nested(eraser: str) -> None:
+    """Two nested `original` put the erasers on twice: deltas were refused, and EIUP stayed on the base model."""
+    pipe = tiny.untouched("sd1")
+    made = efface.UCE().fit(pipe, [Concept("beer")]) if eraser == "uce" else efface.EIUP(Concept("beer"))
+
+    def enter(victim: GuardedModel, blocks: Sequence[str], stop: bool) -> None:
+        if not blocks:
+            if stop:
+                raise KeyError
+            return
+        before = len(efface.active(pipe))
+        try:
+            with getattr(victim, blocks[0])():
+                assert len(efface.active(pipe)) == (blocks[0] == "guarded")
+                enter(victim, blocks[1:], stop)
+                assert len(efface.active(pipe)) == (blocks[0] == "guarded")
+        finally:
+            assert len(efface.active(pipe)) == before
+
+    for depth in (1, 2, 3, 4):
+        for blocks in itertools.product(("guarded", "original"), repeat=depth):
+            victim = GuardedModel(pipe, (made,), None, (1,))
+            enter(victim, blocks, stop=False)
+            with pytest.raises(KeyError):
+                enter(victim, blocks, stop=True)
+
+
+@pytest.mark.parametrize("eraser", ["uce", "eiup"])
+@pytest.mark.parametrize("budget", [None, 14])
+def test_a_fit_inside_of_the_guard_is_drawn_and_leaves_the_base_model_alone(eraser: str, budget: int | None) -> None:
+    pipe = tiny.untouched("sd1")
+    made = efface.UCE().fit(pipe, [Concept("beer")]) if eraser == "uce" else efface.EIUP(Concept("beer"))
+    victim = GuardedModel(pipe, (made,), Says(9.0), (1, 2), steps=3, guidance=5.0, budget=budget)
+    base = victim.draw_original(BEER)
+    attack = efface.ConceptArithmetics(recipes=("fitted",))
+    with victim.guarded():
+        guarded = victim.draw(Proposal(BEER))
+        found = search(victim, Proposal(BEER), attack.propose(Target(Concept("beer"), BEER), victim))
+        assert found.refused == [] and (found.tried > 0) == (budget is None)
+        assert torch.equal(victim.draw_original(BEER), base) and not torch.equal(guarded, base)
+        assert torch.equal(victim.draw(Proposal(BEER)), guarded)
     assert len(efface.active(pipe)) == 0
 
 

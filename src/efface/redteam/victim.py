@@ -72,10 +72,11 @@ class GuardedModel:
 
     @contextlib.contextmanager
     def original(self) -> Iterator[Any]:
-        if self._on is None:
+        on, self._on = self._on, None
+        if on is None:
             yield self.pipe
             return
-        self._on.remove()
+        on.remove()
         try:
             yield self.pipe
         finally:
