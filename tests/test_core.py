@@ -194,7 +194,9 @@ def test_an_eraser_needs_something_to_erase() -> None:
 
 
 def test_an_unknown_normalization_is_an_error() -> None:
-    with pytest.raises(ValueError, match="one of .*'projected', 'swap', 'separate', 'gated'.*.* got 'shared'"):
+    with pytest.raises(
+        ValueError, match="one of .*'projected', 'swap', 'text', 'oblique', 'separate', 'gated'.* got 'shared'"
+    ):
         EIUP("cat", normalization="shared")  # type: ignore[arg-type]
 
 

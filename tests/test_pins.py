@@ -406,6 +406,7 @@ def golden_delta() -> Delta:
 
 ADAPTER = "adapter.safetensors"
 RUN, BASE = Path("run/cat"), Path("run/base")
+FEW = ("clip_score", "in_prompt_clip", "kid")  # which today are not given for as few prompts as this run has
 BENCH = shlex.split(f"bench emoji --concept cat --limit 3 --batch 2 --out {RUN} --base {BASE}")
 CALIBRATE = shlex.split(
     "calibrate --concept cat --strength 0.5 --strength 2 --refine 0 --n 2 --steps 8 --target 0.5 --out calibration"
@@ -532,8 +533,11 @@ def test_a_run_of_today_is_scored_and_reported(there: Path) -> None:
     assert Path("report.html").stat().st_size > 20_000 and read(Path("report.json")) == found
     scored = ran("score", str(RUN), "--json")
     assert_kept(golden("files")["bench --json"], shape(scored), "bench --json")
-    assert_same_scores(scored["scores"], card["scores"])
-    assert [s["metric"] for s in read(RUN / "scores.json")["scores"]] == [s["metric"] for s in card["scores"]]
+    kept = [s for s in card["scores"] if not s["metric"].startswith(FEW)]
+    assert_same_scores([s for s in scored["scores"] if not s["metric"].startswith(FEW)], kept)
+    few = [s for s in scored["scores"] if s["metric"].startswith(FEW)]
+    assert few and all(s["value"] is None and "fewer than 10" in s["protocol"] for s in few)
+    assert [s["metric"] for s in read(RUN / "scores.json")["scores"]] == [s["metric"] for s in scored["scores"]]
     removal = [s for s in card["scores"] if s["metric"].startswith("removal")]
     assert_same_scores(ran("score", str(RUN), "--metric", "removal", "--json")["scores"], removal)
 

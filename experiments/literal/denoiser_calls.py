@@ -172,7 +172,7 @@ def hooks_alone(scene: Scene, calls: int = 200) -> tuple[float, None]:
                 module(hidden)
             return (rows,)
 
-        hooks = [hook for layer in here.layers.cross for hook in layer.hooks.values()]
+        hooks = [hook for layer in here.layers.cross for hook in layer.hooks]
         saved = {each: each.below for each in (*hooks, here.hook)}
         try:
             for hook in hooks:

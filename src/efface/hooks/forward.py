@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -103,6 +103,9 @@ class Hooks:
 
     def __init__(self) -> None:
         self._on: dict[nn.Module, Forward] = {}
+
+    def __iter__(self) -> Iterator[Forward]:
+        return iter(self._on.values())
 
     def fit(self, acts: Mapping[nn.Module, Act]) -> None:
         """Wraps these modules, and no others. What a module's wrapper does never changes."""
