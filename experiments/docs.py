@@ -204,6 +204,4 @@ def filled(text: str) -> str:
 def fill_all(root: Path = ROOT) -> None:
     for name in (*PAGES, MODEL_CARD):
         (root / name).write_text(filled((root / name).read_text("utf-8")), "utf-8")
-    if (root / "results/attacks.json").is_file():
-        (root / "docs/attacks.svg").write_text(figure(card("attacks")), "utf-8")
     (root / "docs/leaderboard.svg").write_text(figure(card("leaderboard")), "utf-8")

@@ -28,7 +28,8 @@ def of_card(card: Mapping[str, Any], form: Format = "md") -> str:
     if "form" not in card:
         raise ValueError("Expected a card of `python -m experiments`, got one of an earlier runner. Use `docs` for it.")
     rows, columns = card["rows"], card["columns"]
-    names = [f"`{row['row']}`" if form == "md" else row["row"] for row in rows]
+    names = [row["row"].replace(" | ", ": ") for row in rows]  # a table's own sign
+    names = [f"`{name}`" for name in names] if form == "md" else names
     if "scenes" in rows[0]:
         head = ["variant", *rows[0]["scenes"]]
         lines = [[ratio(row["scenes"][s]["ratio"]) if s in row["scenes"] else "-" for s in head[1:]] for row in rows]

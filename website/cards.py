@@ -63,15 +63,18 @@ def of_method(method: str) -> str:
     return "Not measured: no card has figures for this method yet."
 
 
+def ranked() -> set[str]:
+    """The concepts of the leaderboard."""
+    found = card("leaderboard")
+    return {cell["concept"] for cell in found["cells"].values()} if "cells" in found else set(found["concepts"])
+
+
 def of_concept(concept: str) -> Iterator[str]:
     """The paragraphs and tables on a concept."""
     yield from _outcomes(concept)
     yield from _neighbours(concept)
-    if concept in card("leaderboard")["concepts"]:
-        yield (
-            "The [leaderboard](../leaderboard.md) has this concept pooled with others, over the rows of the `emoji` "
-            "suite."
-        )
+    if concept in ranked():
+        yield "The [leaderboard](../leaderboard.md) has this concept pooled with others."
 
 
 def _outcomes(concept: str) -> Iterator[str]:

@@ -11,6 +11,8 @@ from typing import Any
 from efface import registry
 from experiments.docs import card
 
+from .cards import ranked
+
 EARLIER = {
     "removal.absolute": "removed, %",
     "retention": "retained, %",
@@ -35,7 +37,7 @@ def page() -> str:
     columns = COLUMNS if "form" in found else EARLIER
     head = ["method", "kind", *columns.values(), "a step, times a base step", "fit, core-s", "undone by"]
     costs = {row["row"]: row for row in card("method_costs")["rows"]}
-    concepts = {cell["concept"] for cell in found["cells"].values()} if "cells" in found else set(found["concepts"])
+    concepts = ranked()
     return Template(Path(__file__).with_suffix(".txt").read_text("utf-8")).substitute(
         about=f"{len(concepts)} concepts, n = {found['n']} {'pictures a cell' if 'form' in found else 'a method'}",
         judged=JUDGED["form" in found],
