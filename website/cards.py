@@ -63,9 +63,8 @@ def of_method(method: str) -> str:
     return "Not measured: no card has figures for this method yet."
 
 
-def ranked() -> set[str]:
-    """The concepts of the leaderboard."""
-    found = card("leaderboard")
+def ranked(found: Mapping[str, Any]) -> set[str]:
+    """The concepts of a leaderboard's card, of either runner."""
     return {cell["concept"] for cell in found["cells"].values()} if "cells" in found else set(found["concepts"])
 
 
@@ -73,7 +72,7 @@ def of_concept(concept: str) -> Iterator[str]:
     """The paragraphs and tables on a concept."""
     yield from _outcomes(concept)
     yield from _neighbours(concept)
-    if concept in ranked():
+    if concept in ranked(card("leaderboard")):
         yield "The [leaderboard](../leaderboard.md) has this concept pooled with others."
 
 

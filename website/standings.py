@@ -37,7 +37,7 @@ def page() -> str:
     columns = COLUMNS if "form" in found else EARLIER
     head = ["method", "kind", *columns.values(), "a step, times a base step", "fit, core-s", "undone by"]
     costs = {row["row"]: row for row in card("method_costs")["rows"]}
-    concepts = ranked()
+    concepts = ranked(found)
     return Template(Path(__file__).with_suffix(".txt").read_text("utf-8")).substitute(
         about=f"{len(concepts)} concepts, n = {found['n']} {'pictures a cell' if 'form' in found else 'a method'}",
         judged=JUDGED["form" in found],
