@@ -842,8 +842,8 @@ USES: dict[str, str] = {  # in a folder that `desk` makes; what is behind # happ
     "delta merge/twice": "delta merge delta.safetensors delta.safetensors --model model --out x",
     "bench": "bench emoji --concept cat --limit 1 --model model --no-score --out bench/d",
     "bench/json": "bench emoji --concept cat --limit 1 --model model --no-score --out bench/b --json",
-    "bench/interrupted": "bench emoji --concept cat --limit 1 --model model --no-score --out c # KeyboardInterrupt",
-    "bench/out of memory": "bench emoji --concept cat --limit 1 --model model --no-score --out c # RuntimeError",
+    "bench/interrupted": "bench emoji --concept cat --limit 1 --model model --no-score --out bench/e # KeyboardInterrupt",
+    "bench/out of memory": "bench emoji --concept cat --limit 1 --model model --no-score --out bench/f # RuntimeError",
     "bench/another": "bench emoji --concept cat --limit 1 --model model --no-score --set strength=1 --out bench/a",
     "bench/suite": "bench emojii --concept cat --out x",
     "bench/nothing": "bench emoji --out x",
@@ -912,7 +912,6 @@ def use(line: str, folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.thinned("long")
 @pytest.mark.parametrize("name", USES)
 def test_a_command_ends_as_pinned(name: str, uses_desk: Path) -> None:
     assert_kept(golden("commands")[name], use(USES[name], uses_desk), USES[name])
