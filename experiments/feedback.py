@@ -2,7 +2,7 @@
 
 The first detector stands for the annotator: it sees pixels alone, and a share of its answers is turned around. The
 second one judges what is drawn, alone. Both were trained on the same pictures, so a real annotator would agree less.
-Members that are `unseen` are in no prompt of the judged pictures, and no list of words names them.
+Members that are `unseen` are in no prompt of the judged pictures.
 """
 
 from __future__ import annotations
@@ -282,7 +282,8 @@ class Feedback(Experiment):
             name: {"prompts": sorted(plan.world.captions[icon] for icons in about.cells.values() for icon in icons)}
             for name, about in self.concepts.items()
         }
-        return {"rows": list(rows.values()), "pictures": pictures, "tokens": tokens, "cells": cells}
+        judge = {**plan.facts["detector"], "name": f"the second detector of `{plan.model}`; the first one annotated"}
+        return {"rows": list(rows.values()), "pictures": pictures, "tokens": tokens, "cells": cells, "detector": judge}
 
 
 def said(count: int, wrong: float) -> str:

@@ -23,7 +23,7 @@ import torch
 import efface
 import experiments.__main__ as command
 from efface.intervals import clustered
-from experiments import code, costs, docs, load, outcome, runner, tables
+from experiments import code, costs, docs, feedback, load, outcome, runner, tables
 from experiments.catalogue import CATALOGUE, EXPERIMENTS, strengths
 from experiments.closed_form import ClosedForm
 from experiments.literal import denoiser_calls as calls
@@ -788,3 +788,27 @@ def test_the_peak_of_memory_is_what_tensors_hold_at_once() -> None:
     assert costs.peak(one_after_the_other) < 2 * 4000 < 3 * 4000 <= costs.peak(at_once) < 4 * 4000
     with pytest.raises(RuntimeError, match="no memory"):
         costs.peak(lambda: None)
+
+
+@pytest.mark.long
+def test_words_and_a_learned_token_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feedback, "HOSTS", {"eiup": efface.EIUP})
+    about = dataclasses.replace(
+        feedback.CONCEPTS["alcohol"], words={"name": ("alcohol",)}, judgements=((60, 0.0),), trainers=False
+    )
+    trial = feedback.Feedback(**ABOUT, concepts={"alcohol": about}, fit=efface.HFI(steps=4), n=5)
+    call = {"num_inference_steps": 8, "guidance": 7.5}
+    card = runner.run(trial, plan(tmp_path, trial, call=call), tmp_path / "card.json", "trial", say=lambda line: None)
+    assert card is not None
+    rows = {row["row"]: row for row in card["rows"]}
+    words, token = "alcohol | eiup | words: name", "alcohol | eiup | 60 judgements"
+    assert set(rows) == {"alcohol | base", words, token}
+    assert rows["alcohol | base"]["seen"]["rate"] >= 0.8 > rows[words]["seen"]["rate"]
+    assert rows["alcohol | base"]["far"]["rate"] >= 0.8
+    (learned,) = card["tokens"]
+    assert learned["judged"] == 60 and 10 < learned["yes"] < 30 and learned["reward"]["binary"]["auc"] > 0.8
+    assert all(set(about.cells) <= set(row) for row in rows.values())
+    (pool,) = (tmp_path / "work/trial/pools").iterdir()
+    wrong = feedback.judged(plan(tmp_path, trial), pool, "alcohol", about, 1.0)
+    assert sum(wrong.shares.values()) == 60 - learned["yes"]  # every answer is turned around
+    assert "second detector" in tables.caption(card, "trial")
