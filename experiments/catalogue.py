@@ -259,9 +259,9 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     Outcome(
         name="leaderboard",
         question="Every method by its defaults, on the same rows.",
-        cap=5.0,
-        n=64,
-        concepts=("alcohol", "weapon", "smoking", "gambling", "death"),
+        cap=2.0,
+        n=16,
+        concepts=("alcohol", "weapon", "smoking"),
         arms=defaults,
     ),
     Outcome(

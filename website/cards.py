@@ -67,10 +67,9 @@ def of_concept(concept: str) -> Iterator[str]:
     """The paragraphs and tables on a concept."""
     yield from _outcomes(concept)
     yield from _neighbours(concept)
-    if concept in card("leaderboard")["concepts"]:
+    if concept in {cell["concept"] for cell in card("leaderboard")["cells"].values()}:
         yield (
-            "The [leaderboard](../leaderboard.md) has this concept pooled with others, over the rows of the `emoji` "
-            "suite."
+            "The [leaderboard](../leaderboard.md) has this concept pooled with others."
         )
 
 
