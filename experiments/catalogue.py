@@ -322,7 +322,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         question="Which attack by text, sampler or weights brings an erased concept back, from which guard?",
         cap=4.0,
         guards={name: GUARDS[name] for name in ("esd", "rece", "eiup")},
-        attacks={f"concept_arithmetics {recipe}": arithmetic(recipe) for recipe in RECIPES if recipe != "contrast"}
+        attacks={f"concept_arithmetics {recipe}": arithmetic(recipe) for recipe in RECIPES if recipe not in ("contrast", "fitted")}
         | {name: CHEAP[name] for name in ("prompt_as_negative", "best_of_n", "image_to_image", "inpainting", *WEIGHTS)},
         left_out=frozenset(("eiup", attack) for attack in WEIGHTS),
         n=24,
