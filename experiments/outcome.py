@@ -553,9 +553,9 @@ class Sweep(Outcome):
 
 
 def chosen(sweep: Sweep, plan: Plan) -> dict[str, Arm]:
-    """The rows that a sweep's card chose."""
+    """A row per method, at the setting that a sweep's card chose."""
     path = plan.cards / f"{sweep.name}.json"
     if not path.is_file():
         raise FileNotFoundError(f"There is no card {path}. Run `python -m experiments {sweep.name}` first: it chooses.")
     found = json.loads(path.read_text("utf-8"))["chosen"]
-    return {f"{method} {setting}": Arm(sweep.points[method][setting]) for method, setting in found.items()}
+    return {method: Arm(sweep.points[method][setting]) for method, setting in found.items()}
