@@ -288,6 +288,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         model="emoji-128",
         concepts=("alcohol", "weapon", "smoking"),
         arms=lambda plan: chosen(RUN_TIME, plan) | chosen(EDITORS, plan),
+        keeps=True,
         primary=tuple(("eiup", rival, metric) for rival in ("esd", "safree") for metric in ("residual", "retention")),
     ),
     Outcome(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -65,15 +64,10 @@ def figure(found: Any) -> str:
 
     points = []
     for row in found["rows"]:
-        if "form" not in found:
-            pair = [row["scores"][name] for name in ("removal.absolute", "retention")]
-            ends = [tuple(math.nan if s[k] is None else s[k] for k in ("value", "low", "high")) for s in pair]
-        else:
-            pair = [row["residual"], row["retention"]]
-            ends = [(1 - pair[0]["rate"], 1 - pair[0]["interval"][1], 1 - pair[0]["interval"][0])]
-            ends.append((pair[1]["rate"], *pair[1]["interval"]))
-        made = [score(n, s, *e) for n, s, e in zip(("removal.absolute", "retention"), pair, ends, strict=True)]
-        points.append((row.get("method") or row["row"], *made))
+        left, kept = row["residual"], row["retention"]
+        low, high = left["interval"]
+        removed = score("removal.absolute", left, 1 - left["rate"], 1 - high, 1 - low)
+        points.append((row["row"], removed, score("retention", kept, kept["rate"], *kept["interval"])))
     return pareto(points, "removal.absolute", "retention").replace("currentColor", "#6e7781")
 
 
@@ -167,23 +161,58 @@ def attacks(root: Path = ROOT) -> str:
     return "\n\n".join([*parts, *([f"Without a card so far: {', '.join(missing)}."] if missing else [])])
 
 
+IN_SHORT = ("base", "eiup", "eiup swap", "negative_prompt", "sld", "safree", "uce", "rece", "esd", "sdd", "ccrt")
+COLUMNS = ("residual explicit", "residual implicit", "retention", "nothing")
+
+
 def summary() -> str:
-    """README's few lines: the base model and every method of two cards."""
-    found = [card(name) for name in ("pareto", "editors_outcome")]
-    if not all("form" in each for each in found):
-        return block("summary")
-    columns = {name: found[0]["columns"][name] for name in ("residual implicit", "retention", "nothing")}
-    rows = {row["row"]: row for each in found for row in each["rows"]}
-    return tables.of_card({"form": 2, "columns": columns, "rows": list(rows.values())})
+    """README's few lines: what people use today, from the leaderboard."""
+    found = card("leaderboard")
+    rows = {row["row"]: row for row in found["rows"]}
+    columns = {name: found["columns"][name] for name in COLUMNS}
+    return tables.of_card({"form": 2, "columns": columns, "rows": [rows[name] for name in IN_SHORT]}).rstrip()
 
 
-EARLIER = ("measured", "negatives", "pareto", "editors", "sequence", "speed", "fits", "leaderboard")
+def ranking() -> str:
+    """Every row of the leaderboard."""
+    found = card("leaderboard")
+    return f"{tables.caption(found, 'leaderboard')}\n\n{tables.of_card(found)}".rstrip()
+
+
+def settings() -> str:
+    """What the tuning block chose for each method; the sweeps are in `catalogue.py`."""
+    lines, captions = [], []
+    for name in ("run_time_sweep", "editors_sweep"):
+        found = card(name)
+        captions.append(tables.caption(found, name))
+        rows = {row["row"]: row for row in found["rows"]}
+        for method, chosen in found["chosen"].items():
+            cells = []
+            for row in (row for key, row in rows.items() if key in tried(found, method)):
+                setting = row["row"].removeprefix(f"{method} ")
+                shown = f"{setting}: {100 * row['residual']['rate']:.0f} / {100 * row['retention']['rate']:.0f}"
+                cells.append(f"**{shown}**" if setting == chosen else shown)
+            lines.append([f"`{method}`", *cells])
+    head = ["method", *(f"setting {k}: residual / retention, %" for k in (1, 2, 3))]
+    return "\n\n".join([*captions, table(head, lines)])
+
+
+def tried(found: Any, method: str) -> list[str]:
+    """The rows of a method in a sweep's card; no other method's whose name begins alike."""
+    longer = [each for each in found["chosen"] if each != method and each.startswith(f"{method} ")]
+    names = [row["row"] for row in found["rows"] if row["row"].startswith(f"{method} ")]
+    return [name for name in names if not any(name.startswith(f"{each} ") for each in longer)]
+
+
+EARLIER = ("measured", "negatives", "pareto", "editors", "sequence", "speed", "fits")
 BLOCKS: dict[str, Callable[[], str]] = {
     "summary": summary,
     "families": families,
     "costs": costs,
     "load": load,
     "attacks": attacks,
+    "leaderboard": ranking,
+    "settings": settings,
     **{marker: partial(block, marker) for marker in EARLIER},
     "gates": lambda: gates(card("emoji_gates")),
 }
