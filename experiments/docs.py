@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import tables
+from . import judge, tables
 from .code import ROOT
 from .heat import heat
 from .tables import percent
@@ -173,10 +173,67 @@ def summary() -> str:
     return tables.of_card({"form": 2, "columns": columns, "rows": [rows[name] for name in IN_SHORT]}).rstrip()
 
 
-def ranking() -> str:
-    """Every row of the leaderboard."""
-    found = card("leaderboard")
-    return f"{tables.caption(found, 'leaderboard')}\n\n{tables.of_card(found)}".rstrip()
+def ranking(root: Path = ROOT) -> str:
+    """Every row of the leaderboard, with the residual by looking where the labels are of its pictures."""
+    found, note = with_labels(card("leaderboard", root), root)
+    return f"{tables.caption(found, 'leaderboard')}\n{note}\n{tables.of_card(found)}".rstrip()
+
+
+def with_labels(found: dict[str, Any], root: Path = ROOT) -> tuple[dict[str, Any], str]:
+    """The leaderboard's card with a further column from the card `judge`, and a note on it."""
+    if not (root / f"results/{judge.OUT}").is_file():
+        return found, ""
+    of, mine = card("judge", root), judge.hashes(found)
+    rates = {
+        row["row"]: row["residual"]["looking"]
+        for row in of["rows"]
+        if mine.get(row["row"], "") == of["of"]["pictures"][row["row"]] != "" and row.get("residual", {}).get("looking")
+    }
+    if not rates:
+        return found, "The labels are of other pictures, so there is no column of residuals by looking.\n"
+    rows = [row | ({"looked": rates[row["row"]]} if row["row"] in rates else {}) for row in found["rows"]]
+    columns = {}
+    for name, heading in found["columns"].items():
+        columns[name] = heading
+        if name == "residual":
+            columns["looked"] = "residual, all prompts, by looking"
+    less = [row["row"] for row in rows if "looked" not in row]
+    note = f"By looking: [labels that ship](judging.md#the-labels-that-ship), card in `results/{judge.OUT}`."
+    note += f" Not labelled: {', '.join(less)}." if less else ""
+    return found | {"rows": rows, "columns": columns}, f"{note}\n"
+
+
+def labelled(root: Path = ROOT) -> str:
+    """What looking says about the eyes; `experiments/judge.py`."""
+    if not (root / f"results/{judge.OUT}").is_file():
+        return "Without a card so far: `python -m experiments judge`."
+    found = card("judge", root)
+    made = f"Made {found['date'][:10]} by `{found['command']}`; labels of {found['labels']['date']} in "
+    made += f"`{found['labels']['file']}`, card in `results/{judge.OUT}`."
+    names = ("misses", "false alarms", "precision", "sensitivity")
+    groups = {"all": (found["agreement"], found["pooled"])}
+    groups |= {name: (each, found["pooled"]["concepts"][name]) for name, each in found["agreement"]["concepts"].items()}
+    lines = []
+    for name, (agreed, errors) in groups.items():
+        alpha = (
+            "-" if agreed["alpha"] is None else "{:.2f} [{:.2f}, {:.2f}]".format(agreed["alpha"], *agreed["interval"])
+        )
+        lines.append([name, str(errors["labelled"]), alpha, *(judge.sure(errors[each]) for each in names)])
+    head = ["concept", "pictures", "alpha of the passes", "misses", "false alarms", "precision", "sensitivity"]
+    icons = _most(found["missed icons"])
+    return "\n\n".join(
+        [
+            "\n".join([*found["verdict"], made]),
+            tables.of_card(found).rstrip(),
+            table(head, lines),
+            f"Of pictures that show the concept, the worse eye misses most: {icons}. By prompt: {_most(found['missed prompts'])}.",
+        ]
+    )
+
+
+def _most(groups: Sequence[Mapping[str, Any]]) -> str:
+    found = [f"{each['name']} ({each['hits']} of {each['n']})" for each in groups[:6] if each["hits"]]
+    return "; ".join(found) or "none"
 
 
 def settings() -> str:
@@ -212,6 +269,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "load": load,
     "attacks": attacks,
     "leaderboard": ranking,
+    "judge": labelled,
     "settings": settings,
     **{marker: partial(block, marker) for marker in EARLIER},
     "gates": lambda: gates(card("emoji_gates")),

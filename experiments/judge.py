@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,10 +24,17 @@ from .code import ROOT, commit
 from .labels import CELLS, FILE, OUTCOMES, joined, read_labels
 from .outcome import COUNTS, IMPLICIT, rate
 from .runner import FORM, now
+from .tables import percent
 from .worlds import CONCEPT, NOTHING, world
 
-CARD = ROOT / "results/leaderboard.json"
-OUT = ROOT / "results/judge.json"
+CARD, OUT = "leaderboard.json", "judge.json"
+COLUMNS = {
+    "eyes": "residual by the eyes",
+    "looking": "residual by looking",
+    "misses": "missed of the eyes' negatives",
+    "precision": "precision of the eyes",
+    "nothing": "nothing recognisable, by looking",
+}
 WORST = 12  # prompts that the card names
 GROUPS = {"residual": CELLS, "residual explicit": ("explicit",), "residual implicit": IMPLICIT}
 
@@ -160,13 +168,14 @@ def icon_of(each: Seen) -> str:
 
 
 def looked(pictures: Sequence[Seen]) -> dict[str, Any]:
-    """The share of pictures that show the concept by looking, beside the eye that sees more of it.
+    """The share of pictures of a row that show the concept by looking, beside the less favourable eye, as in its card.
 
     If all are labelled, it is the labelled share, with an interval clustered by prompt. If not, it is the corrected
     rate of `efface.judged`, whose strata are the answers of the worse eye.
     """
     hits = [[each.eyes[eye] == CONCEPT for each in pictures] for eye in (0, 1)]
-    worse = max((0, 1), key=lambda eye: sum(hits[eye]))
+    pick = min if pictures[0].row == "base" else max
+    worse = pick((0, 1), key=lambda eye: sum(hits[eye]))
     labelled = [each for each in pictures if each.label]
     found: dict[str, Any] = {"labelled": len(labelled), "eyes": rate([*map(int, hits[worse])], places(pictures))}
     if len(labelled) == len(pictures):
@@ -253,19 +262,20 @@ def hashes(card: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def judged(leaderboard: Path = CARD, labels: Path = FILE) -> dict[str, Any]:
+def judged(results: Path = ROOT / "results") -> dict[str, Any]:
     """The card.
+
+    Args:
+        results: the folder with the leaderboard's card and the labels.
 
     Raises:
         FileNotFoundError: there is no leaderboard, or no labels.
         ValueError: the labels are of other pictures, of another model or other data.
     """
-    import json
-
-    card = json.loads(leaderboard.read_text("utf-8"))
-    if not isinstance(card, dict) or card.get("form") != FORM:
-        raise ValueError(f"Expected {leaderboard} as this runner writes it, got an earlier one. Draw the leaderboard.")
-    head, lines = read_labels(labels)
+    card = json.loads((results / CARD).read_text("utf-8"))
+    if card.get("form") != FORM:
+        raise ValueError(f"Expected {results / CARD} of this runner, got an earlier one. Draw the leaderboard again.")
+    head, lines = read_labels(results / FILE)
     for key in ("model", "data_sha256", "experiment"):
         if head[key] != card[key]:
             raise ValueError(
@@ -282,13 +292,14 @@ def judged(leaderboard: Path = CARD, labels: Path = FILE) -> dict[str, Any]:
         "question": "How often are the detectors of the leaderboard wrong, and what does looking say instead?",
         "date": now(),
         "command": "python -m experiments judge",
+        "columns": dict(COLUMNS),
         "annotator": head["annotator"],
-        "labels": {"file": f"results/{labels.name}", "date": head["date"], "pictures": len(every)},
+        "labels": {"file": f"results/{FILE}", "date": head["date"], "pictures": len(every)},
         "labelled": len(labelled),
         "third pass": sum(FINAL in each.passes for each in every),
         "open": sum(len(set(each.passes.values())) > 1 and FINAL not in each.passes for each in labelled),
         **{key: card[key] for key in ("block", "n", "model", "detector", "data_sha256")},
-        "of": {"card": f"results/{leaderboard.name}", "date": card["date"], **card["code"], "pictures": hashes(card)},
+        "of": {"card": f"results/{CARD}", "date": card["date"], **card["code"], "pictures": hashes(card)},
         "code": {"commit": commit()},
         "agreement": agreement(every) | {"concepts": {c: agreement(_of(every, c)) for c in concepts}},
         "pooled": errors(every) | {"concepts": {c: errors(_of(every, c)) for c in concepts}},
@@ -318,14 +329,15 @@ def _base_rates(pictures: Sequence[Seen], card: Mapping[str, Any]) -> dict[str, 
     return found
 
 
-def percent(r: Mapping[str, Any]) -> str:
-    low, high = r["interval"]
-    return "-" if r["rate"] is None else f"{100 * r['rate']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+def sure(r: Mapping[str, Any]) -> str:
+    """A rate with its interval; "-" for the rate of nothing."""
+    return "-" if r["rate"] is None else percent(r)
 
 
 def verdict(card: Mapping[str, Any]) -> list[str]:
     """What the card says, in words."""
-    pooled, agreed = card["pooled"], card["agreement"]
+    agreed = card["agreement"]
+    misses, wrong = (sure(card["pooled"][name]) for name in ("misses", "false alarms"))
     whole = card["labelled"] == card["labels"]["pictures"]
     words = [
         f"Labelled by looking: {card['labelled']:,} of {card['labels']['pictures']:,} pictures, each in two passes of a "
@@ -339,8 +351,8 @@ def verdict(card: Mapping[str, Any]) -> list[str]:
         "model may share mistakes, so this is consistency."
     )
     words.append(
-        f"The worse eye misses the concept in {percent(pooled['misses'])} of the pictures that it calls negative, and "
-        f"sees it wrongly in {percent(pooled['false alarms'])} of those that it calls positive."
+        f"The worse eye misses the concept in {misses} of the pictures that it calls negative, and "
+        f"sees it wrongly in {wrong} of those that it calls positive."
     )
     rates = [r for r in card["rows"] if r["row"] != "base" and r.get("residual", {}).get("looking")]
     if rates:

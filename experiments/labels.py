@@ -2,7 +2,7 @@
 
     python -m experiments sheets               a batch of all units drawn since the last one, for passes 1 and 2
     python -m experiments read                 answers into the store, and into results/labels_emoji128.jsonl
-    python -m experiments sheets --pass 3      the pictures in which the passes of a batch differ, larger
+    python -m experiments sheets --third       the pictures in which the passes of a batch differ, larger
 
 A batch is a folder in `runs/experiments/leaderboard/labels`, with a folder per concept and pass. Sheets hide method,
 prompt, seed and the eyes' answers. A unit is the pictures of one row, concept and cell.
@@ -14,8 +14,7 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import date
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,10 +24,10 @@ from safetensors import safe_open
 
 from efface import checks, files, schema
 from efface.feedback import (
-    ANSWERS,
     FINAL,
     LABELS,
     Item,
+    Judgement,
     Layout,
     Session,
     Store,
@@ -38,15 +37,13 @@ from efface.feedback import (
     write_sheets,
 )
 
-from .code import ROOT
 from .legend import ICONS, legend
 from .runner import now
-from .worlds import CONCEPT, world
+from .worlds import CONCEPT
 
-FILE = ROOT / "results/labels_emoji128.jsonl"
-MODEL = "emoji-128"
+FILE = "labels_emoji128.jsonl"
 CELLS = ("explicit", "theme", "paraphrase", "pair")
-LOOKS = {1: Layout(8, 6, 176, apart=True), 2: Layout(8, 6, 176, apart=True), FINAL: Layout(5, 4, 288, apart=True)}
+LOOKS = {1: Layout(8, 6, 136, apart=True), 2: Layout(8, 6, 136, apart=True), FINAL: Layout(5, 4, 224, apart=True)}
 ANNOTATOR = "vision-language model"
 WHO = (
     "Passes of a vision-language model, no people. Each sheet of each pass was read in a context of its own, which held "
@@ -153,7 +150,9 @@ class Labelling:
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
-            raise FileNotFoundError(f"There is no folder {folder}. Run `python -m experiments leaderboard`, or name --work.")
+            raise FileNotFoundError(
+                f"There is no folder {folder}. Run `python -m experiments leaderboard`, or name --work."
+            )
         self.folder, self.place = folder, folder / "labels"
         self.place.mkdir(exist_ok=True)
         self.units = drawn(folder)
@@ -254,7 +253,7 @@ class Labelling:
     # ---- answers
 
     def read(self, replace: bool = False, say: Callable[[str], None] = print) -> int:
-        """Stores the answers of all sheets that have any. Sheets without answers wait.
+        """Stores the answers of all sheets that are answered. Sheets without answers wait.
 
         Args:
             replace: whether an answer may replace an earlier one.
@@ -264,50 +263,57 @@ class Labelling:
             The number of new answers.
 
         Raises:
-            ValueError: a number is wrong, or a sheet misses some of its answers; the pictures are others than those
-                that the eyes judged; or an answer differs from an earlier one. Nothing of that folder is stored.
+            ValueError: a number is wrong, a sheet misses some of its answers, the pictures are others than those that
+                the eyes judged, or an answer differs from an earlier one. The answers of other folders, and of
+                complete sheets, are stored nevertheless. The message has every mistake.
         """
-        new = 0
+        new, wrong = 0, []
         for number, units in self.batches().items():
             for unit in units:
                 self._keep(unit)
             for folder in sorted(path for path in self.at(number).glob("*-pass-*") if path.is_dir()):
-                new += self._read(folder, units, replace, say)
+                try:
+                    facts, found = self._answers(folder, units, wrong)
+                    added = self.store.add(judgements_of(self.store, facts, found, now()), replace=replace)
+                except (ValueError, FileNotFoundError) as error:
+                    wrong.append(str(error))
+                    continue
+                new += added
+                say(f"{folder.parent.name}/{folder.name}: {len(found)} of {len(facts['items'])} answers, {added} new")
+        if wrong:
+            raise ValueError("\n".join(wrong))
         return new
 
-    def _read(self, folder: Path, units: Sequence[Drawn], replace: bool, say: Callable[[str], None]) -> int:
+    def _answers(self, folder: Path, units: Sequence[Drawn], wrong: list[str]) -> tuple[dict[str, Any], dict[int, str]]:
+        """The facts of a folder and the answers of its complete sheets; sheets that miss some go to `wrong`."""
         facts, found = read_sheets(folder)
         concept, _, which = folder.name.rpartition("-pass-")
         given = [facts["concept"], facts["annotator"], facts["pass"]]
         if given != [concept, ANNOTATOR, int(which)] or {e["run"] for e in facts["items"]} - {u.digest for u in units}:
             raise ValueError(f"{folder} holds sheets of another batch, concept or pass. Put the right ones there.")
-        done = 0
-        for k, numbers in enumerate(_sheets(facts), 1):
+        first = 1
+        for k, size in enumerate(facts["sheets"], 1):
+            numbers = range(first, first + size)
+            first += size
             missing = [number for number in numbers if number not in found]
-            if missing and len(missing) < len(numbers):
-                name = folder / ANSWERS.replace(".csv", f"-{k:02d}.csv")
-                raise ValueError(
-                    f"Expected an answer to every number of {name}, got none to {', '.join(map(str, missing[:12]))}. "
-                    "Look again at these pictures."
+            if 0 < len(missing) < size:
+                wrong.append(
+                    f"Expected an answer to every number of {folder}/answers-{k:02d}.csv, got none to "
+                    f"{', '.join(map(str, missing[:12]))}. Look at these pictures, and read again."
                 )
-            done += not missing
-        new = self.store.add(judgements_of(self.store, facts, found, now()), replace=replace)
-        say(f"{folder.parent.name}/{folder.name}: {done} of {len(facts['sheets'])} sheets answered, {new} new answers")
-        return new
+                found = {number: said for number, said in found.items() if number not in numbers}
+        return facts, found
+
+    def given(self) -> list[Judgement]:
+        """All judgements."""
+        return self.store.judgements(kind="label", annotator=ANNOTATOR)
 
     def passes(self) -> dict[str, dict[int, dict[str, str]]]:
         """Digest to pass to seed to outcome."""
         found: dict[str, dict[int, dict[str, str]]] = {}
-        for each in self.store.judgements(kind="label", annotator=ANNOTATOR):
+        for each in self.given():
             found.setdefault(each.run, {}).setdefault(each.number, {})[each.row] = each.outcome
         return found
-
-
-def _sheets(facts: Mapping[str, Any]) -> Iterator[range]:
-    first = 1
-    for size in facts["sheets"]:
-        yield range(first, first + size)
-        first += size
 
 
 # ---------------------------------------------------------------- the file that ships
@@ -350,7 +356,7 @@ class Line(schema.Form):
 CURE = "Restore it from the repository, or write it again with `python -m experiments read`."
 
 
-def read_labels(path: Path = FILE) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def read_labels(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The head and the lines of a file of labels.
 
     Raises:
@@ -375,7 +381,7 @@ def lines_of(card: Mapping[str, Any], labelling: Labelling) -> list[dict[str, An
     for digest, unit in labelling.units.items():
         if digest not in passes:
             continue
-        s, n = unit.setting, len(unit.sha256)
+        s = unit.setting
         for row, cells in card["pictures"].items():
             cell = cells.get(f"{s['concept']}, {s['cell']}", {})
             same = cell.get("sha256") == joined(unit.sha256)
@@ -392,12 +398,11 @@ def lines_of(card: Mapping[str, Any], labelling: Labelling) -> list[dict[str, An
                     "sha256": list(unit.sha256),
                     "passes": digits,
                 }
-                assert n == len(next(iter(digits.values())))  # a digit per picture
     order = [(row, *name.split(", ")) for row, cells in card["pictures"].items() for name in cells]
     return [found[key] for key in order if key in found]
 
 
-def ship(card: Mapping[str, Any], labelling: Labelling, path: Path = FILE) -> list[dict[str, Any]]:
+def ship(card: Mapping[str, Any], labelling: Labelling, path: Path) -> list[dict[str, Any]]:
     """Writes the file of labels. Returns its lines.
 
     Raises:
@@ -414,8 +419,12 @@ def ship(card: Mapping[str, Any], labelling: Labelling, path: Path = FILE) -> li
         "experiment": card["experiment"],
         "annotator": WHO,
         "instructions": INSTRUCTIONS,
-        "outcomes": {"1": "the concept is there", "2": "something else is recognisable", "3": "nothing is recognisable"},
-        "date": date.today().isoformat(),
+        "outcomes": {
+            "1": "the concept is there",
+            "2": "something else is recognisable",
+            "3": "nothing is recognisable",
+        },
+        "date": max(each.time for each in labelling.given())[:10],
         "card": {"date": card["date"], "commit": card["code"]["commit"] or "unknown"},
         "model": card["model"],
         "data_sha256": card["data_sha256"],
