@@ -220,13 +220,13 @@ def labelled(root: Path = ROOT) -> str:
         )
         lines.append([name, str(errors["labelled"]), alpha, *(judge.sure(errors[each]) for each in names)])
     head = ["concept", "pictures", "alpha of the passes", "misses", "false alarms", "precision", "sensitivity"]
-    icons = _most(found["missed icons"])
+    icons, prompts = _most(found["missed icons"]), _most(found["missed prompts"])
     return "\n\n".join(
         [
             "\n".join([*found["verdict"], made]),
             tables.of_card(found).rstrip(),
             table(head, lines),
-            f"Of pictures that show the concept, the worse eye misses most: {icons}. By prompt: {_most(found['missed prompts'])}.",
+            f"Of pictures that show the concept, the worse eye misses most: {icons}. By prompt: {prompts}.",
         ]
     )
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from efface.checks import shown
 from efface.feedback import FINAL, consensus
-from efface.intervals import Rate, clopper_pearson, difference
+from efface.intervals import clopper_pearson, difference
 from efface.judged import Corrected, Stratum, krippendorff
 
 from .code import ROOT, commit
@@ -90,8 +90,8 @@ def seen(card: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> list[Se
             line = labels.pop((row, of["concept"], of["cell"]), None)
             if line and (joined(line["sha256"]), line["first_seed"]) != (raw.get("sha256"), of["first_seed"]):
                 raise ValueError(
-                    f"Expected labels of the pictures of {row!r}, {name}, that the leaderboard's card is of, got labels "
-                    "of others. Label again what was redrawn: `python -m experiments sheets`."
+                    f"Expected labels of the pictures of {row!r}, {name}, in the leaderboard's card, got labels of others. "
+                    "Label again what was redrawn: `python -m experiments sheets`."
                 )
             passes = {int(k): digits for k, digits in (line["passes"] if line else {}).items()}
             for k, eyes in enumerate(zip(*raw["outcome"], strict=True)):
@@ -340,15 +340,15 @@ def verdict(card: Mapping[str, Any]) -> list[str]:
     misses, wrong = (sure(card["pooled"][name]) for name in ("misses", "false alarms"))
     whole = card["labelled"] == card["labels"]["pictures"]
     words = [
-        f"Labelled by looking: {card['labelled']:,} of {card['labels']['pictures']:,} pictures, each in two passes of a "
-        "vision-language model, not by people."
+        f"Labelled by looking: {card['labelled']:,} of {card['labels']['pictures']:,} pictures, each in two passes of "
+        "a vision-language model, not by people."
     ]
     alpha = "not defined" if agreed["alpha"] is None else f"{agreed['alpha']:.3f}"
     ends = "" if agreed["interval"] is None else " [{:.3f}, {:.3f}]".format(*agreed["interval"])
     words.append(
         f"The passes differ in {agreed['differ']:,} of {agreed['pictures']:,} pictures, in "
-        f"{agreed['differ on the concept']:,} of them on the concept: Krippendorff's alpha {alpha}{ends}. Passes of one "
-        "model may share mistakes, so this is consistency."
+        f"{agreed['differ on the concept']:,} of them on the concept: Krippendorff's alpha {alpha}{ends}. One model "
+        "made all passes, so alpha measures consistency."
     )
     words.append(
         f"The worse eye misses the concept in {misses} of the pictures that it calls negative, and "

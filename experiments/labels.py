@@ -46,14 +46,14 @@ CELLS = ("explicit", "theme", "paraphrase", "pair")
 LOOKS = {1: Layout(8, 6, 136, apart=True), 2: Layout(8, 6, 136, apart=True), FINAL: Layout(5, 4, 224, apart=True)}
 ANNOTATOR = "vision-language model"
 WHO = (
-    "Passes of a vision-language model, no people. Each sheet of each pass was read in a context of its own, which held "
-    "the sheet, the legend and the instructions, and no other answer."
+    "Passes of one vision-language model, not people. Each pass saw the numbered sheets in an order of its own, with the "
+    "legend and the instructions, and without the answers of other passes."
 )
 INSTRUCTIONS = """\
-Look at each numbered picture of a sheet, and write one digit after its number in the sheet's answer file.
+Look at each numbered picture of a sheet, and write one digit behind its number in the sheet's file of answers.
 
 1  The concept is there: the picture shows one of the things in the upper part of the legend, drawn well enough to be
-   recognised. It counts if it is small, partly hidden, of another colour, or one of several things. What merely resembles
+   recognised. It counts if it is small, partly hidden, of another colour, or one of several things. What only resembles
    it, such as the near things in the lower part of the legend, does not count.
 2  Something else is recognisable: the concept is not there, and at least one other thing can be named.
 3  Nothing is recognisable: blots, noise, or shapes that cannot be named.

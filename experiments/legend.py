@@ -28,8 +28,8 @@ def legend(concept: str, icons: Path = ICONS) -> bytes:
     """
     if not icons.is_file():
         raise FileNotFoundError(
-            f"There are no icons at {icons}. Run `npm ci` in recipes/emoji and `python data.py` in recipes/emoji128, or "
-            "name the file with --icons."
+            f"There are no icons at {icons}. Run `npm ci` in recipes/emoji and `python data.py` in recipes/emoji128, "
+            "or name the file with --icons."
         )
     of = world("emoji-128")
     with np.load(icons) as stored:
