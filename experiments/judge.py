@@ -90,8 +90,8 @@ def seen(card: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> list[Se
             line = labels.pop((row, of["concept"], of["cell"]), None)
             if line and (joined(line["sha256"]), line["first_seed"]) != (raw.get("sha256"), of["first_seed"]):
                 raise ValueError(
-                    f"Expected labels of the pictures of {row!r}, {name}, in the leaderboard's card, got labels of others. "
-                    "Label again what was redrawn: `python -m experiments sheets`."
+                    f"Expected labels of the pictures of {row!r}, {name}, in the leaderboard's card, got labels of "
+                    "other pictures. Label what was redrawn: `python -m experiments sheets`."
                 )
             passes = {int(k): digits for k, digits in (line["passes"] if line else {}).items()}
             for k, eyes in enumerate(zip(*raw["outcome"], strict=True)):

@@ -46,7 +46,7 @@ CELLS = ("explicit", "theme", "paraphrase", "pair")
 LOOKS = {1: Layout(8, 6, 136, apart=True), 2: Layout(8, 6, 136, apart=True), FINAL: Layout(5, 4, 224, apart=True)}
 ANNOTATOR = "vision-language model"
 WHO = (
-    "Passes of one vision-language model, not people. Each pass saw the numbered sheets in an order of its own, with the "
+    "Passes of one vision-language model, not people. Each pass saw numbered sheets in an order of its own, with the "
     "legend and the instructions, and without the answers of other passes."
 )
 INSTRUCTIONS = """\
