@@ -90,11 +90,6 @@ class Drawn:
     def concept(self) -> str:
         return str(self.setting["concept"])
 
-    @property
-    def seeds(self) -> list[str]:
-        first, n = self.setting["seeds"]
-        return [str(first + k) for k in range(n)]
-
     def sample(self) -> dict[str, Any]:
         """The unit as a store of judgements keeps it: all pictures are drawn for labelling."""
         strata = ["positive" if CONCEPT in both else "negative" for both in zip(*self.eyes, strict=True)]
@@ -105,7 +100,7 @@ class Drawn:
             "explicit": False,
             "model": self.setting["model"]["text_hash"],
             "strata": {name: {"of": count, "drawn": count} for name, count in counts.items()},
-            "rows": {s: [sha, name] for s, sha, name in zip(self.seeds, self.sha256, strata, strict=True)},
+            "rows": {str(k): list(each) for k, each in enumerate(zip(self.sha256, strata, strict=True))},
         }
 
 
@@ -309,7 +304,7 @@ class Labelling:
         return self.store.judgements(kind="label", annotator=ANNOTATOR)
 
     def passes(self) -> dict[str, dict[int, dict[str, str]]]:
-        """Digest to pass to seed to outcome."""
+        """Digest to pass to the place of a picture to its outcome."""
         found: dict[str, dict[int, dict[str, str]]] = {}
         for each in self.given():
             found.setdefault(each.run, {}).setdefault(each.number, {})[each.row] = each.outcome
@@ -387,8 +382,8 @@ def lines_of(card: Mapping[str, Any], labelling: Labelling) -> list[dict[str, An
             same = cell.get("sha256") == joined(unit.sha256)
             if same and erasers.get((row, s["concept"])) == s["erasers"]:
                 digits = {
-                    str(k): "".join(DIGITS[of[seed]] if seed in of else "-" for seed in unit.seeds)
-                    for k, of in sorted(passes[digest].items())
+                    str(number): "".join(DIGITS[of[str(k)]] if str(k) in of else "-" for k in range(len(unit.sha256)))
+                    for number, of in sorted(passes[digest].items())
                 }
                 found[row, s["concept"], s["cell"]] = {
                     "row": row,
