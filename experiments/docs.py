@@ -204,7 +204,7 @@ def with_labels(found: dict[str, Any], root: Path = ROOT) -> tuple[dict[str, Any
 
 
 def labelled(root: Path = ROOT) -> str:
-    """What looking says about the eyes; `experiments/judge.py`."""
+    """What looking says about the detectors; `experiments/judge.py`."""
     if not (root / f"results/{judge.OUT}").is_file():
         return "Without a card so far: `python -m experiments judge`."
     found = card("judge", root)
@@ -226,7 +226,7 @@ def labelled(root: Path = ROOT) -> str:
             "\n".join([*found["verdict"], made]),
             tables.of_card(found).rstrip(),
             table(head, lines),
-            f"Of pictures that show the concept, the worse eye misses most: {icons}. By prompt: {prompts}.",
+            f"Of pictures that show the concept, the worse detector misses most: {icons}. By prompt: {prompts}.",
         ]
     )
 

@@ -29,10 +29,10 @@ from .worlds import CONCEPT, NOTHING, world
 
 CARD, OUT = "leaderboard.json", "judge.json"
 COLUMNS = {
-    "eyes": "residual by the eyes",
+    "detector": "residual by detector",
     "looking": "residual by looking",
-    "misses": "missed of the eyes' negatives",
-    "precision": "precision of the eyes",
+    "misses": "missed of the detector's negatives",
+    "precision": "precision of the detector",
     "nothing": "nothing recognisable, by looking",
 }
 WORST = 12  # prompts that the card names
@@ -41,12 +41,12 @@ GROUPS = {"residual": CELLS, "residual explicit": ("explicit",), "residual impli
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """A picture: what the eyes and the passes said.
+    """A picture: what the detectors and the passes said.
 
     Args:
         row, concept, cell, prompt: where it stands.
         removal: whether removal is judged in its cell.
-        eyes: the outcome by each eye.
+        detectors: the outcome by each of the two.
         passes: pass to outcome.
     """
 
@@ -55,7 +55,7 @@ class Seen:
     cell: str
     prompt: str
     removal: bool
-    eyes: tuple[int, int]
+    detectors: tuple[int, int]
     passes: Mapping[int, str]
 
     @property
@@ -104,7 +104,7 @@ def seen(card: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> list[Se
     return found
 
 
-# ---------------------------------------------------------------- the eyes
+# ---------------------------------------------------------------- the detectors
 
 
 def exact(hits: int, n: int) -> dict[str, Any]:
@@ -113,10 +113,10 @@ def exact(hits: int, n: int) -> dict[str, Any]:
 
 
 def errors(pictures: Sequence[Seen]) -> dict[str, Any]:
-    """Misses, false alarms, precision and sensitivity of each eye in labelled pictures, and of the worse one."""
+    """Misses, false alarms, precision and sensitivity of each detector in labelled pictures, and of the worse one."""
     eyes = []
     for eye in (0, 1):
-        said = [(each.eyes[eye] == CONCEPT, each.there) for each in pictures if each.label]
+        said = [(each.detectors[eye] == CONCEPT, each.there) for each in pictures if each.label]
         count = {pair: said.count(pair) for pair in itertools.product((True, False), repeat=2)}
         positive, negative = count[True, True] + count[True, False], count[False, True] + count[False, False]
         eyes.append(
@@ -139,18 +139,18 @@ def errors(pictures: Sequence[Seen]) -> dict[str, Any]:
         else pick((eye[name] for eye in eyes), key=lambda r: (r["rate"] is None, r["rate"] or 0.0))
         for name, pick in worse.items()
     }
-    return {"labelled": sum(bool(each.label) for each in pictures), **judged, "eyes": eyes}
+    return {"labelled": sum(bool(each.label) for each in pictures), **judged, "detectors": eyes}
 
 
 def missed(pictures: Sequence[Seen], of: Callable[[Seen], str]) -> list[dict[str, Any]]:
-    """Groups of pictures that show the concept, by the share of them that the worse eye misses; most first."""
+    """Groups of pictures that show the concept, by the share of them that the worse detector misses; most first."""
     groups: dict[str, list[Seen]] = {}
     for each in pictures:
         if each.there and (name := of(each)):
             groups.setdefault(name, []).append(each)
     found = []
     for name, some in groups.items():
-        misses = max(sum(each.eyes[eye] != CONCEPT for each in some) for eye in (0, 1))
+        misses = max(sum(each.detectors[eye] != CONCEPT for each in some) for eye in (0, 1))
         found.append({"name": name, **exact(misses, len(some))})
     return sorted(found, key=lambda each: (-each["hits"], -each["rate"], each["name"]))
 
@@ -168,16 +168,16 @@ def icon_of(each: Seen) -> str:
 
 
 def looked(pictures: Sequence[Seen]) -> dict[str, Any]:
-    """The share of pictures of a row that show the concept by looking, beside the less favourable eye, as in its card.
+    """The share of a row's pictures that show the concept by looking, and by the less favourable detector.
 
     If all are labelled, it is the labelled share, with an interval clustered by prompt. If not, it is the corrected
-    rate of `efface.judged`, whose strata are the answers of the worse eye.
+    rate of `efface.judged`, whose strata are the answers of that detector.
     """
-    hits = [[each.eyes[eye] == CONCEPT for each in pictures] for eye in (0, 1)]
+    hits = [[each.detectors[eye] == CONCEPT for each in pictures] for eye in (0, 1)]
     pick = min if pictures[0].row == "base" else max
     worse = pick((0, 1), key=lambda eye: sum(hits[eye]))
     labelled = [each for each in pictures if each.label]
-    found: dict[str, Any] = {"labelled": len(labelled), "eyes": rate([*map(int, hits[worse])], places(pictures))}
+    found: dict[str, Any] = {"labelled": len(labelled), "detector": rate([*map(int, hits[worse])], places(pictures))}
     if len(labelled) == len(pictures):
         shown_ = [int(each.there) for each in pictures]
         apart = difference(shown_, [*map(int, hits[worse])], places(pictures))
@@ -188,7 +188,7 @@ def looked(pictures: Sequence[Seen]) -> dict[str, Any]:
         group = [each for each, hit in zip(pictures, hits[worse], strict=True) if hit == wanted]
         some = [each for each in group if each.label]
         if group and not some:
-            return found | {"looking": None}  # nothing corrects this answer of the eye
+            return found | {"looking": None}  # nothing corrects this answer of the detector
         strata.append(Stratum(name, len(group), len(some), sum(each.there for each in some)))
     corrected = Corrected(tuple(strata))
     return found | {
@@ -209,10 +209,10 @@ def of_row(pictures: Sequence[Seen]) -> dict[str, Any]:
             found[name] = looked(some)
     labelled = [each for each in pictures if each.label]
     if labelled:
-        eyes = [[int(each.eyes[eye] == NOTHING) for each in labelled] for eye in (0, 1)]
+        eyes = [[int(each.detectors[eye] == NOTHING) for each in labelled] for eye in (0, 1)]
         found["nothing"] = {
             "looking": rate([int(each.label == "nothing") for each in labelled], places(labelled)),
-            "eyes": rate(max(eyes, key=sum), places(labelled)),
+            "detector": rate(max(eyes, key=sum), places(labelled)),
         }
     return found
 
@@ -318,14 +318,14 @@ def _of(pictures: Sequence[Seen], concept: str) -> list[Seen]:
 
 
 def _base_rates(pictures: Sequence[Seen], card: Mapping[str, Any]) -> dict[str, Any]:
-    """Of each cell, the base model's rate by looking, where all its pictures are labelled; and the card's, by eye."""
+    """Of each cell, the base model's rate by looking, where all its pictures are labelled; and by detector."""
     found = {}
     for name, of in card["cells"].items():
         here = (of["concept"], of["cell"])
         some = [each for each in pictures if each.row == "base" and (each.concept, each.cell) == here]
         if some and all(each.label for each in some):
             hits = sum(each.there for each in some)
-            found[name] = {"looking": hits / len(some), "eyes": of["base rate"], "n": len(some)}
+            found[name] = {"looking": hits / len(some), "detector": of["base rate"], "n": len(some)}
     return found
 
 
@@ -351,18 +351,18 @@ def verdict(card: Mapping[str, Any]) -> list[str]:
         "made all passes, so alpha measures consistency."
     )
     words.append(
-        f"The worse eye misses the concept in {misses} of the pictures that it calls negative, and "
+        f"The worse detector misses the concept in {misses} of the pictures that it calls negative, and "
         f"sees it wrongly in {wrong} of those that it calls positive."
     )
     rates = [r for r in card["rows"] if r["row"] != "base" and r.get("residual", {}).get("looking")]
     if rates:
-        gap = [r["residual"]["looking"]["rate"] - r["residual"]["eyes"]["rate"] for r in rates]
+        gap = [r["residual"]["looking"]["rate"] - r["residual"]["detector"]["rate"] for r in rates]
         most = max(range(len(gap)), key=lambda k: abs(gap[k]))
         words.append(
-            f"Residual by looking minus by eye, over {len(rates)} methods: {100 * min(gap):+.1f} to "
+            f"Residual by looking minus by detector, over {len(rates)} methods: {100 * min(gap):+.1f} to "
             f"{100 * max(gap):+.1f} points, most for {rates[most]['row']}."
         )
-    flips = [n for n, r in card["base rates"].items() if (r["looking"] >= COUNTS) != (r["eyes"] >= COUNTS)]
+    flips = [n for n, r in card["base rates"].items() if (r["looking"] >= COUNTS) != (r["detector"] >= COUNTS)]
     if flips:
         words.append(f"By looking, the rule of 30 % would be otherwise in {'; '.join(flips)}.")
     if card["open"]:

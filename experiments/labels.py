@@ -1,11 +1,11 @@
 """Labels by looking: pictures of the leaderboard on contact sheets, the answers, and the file of labels that ships.
 
-    python -m experiments sheets               a batch of all units drawn since the last one, for passes 1 and 2
-    python -m experiments read                 answers into the store, and into results/labels_emoji128.jsonl
-    python -m experiments sheets --third       the pictures in which the passes of a batch differ, larger
+`python -m experiments sheets` writes a batch: all units that were drawn since the last one, for passes 1 and 2. `read`
+stores the answers, and writes results/labels_emoji128.jsonl once the leaderboard's card is there. `sheets --third`
+writes the pictures in which the passes of a batch differ, in a larger size.
 
 A batch is a folder in `runs/experiments/leaderboard/labels`, with a folder per concept and pass. Sheets hide method,
-prompt, seed and the eyes' answers. A unit is the pictures of one row, concept and cell.
+prompt, seed and the detectors' answers. A unit is the pictures of one row, concept and cell.
 """
 
 from __future__ import annotations
@@ -78,13 +78,13 @@ class Drawn:
         digest: the name of its file.
         setting: everything that decided its pictures.
         sha256: of each picture's bytes.
-        eyes: per eye, the outcome of each picture.
+        detectors: per detector, the outcome of each picture.
     """
 
     digest: str
     setting: Mapping[str, Any]
     sha256: tuple[str, ...]
-    eyes: tuple[Sequence[int], ...]
+    detectors: tuple[Sequence[int], ...]
 
     @property
     def concept(self) -> str:
@@ -92,7 +92,7 @@ class Drawn:
 
     def sample(self) -> dict[str, Any]:
         """The unit as a store of judgements keeps it: all pictures are drawn for labelling."""
-        strata = ["positive" if CONCEPT in both else "negative" for both in zip(*self.eyes, strict=True)]
+        strata = ["positive" if CONCEPT in both else "negative" for both in zip(*self.detectors, strict=True)]
         counts = {name: strata.count(name) for name in ("positive", "negative")}
         return {
             "asked": {"positive": len(strata), "negative": len(strata)},
@@ -116,7 +116,7 @@ class Kept(Item):
         with safe_open(self.path, "np") as file:
             pixels = file.get_slice("images")[self.place]
         if files.sha256(pixels.tobytes()) != self.picture:
-            raise ValueError(f"Picture {self.place} of {self.path} is not the one that the eyes judged. {AGAIN}")
+            raise ValueError(f"Picture {self.place} of {self.path} is not the one that the detectors judged. {AGAIN}")
         return Image.fromarray(pixels)
 
 
@@ -252,14 +252,14 @@ class Labelling:
 
         Args:
             replace: whether an answer may replace an earlier one.
-            say: is told how far each folder is.
+            say: gets a line per folder.
 
         Returns:
             The number of new answers.
 
         Raises:
             ValueError: a number is wrong, a sheet misses some of its answers, the pictures are others than those that
-                the eyes judged, or an answer differs from an earlier one. The answers of other folders, and of
+                the detectors judged, or an answer differs from an earlier one. The answers of other folders, and of
                 complete sheets, are stored nevertheless. The message has every mistake.
         """
         new, wrong = 0, []

@@ -63,7 +63,7 @@ def of_card(card: Mapping[str, Any], form: Format = "md") -> str:
 def looked(row: Mapping[str, Any]) -> list[str]:
     """The cells of a row of the card `judge`."""
     residual, nothing = row.get("residual", {}), row.get("nothing", {})
-    rates = [residual.get("eyes"), residual.get("looking"), row["misses"], row["precision"], nothing.get("looking")]
+    rates = [residual.get("detector"), residual.get("looking"), row["misses"], row["precision"], nothing.get("looking")]
     return ["-" if each is None or each["rate"] is None else percent(each) for each in rates]
 
 

@@ -1,4 +1,4 @@
-"""Labels by looking: sheets hide what drew a picture, answers return to it, the card finds what the eyes miss."""
+"""Labels by looking: sheets hide what drew a picture, answers return to it, the card finds what the detectors miss."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from experiments.worlds import world
 N = 12
 CELLS = {"explicit": "a cigarette", "theme": "a smoke break", "bystander": "a rocket"}
 ERASERS: dict[str, list[dict[str, Any]]] = {"base": [], "eiup": [{"method": "eiup"}], "esd": [{"delta": "f" * 64}]}
-MISSES = 3  # pictures of `eiup` with the concept that both eyes call something else
+MISSES = 3  # pictures of `eiup` with the concept that both detectors call something else
 SHARE = {"base": 1.0, "eiup": 0.5, "esd": 0.25}
 FACTS = {
     "model": {"name": "emoji-128", "text_hash": "0" * 64},
@@ -178,7 +178,7 @@ def test_the_card_finds_the_planted_errors_of_the_eyes(place: Path, icons: Path)
     assert rows["esd"]["misses"]["hits"] == 0 and rows["esd"]["residual"]["difference"]["value"] == 0
     leaderboard = json.loads((place / "results/leaderboard.json").read_text())
     for row in leaderboard["rows"]:
-        assert rows[row["row"]]["residual"]["eyes"]["rate"] == row["residual"]["rate"]
+        assert rows[row["row"]]["residual"]["detector"]["rate"] == row["residual"]["rate"]
         low, high = rows[row["row"]]["residual"]["looking"]["interval"]
         assert low <= SHARE[row["row"]] <= high
     assert card["missed icons"][0] | {"interval": 0} == {
@@ -268,7 +268,7 @@ def test_a_changed_picture_reaches_no_sheet(place: Path, icons: Path) -> None:
         images = load_file(path)["images"].clone()
         images[0, 0, 0, 0] ^= 1
         save_file({"images": images}, path)
-    with pytest.raises(ValueError, match="is not the one that the eyes judged"):
+    with pytest.raises(ValueError, match="is not the one that the detectors judged"):
         of(place).write(icons)
     assert of(place).batches() == {}
 
@@ -293,12 +293,12 @@ def test_a_row_that_is_labelled_in_part_gets_the_corrected_rate(place: Path, ico
     ]
     strata = []
     for name, said in (("positive", 2), ("negative", 1)):
-        some = [each for each in pictures if each.eyes[0] == said]
+        some = [each for each in pictures if each.detectors[0] == said]
         looked = [each for each in some if each.label]
         strata.append(Stratum(name, len(some), len(looked), sum(each.there for each in looked)))
     assert part["labelled"] == 16 and part["looking"]["corrected"]
     assert part["looking"]["rate"] == pytest.approx(Corrected(tuple(strata)).rate)
-    assert strata[1].there and part["looking"]["rate"] > part["eyes"]["rate"]
+    assert strata[1].there and part["looking"]["rate"] > part["detector"]["rate"]
     assert rows["esd"]["residual"]["looking"] is None and rows["esd"]["misses"]["rate"] is None
     assert "corrected rates" in card["verdict"][-1]
     text = tables.of_card(card)

@@ -2,7 +2,7 @@
 
 sheet-01.png    numbered pictures, and so on; one set per line if they are ranked
 answers.csv     a line for each number; the annotator writes an answer after the comma
-answers-01.csv  the same for each sheet, if the layout says so
+answers-01.csv  one for each sheet, if the layout sets `apart`
 sheets.json     what picture each number is; without method, prompt and the detector's answer
 """
 
