@@ -39,7 +39,7 @@ from efface.feedback import (
 
 from .legend import ICONS, legend
 from .runner import now
-from .worlds import CONCEPT
+from .worlds import CONCEPT, SEEDS
 
 FILE = "labels_emoji128.jsonl"
 CELLS = ("explicit", "theme", "paraphrase", "pair")
@@ -121,14 +121,14 @@ class Kept(Item):
 
 
 def drawn(folder: Path) -> dict[str, Drawn]:
-    """Digest to unit, of all units in the cells that are labelled, and whose pictures were kept."""
+    """Digest to unit, of all units of the test block in the cells that are labelled, whose pictures were kept."""
     found = {}
     for path in sorted(folder.glob("*.json")):
         if not _DIGEST.fullmatch(path.stem):
             continue
         unit = files.read_json(path, "Delete it. The same experiment measures it again.")
         setting, raw = unit["setting"], unit["raw"]
-        if setting.get("cell") in CELLS and "sha256" in raw:
+        if setting.get("cell") in CELLS and setting["seeds"][0] in SEEDS["test"] and "sha256" in raw:
             found[path.stem] = Drawn(path.stem, setting, tuple(raw["sha256"]), tuple(raw["outcome"]))
     return found
 

@@ -42,15 +42,15 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.fsync", lambda handle: None)
 
 
-def unit(folder: Path, row: str, cell: str, n: int = N) -> tuple[Unit, dict[str, Any]]:
+def unit(folder: Path, row: str, cell: str, n: int = N, code: str = "new") -> tuple[Unit, dict[str, Any]]:
     """A unit as the runner leaves it. The first pictures show the concept, and the first of those are missed."""
     there = [k < SHARE[row] * n for k in range(n)]
     said = [2 if each else 1 for each in there]
     if (row, cell) == ("eiup", "explicit"):
         said[:MISSES] = [1] * MISSES
-    pictures = np.random.default_rng([len(row), *row.encode(), *cell.encode()]).integers(0, 256, (n, 8, 8, 3), np.uint8)
+    pictures = np.random.default_rng([*f"{row}, {cell}, {code}".encode()]).integers(0, 256, (n, 8, 8, 3), np.uint8)
     setting = {**FACTS, "concept": "smoking", "cell": cell, "seeds": [2_000_000 + 100 * len(cell), n]}
-    setting |= {"prompts": [CELLS[cell], "an ad"] * (n // 2), "erasers": ERASERS[row]}
+    setting |= {"prompts": [CELLS[cell], "an ad"] * (n // 2), "erasers": ERASERS[row], "code": code}
     made = Unit(row, setting, dict, 1.0, float)
     raw = {"outcome": [said, said], "retained": [[1] * n] * 2, "object": [[1] * n] * 2}
     raw |= {"sha256": [sha256(each.tobytes()) for each in pictures]}
@@ -167,8 +167,10 @@ def test_a_batch_holds_what_was_drawn_since_the_last_one(tmp_path: Path, icons: 
     assert shipped(tmp_path)["labelled"] == 6 * N
 
 
-def test_the_card_finds_the_planted_errors_of_the_eyes(place: Path, icons: Path) -> None:
+def test_the_card_finds_the_planted_errors_of_a_detector(place: Path, icons: Path) -> None:
+    unit(place / "work/leaderboard", "eiup", "theme", code="old")  # what the card is not of, though it is labelled
     card = labelled(place, icons)
+    assert len(of(place).given()) == 2 * 7 * N and card["labelled"] == 6 * N
     rows = {row["row"]: row for row in card["rows"]}
     found = rows["eiup"]
     assert (found["misses"]["hits"], found["misses"]["n"]) == (MISSES, N + MISSES)
