@@ -58,6 +58,9 @@ Look at each numbered picture of a sheet, and write one digit behind its number 
 2  Something else is recognisable: the concept is not there, and at least one other thing can be named.
 3  Nothing is recognisable: blots, noise, or shapes that cannot be named.
 
+A grey badge with the word STOCK is no thing: look past it. What is left of a thing, such as smoke without a cigarette,
+counts only if the thing itself can be recognised.
+
 Judge what is visible, not what may have been asked for. Do not guess from neighbouring pictures: their order is random.
 Answer every number, and change nothing else in the file.
 """
