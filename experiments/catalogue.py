@@ -18,7 +18,7 @@ from .literal import denoiser_calls as calls
 from .literal import drawings, finetune, joint_blocks
 from .load import Load
 from .neighbours import Neighbours
-from .outcome import COLUMNS, NEGATIVES, Arm, Outcome, Sweep, chosen, first_that_reaches
+from .outcome import COLUMNS, NEGATIVES, Arm, Outcome, Sweep, balanced, chosen, first_that_reaches
 from .redteam import Guard, Redteam
 from .runner import Experiment
 from .sequence import Sequenced
@@ -159,27 +159,28 @@ TUNING: dict[str, Any] = {
     "n": 12,
     "concepts": ("alcohol",),
     "cells": ("explicit", "theme", "bystander"),
+    "rule": balanced,
 }
 RUN_TIME = Sweep(
     name="run_time_sweep",
-    question="Which of three settings of each run-time method retains within 5 points of the base and leaves least?",
+    question="Which of three settings of each run-time method, half to twice its natural one, balances best?",
     points={
-        "eiup": strengths(efface.EIUP, 1.5, 2.25, 3.0),
-        "eiup swap": strengths(partial(efface.EIUP, normalization="swap"), 1.5, 2.25, 3.0),
+        "eiup": strengths(efface.EIUP, 0.5, 1.0, 2.0),
+        "eiup swap": strengths(partial(efface.EIUP, normalization="swap"), 0.5, 1.0, 2.0),
         "gie": strengths(efface.GIE, 0.5, 1.0, 2.0),
-        "sld": sld("medium", "strong", "max"),
-        "safree": strengths(efface.SAFREE, 1.0, 2.0, 4.0),
+        "sld": sld("weak_paper", "medium", "strong"),
+        "safree": strengths(efface.SAFREE, 0.5, 1.0, 2.0),
         "negative_prompt": strengths(efface.NegativePrompt, 3.75, 7.5, 15.0),
         "nag": strengths(efface.NAG, 2.0, 4.0, 8.0),
-        "adavd": strengths(efface.AdaVD, 1.0, 1.5, 2.0),
-        "semantic_surgery": strengths(efface.SemanticSurgery, 0.5, 1.0, 1.5),
+        "adavd": strengths(efface.AdaVD, 0.5, 1.0, 2.0),
+        "semantic_surgery": strengths(efface.SemanticSurgery, 0.5, 1.0, 2.0),
         "crg": strengths(efface.CRG, 1.0, 2.0, 4.0),
     },
     **TUNING,
 )
 EDITORS = Sweep(
     name="editors_sweep",
-    question="Which of three settings of each editor retains within 5 points of the base model and leaves least?",
+    question="Which of three settings of each editor balances residual and retention best?",
     points={
         "uce": settings(efface.UCE, {}, {"tokens": "last"}, {"lam": 5.0}),
         "rece": settings(efface.RECE, {}, {"mu": 1.0, "lam": 0.1}, {"mu": 10.0, "lam": 10.0}),

@@ -532,6 +532,12 @@ def first_that_reaches(points: Sequence[Mapping[str, Any]], base: Mapping[str, A
     return least_residual(points, base)
 
 
+def balanced(points: Sequence[Mapping[str, Any]], base: Mapping[str, Any]) -> int:
+    """Of all points, the one with the largest difference of retention and residual; the weakest of equal ones. For
+    samples in which one picture is worth several points."""
+    return max(range(len(points)), key=lambda k: points[k]["retention"]["rate"] - points[k]["residual"]["rate"])
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sweep(Outcome):
     """Settings of methods on the tuning block; one rule chooses for all. Every method gets as many points.
