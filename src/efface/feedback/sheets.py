@@ -111,7 +111,8 @@ def write_sheets(session: Session, folder: str | Path, layout: Layout | None = N
         raise ValueError("Nothing is left to judge in this pass, so there are no sheets to write. Name another pass.")
     pictures = [[_shown(item, how.side) for item in group] for group in groups]
     folder.mkdir(parents=True, exist_ok=True)
-    made, sizes = [], []
+    made: list[Path] = []
+    sizes: list[int] = []
     for start in range(0, len(groups), how.rows):
         lines = pictures[start : start + how.rows]
         made.append(folder / f"sheet-{len(made) + 1:02d}.png")
