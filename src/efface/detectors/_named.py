@@ -52,7 +52,7 @@ def detector(spec: Spec, names: str | Sequence[str] = ()) -> Detector:
                 'Write for example efface.detector("eyes", "cat").',
             )
         )
-    options = {"name": spec} if isinstance(spec, str) else dict(spec)
+    options: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = str(options.pop("name", ""))
     make, preset = _kind(name)
     known = _options(name, make)
