@@ -11,7 +11,8 @@ from efface.fields import field_names
 from efface.registry import near
 
 from . import nudenet, open_nsfw
-from .nudenet import NUDENET, NudeNet
+from ._protocols import NUDENET
+from .nudenet import NudeNet
 from .open_nsfw import OpenNSFW
 
 Spec = str | Mapping[str, Any] | Callable[[tuple[str, ...]], Detector]
@@ -95,11 +96,6 @@ def _kind(name: str) -> tuple[type, dict[str, Any]]:
             f"Unknown detector {checks.shown(name)}. {hint}{' ' if hint else ''}Known: {', '.join(known)}."
         )
     return registry.resolve(name, "detectors"), {}
-
-
-def about() -> dict[str, str]:
-    """Name -> a line about it, for every detector."""
-    return registry.about("detectors") | {name: NudeNet((), *how).name for name, how in NUDENET.items()}
 
 
 def judges_anything_unsafe(spec: Spec) -> bool:
