@@ -37,6 +37,8 @@ from efface.models import emoji128
 from efface.models.emoji128.eyes import ICONS, STYLES, Eye, Eyes, load_eyes
 from efface.models.emoji128.vae import EmojiAutoencoder
 
+pytestmark = pytest.mark.thinned("long")  # the fast run takes a third of the combinations
+
 RECIPE = Path(__file__).parents[1] / "recipes/emoji128"
 _CROSS = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
 UNET: dict[str, Any] = {
@@ -208,6 +210,7 @@ def test_half_precision_draws(folder: Path) -> None:
     assert np.isfinite(picture(pipe)).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "call"), [("emoji-128", {}), ("emoji-flux", {"true_cfg_scale": 4.0})])
 def test_the_shipped_models_draw_what_their_eyes_see(name: str, call: dict[str, Any]) -> None:
     pipe, eyes = efface.load(name), load_eyes()
@@ -492,6 +495,7 @@ def test_a_decoder_is_trained_alone_and_the_export_keeps_the_rest(
         export.from_work(work)
 
 
+@pytest.mark.long
 def test_the_recipe_draws_what_the_pipelines_draw(
     unet_pipe: StableDiffusionPipeline, flux_pipe: FluxPipeline, recipe: Any
 ) -> None:

@@ -180,6 +180,7 @@ class Sourceless(Good):
 ONE = {"families": ["sd1"], "steps": 1}
 
 
+@pytest.mark.thinned("long")
 @pytest.mark.parametrize(
     ("method", "promise", "said"),
     [
@@ -328,6 +329,7 @@ def test_what_a_method_raises_itself_is_not_caught() -> None:
     efface.testing.check(Good("cat"), ["sd1"], steps=1)
 
 
+@pytest.mark.long
 def test_a_method_that_guides_passes() -> None:
     @dataclass(frozen=True)
     class Away(Method):

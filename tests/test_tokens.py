@@ -29,6 +29,8 @@ from efface.delta.tokens import learning_words
 from efface.testing.drawing import differences, snapshot
 from efface.testing.tiny.parts import text_model
 
+pytestmark = pytest.mark.thinned("long")  # the fast run takes a third of the combinations
+
 WORD = "<pet-1>"
 
 
