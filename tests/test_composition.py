@@ -43,7 +43,7 @@ import efface
 from efface import EIUP, GIE, SAFREE, SLD, Delta, NegativePrompt
 from efface.hooks import Prediction
 
-pytestmark = pytest.mark.thinned("long")  # the fast run takes a third of the combinations
+pytestmark = pytest.mark.thinned("long")
 
 PICTURE = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 

@@ -19,7 +19,7 @@ from efface.testing import conformance
 from efface.testing.conformance import EFFECT, Trial, origin
 from efface.testing.drawing import differences, scratch, snapshot
 
-pytestmark = pytest.mark.thinned("long")  # the fast run takes a third of the combinations
+pytestmark = pytest.mark.thinned("long")
 
 __all__ = ["EFFECT", "ERASERS", "assert_same", "assert_unchanged", "each", "refusal", "snapshot"]
 

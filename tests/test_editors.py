@@ -23,7 +23,7 @@ import efface
 from efface import EIUP, Delta, Directions, Steering, Tokens, api, registry
 from efface.delta import active
 
-pytestmark = pytest.mark.thinned("long")  # the fast run takes a third of the combinations
+pytestmark = pytest.mark.thinned("long")
 
 SHORT: dict[str, Any] = {"steps": 4, "lr": 1e-2, "batch": 2, "reuse": 2, "sampler_steps": 3}
 DATA = tempfile.TemporaryDirectory()

@@ -20,7 +20,7 @@ from efface.families.unet import SD
 from efface.hooks import CrossAttention, ErasurePrompts
 from efface.hooks.denoiser import Site
 
-pytestmark = pytest.mark.thinned("long")  # the fast run takes a third of the combinations
+pytestmark = pytest.mark.thinned("long")
 
 FORMS = ("projected", "swap", "separate", "gated")
 PACKED, SINGLE = ("beer wine glass", "cat"), ("beer", "wine glass", "cat")

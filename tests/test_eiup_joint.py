@@ -30,7 +30,7 @@ import efface
 from efface import EIUP, NAG, Concept
 from efface.hooks import denoiser, edits, joint, prompts
 
-pytestmark = pytest.mark.thinned("long")  # the fast run takes a third of the combinations
+pytestmark = pytest.mark.thinned("long")
 
 ALL = ("sd3", "sd35", "flux", "cogview4")
 each_family = pytest.mark.parametrize("family", ALL)

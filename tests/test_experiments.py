@@ -583,6 +583,7 @@ def test_an_aim_needs_enough_pictures() -> None:
     )
 
 
+@pytest.mark.long
 def test_the_eyes_give_three_outcomes_and_what_is_retained() -> None:
     """On drawn pictures: a cat, a guitar, and grey."""
     world = World("emoji")

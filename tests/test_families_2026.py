@@ -29,7 +29,7 @@ from efface.testing import conformance
 from efface.testing.conformance import Trial
 from efface.testing.drawing import ready
 
-pytestmark = pytest.mark.thinned("long")  # the fast run takes a third of the combinations
+pytestmark = pytest.mark.thinned("long")
 
 JOINT = ("chroma", "flux2", "klein", "qwenimage")
 ALL = (*JOINT, "sana")

@@ -31,7 +31,7 @@ from efface._text import SITES, encode, pack
 from efface.core import ConceptsField, Converted, RowsField
 from efface.hooks import CrossAttention, ErasurePrompts, Method
 
-pytestmark = pytest.mark.thinned("long")  # the fast run takes a third of the combinations
+pytestmark = pytest.mark.thinned("long")
 
 ERASER = EIUP([ALCOHOL])
 

@@ -463,6 +463,7 @@ def test_all_public_names_can_be_imported_when_efface_is() -> None:
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)
 
 
+@pytest.mark.long
 def test_nothing_imports_the_conformance_kit() -> None:
     assert [part for part, allowed in MAY_IMPORT.items() if "testing" in allowed] == []
     environment = {**os.environ, "EAGER_IMPORT": "1"}

@@ -317,6 +317,7 @@ def test_no_method_object_is_a_type_error(method: Any) -> None:
         efface.testing.check(method, ["sd1"])
 
 
+@pytest.mark.long
 def test_what_a_method_raises_itself_is_not_caught() -> None:
     class Fails(Good):
         def edit(self, out: Tensor, cross: CrossAttention, prompts: ErasurePrompts) -> Tensor:

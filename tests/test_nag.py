@@ -22,7 +22,7 @@ from torch import Tensor
 from efface import NAG, Concept
 from efface.erasers.nag import guided
 
-pytestmark = pytest.mark.thinned("long")  # the fast run takes a third of the combinations
+pytestmark = pytest.mark.thinned("long")
 
 TEXTS = {"alcohol": "beer wine glass", "cat": "cat"}
 FAMILIES = ("sd1", "sdxl", "bert", "pixart")

@@ -18,7 +18,7 @@ from efface.hooks import CrossAttention, ErasurePrompts, Prediction
 from efface.models import emoji
 from efface.models.emoji.eyes import load_eyes
 
-pytestmark = pytest.mark.thinned("long")  # the fast run takes a third of the combinations
+pytestmark = pytest.mark.thinned("long")
 
 EFFECT = 1e-3
 NEGATIVES = (["a red beer", "wine at the pub"], list(PROMPTS), ["beer", "wine glass"], ["", "a big dog"])

@@ -25,7 +25,7 @@ from efface.erasers.adavd import component
 from efface.erasers.semantic_surgery import presences
 from efface.hooks import Prediction
 
-pytestmark = pytest.mark.thinned("long")  # the fast run takes a third of the combinations
+pytestmark = pytest.mark.thinned("long")
 
 CROSS = ("sd1", "sdxl", "bert", "pixart")
 double = functools.cache(lambda family: pipeline(family).to(torch.float64))

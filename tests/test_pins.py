@@ -544,6 +544,7 @@ def test_a_run_of_today_is_scored_and_reported(there: Path) -> None:
     assert_same_scores(ran("score", str(RUN), "--metric", "removal", "--json")["scores"], removal)
 
 
+@pytest.mark.long
 def test_a_run_of_today_goes_on(there: Path) -> None:
     """One picture of the first batch of two is missing: the batch is drawn again, and nothing else."""
     lines = (RUN / "samples.jsonl").read_text().splitlines(keepends=True)

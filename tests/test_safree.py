@@ -18,7 +18,7 @@ import efface
 from efface import SAFREE, SLD
 from efface.erasers.safree import basis, project
 
-pytestmark = pytest.mark.thinned("long")  # the fast run takes a third of the combinations
+pytestmark = pytest.mark.thinned("long")
 
 ALWAYS = SAFREE(ALCOHOL)
 

@@ -37,7 +37,7 @@ from efface.delta.embeddings import substituted, tables
 from efface.families import family
 from efface.redteam.victim import GuardedModel
 
-pytestmark = pytest.mark.thinned("long")  # the fast run takes a third of the combinations
+pytestmark = pytest.mark.thinned("long")
 
 CAT = Concept("cat", ("cat",))
 TARGET = Target(CAT, "a big cat at night", seed=3)

@@ -23,7 +23,7 @@ from efface.editors import _training
 from efface.editors._denoiser import Denoiser, trained
 from efface.families import family as facts
 
-pytestmark = pytest.mark.thinned("long")  # the fast run takes a third of the combinations
+pytestmark = pytest.mark.thinned("long")
 
 QUICK: dict[str, Any] = {"batch": 2, "reuse": 2, "sampler_steps": 4}
 EDITORS = [

@@ -22,7 +22,7 @@ from efface.delta.overlay import Overlay
 from efface.delta.watch import SAMPLE, Seal, Watch, differing, sampled
 from efface.pipelines import model_hash
 
-pytestmark = pytest.mark.thinned("long")  # the fast run takes a third of the combinations
+pytestmark = pytest.mark.thinned("long")
 
 EFFECT = 1e-2
 KEY = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
