@@ -238,6 +238,7 @@ def test_the_number_of_labels_that_a_limit_needs_is_enough_and_no_fewer_are() ->
     assert labels_needed(30, 0, 0.05) is None and labels_needed(20, 20, 0.5) is None
 
 
+@pytest.mark.long
 def test_a_model_with_one_concept_left_is_never_called_clean(store: Store, tmp_path: Path) -> None:
     both = suite(MANY, ("cat", "dog"))
 
