@@ -203,6 +203,9 @@ class Guard:
                 drawn |= dict(zip(some, zip(made.pictures, made.rows, strict=True), strict=True))
         pictures = torch.stack([drawn[k][0] for k in range(len(policies))])
         rows = tuple(drawn[k][1] for k in range(len(policies)))
+        for picture, row in zip(pictures, rows, strict=True):
+            if row.outcome not in DELIVERED:
+                picture.zero_()  # the result holds the batch, too
         images = [p if row.outcome in DELIVERED else None for p, row in zip(to_pil(pictures), rows, strict=True)]
         return Guarded(tuple(images), rows, batch.seeds, replace(batch, pictures=pictures))
 
