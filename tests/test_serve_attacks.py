@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import socket
@@ -16,8 +15,8 @@ from typing import Any
 import pytest
 import sqlalchemy as sql
 from PIL import Image
-from test_serve import LIMITS, URL, Desk, Stub, _until, desk, error, idle, quiet
-from test_serve_faults import accept, entries
+from test_serve import LIMITS, URL, Desk, _until, desk, error, idle, quiet
+from test_serve_faults import accept
 from test_serve_faults import state as state_of
 from test_serve_state import PEPPER, database, new, nothing, postgres
 from typer.testing import CliRunner
@@ -156,7 +155,7 @@ def test_a_picture_leaves_only_with_a_record_of_its_whole_policy(
 
     monkeypatch.setattr(desk.stub, "_drawn", other)
     response = desk.post(ASKED)
-    assert response.status_code == status and "b64_json" in response.text or bool(error(response, status, code))
+    assert (response.status_code == status and "b64_json" in response.text) or bool(error(response, status, code))
     with desk.service.database.reading() as connection:
         contents = connection.execute(sql.select(tables.pictures.c.content)).scalars().all()
     assert any(contents) == (status == 200)

@@ -61,10 +61,10 @@ class Audit:
         """The keyed hash of a text, such as a prompt, which the log shows instead of it."""
         return hmac.new(self._pepper, b"text\n" + text.encode(), hashlib.sha256).hexdigest()
 
-    def state(self, connection: sql.Connection, *which: str) -> dict[str, str]:
+    def hashes(self, connection: sql.Connection, *which: str) -> dict[str, str]:
         """Each key and each policy version, or `which` of them, with the keyed hash of its row.
 
-        Entries hold it as `state`, so that a row that was changed, added or deleted without an entry is found.
+        Entries hold them as `hashes`, so that a row that was changed, added or deleted without an entry is found.
         """
         found = {}
         for row in connection.execute(sql.select(tables.keys)).mappings():
@@ -148,8 +148,8 @@ class Audit:
             if not hmac.compare_digest(row["hash"], self._hash(previous, row["body"])):
                 return n, f"entry {n} was changed"
             previous = row["hash"]
-            said |= json.loads(row["body"]).get("state", {})
-        now = self.state(connection)
+            said |= json.loads(row["body"]).get("hashes", {})
+        now = self.hashes(connection)
         other = sorted(name for name in said | now if said.get(name) != now.get(name))
         return n, f"the {other[0]} is not as the log says" if other else ""
 
@@ -177,7 +177,7 @@ class Audit:
                 return 0
             mac = self._start(last["seq"], last["hash"])
             connection.execute(tables.starts.insert().values(seq=last["seq"], hash=last["hash"], mac=mac))
-            facts = {"through": last["seq"], "days": days, "state": self.state(connection)}
+            facts = {"through": last["seq"], "days": days, "hashes": self.hashes(connection)}
             self.add(connection, "entries dropped", facts)
             connection.execute(tables.audit.delete().where(tables.audit.c.seq <= last["seq"]))
         return n

@@ -128,7 +128,7 @@ class Keys:
             values |= {"created": now, "expires": None if days is None else now + days * 86_400}
             values |= {"rate": rate, "burst": burst, "level": burst, "filled": now}
             connection.execute(tables.keys.insert().values(values))
-            facts["state"] = self._audit.state(connection, f"key {name}")
+            facts["hashes"] = self._audit.hashes(connection, f"key {name}")
             self._audit.add(connection, "key added", facts)
         return name, key
 
@@ -175,7 +175,7 @@ class Keys:
             )
             if not done.rowcount:
                 raise ValueError(checks.refusal("the id of a key that is not revoked", name, "List the keys."))
-            facts = {"key": name, "state": self._audit.state(connection, f"key {name}")}
+            facts = {"key": name, "hashes": self._audit.hashes(connection, f"key {name}")}
             self._audit.add(connection, "key revoked", facts)
 
     def list(self) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ class Leases:
         self._seen: dict[tuple[str, int], tuple[int, float]] = {}
 
     def forget(self) -> None:
-        """Starts to watch anew, for one who could not see heartbeats, such as without the database."""
+        """Watches all holders from now on, because heartbeats could not be seen, such as without the database."""
         self._seen = {}
 
     def dead(self, running: Mapping[tuple[str, int], int]) -> list[tuple[str, int, int]]:

@@ -70,7 +70,7 @@ class Policies:
             done = connection.execute(tables.policies.insert().values(values))
             before = None if earlier is None else earlier.policy.hash
             facts = {"name": name, "version": version, "before": before, "after": policy.hash, "by": by}
-            facts["state"] = self._audit.state(connection, f"policy {name} version {version}")
+            facts["hashes"] = self._audit.hashes(connection, f"policy {name} version {version}")
             self._audit.add(connection, "policy stored", facts)
             return Stored(int((done.inserted_primary_key or (0,))[0]), name, policy)
 
