@@ -24,8 +24,8 @@ from .drawing import Drawing, alike
 from .explain import explained
 from .forms import plain
 from .partial import Partial
-from .policy import Erasure, Policy
-from .record import DELIVERED, Batch, Guarded, PolicyNotApplied, RowRecord, lock_of
+from .policy import DELIVERED, Erasure, Policy
+from .record import Batch, Guarded, PolicyNotApplied, RowRecord, lock_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

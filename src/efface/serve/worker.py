@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import sqlalchemy as sql
 
 from .. import files
+from ..guard import DELIVERED
 from ..progress import Cancelled
 from .backend import REFUSALS, Backend, Drawn, Row, encoded
 from .database import Unavailable
@@ -292,8 +293,6 @@ CANCELLED = Refused(409, "The request was cancelled. Send it again.", "cancelled
 
 def _proven(row: Row, drawn: Drawn) -> Drawn:
     """A row, which has a picture only if its record is that of its own policy, with each concept and each delta."""
-    from ..guard import DELIVERED
-
     record, policy = drawn.record, row.policy
     deltas = [each["sha256"] for each in record["deltas"]] == [each.sha256 for each in policy.deltas]
     acted = {name for each in record["acted"] for name in each["concepts"]}
