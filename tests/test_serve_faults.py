@@ -171,9 +171,13 @@ def test_a_request_that_can_be_repeated_outlives_its_time_out(quiet: Desk) -> No
     assert quiet.post(ASKED, **head).status_code == 200 and len(quiet.stub.batches) == 1
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_a_request_whose_task_is_cancelled_cancels_its_job(keep: bool, quiet: Desk) -> None:
-    """Some servers cancel the task when a client leaves."""
+@pytest.mark.parametrize(
+    ("keep", "drains", "end"), [(False, False, "cancelled"), (True, False, "queued"), (False, True, "queued")]
+)
+def test_a_request_whose_task_is_cancelled_cancels_its_job(keep: bool, drains: bool, end: str, quiet: Desk) -> None:
+    """Some servers cancel the task when a client leaves. All do it when they shut down, and the job stays."""
+    if drains:
+        quiet.service.draining.set()
     name = accept(quiet)
     holder: Any = quiet.service.keys.holder(quiet.keys["kids"])
 
@@ -196,7 +200,7 @@ def test_a_request_whose_task_is_cancelled_cancels_its_job(keep: bool, quiet: De
         polls.cancel()
 
     asyncio.run(main())
-    assert state(quiet, name) == ("queued" if keep else "cancelled")
+    assert state(quiet, name) == end
 
 
 def test_a_stream_says_that_the_database_went_away(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,7 +160,12 @@ async def _wait(request: Request, service: Service, holder: Holder, name: str, k
 
 
 def _give_up(service: Service, holder: Holder, name: str) -> None:
-    """Cancels a job that nobody waits for, in a thread, because the task of its request may have been cancelled."""
+    """Cancels a job that nobody waits for, in a thread, because the task of its request may have been cancelled.
+
+    While the server shuts down it is the server that leaves, so the job stays.
+    """
+    if service.draining.is_set():
+        return
 
     def act() -> None:
         try:

@@ -29,10 +29,22 @@ NO_JOB = Refused(404, "There is no such job. Correct its id.", "not_found")
 
 @routes.get("/v1/models", responses=documented(400, 401, 403), openapi_extra=SECURED)
 async def models(request: Request) -> Response:
+    """The model that is served, as a list."""
+    await holder_of(request)
+    return JSONResponse({"object": "list", "data": [_model(service_of(request))]})
+
+
+@routes.get("/v1/models/{name:path}", responses=documented(400, 401, 403, 404), openapi_extra=SECURED)
+async def model(request: Request, name: str) -> Response:
     """The model that is served."""
     await holder_of(request)
-    model = {"id": service_of(request).model, "object": "model", "created": 0, "owned_by": "efface"}
-    return JSONResponse({"object": "list", "data": [model]})
+    if name != service_of(request).model:
+        raise Refused(404, f"There is no model {checks.shown(name)}. List the models.", "model_not_found")
+    return JSONResponse(_model(service_of(request)))
+
+
+def _model(service: Service) -> dict[str, Any]:
+    return {"id": service.model, "object": "model", "created": 0, "owned_by": "efface"}
 
 
 @routes.get("/v1/efface/me", responses=documented(400, 401, 403), openapi_extra=SECURED)
