@@ -165,16 +165,16 @@ class Audit:
             ValueError: the chain has a fault, which would be hidden.
         """
         before, last, n = time.time() - checks.number("days", days, 0) * 86_400, None, 0
+        if fault := self.verify()[1]:
+            raise ValueError(f"The audit log is damaged ({fault}). Restore the database from a backup.")
         with self._database.writing() as connection:
-            self.alone(connection)
-            if fault := self._verify(connection)[1]:
-                raise ValueError(f"The audit log is damaged ({fault}). Restore the database from a backup.")
             for row in connection.execute(sql.select(tables.audit).order_by(tables.audit.c.seq)).mappings():
                 if json.loads(row["body"])["time"] >= before:
                     break
                 last, n = row, n + 1
             if last is None:
                 return 0
+            self.alone(connection)
             mac = self._start(last["seq"], last["hash"])
             connection.execute(tables.starts.insert().values(seq=last["seq"], hash=last["hash"], mac=mac))
             facts = {"through": last["seq"], "days": days, "hashes": self.hashes(connection)}

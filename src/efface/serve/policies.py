@@ -58,6 +58,7 @@ class Policies:
         checked_name("the name of a policy", name)
         if "version" in entries:
             raise ValueError("Expected a policy without `version`, which the service counts, got one. Leave it out.")
+        Policy(**entries)  # before others have to wait, because the first one loads its method
         with self._database.writing() as connection:
             self._audit.alone(connection)  # two writers of one policy make two versions
             earlier = self._latest(connection, name)

@@ -100,7 +100,7 @@ def configured(service: Service, host: str, port: int, *, studio: bool = False) 
     return uvicorn.Config(
         create_app(service, studio=studio), host=host, port=port, log_config=None, access_log=False,
         server_header=False, timeout_keep_alive=5, limit_concurrency=2_000, h11_max_incomplete_event_size=16_384,
-        loop="asyncio", http=protocol, timeout_graceful_shutdown=5,
+        loop="asyncio", http=protocol, ws="none", timeout_graceful_shutdown=5,
     )  # fmt: skip
 
 
