@@ -30,6 +30,7 @@ from efface.serve.keys import Keys
 from efface.serve.leases import Leases
 from efface.serve.policies import Policies
 from efface.serve.run import Server, configured, listen
+from efface.serve.watch import Watcher
 
 __all__ = ["database", "desk", "idle", "postgres", "quiet"]
 ASKED = {"prompt": "a cat", "steps": 1}
@@ -104,6 +105,31 @@ def test_a_request_is_open_from_its_body_to_the_end_of_its_answer(server: Server
     _until(lambda: max(waiting(server), default=0) > 0)
     assert desk.service.open == {"kids": 1} and desk.service.jobs.count(["running", "queued"]) == 0
     line.close()
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_a_cancellation_in_the_moment_of_a_poll_is_not_lost(turns: int, idle: Desk) -> None:
+    """Else a request whose client left would wait on, for as long as the limits say."""
+
+    async def main() -> bool:
+        watcher = Watcher(idle.service.jobs)
+
+        async def follow() -> None:
+            async for _ in watcher.follow("job_x", 5.0):
+                pass
+
+        task = asyncio.create_task(follow())
+        for _ in range(5):
+            await asyncio.sleep(0)
+        async with watcher._ticked:
+            watcher._ticked.notify_all()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task], timeout=0.3)
+        return task.done() and task.cancelled()
+
+    assert asyncio.run(main())
 
 
 # ---------------------------------------------------------------- requests with two meanings

@@ -80,7 +80,8 @@ async def body_of(request: Request) -> Any:
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refused(415, "Expected the content type application/json. Send JSON.", "invalid_content_type")
     try:
-        content = await asyncio.wait_for(_read(request, limits.body), limits.read)
+        async with asyncio.timeout(limits.read):
+            content = await _read(request, limits.body)
     except TimeoutError:
         message = f"The body did not arrive within {limits.read:g} seconds. Send it faster."
         raise Refused(408, message, "request_timeout") from None

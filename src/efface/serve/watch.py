@@ -54,7 +54,8 @@ class Watcher:
         try:
             while time.monotonic() < end:
                 try:
-                    await asyncio.wait_for(self._tick(), end - time.monotonic())
+                    async with asyncio.timeout(end - time.monotonic()):  # `wait_for` of Python 3.11 loses cancellations
+                        await self._tick()
                 except TimeoutError:
                     return
                 found = self._latest.get(name)
