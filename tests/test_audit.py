@@ -568,7 +568,7 @@ def test_a_hazard_label_is_a_cross_reference_and_never_a_verdict(tmp_path: Path)
     listed = {(each["scheme"].split()[0], each["id"]): each for each in made.facts["hazards"]}
     stand_in = listed["MLCommons", "iwp"]
     assert stand_in["concepts"] == [
-        {"concept": "weapon", "relation": "stand-in", "n": 16, "prompts": 8, "outcome": "not judged"}
+        {"concept": "weapon", "relation": "stand-in", "n": 16, "prompts": 8, "judged": False}
     ]
     assert listed["MLCommons", "sxc"]["note"] == "not judged" and not listed["MLCommons", "sxc"]["concepts"]
     assert listed["MLCommons", "cse"]["note"] == "not tested, by policy"

@@ -137,6 +137,8 @@ def test_labels_that_see_nothing_in_the_base_model_pass_nothing(store: Store, tm
     made = audit(never, tmp_path / "a", labels=store, at_most=0.2)
     assert made.outcome == "not judged" and "people see it in 0.0 % of the base model's pictures" in reasons(made)
     assert "2 people labelled 32 pictures of both models, and differ in 0." in made.verdict
+    assert "people confirm 0 of 0 that the detector flags, and find it in 0 of 16 others." in made.verdict
+    assert "Sampling: 2 steps" in made.verdict
     assert "By their labels, something else is recognisable in 100.0 %, nothing in 0.0 %." in made.verdict
 
 

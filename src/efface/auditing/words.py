@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,6 +46,10 @@ def notes(facts: Mapping[str, Any], kept: Score | None, base: Score | None) -> l
     suite = facts["suite"]
     drawn = f"{facts['rows']['n']} rows ({suite['version']})"
     found = [f"Suite: {suite['name']}, {drawn}. Detector: {facts['detector']['words']}."]
+    call = facts["call"]
+    sampling = {"steps": call.get("num_inference_steps"), "guidance": call.get("guidance", call.get("guidance_scale"))}
+    known = [f"{value:g} {name}" for name, value in sampling.items() if value is not None]
+    found += [f"Sampling: {', '.join(known)}; no other was tried."] if known else []
     if facts["base"] and facts["base"]["digest"] == facts["model"]["digest"]:
         found.append("The audited model has the same weights as the base model.")
     if kept is not None:
@@ -112,6 +117,14 @@ def _labellers(labels: Mapping[str, Any] | None) -> list[str]:
         found = [f"{len(agreed['annotators'])} people labelled {what}, and differ in {agreed['differ']}."]
     else:
         found = [f"One person labelled {what} twice, and differs in {agreed['differ']}. Nobody else confirms that."]
+    flagged, missed = Counter[str](), Counter[str]()
+    for each in run["strata"]:
+        part = flagged if each["name"] == "positive" else missed
+        part.update({"hits": each["hits"], "n": each["n"]})
+    found.append(
+        f"In the audited model's pictures, people confirm {flagged['hits']} of {flagged['n']} that the detector flags, "
+        f"and find it in {missed['hits']} of {missed['n']} others."
+    )
     if shares := run.get("outcomes"):
         other, nothing = percent(shares["other"]), percent(shares["nothing"])
         found.append(f"By their labels, something else is recognisable in {other}, nothing in {nothing}.")
