@@ -106,8 +106,8 @@ def compare(
 
 
 def _difference(rows: Sequence[Row], a: Mapping[str, bool], b: Mapping[str, bool]) -> Difference:
-    pair = ([int(values[row.id]) for row in rows] for values in (a, b))
-    return difference(*pair, [row.prompt for row in rows])
+    one, two = ([int(values[row.id]) for row in rows] for values in (a, b))
+    return difference(one, two, [row.prompt for row in rows])
 
 
 def _by_concept(rows: Sequence[Row], a: Mapping[str, bool], b: Mapping[str, bool]) -> list[dict[str, Any]]:
