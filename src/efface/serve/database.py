@@ -145,7 +145,7 @@ def _parsed(url: str) -> sql.URL:
     """The URL. The errors of SQLAlchemy may quote a password, so they are left out."""
     try:
         return sql.make_url(url)
-    except (ValueError, sql.exc.ArgumentError):
+    except (ValueError, exc.ArgumentError):
         cure = f"{CURE} Write special characters of a password as %40 and so on."
         raise ValueError(f"Expected the URL of a database, got one that cannot be read. {cure}") from None
 
