@@ -181,7 +181,7 @@ def encode_cut(
     """Texts [N, L, D], and pooled texts [N, P] and the mask [N, L] if there are any. Cuts texts at the limit."""
     method, facts = own_encode(pipe), family(pipe)
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-        out = method(**facts.encoding_arguments(pipe, texts, settings))
+        out = facts.encoded(pipe, method, texts, settings)
     if len(out) != len(facts.returns):
         raise TypeError(
             f"`encode_prompt` of this {type(pipe).__name__} returns {len(out)} values, but pipelines of {facts.name} "

@@ -16,10 +16,12 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from .parts import decoder_words, louder
 
 
-def qwenimage() -> QwenImagePipeline:
-    """A decoder's text without its first tokens, padded to the longest and masked; guidance in a second call."""
-    words = decoder_words(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
+def parts(pictures: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The components of a pipeline. `pictures`: the tokenizer's further marks, the third of which is a picture's."""
+    words = decoder_words(("<|endoftext|>", "<|im_start|>", "<|im_end|>", *pictures))
+    marks = {"image_token_id": words.convert_tokens_to_ids(pictures[2])} if pictures else {}
     config = Qwen2_5_VLConfig(
+        **marks,
         text_config={
             "vocab_size": len(words),
             "hidden_size": 24,
@@ -32,7 +34,14 @@ def qwenimage() -> QwenImagePipeline:
             "eos_token_id": None,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]},
         },
-        vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 24},
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": 24,
+            **({"patch_size": 4, "window_size": 16} if pictures else {}),
+        },
     )
     encoder = Qwen2_5_VLForConditionalGeneration(config).eval()
     torch.nn.init.normal_(encoder.get_input_embeddings().weight, std=1.0)
@@ -48,8 +57,8 @@ def qwenimage() -> QwenImagePipeline:
     for name, weight in transformer.named_parameters():
         if "_mod." in name and name.endswith("weight"):
             weight.data *= 4  # gates
-    pipe = QwenImagePipeline(
-        vae=AutoencoderKLQwenImage(
+    return {
+        "vae": AutoencoderKLQwenImage(
             base_dim=4,
             z_dim=4,
             dim_mult=[1, 1],
@@ -58,13 +67,18 @@ def qwenimage() -> QwenImagePipeline:
             latents_mean=[0.0] * 4,
             latents_std=[1.0] * 4,
         ).eval(),
-        text_encoder=encoder,
-        tokenizer=words,
-        transformer=louder(transformer),
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-    )
+        "text_encoder": encoder,
+        "tokenizer": words,
+        "transformer": louder(transformer),
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    }
+
+
+def qwenimage() -> QwenImagePipeline:
+    """A decoder's text without its first tokens, padded to the longest and masked; guidance in a second call."""
+    pipe = QwenImagePipeline(**parts())
     start, _ = pipe.prompt_template_encode.split("{}")
-    pipe.prompt_template_encode_start_idx = len(words(start).input_ids)
+    pipe.prompt_template_encode_start_idx = len(pipe.tokenizer(start).input_ids)
     return pipe
 
 
