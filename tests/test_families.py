@@ -322,7 +322,7 @@ def test_tokens_that_the_pipeline_puts_in_front_and_drops_are_counted_when_other
 
 
 def test_each_family_has_tiny_pipelines_that_all_methods_are_tried_on() -> None:
-    others = {"emoji-flux", "FLUX.2 klein", "Qwen-Image-Edit"}  # with the mechanics of a family that is there
+    others = {"emoji-flux", "FLUX.2 klein", "Qwen-Image-Edit", "Z-Image"}  # with tests of their own
     assert {family(tiny.untouched(name)).name for name in tiny.EACH} | others == {each.name for each in FAMILIES}
 
 

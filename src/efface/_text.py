@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import checks
 from ._weights import denoiser_of
-from .families import FAMILIES, Family, Reading, encoder_name, family, tokenizer_of
+from .families import FAMILIES, Family, Reading, encode_parameters, encoder_name, family, tokenizer_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -44,6 +44,13 @@ class Encoded:
 def own_encode(pipe: DiffusionPipeline) -> Any:
     """The pipeline's original `encode_prompt`, without Efface's wrapper."""
     return getattr(pipe.encode_prompt, "original", pipe.encode_prompt)
+
+
+def encode_call(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The output of the pipeline's original `encode_prompt` for arguments of a call, as `Family.returns` names it."""
+    taken = encode_parameters(pipe)
+    given = {n: list(v) if isinstance(v, list) else v for n, v in arguments.items() if n in taken}
+    return family(pipe).unlisted(own_encode(pipe)(**given), arguments)
 
 
 def readers(pipe: DiffusionPipeline) -> tuple[str, ...]:

@@ -85,8 +85,16 @@ class InTexts:
         self, pipe: DiffusionPipeline, encode: Callable[..., Any], texts: Sequence[str], settings: Mapping[str, Any]
     ) -> tuple[Any, ...]:
         """What the pipeline's original `encode_prompt` returns for these texts, one row each, without guidance."""
-        out: tuple[Any, ...] = encode(**self.encoding_arguments(pipe, texts, settings))
+        return self.unlisted(encode(**self.encoding_arguments(pipe, texts, settings)), settings)
+
+    def unlisted(self, made: Any, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The output of an `encode_prompt` call as `returns` names it: tensors, also if the pipeline has lists."""
+        out: tuple[Any, ...] = made
         return out
+
+    def listed(self, made: tuple[Any, ...]) -> Any:
+        """The reverse of `unlisted`."""
+        return made
 
     def lengthened(self, text: Tensor, mask: Tensor | None, length: int) -> tuple[Tensor, Tensor | None] | None:
         """The same texts [N, L, D] and mask in `length` columns; None if padding would change the text."""

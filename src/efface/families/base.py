@@ -7,12 +7,13 @@ family names no method. What methods may need, and families may offer, is listed
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ._parts import class_names, encoder_name, held, is_kind, video_argument
+from ._parts import Adapted, class_names, encoder_name, held, is_kind, video_argument
 from ._texts import InTexts
 from ._training import InTraining
 
@@ -46,6 +47,7 @@ class Family(InTexts, InTraining):
         settings: the arguments of `encode_prompt` that change the encoding of any text.
         width_names: entries of the denoiser's config with the width of its text. The first that is set counts.
         scale: the call argument, and in some pipelines the attribute, with the guidance scale.
+        unguided: the guidance scale that means no guidance. Larger ones add to 1 in u + w (c - u).
         guidance_in_two_calls: whether unconditional predictions come from separate denoiser calls, not from rows of the
             same call.
         unit_time: whether the denoiser takes times from 0 to 1, not training steps.
@@ -55,6 +57,8 @@ class Family(InTexts, InTraining):
         skip_argument: the denoiser's argument with the numbers of the `transformer_blocks` that a call skips.
         weighs_padding: whether the denoiser reads masked padding too, with less weight. Otherwise it ignores it.
         positions: whether a column of the text has a position in joint attention.
+        text_multiple: texts are padded to a multiple of so many columns, with learned tokens that the denoiser reads.
+        joins_late: whether texts pass layers of their own in the denoiser before joint attention.
         joint: the last name of the modules with joint attention.
         text_first: whether text precedes the picture in joint attention.
         projection: the denoiser's module that projects the text for all layers; "" if there is none.
@@ -81,6 +85,7 @@ class Family(InTexts, InTraining):
     settings: tuple[str, ...] = ("clip_skip", "lora_scale", "clean_caption", "max_sequence_length")
     width_names: tuple[str, ...] = ("joint_attention_dim",)
     scale: str = "guidance_scale"
+    unguided: int = 1
     guidance_in_two_calls: bool = False
     unit_time: bool = False
     text_argument: str = "encoder_hidden_states"
@@ -91,6 +96,8 @@ class Family(InTexts, InTraining):
     skip_argument: str = ""
     weighs_padding: bool = False
     positions: bool = False
+    text_multiple: int = 1
+    joins_late: bool = False
     joint: str = "attn"
     text_first: bool = True
     projection: str = ""
@@ -145,12 +152,18 @@ class Family(InTexts, InTraining):
 
     def guided(self, guidance: float) -> dict[str, Any]:
         """The call arguments for this guidance scale; 1 means no guidance."""
-        return {self.scale: guidance} if self.returns_negative else {self.scale: guidance, "negative_prompt": ""}
+        found = {self.scale: guidance - 1 + self.unguided}
+        return found if self.returns_negative else {**found, "negative_prompt": ""}
 
     def protocol(self, call: Mapping[str, Any]) -> dict[str, Any]:
         """A suite's call arguments for this family: `guidance` becomes `guidance_scale`; distilled families drop it."""
         named = {"guidance": self.scale} if self.scale == "guidance_scale" else {}
-        return {named.get(name, name): value for name, value in call.items() if name != "guidance" or named}
+        found = {named.get(name, name): value for name, value in call.items() if name != "guidance" or named}
+        return found | ({self.scale: call["guidance"] - 1 + self.unguided} if named and "guidance" in call else {})
+
+    def scale_of(self, pipe: DiffusionPipeline | None) -> float:
+        """The guidance scale w of the pipeline's call in u + w (c - u); NaN if it does not expose one."""
+        return float(getattr(pipe, self.scale, math.nan)) + 1 - self.unguided
 
     # ---- which pipelines are of the family
 
@@ -212,6 +225,33 @@ class Family(InTexts, InTraining):
 
     # ---- the denoiser's call
 
+    def adapted(
+        self,
+        forward: Callable[..., Any],
+        arguments: dict[str, Any],
+        prompts: int | None,
+        guided: bool,
+        length: int | None,
+    ) -> Adapted:
+        """A denoiser call with tensors in the order of rows that methods expect.
+
+        Args:
+            forward: the denoiser's `forward`.
+            arguments: its arguments, by name.
+            prompts: the number of prompts of the pipeline call; None outside of one.
+            guided: whether that call has guidance.
+            length: of its text.
+        """
+        return Adapted(forward, arguments)
+
+    def text_columns(self, arguments: Mapping[str, Any]) -> int:
+        """The number of the text's columns in joint attention."""
+        return int(arguments[self.text_argument].shape[1])
+
+    def noise(self, time: Any) -> Any:
+        """The denoiser's time, in which pure noise is at `train_timesteps` and the picture at 0."""
+        return time
+
     def text_width(self, denoiser: nn.Module) -> int | None:
         """The width of the denoiser's text; None if its config does not say."""
         config: Any = denoiser.config
@@ -243,8 +283,9 @@ class Family(InTexts, InTraining):
         """As `for_length`, with the positions [X] of further columns beside the text's own columns."""
         return self.for_length(arguments, length)
 
-    def placed(self, denoiser: nn.Module, positions: Tensor, prompt: int) -> AbstractContextManager[Any]:
-        """Gives further columns [X], and the prompt's after them, their positions in a denoiser that counts columns."""
+    def placed(self, denoiser: nn.Module, carried: Any) -> AbstractContextManager[Any]:
+        """Gives the columns of texts that joint attention carries what only the denoiser's own modules can: positions
+        where it counts columns, or the columns themselves, if it `joins_late`."""
         return nullcontext()
 
     def text_projection(self, denoiser: nn.Module) -> nn.Module | None:

@@ -48,14 +48,14 @@ class _QwenImage(Family):
         return Reading(ids[dropped:], slice(own.start - dropped, own.stop - dropped), dropped)
 
     @contextmanager
-    def placed(self, denoiser: nn.Module, positions: Tensor, prompt: int) -> Iterator[None]:
+    def placed(self, denoiser: nn.Module, carried: Any) -> Iterator[None]:
         """Picks the rotations of these positions among those that the denoiser counted for all columns."""
 
         def pick(module: nn.Module, args: Any, out: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             from torch import cat
 
             picture, text = out
-            return picture, cat([text[positions.round().long()], text[:prompt]])
+            return picture, cat([text[carried.positions.round().long()], text[: carried.prompt]])
 
         embedding: Any = denoiser.pos_embed
         handle = embedding.register_forward_hook(pick)

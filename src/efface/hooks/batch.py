@@ -97,8 +97,8 @@ def compiled_first_row(text: Tensor, texts: Texts | None, given: tuple[int, int]
         return 0
     if facts.guidance_in_two_calls or texts.apart:
         raise ValueError(
-            f"With `{facts.scale}` above 1, Efface cannot recognise the unconditional call of a compiled denoiser. "
-            "Give a pipeline that is not compiled."
+            f"With `{facts.scale}` above {facts.unguided}, Efface cannot recognise the unconditional call of a "
+            "compiled denoiser. Give a pipeline that is not compiled."
         )
     return len(text) - len(texts.positive)
 

@@ -103,7 +103,7 @@ def carry(batch: Batch, acting: Acting, facts: Family, arguments: dict[str, Any]
         raise ValueError(watch.JOINT_COMPILED)
     texts = [text for applied, _ in acting for text in applied.carried()]
     rows = slice(batch.first, batch.last) if batch.repelled is None else slice(0, batch.rows)
-    return Carried(texts, rows, arguments[facts.text_argument].shape[1], facts)
+    return Carried(texts, rows, facts.text_columns(arguments), facts)
 
 
 def edited_joint(

@@ -48,6 +48,7 @@ class Step:
         names: names of the positional arguments.
         arguments: all arguments, by name; the first is the noisy sample.
         batch: the rows.
+        turned: as `Adapted.turned`.
     """
 
     def __init__(
@@ -57,7 +58,9 @@ class Step:
         names: Sequence[str],
         arguments: dict[str, Any],
         batch: Batch,
+        turned: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
+        self._turned = turned
         self.where, self.batch, self.arguments, self._forward, self._names = where, batch, arguments, forward, names
         text: Tensor = arguments[where.facts.text_argument]
         self.time = 1 - torch.as_tensor(batch.time, dtype=torch.float32, device=text.device) / where.train_timesteps
@@ -141,6 +144,8 @@ class Step:
     def _plan(self) -> Plan:
         batch = self.batch
         found: Plan = []
+        texts = self.where.calls.texts if self.where.given is None else None
+        cut = batch.first == 0 and texts is not None and texts.negative is not None and not self.where.calls.apart
         noise = 1 - batch.time / self.where.train_timesteps
         for applied in self.where.applied:
             method, weight, exempt = applied.method, 0.0, ""
@@ -150,6 +155,8 @@ class Step:
                 exempt = watch.NO_CONDITIONAL_ROWS
             elif not applied.has_rows(batch.conditional):
                 exempt = watch.NO_CONCEPTS
+            elif cut and (method.guides or method.negates):
+                exempt = watch.NO_GUIDANCE
             else:
                 weight = method.weight(self._time(method) if method.counts_steps else noise)
                 if not isinstance(weight, Tensor) and not weight:
@@ -244,7 +251,7 @@ class Step:
         texts = self.where.calls.texts
         if texts is None or texts.apart or torch.compiler.is_compiling():
             return math.nan if texts is None else texts.guidance_scale
-        return getattr(texts.pipe(), self.where.facts.scale, math.nan)  # a callback may have changed it
+        return self.where.facts.scale_of(texts.pipe())  # a callback may have changed it
 
     def _keep(self, plan: Plan) -> None:
         """Records the edits that ran."""
@@ -260,7 +267,7 @@ class Step:
             self.carried, arguments = carried, carried.beside(arguments)
         named = {name: value for name, value in arguments.items() if name not in self._names}
         facts, denoiser = self.where.facts, self.where.denoiser
-        with facts.placed(denoiser, carried.positions, carried.prompt) if carried is not None else nullcontext():
+        with facts.placed(denoiser, carried) if carried is not None else nullcontext():
             return self._forward(*(arguments[name] for name in self._names), **named)
 
     # ---- layers
@@ -316,7 +323,12 @@ class Step:
         """Joint attention [rows, heads, L, d] with the carried texts; the picture's output is edited."""
         if self.carried is None:
             return function(*inputs, **options)
-        return edited_joint(self.batch, self.acting, layer, self.carried, function, inputs, options)
+        given = self.batch, self.acting, layer, self.carried, function
+        if (turned := self._turned) is None:
+            return edited_joint(*given, inputs, options)
+        mask = options.get("attn_mask")
+        own = options if mask is None or len(mask) == 1 else {**options, "attn_mask": turned(mask)}
+        return turned(edited_joint(*given, Inputs(*map(turned, inputs)), own))
 
     def edit_self(self, layer: Layer, hidden: Tensor) -> Tensor:
         """The self-attention output [rows, Q, C] before `to_out`, after the edits."""
