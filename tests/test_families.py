@@ -48,7 +48,7 @@ CAT = Concept("cat")
 ALL = (EIUP([CAT]), GIE([CAT]), SLD([CAT]), SAFREE([CAT]), NegativePrompt([CAT]))
 TESTED = (
     r"of a tested family \(Chroma, CogView4, emoji, emoji-flux, FLUX.1, FLUX.2, FLUX.2 klein, PixArt, Qwen-Image, "
-    r"Sana, SD 1.x/2.x, SD 3/3.5, SDXL\), got "
+    r"Qwen-Image-Edit, Sana, SD 1.x/2.x, SD 3/3.5, SDXL, Z-Image\), got "
 )
 PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")
 

@@ -235,12 +235,15 @@ def test_what_does_not_work_is_refused_with_the_reason() -> None:
     with eiup().apply(pipe), pytest.raises(RuntimeError, match="differ from the output of `encode_prompt`"):
         latents(pipe, None, **given)
     for eraser in (eiup(), GUIDES()):
-        with eraser.apply(pipe), pytest.raises(ValueError, match="does not know `num_images_per_prompt`: give each"):
+        with (
+            eraser.apply(pipe),
+            pytest.raises(ValueError, match="as with `num_images_per_prompt`. Give each prompt several"),
+        ):
             latents(pipe, num_images_per_prompt=2)
     with GUIDES().apply(pipe), pytest.raises(ValueError, match=r"Set `guidance_scale` above 0 \(for direct"):
         latents(pipe, guidance_scale=0.0)
     x = [torch.zeros(4, 1, 8, 8)]
-    more, said = {"controlnet_block_samples": {0: torch.zeros(1)}}, "got `controlnet_block_samples`. Erasers do not act"
+    more, said = {"controlnet_block_samples": {0: torch.zeros(1)}}, "got `controlnet_block_samples`. Use that pipeline"
     with eiup().apply(pipe), efface.conditional_rows(pipe, [True]), pytest.raises(ValueError, match=said):
         pipe.transformer(x, torch.zeros(1), texts, **more)
     pipe.tokenizer.padding_side = "left"

@@ -68,13 +68,14 @@ class _ZImage(Family):
         x, texts = arguments["x"], arguments[self.text_argument]
         if odd := [name for name in OTHERS if arguments.get(name) is not None]:
             raise ValueError(
-                f"Expected a denoiser call of ZImagePipeline, got `{odd[0]}`. Erasers do not act there: use "
-                "ZImagePipeline without a ControlNet and without pictures beside the prompt."
+                f"Expected a denoiser call as ZImagePipeline makes it, got `{odd[0]}`. Use that pipeline, without a "
+                "ControlNet and without pictures beside the prompt."
             )
         if prompts is not None and len(texts) not in (prompts, *[2 * prompts] * guided):
             raise ValueError(
-                f"Expected one row for each of {prompts} prompts, and as many for negative ones, got {len(texts)} "
-                "rows. Z-Image's `encode_prompt` does not know `num_images_per_prompt`: give each prompt several times."
+                f"Expected {prompts} rows of prompts, and as many of negative ones with guidance, got {len(texts)}, as "
+                "with `num_images_per_prompt`. Give each prompt several times, since `encode_prompt` does not know that "
+                "number."
             )
         half = prompts if prompts is not None and len(texts) == 2 * prompts else 0
 
