@@ -237,7 +237,7 @@ def test_what_does_not_work_is_refused_with_the_reason() -> None:
     for eraser in (eiup(), GUIDES()):
         with (
             eraser.apply(pipe),
-            pytest.raises(ValueError, match="as with `num_images_per_prompt`. Give each prompt several"),
+            pytest.raises(ValueError, match="Leave `num_images_per_prompt` out, and give each"),
         ):
             latents(pipe, num_images_per_prompt=2)
     with GUIDES().apply(pipe), pytest.raises(ValueError, match=r"Set `guidance_scale` above 0 \(for direct"):

@@ -30,6 +30,10 @@ class Reading(NamedTuple):
         return min(int(self.own.stop), len(self.ids) - 1)
 
 
+def _same(out: Any) -> Any:
+    return out
+
+
 class Adapted(NamedTuple):
     """A denoiser call as one for which texts and latents are tensors, unconditional rows first.
 
@@ -42,7 +46,7 @@ class Adapted(NamedTuple):
 
     forward: Callable[..., Any]
     arguments: dict[str, Any]
-    restored: Callable[[Any], Any] | None = None
+    restored: Callable[[Any], Any] = _same
     turned: Callable[[Tensor], Tensor] | None = None
 
 

@@ -73,9 +73,8 @@ class _ZImage(Family):
             )
         if prompts is not None and len(texts) not in (prompts, *[2 * prompts] * guided):
             raise ValueError(
-                f"Expected {prompts} rows of prompts, and as many of negative ones with guidance, got {len(texts)}, as "
-                "with `num_images_per_prompt`. Give each prompt several times, since `encode_prompt` does not know that "
-                "number."
+                f"Expected {prompts} rows of prompts, and as many of negative ones with guidance, got {len(texts)}. "
+                "Leave `num_images_per_prompt` out, and give each prompt several times."
             )
         half = prompts if prompts is not None and len(texts) == 2 * prompts else 0
 

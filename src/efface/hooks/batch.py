@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ class Batch:
         repelled: rows that guidance pushes away from.
         encoded_empty: `empty` before any projection.
         projected: whether the texts are projected for the layers.
+        turned: as `Adapted.turned`, where the denoiser has the rows in another order.
     """
 
     first: int
@@ -37,6 +39,7 @@ class Batch:
     repelled: Repelled | None
     encoded_empty: Text | None
     projected: bool
+    turned: Callable[[Tensor], Tensor] | None = None
 
     @property
     def conditional(self) -> int:

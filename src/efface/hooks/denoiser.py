@@ -258,18 +258,15 @@ class Site:
         """The output of the denoiser call that begins."""
         names = self.parameters[: len(args)]
         arguments = dict(zip(names, args, strict=True)) | kwargs
-        first = self.parameters[0]
-        arguments = {first: arguments[first]} | arguments
+        arguments = {(first := self.parameters[0]): arguments[first]} | arguments
         facts, texts = self.facts, None if self.given is not None else self.calls.texts
-        of_call = (
-            (len(texts.positive), texts.negative is not None, texts.positive.shape[1]) if texts else (None, False, None)
-        )
+        of_call = (None, False, None) if texts is None else texts.size
         forward, arguments, restored, turned = facts.adapted(forward, arguments, *of_call)
         text, mask = arguments[facts.text_argument], facts.text_mask(arguments)
         batch = self._begin(facts.noise(arguments[facts.time_argument]), text, mask)
-        self.step = Step(self, forward, names, arguments, batch, turned)
-        out = self.step.run()
-        return out if restored is None else restored(out)
+        batch.turned = turned
+        self.step = Step(self, forward, names, arguments, batch)
+        return restored(self.step.run())
 
     def running(self, name: str) -> Step:
         """The denoiser call in which a module runs. Raises RuntimeError if there is none."""

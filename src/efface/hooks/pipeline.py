@@ -79,7 +79,7 @@ class Pipelines:
             kind: Any = type(pipe)
             bound = inspect.signature(kind.encode_prompt.__get__(pipe)).bind(*args, **kwargs)
             bound.apply_defaults()
-            # Z-Image writes into the lists of a call, and repeats the texts afterwards
+            # some pipelines write into the lists of a call, or repeat the texts afterwards
             bound.arguments |= {name: list(v) for name, v in bound.arguments.items() if isinstance(v, list)}
             bound.arguments.setdefault("num_images_per_prompt", 1)
             facts, call = self.site.facts, self.calls.here()

@@ -48,7 +48,6 @@ class Step:
         names: names of the positional arguments.
         arguments: all arguments, by name; the first is the noisy sample.
         batch: the rows.
-        turned: as `Adapted.turned`.
     """
 
     def __init__(
@@ -58,9 +57,7 @@ class Step:
         names: Sequence[str],
         arguments: dict[str, Any],
         batch: Batch,
-        turned: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self._turned = turned
         self.where, self.batch, self.arguments, self._forward, self._names = where, batch, arguments, forward, names
         text: Tensor = arguments[where.facts.text_argument]
         self.time = 1 - torch.as_tensor(batch.time, dtype=torch.float32, device=text.device) / where.train_timesteps
@@ -144,8 +141,6 @@ class Step:
     def _plan(self) -> Plan:
         batch = self.batch
         found: Plan = []
-        texts = self.where.calls.texts if self.where.given is None else None
-        cut = batch.first == 0 and texts is not None and texts.negative is not None and not self.where.calls.apart
         noise = 1 - batch.time / self.where.train_timesteps
         for applied in self.where.applied:
             method, weight, exempt = applied.method, 0.0, ""
@@ -155,7 +150,7 @@ class Step:
                 exempt = watch.NO_CONDITIONAL_ROWS
             elif not applied.has_rows(batch.conditional):
                 exempt = watch.NO_CONCEPTS
-            elif cut and (method.guides or method.negates):
+            elif (method.guides or method.negates) and self.where.calls.ended_guidance(batch.first):
                 exempt = watch.NO_GUIDANCE
             else:
                 weight = method.weight(self._time(method) if method.counts_steps else noise)
@@ -323,12 +318,7 @@ class Step:
         """Joint attention [rows, heads, L, d] with the carried texts; the picture's output is edited."""
         if self.carried is None:
             return function(*inputs, **options)
-        given = self.batch, self.acting, layer, self.carried, function
-        if (turned := self._turned) is None:
-            return edited_joint(*given, inputs, options)
-        mask = options.get("attn_mask")
-        own = options if mask is None or len(mask) == 1 else {**options, "attn_mask": turned(mask)}
-        return turned(edited_joint(*given, Inputs(*map(turned, inputs)), own))
+        return edited_joint(self.batch, self.acting, layer, self.carried, function, inputs, options)
 
     def edit_self(self, layer: Layer, hidden: Tensor) -> Tensor:
         """The self-attention output [rows, Q, C] before `to_out`, after the edits."""

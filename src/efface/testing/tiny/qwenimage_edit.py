@@ -11,8 +11,7 @@ from PIL import Image
 from transformers import Qwen2VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from .parts import louder
-from .qwenimage import parts
+from .parts import louder, qwen_image
 
 MARKS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 SMALLER = 1024  # by how much the areas of reference pictures shrink
@@ -53,7 +52,7 @@ def small(kind: Any) -> Any:
 
 def qwenimage_edit(kind: Any = QwenImageEditPipeline) -> Any:
     """A decoder that reads a picture before the words; the picture's latents are beside those of the result."""
-    made = parts(MARKS)
+    made = qwen_image(MARKS)
     words = made["tokenizer"]
     made["vae"].__class__ = Decoder
     louder(made["transformer"])  # again, since the words are one part of the text

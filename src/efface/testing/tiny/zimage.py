@@ -8,8 +8,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from .flux2 import QWEN, TEXT
-from .parts import decoder_words, picture_model
+from .parts import QWEN, TEXT, decoder_words, picture_model
 
 
 def zimage() -> ZImagePipeline:
