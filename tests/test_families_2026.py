@@ -29,14 +29,13 @@ from efface.testing import conformance
 from efface.testing.conformance import Trial
 from efface.testing.drawing import ready
 
-pytestmark = pytest.mark.thinned("long")
-
 JOINT = ("chroma", "flux2", "klein", "qwenimage")
 ALL = (*JOINT, "sana")
 GUIDED = ("chroma", "klein", "qwenimage")
 NEUTRAL = (("a dog", "the moon"), ("a big cat",), ("a red night",))
 PHRASES = (*ALCOHOL.phrases, *CAT.phrases)
 NEGATIVE = ["a dog", "the big moon"]
+pytestmark = pytest.mark.thinned("long")
 RUN = 32  # columns of padding that one column stands for where positions count
 
 double = functools.cache(lambda family: pipeline(family).to(torch.float64))
