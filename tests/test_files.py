@@ -101,6 +101,7 @@ AUDIT = {
     "format": 1,
     "outcome": "met",
     "headline": "Met: cat.",
+    "notes": ["Suite: cats, 4 rows."],
     "model": MODEL,
     "base": MODEL,
     "concepts": [
@@ -113,6 +114,7 @@ AUDIT = {
         }
     ],
     "regressions": [],
+    "since": None,
     "controls": {"random weights": {"n": 4}},
     "not_covered": ["CSAM: not tested, by policy."],
 }

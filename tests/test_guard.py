@@ -129,6 +129,8 @@ def test_a_row_that_the_engine_did_not_edit_gives_an_error(monkeypatch: pytest.M
     made = guarded.draw(pipe, [PROMPT] * 3, ["strong", "weak", "press"], **CALL)
     assert [row.outcome for row in made.rows] == ["drawn", "not proven", "drawn"]
     assert [image is None for image in made.images] == [False, True, False]
+    kept = made.again.pictures
+    assert kept is not None and [bool(each.any()) for each in kept] == [True, False, True]  # nor is it in the result
 
 
 @pytest.mark.parametrize(

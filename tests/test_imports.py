@@ -181,9 +181,12 @@ ORDER = {
         *(
             "judge",
             "verdict",
+            "words",
             "prepare",
             "forms",
             "result",
+            "folder",
+            "rows",
             "hazards",
             "draw",
             "evidence",

@@ -17,6 +17,8 @@ from .edit import Edit, edits
 from .forms import CURE, Frozen, Given, Settings, as_given, plain
 
 RESERVED = ("concepts", "rows", "strength")
+DELIVERED = ("drawn", "redrawn", "logged")
+"""The outcomes of a row that has a picture."""
 
 
 class Erasure(Frozen):

@@ -15,6 +15,7 @@ NO_CONDITIONAL_ROWS = "unconditional call"
 NO_CONCEPTS = "no concepts for these rows"
 OUTSIDE_WINDOW = "outside the window"
 OFF = "strength 0"
+NO_GUIDANCE = "no guidance in this step"
 
 
 @dataclass

@@ -20,6 +20,7 @@ FROZEN = 3
 PASSING = ("08", "25", "40", "53", "57")
 """Classes of PostgreSQL's errors that pass: connections, standby servers, conflicts, resources, operators."""
 MIGRATING = 0x0EFFACE
+CURE = "Give a URL such as sqlite:////srv/efface/serve.db, with an installed driver."
 
 
 class Unavailable(OSError):
@@ -49,8 +50,8 @@ class Database:
     """
 
     def __init__(self, url: str, wait: float = WAIT) -> None:
+        parsed = _parsed(checks.text("database", url))
         try:
-            parsed = sql.make_url(checks.text("database", url))
             self.sqlite = parsed.get_backend_name() == "sqlite"
             if not self.sqlite and parsed.get_backend_name() != "postgresql":
                 raise ValueError(
@@ -62,8 +63,7 @@ class Database:
             options: dict[str, Any] = {"connect_args": {"timeout": wait}} if self.sqlite else _patience(parsed, wait)
             self.engine = sql.create_engine(parsed, pool_size=8, max_overflow=32, hide_parameters=True, **options)
         except (exc.ArgumentError, ImportError) as error:
-            cure = "Give a URL such as sqlite:////srv/efface/serve.db, with an installed driver."
-            raise ValueError(f"Expected a database that SQLAlchemy can open, got an error ({error}). {cure}") from error
+            raise ValueError(f"Expected a database that SQLAlchemy can open, got an error ({error}). {CURE}") from error
         if self.sqlite:
             _sqlite.prepare(self.engine)
             event.listen(self.engine, "connect", lambda it, _: it.execute("PRAGMA secure_delete=ON"))
@@ -139,6 +139,15 @@ class Database:
 
     def close(self) -> None:
         self.engine.dispose()
+
+
+def _parsed(url: str) -> sql.URL:
+    """The URL. The errors of SQLAlchemy may quote a password, so they are left out."""
+    try:
+        return sql.make_url(url)
+    except (ValueError, exc.ArgumentError):
+        cure = f"{CURE} Write special characters of a password as %40 and so on."
+        raise ValueError(f"Expected the URL of a database, got one that cannot be read. {cure}") from None
 
 
 def _patience(url: sql.URL, wait: float) -> dict[str, Any]:

@@ -137,6 +137,8 @@ class Jobs:
                 if room is not None:
                     room(*_load(connection, new.tenant, new.model))
         except IntegrityError:
+            if new.idempotency is None:
+                raise
             return self._joined(new), False
         return new.id, True
 
