@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import checks
 from ._weights import denoiser_of
-from .families import FAMILIES, Family, Reading, encoder_name, family, tokenizer_of
+from .families import FAMILIES, Family, Reading, encode_parameters, encoder_name, family, tokenizer_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -44,6 +44,13 @@ class Encoded:
 def own_encode(pipe: DiffusionPipeline) -> Any:
     """The pipeline's original `encode_prompt`, without Efface's wrapper."""
     return getattr(pipe.encode_prompt, "original", pipe.encode_prompt)
+
+
+def encode_call(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The output of the pipeline's original `encode_prompt` for arguments of a call, as `Family.returns` names it."""
+    taken = encode_parameters(pipe)
+    given = {n: list(v) if isinstance(v, list) else v for n, v in arguments.items() if n in taken}
+    return family(pipe).unlisted(own_encode(pipe)(**given), arguments)
 
 
 def readers(pipe: DiffusionPipeline) -> tuple[str, ...]:
@@ -181,7 +188,7 @@ def encode_cut(
     """Texts [N, L, D], and pooled texts [N, P] and the mask [N, L] if there are any. Cuts texts at the limit."""
     method, facts = own_encode(pipe), family(pipe)
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-        out = method(**facts.encoding_arguments(pipe, texts, settings))
+        out = facts.encoded(pipe, method, texts, settings)
     if len(out) != len(facts.returns):
         raise TypeError(
             f"`encode_prompt` of this {type(pipe).__name__} returns {len(out)} values, but pipelines of {facts.name} "

@@ -150,7 +150,7 @@ def _erase(value: Any) -> Any:
     if not isinstance(value, (list, tuple)):
         return value
     alone = [each for each in value if _is_concept(each)]
-    made = [Erasure(concepts=alone)] if alone else []
+    made: list[Any] = [Erasure(concepts=alone)] if alone else []
     for each in value:
         if isinstance(each, Mapping) and not _is_concept(each) and all(isinstance(name, str) for name in each):
             made.append(Erasure(**each))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sql
+from sqlalchemy import event, exc
 
 from .. import _sqlite, checks, files
 
@@ -61,13 +62,13 @@ class Database:
             self.name = parsed.database if self.sqlite else parsed.render_as_string(hide_password=True)
             options: dict[str, Any] = {"connect_args": {"timeout": wait}} if self.sqlite else _patience(parsed, wait)
             self.engine = sql.create_engine(parsed, pool_size=8, max_overflow=32, hide_parameters=True, **options)
-        except (sql.exc.ArgumentError, ImportError) as error:
+        except (exc.ArgumentError, ImportError) as error:
             raise ValueError(f"Expected a database that SQLAlchemy can open, got an error ({error}). {CURE}") from error
         if self.sqlite:
             _sqlite.prepare(self.engine)
-            sql.event.listen(self.engine, "connect", lambda it, _: it.execute("PRAGMA secure_delete=ON"))
+            event.listen(self.engine, "connect", lambda it, _: it.execute("PRAGMA secure_delete=ON"))
         else:
-            sql.event.listen(self.engine, "connect", functools.partial(_limited, wait))
+            event.listen(self.engine, "connect", functools.partial(_limited, wait))
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[sql.Connection]:
@@ -85,13 +86,13 @@ class Database:
     def _told(self) -> Iterator[None]:
         try:
             yield
-        except (sql.exc.OperationalError, sql.exc.TimeoutError, sql.exc.InterfaceError) as error:
+        except (exc.OperationalError, exc.TimeoutError, exc.InterfaceError) as error:
             raise self._broken(error, True) from error
-        except sql.exc.IntegrityError:
+        except exc.IntegrityError:
             raise
-        except sql.exc.DBAPIError as error:
+        except exc.DBAPIError as error:
             raise self._broken(error, _passes(error)) from error
-        except (sql.exc.StatementError, UnicodeError) as error:
+        except (exc.StatementError, UnicodeError) as error:
             raise self._broken(error, False) from error
 
     def _broken(self, error: Exception, passes: bool) -> Exception:
@@ -144,7 +145,7 @@ def _parsed(url: str) -> sql.URL:
     """The URL. The errors of SQLAlchemy may quote a password, so they are left out."""
     try:
         return sql.make_url(url)
-    except (ValueError, sql.exc.ArgumentError):
+    except (ValueError, exc.ArgumentError):
         cure = f"{CURE} Write special characters of a password as %40 and so on."
         raise ValueError(f"Expected the URL of a database, got one that cannot be read. {cure}") from None
 
@@ -167,7 +168,7 @@ def _limited(wait: float, connection: Any, _: Any) -> None:
     connection.commit()
 
 
-def _passes(error: sql.exc.DBAPIError) -> bool:
+def _passes(error: exc.DBAPIError) -> bool:
     state = str(getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None) or "")
     return error.connection_invalidated or state[:2] in PASSING
 
