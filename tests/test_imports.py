@@ -129,7 +129,7 @@ ORDER = {
         "__init__",
     ),
     "runs": (
-        *("folder", "remote", "record", "judges", "sample", "labels", "draw", "workers", "bench", "card"),
+        *("folder", "remote", "record", "judges", "sample", "card", "labels", "draw", "workers", "bench"),
         *("score", "verify", "__init__"),
     ),
     "feedback": (
