@@ -36,6 +36,7 @@ GUIDED = ("chroma", "klein", "qwenimage", "qwenimage_edit")
 NEUTRAL = (("a dog", "the moon"), ("a big cat",), ("a red night",))
 PHRASES = (*ALCOHOL.phrases, *CAT.phrases)
 NEGATIVE = ["a dog", "the big moon"]
+pytestmark = pytest.mark.thinned("long")
 RUN = 32  # columns of padding that one column stands for where positions count
 
 double = functools.cache(lambda family: pipeline(family).to(torch.float64))

@@ -188,7 +188,7 @@ class Step:
         if self.arguments.get(where.facts.skip_argument) is not None:
             raise ValueError(
                 f"{type(method).__name__} changes the conditional prediction, which `skip_guidance_layers` compares "
-                "with a separate one. Leave them out, or use method 'safree'."
+                "with a separate one. Leave them out, or use a method without guidance."
             )
         if not 0 < batch.first < batch.last and not negatives:
             raise ValueError(needs_guidance(method, where.denoiser, where.facts))
