@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .._encodings import compared_once, held
 from .._text import SITES, check_width
 from .._weights import check_unfused
 from ..core import Handle
@@ -76,10 +77,11 @@ class Site:
     def add(self, pipe: DiffusionPipeline, method: Contract) -> Handle:
         method = filled(method, pipe)
         self._check(pipe, method)
-        applied = Applied(method)
-        check_width(pipe)
-        self.prepare(pipe, applied, Encoder(pipe, None))
-        self.pipelines.follow(pipe)
+        applied, encodings = Applied(method), held(pipe)
+        with compared_once():
+            check_width(pipe)
+            self.prepare(pipe, applied, Encoder(pipe, None))
+        self.pipelines.follow(pipe, encodings)
         self.applied.append(applied)
         self.refit()
         owner = weakref.ref(pipe)
