@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -184,7 +184,8 @@ def _state(pipe: DiffusionPipeline, encode: Callable[..., Any]) -> State:
         raise Incomparable
     tensors: list[Tensor] = []
     settings = {name: value for name, value in parts.items() if name in _PRIVATE or not name.startswith("_")}
-    found: list[Any] = [kind, original, *_values(settings)]
+    methods = tuple(each for base in kind.__mro__ for each in vars(base).values() if isinstance(each, FunctionType))
+    found: list[Any] = [kind, methods, *_values(settings)]
     for name in facts.tokenizers:
         if (encoder := parts.get(encoder_name(name))) is not None:
             tokenizer = tokenizer_of(pipe, name)

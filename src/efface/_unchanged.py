@@ -10,6 +10,7 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -46,9 +47,9 @@ def plain(tensors: Iterable[Tensor], grad: bool) -> bool:
 class Weights:
     """Plain tensors, and what they were.
 
-    `are` compares identity, address, version, dtype and device, which most changes of a tensor change. `have_bits_of`
-    compares sums of the bits along rows and columns, because `weight.data += x`, which fuses LoRAs, changes none of
-    these.
+    `are` compares identity, address, version, dtype, device and shape, which most changes of a tensor change.
+    `have_bits_of` compares sums of the bits along rows and columns, because `weight.data += x`, which fuses LoRAs,
+    changes none of these.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -68,7 +69,7 @@ class Weights:
 
 
 def _facts(x: Tensor) -> tuple[Any, ...]:
-    return x.data_ptr(), x._version, x.dtype, x.device
+    return x.data_ptr(), x._version, x.dtype, x.device, x.shape, x.stride()
 
 
 def sums(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -141,7 +142,7 @@ def of_module(root: Any, tensors: list[Tensor]) -> tuple[Any, ...]:
             if id(value) not in known:  # modules share their config
                 known[id(value)] = frozen(value, tensors)
             own.append((key, known[id(value)]))
-        found.append((name, type(module), *own))
+        found.append((name, type(module), type(module).forward, *own))
     return tuple(found)
 
 
@@ -186,13 +187,14 @@ def setting(device: torch.device) -> tuple[Any, ...]:
     """
     if torch.compiler.is_compiling() or _modes() or nn.modules.module._has_any_global_hook():
         raise Incomparable
-    kinds = dict.fromkeys(("cpu", device.type))
+    kinds = [kind for kind in dict.fromkeys(("cpu", device.type)) if torch.amp.is_autocast_available(kind)]
     casts = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)]
     exact = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
     cuda = torch.backends.cuda
     kernels = [getattr(cuda, f"{name}_sdp_enabled")() for name in ("flash", "mem_efficient", "math", "cudnn")]
     half = [getattr(cuda.matmul, name) for name in _HALF]
-    return (*casts, *exact, *kernels, *half, torch.is_inference_mode_enabled(), torch.get_default_dtype())
+    others = torch.is_inference_mode_enabled(), torch.get_default_dtype(), F.scaled_dot_product_attention
+    return (*casts, *exact, *kernels, *half, *others)  # libraries replace the last
 
 
 def _modes() -> int:
