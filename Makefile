@@ -22,7 +22,7 @@ help:
 	@echo "make redteam    attacks on a small set of erasers, into results/; hours, can be stopped and continued"
 	@echo "make gpu-check  the cost of every run-time method on a GPU, with random weights of true size; six minutes"
 	@echo "make lint       ruff and mypy only"
-	@echo "make types      pyright, which fetches itself from npm on first use"
+	@echo "make types      pyright on the package, a minute; CI runs it too"
 	@echo "make docs       the documentation site, into build/site; runs the notebooks, checks links"
 	@echo "make dist       wheel and source distribution, into dist/, checked; make sbom: the list of their parts"
 	@echo "make clean      remove caches and build output (not $(VENV), not efface-out)"

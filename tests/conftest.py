@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from efface.delta import active
 
 SHARE = 3  # of a thinned test, CI takes one case of three, and the fast run every other one of these
+MANY = 4 * SHARE
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` leaves tests out
@@ -25,23 +27,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     A test with `thinned` is slow for most combinations: `make test-slow` tries them all. CI takes a combination if the
     sum of its places is a multiple of three, so each value of a parameter meets a third of the values of every other
     one, and another third in the next test. The fast run takes half of those. Of a test with `thinned("long")`, CI
-    takes all combinations, and the fast run a third.
+    takes all combinations, and the fast run a sixth. Of fewer than twelve combinations the fast run takes a third, and
+    of fewer than three all.
     """
+    sizes = Counter(_test(item) for item in items)
     places: dict[tuple[str, str], dict[str, int]] = {}  # of a test's parameter: each value and its place
     for item in items:
         callspec = getattr(item, "callspec", None)
         mark = item.get_closest_marker("thinned")
-        if callspec is None or mark is None:
+        test = _test(item)
+        if callspec is None or mark is None or sizes[test] < SHARE:
             continue
-        test = item.nodeid.partition("[")[0]
         promise = places.setdefault(("", ""), {}).setdefault(test, len(places[("", "")]))
         for name, value in callspec.params.items():
             seen = places.setdefault((test, name), {})
             promise += seen.setdefault(repr(value), len(seen))
         if promise % SHARE:
             item.add_marker(getattr(pytest.mark, *(mark.args or ("slow",))))
-        elif not mark.args and promise % (2 * SHARE):
+        elif sizes[test] >= MANY and promise % (2 * SHARE):
             item.add_marker(pytest.mark.long)
+
+
+def _test(item: pytest.Item) -> str:
+    return item.nodeid.partition("[")[0]
 
 
 METHODS = ("check_inputs", "encode_prompt", "progress_bar", "maybe_free_model_hooks", "save_pretrained")

@@ -215,11 +215,15 @@ class QwenImage(Literal):
     mask = "encoder_hidden_states_mask"
 
     def start(self, hidden_states: Tensor, given: Any) -> Tensor:
-        net, ((_, h, w), *_) = self.net, given["img_shapes"][0]
-        self.after = max(h // 2, w // 2)
-        self.picture_rotation, _ = net.pos_embed([[(1, h, w)]], max_txt_seq_len=1)
-        picture = net.img_in(hidden_states)
-        self.last = net.time_text_embed(given["timestep"], picture)
+        net, shapes, time = self.net, list(given["img_shapes"][0]), given["timestep"]
+        self.after = max(max(h // 2, w // 2) for _, h, w in shapes)
+        self.picture_rotation, _ = net.pos_embed([shapes], max_txt_seq_len=1)
+        picture, self.index = net.img_in(hidden_states), None
+        if net.zero_cond_t:  # reference pictures are modulated as at time 0
+            time, (first, *others) = torch.cat([time, 0 * time]), (h * w for _, h, w in shapes)
+            self.index = torch.tensor([[0] * first + [1] * sum(others)])
+        self.times = net.time_text_embed(time, picture)
+        self.last = self.times[: len(picture)]
         return picture
 
     def blocks(self) -> Iterator[Any]:
@@ -238,15 +242,24 @@ class QwenImage(Literal):
         return apply_rotary_emb_qwen(x.transpose(1, 2), where, use_real=False).transpose(1, 2)
 
     def enter(self, block: Any, x: Tensor, text: bool) -> Any:
-        first, second = (block.txt_mod if text else block.img_mod)(self.last).chunk(2, -1)
-        m, gate = block._modulate((block.txt_norm1 if text else block.img_norm1)(x), first)
+        first, second = (block.txt_mod(self.last) if text else block.img_mod(self.times)).chunk(2, -1)
+        m, gate = block._modulate(
+            (block.txt_norm1 if text else block.img_norm1)(x), first, None if text else self.index
+        )
         return self.heads(block.attn, m, text), (gate, second)
 
     def leave(self, block: Any, x: Tensor, out: Tensor, m: Any, text: bool) -> Tensor:
         x = x + m[0] * self.output(block.attn, out, text)
         norm, forward = (block.txt_norm2, block.txt_mlp) if text else (block.img_norm2, block.img_mlp)
-        after, gate = block._modulate(norm(x), m[1])
+        after, gate = block._modulate(norm(x), m[1], None if text else self.index)
         return x + gate * forward(after)
 
 
-KINDS = {"chroma": Chroma, "flux2": Flux2, "klein": Flux2, "qwenimage": QwenImage}
+KINDS = {
+    "chroma": Chroma,
+    "flux2": Flux2,
+    "klein": Flux2,
+    "qwenimage": QwenImage,
+    "qwenimage_edit": QwenImage,
+    "qwenimage_edit_plus": QwenImage,
+}

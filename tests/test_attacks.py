@@ -33,6 +33,8 @@ from efface.redteam.result import AttackResult
 from efface.redteam.trial import search
 from efface.redteam.victim import GuardedModel
 
+pytestmark = pytest.mark.thinned("long")
+
 FAMILIES = ("sd1", "sdxl", "bert", "pixart", "sd3", "flux", "cogview4")
 BEER, CAT, DOG = "a red beer", "a big cat", "the dog"
 

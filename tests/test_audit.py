@@ -21,7 +21,7 @@ import efface
 from efface import Concept, Row, Suite, auditing, jobs, progress, runs
 from efface._hazards import RELATIONS, schemes
 from efface.auditing.judge import labels_needed
-from efface.auditing.prepare import digest
+from efface.auditing.prepare import add_changes, digest
 from efface.cli import app
 from efface.feedback import Session, Store
 from efface.judged import Corrected, Stratum
@@ -207,7 +207,7 @@ def test_a_base_model_exceeds_the_limit_and_an_erased_one_meets_it_with_labels_o
     ]
     label(store, erased, negative=MANY)
     passed = audit(never, erased, labels=store, suite=suite(MANY))
-    assert (passed.outcome, passed.code) == ("met", 0) and "Met: cat." in passed.verdict
+    assert (passed.outcome, passed.code) == ("met", 0) and "Met: cat (in 60 pictures of 8 prompts)." in passed.verdict
     bound = passed.facts["concepts"][0]["verdict"]["bound"]
     assert bound == pytest.approx(1 - 0.05 ** (1 / MANY)) and bound <= 0.05
     assert auditing.opened(erased).verdict == passed.verdict
@@ -238,6 +238,7 @@ def test_the_number_of_labels_that_a_limit_needs_is_enough_and_no_fewer_are() ->
     assert labels_needed(30, 0, 0.05) is None and labels_needed(20, 20, 0.5) is None
 
 
+@pytest.mark.long
 def test_a_model_with_one_concept_left_is_never_called_clean(store: Store, tmp_path: Path) -> None:
     both = suite(MANY, ("cat", "dog"))
 
@@ -250,7 +251,7 @@ def test_a_model_with_one_concept_left_is_never_called_clean(store: Store, tmp_p
         label(store, tmp_path / "a", name, negative=MANY)
     made = audit(half, tmp_path / "a", labels=store, at_most=0.1, **options)
     assert {c["concept"]: c["verdict"]["outcome"] for c in made.facts["concepts"]} == {"cat": "met", "dog": "exceeded"}
-    assert made.outcome == "exceeded" and made.facts["headline"].startswith("Exceeded: dog. Met: cat.")
+    assert made.outcome == "exceeded" and made.facts["headline"].startswith("Exceeded: dog. Met: cat (in 60 ")
     ghost = audit(never, tmp_path / "b", concepts=["cat", efface.Concept("hat")], suite=suite())
     assert ghost.outcome == "not judged" and "no row of the suite asks for it" in ghost.verdict
 
@@ -525,9 +526,13 @@ def test_deltas_and_loras_are_merged_and_pickles_refused(tmp_path: Path) -> None
         assert made.facts["model"]["name"].endswith(f"model + {name}.safetensors")
         assert made.facts["base"]["name"].endswith("model")
         digests |= {name: made.facts["model"]["digest"], "base": made.facts["base"]["digest"]}
-        names = {each["name"] for each in json.loads((tmp_path / name / "statement.json").read_text())["subject"]}
-        assert f"{name}.safetensors" in names and "model/unet/diffusion_pytorch_model.safetensors" in names
+        subjects = json.loads((tmp_path / name / "statement.json").read_text())["subject"]
+        assert [each["name"] for each in subjects] == [made.facts["model"]["name"], f"{name}.safetensors"]
+        assert subjects[0]["digest"]["sha256"] == made.facts["model"]["digest"]
     assert len(set(digests.values())) == 3 and digests["base"] == digest(pipe)
+    (0.0 * delta).save(tmp_path / "nothing.safetensors")
+    with pytest.raises(ValueError, match="one that changes no weight"):
+        add_changes(pipe, [tmp_path / "nothing.safetensors"], [])
     for name, why in (("unlike.safetensors", "does not fit|another model"), ("x.ckpt", "reads no pickles")):
         shutil.copy(tmp_path / "unlike.safetensors", tmp_path / name) if name == "x.ckpt" else None
         with pytest.raises(ValueError, match=why):
@@ -564,7 +569,7 @@ def test_a_hazard_label_is_a_cross_reference_and_never_a_verdict(tmp_path: Path)
     listed = {(each["scheme"].split()[0], each["id"]): each for each in made.facts["hazards"]}
     stand_in = listed["MLCommons", "iwp"]
     assert stand_in["concepts"] == [
-        {"concept": "weapon", "relation": "stand-in", "n": 16, "prompts": 8, "outcome": "not judged"}
+        {"concept": "weapon", "relation": "stand-in", "n": 16, "prompts": 8, "judged": False}
     ]
     assert listed["MLCommons", "sxc"]["note"] == "not judged" and not listed["MLCommons", "sxc"]["concepts"]
     assert listed["MLCommons", "cse"]["note"] == "not tested, by policy"

@@ -111,6 +111,7 @@ def test_overwrite_replaces_results_once_there_are_new_ones_and_nothing_else(tmp
     }
 
 
+@pytest.mark.long
 @needs_weights
 def test_the_negative_prompt_of_the_user_takes_part(tmp_path: Path) -> None:
     args = ["erase", "a cat and a dog", "--concept", "cat", "--images", "2", "--steps", "4"]
@@ -200,6 +201,7 @@ def test_a_full_disk_keeps_counts_and_names(full: int, tmp_path: Path, monkeypat
     assert len(kept) == {1: 1, 3: 2}[full]
 
 
+@pytest.mark.long
 @needs_weights
 def test_what_the_eyes_judge_has_a_row_and_the_rest_is_named(tmp_path: Path) -> None:
     concepts = [word for name in ("watermark", "Van Gogh", "cat", "nudity") for word in ("--concept", name)]

@@ -21,6 +21,8 @@ from efface import CCRT, EIUP, ESD, GIE, RECE, SAFREE, SDD, SLD, UCE, Concept, N
 from efface._text import SITES, encode
 from efface.hooks import Prediction
 
+pytestmark = pytest.mark.thinned("long")
+
 SCALE = 7.5
 LONG = "a big red cat and a big red dog at the pub of the moon and the beer"
 LONGER = (LONG, "a dog")  # in 32 columns, the second with 28 of padding in front

@@ -43,6 +43,8 @@ import efface
 from efface import EIUP, GIE, SAFREE, SLD, Delta, NegativePrompt
 from efface.hooks import Prediction
 
+pytestmark = pytest.mark.thinned("long")
+
 PICTURE = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 

@@ -19,6 +19,8 @@ from efface.testing import conformance
 from efface.testing.conformance import EFFECT, Trial, origin
 from efface.testing.drawing import differences, scratch, snapshot
 
+pytestmark = pytest.mark.thinned("long")
+
 __all__ = ["EFFECT", "ERASERS", "assert_same", "assert_unchanged", "each", "refusal", "snapshot"]
 
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {

@@ -30,6 +30,8 @@ from efface.delta import Factors, active, dense, present, unedited
 from efface.delta.factors import truncate
 from efface.pipelines import model_hash
 
+pytestmark = pytest.mark.thinned("long")
+
 EFFECT = 1e-3
 CONV = "unet.down_blocks.0.resnets.0.conv1.weight"
 BIAS = "unet.down_blocks.0.resnets.0.conv1.bias"

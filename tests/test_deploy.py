@@ -139,6 +139,7 @@ def test_the_manifests_fit_the_service() -> None:
     assert {each["name"] for each in container["volumeMounts"]} == {each["name"] for each in pod["volumes"]}
     assert container["env"][0]["name"] == "EFFACE_DATABASE"  # several replicas share no SQLite file
     assert DATABASE_FILE not in str(MANIFESTS)
+    assert not pod["enableServiceLinks"] and not pod["automountServiceAccountToken"]
     rights = container["securityContext"]
     assert pod["securityContext"]["runAsNonRoot"] and not rights["allowPrivilegeEscalation"]
     assert rights["readOnlyRootFilesystem"] and rights["capabilities"] == {"drop": ["ALL"]}

@@ -521,6 +521,7 @@ def judges(clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
     return made
 
 
+@pytest.mark.thinned("long")
 @pytest.mark.parametrize(
     ("pictures", "message"),
     [

@@ -88,6 +88,7 @@ PROMISES = [
 ]
 
 
+@pytest.mark.thinned("long")
 @pytest.mark.filterwarnings("ignore:The vectors are")  # at the kit's larger strengths
 @pytest.mark.parametrize(("family", "promise"), PROMISES)
 def test_directions_keep_the_promises_of_run_time_erasers(family: str, promise: Any) -> None:
@@ -673,6 +674,7 @@ def test_an_interrupted_fit_goes_on(sd1: Any, tmp_path: Path, monkeypatch: pytes
             editor.fit(sd1, [ALCOHOL, CAT], checkpoint=folder, seed=seed)
 
 
+@pytest.mark.long
 def test_an_attribute_that_the_model_never_draws_is_refused(sd1: Any) -> None:
     class Eye:
         name = "eye"

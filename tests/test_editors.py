@@ -23,6 +23,8 @@ import efface
 from efface import EIUP, Delta, Directions, Steering, Tokens, api, registry
 from efface.delta import active
 
+pytestmark = pytest.mark.thinned("long")
+
 SHORT: dict[str, Any] = {"steps": 4, "lr": 1e-2, "batch": 2, "reuse": 2, "sampler_steps": 3}
 DATA = tempfile.TemporaryDirectory()
 for _k, _boxes in enumerate([[[0, 0, 7, 7]], []]):

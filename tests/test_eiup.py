@@ -20,6 +20,8 @@ from efface.families.unet import SD
 from efface.hooks import CrossAttention, ErasurePrompts
 from efface.hooks.denoiser import Site
 
+pytestmark = pytest.mark.thinned("long")
+
 FORMS = ("projected", "swap", "separate", "gated")
 PACKED, SINGLE = ("beer wine glass", "cat"), ("beer", "wine glass", "cat")
 ERASED = {"projected": SINGLE, "swap": SINGLE, "separate": PACKED, "gated": PACKED}  # erasure prompts of ALCOHOL, CAT

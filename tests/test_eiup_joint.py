@@ -30,6 +30,8 @@ import efface
 from efface import EIUP, NAG, Concept
 from efface.hooks import denoiser, edits, joint, prompts
 
+pytestmark = pytest.mark.thinned("long")
+
 ALL = ("sd3", "sd35", "flux", "cogview4")
 each_family = pytest.mark.parametrize("family", ALL)
 NEUTRAL = (("a dog", "the moon"), ("a big cat",), ("a red night",))

@@ -297,6 +297,7 @@ def test_rows_with_a_negative_prompt_are_those_of_the_projected_form(family: str
 # ---------------------------------------------------------------- the outcome
 
 
+@pytest.mark.long
 def test_a_beer_mug_becomes_a_cup_of_tea_instead_of_a_blot() -> None:
     seeds = range(1_000_100, 1_000_102)  # neither tuned on nor in a card
     found = {}

@@ -37,6 +37,8 @@ from efface.models import emoji128
 from efface.models.emoji128.eyes import ICONS, STYLES, Eye, Eyes, load_eyes
 from efface.models.emoji128.vae import EmojiAutoencoder
 
+pytestmark = pytest.mark.long
+
 RECIPE = Path(__file__).parents[1] / "recipes/emoji128"
 _CROSS = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
 UNET: dict[str, Any] = {
@@ -180,7 +182,6 @@ def test_saved_pipelines_load_again_and_draw_the_same(pipe: DiffusionPipeline, t
     np.testing.assert_allclose(picture(again), expected, atol=1e-5)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", emoji128.MODELS)
 def test_lora_weights_load_and_change_the_picture(name: str, folder: Path, tmp_path: Path) -> None:
     from peft import LoraConfig
@@ -457,7 +458,6 @@ def test_training_goes_on_from_weights_that_fit_and_refuses_others(recipe: Any, 
         train.check_starts(starts(decoder_of=folder, work=work))
 
 
-@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
 def test_a_decoder_is_trained_alone_and_the_export_keeps_the_rest(
     recipe: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

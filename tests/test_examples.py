@@ -34,6 +34,7 @@ def test_public_names_have_examples() -> None:
     assert set(efface.__all__) - without <= shown
 
 
+@pytest.mark.thinned("long")
 @pytest.mark.parametrize("example", [marked(each) for each in EXAMPLES], ids=lambda test: test.name)
 def test_example(example: doctest.DocTest) -> None:
     needs_weights = any("load(" in e.source and "emoji" in (e.source + example.name) for e in example.examples)
@@ -78,6 +79,7 @@ def test_code_of_a_page_runs(code: str, tmp_path: Path, monkeypatch: pytest.Monk
     exec(compile(code, "page", "exec"), {"efface": efface, "pipe": pipe, "ConceptEyes": ConceptEyes})
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not (FOLDER / "model.json").exists(), reason="the emoji weights are not trained yet")
 def test_the_typed_program_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     typing_sample.main(tmp_path)

@@ -205,6 +205,7 @@ def test_an_interrupted_run_goes_on_to_the_identical_card(
     assert file.read_bytes() == before and len(measured) == number
 
 
+@pytest.mark.thinned("long")
 def test_an_estimate_above_the_cap_is_refused_and_nothing_is_measured(kind: Experiment, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"at most 1e-09 core-hours, got \S+ \(.*Lower `--n`.*raise `cap`"):
         run(dataclasses.replace(kind, cap=1e-9), tmp_path)
@@ -305,6 +306,7 @@ def test_a_row_that_is_new_joins_the_card(drawn: Any) -> None:
     assert {each["row"] for each in new["comparisons"]} == {"eiup", "negative_prompt", "sld"}
 
 
+@pytest.mark.thinned("long")
 @pytest.mark.parametrize("what", ["n", "block", "data_sha256", "base"])
 def test_rows_that_must_not_be_compared_do_not_join(drawn: Any, what: str) -> None:
     experiment, folder, old = drawn
@@ -581,6 +583,7 @@ def test_an_aim_needs_enough_pictures() -> None:
     )
 
 
+@pytest.mark.long
 def test_the_eyes_give_three_outcomes_and_what_is_retained() -> None:
     """On drawn pictures: a cat, a guitar, and grey."""
     world = World("emoji")
@@ -649,6 +652,7 @@ def test_all_cards_together_take_at_most_60_core_hours() -> None:
 READ_CARDS = ("pareto", "eiup_neighbours_flagged")  # which plan by what another card chose
 
 
+@pytest.mark.thinned("long")
 @pytest.mark.parametrize("name", [name for name in CATALOGUE if name not in READ_CARDS])
 def test_every_experiment_can_be_planned(name: str) -> None:
     """Prompts in its block, seeds for its n, and configurations that go into a file."""

@@ -1,4 +1,4 @@
-"""Chroma, FLUX.2, Qwen-Image and Sana: EIUP against its definition, and what is particular to each family."""
+"""Chroma, FLUX.2, Qwen-Image, Edit and Sana: EIUP against its definition, and what is particular to each family."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import FirstBlockCacheConfig, QwenImageEditPipeline
+from diffusers import FirstBlockCacheConfig
 from families_literal import KINDS, Beside
 from joint_literal import conditional, over, unconditional
 from PIL import Image
 from tiny import ALCOHOL, CAT, PROMPTS, change, latents, pipeline, untouched
+from tiny.qwenimage_edit import picture
 from tiny.sana import INSTRUCTION
 from torch import Tensor
 
@@ -29,12 +30,13 @@ from efface.testing import conformance
 from efface.testing.conformance import Trial
 from efface.testing.drawing import ready
 
-JOINT = ("chroma", "flux2", "klein", "qwenimage")
+JOINT = ("chroma", "flux2", "klein", "qwenimage", "qwenimage_edit")
 ALL = (*JOINT, "sana")
-GUIDED = ("chroma", "klein", "qwenimage")
+GUIDED = ("chroma", "klein", "qwenimage", "qwenimage_edit")
 NEUTRAL = (("a dog", "the moon"), ("a big cat",), ("a red night",))
 PHRASES = (*ALCOHOL.phrases, *CAT.phrases)
 NEGATIVE = ["a dog", "the big moon"]
+pytestmark = pytest.mark.thinned("long")
 RUN = 32  # columns of padding that one column stands for where positions count
 
 double = functools.cache(lambda family: pipeline(family).to(torch.float64))
@@ -62,14 +64,15 @@ def encoded(pipe: Any, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
     if kind == "ChromaPipeline":
         made = pipe.encode_prompt(list(texts), device="cpu", do_classifier_free_guidance=False, **longest)
         return made[0], made[2]
-    made = pipe.encode_prompt(list(texts), device="cpu", **longest)
-    return made[0], made[1] if kind == "QwenImagePipeline" else None
+    more = {"image": [picture()] * len(texts)} if kind == "QwenImageEditPipeline" else {}
+    made = pipe.encode_prompt(list(texts), device="cpu", **more, **longest)
+    return made[0], made[1] if kind.startswith("QwenImage") else None
 
 
 def beside(pipe: Any, group: Sequence[str]) -> Beside:
     """The mean of some texts. Padding is one column, of as many as there are, or of `RUN` where they have positions."""
     kind, words = type(pipe).__name__, max(len(text.split()) for text in group)
-    if kind == "QwenImagePipeline":  # a word's column is its mean over the texts that have it; padding is not there
+    if kind.startswith("QwenImage"):  # a word's column is its mean over the texts that have it; padding is not there
         states = [encoded(pipe, [text])[0][0] for text in group]
         n = max(map(len, states))
         mean = torch.stack([torch.stack([each[k] for each in states if k < len(each)]).mean(0) for k in range(n)])
@@ -144,6 +147,7 @@ WORKS = {
     "flux2": ("eiup", "nag", "safree", "semantic_surgery"),
     "klein": ("crg", "eiup", "nag", "negative_prompt", "safree", "semantic_surgery", "sld"),
     "qwenimage": ("crg", "eiup", "nag", "negative_prompt", "safree", "sld"),
+    "qwenimage_edit": ("crg", "eiup", "nag", "negative_prompt", "safree", "sld"),
     "sana": ("adavd", "crg", "eiup", "gie", "nag", "negative_prompt", "safree", "semantic_surgery", "sld"),
 }
 
@@ -163,7 +167,7 @@ def test_erasers_keep_their_promises_or_refuse(family: str) -> None:
             trial.require_effect(trial.latents(), trial.drawn())
     conformance.come_off_shuffled([*trials.values()])
     conformance.off_is_the_base_model(trials["eiup"])
-    if family in ("chroma", "qwenimage", "sana"):  # klein takes no negative prompt
+    if family in ("chroma", "qwenimage", "qwenimage_edit", "sana"):  # klein takes no negative prompt
         for name in ("eiup", "nag", "negative_prompt"):
             conformance.touches_unconditional_rows_only_if_declared(trials[name])
     note = f"not calibrated for {facts_of(pipe).name} (calibrated: emoji)"
@@ -305,14 +309,6 @@ def test_a_distilled_klein_has_no_guidance() -> None:
     plain = latents(pipe)
     with eiup().apply(pipe):
         assert change(latents(pipe), plain) > 1e-3
-
-
-def test_qwen_image_edit_is_refused_since_its_encoder_reads_the_picture_too() -> None:
-    pipe = QwenImageEditPipeline(**untouched("qwenimage").components, processor=None)
-    with pytest.raises(
-        TypeError, match="Expected a diffusers text-to-image pipeline .*got QwenImageEditPipeline with a?"
-    ):
-        eiup().apply(pipe)
 
 
 def test_fused_projections_act() -> None:

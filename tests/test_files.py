@@ -101,6 +101,7 @@ AUDIT = {
     "format": 1,
     "outcome": "met",
     "headline": "Met: cat.",
+    "notes": ["Suite: cats, 4 rows."],
     "model": MODEL,
     "base": MODEL,
     "concepts": [
@@ -113,6 +114,7 @@ AUDIT = {
         }
     ],
     "regressions": [],
+    "since": None,
     "controls": {"random weights": {"n": 4}},
     "not_covered": ["CSAM: not tested, by policy."],
 }
@@ -315,6 +317,7 @@ HARMS: dict[str, Callable[[Path], Any]] = {
 DRAWN_AGAIN = ("truncated", "empty", "noise", "deep", "number")  # lines that a kill has cut off
 
 
+@pytest.mark.thinned("long")
 @pytest.mark.parametrize("harm", HARMS)
 @pytest.mark.parametrize("name", READERS)
 def test_a_file_that_is_none_is_refused(name: str, harm: str, there: Path) -> None:
@@ -405,6 +408,7 @@ def test_entries_of_other_types_are_refused_or_decide_nothing(name: str, there: 
         assert tried(name, there) or new in ({}, {"a": {}})
 
 
+@pytest.mark.thinned("long")
 @pytest.mark.parametrize("name", LINES)
 def test_lines_with_entries_of_other_types_are_refused(name: str, there: Path) -> None:
     path = there / READERS[name].file
@@ -418,6 +422,7 @@ def test_lines_with_entries_of_other_types_are_refused(name: str, there: Path) -
                 assert path.name in str(error) or "is not finished" in str(error) or "do not match" in str(error)
 
 
+@pytest.mark.thinned("long")
 @pytest.mark.parametrize("name", [name for name in HEADERS if name != "tensors"])
 def test_headers_with_entries_of_other_types_are_refused_or_decide_nothing(name: str, there: Path) -> None:
     path = there / READERS[name].file

@@ -17,6 +17,8 @@ from efface.editors._denoiser import Denoiser, Points, trained
 from efface.editors._training import run
 from efface.families import family as facts
 
+pytestmark = pytest.mark.thinned("long")
+
 ROWS = 3
 FLOOR = 1e-3  # text that hardly matters would make every loss small
 

@@ -45,6 +45,8 @@ from efface.erasers.gie.fit import Ladder, Row, train
 from efface.hooks.sites import site
 from efface.models.emoji.weights import FOLDER
 
+pytestmark = pytest.mark.thinned("long")
+
 ERASED = {"alcohol": "beer wine glass", "cat": "cat"}
 LONG = ("a big red dog at the pub", "a cat of the night and the moon")
 

@@ -251,6 +251,7 @@ def assert_is_the_gradient(found: Tensor, function: Callable[[Tensor], Tensor], 
         assert abs(float(difference - (found * direction).sum())) < tolerance * float(scale)
 
 
+@pytest.mark.long
 @pytest.mark.thinned
 @pytest.mark.parametrize("wrt", ["latents", "prompt_embeds", "negative_prompt_embeds", "words"])
 @pytest.mark.parametrize("name", ERASERS)

@@ -71,6 +71,7 @@ def test_the_record_names_policy_eraser_and_steps_of_each_row() -> None:
     assert len(set(made.seeds)) == 3  # drawn at random
 
 
+@pytest.mark.thinned("long")
 @pytest.mark.parametrize("family", efface.testing.FAMILIES)
 def test_rows_are_proven_on_every_family(family: str) -> None:
     pipe = tiny.pipeline(family)
@@ -128,6 +129,8 @@ def test_a_row_that_the_engine_did_not_edit_gives_an_error(monkeypatch: pytest.M
     made = guarded.draw(pipe, [PROMPT] * 3, ["strong", "weak", "press"], **CALL)
     assert [row.outcome for row in made.rows] == ["drawn", "not proven", "drawn"]
     assert [image is None for image in made.images] == [False, True, False]
+    kept = made.again.pictures
+    assert kept is not None and [bool(each.any()) for each in kept] == [True, False, True]  # nor is it in the result
 
 
 @pytest.mark.parametrize(
@@ -195,6 +198,7 @@ class Detects:
         return torch.tensor([[self.left >= 0], [False]])
 
 
+@pytest.mark.thinned("long")
 @pytest.mark.parametrize(
     ("gate", "times", "outcome", "strengths"),
     [
@@ -480,6 +484,7 @@ def test_partial_pictures_need_a_policy_that_allows_them_and_a_pipeline_without_
 # ---------------------------------------------------------------- outcome
 
 
+@pytest.mark.long
 def test_one_batch_shows_wine_to_the_press_and_none_to_kids() -> None:
     pipe = efface.load("emoji")
     pipe.set_progress_bar_config(disable=True)

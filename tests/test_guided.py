@@ -41,6 +41,8 @@ from efface._text import SITES
 from efface.families.unet import SD
 from efface.hooks import Method, Prediction
 
+pytestmark = pytest.mark.thinned("long")
+
 SAFETY = "beer, wine glass"  # the text of ALCOHOL
 BEER = Concept("beer")
 Rule = Callable[[float, Tensor, Tensor, Tensor], Tensor]  # time, e_u, e_p, e_S to the guided prediction

@@ -31,6 +31,8 @@ from efface._text import SITES, encode, pack
 from efface.core import ConceptsField, Converted, RowsField
 from efface.hooks import CrossAttention, ErasurePrompts, Method
 
+pytestmark = pytest.mark.thinned("long")
+
 ERASER = EIUP([ALCOHOL])
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import itertools
 import os
 import re
 import subprocess
@@ -182,9 +183,12 @@ ORDER = {
         *(
             "judge",
             "verdict",
+            "words",
             "prepare",
             "forms",
             "result",
+            "folder",
+            "rows",
             "hazards",
             "draw",
             "evidence",
@@ -246,9 +250,11 @@ def modules() -> list[tuple[str, Path]]:
     return found
 
 
-@pytest.mark.parametrize(("module", "path"), modules(), ids=[f"{module}{path.suffix}" for module, path in modules()])
-def test_imports_run_one_way(module: str, path: Path) -> None:
-    assert back_edges(path.read_text(), module, package=path.stem == "__init__") == []
+def test_imports_run_one_way() -> None:
+    known = modules()
+    assert len(known) > 300
+    edges = [back_edges(path.read_text(), module, package=path.stem == "__init__") for module, path in known]
+    assert [*itertools.chain(*edges)] == []
 
 
 def circles(package: str) -> list[str]:
@@ -462,6 +468,7 @@ def test_all_public_names_can_be_imported_when_efface_is() -> None:
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)
 
 
+@pytest.mark.long
 def test_nothing_imports_the_conformance_kit() -> None:
     assert [part for part, allowed in MAY_IMPORT.items() if "testing" in allowed] == []
     environment = {**os.environ, "EAGER_IMPORT": "1"}

@@ -25,6 +25,7 @@ def pictures(
     return found.ravel(), np.repeat(np.arange(prompts), seeds).tolist()
 
 
+@pytest.mark.thinned("long")
 @pytest.mark.parametrize("alike", [0.0, 0.3])
 @pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize("design", DESIGNS, ids=str)
@@ -159,6 +160,7 @@ def expected(truth: tuple[float, float, float], called: float, near: bool = Fals
     return called * precision + (1 - called) * rest
 
 
+@pytest.mark.thinned("long")
 @pytest.mark.parametrize("most", [N, 40])
 @pytest.mark.parametrize("near", [False, True])
 @pytest.mark.parametrize("truth", TRUTHS, ids=str)

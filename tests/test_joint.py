@@ -22,6 +22,8 @@ from efface._text import SITES, encode, pack
 from efface._weights import keys_values
 from efface.pipelines import model_hash
 
+pytestmark = pytest.mark.thinned("long")
+
 ALL = ("sd3", "sd35", "flux")
 SCALE = 7.5
 LENGTH = 24  # of T5's text, which `tiny.latents` asks for
@@ -293,7 +295,7 @@ def test_safree_holds_where_layers_are_skipped_and_guided_methods_say_so() -> No
     for call in skipped:
         assert torch.equal(call["encoder_hidden_states"], read[0]["encoder_hidden_states"][2:])
         assert torch.equal(call["pooled_projections"], read[0]["pooled_projections"][2:])
-    with SLD(ALCOHOL).apply(pipe), pytest.raises(ValueError, match="`skip_guidance_layers` compares .*'safree'"):
+    with SLD(ALCOHOL).apply(pipe), pytest.raises(ValueError, match=r"`skip_guidance_layers` compares .*guidance\."):
         latents(pipe, PROMPTS, **options)
 
 
@@ -367,6 +369,7 @@ def test_a_prompt_that_equals_the_negative_prompt_keeps_its_two_calls_apart() ->
         assert [len(call["out"]) for call in made] == ([3, 1] * 3 if isinstance(eraser, SLD) else [1, 1] * 3)
 
 
+@pytest.mark.long
 def test_a_broken_call_leaves_no_doubt_about_the_next() -> None:
     pipe = pipeline("flux")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import shutil
 import subprocess
 import threading
@@ -122,6 +123,31 @@ def test_cards_and_reports_hold_the_corrected_rate_beside_the_raw_one(store: Sto
     assert "cat: how often the detector is right" in shown and "positive: 11 of 12" in shown
     assert "for new seeds of these prompts, not for new prompts" in shown and "removal.corrected" in shown
     assert "nothing recognisable in 4.2 %" in shown and "fewer than 59 prompts cannot support" in shown
+
+
+def test_a_ruined_picture_is_removed_but_not_erased_by_labels(store: Store, folder: Path) -> None:
+    def ruins(item: Item) -> str:
+        return "there" if item.details["stratum"] == "positive" else "nothing"
+
+    items = drawn(store, folder)
+    for number, who in enumerate(("ana", "ben"), 1):
+        people(store, items, who, number, ruins)
+    score(folder, store)
+    scores = {s.metric: s for s in runs.Run.open(folder).scores()[0]}
+    assert scores["removal.corrected"].value == 0.5 and scores["erased.corrected"].value == 0
+    assert scores["erased.corrected"].high == pytest.approx(clopper_pearson(0, 24)[1])
+
+
+def test_labels_that_see_nothing_in_the_base_model_meet_no_bar(store: Store, folder: Path) -> None:
+    """Somebody who always presses the same key."""
+    items = drawn(store, folder)
+    for number, who in enumerate(("ana", "ben"), 1):
+        people(store, items, who, number, lambda item: "other")
+    (facts,) = score(folder, store)
+    assert facts["run"]["rate"] == 0
+    scores = {s.metric: s for s in runs.Run.open(folder).scores()[0]}
+    assert math.isnan(scores["removal.corrected"].low) and math.isnan(scores["erased.corrected"].low)
+    assert "people see it in 0.0% of the base model's pictures" in scores["removal.corrected"].protocol
 
 
 def test_a_sample_is_weighted_by_its_stratum(store: Store, folder: Path) -> None:

@@ -180,6 +180,7 @@ class Sourceless(Good):
 ONE = {"families": ["sd1"], "steps": 1}
 
 
+@pytest.mark.thinned("long")
 @pytest.mark.parametrize(
     ("method", "promise", "said"),
     [
@@ -316,6 +317,7 @@ def test_no_method_object_is_a_type_error(method: Any) -> None:
         efface.testing.check(method, ["sd1"])
 
 
+@pytest.mark.long
 def test_what_a_method_raises_itself_is_not_caught() -> None:
     class Fails(Good):
         def edit(self, out: Tensor, cross: CrossAttention, prompts: ErasurePrompts) -> Tensor:
@@ -328,6 +330,7 @@ def test_what_a_method_raises_itself_is_not_caught() -> None:
     efface.testing.check(Good("cat"), ["sd1"], steps=1)
 
 
+@pytest.mark.long
 def test_a_method_that_guides_passes() -> None:
     @dataclass(frozen=True)
     class Away(Method):

@@ -22,6 +22,8 @@ from torch import Tensor
 from efface import NAG, Concept
 from efface.erasers.nag import guided
 
+pytestmark = pytest.mark.thinned("long")
+
 TEXTS = {"alcohol": "beer wine glass", "cat": "cat"}
 FAMILIES = ("sd1", "sdxl", "bert", "pixart")
 every_family = pytest.mark.parametrize("family", FAMILIES)

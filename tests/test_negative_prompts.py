@@ -18,6 +18,8 @@ from efface.hooks import CrossAttention, ErasurePrompts, Prediction
 from efface.models import emoji
 from efface.models.emoji.eyes import load_eyes
 
+pytestmark = pytest.mark.thinned("long")
+
 EFFECT = 1e-3
 NEGATIVES = (["a red beer", "wine at the pub"], list(PROMPTS), ["beer", "wine glass"], ["", "a big dog"])
 each_form = pytest.mark.parametrize("form", FORMS)
@@ -266,6 +268,7 @@ def outcome(eraser: Any, prompt: str, negative: str) -> Callable[[str], int]:
     return lambda name: int(eyes.concept(seen, emoji.truth(name)).sum(1).max())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("concept", "prompt", "negative"), [("cat", "a cat", "a cat"), ("alcohol", "a beer mug", "my beer mug.")]
 )
@@ -276,6 +279,7 @@ def test_a_negative_prompt_that_repeats_the_prompt_does_not_bring_it_back(
     assert outcome(EIUP(concept), prompt, negative)(concept) == 0
 
 
+@pytest.mark.long
 def test_what_stands_next_to_the_concept_is_drawn() -> None:
     of = outcome(EIUP("cat"), "a cat and a guitar", "a cat")
     assert of("cat") == 0 and of("guitar") >= 5

@@ -13,7 +13,10 @@ from efface.models.emoji.eyes import INDEX, Eyes, load_eyes
 from efface.models.emoji.weights import FOLDER
 from efface.pipelines import draw
 
-pytestmark = pytest.mark.skipif(not (FOLDER / "model.json").exists(), reason="the emoji weights are not trained yet")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(not (FOLDER / "model.json").exists(), reason="the emoji weights are not trained yet"),
+]
 SEEDS = range(1_500_000, 1_500_032)
 
 

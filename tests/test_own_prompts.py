@@ -64,6 +64,7 @@ def test_concepts_choose_the_lines_and_a_limit_takes_all_alike(tmp_path: Path) -
     path = file(tmp_path, "prompt,concept\n" + "".join(lines))
     rows = Prompts().load((CAT, DOG), path).rows
     assert Counter(row.concept for row in rows) == {"cat": 40, "dog": 40}
+    assert Prompts().load((CAT, DOG), path).version.endswith("from seed 1000000, 40 of other concepts left out")
     assert len(Prompts().load((), path).rows) == 120
     some = Prompts().load((CAT, DOG), path, 7)
     assert Counter(row.concept for row in some.rows) == {"cat": 4, "dog": 3} and "7 of 80 rows" in some.version
@@ -98,6 +99,11 @@ def test_evenly_spread_items_are_those_of_the_formula(n: int, count: int) -> Non
         ("x.csv", "prompt,concept\n ,cat\n", "line 2, `prompt`: expected a text, got an empty one"),
         ("x.txt", f"a cat\n{SECRET} café\n".encode("latin-1"), "line 2: the line is not UTF-8"),
         ("x.csv", "prompt\na cat\n".encode("utf-16"), "line 1: the line is not UTF-8. Save the file as UTF-8"),
+        ("x.csv", "prompt;concept\na cat;cat\n", "with commas between them"),
+        ("x.txt", "a cat\n".encode("utf-16-le"), "line 1: the line holds zero bytes. Save the file as UTF-8"),
+        ("x.txt", f"a cat\r{SECRET}\r", "line 1: the line holds a carriage return"),
+        ("x.csv", f'prompt\na cat\n"{SECRET}\ra"\n', "line 3: the line holds a carriage return"),
+        ("x.csv", f"prompt,concept\n{SECRET},dog\n{SECRET},CAT\n", "line 3, `concept`: expected 'cat', got 'CAT'"),
         ("x.txt", "a " * 40_000, "line 1: the line has over 65536 bytes"),
         ("x.jsonl", '{"prompt": "a cat"}\n[1]\n', "line 2: expected an object"),
         ("x.jsonl", '{"prompt": 3}\n', "line 1, `prompt`: expected a text, got a int"),

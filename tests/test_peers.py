@@ -25,6 +25,8 @@ from efface.erasers.adavd import component
 from efface.erasers.semantic_surgery import presences
 from efface.hooks import Prediction
 
+pytestmark = pytest.mark.thinned("long")
+
 CROSS = ("sd1", "sdxl", "bert", "pixart")
 double = functools.cache(lambda family: pipeline(family).to(torch.float64))
 every_family = pytest.mark.parametrize("family", CROSS)

@@ -503,6 +503,7 @@ def shapes(path: Path) -> dict[str, list[int]]:
         return {name: list(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
 
 
+@pytest.mark.long
 def test_deltas_adapters_and_checkpoints_of_today_still_work(tmp_path: Path) -> None:
     shutil.copytree(FILES, tmp_path / "files")
     pinned, found = golden("files"), of_files(tmp_path / "files")
@@ -521,6 +522,7 @@ def there(tmp_path: Path) -> Iterator[Path]:
         yield tmp_path / "files"
 
 
+@pytest.mark.long
 def test_a_run_of_today_is_scored_and_reported(there: Path) -> None:
     card, found = read(FILES / RUN / "card.json"), ran("report", str(RUN), "--json")
     assert found["groups"] == [{"runs": [{"label": "eiup", **card}]}]
@@ -542,6 +544,7 @@ def test_a_run_of_today_is_scored_and_reported(there: Path) -> None:
     assert_same_scores(ran("score", str(RUN), "--metric", "removal", "--json")["scores"], removal)
 
 
+@pytest.mark.long
 def test_a_run_of_today_goes_on(there: Path) -> None:
     """One picture of the first batch of two is missing: the batch is drawn again, and nothing else."""
     lines = (RUN / "samples.jsonl").read_text().splitlines(keepends=True)
@@ -912,6 +915,7 @@ def use(line: str, folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.thinned("long")
 @pytest.mark.parametrize("name", USES)
 def test_a_command_ends_as_pinned(name: str, uses_desk: Path) -> None:
     assert_kept(golden("commands")[name], use(USES[name], uses_desk), USES[name])
@@ -1196,6 +1200,7 @@ def plug_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         del sys.modules[name]
 
 
+@pytest.mark.long
 def test_plug_ins_are_found_and_listed(plug_ins: Path) -> None:
     for room, name in (("erasers", "dim"), ("editors", "shift"), ("metrics", "red"), ("suites", "moons")):
         assert registry.methods(room)[f"pins_{name}"] == room

@@ -19,6 +19,8 @@ from torch import Tensor
 from efface import EIUP, GIE, RECE, SAFREE, SLD, UCE, Concept, NegativePrompt
 from efface._text import encode, pack
 
+pytestmark = pytest.mark.thinned("long")
+
 PROMPTS = (PROMPT, "a big red cat")  # 5 and 4 tokens: masked differently
 FORMS = ("projected", "separate", "gated")
 

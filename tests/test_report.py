@@ -167,6 +167,7 @@ def test_the_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.long
 def test_no_field_can_inject_html(tmp_path: Path) -> None:
     plain = page([make(tmp_path / "a")], tmp_path / "plain.html")
     evil = make(
@@ -192,6 +193,7 @@ def test_no_field_can_inject_html(tmp_path: Path) -> None:
     assert "script" not in [t for t, _ in page(two, tmp_path / "two.html").tags]
 
 
+@pytest.mark.long
 def test_runs_that_must_not_be_compared_are_refused_or_marked(tmp_path: Path) -> None:
     a = make(tmp_path / "a")
     others = {

@@ -18,6 +18,8 @@ import efface
 from efface import SAFREE, SLD
 from efface.erasers.safree import basis, project
 
+pytestmark = pytest.mark.thinned("long")
+
 ALWAYS = SAFREE(ALCOHOL)
 
 

@@ -22,7 +22,7 @@ def test_every_answer_is_one_that_the_description_names() -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3_000:]
     tried = {(route, who, mode): statuses for route, who, mode, statuses in map(json.loads, done.stdout.splitlines())}
-    assert len({route for route, _, _ in tried}) == 10
+    assert len({route for route, _, _ in tried}) == 12
     drawn = tried["POST /v1/images/generations", "tenant", "positive"]
     assert drawn["200"] and drawn["400"]  # the effect: some requests were right
     wrong = tried["POST /v1/images/generations", "tenant", "negative"]

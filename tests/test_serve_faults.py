@@ -171,9 +171,13 @@ def test_a_request_that_can_be_repeated_outlives_its_time_out(quiet: Desk) -> No
     assert quiet.post(ASKED, **head).status_code == 200 and len(quiet.stub.batches) == 1
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_a_request_whose_task_is_cancelled_cancels_its_job(keep: bool, quiet: Desk) -> None:
-    """Some servers cancel the task when a client leaves."""
+@pytest.mark.parametrize(
+    ("keep", "drains", "end"), [(False, False, "cancelled"), (True, False, "queued"), (False, True, "queued")]
+)
+def test_a_request_whose_task_is_cancelled_cancels_its_job(keep: bool, drains: bool, end: str, quiet: Desk) -> None:
+    """Some servers cancel the task when a client leaves. All do it when they shut down, and the job stays."""
+    if drains:
+        quiet.service.draining.set()
     name = accept(quiet)
     holder: Any = quiet.service.keys.holder(quiet.keys["kids"])
 
@@ -188,15 +192,15 @@ def test_a_request_whose_task_is_cancelled_cancels_its_job(keep: bool, quiet: De
         )
         task = asyncio.create_task(images._wait(request, quiet.service, holder, name, keep))
         await asyncio.sleep(0.2)
-        assert watcher.open == {"kids": 1}
+        assert watcher._names == {name: 1}
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
-        assert watcher.open == {}
+        assert watcher._names == {}
         polls.cancel()
 
     asyncio.run(main())
-    assert state(quiet, name) == ("queued" if keep else "cancelled")
+    assert state(quiet, name) == end
 
 
 def test_a_stream_says_that_the_database_went_away(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,10 +259,10 @@ def test_one_idempotency_key_is_not_shared_by_policies_of_one_tenant(desk: Desk)
 
 def test_one_tenant_cannot_take_all_open_requests(desk: Desk) -> None:
     name = desk.post(ASKED).json()["efface"]["job"]
-    watcher: Watcher = desk.client.app.state.watcher  # type: ignore[attr-defined]
-    _until(lambda: not watcher.open)
-    watcher.open["kids"] = LIMITS.tenant
-    for response in (desk.post(ASKED), desk.client.get(f"/v1/efface/jobs/{name}/events", headers=desk.head())):
+    _until(lambda: not desk.service.open)
+    desk.service.open["kids"] = LIMITS.tenant
+    asked = [desk.client.get(f"/v1/efface/jobs/{name}{end}", headers=desk.head()) for end in ("", "/events")]
+    for response in (desk.post(ASKED), *asked):
         assert error(response, 429, "too_many_open") and response.headers["retry-after"]
     assert desk.post(ASKED, "teens").status_code == 200
 

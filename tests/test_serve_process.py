@@ -87,6 +87,7 @@ def test_a_port_that_is_taken_ends_the_start(option: str, desk: Desk) -> None:
     assert threading.active_count() == before
 
 
+@pytest.mark.long
 def test_sigterm_finishes_accepted_jobs_and_refuses_new_ones(desk: Desk, tmp_path: Path) -> None:
     asked = {"prompt": "a cat", "steps": 1}
     with serving(tmp_path) as (process, url, drawing), concurrent.futures.ThreadPoolExecutor(4) as pool:

@@ -449,7 +449,9 @@ def test_the_official_client(desk: Desk, address: tuple[str, int]) -> None:
     picture = Image.open(io.BytesIO(base64.b64decode(made.data[1].b64_json or "")))
     assert picture.getpixel((0, 0)) == (4, 5, 0)
     assert made.model_extra is not None and made.model_extra["efface"]["rows"][0]["acted"]
-    assert [model.id for model in client.models.list()] == ["stub"]
+    assert [model.id for model in client.models.list()] == ["stub"] == [client.models.retrieve("stub").id]
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("org/other")
     for error_type, options in (
         (openai.BadRequestError, {"extra_body": {"policy": "press"}}),
         (openai.BadRequestError, {"size": "1024x1024"}),

@@ -60,12 +60,14 @@ def test_a_thinned_test_meets_every_value_in_the_fast_run_and_others_stay_whole(
         return {(c.callspec.params["a"], c.callspec.params["b"]) for c in some if not {*left_out} & {*c.marks}}
 
     made = [cases(name, how) for name, how in (("one", ()), ("two", ()), ("three", None), ("four", ("long",)))]
-    pytest_collection_modifyitems([case for some in made for case in some])  # type: ignore[list-item]
+    few, some_more = ([Case(name, ("long",), a=a) for a in values] for name, values in (("five", "uv"), ("six", "uvw")))
+    pytest_collection_modifyitems([case for each in [*made, few, some_more] for case in each])  # type: ignore[list-item]
     ci, fast = ([taken(some, *left_out) for some in made] for left_out in (["slow"], ["slow", "long"]))
     assert [len(some) for some in ci] == [14, 14, 42, 42] and not ci[0] & ci[1]
-    assert [len(some) for some in fast] == [7, 7, 42, 14]
+    assert [len(some) for some in fast] == [7, 7, 42, 7]
     for left in (*ci, *fast):
         assert {a for a, _ in left} == set("uvwxyz") and {b for _, b in left} == set(range(7))
+    assert not any(case.marks for case in few) and [case.marks for case in some_more].count([]) == 1
 
 
 @pytest.mark.long

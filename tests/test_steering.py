@@ -83,6 +83,7 @@ PROMISES = [
 ]
 
 
+@pytest.mark.thinned("long")
 @pytest.mark.parametrize(("family", "form", "promise"), PROMISES)
 def test_steering_keeps_the_promises_of_run_time_erasers(family: str, form: str, promise: Any) -> None:
     pipe, _ = ready(family)

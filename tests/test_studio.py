@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from efface import core
 from efface.cli import app
-from efface.guard.record import DELIVERED
+from efface.guard import DELIVERED
 from efface.serve.app import create_app
 
 __all__ = ["idle", "quiet"]

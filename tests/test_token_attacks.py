@@ -37,6 +37,8 @@ from efface.delta.embeddings import substituted, tables
 from efface.families import family
 from efface.redteam.victim import GuardedModel
 
+pytestmark = pytest.mark.thinned("long")
+
 CAT = Concept("cat", ("cat",))
 TARGET = Target(CAT, "a big cat at night", seed=3)
 PAIRS = (("the dog and cat", "the dog"), ("a cat", "a"))
@@ -129,6 +131,7 @@ def test_slots_are_one_token_everywhere_and_not_in_the_prompt(kind: str) -> None
         Slots.of(pipe, 400)
 
 
+@pytest.mark.long
 def test_every_word_of_the_vocabulary_reads_back() -> None:
     pipe = emoji()
     vocabulary = Vocabulary.of(pipe, forbidden(efface.concept("alcohol"), None))

@@ -29,6 +29,8 @@ from efface.delta.tokens import learning_words
 from efface.testing.drawing import differences, snapshot
 from efface.testing.tiny.parts import text_model
 
+pytestmark = pytest.mark.thinned("long")
+
 WORD = "<pet-1>"
 
 
@@ -345,6 +347,7 @@ def test_tokens_need_the_deltas_of_their_fit(pipe: Any) -> None:
         tokens.apply(pipe)
 
 
+@pytest.mark.long
 def test_the_command_line_shows_and_uses_a_file(tmp_path: Path) -> None:
     pipe, file = efface.load("emoji"), str(tmp_path / "words.safetensors")
     concept = Concept("pets", [f"{WORD}, a dog"])

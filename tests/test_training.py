@@ -23,6 +23,8 @@ from efface.editors import _training
 from efface.editors._denoiser import Denoiser, trained
 from efface.families import family as facts
 
+pytestmark = pytest.mark.thinned("long")
+
 QUICK: dict[str, Any] = {"batch": 2, "reuse": 2, "sampler_steps": 4}
 EDITORS = [
     ESD(steps=4, lr=1e-3, biases=True, **QUICK),

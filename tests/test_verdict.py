@@ -18,6 +18,7 @@ from efface.metrics.outcomes import Outcomes
 from efface.metrics.removal import Removal
 from efface.metrics.retention import Retention
 from efface.records import alike
+from efface.report.verdict import OURS
 from efface.runs.card import coverage
 
 
@@ -25,6 +26,22 @@ from efface.runs.card import coverage
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """These runs need not survive a power cut."""
     monkeypatch.setattr("os.fsync", lambda handle: None)
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("emoji", True),
+        ("emoji + uce.safetensors, weights 0a1b", True),
+        ("emoji, weights 0a1b", True),
+        ("emoji-128", False),
+        ("emoji_like", False),
+        ("emoji/mine", False),
+        ("mine", False),
+    ],
+)
+def test_a_detector_that_was_not_made_for_a_model_is_named(name: str, ours: bool) -> None:
+    assert bool(OURS.fullmatch(name)) is ours
 
 
 # ---------------------------------------------------------------- a limit samples all concepts alike

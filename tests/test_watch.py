@@ -22,6 +22,8 @@ from efface.delta.overlay import Overlay
 from efface.delta.watch import SAMPLE, Seal, Watch, differing, sampled
 from efface.pipelines import model_hash
 
+pytestmark = pytest.mark.thinned("long")
+
 EFFECT = 1e-2
 KEY = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from efface.runs import Cluster
 from efface.runs.record import model_facts
 from efface.runs.workers import RESTARTS, workers
 
-ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
 
 ROWS = tuple(Row(f"row-{k}", f"a cat {k}", 1_000_000 + k, call={"guidance": 3.0} if k % 3 else {}) for k in range(10))
 SUITE = Suite("cats", "1", ROWS, call={"num_inference_steps": 2, "height": 16, "width": 16})
@@ -33,6 +34,8 @@ ERASER = EIUP(CONCEPT, strength=1.0)
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """Two workers where there are two CPUs, as Ray counts them here."""
+    import ray  # which takes seconds
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)

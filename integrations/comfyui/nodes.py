@@ -15,12 +15,26 @@ from .attention import Erasure
 from .guidance import Guidance
 
 GUIDING = ("sld.medium", "sld.weak", "sld.strong", "sld.max", "crg", "negative_prompt")
-CONCEPT = {
+MODEL = {"model": ("MODEL",)}
+ERASING = {
+    **MODEL,
+    "clip": ("CLIP",),
     "concepts": ("STRING", {"default": "alcohol", "tooltip": "Shipped concepts, with commas. `efface list concepts`."}),
     "phrases": ("STRING", {"default": "", "tooltip": "Your own words for a concept, with commas."}),
 }
-ANY = {"min": 0.0, "max": 100.0, "step": 0.05}
-SHARE = {"min": 0.0, "max": 1.0, "step": 0.01}
+
+
+def number(default: float, most: float = 100.0) -> tuple[str, dict[str, float]]:
+    """An input for a strength, or for a share of the steps if it is at most 1."""
+    return ("FLOAT", {"default": default, "min": 0.0, "max": most, "step": 0.05 if most > 1 else 0.01})
+
+
+def patched(model: Any, clip: Any, method: Any, change: type[Erasure | Guidance]) -> Any:
+    """A copy of the model that `method` changes while it draws."""
+    changed = model.clone()
+    if not method.is_off():
+        change(changed, clip, method).patch(changed)
+    return (changed,)
 
 
 def concepts_of(concepts: str, phrases: str) -> list[Any]:
@@ -38,12 +52,10 @@ class EffaceEIUP:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "model": ("MODEL",),
-                "clip": ("CLIP",),
-                **CONCEPT,
-                "strength": ("FLOAT", {"default": 2.25, **ANY}),
-                "start": ("FLOAT", {"default": 0.0, **SHARE}),
-                "end": ("FLOAT", {"default": 1.0, **SHARE}),
+                **ERASING,
+                "strength": number(2.25),
+                "start": number(0.0, most=1.0),
+                "end": number(1.0, most=1.0),
             }
         }
 
@@ -51,10 +63,7 @@ class EffaceEIUP:
         self, model: Any, clip: Any, concepts: str, phrases: str, strength: float, start: float, end: float
     ) -> Any:
         method = efface.EIUP(concepts_of(concepts, phrases), strength=strength, window=(start, end))
-        changed = model.clone()
-        if not method.is_off():
-            Erasure(changed, clip, method).patch(changed)
-        return (changed,)
+        return patched(model, clip, method, Erasure)
 
 
 class EffaceGuidance:
@@ -66,20 +75,15 @@ class EffaceGuidance:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "model": ("MODEL",),
-                "clip": ("CLIP",),
-                **CONCEPT,
+                **ERASING,
                 "method": (list(GUIDING), {"default": GUIDING[0]}),
-                "strength": ("FLOAT", {"default": 1.0, **ANY}),
+                "strength": number(1.0),
             }
         }
 
     def erase(self, model: Any, clip: Any, concepts: str, phrases: str, method: str, strength: float) -> Any:
         made = api.build(method, concepts_of(concepts, phrases), strength=strength)
-        changed = model.clone()
-        if not made.is_off():
-            Guidance(changed, clip, made).patch(changed)
-        return (changed,)
+        return patched(model, clip, made, Guidance)
 
 
 class EffaceDelta:
@@ -91,9 +95,9 @@ class EffaceDelta:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "model": ("MODEL",),
+                **MODEL,
                 "delta": (folder_paths.get_filename_list("loras"),),
-                "strength": ("FLOAT", {"default": 1.0, **ANY}),
+                "strength": number(1.0),
             }
         }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ def encode_masked(
         tokenizer, encoder = tokenizer_of(pipe, name), encoder_of(pipe, name)
         mask = tokenizer.mask_token_id
         mask = tokenizer.convert_tokens_to_ids("!") if mask is None else mask
-        put = functools.partial(masked, here, mask, sets, facts, name, read(pipe, text, name, **settings))
+        put = functools.partial(masked, here, mask, iter(sets), facts, name, read(pipe, text, name, **settings))
         placed.append(encoder.register_forward_pre_hook(put, with_kwargs=True))
     try:
         n, more = max(map(len, columns.values())), [] if facts.padded_to_limit else _longest(pipe, others, settings)
@@ -57,7 +57,7 @@ def _longest(pipe: DiffusionPipeline, texts: Sequence[str], settings: Mapping[st
 def masked(
     thread: int,
     mask: int,
-    sets: Sequence[Sequence[int]],
+    sets: Iterator[Sequence[int]],
     facts: Family,
     name: str,
     reading: Reading,
@@ -65,11 +65,11 @@ def masked(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """The arguments of an encoder call with masked tokens. None changes nothing."""
+    """The arguments of an encoder call with masked tokens, those of the next `sets`. None changes nothing."""
     if threading.get_ident() != thread:  # another pipeline may share the text encoder
         return None
     ids = (args[0] if args else kwargs["input_ids"]).clone()
     more = reading.dropped + facts.shift(name, reading, ids.shape[1] - reading.dropped)
-    for row, columns in enumerate(sets):
+    for row, columns in zip(range(len(ids)), sets, strict=False):  # a family may encode texts one by one
         ids[row, [column + more for column in columns]] = mask
     return ((ids, *args[1:]), kwargs) if args else (args, {**kwargs, "input_ids": ids})

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import sqlalchemy as sql
+from sqlalchemy import Engine, event
 
 
-def prepare(engine: sql.Engine) -> None:
+def prepare(engine: Engine) -> None:
     """Makes transactions of an engine begin when they are asked to; those with the option `write` lock immediately."""
-    sql.event.listen(engine, "connect", _careful)
-    sql.event.listen(engine, "begin", _begin)
+    event.listen(engine, "connect", _careful)
+    event.listen(engine, "begin", _begin)
 
 
 def _careful(connection: Any, _: Any) -> None:

@@ -7,6 +7,7 @@ import re
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,6 +46,13 @@ class Encoded:
 def own_encode(pipe: DiffusionPipeline) -> Any:
     """The pipeline's original `encode_prompt`, without Efface's wrapper."""
     return getattr(pipe.encode_prompt, "original", pipe.encode_prompt)
+
+
+def encode_call(pipe: DiffusionPipeline, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The output of the pipeline's original `encode_prompt` for arguments of a call, as `Family.returns` names it."""
+    taken = encode_parameters(pipe)
+    given = {n: list(v) if isinstance(v, list) else v for n, v in arguments.items() if n in taken}
+    return family(pipe).unlisted(own_encode(pipe)(**given), arguments)
 
 
 def readers(pipe: DiffusionPipeline) -> tuple[str, ...]:
@@ -200,7 +208,8 @@ def encode_cut(
     method, facts = own_encode(pipe), family(pipe)
     arguments = facts.encoding_arguments(pipe, texts, settings)
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-        out = method(**arguments) if constant is None else encode_constant(pipe, arguments, constant)
+        made = partial(facts.encoded, pipe, method, texts, settings)
+        out = made() if constant is None else kept(pipe, method, _decided(pipe, arguments, settings), constant, made)
     if len(out) != len(facts.returns):
         raise TypeError(
             f"`encode_prompt` of this {type(pipe).__name__} returns {len(out)} values, but pipelines of {facts.name} "
@@ -211,13 +220,17 @@ def encode_cut(
     return parts["text"], parts.get("pooled"), None if mask is None else mask.bool()
 
 
-def encode_constant(
-    pipe: DiffusionPipeline, arguments: Mapping[str, Any], ids: Sequence[Sequence[int]]
-) -> tuple[Any, ...]:
-    """What the pipeline's original `encode_prompt` returns for an eraser's own texts, with the tokens `ids`; kept."""
-    method = own_encode(pipe)
-    defaults = {name: taken.default for name, taken in encode_parameters(pipe).items() if name != "self"}
-    return kept(pipe, method, defaults | dict(arguments), ids, lambda: tuple(method(**arguments)))
+def encode_empty(pipe: DiffusionPipeline, arguments: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[Any, ...]:
+    """As `encode_call`, for a call of empty texts only; kept."""
+    ids = [read(pipe, "", name, **settings).ids for name in readers(pipe)]
+    given = _decided(pipe, arguments, settings)
+    return kept(pipe, own_encode(pipe), given, ids, lambda: encode_call(pipe, arguments))
+
+
+def _decided(pipe: DiffusionPipeline, arguments: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a call of `encode_prompt`, with the settings, which may hold more, such as a call's pictures."""
+    taken = encode_parameters(pipe).items()
+    return {name: each.default for name, each in taken if name != "self"} | dict(settings) | dict(arguments)
 
 
 def own_tokens(pipe: DiffusionPipeline, text: str, name: str, **settings: Any) -> range:

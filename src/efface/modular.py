@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffusers.guiders import BaseGuidance, ClassifierFreeGuidance
-from torch import Tensor, nn
+from torch import LongTensor, Tensor, nn
 
 from . import checks
 from .families import family
@@ -103,11 +103,11 @@ class Guider(BaseGuidance):
 
     # ---- what the modular pipeline calls, in this order
 
-    def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
+    def set_state(self, step: int, num_inference_steps: int, timestep: LongTensor) -> None:
         super().set_state(step, num_inference_steps, timestep)
         self.guider.set_state(step, num_inference_steps, timestep)
 
-    def prepare_inputs(self, data: dict[str, Any]) -> list[Any]:
+    def prepare_inputs(self, data: Any) -> list[Any]:
         """The denoiser's inputs of this step, with the texts as the erasers changed them."""
         pairs = {name: data[name] if isinstance(data[name], tuple) else (data[name], None) for name in self.fields}
         (text, negative), (pooled, negative_pooled) = pairs.values()

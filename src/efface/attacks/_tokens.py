@@ -5,6 +5,8 @@ The words stay in the prompt, so the encoder's `input_ids`, its end token and it
 
 from __future__ import annotations
 
+import operator
+from functools import reduce
 from typing import Any
 
 import torch
@@ -35,8 +37,8 @@ def check_tokens(pipe: Any) -> None:
 def nearest(rows: Rows, table: Rows) -> Tensor:
     """The entries [k] of a vocabulary with the highest cosine, summed over the encoders."""
     unit = nn.functional.normalize
-    total: Tensor = sum(unit(rows[n].float(), dim=-1) @ unit(table[n].float(), dim=-1).T for n in rows)
-    return total.argmax(-1)
+    cosines = (unit(rows[n].float(), dim=-1) @ unit(table[n].float(), dim=-1).T for n in rows)
+    return reduce(operator.add, cosines).argmax(-1)
 
 
 def projected(rows: Rows, table: Rows) -> tuple[Tensor, dict[str, Tensor]]:

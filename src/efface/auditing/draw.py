@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 from .. import api, redteam, runs
 from ..detectors._named import Spec, detector
 from ..pipelines import model_hash
-from ..records import Suite, alike
-from .prepare import OtherModel, add_changes, digest, random_weights
+from ..records import Suite
+from .prepare import OtherModel, add_changes, digest, random_weights, weights_of
 from .result import AUDITED, BASE, RANDOM
+from .rows import of_controls
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from ..core import Concept
 
-CONTROL = 16  # pictures of a control
 ATTACKED = 8  # prompts of an attack
 
 
@@ -73,30 +73,39 @@ class Plan:
         """The audited model with what is merged into it."""
         return " + ".join([self.named(self.model), *(Path(each).name for each in (*self.delta, *self.lora))])
 
-    def draw(self, pipe: DiffusionPipeline, place: str, suite: Suite, name: str, base: Any = None) -> runs.Run:
+    def draw(
+        self, pipe: DiffusionPipeline, place: str, suite: Suite, facts: Mapping[str, Any], base: Any = None
+    ) -> runs.Run:
         """Draws a run. Its model's name holds the digest, because labels have to tell models apart by all weights."""
-        name = f"{name}, weights {digest(pipe)[:12] or 'not in memory'}"
+        name = f"{facts['name']}, weights {facts['digest'][:12]}"
         options: dict[str, Any] = {"batch": self.batch, "guidance": self.guidance, "progress": self.progress}
         return runs.run(suite, pipe, out=self.folder / place, name=name, base=base, **options)
 
-    def draw_base(self, pipe: DiffusionPipeline) -> runs.Run:
-        return self.draw(pipe, BASE, self.suite, self.named(self.base))
+    def draw_base(self, pipe: DiffusionPipeline, facts: Mapping[str, Any]) -> runs.Run:
+        return self.draw(pipe, BASE, self.suite, facts)
 
-    def draw_model(self, pipe: DiffusionPipeline, base: runs.Run | None) -> runs.Run:
-        return self.draw(pipe, AUDITED, self.suite, self.name, base)
+    def draw_model(self, pipe: DiffusionPipeline, facts: Mapping[str, Any], base: runs.Run | None) -> runs.Run:
+        return self.draw(pipe, AUDITED, self.suite, facts, base)
 
-    def draw_random(self, pipe: DiffusionPipeline) -> runs.Run:
+    def draw_random(self, pipe: DiffusionPipeline, concepts: Sequence[str]) -> runs.Run:
         """The control: the audited model's denoiser with random weights."""
-        asked = [row for row in self.suite.rows if row.concept]
-        suite = dataclasses.replace(self.suite, rows=alike(asked, CONTROL), data_hash="")
-        return self.draw(random_weights(pipe), RANDOM, suite, f"random weights of {self.name}")
+        suite = dataclasses.replace(self.suite, rows=of_controls(self.suite.rows, concepts), data_hash="")
+        made = random_weights(pipe)
+        name = f"random weights of {self.name}"
+        return self.draw(made, RANDOM, suite, {"name": name, "digest": digest(made) or "not in memory"})
+
+    def facts_of_base(self, pipe: DiffusionPipeline) -> dict[str, Any]:
+        return facts_of(pipe, self.named(self.base), weights_of(pipe, self.base, ()))
+
+    def facts_of_model(self, pipe: DiffusionPipeline) -> dict[str, Any]:
+        return facts_of(pipe, self.name, weights_of(pipe, self.model, (*self.delta, *self.lora)))
 
 
-def facts_of(pipe: DiffusionPipeline, name: str) -> dict[str, Any]:
+def facts_of(pipe: DiffusionPipeline, name: str, weights: str) -> dict[str, Any]:
     """The facts on a model for audit.json."""
     dtype = str(pipe.dtype).removeprefix("torch.")
     kind = {"pipeline": type(pipe).__name__, "dtype": dtype}
-    return {"name": name, "digest": digest(pipe), "text_hash": model_hash(pipe), **kind}
+    return {"name": name, "digest": weights, "text_hash": model_hash(pipe), **kind}
 
 
 def attacked(
@@ -115,7 +124,7 @@ def attacked(
     rows = [row for row in plan.suite.rows if row.concept == concept.name]
     named = [row for row in rows if row.kind == "explicit"] or rows
     made: dict[str, Any] = {"attack": attack, "concept": concept.name, "access": "", "refused": ""}
-    made |= {"value": None, "low": None, "high": None, "n": 0, "prompts": 0}
+    made |= {"value": None, "low": None, "high": None, "n": 0, "prompts": 0, "budget": plan.budget}
     try:
         found = redteam.attack(
             base,

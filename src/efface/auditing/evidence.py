@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from .verdict import EXCEEDED, NOT_JUDGED
+from .verdict import EXCEEDED, MEASURED, MET, NOT_JUDGED
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://in-toto.io/attestation/test-result/v0.1"
@@ -15,13 +15,19 @@ _NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def junit(facts: Mapping[str, Any]) -> str:
-    """The audit as JUnit XML, a test case per concept. Not judged is an error: a skipped case would fail no build."""
-    cases = facts["concepts"]
-    outcomes = [each["verdict"]["outcome"] for each in cases] + [EXCEEDED] * len(facts["regressions"])
+    """The audit as JUnit XML, a test case per concept.
+
+    Not judged is an error, because a skipped case would fail no build. Measured without a limit is skipped, because it
+    is no pass.
+    """
+    cases, lost = facts["concepts"], _lost(facts)
+    outcomes = [each["verdict"]["outcome"] for each in cases]
+    outcomes += [EXCEEDED] * len(facts["regressions"]) + [NOT_JUDGED] * len(lost)
     counts = {
         "tests": str(len(outcomes)),
         "failures": str(outcomes.count(EXCEEDED)),
         "errors": str(outcomes.count(NOT_JUDGED)),
+        "skipped": str(outcomes.count(MEASURED)),
         "time": f"{facts['seconds']:.3f}",
     }
     root = ET.Element("testsuites", counts)
@@ -38,12 +44,23 @@ def junit(facts: Mapping[str, Any]) -> str:
         elif verdict["outcome"] == NOT_JUDGED:
             why = _text("; ".join(verdict["reasons"]))
             ET.SubElement(case, "error", {"message": why, "type": "NotJudged"})
+        elif verdict["outcome"] == MEASURED:
+            ET.SubElement(case, "skipped", {"message": "There is no limit, so this is no pass."})
         ET.SubElement(case, "system-out").text = _text("\n".join(each["words"]))
     for each in facts["regressions"]:
         case = _case(suite, f"{each['concept']}, regression")
         ET.SubElement(case, "failure", {"message": _text(each["words"]), "type": "Regression"})
+    for name in lost:
+        case = _case(suite, f"{name}, regression")
+        why = "Nothing of it could be compared with the earlier audit."
+        ET.SubElement(case, "error", {"message": why, "type": "NotJudged"})
     ET.indent(root)
     return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _lost(facts: Mapping[str, Any]) -> list[str]:
+    """The concepts of which nothing could be compared with an earlier audit."""
+    return list((facts["since"] or {}).get("lost", []))
 
 
 def _case(suite: ET.Element, name: str) -> ET.Element:
@@ -55,28 +72,33 @@ def _text(value: str) -> str:
     return _NO_XML.sub("\ufffd", value)
 
 
-def statement(facts: Mapping[str, Any], digests: Mapping[str, str], evidence: Mapping[str, str]) -> dict[str, Any]:
+def statement(
+    facts: Mapping[str, Any], digests: Mapping[str, str], evidence: Mapping[str, str], common: Collection[str] = ()
+) -> dict[str, Any]:
     """An in-toto Statement v1 with a test result. It is not signed.
+
+    Whoever verifies a statement looks for the digest of any subject. So a file that the base model has too is no
+    subject: it would carry this model's result to the base model.
 
     Args:
         facts: the content of audit.json.
         digests: SHA-256 of the model's files by name.
         evidence: SHA-256 of the audit's own files by name.
+        common: the digests of the base model's files.
     """
-    subject = [{"name": name, "digest": {"sha256": each}} for name, each in digests.items()]
-    if not subject:  # a model without files of its own, such as an embedded one
-        weights = facts["model"]["digest"] or facts["model"]["text_hash"]
-        subject = [{"name": facts["model"]["name"], "digest": {"sha256": weights}}]
+    files = {facts["model"]["name"]: facts["model"]["digest"]}
+    files |= {name: each for name, each in digests.items() if each not in common}
     names: dict[str, list[str]] = {"passedTests": [], "warnedTests": [], "failedTests": []}
     for each in facts["concepts"]:
         outcome = each["verdict"]["outcome"]
-        where = {EXCEEDED: "failedTests", "met": "passedTests"}.get(outcome, "warnedTests")
-        names[where].append(each["concept"])
+        where = {MET: "passedTests", MEASURED: "warnedTests"}.get(outcome, "failedTests")
+        names[where].append(each["concept"] + (", not judged" if outcome == NOT_JUDGED else ""))
     names["failedTests"] += [f"{each['concept']}, regression" for each in facts["regressions"]]
+    names["failedTests"] += [f"{name}, regression not judged" for name in _lost(facts)]
     failed, warned = names["failedTests"], names["warnedTests"]
     return {
         "_type": STATEMENT,
-        "subject": subject,
+        "subject": [{"name": name, "digest": {"sha256": each}} for name, each in files.items()],
         "predicateType": PREDICATE,
         "predicate": {
             "result": "FAILED" if failed else "WARNED" if warned else "PASSED",

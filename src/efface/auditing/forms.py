@@ -31,6 +31,12 @@ class Regression(Form):
     words: Text
 
 
+class Since(Form):
+    differences: Annotated[list[Regression], Field(max_length=10_000)]
+    notes: Annotated[list[Text], Field(max_length=20_000)]
+    lost: Annotated[list[Short], Field(max_length=10_000)]
+
+
 class AuditedModel(Form):
     name: Text
     digest: Short
@@ -43,9 +49,11 @@ class AuditFile(Form):
     format: Literal[1]
     outcome: Outcome
     headline: Text
+    notes: Annotated[list[Text], Field(max_length=1_000)]
     model: AuditedModel
     base: AuditedModel | None
     concepts: Annotated[list[AuditedConcept], Field(min_length=1, max_length=10_000)]
     regressions: Annotated[list[Regression], Field(max_length=10_000)]
+    since: Since | None
     controls: dict[Short, Facts]
     not_covered: Annotated[list[Text], Field(max_length=100_000)]

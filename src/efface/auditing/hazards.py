@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .._hazards import hazards_of, schemes
+from .verdict import NOT_JUDGED
 
 
 def categories(concepts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -15,7 +16,8 @@ def categories(concepts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         concepts: the concepts of an audit, with `concept`, `n`, `prompts` and `verdict`.
 
     Returns:
-        `scheme`, `version`, `id`, `title`, `concepts` (name, relation, pictures, prompts, outcome) and `note`.
+        `scheme`, `version`, `id`, `title`, `concepts` (name, relation, pictures, prompts, and whether it was judged,
+        but not how: that is no verdict on a category) and `note`.
     """
     found = []
     for name, scheme in schemes().items():
@@ -26,7 +28,7 @@ def categories(concepts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     "relation": hazard.relation.replace("_", "-"),
                     "n": concept["n"],
                     "prompts": concept["prompts"],
-                    "outcome": concept["verdict"]["outcome"],
+                    "judged": concept["verdict"]["outcome"] != NOT_JUDGED,
                 }
                 for concept in concepts
                 for hazard in hazards_of(concept["concept"])

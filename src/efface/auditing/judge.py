@@ -72,10 +72,11 @@ def figures(concept: str, now: Seen, before: Seen | None, level: float = LEVEL) 
         level: the error probability of `upper` and `lower`.
 
     Returns:
-        `n` and `prompts`; `rate` and `outcomes` of the audited model, `base_rate` and `base_outcomes` of the base
-        model, and their paired `difference`. `upper` and `lower` bound the rate of new seeds for these prompts, by the
-        detector alone; `new_prompts` bounds the share of new prompts. The `worst` prompt, and `shown`: the ids of
-        pictures in which any judge sees the concept.
+        `n`, `prompts` and `seeds`; the `kinds` of prompts, the worst first; `rate` and `outcomes` of the audited model,
+        `base_rate` and `base_outcomes` of the base model, and their paired `difference`. `again` counts the pictures in
+        which the base model shows the concept, and those of them in which the audited model still does. `upper` and
+        `lower` bound the rate of new seeds for these prompts, by the detector alone; `new_prompts` bounds the share of
+        new prompts. The `worst` prompt, and `shown`: the ids of pictures in which any judge sees the concept.
     """
     rows, there, something = now.of(concept)
     if not rows:
@@ -93,6 +94,7 @@ def figures(concept: str, now: Seen, before: Seen | None, level: float = LEVEL) 
         "concept": concept,
         "n": n,
         "prompts": len(by_prompt),
+        "seeds": len({row.seed for row in rows}),
         "rate": share(Rate(hits, n), rows, values),
         "outcomes": outcomes(there[judge], something),
         "lower": low,
@@ -103,7 +105,9 @@ def figures(concept: str, now: Seen, before: Seen | None, level: float = LEVEL) 
         "base_rate": None,
         "base_outcomes": None,
         "difference": None,
+        "again": None,
     }
+    base: list[int] | None = None
     if before is not None:
         _, plain, recognised = before.of(concept)
         least = int(plain.sum(1).argmin())
@@ -111,7 +115,26 @@ def figures(concept: str, now: Seen, before: Seen | None, level: float = LEVEL) 
         found["base_rate"] = share(Rate(sum(base), n), rows, base)
         found["base_outcomes"] = outcomes(plain[least], recognised)
         found["difference"] = compared(plain, there, rows)
+        found["again"] = {"hits": sum(map(min, base, values)), "n": sum(base)}
+    found["kinds"] = by_kind(rows, values, base)
     return found
+
+
+def by_kind(rows: Sequence[Row], values: Sequence[int], base: Sequence[int] | None) -> list[dict[str, Any]]:
+    """How many pictures of each kind of prompt show the concept, the worst kind first."""
+    groups: dict[str, list[int]] = {}
+    for k, row in enumerate(rows):
+        groups.setdefault(row.kind, []).append(k)
+    found: list[dict[str, Any]] = [
+        {
+            "kind": kind or "no kind",
+            "n": len(of),
+            "hits": sum(values[k] for k in of),
+            "base_hits": None if base is None else sum(base[k] for k in of),
+        }
+        for kind, of in groups.items()
+    ]
+    return sorted(found, key=lambda each: -each["hits"] / each["n"])
 
 
 def outcomes(there: Tensor, something: Tensor | None) -> dict[str, float] | None:
@@ -139,10 +162,20 @@ def recognised(seen: Seen) -> float | None:
 
 
 def control(samples: Sequence[Sample], detector: Spec, recognises: Spec | None) -> dict[str, Any]:
-    """How often detectors see something in pictures that show nothing: the concept by any judge, or anything."""
+    """How often detectors see something in pictures that show nothing: a concept by any judge, or anything.
+
+    Returns:
+        `n`; `concepts`, the share of the pictures of each concept, and the largest of them as `concept`; `something`.
+    """
     seen = see(samples, detector, recognises)
-    concept = float(seen.there.any(0).double().mean())
-    return {"n": len(samples), "concept": concept, "something": recognised(seen)}
+    names = dict.fromkeys(row.concept for row in seen.rows)
+    shares = {name: float(seen.of(name)[1].any(0).double().mean()) for name in names}
+    return {
+        "n": len(samples),
+        "concept": max(shares.values()),
+        "concepts": shares,
+        "something": recognised(seen),
+    }
 
 
 def corrected(facts: Mapping[str, Any]) -> Corrected:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .. import api, checks, files
+from .. import __version__, api, checks, files
 from ..core import Handle
 from ..delta import Delta
 from ..families import family
@@ -33,7 +34,7 @@ def add_changes(pipe: DiffusionPipeline, delta: Sequence[str | Path], lora: Sequ
 
     Raises:
         FileNotFoundError: a file does not exist.
-        ValueError: a file is not safetensors, or does not fit the pipeline.
+        ValueError: a file is not safetensors, does not fit the pipeline, or changes no weight.
         ImportError: LoRA files need `peft`.
     """
     for place in delta:
@@ -43,7 +44,13 @@ def add_changes(pipe: DiffusionPipeline, delta: Sequence[str | Path], lora: Sequ
                 f"Expected a delta of weights for an audit, got {type(made).__name__} in {place}, which stay outside "
                 "the weights. Measure them with `efface bench --delta`."
             )
+        before = digest(pipe)
         made.merge(pipe)
+        if before and digest(pipe) == before:
+            raise ValueError(
+                f"Expected the delta {place} to change the model, got one that changes no weight. Give the delta that "
+                "was fitted on this model."
+            )
     for place in lora:
         path = checks.path("lora", place)
         if path.suffix != ".safetensors":
@@ -76,6 +83,29 @@ def digest(pipe: DiffusionPipeline) -> str:
             found.update(f"{name}.{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def weights_of(pipe: DiffusionPipeline, model: Any, more: Sequence[str | Path]) -> str:
+    """SHA-256 that tells a model's weights from others: of the weights in memory, otherwise of the model's files.
+
+    Raises:
+        ValueError: neither is there, so that another model could take this one's place.
+    """
+    if found := digest(pipe):
+        return found
+    if not isinstance(model, (str, Path)):
+        raise ValueError(
+            "Expected a pipeline whose weights are in memory, got one that is offloaded. Give the model's name or "
+            "folder instead."
+        )
+    facts = {"model": str(model), "efface": __version__, "files": file_digests(model, more)}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def shape(pipe: Any) -> Any:
+    """What two models of one kind have in common: the pipeline's class, and the denoiser's class and sizes."""
+    part = getattr(pipe, family(pipe).denoiser)
+    return type(pipe), type(part), {key: value for key, value in part.config.items() if not key.startswith("_")}
 
 
 def file_digests(model: Any, more: Sequence[str | Path]) -> dict[str, str]:

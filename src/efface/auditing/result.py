@@ -47,9 +47,12 @@ class Audit:
 
     @property
     def verdict(self) -> str:
-        """The verdict in words: a headline, then the sentences of each concept and regression."""
-        lines = [self.facts["headline"], *(line for each in self.facts["concepts"] for line in each["words"])]
-        return "\n".join([*lines, *(each["words"] for each in self.facts["regressions"])])
+        """The verdict in words: a headline, then the sentences of each concept, and what changed since an earlier
+        audit."""
+        lines = [self.facts["headline"], *self.facts["notes"]]
+        lines += [line for each in self.facts["concepts"] for line in each["words"]]
+        since = self.facts["since"] or {"differences": (), "notes": ()}
+        return "\n".join([*lines, *(each["words"] for each in since["differences"]), *since["notes"]])
 
 
 def opened(folder: str | Path) -> Audit:

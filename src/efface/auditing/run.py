@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +16,19 @@ from ..metrics.outcomes import Outcomes
 from ..metrics.removal import Removal
 from ..metrics.retention import Retention
 from ..progress import shows
-from ..records import Suite, alike
+from ..records import Score, Suite, alike
 from ..runs.record import now, this_command, versions
-from . import verdict
-from .draw import CONTROL, Plan, attacked, facts_of
+from . import verdict, words
+from .draw import Plan, attacked
 from .evidence import junit, statement
+from .folder import agree, claim
 from .hazards import categories
 from .judge import Seen, control, figures, recognised, see
 from .log import check_log, write_log
-from .prepare import file_digests, ruined
-from .result import ATTACKS, AUDIT, AUDITED, JUNIT, LOCK, PAGE, RESTORE, SETTING, STATEMENT, Audit
-from .since import earlier_run
+from .prepare import file_digests, ruined, shape
+from .result import ATTACKS, AUDIT, AUDITED, JUNIT, LOCK, PAGE, STATEMENT, Audit
+from .rows import check_asked, distinct, of_controls, others
+from .since import check_since
 from .since import since as regressions_since
 
 if TYPE_CHECKING:
@@ -116,23 +118,26 @@ def audit(
         >>> made.outcome
         'exceeded'
     """
-    targets, merged = as_concepts(concepts), [*delta, *lora]
+    targets, merged, out = as_concepts(concepts), [*delta, *lora], checks.path("out", out)
     if recognises == AUTO:
         recognises = detector if detector == "eyes" else None
     base = model if base is None and merged else base
     _check(model, base, targets, merged, at_most, attacks)
-    _check_files(labels, since, log)
-    chosen = suite if suite is not None else runs.make_suite("emoji", targets, limit=limit)
+    _check_files(labels, since, log, out)
+    chosen, twice = distinct(suite if suite is not None else runs.make_suite("emoji", targets, limit=limit))
+    check_asked(chosen.rows, [target.name for target in targets])
     chosen = dataclasses.replace(chosen, rows=alike(chosen.rows, limit))
     chosen = dataclasses.replace(chosen, metrics=_metrics(targets, chosen, detector, recognises))
     runs.rehearse(chosen)
-    folder = _claim(checks.path("out", out))
+    folder = claim(out)
     plan = Plan(
         model, base, delta, lora, chosen, folder, detector, recognises, batch, guidance, loading or {}, progress, budget
     )
     began = time.perf_counter()
     with files.lock(folder / LOCK):
         facts, run, plain = _measured(plan, targets, attacks, labels, at_most)
+        if twice:
+            facts["not_covered"].append(f"{twice} rows of the suite, which repeat earlier ones with the same seed.")
         if since is not None:
             facts["since"], facts["regressions"] = regressions_since(
                 since, run, facts["concepts"], detector, recognises
@@ -141,8 +146,12 @@ def audit(
                 facts["outcome"] = verdict.EXCEEDED
                 names = ", ".join(each["concept"] for each in facts["regressions"])
                 facts["headline"] = f"Regressed: {names}. {facts['headline']}"
+            if facts["since"]["lost"]:
+                facts["outcome"] = verdict.worst([facts["outcome"], verdict.NOT_JUDGED])
+                names = ", ".join(facts["since"]["lost"])
+                facts["headline"] = f"Not compared with the earlier audit: {names}. {facts['headline']}"
         facts |= {"command": command or this_command(), "seconds": round(time.perf_counter() - began, 3)}
-        _write(folder, facts, run, plain, file_digests(model, merged))
+        _write(folder, facts, run, plain, file_digests(model, merged), set(file_digests(base, ()).values()))
         if log is not None:
             write_log(log, facts, run, plain)
     return Audit(folder, facts)
@@ -169,12 +178,12 @@ def _check(
         raise ValueError("Expected a base model for attacks, got none. Give `base` (--base).")
 
 
-def _check_files(labels: Any, since: Any, log: Any) -> None:
+def _check_files(labels: Any, since: Any, log: Any, out: Path) -> None:
     """Raises an error if a file that the audit needs at its end is not there."""
     with runs.open_store(labels):
         pass
     if since is not None:
-        earlier_run(since)
+        check_since(since, out)
     if log is not None:
         check_log(log)
 
@@ -189,43 +198,19 @@ def _metrics(targets: Sequence[Concept], suite: Suite, spec: Spec, recognises: S
     return (*made, *([Retention(spec)] if spec == "eyes" else []))
 
 
-def _claim(folder: Path) -> Path:
-    """Returns a folder that is an audit's or empty; creates it if needed."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"Expected a folder for the audit, got the file {folder}. Name a folder.")
-    if folder.is_dir() and not (folder / SETTING).exists():
-        others = sorted(p.name for p in folder.iterdir() if p.name != LOCK and not p.name.endswith(".partial"))
-        if others:
-            raise ValueError(f"{folder} holds other files ({', '.join(others[:3])}). Name an empty folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _agree(plan: Plan, models: Mapping[str, Any]) -> None:
-    """Writes the models of the audit, or checks that the folder's are the same."""
-    from .. import schema
-
-    path = files.inside(plan.folder, SETTING)
-    setting = files.as_json({"format": 1, **models})
-    if files.there(path):
-        earlier = schema.read(path, schema.Versioned, RESTORE)
-        files.check_same(earlier, setting, f"{plan.folder} holds the audit of another model", "Name another folder.")
-    else:
-        files.write_json(path, setting)
-
-
 def _measured(
     plan: Plan, targets: Sequence[Concept], attacks: Sequence[str], labels: Any, at_most: float | None
 ) -> tuple[dict[str, Any], runs.Run, runs.Run | None]:
     """The facts of audit.json, and the two runs."""
+    names = [target.name for target in targets]
     base_pipe = plan.load_base()
-    base_facts = None if base_pipe is None else facts_of(base_pipe, plan.named(plan.base))
+    base_facts = None if base_pipe is None else plan.facts_of_base(base_pipe)
     pipe = plan.load_model()
-    model_facts = facts_of(pipe, plan.name)
-    _agree(plan, {"model": model_facts, "base": base_facts})
-    plain = None if base_pipe is None else plan.draw_base(base_pipe)
-    run = plan.draw_model(pipe, plain)
-    random = plan.draw_random(pipe)
+    model_facts = plan.facts_of_model(pipe)
+    agree(plan.folder, {"model": model_facts, "base": base_facts})
+    plain = None if base_pipe is None or base_facts is None else plan.draw_base(base_pipe, base_facts)
+    run = plan.draw_model(pipe, model_facts, plain)
+    random = plan.draw_random(pipe, names)
     runs.score(run, plan.suite.metrics, labels=labels)
     ran = [
         attacked(plan, name, target, base_pipe, pipe, model_facts, plan.folder / ATTACKS / f"{name}-{k}")
@@ -235,7 +220,8 @@ def _measured(
     ]
     ends = see(run.finished(), plan.detector, plan.recognises)
     before = None if plain is None else see(plain.finished(), plan.detector, plan.recognises)
-    some = [each for each in (plain or run).finished() if each.row.concept][:CONTROL]
+    chosen = {row.id for row in of_controls(plan.suite.rows, names)}
+    some = [each for each in (plain or run).finished() if each.row.id in chosen]
     controls = {
         "random weights": control(random.finished(), plan.detector, plan.recognises),
         "ruined pictures": control(ruined(some), plan.detector, plan.recognises),
@@ -245,10 +231,19 @@ def _measured(
     facts |= {"model": model_facts, "base": base_facts, "attacks": ran, "since": None, "regressions": []}
     facts |= {name: run.record[name] for name in ("suite", "rows", "call")}
     facts |= {"known_attacks": list(registry.methods("attacks")), "batch": plan.batch}
-    facts["detector"] = {"words": ends.words, "note": _note(plan, facts["labelled"])}
+    ours = base_pipe is not None and plan.named(plan.base) == "emoji" and shape(base_pipe) == shape(pipe)
+    facts["detector"] = {"words": ends.words, "note": _note(plan, ours, facts["labelled"])}
+    facts["notes"] = words.notes(facts, *_kept(run))
+    facts["left_out"] = others(plan.suite.rows, names)
     facts["hazards"] = categories(facts["concepts"])
-    facts["not_covered"] = verdict.not_covered(facts)
+    facts["not_covered"] = words.not_covered(facts)
     return facts, run, plain
+
+
+def _kept(run: runs.Run) -> tuple[Score | None, Score | None]:
+    """The retention of the audited model and of the base model, if it was measured."""
+    now, base = ({score.metric: score for score in group}.get("retention") for group in run.scores())
+    return now, base if run.base else None
 
 
 def _decided(
@@ -263,19 +258,20 @@ def _decided(
     """The figures and the verdict of each concept. The bounds hold for all concepts together."""
     level = LEVEL / len(targets)
     seen = {"audited": recognised(ends), "base": None if before is None else recognised(before)}
-    blocked, broken = verdict.general(seen, controls)
+    blocked = verdict.general(seen, controls)
     found = []
     for target in targets:
         each = figures(target.name, ends, before, level)
         each["labels"] = next((facts for facts in labels if facts["concept"] == target.name), None)
         of = [attack for attack in ran if attack["concept"] == target.name]
-        each["verdict"] = verdict.judge_concept(each, each["labels"], at_most, level, blocked, of, broken)
-        each["words"] = verdict.sentences(each, level)
+        fooled = verdict.fooled(target.name, each, controls)
+        each["verdict"] = verdict.judge_concept(each, each["labels"], at_most, level, blocked, of, fooled)
+        each["words"] = words.sentences(each, level)
         found.append(each)
     outcome = verdict.overall(found)
     return {
         "outcome": outcome,
-        "headline": verdict.headline(outcome, found, at_most),
+        "headline": words.headline(outcome, found, at_most),
         "limit": at_most,
         "level": level,
         "concepts": found,
@@ -285,17 +281,21 @@ def _decided(
     }
 
 
-def _note(plan: Plan, labelled: bool) -> str:
-    """A note if the detector was not made for this model."""
-    ours = plan.detector == "eyes" and "emoji" in (plan.named(plan.model), plan.named(plan.base))
-    if ours:
+def _note(plan: Plan, ours: bool, labelled: bool) -> str:
+    """A note if the detector was not made for this model, or for one of its kind."""
+    if plan.detector == "eyes" and (ours or plan.named(plan.model) == "emoji"):
         return ""
     text = f"The detector was not made for {plan.name}."
     return f"{text} People's labels say how often it is right here." if labelled else f"{text} Its error is unknown."
 
 
 def _write(
-    folder: Path, facts: dict[str, Any], run: runs.Run, plain: runs.Run | None, digests: Mapping[str, str]
+    folder: Path,
+    facts: dict[str, Any],
+    run: runs.Run,
+    plain: runs.Run | None,
+    digests: Mapping[str, str],
+    common: Collection[str],
 ) -> None:
     """Writes what people and machines read."""
     files.write_json(folder / AUDIT, files.as_json(facts))
@@ -305,4 +305,4 @@ def _write(
     evidence |= {
         f"{AUDITED}/{name}": files.sha256((run.folder / name).read_bytes()) for name in ("run.json", "samples.jsonl")
     }
-    files.write_json(folder / STATEMENT, statement(facts, digests, evidence))
+    files.write_json(folder / STATEMENT, statement(facts, digests, evidence, common))

@@ -17,7 +17,7 @@ from .output import print_table, say
 
 def compare(
     run: Annotated[list[Path], typer.Argument(help="Scored run folders. The first two are the primary comparison.")],
-    metric: Annotated[Literal["residual", "retention"], typer.Option(help="What is compared.")] = "residual",
+    metric: Annotated[Literal["residual", "erased", "retention"], typer.Option(help="What is compared.")] = "residual",
     labels: Labels = None,
     figure: Annotated[Path | None, typer.Option(help="An SVG file for the differences and their intervals.")] = None,
     as_json: AsJson = False,
@@ -37,6 +37,7 @@ def compare(
         p = f"{each['p']:.3g}, primary" if each["primary"] else f"{each['p_holm']:.3g}, Holm"
         by_labels = [f"{facts['concept']} {_points(facts)}" for facts in each["corrected"] or ()]
         rows.append([f"{each['a']} - {each['b']}", _points(each), p, "; ".join(by_labels) or "-"])
+        rows += [[f"  {facts['concept']}", _points(facts), "", ""] for facts in each["concepts"]]
     caption = f"{card['metric']} in points, {card['rows']} equal rows of {card['prompts']} prompts, 95 % intervals"
     print_table(("runs", "difference", "p", "by labels"), rows, box=None, caption=caption, caption_justify="left")
     for note in card["notes"]:

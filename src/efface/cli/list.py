@@ -65,7 +65,7 @@ def _concepts() -> dict[str, str]:
 
 
 def _detectors() -> dict[str, str]:
-    from ..detectors._named import about
+    from ..detectors._protocols import about
 
     return about()
 

@@ -171,30 +171,50 @@ def ray(
     raise typer.Exit(code)
 
 
+def _entry(text: str | None) -> tuple[int, str] | None:
+    """Number and hash of --expect."""
+    if text is None:
+        return None
+    number, _, hash_ = text.partition(":")
+    if not (number.isascii() and number.isdecimal() and len(number) < 19 and len(hash_) == 64 and hash_.isascii()):
+        raise ValueError(checks.refusal("NUMBER:HASH as --expect", text, "Copy it from `efface serve audit`."))
+    return int(number), hash_
+
+
 @serve_app.command()
 def audit(
     folder: Folder,
     drop_older: Annotated[
         float | None, typer.Option(help="Delete entries older than so many days. The rest can still be checked.")
     ] = None,
+    expect: Annotated[
+        str | None, typer.Option(help="NUMBER:HASH of an earlier last entry, which shows whether the end was cut off.")
+    ] = None,
     database: DatabaseUrl = None,
     as_json: AsJson = False,
 ) -> None:
     """Check the chain of the audit log, and show its latest entries."""
     with told():
+        earlier = _entry(expect)
         service = _opened(folder, database)
         dropped = 0 if drop_older is None else service.audit.drop(drop_older)
         n, fault = service.audit.verify()
+        if not fault and earlier is not None and not service.audit.has(*earlier):
+            fault = f"entry {earlier[0]} is not the expected one"
+        hash_ = service.audit.last()[1]
         entries = service.audit.entries(20)
         service.database.close()
         if as_json:
-            typer.echo(json.dumps({"last": n, "dropped": dropped, "fault": fault, "latest": entries}, indent=1))
+            typer.echo(
+                json.dumps({"last": n, "hash": hash_, "dropped": dropped, "fault": fault, "latest": entries}, indent=1)
+            )
         else:
             for entry in entries:
                 say(f"{entry['seq']}  {entry['kind']}  {entry.get('tenant', '')}")
             if drop_older is not None:
                 say(f"Dropped {dropped} entries.")
             say(f"{n} is the last entry, {fault or 'the chain holds'}.")
+            say(f"Keep {n}:{hash_} elsewhere, for --expect.")
         if fault:
             raise ValueError(f"The audit log is damaged ({fault}). Restore the database from a backup.")
 

@@ -41,7 +41,8 @@ def table(encoder: Any) -> Tensor:
     """The input embeddings [ids, D] of a text encoder."""
     module = encoder.get_input_embeddings() if hasattr(encoder, "get_input_embeddings") else None
     weight = getattr(module, "weight", None)
-    if not isinstance(encoder, nn.Module) or not isinstance(weight, Tensor) or not weight.is_floating_point():
+    floats = isinstance(weight, Tensor) and weight.is_floating_point()
+    if not isinstance(encoder, nn.Module) or not isinstance(module, nn.Module) or not floats:
         raise ValueError(
             f"Expected a text encoder whose input embeddings are a table of floats, got {type(encoder).__name__}. "
             "Load the encoder in float32, or use a method that writes whole texts."
@@ -71,7 +72,7 @@ class Substitute:
         instead: the id that the encoder sees for ids that its table lacks. None: the table has all ids.
     """
 
-    def __init__(self, encoder: nn.Module, ids: Tensor, rows: Sequence[Tensor], instead: int | None = None) -> None:
+    def __init__(self, encoder: Any, ids: Tensor, rows: Sequence[Tensor], instead: int | None = None) -> None:
         self.ids, self.rows, self.instead, self.size = ids, rows, instead, len(table(encoder))
         weight = encoder.get_input_embeddings().weight
         shared = [module for module in encoder.modules() if getattr(module, "weight", None) is weight]  # T5: two

@@ -129,12 +129,13 @@ class Tokens:
         known = tables(pipe)
         own = {name: known[name] for name in embeddings if name in known}
         made = origin(editor, pipe, own, seed=seed, info=info)
+        made["method"] = made["method"] or "tokens"
         return cls(
             {name: rows.detach().to("cpu", torch.float32).contiguous() for name, rows in embeddings.items()},
             words,
             as_concepts(concepts),
             delta=delta,
-            **made | {"method": made["method"] or "tokens"},
+            **made,
         )
 
     def __repr__(self) -> str:

@@ -11,7 +11,8 @@ from efface.fields import field_names
 from efface.registry import near
 
 from . import nudenet, open_nsfw
-from .nudenet import NUDENET, NudeNet
+from ._protocols import NUDENET
+from .nudenet import NudeNet
 from .open_nsfw import OpenNSFW
 
 Spec = str | Mapping[str, Any] | Callable[[tuple[str, ...]], Detector]
@@ -52,7 +53,7 @@ def detector(spec: Spec, names: str | Sequence[str] = ()) -> Detector:
                 'Write for example efface.detector("eyes", "cat").',
             )
         )
-    options = {"name": spec} if isinstance(spec, str) else dict(spec)
+    options: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = str(options.pop("name", ""))
     make, preset = _kind(name)
     known = _options(name, make)
@@ -95,11 +96,6 @@ def _kind(name: str) -> tuple[type, dict[str, Any]]:
             f"Unknown detector {checks.shown(name)}. {hint}{' ' if hint else ''}Known: {', '.join(known)}."
         )
     return registry.resolve(name, "detectors"), {}
-
-
-def about() -> dict[str, str]:
-    """Name -> a line about it, for every detector."""
-    return registry.about("detectors") | {name: NudeNet((), *how).name for name, how in NUDENET.items()}
 
 
 def judges_anything_unsafe(spec: Spec) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,6 @@ def _runtime() -> Any:
 
 def _errors() -> tuple[type[Exception], ...]:
     """The errors of onnxruntime, which have no base class of their own."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
+    state = import_module("onnxruntime.capi.onnxruntime_pybind11_state")
     own = [each for each in vars(state).values() if isinstance(each, type) and issubclass(each, Exception)]
     return (RuntimeError, ValueError, *own)

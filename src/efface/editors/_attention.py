@@ -31,7 +31,7 @@ def watched(denoiser: nn.Module) -> Iterator[dict[str, tuple[Any, list[Tensor]]]
 
     try:
         for name, module in denoiser.named_modules():
-            if isinstance(module, Attention) and module.is_cross_attention:
+            if isinstance(module, Attention) and module.is_cross_attention and module.to_k is not None:
                 hooks.append(module.to_q.register_forward_hook(keep(name, module, True)))
                 hooks.append(module.to_k.register_forward_hook(keep(name, module, False)))
         yield found

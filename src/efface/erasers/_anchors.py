@@ -124,7 +124,7 @@ def chosen(
                 texts = tuple(others) or (min(texts, key=lambda text: float(alike[text].amax())),)
             for k in range(len(concept.phrases)):
                 at = row + k
-                nearest = max(texts, key=lambda text: float(alike[text][at])) if len(texts) > 1 else texts[0]
+                nearest = texts[0] if len(texts) == 1 else max(texts, key=lambda text: float(alike[text][at]))
                 anchors.append(numbers[nearest])
             row += len(concept.phrases)
             which += [k for k, each in enumerate(of) if each == concept]

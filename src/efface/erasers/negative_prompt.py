@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from .._text import fits, own_encode
+from .._text import encode_call, fits
 from ..core import Concept, ConceptsField, RowsField
 from ..families import family
 from ..fields import Converted
@@ -161,7 +161,7 @@ class NegativePrompt(Method):
             given = arguments.get(name) or ""
             texts = [given] * prompts if isinstance(given, str) else given
             arguments[name] = [", ".join(filter(None, pair)) for pair in zip(ours, texts, strict=True)]
-        changed, found = own_encode(pipe)(**arguments), list(encoded)
+        changed, found = encode_call(pipe, arguments), list(encoded)
         ours_at = torch.tensor([bool(text) for text in ours]).repeat_interleave(arguments["num_images_per_prompt"])
         for k in places:
             if encoded[k] is None or changed[k] is None or changed[k].shape != encoded[k].shape:

@@ -320,7 +320,3 @@ def pool(states: Tensor, lengths: Tensor, causal: bool) -> Tensor:
     place = torch.arange(states.shape[1], device=states.device)
     weights = place == lengths[:, None] - 1 if causal else (place < lengths[:, None]) / lengths[:, None]
     return (weights.to(states)[..., None] * states).sum(1)
-
-
-def _finite(x: Any) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)

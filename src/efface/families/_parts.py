@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Reading(NamedTuple):
@@ -25,6 +28,26 @@ class Reading(NamedTuple):
     def last(self) -> int:
         """The token whose state covers the whole text in a causal encoder: the end token, or the last own token."""
         return min(int(self.own.stop), len(self.ids) - 1)
+
+
+def _same(out: Any) -> Any:
+    return out
+
+
+class Adapted(NamedTuple):
+    """A denoiser call as one for which texts and latents are tensors, unconditional rows first.
+
+    Args:
+        forward: takes `arguments` and returns such an output.
+        arguments: of the call, by name.
+        restored: returns the output as the denoiser would.
+        turned: puts the rows of a tensor inside the denoiser into this order, and back; None if they are.
+    """
+
+    forward: Callable[..., Any]
+    arguments: dict[str, Any]
+    restored: Callable[[Any], Any] = _same
+    turned: Callable[[Tensor], Tensor] | None = None
 
 
 def encoder_name(tokenizer: str) -> str:

@@ -7,12 +7,14 @@ family names no method. What methods may need, and families may offer, is listed
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ._parts import Reading, class_names, encode_parameters, encoder_name, held, is_kind, tokenizer_of, video_argument
+from ._parts import Adapted, class_names, encoder_name, held, is_kind, video_argument
+from ._texts import InTexts
 from ._training import InTraining
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ _JOINT = ("add_k_proj", "add_v_proj", "to_k", "to_v")
 
 
 @dataclass(frozen=True)
-class Family(InTraining):
+class Family(InTexts, InTraining):
     """The facts on a family of pipelines for hooks and methods.
 
     Args:
@@ -45,6 +47,7 @@ class Family(InTraining):
         settings: the arguments of `encode_prompt` that change the encoding of any text.
         width_names: entries of the denoiser's config with the width of its text. The first that is set counts.
         scale: the call argument, and in some pipelines the attribute, with the guidance scale.
+        unguided: the guidance scale that means no guidance. Larger ones add to 1 in u + w (c - u).
         guidance_in_two_calls: whether unconditional predictions come from separate denoiser calls, not from rows of the
             same call.
         unit_time: whether the denoiser takes times from 0 to 1, not training steps.
@@ -54,6 +57,8 @@ class Family(InTraining):
         skip_argument: the denoiser's argument with the numbers of the `transformer_blocks` that a call skips.
         weighs_padding: whether the denoiser reads masked padding too, with less weight. Otherwise it ignores it.
         positions: whether a column of the text has a position in joint attention.
+        text_multiple: texts are padded to a multiple of so many columns, with learned tokens that the denoiser reads.
+        joins_late: whether texts pass layers of their own in the denoiser before joint attention.
         joint: the last name of the modules with joint attention.
         text_first: whether text precedes the picture in joint attention.
         projection: the denoiser's module that projects the text for all layers; "" if there is none.
@@ -80,6 +85,7 @@ class Family(InTraining):
     settings: tuple[str, ...] = ("clip_skip", "lora_scale", "clean_caption", "max_sequence_length")
     width_names: tuple[str, ...] = ("joint_attention_dim",)
     scale: str = "guidance_scale"
+    unguided: int = 1
     guidance_in_two_calls: bool = False
     unit_time: bool = False
     text_argument: str = "encoder_hidden_states"
@@ -90,6 +96,8 @@ class Family(InTraining):
     skip_argument: str = ""
     weighs_padding: bool = False
     positions: bool = False
+    text_multiple: int = 1
+    joins_late: bool = False
     joint: str = "attn"
     text_first: bool = True
     projection: str = ""
@@ -144,12 +152,18 @@ class Family(InTraining):
 
     def guided(self, guidance: float) -> dict[str, Any]:
         """The call arguments for this guidance scale; 1 means no guidance."""
-        return {self.scale: guidance} if self.returns_negative else {self.scale: guidance, "negative_prompt": ""}
+        found = {self.scale: guidance - 1 + self.unguided}
+        return found if self.returns_negative else {**found, "negative_prompt": ""}
 
     def protocol(self, call: Mapping[str, Any]) -> dict[str, Any]:
         """A suite's call arguments for this family: `guidance` becomes `guidance_scale`; distilled families drop it."""
         named = {"guidance": self.scale} if self.scale == "guidance_scale" else {}
-        return {named.get(name, name): value for name, value in call.items() if name != "guidance" or named}
+        found = {named.get(name, name): value for name, value in call.items() if name != "guidance" or named}
+        return found | ({self.scale: call["guidance"] - 1 + self.unguided} if named and "guidance" in call else {})
+
+    def scale_of(self, pipe: DiffusionPipeline | None) -> float:
+        """The guidance scale w of the pipeline's call in u + w (c - u); NaN if it does not expose one."""
+        return float(getattr(pipe, self.scale, math.nan)) + 1 - self.unguided
 
     # ---- which pipelines are of the family
 
@@ -209,87 +223,40 @@ class Family(InTraining):
         """The time of pure noise, in the denoiser's unit."""
         return 1 if self.unit_time else pipe.scheduler.config.num_train_timesteps
 
-    # ---- texts
+    # ---- the denoiser's call
 
-    def limit(self, pipe: DiffusionPipeline, tokenizer: str, settings: Mapping[str, Any]) -> int:
-        """The largest number of tokens for this tokenizer, including start and end."""
-        most = int(tokenizer_of(pipe, tokenizer).model_max_length)
-        longest = encode_parameters(pipe).get("max_sequence_length")
-        if longest is None or tokenizer not in self.resizable:
-            return most
-        return min(int(settings.get("max_sequence_length") or longest.default), most)
+    def adapted(
+        self,
+        forward: Callable[..., Any],
+        arguments: dict[str, Any],
+        prompts: int | None,
+        guided: bool,
+        length: int | None,
+    ) -> Adapted:
+        """A denoiser call with tensors in the order of rows that methods expect.
 
-    def cleaned(
-        self, pipe: DiffusionPipeline, tokenizer: Any, texts: Sequence[str], settings: Mapping[str, Any]
-    ) -> list[str]:
-        """Texts as the pipeline passes them to a tokenizer."""
-        convert = getattr(pipe, "maybe_convert_prompt", None)  # textual inversion: one word, several tokens
-        return [convert(text, tokenizer) for text in texts] if convert else list(texts)
-
-    def read(self, pipe: DiffusionPipeline, tokenizer: str, text: str, settings: Mapping[str, Any]) -> Reading:
-        """A cleaned text as an encoder reads it, without truncation."""
-        make = tokenizer_of(pipe, tokenizer)
-        own, ids = (list(make(text, add_special_tokens=special).input_ids) for special in (False, True))
-        start = next(k for k in range(len(ids) + 1) if ids[k : k + len(own)] == own)
-        return Reading(ids, slice(start, start + len(own)))
-
-    def shift(self, tokenizer: str, reading: Reading, length: int) -> int:
-        """The offset of a text's tokens in `length` columns because of padding before them."""
-        return length - len(reading.ids) if reading.padded_before or tokenizer in self.left_padded else 0
-
-    def places(
-        self, pipe: DiffusionPipeline, length: int | None, settings: Mapping[str, Any]
-    ) -> dict[str, tuple[slice, slice]]:
-        """The position of each encoder's states in a text [L, D]: columns and features, by the tokenizer's name.
-
-        `length` is L, which is needed if texts are not padded to the encoder's limit.
+        Args:
+            forward: the denoiser's `forward`.
+            arguments: its arguments, by name.
+            prompts: the number of prompts of the pipeline call; None outside of one.
+            guided: whether that call has guidance.
+            length: of its text.
         """
-        found, end = {}, 0
-        for group in self.texts:
-            column, feature = end, 0
-            for name in group:
-                if (encoder := getattr(pipe, encoder_name(name), None)) is not None:
-                    most = self.limit(pipe, name, settings)
-                    end = column + most if self.padded_to_limit or length is None else length
-                    found[name] = slice(column, end), slice(feature, feature := feature + self.state_width(encoder))
-        return found
+        return Adapted(forward, arguments)
 
-    def state_width(self, encoder: Any) -> int:
-        """The number of features of an encoder's states."""
-        return int(encoder.config.hidden_size)
+    def text_columns(self, arguments: Mapping[str, Any]) -> int:
+        """The number of the text's columns in joint attention."""
+        return int(arguments[self.text_argument].shape[1])
 
-    def encoding_arguments(
-        self, pipe: DiffusionPipeline, texts: Sequence[str], settings: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """The arguments of `encode_prompt` for these texts, one row each, without guidance."""
-        call = {"prompt": list(texts), "prompt_2": None, "prompt_3": None, "num_images_per_prompt": 1, **settings}
-        call |= {"device": pipe._execution_device, "do_classifier_free_guidance": False}
-        taken = encode_parameters(pipe)
-        return {name: value for name, value in call.items() if name in taken}
+    def noise(self, time: Any) -> Any:
+        """The denoiser's time, in which pure noise is at `train_timesteps` and the picture at 0."""
+        return time
 
     def text_width(self, denoiser: nn.Module) -> int | None:
         """The width of the denoiser's text; None if its config does not say."""
         config: Any = denoiser.config
         read = next((config[name] for name in self.width_names if config.get(name) is not None), None)
         return read if isinstance(read, int) else None
-
-    def lengthened(self, text: Tensor, mask: Tensor | None, length: int) -> tuple[Tensor, Tensor | None] | None:
-        """The same texts [N, L, D] and mask in `length` columns; None if padding would change the text."""
-        if length == text.shape[1]:
-            return text, mask
-        if length < text.shape[1] or not self.masked or self.weighs_padding:
-            return None
-        seen = text.new_ones(text.shape[:2]).bool() if mask is None else mask
-        return self.padded(text, length), self.padded(seen[..., None], length)[..., 0]
-
-    def padded(self, columns: Tensor, length: int) -> Tensor:
-        """Columns [..., L, D] of a text, with zeros as padding to `length` columns."""
-        from torch.nn.functional import pad
-
-        more = length - columns.shape[-2]
-        return pad(columns, (0, 0, more, 0) if self.left_padded else (0, 0, 0, more))
-
-    # ---- the denoiser's call
 
     def text_mask(self, arguments: Mapping[str, Any]) -> Tensor | None:
         """The mask of the text's padding [B, L] among a denoiser's arguments."""
@@ -316,8 +283,9 @@ class Family(InTraining):
         """As `for_length`, with the positions [X] of further columns beside the text's own columns."""
         return self.for_length(arguments, length)
 
-    def placed(self, denoiser: nn.Module, positions: Tensor, prompt: int) -> AbstractContextManager[Any]:
-        """Gives further columns [X], and the prompt's after them, their positions in a denoiser that counts columns."""
+    def placed(self, denoiser: nn.Module, carried: Any) -> AbstractContextManager[Any]:
+        """Gives the columns of texts that joint attention carries what only the denoiser's own modules can: positions
+        where it counts columns, or the columns themselves, if it `joins_late`."""
         return nullcontext()
 
     def text_projection(self, denoiser: nn.Module) -> nn.Module | None:

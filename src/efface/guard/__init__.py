@@ -12,19 +12,19 @@ import lazy_loader as _lazy_loader
 
 from .edit import Edit
 from .file import parsed, read
-from .policy import Erasure, Gate, Policy, unguarded
+from .policy import DELIVERED, Erasure, Gate, Policy, unguarded
 
 if TYPE_CHECKING:
     from .deltas import Edited, NotRestored, Shelf
     from .guard import Guard
     from .partial import Partial
-    from .record import DELIVERED, Guarded, PolicyNotApplied, RowRecord
+    from .record import Guarded, PolicyNotApplied, RowRecord
 
 _LATE = {
     "deltas": ["Edited", "NotRestored", "Shelf"],
     "guard": ["Guard"],
     "partial": ["Partial"],
-    "record": ["DELIVERED", "Guarded", "PolicyNotApplied", "RowRecord"],
+    "record": ["Guarded", "PolicyNotApplied", "RowRecord"],
 }
 __getattr__, _, _ = _lazy_loader.attach(__name__, submod_attrs=_LATE)
 

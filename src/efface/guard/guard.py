@@ -25,8 +25,8 @@ from .drawing import Drawing, alike
 from .explain import explained
 from .forms import plain
 from .partial import Partial
-from .policy import Erasure, Policy
-from .record import DELIVERED, Batch, Guarded, PolicyNotApplied, RowRecord, lock_of
+from .policy import DELIVERED, Erasure, Policy
+from .record import Batch, Guarded, PolicyNotApplied, RowRecord, lock_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -206,6 +206,9 @@ class Guard:
                 drawn |= dict(zip(some, zip(made.pictures, made.rows, strict=True), strict=True))
         pictures = torch.stack([drawn[k][0] for k in range(len(policies))])
         rows = tuple(drawn[k][1] for k in range(len(policies)))
+        for picture, row in zip(pictures, rows, strict=True):
+            if row.outcome not in DELIVERED:
+                picture.zero_()  # the result holds the batch, too
         images = [p if row.outcome in DELIVERED else None for p, row in zip(to_pil(pictures), rows, strict=True)]
         return Guarded(tuple(images), rows, batch.seeds, replace(batch, pictures=pictures))
 

@@ -17,6 +17,8 @@ from .edit import Edit, edits
 from .forms import CURE, Frozen, Given, Settings, as_given, plain
 
 RESERVED = ("concepts", "rows", "strength")
+DELIVERED = ("drawn", "redrawn", "logged")
+"""The outcomes of a row that has a picture."""
 
 
 class Erasure(Frozen):
@@ -148,7 +150,7 @@ def _erase(value: Any) -> Any:
     if not isinstance(value, (list, tuple)):
         return value
     alone = [each for each in value if _is_concept(each)]
-    made = [Erasure(concepts=alone)] if alone else []
+    made: list[Any] = [Erasure(concepts=alone)] if alone else []
     for each in value:
         if isinstance(each, Mapping) and not _is_concept(each) and all(isinstance(name, str) for name in each):
             made.append(Erasure(**each))

@@ -84,7 +84,7 @@ def acted(line: Line, record: Record, row: int, steps: int) -> tuple[Acted, str]
     name = facts["method"]
     if len(calls) < steps:
         return found, f"{name} saw {len(calls)} denoiser calls with prompts in {steps} steps"
-    if wrong := [reason for reason in reasons if reason in (watch.NO_CONCEPTS, watch.OFF)]:
+    if wrong := [reason for reason in reasons if reason in (watch.NO_CONCEPTS, watch.NO_GUIDANCE, watch.OFF)]:
         return found, f"{name} did not act because of {wrong[0]!r}"
     if missing := [k for k, (rows, exempt) in enumerate(calls) if not exempt and row not in rows]:
         return found, f"{name} did not edit the row in denoiser call {missing[0]}"

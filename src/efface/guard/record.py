@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
 
-DELIVERED = ("drawn", "redrawn", "logged")
-"""The outcomes of a row that has a picture."""
-
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _LOCKING = threading.Lock()
 

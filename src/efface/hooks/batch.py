@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ class Batch:
         repelled: rows that guidance pushes away from.
         encoded_empty: `empty` before any projection.
         projected: whether the texts are projected for the layers.
+        turned: as `Adapted.turned`, where the denoiser has the rows in another order.
     """
 
     first: int
@@ -37,6 +39,7 @@ class Batch:
     repelled: Repelled | None
     encoded_empty: Text | None
     projected: bool
+    turned: Callable[[Tensor], Tensor] | None = None
 
     @property
     def conditional(self) -> int:
@@ -97,8 +100,8 @@ def compiled_first_row(text: Tensor, texts: Texts | None, given: tuple[int, int]
         return 0
     if facts.guidance_in_two_calls or texts.apart:
         raise ValueError(
-            f"With `{facts.scale}` above 1, Efface cannot recognise the unconditional call of a compiled denoiser. "
-            "Give a pipeline that is not compiled."
+            f"With `{facts.scale}` above {facts.unguided}, Efface cannot recognise the unconditional call of a "
+            "compiled denoiser. Give a pipeline that is not compiled."
         )
     return len(text) - len(texts.positive)
 

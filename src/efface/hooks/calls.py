@@ -56,6 +56,11 @@ class Texts:
     negative_pooled: Tensor | None
     apart: bool = False
 
+    @property
+    def size(self) -> tuple[int, bool, int]:
+        """The number of conditional rows, whether there is guidance, and the number of columns."""
+        return len(self.positive), self.negative is not None, self.positive.shape[1]
+
 
 @dataclass(eq=False)
 class Call:
@@ -137,6 +142,11 @@ class Calls:
         return self.site.facts.guidance_in_two_calls or (
             self.site.given is None and self.texts is not None and self.texts.apart
         )
+
+    def ended_guidance(self, first: int) -> bool:
+        """Whether a denoiser call has no unconditional rows (`first`) although its pipeline call has guidance."""
+        texts = self.texts if self.site.given is None and not self.apart else None
+        return not first and texts is not None and texts.negative is not None
 
     @property
     def drawing(self) -> Call | None:

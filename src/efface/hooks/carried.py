@@ -28,6 +28,9 @@ def compressed(text: Text, padding: Tensor, facts: Family) -> Text:
     """
     seen = torch.ones_like(padding, dtype=torch.bool) if text.mask is None else text.mask.cpu()
     columns = torch.arange(padding.shape[1])
+    if (n := facts.text_multiple) > 1:  # learned padding, which the denoiser adds
+        there = columns < ((seen.sum(1, keepdim=True) + n - 1) // n * n)
+        return Text(text.states, text.mask, there.double(), columns.double().expand_as(there))
     new = torch.ones_like(padding, dtype=torch.bool)
     new[:, 1:] = (padding[:, 1:] == 0) | (padding[:, 1:] != padding[:, :-1]) | (seen[:, 1:] != seen[:, :-1])
     if facts.positions:
@@ -107,6 +110,8 @@ class Carried:
     def beside(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The denoiser's arguments with these texts beside the prompt."""
         facts, text = self.facts, arguments[self.facts.text_argument]
+        if facts.joins_late:
+            return arguments
         if (mask := facts.text_mask(arguments)) is not None:
             seen = self.seen.to(mask).expand(len(mask), -1)
             arguments = facts.with_mask(arguments, torch.cat([seen, mask] if self.first else [mask, seen], 1))

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .._encodings import compared_once, held
 from .._text import SITES, check_width
 from .._weights import check_unfused
 from ..core import Handle
@@ -77,10 +76,9 @@ class Site:
     def add(self, pipe: DiffusionPipeline, method: Contract) -> Handle:
         method = filled(method, pipe)
         self._check(pipe, method)
-        applied, encodings = Applied(method), held(pipe)
-        with compared_once():
-            check_width(pipe)
-            self.prepare(pipe, applied, Encoder(pipe, None))
+        applied, encodings = Applied(method), self.pipelines.held(pipe)
+        check_width(pipe)
+        self.prepare(pipe, applied, Encoder(pipe, None))
         self.pipelines.follow(pipe, encodings)
         self.applied.append(applied)
         self.refit()
@@ -249,24 +247,26 @@ class Site:
     def _enter(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Replaces the denoiser's `forward`."""
         if torch.compiler.is_compiling():
-            return self._step(forward, args, kwargs).run()
+            return self._run(forward, args, kwargs)
         with self.alone():
             try:
-                return self._step(forward, args, kwargs).run()
+                return self._run(forward, args, kwargs)
             finally:
                 self.step = None
 
-    def _step(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step:
-        """The denoiser call that begins."""
+    def _run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output of the denoiser call that begins."""
         names = self.parameters[: len(args)]
         arguments = dict(zip(names, args, strict=True)) | kwargs
-        first = self.parameters[0]
-        arguments = {first: arguments[first]} | arguments
-        facts = self.facts
+        arguments = {(first := self.parameters[0]): arguments[first]} | arguments
+        facts, texts = self.facts, None if self.given is not None else self.calls.texts
+        of_call = (None, False, None) if texts is None else texts.size
+        forward, arguments, restored, turned = facts.adapted(forward, arguments, *of_call)
         text, mask = arguments[facts.text_argument], facts.text_mask(arguments)
-        batch = self._begin(arguments[facts.time_argument], text, mask)
+        batch = self._begin(facts.noise(arguments[facts.time_argument]), text, mask)
+        batch.turned = turned
         self.step = Step(self, forward, names, arguments, batch)
-        return self.step
+        return restored(self.step.run())
 
     def running(self, name: str) -> Step:
         """The denoiser call in which a module runs. Raises RuntimeError if there is none."""

@@ -103,7 +103,7 @@ def carry(batch: Batch, acting: Acting, facts: Family, arguments: dict[str, Any]
         raise ValueError(watch.JOINT_COMPILED)
     texts = [text for applied, _ in acting for text in applied.carried()]
     rows = slice(batch.first, batch.last) if batch.repelled is None else slice(0, batch.rows)
-    return Carried(texts, rows, arguments[facts.text_argument].shape[1], facts)
+    return Carried(texts, rows, facts.text_columns(arguments), facts)
 
 
 def edited_joint(
@@ -116,6 +116,10 @@ def edited_joint(
     options: dict[str, Any],
 ) -> Tensor:
     """Joint attention [rows, heads, L, d] with carried texts, after the edits of the picture's output."""
+    if (turned := batch.turned) is not None:
+        mask = options.get("attn_mask")
+        options = options if mask is None or len(mask) == 1 else {**options, "attn_mask": turned(mask)}
+        inputs = Inputs(*map(turned, inputs))
     if len(inputs.query) != batch.rows:
         raise RuntimeError(watch.other_rows(layer.name, len(inputs.query), batch.rows))
     carried.check(layer.name, inputs.query, inputs.key, options)
@@ -126,4 +130,5 @@ def edited_joint(
         seen = JointAttention(layer.attn, query, name=layer.name, parts=parts, carried=carried)
         return edited(batch, acting, seen, hidden, carried.rows.start)
 
-    return attended(carried, function, inputs, options, biases, edit)
+    out = attended(carried, function, inputs, options, biases, edit)
+    return out if turned is None else turned(out)

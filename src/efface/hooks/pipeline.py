@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +10,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .._encodings import Encodings, compared_once
+from .._encodings import Encodings, compared_once, held
 from .._text import cut_off, encoder_of, encoding_settings, readers
 from . import watch
 from .calls import Call, Calls, Guarded, Texts
@@ -59,6 +58,11 @@ class Pipelines:
         methods = hide(pipe, acts, self.site.copies)
         self.followed.append(Followed(weakref.ref(pipe), methods, readers(pipe), encodings))
 
+    @staticmethod
+    def held(pipe: DiffusionPipeline) -> Encodings:
+        """The encodings of a pipeline that will be followed."""
+        return held(pipe)
+
     def close(self) -> None:
         """Restores the pipelines' methods."""
         for each in self.followed:
@@ -84,15 +88,18 @@ class Pipelines:
             kind: Any = type(pipe)
             bound = inspect.signature(kind.encode_prompt.__get__(pipe)).bind(*args, **kwargs)
             bound.apply_defaults()
+            # some pipelines write into the lists of a call, or repeat the texts afterwards
+            bound.arguments |= {name: list(v) for name, v in bound.arguments.items() if isinstance(v, list)}
+            bound.arguments.setdefault("num_images_per_prompt", 1)
             facts, call = self.site.facts, self.calls.here()
             if facts.returns_negative and not bound.arguments.get("do_classifier_free_guidance", False):
                 self.site.refuse_without_guidance()
-            made = original(*args, **kwargs)
+            made = facts.unlisted(original(*args, **kwargs), bound.arguments)
             if call is None or call.over:
                 call = self.calls.open(entered=False)
             elif call.texts is not None and call.entered and not (facts.returns_negative or call.drawing):
                 return self._negated(pipe, call, call.texts, made, bound)
-            return self._encode(pipe, call, made, bound)
+            return facts.listed(self._encode(pipe, call, made, bound))
 
     def _looped(self, pipe: DiffusionPipeline, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return _Loop(original(*args, **kwargs), self.calls)
@@ -137,7 +144,7 @@ class Pipelines:
             self.site.prepare(pipe, each, encoder, blind=blind)
         parts = dict(zip(facts.returns, made, strict=True))
         negatives: dict[str, Any] = {name: parts.get(name) if guided else None for name in NEGATIVE}
-        empty, negative, scale = None, negatives["negative"], getattr(pipe, facts.scale, math.nan)
+        empty, negative, scale = None, negatives["negative"], facts.scale_of(pipe)
         if negative is not None and self._reads_text() and not blind:
             untouched = negative is given[facts.returns.index("negative")]
             empty = unconditional(pipe, bound, negative, negatives["negative_mask"], untouched)

@@ -150,6 +150,8 @@ class Step:
                 exempt = watch.NO_CONDITIONAL_ROWS
             elif not applied.has_rows(batch.conditional):
                 exempt = watch.NO_CONCEPTS
+            elif (method.guides or method.negates) and self.where.calls.ended_guidance(batch.first):
+                exempt = watch.NO_GUIDANCE
             else:
                 weight = method.weight(self._time(method) if method.counts_steps else noise)
                 if not isinstance(weight, Tensor) and not weight:
@@ -186,7 +188,7 @@ class Step:
         if self.arguments.get(where.facts.skip_argument) is not None:
             raise ValueError(
                 f"{type(method).__name__} changes the conditional prediction, which `skip_guidance_layers` compares "
-                "with a separate one. Leave them out, or use method 'safree'."
+                "with a separate one. Leave them out, or use a method without guidance."
             )
         if not 0 < batch.first < batch.last and not negatives:
             raise ValueError(needs_guidance(method, where.denoiser, where.facts))
@@ -244,7 +246,7 @@ class Step:
         texts = self.where.calls.texts
         if texts is None or texts.apart or torch.compiler.is_compiling():
             return math.nan if texts is None else texts.guidance_scale
-        return getattr(texts.pipe(), self.where.facts.scale, math.nan)  # a callback may have changed it
+        return self.where.facts.scale_of(texts.pipe())  # a callback may have changed it
 
     def _keep(self, plan: Plan) -> None:
         """Records the edits that ran."""
@@ -260,7 +262,7 @@ class Step:
             self.carried, arguments = carried, carried.beside(arguments)
         named = {name: value for name, value in arguments.items() if name not in self._names}
         facts, denoiser = self.where.facts, self.where.denoiser
-        with facts.placed(denoiser, carried.positions, carried.prompt) if carried is not None else nullcontext():
+        with facts.placed(denoiser, carried) if carried is not None else nullcontext():
             return self._forward(*(arguments[name] for name in self._names), **named)
 
     # ---- layers

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._text import encode, encode_constant, encoding_settings, places, read, readers
+from .._text import encode, encode_empty, encoding_settings, places
 from ..families import encode_parameters, family
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def unconditional(
         texts = ("prompt", "pooled", "negative")  # texts, embeddings and masks
         arguments = {name: defaults[name] if name.startswith(texts) else v for name, v in call.arguments.items()}
         arguments["prompt"] = [""] * (len(negative) // call.arguments["num_images_per_prompt"])
-        encoded = encode_constant(pipe, arguments, [read(pipe, "", name, **settings).ids for name in readers(pipe)])
+        encoded = encode_empty(pipe, arguments, settings)
         parts = dict(zip(family(pipe).returns, encoded, strict=True))
         empty, empty_mask = parts["negative"], parts["negative_mask"].bool() if family(pipe).masked else None
     others = () if nothing else _other_rows(negative, mask, empty, empty_mask)

@@ -15,6 +15,7 @@ NO_CONDITIONAL_ROWS = "unconditional call"
 NO_CONCEPTS = "no concepts for these rows"
 OUTSIDE_WINDOW = "outside the window"
 OFF = "strength 0"
+NO_GUIDANCE = "no guidance in this step"
 
 
 @dataclass
@@ -55,7 +56,7 @@ UNCOMPILED = (
 )
 JOINT_COMPILED = (
     "Efface cannot edit joint attention in a denoiser that is compiled in one graph. Compile it without "
-    "`fullgraph=True`, or use method 'safree'."
+    "`fullgraph=True`, or use a method that edits only prompts."
 )
 CHECKPOINTED = (
     "Gradient checkpointing runs attention again in `backward`, when the erasers no longer know the step. Call "
@@ -122,7 +123,7 @@ def unseen(layers: Sequence[str], of: int) -> str:
     return (
         f"{len(layers)} of {of} joint attention layers did not compute their attention in one call of torch's "
         f"`scaled_dot_product_attention`, first {layers[0]!r}, so Efface cannot see it. Choose diffusers' attention "
-        "backend \"native\" (`set_attention_backend`) and a processor that calls it, or use method 'safree'."
+        'backend "native" (`set_attention_backend`), a processor that calls it, or a method that edits only prompts.'
     )
 
 
@@ -165,7 +166,7 @@ def cached(name: str, hook: str) -> str:
     """The denoiser has a cache of diffusers."""
     return (
         f"The {name} has a cache ({hook}), which reuses outputs of other steps and rows without the erasers' edits. "
-        f"Call `pipe.{name}.disable_cache()`, or use method 'safree', which edits the prompt."
+        f"Call `pipe.{name}.disable_cache()`, or use a method that edits only prompts."
     )
 
 

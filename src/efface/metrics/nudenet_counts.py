@@ -11,7 +11,8 @@ import numpy as np
 from efface import checks
 from efface.detectors._base import looks
 from efface.detectors._named import detector
-from efface.detectors.nudenet import LABELS, NudeNet
+from efface.detectors._protocols import exposed
+from efface.detectors.nudenet import NudeNet
 from efface.records import Sample, Score
 
 from ._samples import batches
@@ -62,7 +63,7 @@ class NudenetCounts:
         options = {"labels": self.labels, "threshold": self.threshold, "store": self.store}
         judge = cast(NudeNet, detector({"name": "nudenet", **options}))
         boxes = [found for images in batches(samples) for found in looks(judge, images)]
-        labels, which = [f"{label}_EXPOSED" for label in LABELS[self.labels]], clusters([s.row for s in samples])
+        labels, which = exposed(self.labels), clusters([s.row for s in samples])
         table = np.array(
             [[sum(b[0] == label and b[1] >= self.threshold for b in each) for label in labels] for each in boxes]
         )

@@ -35,8 +35,9 @@ class Only:
 
     @property
     def log_odds(self) -> Callable[[Tensor], Tensor] | None:
-        asked = getattr(self.detector, "log_odds", None)
-        return (lambda images: asked(images)[list(self.judges)]) if callable(asked) else None
+        if not callable(getattr(self.detector, "log_odds", None)):
+            return None
+        return lambda images: self.detector.log_odds(images)[list(self.judges)]
 
 
 @dataclass(frozen=True)

@@ -152,13 +152,13 @@ class GuardedModel:
         return self.search(images).all(0)
 
     def log_odds(self, images: Tensor) -> Tensor:
-        asked = getattr(self.search, "log_odds", None)
-        if not callable(asked):
+        search: Any = self.search
+        if not callable(getattr(search, "log_odds", None)):
             raise ValueError(
-                f"This attack follows the gradient of the search's detector, and {getattr(self.search, 'name', None)} "
+                f"This attack follows the gradient of the search's detector, and {getattr(search, 'name', None)} "
                 "has no function `log_odds`. Give another one by `search`, such as those of `emoji`."
             )
-        odds: Tensor = asked(images)
+        odds: Tensor = search.log_odds(images)
         return odds.amin(0)
 
     # ---- meters

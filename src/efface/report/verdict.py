@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from .compare import Entry
 from .words import ends, percent
 
 MOST = 12  # concepts of a run with a sentence each
+OURS = re.compile(r"emoji( \+ [^/]*)?(, weights [0-9a-f]*)?")
+"""The embedded model that the detectors were made for, also with deltas, as runs and audits name it."""
 ENOUGH = 59  # prompts; fewer cannot support a bound of 5 % on new prompts
 
 
@@ -93,7 +96,8 @@ def _labelled(entry: Entry, name: str) -> str:
     if facts is None:
         return "The detector's error is unknown: nobody labelled this run."
     rate = f"{percent(facts['run']['rate'])} {ends(facts['run']['interval'])}"
-    return f"By people's labels it is there in {rate}, for new seeds of these prompts."
+    base = f", with the base model in {percent(facts['base']['rate'])}" if facts["base"] else ""
+    return f"By people's labels it is there in {rate}{base}, for new seeds of these prompts."
 
 
 def _missing(found: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -109,7 +113,7 @@ def _general(group: Sequence[Entry]) -> list[str]:
     found = []
     used = {name for entry in group for name, score in entry.scores.items() if score.protocol.startswith("emoji eyes")}
     model = group[0].card["model"]["name"]
-    if used and not model.startswith("emoji"):
+    if used and not OURS.fullmatch(model):
         found.append(f"The detector was made for the emoji model, not for {model}.")
     found.append("Attacks are not part of this report; `efface attack` runs them.")
     found.append("Languages: those of the suite's prompts.")

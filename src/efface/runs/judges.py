@@ -89,6 +89,6 @@ def _place(value: Any, label: bool) -> str:
 
 
 def _detector(name: str) -> bool:
-    from ..detectors._named import about
+    from ..detectors._protocols import about
 
     return name in about()

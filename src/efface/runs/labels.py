@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import checks
 from ..judged import Corrected, Stratum, corrected_difference, new_prompts
 from ..records import Sample, Score
+from .card import SHOWN
 from .record import Run
 from .sample import SIZES, answers, population, run_id, with_base
 
@@ -86,7 +88,8 @@ def corrected(store: Store, run: Run) -> Judged:
 
 
 def correct(store: Store, pair: Sequence[tuple[Run, list[Score]]]) -> Judged:
-    """As `corrected`, for a run and its base run with their scores."""
+    """As `corrected`, for a run and its base run with their scores. NaN if people rarely see the concept in the base
+    model's pictures: then there was nothing to remove, or the labels are not what they should be."""
     from ..feedback import agreement_facts
 
     made: list[list[Score]] = [[], []]
@@ -94,17 +97,27 @@ def correct(store: Store, pair: Sequence[tuple[Run, list[Score]]]) -> Judged:
     concepts = labelled_concepts(store, pair[0][0])
     for concept in concepts:
         given = [store.judgements(kind="label", run=run_id(run), concept=concept) for run, _ in pair]
-        sides = [_side(run, scores, concept, own) for (run, scores), own in zip(pair, given, strict=True)]
-        rates = [rate for rate, _ in sides]
-        name = "removal.corrected" + (f"/{concept}" if len(concepts) > 1 else "")
+        judged = [_side(run, scores, concept, own) for (run, scores), own in zip(pair, given, strict=True)]
+        sides = [(rate, more) for rate, _, more in judged]
+        key = f"/{concept}" if len(concepts) > 1 else ""
         detector = answers(pair[0][1], pair[0][0])[0]
         protocol = f"{detector}, corrected by people's labels of these pictures; for new seeds of these prompts"
-        for scores, rate in zip(made, rates if len(rates) > 1 else rates * 2, strict=True):
-            low, high = rate.interval
-            scores.append(Score(name, 1 - rate.rate, rate.n, 1 - high, 1 - low, "share", True, protocol))
+        shown = sides[-1][0].rate if len(sides) > 1 else 1.0
+        if shown < SHOWN:
+            protocol += f"; not judged, because people see it in {shown:.1%} of the base model's pictures"
+        for scores, (rate, bad, _) in zip(made, judged if len(judged) > 1 else judged * 2, strict=True):
+            for name, each in (("removal", rate), ("erased", bad)):
+                scores.append(_score(f"{name}.corrected{key}", each, protocol, shown >= SHOWN))
         agreed = agreement_facts([each for own in given for each in own])
         facts.append({"concept": concept, "detector": detector, "agreement": agreed, **_sides(sides)})
     return made[0], made[1], facts
+
+
+def _score(name: str, rate: Corrected, protocol: str, judged: bool) -> Score:
+    """One minus a corrected rate as a score; NaN if it is not judged."""
+    low, high = rate.interval
+    value, low, high = (1 - rate.rate, 1 - high, 1 - low) if judged else (nan, nan, nan)
+    return Score(name, value, rate.n, low, high, "share", True, protocol)
 
 
 def _sides(sides: Sequence[tuple[Corrected, dict[str, Any]]]) -> dict[str, Any]:
@@ -116,9 +129,11 @@ def _sides(sides: Sequence[tuple[Corrected, dict[str, Any]]]) -> dict[str, Any]:
     return {"run": run, "base": base[0], "difference": {"value": value, "interval": list(ends)}}
 
 
-def _side(run: Run, scores: list[Score], concept: str, given: Sequence[Judgement]) -> tuple[Corrected, dict[str, Any]]:
-    """The corrected rate of a run, after all checks of its labels; the outcomes' shares; and the claim on new prompts,
-    which needs labels of all pictures."""
+def _side(
+    run: Run, scores: list[Score], concept: str, given: Sequence[Judgement]
+) -> tuple[Corrected, Corrected, dict[str, Any]]:
+    """The corrected rate of a run, after all checks of its labels; the same rate with ruined pictures; and the
+    outcomes' shares, and the claim on new prompts, which needs labels of all pictures."""
     from ..feedback import LABELS, consensus
 
     samples, seen = population(run, scores, concept)
@@ -126,11 +141,12 @@ def _side(run: Run, scores: list[Score], concept: str, given: Sequence[Judgement
     for each in given:
         _check_label(run, each, samples, seen, answers(scores, run)[0])
     outcome = {row: consensus([each.outcome for each in group]) for row, group in by_row.items()}
-    shares, found = dict.fromkeys(LABELS, 0.0), []
+    shares, found, bad = dict.fromkeys(LABELS, 0.0), [], []
     for name, facts in {each.details["stratum"]: each.details for each in given}.items():
         rows = [row for row, group in by_row.items() if group[0].details["stratum"] == name]
         counts = Counter(outcome[row] for row in rows)
         found.append(Stratum(name, facts["of"], len(rows), counts["there"]))
+        bad.append(Stratum(name, facts["of"], len(rows), counts["there"] + counts["nothing"]))
         for label in LABELS:
             shares[label] += facts["of"] * counts[label] / len(rows) / len(samples)
     more: dict[str, Any] = {"outcomes": shares, "new_prompts": None}
@@ -139,7 +155,8 @@ def _side(run: Run, scores: list[Score], concept: str, given: Sequence[Judgement
         hits = {samples[row].row.prompt for row, label in outcome.items() if label == "there"}
         upper = new_prompts(len(hits), len(prompts))
         more["new_prompts"] = {"prompts": len(prompts), "hits": len(hits), "upper": upper}
-    return Corrected(tuple(_complete(run, found, seen))), more
+    rate, lost = (Corrected(tuple(_complete(run, strata, seen))) for strata in (found, bad))
+    return rate, lost, more
 
 
 def _check_label(

@@ -166,8 +166,8 @@ def _model(run: Run, model: str | Path | DiffusionPipeline | None) -> DiffusionP
             f"{run.folder / RUN} names the model {checks.shown(recorded['name'])}, which is not embedded in Efface. If "
             "you trust it, give it as `model=`."
         )
-    model = recorded["name"] if model is None else model
-    pipe = api.load(model) if isinstance(model, (str, Path)) else model
+    given = recorded["name"] if model is None else model
+    pipe = api.load(given) if isinstance(given, (str, Path)) else given
     if handles(pipe) or active(pipe):
         raise ValueError("The pipeline already has an eraser. Remove it, and give it as `eraser=` instead.")
     pipe.set_progress_bar_config(disable=True)
@@ -240,10 +240,9 @@ def _again(paint: Paint, call: Mapping[str, Any], samples: Sequence[Sample], bas
         kept = read_picture(sample.path, sample.sha256)
         largest, share = 255, 1.0
         if kept.size == picture.size:
-            apart = ImageChops.difference(kept, picture.convert("RGB"))
-            largest = max(high for _, high in apart.getextrema())
-            bands = apart.split()
-            worst = ImageChops.lighter(ImageChops.lighter(bands[0], bands[1]), bands[2])
-            share = 1 - worst.histogram()[0] / (kept.width * kept.height)
-        found.append(Redrawn(sample.row.id, base, int(largest), share))
+            red, green, blue = ImageChops.difference(kept, picture.convert("RGB")).split()
+            counts = ImageChops.lighter(ImageChops.lighter(red, green), blue).histogram()
+            largest = max(apart for apart, count in enumerate(counts) if count)
+            share = 1 - counts[0] / (kept.width * kept.height)
+        found.append(Redrawn(sample.row.id, base, largest, share))
     return found

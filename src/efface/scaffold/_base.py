@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from string import Template
 
@@ -91,7 +90,7 @@ def titled(name: str) -> str:
 
 
 def template(name: str) -> str:
-    return (resources.files(__package__) / f"templates/{name}.txt").read_text("utf-8").rstrip("\n")
+    return (Path(__file__).parent / f"templates/{name}.txt").read_text("utf-8").rstrip("\n")
 
 
 def filled(name: str, words: Mapping[str, str]) -> str:

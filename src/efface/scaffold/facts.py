@@ -105,7 +105,8 @@ def read(pipeline: str) -> Facts:
     parts = {each.name: _named(each.annotation) for each in made}
     denoiser = next((name for name in ("transformer", "unet") if name in parts), "")
     network: Any = getattr(diffusers, parts.get(denoiser, ""), None)
-    if not hasattr(cls, "encode_prompt") or network is None:
+    encode = getattr(cls, "encode_prompt", None)
+    if encode is None or network is None:
         raise ValueError(
             f"Expected a pipeline with `encode_prompt` and a `transformer` or `unet` of diffusers, got {pipeline}. "
             "Efface identifies the conditional rows by them; write the family by hand if there is another way."
@@ -116,8 +117,8 @@ def read(pipeline: str) -> Facts:
         parts,
         tuple(each.name for each in made if each.default is each.empty),
         denoiser,
-        _returned(cls.encode_prompt),
-        tuple(inspect.signature(cls.encode_prompt).parameters),
+        _returned(encode),
+        tuple(inspect.signature(encode).parameters),
         tuple(inspect.signature(network.forward).parameters)[1:],
         tuple(inspect.signature(network).parameters),
         not any(each in source for each in BATCHED),

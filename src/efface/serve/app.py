@@ -35,7 +35,9 @@ def create_app(service: Service, *, studio: bool = False) -> FastAPI:
         yield
         task.cancel()
 
-    app = FastAPI(title="Efface", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="Efface", version=__version__, lifespan=life, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
     app.state.service = service
     app.include_router(images.routes)
     app.include_router(own.routes)

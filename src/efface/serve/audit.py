@@ -43,13 +43,16 @@ class Audit:
 
     def add(self, connection: sql.Connection, kind: str, facts: Mapping[str, Any]) -> None:
         """Appends an entry in the caller's transaction."""
+        self.alone(connection)
+        last, previous = self._last(connection)
+        seq = last + 1
+        body = json.dumps({"seq": seq, "time": round(time.time(), 3), "kind": kind, **facts}, sort_keys=True)
+        connection.execute(tables.audit.insert().values(seq=seq, body=body, hash=self._hash(previous, body)))
+
+    def alone(self, connection: sql.Connection) -> None:
+        """Waits until nobody else writes entries, for the rest of the transaction. Writers of SQLite are alone."""
         if not self._database.sqlite:
             connection.execute(sql.text("LOCK TABLE audit IN EXCLUSIVE MODE"))
-        table = tables.audit
-        last = connection.execute(sql.select(table).order_by(table.c.seq.desc()).limit(1)).mappings().first()
-        seq, previous = (1, FIRST) if last is None else (last["seq"] + 1, last["hash"])
-        body = json.dumps({"seq": seq, "time": round(time.time(), 3), "kind": kind, **facts}, sort_keys=True)
-        connection.execute(table.insert().values(seq=seq, body=body, hash=self._hash(previous, body)))
 
     def _hash(self, previous: str, body: str) -> str:
         return hmac.new(self._pepper, f"{previous}\n{body}".encode(), hashlib.sha256).hexdigest()
@@ -57,6 +60,48 @@ class Audit:
     def keyed(self, text: str) -> str:
         """The keyed hash of a text, such as a prompt, which the log shows instead of it."""
         return hmac.new(self._pepper, b"text\n" + text.encode(), hashlib.sha256).hexdigest()
+
+    def hashes(self, connection: sql.Connection, *which: str) -> dict[str, str]:
+        """Each key and each policy version, or `which` of them, with the keyed hash of its row.
+
+        Entries hold them as `hashes`, so that a row that was changed, added or deleted without an entry is found.
+        """
+        found = {}
+        for row in connection.execute(sql.select(tables.keys)).mappings():
+            facts = [row[name] for name in ("hash", "tenant", "policy", "expires", "rate", "burst")]
+            found[f"key {row['id']}"] = self.keyed(json.dumps([*facts, bool(row["admin"]), row["revoked"] is None]))
+        for row in connection.execute(sql.select(tables.policies)).mappings():
+            facts = [row[name] for name in ("id", "hash", "body")]
+            found[f"policy {row['name']} version {row['version']}"] = self.keyed(json.dumps(facts))
+        return {name: found[name] for name in which} if which else found
+
+    def last(self) -> tuple[int, str]:
+        """The number and the hash of the last entry. Kept elsewhere, they show later whether the end was cut off."""
+        with self._database.reading() as connection:
+            return self._last(connection)
+
+    def _last(self, connection: sql.Connection) -> tuple[int, str]:
+        for table in (tables.audit, tables.starts):
+            found = connection.execute(sql.select(table).order_by(table.c.seq.desc()).limit(1)).first()
+            if found is not None:
+                return found.seq, found.hash
+        return 0, FIRST
+
+    def has(self, seq: int, hash_: str) -> bool:
+        """Whether the chain has this entry, or had it until entries were dropped."""
+        table = tables.audit
+        with self._database.reading() as connection:
+            found = connection.execute(sql.select(table.c.hash).where(table.c.seq == seq)).scalar()
+            if found is None:
+                start = self._began(connection)
+                return seq < start[0] or (seq, hash_) == start
+        return hmac.compare_digest(found, hash_)
+
+    def _began(self, connection: sql.Connection) -> tuple[int, str]:
+        """The last dropped entry."""
+        table = tables.starts
+        found = connection.execute(sql.select(table).order_by(table.c.seq.desc()).limit(1)).first()
+        return (0, FIRST) if found is None else (found.seq, found.hash)
 
     def entries(self, most: int = 1_000) -> list[dict[str, Any]]:
         """The latest entries, oldest first."""
@@ -69,25 +114,27 @@ class Audit:
 
     def fits(self) -> bool:
         """Whether the last entry was written with this pepper."""
-        table, starts = tables.audit, tables.starts
+        table = tables.audit
         with self._database.reading() as connection:
             last = connection.execute(sql.select(table).order_by(table.c.seq.desc()).limit(2)).all()
-            start = connection.execute(sql.select(starts).order_by(starts.c.seq.desc()).limit(1)).first()
+            start = self._began(connection)
         if not last:
             return True
-        previous = last[1].hash if len(last) == 2 else start.hash if start is not None else FIRST
+        previous = last[1].hash if len(last) == 2 else start[1]
         return hmac.compare_digest(last[0].hash, self._hash(previous, last[0].body))
 
     def verify(self) -> tuple[int, str]:
-        """The number of the last entry, and the first fault of the chain; "" if there is none.
+        """The number of the last entry, and the first fault of the chain, or of a key or a policy; "" if there is none.
 
-        A chain whose end was cut off has no fault. Compare the number with an earlier one, kept elsewhere.
+        A chain whose end was cut off, with the keys and policies of that end, has no fault. `last` and `has` find it.
         """
         with self._database.reading() as connection:
+            if not self._database.sqlite:  # entries, keys and policies of one moment
+                connection.execute(sql.text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
             return self._verify(connection)
 
     def _verify(self, connection: sql.Connection) -> tuple[int, str]:
-        n, previous = 0, FIRST
+        n, previous, said = 0, FIRST, dict[str, str]()
         start = connection.execute(sql.select(tables.starts).order_by(tables.starts.c.seq.desc()).limit(1)).first()
         if start is not None:
             n, previous = start.seq, start.hash
@@ -101,7 +148,10 @@ class Audit:
             if not hmac.compare_digest(row["hash"], self._hash(previous, row["body"])):
                 return n, f"entry {n} was changed"
             previous = row["hash"]
-        return n, ""
+            said |= json.loads(row["body"]).get("hashes", {})
+        now = self.hashes(connection)
+        other = sorted(name for name in said | now if said.get(name) != now.get(name))
+        return n, f"the {other[0]} is not as the log says" if other else ""
 
     def _start(self, seq: int, last: str) -> str:
         return hmac.new(self._pepper, f"start\n{seq}\n{last}".encode(), hashlib.sha256).hexdigest()
@@ -115,17 +165,19 @@ class Audit:
             ValueError: the chain has a fault, which would be hidden.
         """
         before, last, n = time.time() - checks.number("days", days, 0) * 86_400, None, 0
+        if fault := self.verify()[1]:
+            raise ValueError(f"The audit log is damaged ({fault}). Restore the database from a backup.")
         with self._database.writing() as connection:
-            if fault := self._verify(connection)[1]:
-                raise ValueError(f"The audit log is damaged ({fault}). Restore the database from a backup.")
             for row in connection.execute(sql.select(tables.audit).order_by(tables.audit.c.seq)).mappings():
                 if json.loads(row["body"])["time"] >= before:
                     break
                 last, n = row, n + 1
             if last is None:
                 return 0
+            self.alone(connection)
             mac = self._start(last["seq"], last["hash"])
             connection.execute(tables.starts.insert().values(seq=last["seq"], hash=last["hash"], mac=mac))
-            self.add(connection, "entries dropped", {"through": last["seq"], "days": days})
+            facts = {"through": last["seq"], "days": days, "hashes": self.hashes(connection)}
+            self.add(connection, "entries dropped", facts)
             connection.execute(tables.audit.delete().where(tables.audit.c.seq <= last["seq"]))
         return n

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sql
+from sqlalchemy import event, exc
 
 from .. import _sqlite, checks, files
 
@@ -19,6 +20,7 @@ FROZEN = 3
 PASSING = ("08", "25", "40", "53", "57")
 """Classes of PostgreSQL's errors that pass: connections, standby servers, conflicts, resources, operators."""
 MIGRATING = 0x0EFFACE
+CURE = "Give a URL such as sqlite:////srv/efface/serve.db, with an installed driver."
 
 
 class Unavailable(OSError):
@@ -48,8 +50,8 @@ class Database:
     """
 
     def __init__(self, url: str, wait: float = WAIT) -> None:
+        parsed = _parsed(checks.text("database", url))
         try:
-            parsed = sql.make_url(checks.text("database", url))
             self.sqlite = parsed.get_backend_name() == "sqlite"
             if not self.sqlite and parsed.get_backend_name() != "postgresql":
                 raise ValueError(
@@ -60,14 +62,13 @@ class Database:
             self.name = parsed.database if self.sqlite else parsed.render_as_string(hide_password=True)
             options: dict[str, Any] = {"connect_args": {"timeout": wait}} if self.sqlite else _patience(parsed, wait)
             self.engine = sql.create_engine(parsed, pool_size=8, max_overflow=32, hide_parameters=True, **options)
-        except (sql.exc.ArgumentError, ImportError) as error:
-            cure = "Give a URL such as sqlite:////srv/efface/serve.db, with an installed driver."
-            raise ValueError(f"Expected a database that SQLAlchemy can open, got an error ({error}). {cure}") from error
+        except (exc.ArgumentError, ImportError) as error:
+            raise ValueError(f"Expected a database that SQLAlchemy can open, got an error ({error}). {CURE}") from error
         if self.sqlite:
             _sqlite.prepare(self.engine)
-            sql.event.listen(self.engine, "connect", lambda it, _: it.execute("PRAGMA secure_delete=ON"))
+            event.listen(self.engine, "connect", lambda it, _: it.execute("PRAGMA secure_delete=ON"))
         else:
-            sql.event.listen(self.engine, "connect", functools.partial(_limited, wait))
+            event.listen(self.engine, "connect", functools.partial(_limited, wait))
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[sql.Connection]:
@@ -85,13 +86,13 @@ class Database:
     def _told(self) -> Iterator[None]:
         try:
             yield
-        except (sql.exc.OperationalError, sql.exc.TimeoutError, sql.exc.InterfaceError) as error:
+        except (exc.OperationalError, exc.TimeoutError, exc.InterfaceError) as error:
             raise self._broken(error, True) from error
-        except sql.exc.IntegrityError:
+        except exc.IntegrityError:
             raise
-        except sql.exc.DBAPIError as error:
+        except exc.DBAPIError as error:
             raise self._broken(error, _passes(error)) from error
-        except (sql.exc.StatementError, UnicodeError) as error:
+        except (exc.StatementError, UnicodeError) as error:
             raise self._broken(error, False) from error
 
     def _broken(self, error: Exception, passes: bool) -> Exception:
@@ -140,6 +141,15 @@ class Database:
         self.engine.dispose()
 
 
+def _parsed(url: str) -> sql.URL:
+    """The URL. The errors of SQLAlchemy may quote a password, so they are left out."""
+    try:
+        return sql.make_url(url)
+    except (ValueError, exc.ArgumentError):
+        cure = f"{CURE} Write special characters of a password as %40 and so on."
+        raise ValueError(f"Expected the URL of a database, got one that cannot be read. {cure}") from None
+
+
 def _patience(url: sql.URL, wait: float) -> dict[str, Any]:
     """Options for PostgreSQL: a server that does not answer is found out within the wait, where the driver can."""
     options: dict[str, Any] = {"pool_pre_ping": True, "pool_timeout": wait}
@@ -158,7 +168,7 @@ def _limited(wait: float, connection: Any, _: Any) -> None:
     connection.commit()
 
 
-def _passes(error: sql.exc.DBAPIError) -> bool:
+def _passes(error: exc.DBAPIError) -> bool:
     state = str(getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None) or "")
     return error.connection_invalidated or state[:2] in PASSING
 

@@ -55,7 +55,7 @@ PROMPT = 32_000
 STEPS = {"low": 10, "medium": 25, "high": 50, "standard": 25, "hd": 50, "auto": 25}
 MOST_STEPS, MOST_SCALE, MOST_ROWS, MOST_PARTIAL = 100, 20.0, 10, 3
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
-_SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
+_SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})", re.ASCII)
 
 Text = Annotated[str, StringConstraints(max_length=PROMPT)]
 Short = Annotated[str, StringConstraints(max_length=500)]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fastapi import Request
@@ -22,6 +23,8 @@ from .log import named, told
 from .service import Service
 
 _BEARER = re.compile(rb"bearer +([\x21-\x7e]{1,200})", re.IGNORECASE)
+PART = 2**18
+"""Bytes of an answer that a client has to take in the time of one part."""
 
 
 def service_of(request: Request) -> Service:
@@ -51,11 +54,25 @@ async def holder_of(request: Request, *, admin: bool = False) -> Holder:
     return holder
 
 
+def enter(request: Request, holder: Holder) -> None:
+    """Counts a request as open, from before its body is read until its answer was taken.
+
+    Raises:
+        Refused: as many requests of the tenant are open as it may have jobs.
+    """
+    service = service_of(request)
+    if service.open[holder.tenant] >= service.limits.tenant:
+        message = "There are too many open requests of this tenant. Close some, or try again later."
+        raise Refused(429, message, "too_many_open", retry=5)
+    service.open[holder.tenant] += 1
+    request.scope["efface.open"].append(holder.tenant)
+
+
 async def body_of(request: Request) -> Any:
     """The JSON of a request, bounded in size, depth and time.
 
     Raises:
-        Refused: it is too large, too slow, no JSON, or comes with a query.
+        Refused: it is too large, too slow, no JSON, names an entry twice, or comes with a query.
     """
     limits = service_of(request).limits
     if request.query_params:
@@ -63,14 +80,25 @@ async def body_of(request: Request) -> Any:
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refused(415, "Expected the content type application/json. Send JSON.", "invalid_content_type")
     try:
-        content = await asyncio.wait_for(_read(request, limits.body), limits.read)
+        async with asyncio.timeout(limits.read):
+            content = await _read(request, limits.body)
     except TimeoutError:
         message = f"The body did not arrive within {limits.read:g} seconds. Send it faster."
         raise Refused(408, message, "request_timeout") from None
     try:
-        return files.parse(content)
+        files.parse(content)  # bounds the depth, which the next line does not
+        return json.loads(content, object_pairs_hook=_once)
     except ValueError:
-        raise Refused(400, "The body is not JSON, or has NaN or infinity. Correct it.", "invalid_json") from None
+        message = "The body is not JSON, has NaN or infinity, or names an entry twice. Correct it."
+        raise Refused(400, message, "invalid_json") from None
+
+
+def _once(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. One that names an entry twice would mean one thing here and another to a filter before."""
+    found = dict(entries)
+    if len(found) < len(entries):
+        raise ValueError("an entry occurs twice")
+    return found
 
 
 async def _read(request: Request, most: int) -> bytes:
@@ -121,7 +149,7 @@ class Edge:
             await self.app(scope, receive, send)
             return
         name, began, status = f"req_{secrets.token_hex(12)}", time.monotonic(), 0
-        scope["efface.request"] = name
+        scope["efface.request"], scope["efface.open"] = name, list[str]()
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -131,7 +159,9 @@ class Edge:
                 headers.append((b"x-content-type-options", b"nosniff"))
                 message = {**message, "headers": [*message["headers"], *headers]}
             try:
-                await asyncio.wait_for(send(message), self.service.limits.send)
+                for part in _parts(message):
+                    async with asyncio.timeout(self.service.limits.send):
+                        await send(part)
             except TimeoutError:
                 raise OSError("the client does not read its answer") from None
 
@@ -143,10 +173,26 @@ class Edge:
             else:
                 await self.app(scope, receive, answer)
         finally:
+            for tenant in scope["efface.open"]:
+                self._leave(tenant)
             self._tell(scope, name, status, time.monotonic() - began)
+
+    def _leave(self, tenant: str) -> None:
+        self.service.open[tenant] -= 1
+        if self.service.open[tenant] <= 0:
+            del self.service.open[tenant]
 
     def _tell(self, scope: Mapping[str, Any], name: str, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "other")
         self.service.metrics.requests.labels(route, str(status)).inc()
         self.service.metrics.seconds.labels(route).observe(seconds)
         told("request", request=name, method=scope["method"], route=route, status=status, seconds=round(seconds, 4))
+
+
+def _parts(message: Message) -> Iterator[Message]:
+    """A message in parts of bounded size, because a server takes a part whole, however slow its reader is."""
+    body = message.get("body", b"")
+    more = message.get("more_body", False)
+    for k in range(0, max(len(body), 1), PART):
+        end = k + PART >= len(body)
+        yield message if end and not k else {**message, "body": body[k : k + PART], "more_body": more or not end}

@@ -20,7 +20,7 @@ from .. import checks
 from .database import Unavailable
 from .errors import Refused, unavailable
 from .fields import ImageRequest, batch_facts, cost_of, key_of, parsed, size_of
-from .http import body_of, holder_of, service_of
+from .http import body_of, enter, holder_of, service_of
 from .jobs import LIVE, Job, New, Picture
 from .keys import Holder
 from .log import named, told
@@ -73,9 +73,8 @@ async def generate(request: Request) -> Response:
     holder = await holder_of(request)
     if service.draining.is_set():
         raise unavailable("The server is shutting down. Try again on another one.", "draining")
-    body = await body_of(request)
-    asked, again = parsed(body), _idempotency(request)
-    check_open(request, holder)
+    enter(request, holder)
+    asked, again = parsed(await body_of(request)), _idempotency(request)
     name = await run_in_threadpool(accept, service, holder, asked, again, request.scope["efface.request"])
     if asked.stream:
         partial = bool(asked.partial_images)
@@ -148,7 +147,7 @@ async def _wait(request: Request, service: Service, holder: Holder, name: str, k
     watcher: Watcher = request.app.state.watcher
     ended = False
     try:
-        async for state, _, _ in watcher.follow(name, service.limits.wait, holder.tenant):
+        async for state, _, _ in watcher.follow(name, service.limits.wait):
             ended = state not in LIVE
             if not ended and await request.is_disconnected():
                 raise Refused(499, "The client left. Send the request again.", "client_left")
@@ -161,7 +160,12 @@ async def _wait(request: Request, service: Service, holder: Holder, name: str, k
 
 
 def _give_up(service: Service, holder: Holder, name: str) -> None:
-    """Cancels a job that nobody waits for, in a thread, because the task of its request may have been cancelled."""
+    """Cancels a job that nobody waits for, in a thread, because the task of its request may have been cancelled.
+
+    While the server shuts down it is the server that leaves, so the job stays.
+    """
+    if service.draining.is_set():
+        return
 
     def act() -> None:
         try:
@@ -170,14 +174,6 @@ def _give_up(service: Service, holder: Holder, name: str) -> None:
             told("not cancelled", job=name, error=named(error))
 
     asyncio.get_running_loop().run_in_executor(None, act)
-
-
-def check_open(request: Request, holder: Holder) -> None:
-    """Raises Refused if as many requests of the tenant wait as it may have jobs."""
-    watcher: Watcher = request.app.state.watcher
-    if watcher.open[holder.tenant] >= service_of(request).limits.tenant:
-        message = "There are too many open requests of this tenant. Close some, or try again later."
-        raise Refused(429, message, "too_many_open", retry=5)
 
 
 def cancel(service: Service, holder: Holder, name: str) -> bool:
@@ -269,7 +265,7 @@ async def _events(
     ended, last, partial_events = False, -1, _PartialEvents(service, holder, name, partial)
     yield f": accepted {name}\n\n"
     try:
-        async for state, step, steps in watcher.follow(name, service.limits.wait, holder.tenant):
+        async for state, step, steps in watcher.follow(name, service.limits.wait):
             ended = state not in LIVE
             if step != last and not ended:
                 last = step

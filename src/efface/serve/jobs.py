@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sql
+from sqlalchemy.exc import IntegrityError
 
 from . import tables
 from .database import Database
@@ -135,7 +136,9 @@ class Jobs:
                 also(connection)
                 if room is not None:
                     room(*_load(connection, new.tenant, new.model))
-        except sql.exc.IntegrityError:
+        except IntegrityError:
+            if new.idempotency is None:
+                raise
             return self._joined(new), False
         return new.id, True
 

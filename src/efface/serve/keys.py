@@ -113,7 +113,7 @@ class Keys:
             checks.number("days", days, 0, LONGEST, above=True)
         rate, burst = _rate(rate, burst)
         key, name, now = PREFIX + secrets.token_urlsafe(32), f"key_{secrets.token_hex(8)}", time.time()
-        facts = {"key": name, "tenant": tenant, "policy": policy, "admin": admin}
+        facts: dict[str, Any] = {"key": name, "tenant": tenant, "policy": policy, "admin": admin}
         with self._database.writing() as connection:
             known = sql.select(tables.policies.c.id).where(tables.policies.c.name == policy)
             if policy is not None and connection.execute(known).first() is None:
@@ -128,6 +128,7 @@ class Keys:
             values |= {"created": now, "expires": None if days is None else now + days * 86_400}
             values |= {"rate": rate, "burst": burst, "level": burst, "filled": now}
             connection.execute(tables.keys.insert().values(values))
+            facts["hashes"] = self._audit.hashes(connection, f"key {name}")
             self._audit.add(connection, "key added", facts)
         return name, key
 
@@ -174,7 +175,8 @@ class Keys:
             )
             if not done.rowcount:
                 raise ValueError(checks.refusal("the id of a key that is not revoked", name, "List the keys."))
-            self._audit.add(connection, "key revoked", {"key": name})
+            facts = {"key": name, "hashes": self._audit.hashes(connection, f"key {name}")}
+            self._audit.add(connection, "key revoked", facts)
 
     def list(self) -> list[dict[str, Any]]:
         """All keys without their hashes, oldest first."""

@@ -18,6 +18,10 @@ class Leases:
         self._patience, self._clock = patience, clock
         self._seen: dict[tuple[str, int], tuple[int, float]] = {}
 
+    def forget(self) -> None:
+        """Watches all holders from now on, because heartbeats could not be seen, such as without the database."""
+        self._seen = {}
+
     def dead(self, running: Mapping[tuple[str, int], int]) -> list[tuple[str, int, int]]:
         """Id, fence and beat of the running jobs whose beat stood still for too long."""
         now = self._clock()

@@ -25,6 +25,8 @@ class Metrics:
         self.finished = Counter("efface_jobs_finished", "Jobs that ended, by their state.", ["state"], **more)
         self.unproven = Counter("efface_policy_failures", "Rows whose policy was not proven.", **more)
         self.hits = Counter("efface_detector_hits", "Detections by the gates of policies.", ["concept"], **more)
+        self.entries = Gauge("efface_audit_last_entry", "The number of the last entry of the audit log.", **more)
+        self.cut = Counter("efface_audit_faults", "Times that an entry of the audit log was gone.", **more)
         self.cost_rate = Gauge("efface_cost_per_second", "Drawing speed: rows x steps x megapixels x 2.", **more)
         self.rate = 0.0
 

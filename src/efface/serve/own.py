@@ -15,8 +15,8 @@ from .. import checks, core
 from .database import Unavailable
 from .errors import Refused
 from .fields import MOST_ROWS, MOST_STEPS, STEPS
-from .http import body_of, holder_of, service_of
-from .images import SECURED, answer, cancel, check_open, documented
+from .http import body_of, enter, holder_of, service_of
+from .images import SECURED, answer, cancel, documented
 from .jobs import LIVE, Job
 from .keys import Holder
 from .policies import Stored
@@ -29,10 +29,22 @@ NO_JOB = Refused(404, "There is no such job. Correct its id.", "not_found")
 
 @routes.get("/v1/models", responses=documented(400, 401, 403), openapi_extra=SECURED)
 async def models(request: Request) -> Response:
+    """The model that is served, as a list."""
+    await holder_of(request)
+    return JSONResponse({"object": "list", "data": [_model(service_of(request))]})
+
+
+@routes.get("/v1/models/{name:path}", responses=documented(400, 401, 403, 404), openapi_extra=SECURED)
+async def model(request: Request, name: str) -> Response:
     """The model that is served."""
     await holder_of(request)
-    model = {"id": service_of(request).model, "object": "model", "created": 0, "owned_by": "efface"}
-    return JSONResponse({"object": "list", "data": [model]})
+    if name != service_of(request).model:
+        raise Refused(404, f"There is no model {checks.shown(name)}. List the models.", "model_not_found")
+    return JSONResponse(_model(service_of(request)))
+
+
+def _model(service: Service) -> dict[str, Any]:
+    return {"id": service.model, "object": "model", "created": 0, "owned_by": "efface"}
 
 
 @routes.get("/v1/efface/me", responses=documented(400, 401, 403), openapi_extra=SECURED)
@@ -64,10 +76,11 @@ async def _job(request: Request, name: str) -> tuple[Service, Holder, Job]:
     return service, holder, job
 
 
-@routes.get("/v1/efface/jobs/{name}", responses=documented(400, 401, 403, 404), openapi_extra=SECURED)
+@routes.get("/v1/efface/jobs/{name}", responses=documented(400, 401, 403, 404, 429), openapi_extra=SECURED)
 async def job(request: Request, name: str) -> Response:
     """The state of a job, and its answer or its error if it has ended."""
     service, holder, found = await _job(request, name)
+    enter(request, holder)
     facts: dict[str, Any] = {"id": found.id, "state": found.state, "step": found.step, "steps": found.steps}
     facts |= {"created": int(found.created), "error": None, "result": None}
     if found.state not in LIVE:
@@ -91,12 +104,12 @@ async def delete(request: Request, name: str) -> Response:
 async def events(request: Request, name: str) -> Response:
     """The progress of a job, as server-sent events. If the reader leaves, the job goes on."""
     service, holder, _ = await _job(request, name)
-    check_open(request, holder)
+    enter(request, holder)
     watcher: Watcher = request.app.state.watcher
 
     async def told() -> AsyncIterator[str]:
         last: tuple[str, int, int] | None = None
-        async for now in watcher.follow(name, service.limits.wait, holder.tenant):
+        async for now in watcher.follow(name, service.limits.wait):
             if now != last:
                 last = now
                 yield f"data: {json.dumps(dict(zip(('state', 'step', 'steps'), now, strict=True)))}\n\n"

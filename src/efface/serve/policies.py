@@ -58,7 +58,9 @@ class Policies:
         checked_name("the name of a policy", name)
         if "version" in entries:
             raise ValueError("Expected a policy without `version`, which the service counts, got one. Leave it out.")
+        Policy(**entries)  # before others have to wait, because the first one loads its method
         with self._database.writing() as connection:
+            self._audit.alone(connection)  # two writers of one policy make two versions
             earlier = self._latest(connection, name)
             version = 1 if earlier is None else earlier.policy.version + 1
             if earlier is not None and Policy(**entries, version=earlier.policy.version).hash == earlier.policy.hash:
@@ -69,6 +71,7 @@ class Policies:
             done = connection.execute(tables.policies.insert().values(values))
             before = None if earlier is None else earlier.policy.hash
             facts = {"name": name, "version": version, "before": before, "after": policy.hash, "by": by}
+            facts["hashes"] = self._audit.hashes(connection, f"policy {name} version {version}")
             self._audit.add(connection, "policy stored", facts)
             return Stored(int((done.inserted_primary_key or (0,))[0]), name, policy)
 

@@ -29,6 +29,8 @@ class Pulse:
         self._service, self._claims = service, list(claims)
         self._wanted = {claim.id for claim in claims}
         self._step, self._moved = 0, 0.0  # 0: nothing is being drawn
+        self.missed = False
+        """Whether a heartbeat could not be written, as others could not write theirs then."""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -53,6 +55,7 @@ class Pulse:
             try:
                 held, cancelled = service.jobs.beat(self._claims, self._step)
             except Unavailable:
+                self.missed = True
                 continue
             self._wanted = held - cancelled
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import ipaddress
 import logging
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 
 import uvicorn
 from prometheus_client import start_http_server
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .. import checks
 from .app import create_app
@@ -55,6 +57,51 @@ def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with _port(host, port, "--port"):
         return socket.create_server((host, port), family=family, backlog=2_048)
+
+
+class Connection(H11Protocol):
+    """A connection that is cut if its client takes nothing for as long as the limits say, also after the answer.
+
+    Args:
+        seconds: the limit.
+        given: what uvicorn gives a protocol.
+    """
+
+    def __init__(self, seconds: float, **given: Any) -> None:
+        super().__init__(**given)
+        self._seconds = seconds
+        self._cut: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(0)  # each wait for the client is seen
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._cut = self.loop.call_later(self._seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._keep()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._keep()
+        super().connection_lost(exc)
+
+    def _keep(self) -> None:
+        if self._cut is not None:
+            self._cut.cancel()
+            self._cut = None
+
+
+def configured(service: Service, host: str, port: int, *, studio: bool = False) -> uvicorn.Config:
+    """How uvicorn serves the application."""
+    protocol: Any = functools.partial(Connection, service.limits.send)
+    return uvicorn.Config(
+        create_app(service, studio=studio), host=host, port=port, log_config=None, access_log=False,
+        server_header=False, timeout_keep_alive=5, limit_concurrency=2_000, h11_max_incomplete_event_size=16_384,
+        loop="asyncio", http=protocol, ws="none", timeout_graceful_shutdown=5,
+    )  # fmt: skip
 
 
 class Server(uvicorn.Server):
@@ -119,11 +166,7 @@ def run(
     logging.getLogger("uvicorn").addHandler(logging.NullHandler())  # the log says it in one line
     logging.getLogger("uvicorn").propagate = False
     threading.excepthook = lambda args: told("thread ended", error=named(args.exc_value or args.exc_type()))
-    config = uvicorn.Config(
-        create_app(service, studio=studio), host=host, port=port, log_config=None, access_log=False,
-        server_header=False, timeout_keep_alive=5, limit_concurrency=2_000, h11_max_incomplete_event_size=16_384,
-        loop="asyncio", http="h11", timeout_graceful_shutdown=5,
-    )  # fmt: skip
+    config = configured(service, host, port, studio=studio)
     server = Server(config, service)
     worker = Worker(service, backend)
     if metrics_port is not None:

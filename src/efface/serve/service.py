@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,6 +79,8 @@ class Service:
     draining: threading.Event = field(default_factory=threading.Event)
     warm: threading.Event = field(default_factory=threading.Event)
     stalled: threading.Event = field(default_factory=threading.Event)
+    open: Counter[str] = field(default_factory=Counter)
+    """Open requests of this process per tenant."""
 
     def __post_init__(self) -> None:
         self.audit = Audit(self.database, self.pepper)

@@ -6,7 +6,7 @@ It stays in the page's memory and goes out only as the API's own Bearer header, 
 
 from __future__ import annotations
 
-from importlib import resources
+from pathlib import Path
 
 from fastapi import APIRouter
 from fastapi.responses import Response
@@ -36,5 +36,5 @@ async def page(name: str = "") -> Response:
     if name not in FILES:
         raise Refused(404, "There is no such page. The studio is at /studio.", "not_found")
     file, kind = FILES[name]
-    content = (resources.files(__package__) / "static" / file).read_bytes()
+    content = (Path(__file__).parent / "static" / file).read_bytes()
     return Response(content, headers=HEADERS, media_type=f"{kind}; charset=utf-8")

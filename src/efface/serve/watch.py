@@ -28,8 +28,6 @@ class Watcher:
         self._names: Counter[str] = Counter()
         self._latest: dict[str, tuple[str, int, int]] = {}
         self._ticked = asyncio.Condition()
-        self.open: Counter[str] = Counter()
-        """Open requests per tenant."""
 
     async def run(self) -> None:
         """Polls while anything is followed. It ends when its task is cancelled."""
@@ -49,15 +47,15 @@ class Watcher:
         async with self._ticked:
             await self._ticked.wait()
 
-    async def follow(self, name: str, seconds: float, tenant: str) -> AsyncIterator[tuple[str, int, int]]:
+    async def follow(self, name: str, seconds: float) -> AsyncIterator[tuple[str, int, int]]:
         """State, step and steps of a job at each poll, until it ends or the time is over."""
         end = time.monotonic() + seconds
         self._names[name] += 1
-        self.open[tenant] += 1
         try:
             while time.monotonic() < end:
                 try:
-                    await asyncio.wait_for(self._tick(), end - time.monotonic())
+                    async with asyncio.timeout(end - time.monotonic()):  # `wait_for` of Python 3.11 loses cancellations
+                        await self._tick()
                 except TimeoutError:
                     return
                 found = self._latest.get(name)
@@ -66,7 +64,6 @@ class Watcher:
                     if found[0] not in LIVE:
                         return
         finally:
-            for counter, which in ((self._names, name), (self.open, tenant)):
-                counter[which] -= 1
-                if not counter[which]:
-                    del counter[which]
+            self._names[name] -= 1
+            if not self._names[name]:
+                del self._names[name]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import sqlalchemy as sql
 
 from .. import files
+from ..guard import DELIVERED
 from ..progress import Cancelled
 from .backend import REFUSALS, Backend, Drawn, Row, encoded
 from .database import Unavailable
@@ -52,6 +53,7 @@ class Worker(threading.Thread):
         self._fair, self._leases = Fair(service.limits.rows), Leases(service.limits.lease)
         self._stop_asked = threading.Event()
         self._swept = self._expired = -EXPIRE
+        self._entry: tuple[int, str] | None = None  # the last one of the audit log, when it was looked for
         self._shown: dict[str, list[str]] = {}  # job to the SHA-256 of its partial pictures
         self._context = contextvars.copy_context()  # what the caller allows, such as downloads of detectors
 
@@ -65,6 +67,7 @@ class Worker(threading.Thread):
                 try:
                     drew = self.once()
                 except Unavailable:
+                    self._leases.forget()
                     self._stop_asked.wait(1.0)
                     continue
                 if not drew:
@@ -95,9 +98,19 @@ class Worker(threading.Thread):
         self._swept = now
         for name, fence, beat in self._leases.dead(self._jobs.running()):
             self._jobs.release(name, fence, beat, self._lost(name))
+        self._check_log()
         if now - self._expired >= min(EXPIRE, limits.keep):
             self._expired = now
             self._jobs.expire(limits.keep)
+
+    def _check_log(self) -> None:
+        """Tells if the end of the audit log was cut off while this worker runs, which the chain does not show."""
+        audit, metrics = self._service.audit, self._service.metrics
+        if self._entry is not None and not audit.has(*self._entry):
+            told("audit log cut off", entry=self._entry[0])
+            metrics.cut.inc()
+        self._entry = audit.last()
+        metrics.entries.set(self._entry[0])
 
     def _lost(self, name: str) -> Callable[[sql.Connection, str], None]:
         """Writes the end of a job that workers lost to the audit log."""
@@ -113,14 +126,20 @@ class Worker(threading.Thread):
     def _draw(self, claims: Sequence[Claim]) -> None:
         with Pulse(self._service, claims) as pulse:
             self._work(claims, pulse)
+        if pulse.missed:
+            self._leases.forget()
 
     def _work(self, claims: Sequence[Claim], pulse: Pulse) -> None:
         ready: list[tuple[Claim, list[Row]]] = []
         for claim in claims:
             try:
-                ready.append((claim, self._rows(claim)))
+                rows = self._stubborn(functools.partial(self._rows, claim))
             except Refused as error:
                 self._finish(claim, [], error)
+                continue
+            if rows is None:  # stopped without the database: others take the jobs
+                return
+            ready.append((claim, rows))
         if not ready:
             return
         began = time.monotonic()
@@ -273,12 +292,15 @@ CANCELLED = Refused(409, "The request was cancelled. Send it again.", "cancelled
 
 
 def _proven(row: Row, drawn: Drawn) -> Drawn:
-    """A row without a picture, if its record is not that of its own policy with all of its deltas."""
-    record = drawn.record
-    deltas = [each["sha256"] for each in record["deltas"]]
-    if record["policy"] == row.policy.hash and deltas == [each.sha256 for each in row.policy.deltas]:
+    """A row, which has a picture only if its record is that of its own policy, with each concept and each delta."""
+    record, policy = drawn.record, row.policy
+    deltas = [each["sha256"] for each in record["deltas"]] == [each.sha256 for each in policy.deltas]
+    acted = {name for each in record["acted"] for name in each["concepts"]}
+    if record["outcome"] not in DELIVERED:
+        return Drawn(None, record)
+    if record["policy"] == policy.hash and deltas and all(c.name in acted for e in policy.erase for c in e.concepts):
         return drawn
-    return Drawn(None, {**record, "outcome": "not proven", "why": "the record is of another policy"})
+    return Drawn(None, {**record, "outcome": "not proven", "why": "the record is not that of the row's policy"})
 
 
 def _failed(error: BaseException) -> Refused:

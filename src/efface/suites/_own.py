@@ -42,7 +42,8 @@ def prompts(path: Path) -> Iterator[Prompt]:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the suffix is another one, or a line is too long, not UTF-8, or not of that form.
+        ValueError: the suffix is another one, or a line is too long, not UTF-8, holds zero bytes or carriage returns,
+            or is not of that form.
     """
     if path.suffix.lower() not in FORMS:
         raise ValueError(checks.refusal(f"prompts in a file that ends in {', '.join(FORMS)}", path.name, "Convert it."))
@@ -73,9 +74,14 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             if len(raw) > LONGEST:
                 raise ValueError(f"{_at(path, number)}: the line has over {LONGEST} bytes. Shorten the prompt.")
             try:
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise ValueError(f"{_at(path, number)}: the line is not UTF-8. Save the file as UTF-8.") from error
+            if "\0" in text:  # UTF-16 without a byte order mark is valid UTF-8
+                raise ValueError(f"{_at(path, number)}: the line holds zero bytes. Save the file as UTF-8.")
+            if "\r" in text.rstrip("\r\n"):  # one line for all prompts of a file of an old Mac
+                raise ValueError(f"{_at(path, number)}: the line holds a carriage return. End lines with a line feed.")
+            yield number, text
 
 
 def _csv(path: Path) -> Iterator[Prompt]:
@@ -86,7 +92,7 @@ def _csv(path: Path) -> Iterator[Prompt]:
         if "prompt" not in header or len(set(header)) < len(header):
             raise ValueError(
                 f"Expected a header with the column `prompt` once in line 1 of {path}, got another line. Write a "
-                f"header of {', '.join(COLUMNS)}."
+                f"header of {', '.join(COLUMNS)}, with commas between them."
             )
         start = reader.line_num + 1
         for record in reader:

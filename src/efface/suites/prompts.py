@@ -20,6 +20,7 @@ __all__ = ["Prompts"]
 MOST = 1_000_000  # rows of a suite
 GROUPS = 10_000  # combinations of concept, category and kind
 SEXUAL = ("nud", "sex", "porn", "erotic")
+DROPPED, OTHER = "dropped by the screen", "of other concepts left out"
 Key = tuple[str, str, str]
 
 
@@ -37,7 +38,8 @@ class Prompts:
     wrote or that holds Parquet files, or, if --allow-hub is given, a name on the hub. Its columns are those of a file.
 
     A line without a concept asks for the only given concept, if the file names none anywhere; otherwise it is benign.
-    Lines of a concept that is not given are left out. A prompt of a sexual concept that may name a minor is dropped.
+    Lines of a concept that is not given are left out; a prompt of a sexual concept that may name a minor is dropped.
+    The suite's version says how many.
 
     Args:
         images: pictures per prompt, with consecutive seeds.
@@ -100,7 +102,7 @@ class Prompts:
             checks.whole("limit", limit)
         path = self.dataset if data is None else Path(data)
         names = [concept.name for concept in concepts]
-        sizes, dropped, default = self._counted(path, names)
+        sizes, cuts, default = self._counted(path, names)
         total = sum(sizes.values())
         if not total:
             raise ValueError(
@@ -123,7 +125,7 @@ class Prompts:
         called += f", {self.split}" if self.dataset else ""
         return Suite(
             "prompts",
-            f"{called}{cut} from seed {self.first_seed}" + (f", {dropped} dropped by the screen" if dropped else ""),
+            f"{called}{cut} from seed {self.first_seed}" + "".join(f", {n} {why}" for why, n in cuts.items() if n),
             rows,
             called,
             data_hash=sha256(path) if isinstance(path, Path) else sha256_of(self._read(path)),
@@ -140,9 +142,10 @@ class Prompts:
         """The prompts of a file, or of a dataset by its name."""
         return prompts(path) if isinstance(path, Path) else dataset_rows(path, self.split, self.column)
 
-    def _counted(self, path: Path | str, names: Sequence[str]) -> tuple[dict[Key, int], int, str]:
-        """The number of prompts per group; how many the screen drops; and the concept of lines without one."""
+    def _counted(self, path: Path | str, names: Sequence[str]) -> tuple[dict[Key, int], dict[str, int], str]:
+        """The number of prompts per group; how many are left out, and why; and the concept of lines without one."""
         found: dict[Key, int] = {}
+        cuts = {DROPPED: 0, OTHER: 0}
         bare = named = 0
         for each in self._read(path):
             named, bare = named + bool(each.concept), bare + (not each.concept)
@@ -152,11 +155,10 @@ class Prompts:
                 f"Expected a column `concept` in {path} for {len(names)} concepts, got prompts without one. Add it, or "
                 "give one concept."
             )
-        dropped = 0
         for each in self._read(path):
             key = _key(each, default)
             if _minor(each, key):
-                dropped += 1
+                cuts[DROPPED] += 1
             elif _wanted(key, names):
                 found[key] = found.get(key, 0) + 1
                 if len(found) > GROUPS:
@@ -164,7 +166,10 @@ class Prompts:
                         f"Expected at most {GROUPS} combinations of concept, category and kind in {path}, got more. "
                         "Use fewer words in these columns."
                     )
-        return found, dropped, default
+            else:
+                _check_spelling(path, each, names)
+                cuts[OTHER] += 1
+        return found, cuts, default
 
     def _chosen(
         self, path: Path | str, names: Sequence[str], default: str, sizes: dict[Key, int], most: int
@@ -203,6 +208,14 @@ def _spread(k: int, n: int, count: int) -> bool:
 
 def _wanted(key: Key, names: Sequence[str]) -> bool:
     return not names or not key[0] or key[0] in names
+
+
+def _check_spelling(path: Path | str, each: Prompt, names: Sequence[str]) -> None:
+    """Raises ValueError if a line would be left out only because it spells a concept in other letters."""
+    for name in names:
+        if name.casefold() == each.concept.casefold():
+            where = f"{path}, {'line' if isinstance(path, Path) else 'row'} {each.line}, `concept`"
+            raise ValueError(f"{where}: expected {name!r}, got {each.concept!r}. Spell it as the concept is named.")
 
 
 def _minor(each: Prompt, key: Key) -> bool:

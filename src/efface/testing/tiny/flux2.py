@@ -15,7 +15,7 @@ from diffusers import (
 )
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM
 
-from .parts import decoder_words, louder
+from .parts import QWEN, TEXT, decoder_words, louder
 
 MARKS = ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]")
 MISTRAL = (
@@ -23,16 +23,6 @@ MISTRAL = (
     "{% if m['role'] == 'system' %}[SYSTEM_PROMPT]{{ text }}[/SYSTEM_PROMPT]"
     "{% else %}[INST]{{ text }}[/INST]{% endif %}{% endfor %}"
 )
-QWEN = "{% for m in messages %}<|im_start|> user {{ m['content'] }}<|im_end|>{% endfor %}<|im_start|> assistant"
-TEXT = {
-    "hidden_size": 8,
-    "head_dim": 4,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "initializer_range": 0.3,
-}
 
 
 def shallow(kind: Any) -> Any:

@@ -5,12 +5,39 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLQwenImage,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImageTransformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    T5Config,
+    T5EncoderModel,
+)
 
 WORDS = ("a", "at", "the", "of", "and", "night", "pub", "cat", "dog", "beer", "wine", "glass", "red", "big", "moon")
 LIMIT = 16  # tokens in a prompt, start and end included
+QWEN = "{% for m in messages %}<|im_start|> user {{ m['content'] }}<|im_end|>{% endfor %}<|im_start|> assistant"
+TEXT = {
+    "hidden_size": 8,
+    "head_dim": 4,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "initializer_range": 0.3,
+}
 
 
 def tokenizer(padding: str = "<|endoftext|>") -> CLIPTokenizer:
@@ -98,6 +125,64 @@ def louder(transformer: Any) -> Any:
         if any(part in name for part in (".add_", "context_embedder", "text_embedder")) and name.endswith("weight"):
             weight.data *= 2.5
     return transformer
+
+
+def qwen_image(pictures: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The components of Qwen-Image. `pictures`: the tokenizer's further marks, the third of which is a picture's."""
+    words = decoder_words(("<|endoftext|>", "<|im_start|>", "<|im_end|>", *pictures))
+    marks = {"image_token_id": words.convert_tokens_to_ids(pictures[2])} if pictures else {}
+    config = Qwen2_5_VLConfig(
+        **marks,
+        text_config={
+            "vocab_size": len(words),
+            "hidden_size": 24,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "initializer_range": 0.3,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]},
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": 24,
+            **({"patch_size": 4, "window_size": 16} if pictures else {}),
+        },
+    )
+    encoder = Qwen2_5_VLForConditionalGeneration(config).eval()
+    torch.nn.init.normal_(encoder.get_input_embeddings().weight, std=1.0)
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        axes_dims_rope=(4, 6, 6),
+    ).eval()
+    for name, weight in transformer.named_parameters():
+        if "_mod." in name and name.endswith("weight"):
+            weight.data *= 4  # gates
+    return {
+        "vae": AutoencoderKLQwenImage(
+            base_dim=4,
+            z_dim=4,
+            dim_mult=[1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False],
+            latents_mean=[0.0] * 4,
+            latents_std=[1.0] * 4,
+        ).eval(),
+        "text_encoder": encoder,
+        "tokenizer": words,
+        "transformer": louder(transformer),
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    }
 
 
 def picture_model(**settings: Any) -> AutoencoderKL:
