@@ -16,9 +16,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import efface
-from efface import EIUP, GIE, NAG, Concept, Delta
+from efface import EIUP, GIE, NAG, Concept, Delta, _text, _unchanged
 from efface.erasers import _keys, _terms
 from efface.hooks import CrossAttention, ErasurePrompts, Text
+from efface.hooks.batch import Batch
+from efface.hooks.edits import edited
+from efface.hooks.prompts import Applied
 from efface.hooks.sites import site
 
 NEGATIVE = ["the pub", "a red moon"]
@@ -72,9 +75,10 @@ def test_texts_are_projected_once_in_a_layer_over_steps_and_calls(sd1: Any, monk
         assert len(seen) == layers and set(seen) == {4}  # the empty text, a neutral one and two phrases
         assert torch.equal(latents(sd1, PROMPTS), first) and len(seen) == layers
         compared: list[Any] = []
-        original = _keys._sums
+        original = _unchanged.sums
         with monkeypatch.context() as patch:
-            patch.setattr(_keys, "_sums", lambda weights: compared.append(weights) or original(weights))
+            patch.setattr(_text, "kept", lambda pipe, encode, arguments, ids, make: make())
+            patch.setattr(_unchanged, "sums", lambda weights: compared.append(weights) or original(weights))
             latents(sd1, "another prompt", num_inference_steps=5)
         assert len(compared) == layers  # once in a call, not in each step
         latents(sd1, PROMPTS, negative_prompt=NEGATIVE)
@@ -354,3 +358,52 @@ def test_flops_of_a_step_of_sd15(phrases: int, step: tuple[UNet2DConditionModel,
     least = 2 + phrases  # texts, each read by 16 layers
     assert base > 1.5e12 and added > 3.5e9 * least  # the count sees the attention of all texts
     assert 1 + added / base <= LIMITS[phrases]
+
+
+def flops_of_tenants(unet: UNet2DConditionModel, phrases: int, tenants: int, erasers: int) -> int:
+    """As `flops`, for a batch with a picture of each tenant, whose concepts differ. The tenants take turns with the
+    erasers, as policies with different settings do."""
+    concepts = [Concept(f"c{k}", tuple(f"phrase {k} {n}" for n in range(phrases))) for k in range(tenants)]
+    acting = []
+    with torch.device("meta"):
+        prompt, empty = Text(torch.empty(tenants, 77, 768)), Text(torch.empty(1, 77, 768))
+        for j in range(erasers):
+            mine = [concept if k % erasers == j else None for k, concept in enumerate(concepts)]
+            texts = phrases * len(own := [concept for concept in mine if concept])
+            text, neutral = Text(torch.empty(texts, 77, 768)), Text(torch.empty(2, 77, 768))
+            every = ErasurePrompts(text, (slice(1, 2),) * texts, which=tuple(range(texts)))
+            method = EIUP(rows=[[concept] if concept else [] for concept in mine])
+            applied = Applied(method, tuple((c,) for c in own for _ in range(phrases)), (every,), neutral)
+            applied.place(1, tenants)
+            acting.append((applied, 1.0))
+    batch = Batch(tenants, 2 * tenants, 2 * tenants, prompt, empty, 0.5, None, None, True)
+
+    def known(cross: CrossAttention, texts: Sequence[Text], sources: Any) -> tuple[Tensor, Tensor]:
+        made = cross.query.new_empty(
+            sum(map(len, texts)), cross.attn.heads, 77, cross.query.shape[-1] // cross.attn.heads
+        )
+        return made, made
+
+    total = 0
+    for name, attn in unet.named_modules():
+        if name.endswith("attn2") and isinstance(attn, Attention):
+            width = attn.to_q.out_features
+            size = {320: 4096, 640: 1024}.get(width, 64 if name.startswith("mid") else 256)
+            out = torch.empty(2 * tenants, size, width, device="meta")
+            with torch.no_grad(), pytest.MonkeyPatch.context() as patch, FlopCounterMode(display=False) as count:
+                patch.setattr(_keys, "keys_values", known)
+                assert edited(batch, acting, CrossAttention(attn, out, name=name), out) is not out
+            total += count.get_total_flops()
+    return total
+
+
+@pytest.mark.parametrize("erasers", [1, 2])
+@pytest.mark.parametrize("phrases", LIMITS)
+def test_each_row_of_a_mixed_batch_pays_for_its_own_concept(
+    phrases: int, erasers: int, step: tuple[UNet2DConditionModel, int]
+) -> None:
+    """Four tenants in one batch, in one eraser or in two: what one picture of one tenant costs, per picture."""
+    unet, base = step
+    added = flops_of_tenants(unet, phrases, 4, erasers)
+    assert added == 4 * flops(unet, phrases)
+    assert 1 + added / (4 * base) <= LIMITS[phrases]

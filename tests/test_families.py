@@ -34,9 +34,11 @@ from diffusers import (
 from tiny import pipeline
 
 import efface
-from efface import EIUP, ESD, GIE, RECE, SAFREE, SLD, UCE, Concept, NegativePrompt
+from efface import EIUP, ESD, GIE, RECE, SAFREE, SLD, UCE, Concept, NegativePrompt, registry
 from efface._masking import masked
 from efface.families import FAMILIES, OFFERS, Family, Reading, check, family, filled, forms, uncalibrated
+from efface.families._declared import declared
+from efface.families._needs import default_forms
 from efface.families.cogview4 import COGVIEW4
 from efface.families.flux import FLUX
 from efface.families.pixart import PIXART
@@ -237,6 +239,13 @@ def test_families_and_methods_speak_of_the_same_things() -> None:
         assert {*each.bidirectional, *each.resizable, *each.left_padded} <= set(each.tokenizers)
     needed = {name for form in forms() for need in form.needs for name in need.split("|")}
     assert needed and needed <= OFFERS.keys()
+
+
+def test_what_lists_read_in_the_source_is_what_the_classes_say() -> None:
+    said = {form.method: form for form in forms() if not form.label}
+    assert said == {form.method: form for form in default_forms()} and len(said) > 15
+    native = {name: room for name, room in registry.methods().items() if room in ("erasers", "editors")}
+    assert all(declared(name, room) for name, room in native.items())
 
 
 def test_what_is_filled_in_says_where_it_was_calibrated() -> None:

@@ -502,7 +502,7 @@ def test_the_two_forms_are_exchanged_between_calls_only(sd1: Any) -> None:
 @pytest.mark.parametrize("eraser", [SLD(ALCOHOL), NegativePrompt(ALCOHOL, strength=5.0)], ids=["sld", "negative"])
 def test_without_unconditional_rows_it_says_so(eraser: Any, sd1: Any) -> None:
     with eraser.apply(sd1) as handle:
-        with pytest.raises(ValueError, match="needs guidance.*`guidance_scale` above 1.*'eiup'"):
+        with pytest.raises(ValueError, match="needs guidance.*`guidance_scale` above 1.*method without guidance"):
             latents(sd1, guidance_scale=1.0)
         with pytest.raises(ValueError, match="declare both kinds of rows in `efface.conditional_rows`"):
             bare(sd1)
@@ -519,7 +519,7 @@ def test_a_distilled_model_is_named_as_such(eraser: Any) -> None:
     """Its guidance scale is an input of the denoiser: a larger one brings no unconditional rows."""
     pipe = stable_diffusion(tokenizer(), 32, denoiser(32, time_cond_proj_dim=8))
     pipe.set_progress_bar_config(disable=True)
-    with eraser.apply(pipe), pytest.raises(ValueError, match="is guidance-distilled .*. Use 'eiup'"):
+    with eraser.apply(pipe), pytest.raises(ValueError, match="is guidance-distilled .*. Use a method without guidance"):
         latents(pipe)
     with EIUP(ALCOHOL).apply(pipe):
         latents(pipe)

@@ -21,7 +21,7 @@ ROOT = Path(efface.__file__).parent
 # What each part may import, besides itself. `efface` is the package's own `__init__`.
 FILES = {"files", "schema", "pictures", "records"}
 FACTS = {"registry", "checks", "fields", "core", "families"} | FILES
-TEXTS = FACTS | {"_weights", "_text", "_masking", "_latents"}
+TEXTS = FACTS | {"_weights", "_unchanged", "_encodings", "_text", "_masking", "_latents"}
 HOOKS = TEXTS | {"hooks", "delta"}
 MAY_IMPORT: dict[str, set[str]] = {
     "registry": set(),
@@ -37,7 +37,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "records": {"checks", "files", "pictures"},
     "families": {"registry", "checks", "core"},
     "_weights": FACTS,
-    "_text": FACTS | {"_weights"},
+    "_unchanged": set(),
+    "_encodings": FACTS | {"_unchanged"},
+    "_text": FACTS | {"_weights", "_encodings"},
     "_masking": FACTS | {"_text"},
     "_latents": set(),
     "hooks": TEXTS,
@@ -129,7 +131,7 @@ ORDER = {
         "__init__",
     ),
     "runs": (
-        *("folder", "remote", "record", "judges", "sample", "labels", "draw", "workers", "bench", "card"),
+        *("folder", "remote", "record", "judges", "sample", "card", "labels", "draw", "workers", "bench"),
         *("score", "verify", "__init__"),
     ),
     "feedback": (

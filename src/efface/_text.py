@@ -7,12 +7,14 @@ import re
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from . import checks
+from ._encodings import kept
 from ._weights import denoiser_of
 from .families import FAMILIES, Family, Reading, encode_parameters, encoder_name, family, tokenizer_of
 
@@ -124,13 +126,22 @@ def _whole(facts: Family, pipe: DiffusionPipeline, name: str, text: str, setting
     return found
 
 
-def encode(pipe: DiffusionPipeline, texts: Sequence[str], *, differentiable: bool = False, **settings: Any) -> Encoded:
+def encode(
+    pipe: DiffusionPipeline,
+    texts: Sequence[str],
+    *,
+    differentiable: bool = False,
+    constant: bool = False,
+    **settings: Any,
+) -> Encoded:
     """Encodes texts with the pipeline's original `encode_prompt`. All encoding goes through this function.
 
     Args:
         pipe: the pipeline.
         texts: texts, each within the encoder's limit. "" is the pipeline's empty prompt.
         differentiable: whether gradients reach the encoder, which texts with the user's prompt need.
+        constant: whether these are texts of an eraser, whose encoding may be kept across calls (`_encodings`). Never
+            for texts with a user's words.
         settings: further arguments of `encode_prompt`, such as `clip_skip`.
 
     Raises:
@@ -143,7 +154,8 @@ def encode(pipe: DiffusionPipeline, texts: Sequence[str], *, differentiable: boo
     for first, *others in facts.texts:
         if any(a.own != b.own for name in others for a, b in zip(found[first], found[name], strict=True)):
             raise ValueError(f"The pipeline's tokenizers split {list(texts)!s:.80} differently. Use other words.")
-    text, pooled, mask = encode_cut(pipe, texts, settings, differentiable)
+    ids = [reading.ids for readings in found.values() for reading in readings] if constant else None
+    text, pooled, mask = encode_cut(pipe, texts, settings, differentiable, ids)
     first = facts.texts[0][0]
     shifts = [facts.shift(first, reading, text.shape[1]) for reading in found[first]]
     own = [slice(r.own.start + by, r.own.stop + by) for r, by in zip(found[first], shifts, strict=True)]
@@ -169,7 +181,7 @@ def _padding(
 def check_width(pipe: DiffusionPipeline) -> None:
     """Raises ValueError unless the encoder's width matches the denoiser's."""
     read = family(pipe).text_width(denoiser_of(pipe))
-    made = encode(pipe, [""]).text.shape[-1]
+    made = encode(pipe, [""], constant=True).text.shape[-1]
     if read is not None and made != read:
         raise ValueError(
             f"The text encoder of this {type(pipe).__name__} returns states of width {made}, but its denoiser reads "
@@ -183,12 +195,21 @@ def cleaned(pipe: DiffusionPipeline, tokenizer: Any, texts: Sequence[str], **set
 
 
 def encode_cut(
-    pipe: DiffusionPipeline, texts: Sequence[str], settings: dict[str, Any], differentiable: bool
+    pipe: DiffusionPipeline,
+    texts: Sequence[str],
+    settings: dict[str, Any],
+    differentiable: bool,
+    constant: Sequence[Sequence[int]] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Texts [N, L, D], and pooled texts [N, P] and the mask [N, L] if there are any. Cuts texts at the limit."""
+    """Texts [N, L, D], and pooled texts [N, P] and the mask [N, L] if there are any. Cuts texts at the limit.
+
+    `constant`: the tokens of texts whose encoding may be kept.
+    """
     method, facts = own_encode(pipe), family(pipe)
+    arguments = facts.encoding_arguments(pipe, texts, settings)
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-        out = facts.encoded(pipe, method, texts, settings)
+        made = partial(facts.encoded, pipe, method, texts, settings)
+        out = made() if constant is None else kept(pipe, method, _decided(pipe, arguments, settings), constant, made)
     if len(out) != len(facts.returns):
         raise TypeError(
             f"`encode_prompt` of this {type(pipe).__name__} returns {len(out)} values, but pipelines of {facts.name} "
@@ -197,6 +218,19 @@ def encode_cut(
     parts = dict(zip(facts.returns, out, strict=True))
     mask = parts.get("mask")
     return parts["text"], parts.get("pooled"), None if mask is None else mask.bool()
+
+
+def encode_empty(pipe: DiffusionPipeline, arguments: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[Any, ...]:
+    """As `encode_call`, for a call of empty texts only; kept."""
+    ids = [read(pipe, "", name, **settings).ids for name in readers(pipe)]
+    given = _decided(pipe, arguments, settings)
+    return kept(pipe, own_encode(pipe), given, ids, lambda: encode_call(pipe, arguments))
+
+
+def _decided(pipe: DiffusionPipeline, arguments: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a call of `encode_prompt`, with the settings, which may hold more, such as a call's pictures."""
+    taken = encode_parameters(pipe).items()
+    return {name: each.default for name, each in taken if name != "self"} | dict(settings) | dict(arguments)
 
 
 def own_tokens(pipe: DiffusionPipeline, text: str, name: str, **settings: Any) -> range:

@@ -38,11 +38,11 @@ class Converted(Generic[Given, Held]):
             return default
 
 
-def computed(read: Callable[[Any], T]) -> T:
+def computed(read: Callable[[Any], T], default: T | None = None) -> T:
     """A class attribute whose value depends on the method's fields: `read(method)`.
 
     At run time it is a property. For type checkers it is the attribute that `Method` declares, where they refuse
-    `@property`.
+    `@property`. `default` is its value with the default fields: lists read that of `needs` from the source.
 
         guides: ClassVar[bool] = computed(lambda self: self.strength > 0)
     """

@@ -16,8 +16,8 @@ def categories(concepts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         concepts: the concepts of an audit, with `concept`, `n`, `prompts` and `verdict`.
 
     Returns:
-        `scheme`, `version`, `id`, `title`, `concepts` (name, relation, pictures, prompts, and whether it was judged,
-        but not how: that is no verdict on a category) and `note`.
+        `scheme`, `version`, `id`, `title`, `concepts` (name, relation, pictures, prompts, and whether it was judged)
+        and `note`. What was found is left out, because a category has no verdict.
     """
     found = []
     for name, scheme in schemes().items():

@@ -109,7 +109,7 @@ class UCE:
     """
 
     needs: ClassVar[tuple[str, ...]] = computed(
-        lambda self: ("text_weights",) if self.weights == "layers" else ("text_inputs",)
+        lambda self: ("text_weights",) if self.weights == "layers" else ("text_inputs",), ("text_weights",)
     )
     forms: ClassVar[Mapping[str, Mapping[str, Any]]] = {'`weights="input"`': {"weights": "input"}}
     added: ClassVar[tuple[str, ...]] = ("weights",)

@@ -83,7 +83,7 @@ def _candidates(concept: Concept, concepts: Sequence[Concept], given: Sequence[s
 @torch.no_grad()
 def meanings(pipe: DiffusionPipeline, texts: Sequence[str], settings: Mapping[str, Any]) -> Tensor:
     """The mean state of each text's tokens, less that of ordinary things, with length 1: [N, D]."""
-    made = encode(pipe, [*THINGS, *texts], **settings)
+    made = encode(pipe, [*THINGS, *texts], constant=True, **settings)
     means = torch.stack([states[own].double().mean(0) for states, own in zip(made.text, made.own, strict=True)])
     return F.normalize(means[len(THINGS) :] - means[: len(THINGS)].mean(0), dim=-1)
 

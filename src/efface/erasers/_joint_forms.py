@@ -84,7 +84,7 @@ def pooled_texts(
     texts = list(
         dict.fromkeys(["", *(t for group in neutral for t in group), *(p for all_ in phrases.values() for p in all_)])
     )
-    vectors = encode(pipe, texts, **settings).pooled
+    vectors = encode(pipe, texts, constant=True, **settings).pooled
     if vectors is None:
         raise RuntimeError("The pipeline has no pooled text.")
     of = dict(zip(texts, vectors, strict=True))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .._text import SITES
+from .._unchanged import Weights, plain
 from .._weights import denoiser_of
 from ..hooks import CrossAttention, Memory, Text
 
@@ -21,8 +22,6 @@ NAME, CALL = "keys", "keys of this call"  # in a method's memory: kept across pi
 MOST = 2**29  # bytes that the kept keys and values of a method may have
 AGE = 2  # texts that were not read since this many encodings are forgotten
 PART = 2**24  # elements that the outputs of a layer for all texts may have at once
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_wrapped: Any = getattr(torch._C, "_functorch").is_functorch_wrapped_tensor  # noqa: B009
 
 
 def outputs(cross: CrossAttention, text: Text) -> Iterator[tuple[slice, Tensor]]:
@@ -69,7 +68,7 @@ def keys_values(cross: CrossAttention, texts: Sequence[Text], sources: Sequence[
     """
     kept = cross.memory.get(NAME)
     weights = () if kept is None or torch.compiler.is_compiling() else _weights(cross.attn)
-    if not weights or not _plain([*weights, *sources], torch.is_grad_enabled()):
+    if not weights or not plain([*weights, *sources], torch.is_grad_enabled()):
         return cross.keys_values(_states(texts))
     return cast("Keys", kept).of(cross, texts, sources, weights)
 
@@ -91,24 +90,6 @@ def remembered(pipe: DiffusionPipeline, memory: Memory) -> Memory:
     return {NAME: kept}
 
 
-class _Weight(NamedTuple):
-    """A weight, and what changes with most writes to it."""
-
-    itself: weakref.ref[Tensor]
-    facts: tuple[Any, ...]
-
-    @classmethod
-    def of(cls, weight: Tensor) -> _Weight:
-        return cls(weakref.ref(weight), _facts(weight))
-
-    def is_still(self, weight: Tensor) -> bool:
-        return self.itself() is weight and self.facts == _facts(weight)
-
-
-def _facts(weight: Tensor) -> tuple[Any, ...]:
-    return weight.data_ptr(), weight._version, weight.dtype, weight.device
-
-
 @dataclass(eq=False)
 class _Kept:
     """Keys and values that a layer made, the texts, and what their weights were."""
@@ -116,8 +97,7 @@ class _Kept:
     key: Tensor
     value: Tensor
     sources: tuple[Tensor, ...]
-    weights: list[_Weight]
-    sums: list[Tensor]
+    weights: Weights
     checked: _Call  # the pipeline call in which the sums were last compared
     age: int = 0
 
@@ -127,9 +107,7 @@ class _Kept:
 
     def holds(self, weights: Sequence[Tensor], call: _Call) -> bool:
         """Whether the weights are still the same."""
-        if not all(kept.is_still(weight) for kept, weight in zip(self.weights, weights, strict=True)):
-            return False
-        if self.checked is not call and not _equal(self.sums, _sums(weights)):
+        if not self.weights.are(weights) or (self.checked is not call and not self.weights.have_bits_of(weights)):
             return False
         self.checked, self.age = call, 0
         return True
@@ -140,7 +118,7 @@ class Keys:
 
     An entry holds only for the same texts, bit by bit, and the same weights. Each use compares the weights' identity,
     address, version and dtype. The first use in a pipeline call, and each use outside of one, also compares sums of
-    their bits along rows and columns, because `weight.data += x`, which fuses LoRAs, changes none of these.
+    their bits.
     """
 
     def __init__(self) -> None:
@@ -171,9 +149,7 @@ class Keys:
         if entry is not None and entry.holds(weights, call):
             return entry.key, entry.value
         entries.pop(setting, None)
-        made = _Kept(
-            *cross.keys_values(_states(texts)), known, [_Weight.of(each) for each in weights], _sums(weights), call
-        )
+        made = _Kept(*cross.keys_values(_states(texts)), known, Weights(weights), call)
         if self.size + made.size <= MOST:
             entries[setting] = made
         return made.key, made.value
@@ -225,25 +201,3 @@ def _weights(attn: Any) -> tuple[Tensor, ...]:
             return ()
         found += [weight for weight in inside["_parameters"].values() if weight is not None]
     return tuple(found)
-
-
-def _plain(tensors: Sequence[Tensor], grad: bool) -> bool:
-    """Whether these are ordinary tensors, none of which needs a gradient now."""
-    return not any(
-        type(x) not in (Tensor, nn.Parameter)
-        or x.is_inference()
-        or x.element_size() not in _BITS
-        or (grad and x.requires_grad)
-        or _wrapped(x)
-        for x in tensors
-    )
-
-
-def _sums(weights: Sequence[Tensor]) -> list[Tensor]:
-    """Sums of the bits of each weight along each dimension."""
-    bits = [weight.detach().view(_BITS[weight.element_size()]) for weight in weights]
-    return [x.sum(dim, dtype=torch.int64) for x in bits for dim in range(x.ndim)]
-
-
-def _equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    return bool(torch.stack([(a == b).all() for a, b in zip(some, others, strict=True)]).all())

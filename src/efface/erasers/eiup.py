@@ -144,7 +144,9 @@ class EIUP(Method):
     """
 
     off: ClassVar[dict[str, Any] | None] = {"strength": 0.0}
-    needs: ClassVar[tuple[str, ...]] = computed(lambda self: NEEDS.get(self.normalization, ("cross_text|joint_text",)))
+    needs: ClassVar[tuple[str, ...]] = computed(
+        lambda self: NEEDS.get(self.normalization, ("cross_text|joint_text",)), ("cross_text|joint_text",)
+    )
     forms: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         f'`normalization="{form}"`': {"normalization": form} for form in NEEDS
     }

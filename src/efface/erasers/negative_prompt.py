@@ -80,7 +80,7 @@ class NegativePrompt(Method):
     off: ClassVar[dict[str, Any] | None] = {"strength": 0.0}
     forms: ClassVar[Mapping[str, Mapping[str, Any]]] = {"a strength of its own": {"strength": 1.0}}
     needs: ClassVar[tuple[str, ...]] = computed(
-        lambda self: ("guidance", "guidance_scale") if self.strength else ("guidance",)
+        lambda self: ("guidance", "guidance_scale") if self.strength else ("guidance",), ("guidance",)
     )
     guides: ClassVar[bool] = computed(lambda self: self.strength is not None)
     repels: ClassVar[bool] = computed(lambda self: self.strength is not None)

@@ -139,7 +139,7 @@ class SAFREE(Method):
 
     def check(self, pipe: DiffusionPipeline) -> None:
         super().check(pipe)
-        if self.form == "pooled" and _pooling(pipe, encode(pipe, [""])) is None:
+        if self.form == "pooled" and _pooling(pipe, encode(pipe, [""], constant=True)) is None:
             raise ValueError(
                 "SAFREE's form 'pooled' needs a text encoder whose pooled text is as wide as its states, such as "
                 f"SDXL's second, but this {type(pipe).__name__} has none. Use form 'encoders'."
@@ -205,7 +205,7 @@ class SAFREE(Method):
         call.
         """
         facts, texts = family(pipe), [p for concept in concepts for p in concept.phrases]
-        phrases = encode(pipe, texts, **settings)
+        phrases = encode(pipe, texts, constant=True, **settings)
         if self.form == "pooled" and (name := _pooling(pipe, phrases, **settings)):
             tokens = {name: tokens[name]}
         masked, whole = encode_masked(

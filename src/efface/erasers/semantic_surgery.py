@@ -154,7 +154,7 @@ class SemanticSurgery(Method):
         self, pipe: DiffusionPipeline, states: Tensor, mask: Tensor, phrases: Sequence[str], settings: dict[str, Any]
     ) -> Tensor:
         """The states [images, L, D] of one prompt without the phrases that it holds."""
-        *found, empty = encode(pipe, [*phrases, ""], **settings).text.to(states)
+        *found, empty = encode(pipe, [*phrases, ""], constant=True, **settings).text.to(states)
         read = mask.to(states.device).bool()
         differences = torch.stack(found) - empty
         presence = presences(states[0, read], differences[:, read], self.threshold or 0.0, self.gamma)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import registry
 from ..core import Concept
+from ._declared import declared
 from ._find import FAMILIES, family
 from ._offers import OFFERS
 from .base import Family
@@ -42,16 +43,33 @@ def forms() -> list[Form]:
     """All forms of every eraser and editor, the default form first. Imports all of them, except plug-ins that lack a
     package."""
     found = []
-    for name, room in registry.methods().items():
-        if room not in ROOMS:
-            continue
-        try:
-            cls = registry.resolve(name)
-        except ImportError:
-            continue
-        named: Mapping[str, Mapping[str, Any]] = {"": {}, **getattr(cls, "forms", {})}
+    for name, cls in ((name, _imported(name)) for name in _known()):
+        named: Mapping[str, Mapping[str, Any]] = {"": {}, **getattr(cls, "forms", {})} if cls else {}
         found += [Form(name, cls.__name__, label, _needs(cls, fields)) for label, fields in named.items()]
     return found
+
+
+def default_forms() -> list[Form]:
+    """The default form of every eraser and editor. Reads the source of native ones, and imports only plug-ins."""
+    found = []
+    for name, room in _known().items():
+        if read := declared(name, room):
+            found.append(Form(name, read[0], "", read[1]))
+        elif cls := _imported(name):
+            found.append(Form(name, cls.__name__, "", _needs(cls, {})))
+    return found
+
+
+def _known() -> dict[str, str]:
+    return {name: room for name, room in registry.methods().items() if room in ROOMS}
+
+
+def _imported(name: str) -> Any:
+    """The class of a method; None if it is a plug-in that lacks a package."""
+    try:
+        return registry.resolve(name)
+    except ImportError:
+        return None
 
 
 def _needs(cls: Any, fields: Mapping[str, Any]) -> tuple[str, ...]:
@@ -99,16 +117,15 @@ def refusal(who: str, needs: Iterable[str], pipe: DiffusionPipeline, label: str 
     )
 
 
-def what_works(facts: Family, offers: Iterable[str] | None = None, without: str = "") -> str:
+def what_works(facts: Family, offers: Iterable[str] | None = None) -> str:
     """Lists the methods that work in their default form, and the call arguments that guided methods need.
 
     Args:
         facts: the family.
         offers: the pipeline's offers. None: the family's.
-        without: excludes methods with this need, such as "guidance".
     """
     offers = set(facts.offers if offers is None else offers)
-    fit = [form for form in forms() if not form.label and not lacking(form.needs, offers) and without not in form.needs]
+    fit = [form for form in default_forms() if not lacking(form.needs, offers)]
     conditional = [form.cls for form in fit if facts.guidance_condition and "guidance" in form.needs]
     free = _listed([form.cls for form in fit if form.cls not in conditional])
     if not conditional:

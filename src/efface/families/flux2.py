@@ -84,7 +84,7 @@ class _Klein(_Flux2):
 
     def offered(self, pipe: DiffusionPipeline) -> frozenset[str]:
         found = super().offered(pipe)
-        return found - {"guidance", "guidance_scale"} if pipe.config.is_distilled else found
+        return found - {"guidance", "guidance_scale"} if pipe.config["is_distilled"] else found
 
     def templated(self, pipe: Any, text: str) -> list[int]:
         messages = [{"role": "user", "content": text}]

@@ -8,7 +8,7 @@ import secrets
 import threading
 from collections.abc import Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from .. import files
@@ -103,14 +103,14 @@ def _wanted(state: Mapping[str, Any]) -> str:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: Page
+    server: Page  # pyright: ignore[reportIncompatibleVariableOverride] # typeshed knows no handler of one server
     server_version, sys_version, timeout = "efface", "", 30
 
     def do_GET(self) -> None:
         what = self._allowed()
         if what == "":
             nonce = secrets.token_urlsafe(16)
-            text = (resources.files(__package__) / "page.html").read_text("utf-8").replace("%NONCE%", nonce)
+            text = (Path(__file__).parent / "page.html").read_text("utf-8").replace("%NONCE%", nonce)
             self._send(200, text.encode(), "text/html; charset=utf-8", nonce)
         elif what == "next":
             self._do(lambda: None)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import checks
+from .._encodings import Encodings, held
 from ..core import Concept, Concepts, Detector
 from ..detectors._named import detector, judges_anything_unsafe
 from ..hooks.sites import handles
@@ -96,6 +97,7 @@ class Guard:
         self._policies = made
         self._detectors = {policy.hash: _detectors(policy) for policy in made.values()}
         self._shelf = deltas if isinstance(deltas, Shelf) else Shelf(deltas)
+        self._encodings: weakref.WeakKeyDictionary[Any, Encodings] = weakref.WeakKeyDictionary()
         for edit in itertools.chain(*(policy.deltas for policy in made.values())):
             self._shelf.get(edit)
 
@@ -187,6 +189,7 @@ class Guard:
         batch = self._batch(pipe, prompts, tenants, seeds, guidance, call)
         policies = [self.policy(tenant) for tenant in batch.tenants]
         with lock_of(pipe):
+            self._encodings[pipe] = held(pipe)  # the erasers of each call are new
             if handles(pipe):
                 raise RuntimeError(
                     "Expected a pipeline without run-time erasers, got one with some. Remove them, and write them into "

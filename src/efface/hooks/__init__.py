@@ -15,9 +15,10 @@ in a context variable says in which call the current code is; the denoiser belon
 - *Batch rows*: the rows of a denoiser call: unconditional rows, then conditional rows, then further predictions for
 methods. Texts of another length need a further denoiser call. The engine compares the batch with the output of
 `encode_prompt` (`batch`). Callers without a pipeline declare the rows with `efface.conditional_rows`.
-- *Erasure prompts*: texts of the concept that methods use in attention. Each pipeline call encodes them, because the
-text encoder may have changed. Methods with the same list of texts share one encoding. Lists are not divided: in another
-batch a text may round differently, and then an eraser's picture would depend on which other erasers are applied.
+- *Erasure prompts*: texts of the concept that methods use in attention. Each pipeline call compares the
+text encoders with those that encoded them, and encodes them again after any change (`_encodings`). Methods with the
+same list of texts share one encoding. Lists are not divided: in another batch a text may round differently, and then an
+eraser's picture would depend on which other erasers are applied.
 - *Layer*: an attention module. Hooks read its query after `to_q` and edit its output before `to_out[0]`, on conditional
 rows. Processors stay unchanged. Methods with `touches_uncond` also edit unconditional rows whose text is not the empty
 one.

@@ -76,10 +76,10 @@ class Site:
     def add(self, pipe: DiffusionPipeline, method: Contract) -> Handle:
         method = filled(method, pipe)
         self._check(pipe, method)
-        applied = Applied(method)
+        applied, encodings = Applied(method), self.pipelines.held(pipe)
         check_width(pipe)
         self.prepare(pipe, applied, Encoder(pipe, None))
-        self.pipelines.follow(pipe)
+        self.pipelines.follow(pipe, encodings)
         self.applied.append(applied)
         self.refit()
         owner = weakref.ref(pipe)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .._encodings import Encodings, compared_once, held
 from .._text import cut_off, encoder_of, encoding_settings, readers
 from . import watch
 from .calls import Call, Calls, Guarded, Texts
@@ -27,11 +28,13 @@ OF_PROMPTS = ("text", "mask", "pooled")  # the same parts of what `encode_prompt
 
 
 class Followed(NamedTuple):
-    """A pipeline whose calls are followed: its wrapped methods, and the tokenizers whose text encoders it had."""
+    """A pipeline whose calls are followed: its wrapped methods, the tokenizers whose text encoders it had, and the
+    encodings of constant texts, which exist as long as they are held."""
 
     pipe: weakref.ref[DiffusionPipeline]
     methods: list[Hidden]
     readers: tuple[str, ...]
+    encodings: Encodings
 
 
 class Pipelines:
@@ -46,13 +49,19 @@ class Pipelines:
         self.site, self.calls = site, calls
         self.followed: list[Followed] = []
 
-    def follow(self, pipe: DiffusionPipeline) -> None:
-        """Wraps the methods of this pipeline object."""
+    def follow(self, pipe: DiffusionPipeline, encodings: Encodings) -> None:
+        """Wraps the methods of this pipeline object, and holds its encodings."""
         if any(each.pipe() is pipe for each in self.followed):
             return
         acts: dict[str, Callable[..., Any]] = {"check_inputs": self._begun, "encode_prompt": self._encoded}
         acts |= {"progress_bar": self._looped, "maybe_free_model_hooks": self._ended, "save_pretrained": self._saved}
-        self.followed.append(Followed(weakref.ref(pipe), hide(pipe, acts, self.site.copies), readers(pipe)))
+        methods = hide(pipe, acts, self.site.copies)
+        self.followed.append(Followed(weakref.ref(pipe), methods, readers(pipe), encodings))
+
+    @staticmethod
+    def held(pipe: DiffusionPipeline) -> Encodings:
+        """The encodings of a pipeline that will be followed."""
+        return held(pipe)
 
     def close(self) -> None:
         """Restores the pipelines' methods."""
@@ -74,7 +83,7 @@ class Pipelines:
         return original(*args, **kwargs)
 
     def _encoded(self, pipe: DiffusionPipeline, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with self.site.alone():
+        with self.site.alone(), compared_once():
             self.site.check_pipeline(pipe)
             kind: Any = type(pipe)
             bound = inspect.signature(kind.encode_prompt.__get__(pipe)).bind(*args, **kwargs)

@@ -181,16 +181,15 @@ def needs_guidance(method: Contract, denoiser: nn.Module | None, facts: Family) 
     if facts.guidance_in_two_calls:
         needs = f"{needs} with an unconditional prediction in each step of a pipeline call"
         if facts.returns_negative:
-            return f"{needs}. Set {name} above {on}, or use method 'safree'."
+            return f"{needs}. Set {name} above {on}, or use a method without guidance."
         return (
             f'{needs}. Set {name} above {on} and give a `negative_prompt`, for example "" (a guidance-distilled model '
-            "may draw worse with it), or use method 'safree'."
+            "may draw worse with it), or use a method without guidance."
         )
     needs = f"{needs}, with conditional and unconditional rows in one batch of a call"
-    other = "eiup" if facts.cross_attention else "safree"
     if denoiser is not None and facts.distilled(denoiser):
-        return f"{needs}, but this denoiser is guidance-distilled ({name} is its input). Use {other!r}."
+        return f"{needs}, but this denoiser is guidance-distilled ({name} is its input). Use a method without guidance."
     return (
         f"{needs} of the pipeline. Set {name} above {on} (for direct denoiser calls, declare both kinds of rows in "
-        f"`efface.conditional_rows`), or use method {other!r}."
+        "`efface.conditional_rows`), or use a method without guidance."
     )

@@ -37,7 +37,7 @@ class Encoder:
     def __call__(self, texts: list[str]) -> Encoded:
         key, settings = tuple(texts), self.call.settings if self.call else {}
         if key not in self.known:
-            self.known[key] = encode(self.pipe, texts, **settings)
+            self.known[key] = encode(self.pipe, texts, constant=True, **settings)
         return self.known[key]
 
 

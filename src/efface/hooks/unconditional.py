@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._text import encode, encode_call, encoding_settings, places
+from .._text import encode, encode_empty, encoding_settings, places
 from ..families import encode_parameters, family
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ def unconditional(
     if getattr(pipe.config, "force_zeros_for_empty_prompt", False):  # SDXL base: "" is not the same as None
         nothing = untouched and all(value is None for value in given)
     mask = None if negative_mask is None else negative_mask.bool()
-    length = max(columns.stop for columns, _ in places(pipe, **encoding_settings(call)).values())
+    settings = encoding_settings(call)
+    length = max(columns.stop for columns, _ in places(pipe, **settings).values())
     if nothing and negative.shape[1] == length:
         empty, empty_mask = negative.detach(), mask
     else:  # encoded as in the pipeline, in a batch of the same size, so that it is bitwise equal
@@ -63,7 +64,7 @@ def unconditional(
         texts = ("prompt", "pooled", "negative")  # texts, embeddings and masks
         arguments = {name: defaults[name] if name.startswith(texts) else v for name, v in call.arguments.items()}
         arguments["prompt"] = [""] * (len(negative) // call.arguments["num_images_per_prompt"])
-        encoded = encode_call(pipe, arguments)
+        encoded = encode_empty(pipe, arguments, settings)
         parts = dict(zip(family(pipe).returns, encoded, strict=True))
         empty, empty_mask = parts["negative"], parts["negative_mask"].bool() if family(pipe).masked else None
     others = () if nothing else _other_rows(negative, mask, empty, empty_mask)
@@ -81,7 +82,7 @@ def unconditional_alone(
     mask = None if negative_mask is None else negative_mask.bool()
     if all(_is_empty(value) for value in written):
         return Unconditional(negative.detach(), mask, ())
-    made = encode(pipe, [""], **encoding_settings(call))
+    made = encode(pipe, [""], constant=True, **encoding_settings(call))
     longer = family(pipe).lengthened(made.text, made.mask, negative.shape[1])
     if longer is None:
         return Unconditional(made.text, made.mask, tuple(range(len(negative))))

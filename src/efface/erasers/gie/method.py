@@ -206,7 +206,7 @@ class GIE(Method):
         more = {"causal_text": self.values == "official", "guidance_scale": two, "softmax_self": two}
         return ("cross_text", *(need for need, needed in more.items() if needed))
 
-    needs: ClassVar[tuple[str, ...]] = computed(_needs)
+    needs: ClassVar[tuple[str, ...]] = computed(_needs, ("cross_text",))
 
     @property
     def measures(self) -> bool:
