@@ -61,6 +61,7 @@ test-slow: $(STAMP)
 leaderboard: $(STAMP)
 	$(BIN)/python -m experiments run_time_sweep
 	$(BIN)/python -m experiments editors_sweep
+	$(BIN)/python -m experiments peers_sweep
 	$(BIN)/python -m experiments leaderboard
 	$(BIN)/python -m experiments docs
 

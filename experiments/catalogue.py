@@ -187,7 +187,13 @@ EDITORS = Sweep(
         "speed": settings(efface.SPEED, {"scale": 1.0}, {"scale": 0.1}, {"scale": 0.01}),
         "esd": settings(efface.ESD, *({"eta": e, "lr": lr} for e, lr in ((0.5, 1e-4), (0.5, 2e-4), (1.0, 1e-4)))),
         "sdd": settings(efface.SDD, {"lr": 2e-4}, {"lr": 5e-4}, {"lr": 1e-3}),
-        "ccrt": settings(efface.CCRT, *({"eta": e, "lr": lr} for e, lr in ((0.5, 1e-4), (1.0, 1e-4), (1.0, 2e-4)))),
+    },
+    **TUNING,
+)
+PEERS = Sweep(
+    name="peers_sweep",
+    question="Which of three settings of each peer of 2026 that fits a file balances residual and retention best?",
+    points={
         "mace": settings(efface.MACE, {"lr": 3e-4}, {"lr": 1e-3}, {"lr": 3e-3}),
         "receler": settings(efface.Receler, {"lr": 1e-3}, {"lr": 2e-3}, {"lr": 3e-3}),
         "casteer": settings(efface.CASteer, {"strength": 1.0}, {"strength": 1.5}, {"strength": 2.0}),
@@ -206,6 +212,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     ),
     RUN_TIME,
     EDITORS,
+    PEERS,
     Outcome(
         name="eiup_outcome",
         question="Does EIUP erase, and what survives it?",
@@ -283,7 +290,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     ),
     Outcome(
         name="leaderboard",
-        question="Every method, each at the setting that as many trials on the tuning block chose.",
+        question="Each method at the one of three settings that the tuning block chose.",
         cap=4.0,
         n=16,
         model="emoji-128",

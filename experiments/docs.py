@@ -161,7 +161,7 @@ def attacks(root: Path = ROOT) -> str:
     return "\n\n".join([*parts, *([f"Without a card so far: {', '.join(missing)}."] if missing else [])])
 
 
-IN_SHORT = ("base", "eiup", "eiup swap", "negative_prompt", "sld", "safree", "uce", "rece", "esd", "sdd", "ccrt")
+IN_SHORT = ("base", "eiup", "eiup swap", "negative_prompt", "sld", "safree", "uce", "rece", "esd", "sdd")
 COLUMNS = ("residual explicit", "residual implicit", "retention", "nothing")
 
 
@@ -239,7 +239,7 @@ def _most(groups: Sequence[Mapping[str, Any]]) -> str:
 def settings() -> str:
     """What the tuning block chose for each method; the sweeps are in `catalogue.py`."""
     lines, captions = [], []
-    for name in ("run_time_sweep", "editors_sweep"):
+    for name in ("run_time_sweep", "editors_sweep", "peers_sweep"):
         found = card(name)
         captions.append(tables.caption(found, name))
         rows = {row["row"]: row for row in found["rows"]}
