@@ -236,16 +236,19 @@ def _most(groups: Sequence[Mapping[str, Any]]) -> str:
     return "; ".join(found) or "none"
 
 
-def settings() -> str:
+SWEEPS = ("run_time_sweep", "editors_sweep", "peers_sweep")
+
+
+def settings(root: Path = ROOT) -> str:
     """What the tuning block chose for each method; the sweeps are in `catalogue.py`."""
     lines, captions = [], []
-    for name in ("run_time_sweep", "editors_sweep", "peers_sweep"):
-        found = card(name)
+    for name in (name for name in SWEEPS if (root / f"results/{name}.json").is_file()):
+        found = card(name, root)
         captions.append(tables.caption(found, name))
         rows = {row["row"]: row for row in found["rows"]}
         for method, chosen in found["chosen"].items():
             cells = []
-            for row in (row for key, row in rows.items() if key in tried(found, method)):
+            for row in (rows[key] for key in tried(found, method)):
                 setting = row["row"].removeprefix(f"{method} ")
                 shown = f"{setting}: {100 * row['residual']['rate']:.0f} / {100 * row['retention']['rate']:.0f}"
                 cells.append(f"**{shown}**" if setting == chosen else shown)
