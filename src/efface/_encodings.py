@@ -125,7 +125,7 @@ class Encodings:
         self._facts, self._weights = (), None
 
     def of(self, key: Any, state: State, again: Callable[[], State], make: Callable[[], Parts]) -> Parts:
-        """The parts with this key, made anew if they are not kept in this state. `again` is the state by then."""
+        """The kept parts of this key and state; otherwise new ones. `again` gives the state after making them."""
         with self._lock:
             if not self._holds(state):
                 self._drop()
