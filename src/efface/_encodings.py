@@ -174,8 +174,8 @@ def _state(pipe: DiffusionPipeline, encode: Callable[..., Any]) -> State:
     Raises:
         Incomparable: the pipeline is not one of diffusers, its encoding was replaced, or a part cannot be compared.
     """
-    kind, facts = type(pipe), family(pipe)
-    original: Any = kind.encode_prompt
+    kind: Any = type(pipe)
+    facts, original = family(pipe), kind.encode_prompt
     own = isinstance(encode, MethodType) and encode.__func__ is original and encode.__self__ is pipe
     if not own or not all(each.__module__.startswith("diffusers.") for each in (kind, original)):
         raise Incomparable
