@@ -620,7 +620,6 @@ def test_a_detector_is_one_file_with_one_class_and_its_line() -> None:
     for name, line in registry.about("detectors").items():
         cls = registry.resolve(name, "detectors")
         assert registry.name_of(cls) == name and (cls.__doc__ or "").partition("\n")[0] == line
-        assert _named.about()[name] == line
 
 
 # ---------------------------------------------------------------- thresholds

@@ -62,8 +62,11 @@ cells_of = functools.cache(matrix)
 def where(name: str) -> str:
     """The families on which a method works by default."""
     cells = cells_of()[name, ""]
-    found = [family if cell == "yes" else f"{family} (with {cell})" for family, cell in cells.items() if cell]
-    return ", ".join(found)
+    of: dict[str, list[str]] = {}
+    for family, cell in cells.items():
+        if cell:
+            of.setdefault("" if cell == "yes" else f"with {cell}: ", []).append(family)
+    return "; ".join(condition + ", ".join(found) for condition, found in sorted(of.items()))
 
 
 def families() -> str:

@@ -125,7 +125,7 @@ class Encodings:
         self._facts, self._weights = (), None
 
     def of(self, key: Any, state: State, again: Callable[[], State], make: Callable[[], Parts]) -> Parts:
-        """The parts with this key, made anew if they are not kept in this state. `again` is the state by then."""
+        """The kept parts of this key and state; otherwise new ones. `again` gives the state after making them."""
         with self._lock:
             if not self._holds(state):
                 self._drop()
@@ -174,8 +174,8 @@ def _state(pipe: DiffusionPipeline, encode: Callable[..., Any]) -> State:
     Raises:
         Incomparable: the pipeline is not one of diffusers, its encoding was replaced, or a part cannot be compared.
     """
-    kind, facts = type(pipe), family(pipe)
-    original: Any = kind.encode_prompt
+    kind: Any = type(pipe)
+    facts, original = family(pipe), kind.encode_prompt
     own = isinstance(encode, MethodType) and encode.__func__ is original and encode.__self__ is pipe
     if not own or not all(each.__module__.startswith("diffusers.") for each in (kind, original)):
         raise Incomparable

@@ -1,4 +1,4 @@
-"""Whether weights, modules and torch's settings are as they were, for what is kept while these stay the same."""
+"""Whether weights, modules and torch's settings have changed. Kept encodings, keys and values depend on them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _facts(x: Tensor) -> tuple[Any, ...]:
 
 
 def sums(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Sums of each tensor's bits along rows and columns, and of its values along rows; a vector counts as it is.
+    """Sums of each tensor's bits along rows and columns, and of its values along rows; vectors stay whole.
 
     Bits are summed in words of 64, for speed. The highest bits of a word are lost when sums overflow, but not in the
     sums of values.

@@ -48,6 +48,7 @@ class Family(InTexts, InTraining):
         width_names: entries of the denoiser's config with the width of its text. The first that is set counts.
         scale: the call argument, and in some pipelines the attribute, with the guidance scale.
         unguided: the guidance scale that means no guidance. Larger ones add to 1 in u + w (c - u).
+        ends_guidance: whether the pipeline itself may leave out the unconditional rows of late steps.
         guidance_in_two_calls: whether unconditional predictions come from separate denoiser calls, not from rows of the
             same call.
         unit_time: whether the denoiser takes times from 0 to 1, not training steps.
@@ -86,6 +87,7 @@ class Family(InTexts, InTraining):
     width_names: tuple[str, ...] = ("joint_attention_dim",)
     scale: str = "guidance_scale"
     unguided: int = 1
+    ends_guidance: bool = False
     guidance_in_two_calls: bool = False
     unit_time: bool = False
     text_argument: str = "encoder_hidden_states"

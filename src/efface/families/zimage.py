@@ -206,6 +206,7 @@ ZIMAGE = _ZImage(
     settings=("max_sequence_length",),
     width_names=("cap_feat_dim",),
     unguided=0,
+    ends_guidance=True,
     unit_time=True,
     text_argument="cap_feats",
     time_argument="t",

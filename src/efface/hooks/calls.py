@@ -144,9 +144,9 @@ class Calls:
         )
 
     def ended_guidance(self, first: int) -> bool:
-        """Whether a denoiser call has no unconditional rows (`first`) although its pipeline call has guidance."""
-        texts = self.texts if self.site.given is None and not self.apart else None
-        return not first and texts is not None and texts.negative is not None
+        """Whether a pipeline that ends guidance has left out the unconditional rows (`first`) of a step."""
+        ends, texts = self.site.facts.ends_guidance and self.drawing is not None, self.texts
+        return ends and not first and texts is not None and texts.negative is not None
 
     @property
     def drawing(self) -> Call | None:

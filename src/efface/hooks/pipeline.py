@@ -29,7 +29,7 @@ OF_PROMPTS = ("text", "mask", "pooled")  # the same parts of what `encode_prompt
 
 class Followed(NamedTuple):
     """A pipeline whose calls are followed: its wrapped methods, the tokenizers whose text encoders it had, and the
-    encodings of constant texts, which exist as long as they are held."""
+    encodings of constant texts, which it keeps alive."""
 
     pipe: weakref.ref[DiffusionPipeline]
     methods: list[Hidden]
