@@ -59,6 +59,9 @@ test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/slow.py -n auto
 
 leaderboard: $(STAMP)
+	$(BIN)/python -m experiments run_time_sweep
+	$(BIN)/python -m experiments editors_sweep
+	$(BIN)/python -m experiments peers_sweep
 	$(BIN)/python -m experiments leaderboard
 	$(BIN)/python -m experiments docs
 

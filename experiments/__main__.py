@@ -1,4 +1,4 @@
-"""`python -m experiments NAME`: measures it, writes its card. Also: `list`, `table CARD`, `docs`."""
+"""`python -m experiments NAME`: measures it, writes its card. Others: list, table CARD, docs, sheets, read, judge."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from . import docs, tables
+from efface.files import write_json
+
+from . import docs, judge, labels, legend, tables
 from .catalogue import CATALOGUE
 from .code import ROOT
 from .runner import Plan, outdated, run
@@ -17,7 +20,7 @@ from .runner import Plan, outdated, run
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
-    made.add_argument("name", help="an experiment, or: list, table CARD, docs")
+    made.add_argument("name", help="an experiment, or: list, table CARD, docs, sheets, read, judge")
     made.add_argument("card", nargs="?", type=Path, help="of `table`")
     made.add_argument("--format", choices=("md", "latex", "csv", "svg"), default="md", help="of `table`")
     made.add_argument("--estimate", action="store_true", help="time a few pictures per row, and stop")
@@ -28,6 +31,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", default="cpu")
     made.add_argument("--out", type=Path, help="the card")
     made.add_argument("--work", type=Path, default=ROOT / "runs/experiments", help="folder of raw outcomes")
+    made.add_argument("--third", action="store_true", help="of `sheets`: the pictures in which passes 1 and 2 differ")
+    made.add_argument("--batch", type=int, help="of `sheets --third`: only this one")
+    made.add_argument("--icons", type=Path, default=legend.ICONS, help="of `sheets`: for the legends")
+    made.add_argument("--results", type=Path, default=ROOT / "results", help="of `read` and `judge`: cards and labels")
+    made.add_argument("--replace", action="store_true", help="of `read`: corrected answers replace earlier ones")
     made.add_argument("--one", help=argparse.SUPPRESS)  # what a process of its own measures
     return made
 
@@ -56,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser().error("`table` needs the path of a card.")
         card = json.loads(given.card.read_text("utf-8"))
         print(docs.figure(card) if given.format == "svg" else tables.of_card(card, given.format), end="")
+    elif given.name in LOOKING:
+        return told(partial(LOOKING[given.name], given))
     elif given.name not in CATALOGUE:
         parser().error(f"{given.name!r} is not an experiment. There is: {', '.join(CATALOGUE)}.")
     elif given.one:
@@ -79,17 +89,58 @@ def measure(given: argparse.Namespace) -> int:
     }
     options |= {"--device": given.device != "cpu" and given.device, "--update": shlex.join(given.update)}
     words = [each.name, *(f"{name} {value}" for name, value in options.items() if value)]
+    line = f"python -m experiments {' '.join(words)}"
+
+    def drawn() -> None:
+        found = run(each, plan, out, line, given.update, given.estimate)
+        if found:
+            print(tables.of_card(found), *found.get("verdict", []), f"Card: {out}", sep="\n")
+
+    return told(drawn)
+
+
+def told(call: Callable[[], object]) -> int:
+    """The exit code of a command. What it refuses becomes a message."""
     try:
-        found = run(each, plan, out, f"python -m experiments {' '.join(words)}", given.update, given.estimate)
+        call()
     except (ValueError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("Stopped. The same command goes on.", file=sys.stderr)
         return 130
-    if found:
-        print(tables.of_card(found), *found.get("verdict", []), f"Card: {out}", sep="\n")
     return 0
+
+
+# ---------------------------------------------------------------- labels by looking
+
+
+def sheets(given: argparse.Namespace) -> None:
+    of = labels.Labelling(given.work / "leaderboard")
+    made = of.write_third(given.batch) if given.third else of.write(given.icons)
+    for folder in made:
+        print(f"{folder}: {len(list(folder.glob('sheet-*.png')))} sheets")
+    print("Fill in the answers of each sheet, then run `python -m experiments read`.")
+
+
+def read(given: argparse.Namespace) -> None:
+    of = labels.Labelling(given.work / "leaderboard")
+    of.read(given.replace)
+    card, file = given.results / judge.CARD, given.results / labels.FILE
+    found = json.loads(card.read_text("utf-8")) if card.is_file() else {}
+    if "form" not in found:
+        print(f"The answers are stored. {file} needs {card} of this runner: run this command again once it is drawn.")
+        return
+    print(f"{len(labels.ship(found, of, file))} rows and cells with labels in {file}")
+
+
+def judge_(given: argparse.Namespace) -> None:
+    card = judge.judged(given.results)
+    write_json(given.results / judge.OUT, card)
+    print(tables.of_card(card), *card["verdict"], f"Card: {given.results / judge.OUT}", sep="\n")
+
+
+LOOKING: dict[str, Callable[[argparse.Namespace], None]] = {"sheets": sheets, "read": read, "judge": judge_}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import efface
-from efface import api, registry
+from efface import api
 from efface.attacks.concept_arithmetics import RECIPES
 from efface.models.emoji.weights import FOLDER
 
@@ -18,21 +18,14 @@ from .literal import denoiser_calls as calls
 from .literal import drawings, finetune, joint_blocks
 from .load import Load
 from .neighbours import Neighbours
-from .outcome import COLUMNS, NEGATIVES, Arm, Outcome, Sweep, chosen, first_that_reaches
+from .outcome import COLUMNS, NEGATIVES, Arm, Outcome, Sweep, balanced, chosen, first_that_reaches
 from .redteam import Guard, Redteam
-from .runner import Experiment, Plan
+from .runner import Experiment
 from .sequence import Sequenced
 from .timing import Timing
 
 ALL = ("alcohol", "weapon", "cat", "neon sign")
 ORDINARY = ("a glass of milk", "a teacup", "a dog", "a house")  # what closes GLoCE's gate
-TUNED_EDITORS = {
-    "uce": efface.UCE(),
-    "rece": efface.RECE(),
-    "esd": efface.ESD(),
-    "sdd": efface.SDD(),
-    "ccrt": efface.CCRT(),
-}
 
 
 def strengths(method: Any, *values: float) -> dict[str, Any]:
@@ -44,7 +37,12 @@ def sld(*presets: str) -> dict[str, Any]:
 
 
 def settings(editor: Any, *values: Mapping[str, Any]) -> dict[str, Any]:
-    return {", ".join(f"{k}={v}" for k, v in each.items()) or "default": editor(**each) for each in values}
+    return {
+        ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in each.items()) or "default": editor(
+            **each
+        )
+        for each in values
+    }
 
 
 def negatives() -> dict[str, Arm]:
@@ -75,18 +73,6 @@ def negatives() -> dict[str, Arm]:
 
 def stacked(make: Any, strength: float | None, concept: efface.Concept) -> tuple[Any, ...]:
     return make(concept), efface.NegativePrompt(concept, strength=strength)
-
-
-def defaults(plan: Plan) -> dict[str, Arm]:
-    """Every registered method that works on the model, by its defaults."""
-    arms: dict[str, Arm] = {}
-    for name, room in (registry.methods("erasers") | registry.methods("editors")).items():
-        if name in ("geom_erasing", "hfi"):  # they learn from pictures with boxes, or with people's judgements
-            continue
-        given = {"preserve": ORDINARY} if name == "gloce" else {}
-        make = partial(api.build, name) if room == "erasers" else api.editor(name, **given)
-        arms[name] = Arm(make)
-    return arms
 
 
 def adapters() -> dict[str, Arm]:
@@ -167,51 +153,54 @@ def arithmetic(recipe: Any) -> efface.ConceptArithmetics:
     return efface.ConceptArithmetics(recipes=(recipe,))
 
 
+TUNING: dict[str, Any] = {
+    "model": "emoji-128",
+    "cap": 1.2,
+    "n": 12,
+    "concepts": ("alcohol",),
+    "cells": ("explicit", "theme", "bystander"),
+    "rule": balanced,
+}
 RUN_TIME = Sweep(
     name="run_time_sweep",
-    question="Which strength of each run-time method retains within 5 points of the base model and leaves least?",
-    cap=4.0,
+    question="Which of three settings of each run-time method, half to twice its natural one, balances best?",
     points={
-        "eiup": strengths(efface.EIUP, 0.5, 1.5, 2.25, 3.0),
-        "gie": strengths(efface.GIE, 0.25, 0.5, 1.0, 2.0),
-        "sld": sld("weak_paper", "medium", "strong", "max"),
-        "safree": strengths(efface.SAFREE, 0.5, 1.0, 2.0, 4.0),
-        "negative_prompt": strengths(efface.NegativePrompt, 1.875, 3.75, 7.5, 15.0),
+        "eiup": strengths(efface.EIUP, 0.5, 1.0, 2.0),
+        "eiup swap": strengths(partial(efface.EIUP, normalization="swap"), 0.5, 1.0, 2.0),
+        "gie": strengths(efface.GIE, 0.5, 1.0, 2.0),
+        "sld": sld("weak_paper", "medium", "strong"),
+        "safree": strengths(efface.SAFREE, 0.5, 1.0, 2.0),
+        "negative_prompt": strengths(efface.NegativePrompt, 3.75, 7.5, 15.0),
+        "nag": strengths(efface.NAG, 2.0, 4.0, 8.0),
+        "adavd": strengths(efface.AdaVD, 0.5, 1.0, 2.0),
+        "semantic_surgery": strengths(efface.SemanticSurgery, 0.5, 1.0, 2.0),
+        "crg": strengths(efface.CRG, 1.0, 2.0, 4.0),
     },
+    **TUNING,
 )
 EDITORS = Sweep(
     name="editors_sweep",
-    question="Which setting of each weight editor retains within 5 points of the base model and leaves least?",
-    cap=4.8,
-    n=16,
+    question="Which of three settings of each editor balances residual and retention best?",
     points={
-        "uce": settings(efface.UCE, {}, {"tokens": "last"}, {"lam": 5.0}, {"lam": 50.0}),
-        "rece": settings(
-            efface.RECE, {}, {"mu": 1.0, "lam": 0.1}, {"mu": 10.0, "lam": 10.0}, {"mu": 100.0, "lam": 1.0}
-        ),
-        "esd": settings(
-            efface.ESD, *({"eta": eta, "lr": lr} for eta, lr in ((0.5, 2e-4), (1.0, 1e-4), (0.5, 1e-4), (1.0, 5e-5)))
-        ),
-        "sdd": settings(
-            efface.SDD, *({"prompt_roles": r, "lr": lr} for lr in (2e-4, 1e-3) for r in ("code", "readme"))
-        ),
-        "ccrt": settings(efface.CCRT, *({"eta": eta, "lr": lr} for eta in (0.5, 1.0) for lr in (1e-4, 2e-4))),
+        "uce": settings(efface.UCE, {}, {"tokens": "last"}, {"lam": 5.0}),
+        "rece": settings(efface.RECE, {}, {"mu": 1.0, "lam": 0.1}, {"mu": 10.0, "lam": 10.0}),
+        "speed": settings(efface.SPEED, {"scale": 1.0}, {"scale": 0.1}, {"scale": 0.01}),
+        "esd": settings(efface.ESD, *({"eta": e, "lr": lr} for e, lr in ((0.5, 1e-4), (0.5, 2e-4), (1.0, 1e-4)))),
+        "sdd": settings(efface.SDD, {"lr": 2e-4}, {"lr": 5e-4}, {"lr": 1e-3}),
     },
+    **TUNING,
 )
 PEERS = Sweep(
     name="peers_sweep",
-    question="Which setting of each peer of 2026 retains within 5 points of the base model and leaves least?",
-    cap=0.2,
-    n=8,
-    concepts=("alcohol",),
-    cells=("explicit", "theme", "bystander"),
+    question="Which of three settings of each peer of 2026 that fits a file balances residual and retention best?",
     points={
-        "casteer": settings(efface.CASteer, {"strength": 1.5}, {"strength": 2.0}),
-        "midsteer": settings(efface.MidSteer, {"strength": 2.0}, {"strength": 3.0}),
-        "gloce": settings(efface.GLoCE, *({"preserve": ORDINARY, "threshold": t} for t in (1.5, 0.5))),
-        "mace": settings(efface.MACE, {"lr": 1e-3}, {"lr": 3e-3}),
-        "receler": settings(efface.Receler, {"lr": 2e-3}, {"lr": 3e-3}),
+        "mace": settings(efface.MACE, {"lr": 3e-4}, {"lr": 1e-3}, {"lr": 3e-3}),
+        "receler": settings(efface.Receler, {"lr": 1e-3}, {"lr": 2e-3}, {"lr": 3e-3}),
+        "casteer": settings(efface.CASteer, {"strength": 1.0}, {"strength": 1.5}, {"strength": 2.0}),
+        "midsteer": settings(efface.MidSteer, {"strength": 1.0}, {"strength": 2.0}, {"strength": 3.0}),
+        "gloce": settings(partial(efface.GLoCE, preserve=ORDINARY), *({"threshold": t} for t in (2.5, 1.5, 0.5))),
     },
+    **TUNING,
 )
 EXPERIMENTS: tuple[Experiment, ...] = (
     Sweep(
@@ -272,18 +261,6 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         share=0.90,
     ),
     Outcome(
-        name="pareto",
-        question="Which run-time method erases most and loses least, each at the strength that its tuning chose?",
-        cap=4.0,
-        arms=partial(chosen, RUN_TIME),
-    ),
-    Outcome(
-        name="editors_outcome",
-        question="What do weight editors erase, and what survives them, at the package's settings?",
-        cap=5.0,
-        arms={name: Arm(editor) for name, editor in TUNED_EDITORS.items()},
-    ),
-    Outcome(
         name="editors_biases",
         question="What do ESD and SDD lose without biases, which LoRA files cannot hold?",
         cap=3.0,
@@ -313,11 +290,14 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     ),
     Outcome(
         name="leaderboard",
-        question="Every method by its defaults, on the same rows.",
-        cap=2.0,
+        question="Each method at the one of three settings that the tuning block chose.",
+        cap=4.0,
         n=16,
-        concepts=("alcohol", "weapon", "smoking"),
-        arms=defaults,
+        model="emoji-128",
+        concepts=("alcohol", "smoking"),
+        arms=lambda plan: chosen(RUN_TIME, plan) | chosen(EDITORS, plan),
+        keeps=True,
+        primary=tuple(("eiup", rival, metric) for rival in ("esd", "safree") for metric in ("residual", "retention")),
     ),
     Outcome(
         name="gie_adapter",

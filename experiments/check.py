@@ -51,6 +51,7 @@ class Digits(Form):
     outcome: Eyes
     retained: Eyes
     object: Eyes
+    sha256: Sha | None = None  # of the pictures that were kept for labels
 
 
 class RowFacts(Form):
@@ -146,7 +147,8 @@ def _figures(
             for name in sorted(names)
             if not _same(row.get(name), there.get(name))
         )
-    if not _same(made["base"], card["base"]):
+    digits = {name: {source: raw[source] for source in SOURCES} for name, raw in card["base"].items()}
+    if not _same(made["base"], digits):
         yield "base differs from the pictures of the base row."
     again = as_json(experiment.derived(dict(card) | made))
     yield from (f"{name} differs from what the rows give." for name in again if not _same(again[name], card.get(name)))

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import tables
+from . import judge, tables
 from .code import ROOT
 from .heat import heat
 from .tables import percent
@@ -65,15 +64,10 @@ def figure(found: Any) -> str:
 
     points = []
     for row in found["rows"]:
-        if "form" not in found:
-            pair = [row["scores"][name] for name in ("removal.absolute", "retention")]
-            ends = [tuple(math.nan if s[k] is None else s[k] for k in ("value", "low", "high")) for s in pair]
-        else:
-            pair = [row["residual"], row["retention"]]
-            ends = [(1 - pair[0]["rate"], 1 - pair[0]["interval"][1], 1 - pair[0]["interval"][0])]
-            ends.append((pair[1]["rate"], *pair[1]["interval"]))
-        made = [score(n, s, *e) for n, s, e in zip(("removal.absolute", "retention"), pair, ends, strict=True)]
-        points.append((row.get("method") or row["row"], *made))
+        left, kept = row["residual"], row["retention"]
+        low, high = left["interval"]
+        removed = score("removal.absolute", left, 1 - left["rate"], 1 - high, 1 - low)
+        points.append((row["row"], removed, score("retention", kept, kept["rate"], *kept["interval"])))
     return pareto(points, "removal.absolute", "retention").replace("currentColor", "#6e7781")
 
 
@@ -167,23 +161,119 @@ def attacks(root: Path = ROOT) -> str:
     return "\n\n".join([*parts, *([f"Without a card so far: {', '.join(missing)}."] if missing else [])])
 
 
+IN_SHORT = ("base", "eiup", "eiup swap", "negative_prompt", "sld", "safree", "uce", "rece", "esd", "sdd")
+COLUMNS = ("residual explicit", "residual implicit", "retention", "nothing")
+
+
 def summary() -> str:
-    """README's few lines: the base model and every method of two cards."""
-    found = [card(name) for name in ("pareto", "editors_outcome")]
-    if not all("form" in each for each in found):
-        return block("summary")
-    columns = {name: found[0]["columns"][name] for name in ("residual implicit", "retention", "nothing")}
-    rows = {row["row"]: row for each in found for row in each["rows"]}
-    return tables.of_card({"form": 2, "columns": columns, "rows": list(rows.values())})
+    """README's few lines: what people use today, from the leaderboard."""
+    found = card("leaderboard")
+    rows = {row["row"]: row for row in found["rows"]}
+    columns = {name: found["columns"][name] for name in COLUMNS}
+    return tables.of_card({"form": 2, "columns": columns, "rows": [rows[name] for name in IN_SHORT]}).rstrip()
 
 
-EARLIER = ("measured", "negatives", "pareto", "editors", "sequence", "speed", "fits", "leaderboard")
+def ranking(root: Path = ROOT) -> str:
+    """Every row of the leaderboard, with the residual by looking where the labels are of its pictures."""
+    found, note = with_labels(card("leaderboard", root), root)
+    return f"{tables.caption(found, 'leaderboard')}\n{note}\n{tables.of_card(found)}".rstrip()
+
+
+def with_labels(found: dict[str, Any], root: Path = ROOT) -> tuple[dict[str, Any], str]:
+    """The leaderboard's card with a further column from the card `judge`, and a note on it."""
+    if not (root / f"results/{judge.OUT}").is_file():
+        return found, ""
+    of, mine = card("judge", root), judge.hashes(found)
+    rates = {
+        row["row"]: row["residual"]["looking"]
+        for row in of["rows"]
+        if mine.get(row["row"], "") == of["of"]["pictures"][row["row"]] != "" and row.get("residual", {}).get("looking")
+    }
+    if not rates:
+        return found, "The labels are of other pictures, so there is no column of residuals by looking.\n"
+    rows = [row | ({"looked": rates[row["row"]]} if row["row"] in rates else {}) for row in found["rows"]]
+    columns = {}
+    for name, heading in found["columns"].items():
+        columns[name] = heading
+        if name == "residual":
+            columns["looked"] = "residual, all prompts, by looking"
+    less = [row["row"] for row in rows if "looked" not in row]
+    note = f"By looking: [labels that ship](judging.md#the-labels-that-ship), card in `results/{judge.OUT}`."
+    note += f" Not labelled: {', '.join(less)}." if less else ""
+    return found | {"rows": rows, "columns": columns}, f"{note}\n"
+
+
+def labelled(root: Path = ROOT) -> str:
+    """What looking says about the detectors; `experiments/judge.py`."""
+    if not (root / f"results/{judge.OUT}").is_file():
+        return "Without a card so far: `python -m experiments judge`."
+    found = card("judge", root)
+    made = f"Made {found['date'][:10]} by `{found['command']}`; labels of {found['labels']['date']} in "
+    made += f"`{found['labels']['file']}`, card in `results/{judge.OUT}`."
+    names = ("misses", "false alarms", "precision", "sensitivity")
+    groups = {"all": (found["agreement"], found["pooled"])}
+    groups |= {name: (each, found["pooled"]["concepts"][name]) for name, each in found["agreement"]["concepts"].items()}
+    lines = []
+    for name, (agreed, errors) in groups.items():
+        alpha = (
+            "-" if agreed["alpha"] is None else "{:.2f} [{:.2f}, {:.2f}]".format(agreed["alpha"], *agreed["interval"])
+        )
+        lines.append([name, str(errors["labelled"]), alpha, *(judge.sure(errors[each]) for each in names)])
+    head = ["concept", "pictures", "alpha of the passes", "misses", "false alarms", "precision", "sensitivity"]
+    icons, prompts = _most(found["missed icons"]), _most(found["missed prompts"])
+    return "\n\n".join(
+        [
+            "\n".join([*found["verdict"], made]),
+            tables.of_card(found).rstrip(),
+            table(head, lines),
+            f"Of pictures that show the concept, the worse detector misses most: {icons}. By prompt: {prompts}.",
+        ]
+    )
+
+
+def _most(groups: Sequence[Mapping[str, Any]]) -> str:
+    found = [f"{each['name']} ({each['hits']} of {each['n']})" for each in groups[:6] if each["hits"]]
+    return "; ".join(found) or "none"
+
+
+SWEEPS = ("run_time_sweep", "editors_sweep", "peers_sweep")
+
+
+def settings(root: Path = ROOT) -> str:
+    """What the tuning block chose for each method; the sweeps are in `catalogue.py`."""
+    lines, captions = [], []
+    for name in (name for name in SWEEPS if (root / f"results/{name}.json").is_file()):
+        found = card(name, root)
+        captions.append(tables.caption(found, name))
+        rows = {row["row"]: row for row in found["rows"]}
+        for method, chosen in found["chosen"].items():
+            cells = []
+            for row in (rows[key] for key in tried(found, method)):
+                setting = row["row"].removeprefix(f"{method} ")
+                shown = f"{setting}: {100 * row['residual']['rate']:.0f} / {100 * row['retention']['rate']:.0f}"
+                cells.append(f"**{shown}**" if setting == chosen else shown)
+            lines.append([f"`{method}`", *cells])
+    head = ["method", *(f"setting {k}: residual / retention, %" for k in (1, 2, 3))]
+    return "\n\n".join([*captions, table(head, lines)])
+
+
+def tried(found: Any, method: str) -> list[str]:
+    """The rows of a method in a sweep's card; no other method's whose name begins alike."""
+    longer = [each for each in found["chosen"] if each != method and each.startswith(f"{method} ")]
+    names = [row["row"] for row in found["rows"] if row["row"].startswith(f"{method} ")]
+    return [name for name in names if not any(name.startswith(f"{each} ") for each in longer)]
+
+
+EARLIER = ("measured", "negatives", "pareto", "editors", "sequence", "speed", "fits")
 BLOCKS: dict[str, Callable[[], str]] = {
     "summary": summary,
     "families": families,
     "costs": costs,
     "load": load,
     "attacks": attacks,
+    "leaderboard": ranking,
+    "judge": labelled,
+    "settings": settings,
     **{marker: partial(block, marker) for marker in EARLIER},
     "gates": lambda: gates(card("emoji_gates")),
 }

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors.torch import save_file
 
 import efface
 from efface.core import Concept, config
 from efface.editors._training import Training
+from efface.files import sha256
 from efface.intervals import clustered, difference, holm
 from efface.pipelines import draw
 
@@ -178,6 +180,19 @@ def delta_file(plan: Plan, unit: Unit) -> Path:
     return plan.folder / "deltas" / f"{unit.digest}.safetensors"
 
 
+def pictures_file(plan: Plan, unit: Unit) -> Path:
+    return plan.folder / "pictures" / f"{unit.digest}.safetensors"
+
+
+def keep_pictures(plan: Plan, unit: Unit, images: torch.Tensor) -> list[str]:
+    """Keeps pictures [N, 3, H, W] in [0, 1] as bytes [N, H, W, 3]. Returns the SHA-256 of each."""
+    whole = (images.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).contiguous()
+    file = pictures_file(plan, unit)
+    file.parent.mkdir(exist_ok=True)
+    save_file({"images": whole}, file)
+    return [sha256(each.numpy().tobytes()) for each in whole]
+
+
 # ---------------------------------------------------------------- the experiment
 
 
@@ -191,6 +206,7 @@ class Outcome(Experiment):
         primary: comparisons (row, row, metric) that were named before drawing.
         against: the row that all others are compared with; these comparisons are adjusted by Holm.
         aims: (row, metric, limit): the largest allowed rate where low is good, else the smallest.
+        keeps: whether the pictures stay beside the raw outcomes, for labels by looking.
     """
 
     name: str
@@ -205,6 +221,7 @@ class Outcome(Experiment):
     primary: tuple[tuple[str, str, str], ...] = ()
     against: str = "base"
     aims: tuple[tuple[str, str, float], ...] = ()
+    keeps: bool = False
     columns: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(COLUMNS))
 
     def rows_of(self, plan: Plan) -> Mapping[str, Arm]:
@@ -255,7 +272,8 @@ class Outcome(Experiment):
         def measure() -> dict[str, Any]:
             images = pictures(n)
             join = torch.any if cell in IMPLICIT else torch.all
-            return world.judge(images, concept, list(keep), join) | {"object": world.sees(images, others)}
+            kept = {"sha256": keep_pictures(plan, unit, images)} if self.keeps else {}
+            return world.judge(images, concept, list(keep), join) | {"object": world.sees(images, others)} | kept
 
         def pilot() -> float:
             if not fitted:
@@ -263,7 +281,8 @@ class Outcome(Experiment):
             with efface.stack(world.pipe):  # a delta costs nothing per picture, and may not be fitted yet
                 return timed(lambda: draw(world.pipe, prompts[:PILOT], numbers[:PILOT], **plan.call))[1] / PILOT
 
-        return Unit(row, setting, measure, n, pilot)
+        unit = Unit(row, setting, measure, n, pilot)
+        return unit
 
     @staticmethod
     def _others(plan: Plan, concept: str, keep: Sequence[tuple[str, ...]], numbers: range) -> list[str]:
@@ -300,7 +319,8 @@ class Outcome(Experiment):
             known = cells.setdefault(name, {"concept": s["concept"], "cell": s["cell"], "prompts": texts})
             known["prompts"] = max(texts, known["prompts"], key=len)
             known["first_seed"] = s["seeds"][0]
-            pictures.setdefault(unit.row, {})[name] = {key: packed(raw[key]) for key in SOURCES}
+            kept = {"sha256": sha256("".join(raw["sha256"]).encode())} if "sha256" in raw else {}
+            pictures.setdefault(unit.row, {})[name] = {key: packed(raw[key]) for key in SOURCES} | kept
             erasers.setdefault(unit.row, {})[s["concept"]] = s["erasers"]
         shown = {name: _share(raw["outcome"], CONCEPT, min) for name, raw in pictures["base"].items()}
         for name, cell in cells.items():
@@ -512,6 +532,12 @@ def first_that_reaches(points: Sequence[Mapping[str, Any]], base: Mapping[str, A
     return least_residual(points, base)
 
 
+def balanced(points: Sequence[Mapping[str, Any]], base: Mapping[str, Any]) -> int:
+    """Of all points, the one with the largest difference of retention and residual; the weakest of equal ones. For
+    samples in which one picture is worth several points."""
+    return max(range(len(points)), key=lambda k: points[k]["retention"]["rate"] - points[k]["residual"]["rate"])
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sweep(Outcome):
     """Settings of methods on the tuning block; one rule chooses for all. Every method gets as many points.
@@ -553,9 +579,9 @@ class Sweep(Outcome):
 
 
 def chosen(sweep: Sweep, plan: Plan) -> dict[str, Arm]:
-    """The rows that a sweep's card chose."""
+    """A row per method, at the setting that a sweep's card chose."""
     path = plan.cards / f"{sweep.name}.json"
     if not path.is_file():
         raise FileNotFoundError(f"There is no card {path}. Run `python -m experiments {sweep.name}` first: it chooses.")
     found = json.loads(path.read_text("utf-8"))["chosen"]
-    return {f"{method} {setting}": Arm(sweep.points[method][setting]) for method, setting in found.items()}
+    return {method: Arm(sweep.points[method][setting]) for method, setting in found.items()}

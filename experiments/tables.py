@@ -30,6 +30,8 @@ def of_card(card: Mapping[str, Any], form: Format = "md") -> str:
     rows, columns = card["rows"], card["columns"]
     names = [row["row"].replace(" | ", ": ") for row in rows]  # a table's own sign
     names = [f"`{name}`" for name in names] if form == "md" else names
+    if card.get("experiment") == "judge":
+        return render(["method", *columns.values()], [[n, *looked(r)] for n, r in zip(names, rows, strict=True)], form)
     if "scenes" in rows[0]:
         head = ["variant", *rows[0]["scenes"]]
         lines = [[ratio(row["scenes"][s]["ratio"]) if s in row["scenes"] else "-" for s in head[1:]] for row in rows]
@@ -56,6 +58,13 @@ def of_card(card: Mapping[str, Any], form: Format = "md") -> str:
         [name, *(percent(row[m]) if m in row else "-" for m in columns)] for name, row in zip(names, rows, strict=True)
     ]
     return render(["method", *columns.values()], lines, form)
+
+
+def looked(row: Mapping[str, Any]) -> list[str]:
+    """The cells of a row of the card `judge`."""
+    residual, nothing = row.get("residual", {}), row.get("nothing", {})
+    rates = [residual.get("detector"), residual.get("looking"), row["misses"], row["precision"], nothing.get("looking")]
+    return ["-" if each is None or each["rate"] is None else percent(each) for each in rates]
 
 
 def figure(value: Any) -> str:

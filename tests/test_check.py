@@ -21,7 +21,7 @@ from experiments.runner import Plan
 ROOT = Path(__file__).parents[1]
 SMALL: dict[str, Any] = {"concepts": ("alcohol",), "cells": ("explicit", "theme", "bystander"), "n": 4}
 RESAMPLED, COUNTS = intervals._resampled, outcome.COUNTS
-TRIAL = Outcome(name="trial", question="?", cap=1.0, arms={"eiup": Arm(efface.EIUP)}, **SMALL)
+TRIAL = Outcome(name="trial", question="?", cap=1.0, arms={"eiup": Arm(efface.EIUP)}, keeps=True, **SMALL)
 
 
 def noise(pipe: Any, prompts: Sequence[str], numbers: Sequence[int], **call: Any) -> torch.Tensor:
@@ -154,7 +154,9 @@ def test_a_card_whose_figures_fit_invented_pictures_is_found_by_drawing(card: An
     found = []
     for unit in TRIAL.units(plan):
         digits = card["pictures"][unit.row][f"alcohol, {unit.setting['cell']}"]
-        raw = {source: [[-1 if d == "-" else int(d) for d in eye] for eye in digits[source]] for source in digits}
+        raw = {
+            source: [[-1 if d == "-" else int(d) for d in eye] for eye in digits[source]] for source in outcome.SOURCES
+        }
         if unit.row == "eiup":
             raw["outcome"] = [[1] * 4, [1] * 4]
         found.append((unit, {"raw": raw}))

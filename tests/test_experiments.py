@@ -649,7 +649,7 @@ def test_all_cards_together_take_at_most_60_core_hours() -> None:
     )
 
 
-READ_CARDS = ("pareto", "eiup_neighbours_flagged")  # which plan by what another card chose
+READ_CARDS = ("leaderboard", "eiup_neighbours_flagged")  # which plan by what another card chose
 
 
 @pytest.mark.thinned("long")

@@ -8,8 +8,8 @@ from typing import Any
 from experiments.docs import card, table
 from experiments.tables import percent
 
-POOLED = ("pareto", "editors_outcome")
-COLUMNS = {"implicit left": "residual rate, implied prompts", "kept": "retention", "any": "any object recognisable"}
+COLUMNS = ("residual explicit", "residual implicit", "retention", "nothing")
+"""The metrics of the leaderboard that the pages of methods show."""
 CELLS = {
     "explicit": "prompts that name it",
     "theme": "prompts that imply it, trained",
@@ -18,6 +18,7 @@ CELLS = {
 }
 BASE = "base model"
 UNKNOWN = "not measured"
+SETTING = "the setting is the one that the tuning block chose among three."
 
 
 def rate(found: Mapping[str, Any] | None) -> str:
@@ -25,47 +26,31 @@ def rate(found: Mapping[str, Any] | None) -> str:
     return f"{percent(found)}, n = {found['n']:,}" if found else UNKNOWN
 
 
-def pooled(name: str) -> tuple[Any, dict[str, dict[str, Any]]]:
-    """A card, and for each of its methods the rates of `COLUMNS`, over all concepts."""
-    found = card(name)
-    if "form" in found:
-        rows = {BASE if row["row"] == "base" else row["row"]: row for row in found["rows"]}
-        asked = ("residual implicit", "retention", "nothing")
-        return found, {
-            key: dict(zip(COLUMNS, (row.get(each) for each in asked), strict=True)) for key, row in rows.items()
-        }
-    if "test" in found:
-        rows = {BASE if row["method"] == "plain" else row["method"]: row for row in found["test"]}
-        return found, {
-            key: dict(zip(COLUMNS, (row["implicit"], row["kept"], row["any"]), strict=True))
-            for key, row in rows.items()
-        }
-    names = {key.split(" ")[0] for key in found["pooled"]}
-    return found, {
-        BASE if each == "plain" else each: {column: found["pooled"].get(f"{each} {column}") for column in COLUMNS}
-        for each in names
-    }
+def rows() -> dict[str, dict[str, Any]]:
+    """The leaderboard's rates, by method."""
+    return {BASE if row["row"] == "base" else row["row"]: row for row in card("leaderboard")["rows"]}
 
 
 def of_method(method: str) -> str:
-    """The figures of a method on the embedded model, beside the base model's."""
-    for name in POOLED:
-        found, rows = pooled(name)
-        if method not in rows:
-            continue
-        head = ["", *COLUMNS.values()]
-        lines = [[f"`{each}`" if each == method else each, *map(rate, rows[each].values())] for each in (BASE, method)]
-        return (
-            f"{table(head, lines)}\n\nOn `emoji`, four concepts, test seeds, 95 % intervals. "
-            f"Measured {found['date'][:10]} by `{found['command']}`; card [`results/{name}.json`]"
-            f"(../files/results/{name}.json). [Results](../results.md) has every cell."
-        )
-    return "Not measured: no card has figures for this method yet."
+    """The figures of a method on the leaderboard's model, beside the base model's."""
+    found, shown = card("leaderboard"), rows()
+    if method not in shown:
+        return "Not measured: no card has figures for this method yet."
+    head = ["", *(found["columns"][column] for column in COLUMNS)]
+    lines = [
+        [f"`{each}`" if each == method else each, *(rate(shown[each].get(column)) for column in COLUMNS)]
+        for each in (BASE, method)
+    ]
+    return (
+        f"{table(head, lines)}\n\nOn `{found['model']['name']}`, {len(ranked(found))} concepts, test block, 95 % "
+        f"intervals; {SETTING} Measured {found['date'][:10]} by `{found['command']}`; card [`results/leaderboard.json`]"
+        "(../files/results/leaderboard.json). The [leaderboard](../leaderboard.md) has all methods."
+    )
 
 
 def ranked(found: Mapping[str, Any]) -> set[str]:
-    """The concepts of a leaderboard's card, of either runner."""
-    return {cell["concept"] for cell in found["cells"].values()} if "cells" in found else set(found["concepts"])
+    """The concepts of a leaderboard's card."""
+    return {cell["concept"] for cell in found["cells"].values()}
 
 
 def of_concept(concept: str) -> Iterator[str]:

@@ -5,28 +5,28 @@ from __future__ import annotations
 import inspect
 
 from efface import registry
-from experiments.docs import table
+from experiments.docs import card, table
 
 from . import cards, methods
 
+METRICS = ("residual implicit", "retention")
+
 
 def page() -> str:
-    rows = []
+    rows, measured = [], cards.rows()
     for name, room in methods.names().items():
         paper = methods.ARXIV.search(inspect.getdoc(registry.resolve(name)) or "")
-        found = next((of for each in cards.POOLED if name in (of := cards.pooled(each)[1])), {})
         link = f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})" if paper else "-"
-        command = _command(name, room)
-        rates = [cards.rate(found[name][column]) if found else cards.UNKNOWN for column in ("implicit left", "kept")]
-        rows.append([f"[`{name}`](methods/{name}.md)", link, f"`{command}`", *rates])
-    base = cards.pooled(cards.POOLED[0])[1][cards.BASE]
-    head = ["method", "arXiv", "command", "residual rate, implied prompts", "retention"]
+        rates = [cards.rate(measured.get(name, {}).get(metric)) for metric in METRICS]
+        rows.append([f"[`{name}`](methods/{name}.md)", link, f"`{_command(name, room)}`", *rates])
+    found, base = card("leaderboard"), measured[cards.BASE]
+    head = ["method", "arXiv", "command", *(found["columns"][metric] for metric in METRICS)]
     return "\n\n".join(
         [
             "# Recipes",
-            "A paper, the command that runs our implementation, and the figures to expect. The figures are of `emoji`, "
-            "over four concepts, with the settings that tuning seeds chose. The base model has a residual rate of "
-            f"{cards.rate(base['implicit left'])} and a retention of {cards.rate(base['kept'])}.",
+            "A paper, the command that runs our implementation, and the figures to expect. The figures are of "
+            f"`{found['model']['name']}`, over {len(cards.ranked(found))} concepts; {cards.SETTING} The base model has "
+            f"a residual of {cards.rate(base[METRICS[0]])} and a retention of {cards.rate(base[METRICS[1]])}.",
             table(head, rows),
             "The papers measure other models, so their numbers cannot be compared with these. `efface bench` measures "
             "a method on a suite of yours, and `python -m experiments NAME` draws a card again; "

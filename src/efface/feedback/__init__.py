@@ -22,7 +22,7 @@ from .jsonl import export, load
 from .judgement import LABELS, OUTCOMES, Judgement, annotator_name
 from .pool import pool
 from .session import FINAL, Item, Ranking, Session, choose_pass, consensus, details_of, differing, independent
-from .sheets import ANSWERS, judgements_of, read_sheets, write_sheets
+from .sheets import ANSWERS, Layout, judgements_of, read_sheets, write_sheets
 from .store import Store
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "Evidence",
     "Item",
     "Judgement",
+    "Layout",
     "Ranking",
     "Session",
     "Store",

@@ -71,7 +71,14 @@ class SheetsFile(Form):
     concept: Name
     annotator: Name
     pass_: Annotated[int, Field(alias="pass", ge=1, le=1_000)]
+    sheets: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list, max_length=100_000)
     items: Annotated[list[SheetItem], Field(min_length=1, max_length=100_000)]
+
+    @model_validator(mode="after")
+    def _whole(self) -> SheetsFile:
+        if self.sheets and sum(self.sheets) != len(self.items):
+            raise ValueError("the sheets hold another number of pictures than are listed")
+        return self
 
 
 class HeldOut(Form):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
-from ..pictures import png, read_picture
+from ..pictures import png
 from .session import Session
 
 BODY = 10_000  # bytes of a request
@@ -169,7 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         try:
             item = items[int(place)]
-            content = png(read_picture(item.path, item.picture))  # without the file's name and other data
+            content = png(item.read())  # without the file's name and other data
         except (ValueError, OSError) as error:
             self.log_error("%s", error)
             self._refuse(409, "The picture is missing or was changed. Restore it, and load the page again.")

@@ -9,7 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from .. import checks, files
+from ..pictures import read_picture
 from .judgement import LABELS, OUTCOMES, Judgement, annotator_name
 from .store import Store
 
@@ -36,6 +39,15 @@ class Item:
     picture: str
     path: Path
     details: Mapping[str, Any] = dataclasses.field(hash=False)
+
+    def read(self) -> Image.Image:
+        """The picture.
+
+        Raises:
+            FileNotFoundError: its file is missing.
+            ValueError: its SHA-256 is another one than recorded, or it cannot be read.
+        """
+        return read_picture(self.path, self.picture)
 
 
 def details_of(sample: Mapping[str, Any], stratum: str) -> dict[str, Any]:

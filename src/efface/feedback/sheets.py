@@ -1,12 +1,14 @@
 """Numbered contact sheets with a file for the answers, for those who have no browser.
 
-sheet-01.png   numbered pictures, and so on; one set per line if they are ranked
-answers.csv    a line for each number; the annotator writes an answer after the comma
-sheets.json    what picture each number is; without method, prompt and the detector's answer
+sheet-01.png    numbered pictures, and so on; one set per line if they are ranked
+answers.csv     a line for each number; the annotator writes an answer after the comma
+answers-01.csv  one for each sheet, if the layout sets `apart`
+sheets.json     what picture each number is; without method, prompt and the detector's answer
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,12 +17,12 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from .. import checks, files
-from ..pictures import png, read_picture
+from ..pictures import png
 from .judgement import Judgement
 from .session import SET, Item, Ranking, Session, details_of
 from .store import Store
 
-COLUMNS, ROWS, SIDE, TEXT, GAP = 6, 4, 160, 20, 8
+TEXT, GAP = 20, 8
 ANSWERS, SHEETS = "answers.csv", "sheets.json"
 AGAIN = "Write the sheets again, with --sheets."
 MEANINGS = {
@@ -47,12 +49,48 @@ HEADS = {
 }
 
 
-def write_sheets(session: Session, folder: str | Path) -> list[Path]:
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How contact sheets look.
+
+    Args:
+        columns: pictures in a line, at least 5.
+        rows: lines of a sheet, 1 or more.
+        side: the longer side of a picture, 16 to 1024 pixels. Pictures are enlarged without smoothing if the factor is
+            a whole number.
+        apart: whether each sheet gets its own file for the answers, so that several people share a pass.
+
+    Raises:
+        ValueError: a number is out of range.
+
+    Example:
+        >>> from efface.feedback import Layout
+        >>> Layout(columns=8, rows=6, side=176).size(6)
+        (1480, 1232)
+    """
+
+    columns: int = 6
+    rows: int = 4
+    side: int = 160
+    apart: bool = False
+
+    def __post_init__(self) -> None:
+        checks.whole("columns", self.columns, SET)
+        checks.whole("rows", self.rows, 1)
+        checks.whole("side", self.side, 16, 1024)
+
+    def size(self, lines: int) -> tuple[int, int]:
+        """The width and height of a sheet with that many lines, in pixels."""
+        return GAP + (self.side + GAP) * self.columns, GAP + (self.side + TEXT + GAP) * lines
+
+
+def write_sheets(session: Session, folder: str | Path, layout: Layout | None = None) -> list[Path]:
     """Writes the pictures that have no answer yet as contact sheets, with an empty file for the answers.
 
     Args:
         session: the annotator's pass.
         folder: a new or empty folder.
+        layout: how the sheets look. Default: 6 x 4 pictures of 160 pixels, one file for all answers.
 
     Returns:
         The sheets.
@@ -61,30 +99,44 @@ def write_sheets(session: Session, folder: str | Path) -> list[Path]:
         ValueError: the folder holds files, nothing is left to judge, or a picture has another SHA-256 than recorded.
         FileNotFoundError: a picture is missing.
     """
+    how = layout or Layout()
     folder, groups = Path(folder), [[session.items[place] for place in session.shown(k)] for k in session.left]
     if not isinstance(session, Ranking):
         one = [item for group in groups for item in group]
-        groups = [one[k : k + COLUMNS] for k in range(0, len(one), COLUMNS)]
+        groups = [one[k : k + how.columns] for k in range(0, len(one), how.columns)]
     items = [item for group in groups for item in group]
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"Expected a new or empty folder for the sheets, got {folder}. Name another one.")
     if not items:
         raise ValueError("Nothing is left to judge in this pass, so there are no sheets to write. Name another pass.")
-    pictures = [[_shown(item) for item in group] for group in groups]
+    pictures = [[_shown(item, how.side) for item in group] for group in groups]
     folder.mkdir(parents=True, exist_ok=True)
-    made, first = [], 1
-    for start in range(0, len(groups), ROWS):
-        lines = pictures[start : start + ROWS]
-        made.append(folder / f"sheet-{start // ROWS + 1:02d}.png")
-        files.write(made[-1], png(_sheet(lines, first)))
-        first += sum(map(len, lines))
+    made: list[Path] = []
+    sizes: list[int] = []
+    for start in range(0, len(groups), how.rows):
+        lines = pictures[start : start + how.rows]
+        made.append(folder / f"sheet-{len(made) + 1:02d}.png")
+        files.write(made[-1], png(_sheet(lines, 1 + sum(sizes), how)))
+        sizes.append(sum(map(len, lines)))
     listed = [_listed(session, item) for item in items]
     facts = {"kind": session.kind, "concept": session.concept, "annotator": session.annotator, "pass": session.number}
-    files.write_json(folder / SHEETS, {"format": 1, **facts, "items": listed})
+    apart = {"sheets": sizes} if how.apart else {}
+    files.write_json(folder / SHEETS, {"format": 1, **facts, **apart, "items": listed})
     head = HEADS[session.kind].format(concept=" ".join(session.concept.split()))
-    lines_ = "".join(f"{k},\n" for k in range(1, len(items) + 1))
-    files.write(folder / ANSWERS, f"{head}number,answer\n{lines_}")
+    for name, numbers in _answer_files(apart | {"items": items}).items():
+        files.write(folder / name, f"{head}number,answer\n{''.join(f'{k},{chr(10)}' for k in numbers)}")
     return made
+
+
+def _answer_files(facts: Mapping[str, Any]) -> dict[str, range]:
+    """The files for the answers, and the numbers of each."""
+    if not facts.get("sheets"):
+        return {ANSWERS: range(1, len(facts["items"]) + 1)}
+    found, first = {}, 1
+    for k, size in enumerate(facts["sheets"], 1):
+        found[f"answers-{k:02d}.csv"] = range(first, first + size)
+        first += size
+    return found
 
 
 def _listed(session: Session, item: Item) -> dict[str, str]:
@@ -94,17 +146,17 @@ def _listed(session: Session, item: Item) -> dict[str, str]:
     return {"run": item.run, "row": item.row, "picture": item.picture, **more}
 
 
-def _shown(item: Item) -> Image.Image:
-    picture = read_picture(item.path, item.picture)
-    factor = SIDE / max(picture.size)
-    how = Image.Resampling.NEAREST if factor >= 1 else Image.Resampling.LANCZOS
+def _shown(item: Item, side: int) -> Image.Image:
+    picture = item.read()
+    factor = side / max(picture.size)
+    how = Image.Resampling.NEAREST if factor in range(1, side + 1) else Image.Resampling.LANCZOS
     return picture.resize([max(round(length * factor), 1) for length in picture.size], how)
 
 
-def _sheet(lines: Sequence[Sequence[Image.Image]], first: int) -> Image.Image:
+def _sheet(lines: Sequence[Sequence[Image.Image]], first: int, layout: Layout) -> Image.Image:
     """Lines of pictures, each picture under its number."""
-    wide, high = SIDE + GAP, SIDE + TEXT + GAP
-    out = Image.new("RGB", (GAP + wide * COLUMNS, GAP + high * len(lines)), "white")
+    wide, high = layout.side + GAP, layout.side + TEXT + GAP
+    out = Image.new("RGB", layout.size(len(lines)), "white")
     draw, font = ImageDraw.Draw(out), ImageFont.load_default(16)
     for row, line in enumerate(lines):
         for column, picture in enumerate(line):
@@ -134,27 +186,37 @@ def read_sheets(folder: str | Path) -> tuple[dict[str, Any], dict[int, str]]:
     from .forms import SheetsFile
 
     folder = Path(folder)
-    for name in (SHEETS, ANSWERS):
-        if not files.there(folder / name):
-            raise FileNotFoundError(f"{folder} has no {name}, so it holds no contact sheets. {AGAIN}")
-    facts: dict[str, Any] = schema.read(files.inside(folder, SHEETS), SheetsFile, AGAIN)
-    answers = files.inside(folder, ANSWERS)
+    facts: dict[str, Any] = schema.read(_there(folder, SHEETS), SheetsFile, AGAIN)
     found: dict[int, str] = {}
-    seen: set[int] = set()
-    for line, text in enumerate(files.read_text(answers).splitlines(), 1):
-        if not text.strip() or text.lstrip().startswith(("#", "number")):
-            continue
-        number, answer = _line(text, f"line {line} of {answers}", len(facts["items"]), _possible(facts))
-        if number in seen:
-            raise ValueError(f"Expected number {number} once in {answers}, got it again in line {line}. Delete one.")
-        seen.add(number)
-        if answer:
-            found[number] = MEANINGS[_kind(facts)][answer]
+    for name, numbers in _answer_files(facts).items():
+        found |= _answers(_there(folder, name), numbers, facts)
     if _kind(facts) == "ranking":
         names = [entry.get("set", "") for entry in facts["items"]]
         open_ = {name for number, name in enumerate(names, 1) if number not in found}
         found = {number: outcome for number, outcome in found.items() if names[number - 1] not in open_}
     return facts, found
+
+
+def _there(folder: Path, name: str) -> Path:
+    if not files.there(folder / name):
+        raise FileNotFoundError(f"{folder} has no {name}, so it holds no contact sheets. {AGAIN}")
+    return files.inside(folder, name)
+
+
+def _answers(path: Path, numbers: range, facts: Mapping[str, Any]) -> dict[int, str]:
+    """The answers of a file that are filled in."""
+    found: dict[int, str] = {}
+    seen: set[int] = set()
+    for line, text in enumerate(files.read_text(path).splitlines(), 1):
+        if not text.strip() or text.lstrip().startswith(("#", "number")):
+            continue
+        number, answer = _line(text, f"line {line} of {path}", numbers, _possible(facts))
+        if number in seen:
+            raise ValueError(f"Expected number {number} once in {path}, got it again in line {line}. Delete one.")
+        seen.add(number)
+        if answer:
+            found[number] = MEANINGS[_kind(facts)][answer]
+    return found
 
 
 def _kind(facts: Mapping[str, Any]) -> str:
@@ -165,14 +227,13 @@ def _possible(facts: Mapping[str, Any]) -> list[str]:
     return list(MEANINGS[_kind(facts)])
 
 
-def _line(text: str, where: str, most: int, possible: Sequence[str]) -> tuple[int, str]:
+def _line(text: str, where: str, numbers: range, possible: Sequence[str]) -> tuple[int, str]:
     """The number and the answer of a line, which is empty or one of the possible ones."""
     cells = [cell.strip(' "') for cell in re.split("[,;\t]", text)]  # spreadsheets differ in separator and quotes
     number = int(cells[0]) if re.fullmatch("[0-9]{1,9}", cells[0]) else 0
-    if not 1 <= number <= most:
-        raise ValueError(
-            checks.refusal(f"a number from 1 to {most} in {where}", text, "Use the numbers of the sheets.")
-        )
+    if number not in numbers:
+        ends = f"a number from {numbers[0]} to {numbers[-1]} in {where}"
+        raise ValueError(checks.refusal(ends, text, "Use the numbers of the sheets."))
     if any(cells[2:]):
         raise ValueError(checks.refusal(f"one answer in {where}", text, "Write NUMBER,ANSWER."))
     answer = cells[1].lower() if len(cells) > 1 else ""
