@@ -28,7 +28,7 @@ from experiments.catalogue import CATALOGUE, EXPERIMENTS, strengths
 from experiments.closed_form import ClosedForm
 from experiments.literal import denoiser_calls as calls
 from experiments.literal import finetune, joint_blocks
-from experiments.outcome import NEGATIVES, Arm, Outcome, Sweep, first_that_reaches, least_residual
+from experiments.outcome import NEGATIVES, Arm, Outcome, Sweep, balanced, first_that_reaches, least_residual
 from experiments.runner import Experiment, Plan, Store, Unit
 from experiments.sequence import Sequenced
 from experiments.timing import Timing
@@ -157,7 +157,7 @@ def says_how_it_was_made(made: dict[str, Any], kind: Experiment) -> None:
 
 
 def test_the_retention_over_all_groups_is_that_of_its_card() -> None:
-    """README and docs/results.md give it in prose, since the earlier card leaves cells with a low base rate out."""
+    """docs/results.md gives it in prose, since the earlier card leaves cells with a low base rate out."""
     rows = json.loads((ROOT / "results/eiup_outcome.json").read_text("utf-8"))["rows"]
     found, counts = {}, set()
     for name in ("plain", "eiup", "negative_prompt"):
@@ -166,9 +166,8 @@ def test_the_retention_over_all_groups_is_that_of_its_card() -> None:
         counts.add(n)
         found[name] = f"{100 * sum(each['rate'] * each['n'] for each in judged) / n:.1f} %"
     assert found == {"plain": "76.5 %", "eiup": "71.3 %", "negative_prompt": "67.4 %"} and counts == {1152}
-    for page in ("README.md", "docs/results.md"):
-        text = (ROOT / page).read_text("utf-8")
-        assert all(figure in text for figure in (*found.values(), "1,152"))
+    text = (ROOT / "docs/results.md").read_text("utf-8")
+    assert all(figure in text for figure in (*found.values(), "1,152"))
 
 
 @pytest.mark.long
@@ -452,7 +451,9 @@ def test_a_choice_is_measured_by_the_experiment_that_reads_it(tmp_path: Path) ->
     with pytest.raises(FileNotFoundError, match=r"Run `python -m experiments trial` first: it chooses"):
         run(measured, tmp_path)
     chosen = run(sweep, tmp_path)["chosen"]
-    assert [row["row"] for row in run(measured, tmp_path)["rows"]] == ["base", f"eiup {chosen['eiup']}"]
+    base, row = run(measured, tmp_path)["rows"]
+    assert (base["row"], row["row"]) == ("base", "eiup")
+    assert {each["strength"] for each in row["erasers"]["alcohol"]} == {float(chosen["eiup"])}
 
 
 @pytest.mark.parametrize(
@@ -466,6 +467,12 @@ def test_a_choice_is_measured_by_the_experiment_that_reads_it(tmp_path: Path) ->
 def test_the_rule(points: list[tuple[float, float]], chosen: int) -> None:
     rows = [{"residual": {"rate": residual}, "retention": {"rate": kept}} for residual, kept in points]
     assert least_residual(rows, {"retention": {"rate": 0.9}}) == chosen
+
+
+def test_the_balanced_rule_weighs_residual_and_retention_alike() -> None:
+    points = [(0.5, 0.9), (0.125, 0.75), (0.0, 0.625), (0.0, 0.5)]
+    rows = [{"residual": {"rate": residual}, "retention": {"rate": kept}} for residual, kept in points]
+    assert balanced(rows, rows[0]) == 1  # and of equal ones the weakest
 
 
 @pytest.mark.parametrize(
