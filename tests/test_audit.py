@@ -374,6 +374,7 @@ def test_the_log_is_read_back_by_inspect_ai(tmp_path: Path) -> None:
     (score,) = found.results.scores
     assert score.metrics["rate"].value == 0.5 and score.metadata["outcome"] == made.outcome
     assert found.eval.model_args["digest"] == made.facts["model"]["digest"]
+    assert len(found.eval.task_id) == len(found.eval.run_id) == 22 and found.eval.task_id != found.eval.run_id
 
 
 def test_a_log_without_the_package_or_in_no_folder_is_refused_first(

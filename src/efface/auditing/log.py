@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ def write_log(place: str | Path, facts: Mapping[str, Any], run: Run, base: Run |
         eval=ai.log.EvalSpec(
             created=facts["made"],
             task="efface audit",
+            task_id=_id(facts["suite"]["name"], facts["suite"]["version"]),
+            run_id=_id(facts["model"]["name"], facts["model"]["digest"], facts["made"]),
             task_version=facts["suite"]["version"],
             task_args={"concepts": [each["concept"] for each in facts["concepts"]], "at_most": facts["limit"]},
             dataset=ai.log.EvalDataset(
@@ -76,6 +79,11 @@ def write_log(place: str | Path, facts: Mapping[str, Any], run: Run, base: Run |
         samples=samples,
     )
     ai.log.write_eval_log(log, str(path.absolute()), format="eval")
+
+
+def _id(*facts: str) -> str:
+    """An id of inspect_ai, which tells logs apart by it."""
+    return files.sha256(json.dumps(facts).encode())[:22]
 
 
 def _answers(scores: Any) -> dict[str, dict[str, float]]:
