@@ -295,7 +295,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         n=16,
         model="emoji-128",
         concepts=("alcohol", "smoking"),
-        arms=lambda plan: chosen(RUN_TIME, plan) | chosen(EDITORS, plan),
+        arms=lambda plan: chosen(RUN_TIME, plan) | chosen(EDITORS, plan) | chosen(PEERS, plan),
         keeps=True,
         primary=tuple(("eiup", rival, metric) for rival in ("esd", "safree") for metric in ("residual", "retention")),
     ),
