@@ -649,6 +649,49 @@ def test_rows_of_the_denoiser_are_counted(monkeypatch: pytest.MonkeyPatch) -> No
 # ---------------------------------------------------------------- the catalogue, the command, the documents
 
 
+EXPLICIT = ("alcohol, explicit", "smoking, explicit")
+
+
+def test_the_readme_of_the_experiments_names_those_that_there_are() -> None:
+    text = (ROOT / "experiments/README.md").read_text("utf-8")
+    kinds, earlier = text.split("| kind | experiments |")[1].split("| card | command then | command now |")
+    listed = re.findall(r"`(\w+)`", kinds.partition("\n\n")[0])
+    assert sorted(listed) == sorted(CATALOGUE)
+    now = [line.split(" | ")[2] for line in earlier.splitlines() if line.startswith("| `results/")]
+    assert {re.findall(r"`(\w+)`", each)[0] for each in now} <= CATALOGUE.keys() and len(now) > 10
+
+
+def test_a_methods_settings_are_not_those_of_a_method_whose_name_begins_alike() -> None:
+    found = {"chosen": {"eiup": "1", "eiup swap": "1"}, "rows": [{"row": "base"}, {"row": "eiup 1"}]}
+    found["rows"] += [{"row": "eiup swap 1"}, {"row": "eiup 2"}]
+    assert docs.tried(found, "eiup") == ["eiup 1", "eiup 2"] and docs.tried(found, "eiup swap") == ["eiup swap 1"]
+
+
+def test_figures_in_the_leaderboards_prose_are_those_of_its_cards() -> None:
+    card, judge = docs.card("leaderboard"), docs.card("judge")
+    rows = {row["row"]: row for row in card["rows"]}
+    left, kept = ({name: 100 * row[m]["rate"] for name, row in rows.items()} for m in ("residual", "retention"))
+    page = " ".join((ROOT / "docs/leaderboard.md").read_text("utf-8").split())
+    assert set(sorted(rows, key=lambda name: left[name] - kept[name])[:3]) == {"eiup", "adavd", "midsteer"}
+    for name in ("eiup", "midsteer", "adavd", "eiup swap", "esd", "speed"):
+        assert f"{kept[name] - left[name]:.1f}" in page, name
+    compared = {(each["row"], each["against"], each["metric"]): each for each in card["comparisons"]}
+    for rival, words in (("esd", " points of residual"), ("safree", "")):
+        each = compared["eiup", rival, "residual"]
+        figures = [each["difference"], *each["interval"]]
+        assert "{:.1f}{} [{:.1f}, {:.1f}]".format(100 * figures[0], words, *(100 * x for x in figures[1:])) in page
+    nothing = {
+        name: sum(max(eye.count("0") for eye in card["pictures"][name][cell]["outcome"]) for cell in EXPLICIT)
+        for name in ("eiup", "eiup swap", "adavd")
+    }
+    assert f"{nothing['eiup']} of 32 of these" in page and f"{32 - nothing['eiup swap']} of 32, and AdaVD" in page
+    readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    looked = {row["row"]: 100 * row["residual"]["looking"]["rate"] for row in judge["rows"]}
+    assert f"in {looked['base']:.1f} % of them, not {left['base']:.1f} %" in readme
+    largest = max(abs(looked[name] - left[name]) for name in looked.keys() - {"base"})
+    assert f"The largest difference is {largest:.1f} points" in readme
+
+
 def test_all_cards_together_take_at_most_60_core_hours() -> None:
     assert sum(each.cap for each in EXPERIMENTS) <= 60
     assert len(CATALOGUE) == len(EXPERIMENTS) and all(
