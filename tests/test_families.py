@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -230,6 +231,8 @@ def test_exactly_one_family_recognises_a_pipeline_and_it_has_what_the_family_off
     found = [each for each in FAMILIES if each.recognises(pipe)]
     assert found == [family(pipe)]
     assert found[0].offered(pipe) == found[0].offers
+    ends = "cfg_truncation" in inspect.signature(type(pipe).__call__).parameters
+    assert found[0].ends_guidance == ends, "others must refuse guided methods in steps without guidance"
 
 
 def test_families_and_methods_speak_of_the_same_things() -> None:

@@ -168,9 +168,11 @@ def test_a_batch_holds_what_was_drawn_since_the_last_one(tmp_path: Path, icons: 
 
 
 def test_the_card_finds_the_planted_errors_of_a_detector(place: Path, icons: Path) -> None:
-    unit(place / "work/leaderboard", "eiup", "theme", code="old")  # what the card is not of, though it is labelled
+    folder = place / "work/leaderboard"
+    stale = [unit(folder, "eiup", "theme", code=f"old {k}")[0].digest for k in range(3)]  # labelled, not of the card
+    assert min(stale) < unit(folder, "eiup", "theme")[0].digest < max(stale)
     card = labelled(place, icons)
-    assert len(of(place).given()) == 2 * 7 * N and card["labelled"] == 6 * N
+    assert len(of(place).given()) == 2 * 9 * N and card["labelled"] == 6 * N
     rows = {row["row"]: row for row in card["rows"]}
     found = rows["eiup"]
     assert (found["misses"]["hits"], found["misses"]["n"]) == (MISSES, N + MISSES)
