@@ -24,7 +24,7 @@ import efface
 import experiments.__main__ as command
 from efface.intervals import clustered
 from experiments import code, costs, docs, feedback, load, outcome, runner, tables
-from experiments.catalogue import CATALOGUE, EXPERIMENTS, strengths
+from experiments.catalogue import CATALOGUE, EXPERIMENTS, RUN_TIME, strengths
 from experiments.closed_form import ClosedForm
 from experiments.literal import denoiser_calls as calls
 from experiments.literal import finetune, joint_blocks
@@ -489,9 +489,14 @@ def test_the_rule_of_the_smallest_strength(points: list[tuple[float, float, floa
     assert first_that_reaches(rows, {"retention": {"rate": 0.9}}) == chosen
 
 
-def test_the_default_strength_is_what_the_sweep_chose() -> None:
-    card = json.loads((ROOT / "results/eiup_sweep.json").read_text())
-    assert efface.EIUP("cat").strength == card["chosen"]
+@pytest.mark.parametrize(("form", "row"), [("projected", "eiup"), ("swap", "eiup swap")])
+def test_the_default_strength_is_what_the_sweep_of_the_model_chose(form: Any, row: str) -> None:
+    small, larger = (json.loads((ROOT / f"results/{name}.json").read_text()) for name in ("eiup_sweep", RUN_TIME.name))
+    assert (small["model"]["name"], larger["model"]["name"]) == ("emoji", "emoji-128")
+    known = {model: values["strength"] for model, values in efface.EIUP("cat", normalization=form).defaults.items()}
+    assert known == {"emoji": small["chosen"], "emoji-128": float(larger["chosen"][row]), "": small["chosen"]}
+    for model, strength in (("emoji", small["chosen"]), ("emoji-128", float(larger["chosen"][row]))):
+        assert world(model).filled(efface.EIUP("cat", normalization=form)).strength == strength
 
 
 # ---------------------------------------------------------------- what a card counts

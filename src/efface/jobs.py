@@ -113,7 +113,9 @@ class Erasure:
                     f"Expected `rows` to have one entry for each picture, got {len(rows)} entries for {self.images} "
                     "pictures. Give one list for each picture."
                 )
-        configs = [config(eraser) for eraser in self.erasers]
+        from .families import filled
+
+        configs = [config(filled(eraser, self.pipe)) for eraser in self.erasers]
         self.record = {
             "prompt": self.prompt,
             "negative_prompt": self.negative,
