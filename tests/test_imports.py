@@ -127,7 +127,7 @@ ORDER = {
     ),
     "delta": (
         *("factors", "watch", "overlay", "applied", "embeddings", "words", "base", "table", "gates"),
-        *("forms", "file", "lora", "delta", "features", "steering", "tokens", "state"),
+        *("forms", "file", "lora", "artefact", "delta", "features", "steering", "tokens", "state"),
         "__init__",
     ),
     "runs": (
