@@ -161,9 +161,9 @@ ORDER = {
         "__init__",
     ),
     "serve": (
-        *("tables", "database", "errors", "log", "metrics", "audit", "keys", "policies", "fields", "jobs", "leases"),
-        *("fair", "service", "backend", "pulse", "worker", "watch", "http", "images", "own", "studio", "app", "run"),
-        *("cluster", "__init__"),
+        *("tables", "database", "errors", "log", "bell", "metrics", "audit", "keys", "policies", "fields", "claims"),
+        *("jobs", "leases", "fair", "service", "backend", "pulse", "ends", "worker", "watch", "http", "images", "own"),
+        *("studio", "app", "run", "cluster", "__init__"),
     ),
     "report": (
         "words",

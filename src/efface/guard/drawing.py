@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from .. import api
+from .._encodings import compared_once
 from ..hooks.sites import records
 from .deltas import present
 from .partial import Partial, callback
@@ -53,7 +55,9 @@ class Drawing:
         """
         pipe, batch, edits = self.pipe, self.batch, self.policies[0].deltas
         needed, call = lines(self.policies, pipe, factor), dict(batch.call)
-        with api.stack(pipe, *(line.eraser for line in needed)) as applied:
+        with ExitStack() as on:
+            with compared_once():
+                applied = on.enter_context(api.stack(pipe, *(line.eraser for line in needed)))
 
             def logs() -> list[tuple[Line, Record]]:
                 found = {id(handle): record for handle, record in records(pipe)}
