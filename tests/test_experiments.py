@@ -691,6 +691,8 @@ def test_figures_in_the_leaderboards_prose_are_those_of_its_cards() -> None:
     }
     assert f"{nothing['eiup']} of 32 of these" in page and f"{32 - nothing['eiup swap']} of 32, and AdaVD" in page
     readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    (cost,) = (row for row in docs.card("eiup_cost")["rows"] if row["row"] == "7 phrases")
+    assert f"takes {cost['scenes']['emoji, batch 4']['ratio']['median']:.2f} times as long" in readme
     looked = {row["row"]: 100 * row["residual"]["looking"]["rate"] for row in judge["rows"]}
     assert f"in {looked['base']:.1f} % of them, not {left['base']:.1f} %" in readme
     largest = max(abs(looked[name] - left[name]) for name in looked.keys() - {"base"})
