@@ -17,7 +17,7 @@ from ._contract import Access, Attack, Proposal, Target, Victim
 from ._masked import GradientCheck, leaves
 from ._tokens import check_prompt, check_tokens
 from ._vocabulary import Slots
-from ._whitebox import WhiteBox
+from ._whitebox import WhiteBox, check_white
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -107,6 +107,7 @@ class ConceptInversion(Attack):
 
     def check(self, pipe: DiffusionPipeline) -> None:
         super().check(pipe)
+        check_white(pipe)
         check_tokens(pipe)
 
     def propose(self, target: Target, victim: Victim) -> Iterator[Proposal]:

@@ -15,7 +15,7 @@ from ._contract import Access, Attack, Proposal, Target, Victim
 from ._masked import GradientCheck, leaves
 from ._tokens import check_prompt, check_tokens, projected
 from ._vocabulary import Slots, Vocabulary, forbidden
-from ._whitebox import WhiteBox
+from ._whitebox import WhiteBox, check_white
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -96,6 +96,7 @@ class P4D(Attack):
 
     def check(self, pipe: DiffusionPipeline) -> None:
         super().check(pipe)
+        check_white(pipe)
         check_tokens(pipe)
 
     def propose(self, target: Target, victim: Victim) -> Iterator[Proposal]:

@@ -16,7 +16,7 @@ from ._masked import GradientCheck
 from ._noising import Point
 from ._tokens import check_prompt, check_tokens, sampled, simplex
 from ._vocabulary import Slots, Vocabulary, forbidden
-from ._whitebox import WhiteBox
+from ._whitebox import WhiteBox, check_white
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -90,6 +90,7 @@ class UnlearnDiffAtk(Attack):
 
     def check(self, pipe: DiffusionPipeline) -> None:
         super().check(pipe)
+        check_white(pipe)
         check_tokens(pipe)
 
     def propose(self, target: Target, victim: Victim) -> Iterator[Proposal]:
