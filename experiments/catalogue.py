@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import efface
 from efface import api
-from efface.attacks.concept_arithmetics import RECIPES
 from efface.models.emoji.weights import FOLDER
 
 from .closed_form import ClosedForm
@@ -19,8 +18,8 @@ from .literal import drawings, finetune, joint_blocks
 from .load import Load
 from .neighbours import Neighbours
 from .outcome import COLUMNS, NEGATIVES, Arm, Outcome, Sweep, balanced, chosen, first_that_reaches
-from .redteam import Guard, Redteam
-from .runner import Experiment
+from .redteam import Drawable, Guard, Redteam
+from .runner import Experiment, Plan
 from .sequence import Sequenced
 from .timing import Timing
 
@@ -202,6 +201,40 @@ PEERS = Sweep(
     },
     **TUNING,
 )
+
+
+def chosen_guards(plan: Plan) -> dict[str, Guard]:
+    """The guards of the cards of attacks, at the settings that the sweeps on the tuning block chose."""
+    run_time, editors = chosen(RUN_TIME, plan), chosen(EDITORS, plan)
+    eiup, rece = run_time["eiup"].make, editors["rece"].make
+    return {
+        "base": Guard(),
+        "eiup": Guard(methods=(eiup,)),
+        "safree": Guard(methods=(run_time["safree"].make,)),
+        "sld": Guard(methods=(run_time["sld"].make,)),
+        "esd": Guard(editors["esd"].make),
+        "rece": Guard(rece),
+        "rece + eiup": Guard(rece, (eiup,)),
+    }
+
+
+def few_guards(plan: Plan) -> dict[str, Guard]:
+    return {name: guard for name, guard in chosen_guards(plan).items() if name in ("base", "eiup", "esd", "rece")}
+
+
+def off_weights(guards: Iterable[str]) -> frozenset[tuple[str, str]]:
+    """Attacks on weights make no sense where no delta holds the erasure, or where a run-time guard is taken off."""
+    return frozenset((guard, attack) for guard in guards for attack in WEIGHTS)
+
+
+DRAWABLE = Drawable(
+    name="attack_prompts",
+    question="With which prompts does the base model draw the concept, so that an attack can bring it back?",
+    cap=0.2,
+)
+RECIPES_DRAWN = {
+    f"concept_arithmetics {recipe}": arithmetic(recipe) for recipe in ("sign_flip", "context_cancel", "parts")
+}
 EXPERIMENTS: tuple[Experiment, ...] = (
     Sweep(
         name="eiup_sweep",
@@ -395,19 +428,37 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         used=(finetune.Naive, efface.ESD, efface.SDD),
         count=finetuned,
     ),
-    Redteam(  # a small matrix; the whole one waits for the second model, and for a cap of 20
+    DRAWABLE,
+    Redteam(
         name="attacks",
         question="Which attack by text, sampler or weights brings an erased concept back, from which guard?",
         cap=4.0,
-        guards={name: GUARDS[name] for name in ("esd", "rece", "eiup")},
+        model="emoji-128",
+        block="test",
+        guards=chosen_guards,
+        attacks=RECIPES_DRAWN
+        | {name: CHEAP[name] for name in ("prompt_as_negative", "paraphrase", "best_of_n", "image_to_image", *WEIGHTS)},
+        left_out=off_weights(("base", "eiup", "safree", "sld", "rece + eiup")),
+        drawable=DRAWABLE,
+        budget=500,
+        n=56,
+        prompts=14,
+    ),
+    Redteam(
+        name="attacks_few",
+        question="The same with fewer guards and attacks: what brings an erased concept back?",
+        cap=1.2,
+        model="emoji-128",
+        block="test",
+        guards=few_guards,
         attacks={
-            f"concept_arithmetics {recipe}": arithmetic(recipe)
-            for recipe in RECIPES
-            if recipe not in ("contrast", "fitted")
-        }
-        | {name: CHEAP[name] for name in ("prompt_as_negative", "best_of_n", "image_to_image", "inpainting", *WEIGHTS)},
-        left_out=frozenset(("eiup", attack) for attack in WEIGHTS),
-        n=24,
+            "concept_arithmetics sign_flip": arithmetic("sign_flip"),
+            **{name: CHEAP[name] for name in ("prompt_as_negative", "best_of_n", "image_to_image", "relearning")},
+        },
+        left_out=off_weights(("base", "eiup")),
+        drawable=DRAWABLE,
+        budget=300,
+        n=54,
     ),
     Redteam(
         name="peer_attacks",

@@ -188,8 +188,13 @@ class Attack:
 
     def check(self, pipe: Any) -> None:
         """Raises ValueError if the attack cannot work on this pipeline."""
-        from ..families import check
+        from ..families import check, family
 
+        if "image" in family(pipe).settings:
+            raise ValueError(
+                f"Expected a pipeline that draws from a text alone, got a {type(pipe).__name__}, which encodes each "
+                "text with a picture. Attack the text-to-image pipeline of this model."
+            )
         check(self, pipe)
 
     def propose(self, target: Target, victim: Victim) -> Iterator[Proposal]:

@@ -69,15 +69,19 @@ class GradientCheck:
             now, start: their rows, after a round and at first.
             update: one update on some noisy pictures, inside the guard and with gradients.
         """
+
+        def fixed(rows: Rows) -> Rows:
+            return {name: each.detach() for name, each in rows.items()}
+
         done = 0
         for noises in rounds:
             points = self.more(noises)
             with self.white.victim.guarded(), frozen(self.white.pipe), torch.enable_grad():
                 if not self.losses:
-                    self.begin(text, slots, (start or now)())
+                    self.begin(text, slots, fixed((start or now)()))
                 for point in points:
                     update(point)
-                self.measure(text, slots, now())
+                self.measure(text, slots, fixed(now()))
             done += len(noises)
             yield done, self.about
         self.end()
@@ -130,10 +134,11 @@ def finite_difference_error(white: WhiteBox, text: str, slots: Slots, rows: Rows
     Infinite if the gradient is zero or not finite.
     """
     with frozen(white.pipe), torch.enable_grad():
-        leaves = {name: each.detach().clone().requires_grad_() for name, each in rows.items()}
-        loss = white.loss(text, slots, leaves, point)
-        found = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()), allow_unused=True), strict=True))
-    gradient = {name: torch.zeros_like(leaves[name]) if g is None else g for name, g in found.items()}
+        at = leaves(rows)
+        loss = white.loss(text, slots, at, point)
+        found = dict(zip(at, torch.autograd.grad(loss, list(at.values()), allow_unused=True), strict=True))
+    rows = {name: each.detach() for name, each in at.items()}
+    gradient = {name: torch.zeros_like(rows[name]) if g is None else g for name, g in found.items()}
     norm, size = _norm(gradient), _norm(rows)
     if not (math.isfinite(norm) and norm > 0):
         return math.inf

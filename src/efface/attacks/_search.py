@@ -12,6 +12,7 @@ from .. import checks
 from ._contract import Attack, Proposal
 from ._tokens import check_tokens
 from ._vocabulary import Slots, Vocabulary
+from ._whitebox import check_white
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class TokenAttack(Attack):
 
     least: ClassVar[Mapping[str, int]] = {}
     """The smallest value of a count, if it is not 1."""
+    calls_denoiser: ClassVar[bool] = False
+    """Whether it calls the denoiser with texts, latents and times of its own."""
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
@@ -36,6 +39,8 @@ class TokenAttack(Attack):
 
     def check(self, pipe: Any) -> None:
         super().check(pipe)
+        if self.calls_denoiser:
+            check_white(pipe)
         check_tokens(pipe)
 
 

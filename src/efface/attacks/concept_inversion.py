@@ -81,6 +81,7 @@ class ConceptInversion(TokenAttack):
     """
 
     access: ClassVar[Access] = "embeddings"
+    calls_denoiser: ClassVar[bool] = True
     least: ClassVar[Mapping[str, int]] = {"momentum_steps": 0}
 
     tokens: int = 1

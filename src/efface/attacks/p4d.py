@@ -73,6 +73,7 @@ class P4D(TokenAttack):
     """
 
     access: ClassVar[Access] = "gradients"
+    calls_denoiser: ClassVar[bool] = True
 
     variant: Variant = "union"
     tokens: int = 16

@@ -68,6 +68,7 @@ class UnlearnDiffAtk(TokenAttack):
     """
 
     access: ClassVar[Access] = "gradients"
+    calls_denoiser: ClassVar[bool] = True
 
     tokens: int = 5
     times: int = 50

@@ -228,7 +228,9 @@ class Applied:
 
 def _joined(parts: Sequence[Encoded]) -> Encoded:
     """Texts of one length that were encoded apart."""
-    masks, pools = ([x for x in each if x is not None] for each in zip(*((p.mask, p.pooled) for p in parts), strict=True))
+    masks, pools = (
+        [x for x in each if x is not None] for each in zip(*((p.mask, p.pooled) for p in parts), strict=True)
+    )
     return Encoded(
         torch.cat([part.text for part in parts]),
         torch.cat(pools) if len(pools) == len(parts) else None,

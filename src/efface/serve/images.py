@@ -17,11 +17,11 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from .. import checks
+from .claims import Picture
 from .database import Unavailable
 from .errors import Refused, unavailable
 from .fields import ImageRequest, batch_facts, cost_of, key_of, parsed, size_of
 from .http import body_of, enter, holder_of, service_of
-from .claims import Picture
 from .jobs import LIVE, Job, New
 from .keys import Holder
 from .log import named, told
