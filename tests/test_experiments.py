@@ -706,7 +706,13 @@ def test_all_cards_together_take_at_most_60_core_hours() -> None:
     )
 
 
-READ_CARDS = ("leaderboard", "eiup_neighbours_flagged")  # which plan by what another card chose
+READ_CARDS = (
+    "leaderboard",
+    "eiup_neighbours_flagged",
+    "attacks",
+    "attacks_few",
+    "peer_attacks",
+)  # which plan by what another card chose
 
 
 @pytest.mark.thinned("long")
