@@ -483,6 +483,12 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         question="Does `efface serve` keep 20 policies apart under load, how fast is it, how long do requests wait?",
         cap=0.5,
     ),
+    Load(
+        name="load_deltas",
+        question="What does `efface serve` cost, if the policies' deltas cost nothing while drawing?",
+        cap=0.5,
+        deltas=True,
+    ),
     Load(name="load_memory", question="Is the memory of `efface serve` flat under load?", cap=0.7, n=20, minutes=True),
     ClosedForm(name="closed_form", question="What do UCE and RECE cost, and how exact are they?", cap=1.0),
 )

@@ -140,7 +140,9 @@ that predict a further row pay for it. Card in `results/method_costs.json`.
 def load() -> str:
     """The service under load; `experiments/load.py`."""
     parts = []
-    for name in ("load", "load_memory"):
+    for name in ("load", "load_deltas", "load_memory"):
+        if not (ROOT / f"results/{name}.json").is_file():
+            continue
         found = card(name)
         parts += [" ".join(found["verdict"]), tables.of_card(found).removesuffix("\n")]
         made = f"Measured {found['date'][:10]} by `{found['command']}` on {found['machine']}"
