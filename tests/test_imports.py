@@ -140,7 +140,7 @@ ORDER = {
     ),
     "attacks": (
         *("_words", "_contract", "_vocabulary", "_tokens", "_encoders", "_noising", "_recording", "_directions"),
-        *("_whitebox", "_masked", "_compose", "_fit", "_pictures", "__init__"),
+        *("_whitebox", "_masked", "_search", "_compose", "_fit", "_pictures", "__init__"),
         *("best_of_n", "concept_arithmetics", "concept_inversion", "gcg", "guidance_sweep", "image_to_image"),
         "detector_guidance",
         *(
