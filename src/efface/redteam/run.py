@@ -173,7 +173,7 @@ def attack(
         own = (tuple(seeds), steps, guidance, budget, batch, kept, identity)
         return GuardedModel(pipe, erasers, judges.search, *own)
 
-    if made.access == "weights":
+    if made.steals:
         _check_weights(victim((0,), None))
     folder, name = claim(checks.path("out", out)), registry.name_of(type(made))
 
