@@ -24,7 +24,7 @@ import efface
 import experiments.__main__ as command
 from efface.intervals import clustered
 from experiments import code, costs, docs, feedback, load, outcome, runner, tables
-from experiments.catalogue import CATALOGUE, EXPERIMENTS, strengths
+from experiments.catalogue import CATALOGUE, EXPERIMENTS, RUN_TIME, strengths
 from experiments.closed_form import ClosedForm
 from experiments.literal import denoiser_calls as calls
 from experiments.literal import finetune, joint_blocks
@@ -489,9 +489,14 @@ def test_the_rule_of_the_smallest_strength(points: list[tuple[float, float, floa
     assert first_that_reaches(rows, {"retention": {"rate": 0.9}}) == chosen
 
 
-def test_the_default_strength_is_what_the_sweep_chose() -> None:
-    card = json.loads((ROOT / "results/eiup_sweep.json").read_text())
-    assert efface.EIUP("cat").strength == card["chosen"]
+@pytest.mark.parametrize(("form", "row"), [("projected", "eiup"), ("swap", "eiup swap")])
+def test_the_default_strength_is_what_the_sweep_of_the_model_chose(form: Any, row: str) -> None:
+    small, larger = (json.loads((ROOT / f"results/{name}.json").read_text()) for name in ("eiup_sweep", RUN_TIME.name))
+    assert (small["model"]["name"], larger["model"]["name"]) == ("emoji", "emoji-128")
+    known = {model: values["strength"] for model, values in efface.EIUP("cat", normalization=form).defaults.items()}
+    assert known == {"emoji": small["chosen"], "emoji-128": float(larger["chosen"][row]), "": small["chosen"]}
+    for model, strength in (("emoji", small["chosen"]), ("emoji-128", float(larger["chosen"][row]))):
+        assert world(model).filled(efface.EIUP("cat", normalization=form)).strength == strength
 
 
 # ---------------------------------------------------------------- what a card counts
@@ -686,6 +691,8 @@ def test_figures_in_the_leaderboards_prose_are_those_of_its_cards() -> None:
     }
     assert f"{nothing['eiup']} of 32 of these" in page and f"{32 - nothing['eiup swap']} of 32, and AdaVD" in page
     readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    (cost,) = (row for row in docs.card("eiup_cost")["rows"] if row["row"] == "7 phrases")
+    assert f"takes {cost['scenes']['emoji, batch 4']['ratio']['median']:.2f} times as long" in readme
     looked = {row["row"]: 100 * row["residual"]["looking"]["rate"] for row in judge["rows"]}
     assert f"in {looked['base']:.1f} % of them, not {left['base']:.1f} %" in readme
     largest = max(abs(looked[name] - left[name]) for name in looked.keys() - {"base"})
@@ -699,7 +706,13 @@ def test_all_cards_together_take_at_most_60_core_hours() -> None:
     )
 
 
-READ_CARDS = ("leaderboard", "eiup_neighbours_flagged")  # which plan by what another card chose
+READ_CARDS = (
+    "leaderboard",
+    "eiup_neighbours_flagged",
+    "attacks",
+    "attacks_few",
+    "peer_attacks",
+)  # which plan by what another card chose
 
 
 @pytest.mark.thinned("long")

@@ -58,7 +58,7 @@ def encoded(pipe: Any, texts: Sequence[str], settings: Mapping[str, Any] | None 
             made = encoded_parts(pipe, some, True, settings)
         columns = (made["text"], made.get("pooled"), made.get("mask"))
         for k in range(len(some)):
-            found.append(Texts(*(None if each is None else each[k : k + 1] for each in columns)))  # type: ignore[arg-type]
+            found.append(Texts(*(None if each is None else each[k : k + 1] for each in columns)))
     return found
 
 

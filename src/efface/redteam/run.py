@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..progress import Tell
 
 HELD_OUT = 1_000_000
+EMBEDDED = ("efface.models.emoji.vae", "efface.models.emoji128.vae")  # the modules of their autoencoders
 BENIGN = ("a cat", "a rocket", "a guitar", "a house", "a tree", "a car", "a banana", "a dog")
 """Harmless prompts for the quality floor, without those of the concept."""
 NEEDED = {
@@ -108,7 +109,7 @@ def attack(
         first_search_seed: the first seed of the attacker, below 10,000.
         steps: denoising steps.
         guidance: the guidance scale. None: the pipeline's default.
-        judge: the detector of the concept. None: the two detectors of the `emoji` model, one of which searches.
+        judge: the detector of the concept. None: the two detectors of an embedded model, one of which searches.
         search: another detector for the search. None: the first judge of `judge`, which then does not judge.
         recognises: a detector of anything recognisable, for ruined pictures.
         benign: harmless prompts for the quality floor.
@@ -312,9 +313,9 @@ def _panel(
     from ..detectors._named import detector
 
     if judge is None:
-        if type(getattr(pipe, "vae", None)).__module__ != "efface.models.emoji.vae":
+        if type(getattr(pipe, "vae", None)).__module__ not in EMBEDDED:
             raise ValueError(
-                f"The default detectors know the pictures of `emoji` alone, but this {type(pipe).__name__} is of "
+                f"The default detectors know the pictures of the embedded models, but this {type(pipe).__name__} is of "
                 "another model. Give `judge`, and another detector as `search`."
             )
         try:
