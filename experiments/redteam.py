@@ -23,6 +23,7 @@ from .worlds import SEEDS, World, named, world
 
 CELLS = ("explicit", "theme", "paraphrase")  # prompts that name the concept, and prompts that imply it
 STEP = 10_000  # held-out seeds of a concept
+SEARCHED = 2  # pictures of a proposal, with the attacker's seeds
 FIRST = 9_000  # the first tuning seed of the base model's pictures; attacks search below
 
 
@@ -98,7 +99,7 @@ class Drawable(Experiment):
             return {"seen": Sees(plan.world, concept)(pictures(plan.n)).int().tolist()}
 
         def pilot() -> float:
-            return _seconds(plan.model, plan.device, (), text, tuple(plan.call.items()))
+            return _seconds(plan.model, plan.device, (), "a cat", tuple(plan.call.items()))
 
         return Unit(f"{concept}: {text}", setting, measure, plan.n, pilot)
 
@@ -136,6 +137,7 @@ class Redteam(Experiment):
         drawable: the experiment whose card says with which prompts this model draws the concept. Without it, or with
             another model, prompts are asked for whether or not they are drawn.
         budget: denoiser rows per prompt for the search.
+        budgets: the same for single attacks, whose proposals cost more or less.
     """
 
     name: str
@@ -148,6 +150,7 @@ class Redteam(Experiment):
     prompts: int = 12
     drawable: Drawable | None = None
     budget: int = 1000
+    budgets: Mapping[str, int] = dataclasses.field(default_factory=dict)
     n: int = 48
     model: str = "emoji"
     block: str = "selection"
@@ -209,7 +212,7 @@ class Redteam(Experiment):
     def _unit(self, plan: Plan, guard: str, attack: str, concept: str, fitted: Unit | None) -> Unit:
         of, texts = self._guards(plan)[guard], self.texts(plan, concept)
         methods = [make(named(concept)) for make in of.methods]
-        each = max(1, plan.n // len(texts))
+        each, budget = max(1, plan.n // len(texts)), self.budgets.get(attack, self.budget)
         place = self.concepts.index(concept)
         used = [type(self.attacks[attack]), redteam.attack, Sees, *map(type, methods)]
         setting = {
@@ -219,11 +222,15 @@ class Redteam(Experiment):
             "seeds": [SEEDS[plan.block].stop - STEP * (place + 1), each],
             "erasers": [*([{"delta": fitted.digest}] if fitted else []), *map(config, methods)],
             "attack": config(self.attacks[attack]),
-            "budget": self.budget,
+            "budget": budget,
             "code": code_hash(*used, *([efface.Delta, type(of.editor)] if fitted else [])),
         }
         unit = Unit(
-            f"{guard} | {attack}", setting, lambda: measure(), self._pictures(plan, texts, each), lambda: pilot()
+            f"{guard} | {attack}",
+            setting,
+            lambda: measure(),
+            self._pictures(plan, guard, attack, each),
+            lambda: pilot(),
         )
 
         def erasers() -> list[Any]:
@@ -237,7 +244,7 @@ class Redteam(Experiment):
                 eraser=erasers(),
                 out=self.folder(plan, unit),
                 prompts=texts,
-                budget=self.budget,
+                budget=budget,
                 n=each,
                 seed=setting["seeds"][0],
                 steps=plan.call["num_inference_steps"],
@@ -257,11 +264,19 @@ class Redteam(Experiment):
 
         return unit
 
-    def _pictures(self, plan: Plan, texts: Sequence[str], each: int) -> float:
-        """The pictures that a unit may draw at most: searches of attack and control, and the two arms after them. The
-        other two are drawn once for all attacks."""
-        searched = 2 * self.budget / (2 * plan.call["num_inference_steps"])
-        return len(texts) * (searched + 2 * each)
+    def _pictures(self, plan: Plan, guard: str, attack: str, each: int) -> float:
+        """The pictures that a unit draws if every search spends its budget and one of its two judged arms is new.
+
+        Pictures without an attack are drawn once for all units. Without a guard the first picture ends the search, and
+        stolen weights are trained once for both searches.
+        """
+        of, row = self._guards(plan)[guard], 2 * plan.call["num_inference_steps"]
+        prompts = sum(len(self.texts(plan, concept)) for concept in self.concepts) / len(self.concepts)
+        budget = self.budgets.get(attack, self.budget) / row
+        if of.editor is None and not of.methods:
+            return prompts * SEARCHED
+        control = 2.0 * SEARCHED if self.attacks[attack].steals else budget - SEARCHED
+        return prompts * (budget + control + each)
 
     def folder(self, plan: Plan, unit: Unit) -> Path:
         """Where an attack's pictures stay."""
@@ -296,7 +311,14 @@ class Redteam(Experiment):
             rows.append(row)
         asked = {concept: list(self.texts(plan, concept)) for concept in self.concepts}
         rule = self._drawable(plan).get("rule", "Prompts are asked for whether or not the base model draws them.")
-        return {"rows": rows, "pictures": pictures, "prompts": asked, "budget": self.budget, "rule": rule}
+        return {
+            "rows": rows,
+            "pictures": pictures,
+            "prompts": asked,
+            "budget": self.budget,
+            "budgets": dict(self.budgets),
+            "rule": rule,
+        }
 
     def derived(self, card: dict[str, Any]) -> dict[str, Any]:
         """Whether both controls hold, and by which rule prompts were asked for."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import json
 import re
+import shlex
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -168,3 +171,42 @@ def test_an_encoding_that_no_call_reads_is_not_taken_for_resistance() -> None:
         assert not torch.equal(tiny.latents(pipe, "a red cat"), plain)
     with pytest.raises(ValueError, match=r"read other texts, so\s+nothing was moved"), shifted(pipe, shift, 1.0):
         tiny.latents(pipe, "a dog")
+
+
+# ---------------------------------------------------------------- docs
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_every_attack_has_its_formula_access_cost_limits_and_example() -> None:
+    text = (DOCS / "each_attack.md").read_text("utf-8")
+    sections = {part.split("\n", 1)[0]: part for part in text.split("\n## ")[1:]}
+    assert sorted(sections) == sorted(registry.methods("attacks"))
+    for name, part in sections.items():
+        labels = re.findall(r"^- (\w+): ", part, re.MULTILINE)
+        assert labels == ["Formula", "Access", "Cost", "Limits", "Example"], name
+        access = part.partition("- Access: ")[2].split("\n")[0]
+        assert access.startswith(redteam.build(name).access), name
+        command = re.search(r"- Example: `(efface attack .*)`$", part, re.MULTILINE)
+        assert command, name
+        words = shlex.split(command[1])
+        given = [words[k + 1].partition("=")[::2] for k, word in enumerate(words) if word == "--option"]
+        assert words[2] == name and redteam.build(name, **{key: parsed(value) for key, value in given})
+
+
+def parsed(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+def test_every_method_has_one_threat_model() -> None:
+    text = (DOCS / "attacks.md").read_text("utf-8").partition("## Threat models")[2].partition("\n## ")[0]
+    lines = [line for line in text.splitlines() if line.startswith("| in ")]
+    named = [name for line in lines for name in re.findall(r"`(\w+)`", line.split("|")[2])]
+    assert sorted(named) == sorted(name for name, room in registry.methods().items() if room in ("erasers", "editors"))
+    weakest = {
+        name: line.split("|")[4].strip() for line in lines for name in re.findall(r"`(\w+)`", line.split("|")[2])
+    }
+    assert weakest["eiup"].startswith("sampler") and weakest["uce"].startswith("weights")

@@ -184,6 +184,7 @@ class Attack:
 
     access: ClassVar[Access]
     needs: ClassVar[tuple[str, ...]] = ()  # of the pipeline: names from `efface.families.OFFERS`
+    steals: ClassVar[bool] = False  # whether it works on `Victim.stolen`, which run-time erasers are not part of
     needs_detector: ClassVar[bool] = True  # whether the choice between its proposals uses the detector of the search
 
     def check(self, pipe: Any) -> None:

@@ -60,6 +60,7 @@ class Relearning(Attack):
     """
 
     access: ClassVar[Access] = "weights"
+    steals: ClassVar[bool] = True
 
     pictures: int = 8
     unrelated: str = ""

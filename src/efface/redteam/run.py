@@ -174,7 +174,7 @@ def attack(
         own = (tuple(seeds), steps, guidance, budget, batch, kept, identity)
         return GuardedModel(pipe, erasers, judges.search, *own)
 
-    if made.access == "weights":
+    if made.steals:
         _check_weights(victim((0,), None))
     folder, name = claim(checks.path("out", out)), registry.name_of(type(made))
 
@@ -276,12 +276,13 @@ def _check_judged(found: AttackResult, name: str) -> None:
             "nothing to attack. Give other prompts or another judge."
         )
     searches = [each["search"]["attacked"] for each in found.attacked]
-    if not any(each["tried"] or each["stopped"] == "found" for each in searches):
-        refused = [why for each in searches for why in each.get("refused", ())]
-        raise checks.NotJudged(
-            f"{name} drew no proposal for any of the {found.prompts} prompts{f' ({refused[0]})' if refused else ''}, "
-            "so nothing was judged. Give other prompts or fields of the attack."
-        )
+    if any(each["tried"] or each["stopped"] == "found" for each in searches):
+        return
+    refused = [why.rstrip(".") for each in searches for why in each.get("refused", ())]
+    why, cure = f" ({refused[0]})" if refused else "", "Give other prompts or fields of the attack."
+    if not refused and all(each["stopped"] == "budget" for each in searches):
+        why, cure = f" (the budget of {found.setting['budget']} rows ended before the first one)", "Raise `budget`."
+    raise checks.NotJudged(f"{name} drew no proposal for any prompt{why}, so nothing was judged. {cure}")
 
 
 def default_prompts(concept: Concept) -> tuple[str, ...]:
