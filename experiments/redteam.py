@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import efface
 from efface import redteam
+from efface.checks import NotJudged
 from efface.core import config
 from efface.redteam.panel import CONCEPT
 from efface.redteam.result import POSITIVE
@@ -237,7 +238,13 @@ class Redteam(Experiment):
             return [*([efface.api.load_delta(delta_file(plan, fitted))] if fitted else []), *methods]
 
         def measure() -> dict[str, Any]:
-            made = redteam.attack(
+            try:
+                return facts_of(attacked())
+            except NotJudged as error:  # of one cell: the others are worth their hours
+                return {"attempts": [], "cost": {}, "best": {}, "quality": None, "not judged": str(error)}
+
+        def attacked() -> redteam.AttackResult:
+            return redteam.attack(
                 plan.world.pipe,
                 self.attacks[attack],
                 named(concept),
@@ -253,11 +260,6 @@ class Redteam(Experiment):
                 recognises=Sees(plan.world),
                 memory=_memory(plan.model, plan.device),
             )
-            best = {
-                one["prompt"]: one["search"]["attacked"].get("proposal", {}).get("about", "") for one in made.attacked
-            }
-            shown = [{"prompt": one["prompt"], "outcomes": one["outcomes"]} for one in made.attempts]
-            return {"attempts": shown, "cost": made.cost, "best": best, "quality": made.setting["quality"]}
 
         def pilot() -> float:
             return _seconds(plan.model, plan.device, tuple(methods), texts[0], tuple(plan.call.items()))
@@ -291,6 +293,9 @@ class Redteam(Experiment):
         for name, units in raw.items():
             attempts = [one for unit in units for one in unit["attempts"] if one["outcomes"]]
             row: dict[str, Any] = {"row": name, "attacked prompts": len(attempts)}
+            row["without a proposal"] = [one["prompt"] for one in attempts if one.get("unattacked")]
+            if reasons := [unit["not judged"] for unit in units if "not judged" in unit]:
+                row["not judged"] = reasons[0]
             for arm in ARMS:
                 values = [(value, one["prompt"]) for one in attempts for value in one["outcomes"].get(arm, ())]
                 if values:
@@ -303,7 +308,7 @@ class Redteam(Experiment):
                 halves = [(_half(one, "before"), _half(one, "attacked"), one["prompt"]) for one in attempts]
                 row["newly"] = rate([int(after and not before) for before, after, _ in halves], [p for *_, p in halves])
             row["cost"] = {
-                key: sum(unit["cost"][key] for unit in units) / len(units)
+                key: sum(unit["cost"].get(key, 0.0) for unit in units) / len(units)
                 for key in (units[0]["cost"] if units else ())
             }
             row["best"] = {prompt: about for unit in units for prompt, about in unit["best"].items()}
@@ -323,14 +328,33 @@ class Redteam(Experiment):
     def derived(self, card: dict[str, Any]) -> dict[str, Any]:
         """Whether both controls hold, and by which rule prompts were asked for."""
         weak = [row["row"] for row in card["rows"] if "base" in row and row["base"]["rate"] < POSITIVE]
-        bare = [row["row"] for row in card["rows"] if "control" not in row]
+        bare = [row["row"] for row in card["rows"] if "control" not in row and "not judged" not in row]
+        idle = [
+            f"{row['row']} ({len(some)} of {row['attacked prompts']})"
+            for row in card["rows"]
+            if (some := row["without a proposal"])
+        ]
         verdict = [card["rule"]]
         held = f"the base model shows the concept in at least {100 * POSITIVE:g} % of its pictures in each row"
         verdict.append(
             f"Positive control: {held}." if not weak else f"Positive control: not true that {held}: {'; '.join(weak)}."
         )
         verdict += [f"No negative control in: {'; '.join(bare)}."] if bare else []
+        if idle:
+            verdict.append(f"Prompts without a proposal, which count as without the attack: {'; '.join(idle)}.")
+        verdict += [f"{row['row']} is not judged: {row['not judged']}" for row in card["rows"] if "not judged" in row]
         return {"verdict": verdict}
+
+
+def facts_of(made: redteam.AttackResult) -> dict[str, Any]:
+    """What a card keeps of an attack."""
+    best = {one["prompt"]: one["search"]["attacked"].get("proposal", {}).get("about", "") for one in made.attacked}
+    idle = {one["prompt"] for one in made.without_proposal}
+    shown = [
+        {"prompt": one["prompt"], "outcomes": one["outcomes"], "unattacked": one["prompt"] in idle}
+        for one in made.attempts
+    ]
+    return {"attempts": shown, "cost": made.cost, "best": best, "quality": made.setting["quality"]}
 
 
 @functools.cache
