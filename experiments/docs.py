@@ -40,9 +40,7 @@ def block(marker: str, root: Path = ROOT) -> str:
     found = [(name, card(name, root)) for name in names]
     new = [(name, each) for name, each in found if isinstance(each, dict) and "form" in each]
     if new:
-        return "\n\n".join(
-            f"{tables.caption(each, name)}\n\n{tables.of_card(each)}" for name, each in new
-        ).removesuffix("\n")
+        return "\n\n".join(shown(each, name) for name, each in new)
     content = b"".join((root / f"results/{name}.json").read_bytes() for name in names)
     if hashlib.sha256(content).hexdigest() != digest:
         raise ValueError(
@@ -142,12 +140,19 @@ that predict a further row pay for it. Card in `results/method_costs.json`.
 def load() -> str:
     """The service under load; `experiments/load.py`."""
     parts = []
-    for name in ("load", "load_memory"):
+    for name in ("load", "load_deltas", "load_memory"):
+        if not (ROOT / f"results/{name}.json").is_file():
+            continue
         found = card(name)
         parts += [" ".join(found["verdict"]), tables.of_card(found).removesuffix("\n")]
         made = f"Measured {found['date'][:10]} by `{found['command']}` on {found['machine']}"
         parts.append(f"{made}; card in `results/{name}.json`.")
     return "\n\n".join(parts)
+
+
+def shown(found: Mapping[str, Any], name: str) -> str:
+    """A card's caption and table."""
+    return f"{tables.caption(found, name)}\n\n{tables.of_card(found)}".rstrip()
 
 
 ATTACKS = ("attacks", "gradient_attacks", "peer_attacks")
@@ -156,7 +161,7 @@ ATTACKS = ("attacks", "gradient_attacks", "peer_attacks")
 def attacks(root: Path = ROOT) -> str:
     """The cards of attacks that there are; `experiments/redteam.py`."""
     found = {name: card(name, root) for name in ATTACKS if (root / f"results/{name}.json").is_file()}
-    parts = [f"{tables.caption(each, name)}\n\n{tables.of_card(each)}".rstrip() for name, each in found.items()]
+    parts = [shown(each, name) for name, each in found.items()]
     missing = [f"`python -m experiments {name}`" for name in ATTACKS if name not in found]
     return "\n\n".join([*parts, *([f"Without a card so far: {', '.join(missing)}."] if missing else [])])
 
@@ -270,6 +275,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "families": families,
     "costs": costs,
     "load": load,
+    "drawings": lambda: shown(card("eiup_cost"), "eiup_cost"),
     "attacks": attacks,
     "leaderboard": ranking,
     "judge": labelled,

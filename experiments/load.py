@@ -2,6 +2,9 @@
 
 A server in a process of its own is asked by many clients over localhost. The same requests are drawn by the guard alone
 and by the base pipeline, in batches of the same size, in the same run and with as many threads.
+
+Policies of run-time methods show what the service and the methods cost together. Policies of deltas, which cost nothing
+while drawing, show what the service costs: its batches have one policy each, because a model holds one set of deltas.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
+import hashlib
 import http.client
 import io
 import itertools
@@ -23,6 +27,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -45,8 +50,12 @@ from .worlds import SEEDS, World, named
 
 CONCEPTS = ("alcohol", "weapon", "death", "cat", "neon sign")
 POLICIES = 20
+EDITED = tuple((concept,) for concept in CONCEPTS[:4])
+"""What each policy of a delta erases: so few that a batch is full with the requests of one policy."""
 BATCH, STEPS, CLIENTS, WARM = 8, 6, 40, 24
 SEED = SEEDS["selection"].start + 400_000
+Sets = Sequence[tuple[str, ...]]
+"""What each policy erases."""
 SAME = 2
 """Grey levels of 255 by which a picture may differ from the one that its policy draws in another batch."""
 ANSWER = 600.0
@@ -59,8 +68,20 @@ def erased() -> list[tuple[str, ...]]:
 
 
 def policy(concepts: Sequence[str]) -> dict[str, Any]:
-    found = [named(concept) for concept in concepts]
-    return {"erase": [{"name": each.name, "phrases": [*each.phrases]} for each in found]}
+    return {"erase": _concepts(concepts)}
+
+
+def _concepts(concepts: Sequence[str]) -> list[dict[str, Any]]:
+    return [{"name": each.name, "phrases": [*each.phrases]} for each in map(named, concepts)]
+
+
+def delta_policy(pipe: Any, concepts: Sequence[str], folder: Path) -> dict[str, Any]:
+    """A policy with a delta of UCE, which it fits into a folder."""
+    path = folder / f"{'-'.join(concepts).replace(' ', '-')}.safetensors"
+    if not path.is_file():
+        efface.UCE().fit(pipe, [named(concept) for concept in concepts]).save(path)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {"deltas": [{"file": path.name, "sha256": sha256, "concepts": _concepts(concepts)}]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +104,11 @@ def prompts_of(world: World, concept: str, block: str) -> list[str]:
     raise ValueError(f"The {block} block has no prompt for {concept!r} alone.")
 
 
-def asks(world: World, block: str, numbers: Sequence[int]) -> list[Ask]:
+def asks(world: World, block: str, numbers: Sequence[int], sets: Sets | None = None) -> list[Ask]:
     """Requests of all policies in turn. Half of them ask for an erased concept, half for one that others erase."""
-    made, sets = [], erased()
+    made, sets = [], erased() if sets is None else sets
     for number in numbers:
-        policy, turn = number % POLICIES, number // POLICIES
+        policy, turn = number % len(sets), number // len(sets)
         of = sets[policy] if turn % 2 == 0 else [each for each in CONCEPTS if each not in sets[policy]]
         concept = of[turn // 2 % len(of)]
         prompts = prompts_of(world, concept, block)
@@ -96,17 +117,27 @@ def asks(world: World, block: str, numbers: Sequence[int]) -> list[Ask]:
 
 
 class Server:
-    """`efface serve run` in a process of its own, with a key for each policy."""
+    """`efface serve run` in a process of its own, with a key for each policy.
 
-    def __init__(self, folder: Path, model: str) -> None:
+    Args:
+        folder: for the service.
+        model: its model.
+        policies: the entries of each policy.
+        deltas: the folder of their deltas.
+    """
+
+    def __init__(
+        self, folder: Path, model: str, policies: Sequence[Mapping[str, Any]], deltas: Path | None = None
+    ) -> None:
         service, _ = initialise(folder / "service")
         self.keys = []
-        for k, concepts in enumerate(erased()):
-            service.policies.add(f"policy-{k:02}", policy(concepts), "load")
+        for k, entries in enumerate(policies):
+            service.policies.add(f"policy-{k:02}", entries, "load")
             self.keys.append(service.keys.add(f"tenant-{k:02}", f"policy-{k:02}")[1])
         service.database.close()
         command = [sys.executable, "-m", "efface", "serve", "run", str(folder / "service"), "--model", model]
         command += ["--port", "0", "--metrics-port", "0", "--batch", str(BATCH)]
+        command += [] if deltas is None else ["--deltas", str(deltas)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         assert self.process.stderr is not None
@@ -146,10 +177,13 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(model: str) -> Iterator[Server]:
-    """A server that is warm."""
+def serving(
+    model: str, policies: Sequence[Mapping[str, Any]] | None = None, deltas: Path | None = None
+) -> Iterator[Server]:
+    """A server that listens, with the policies of run-time methods or others."""
+    made = [policy(concepts) for concepts in erased()] if policies is None else policies
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(Path(folder), model)
+        server = Server(Path(folder), model, made, deltas)
         try:
             yield server
         finally:
@@ -197,6 +231,7 @@ class Load(Experiment):
     Args:
         part: requests of a part. Each part has a server of its own.
         minutes: whether n counts minutes of one server instead.
+        deltas: whether the policies have deltas instead of run-time methods.
     """
 
     name: str
@@ -207,11 +242,13 @@ class Load(Experiment):
     block: str = "selection"
     part: int = 250
     minutes: bool = False
+    deltas: bool = False
     columns: ClassVar[Mapping[str, str]] = {"figures": "figures"}
     blocks: ClassVar[tuple[str, ...]] = ("selection",)
 
     def units(self, plan: Plan) -> list[Unit]:
-        facts = {"machine": machine(), "code": code_hash(create_app, serve, Worker, efface.EIUP, Load)}
+        used = (create_app, serve, Worker, efface.EIUP, *((efface.UCE, efface.Delta) if self.deltas else ()), Load)
+        facts = {"machine": machine(), "code": code_hash(*used)} | ({"deltas": len(EDITED)} if self.deltas else {})
         facts |= {"versions": plan.facts["versions"], "model": plan.model}
         facts |= {"batch": BATCH, "steps": STEPS, "clients": CLIENTS}
 
@@ -250,8 +287,14 @@ class Load(Experiment):
         return {"memory": memory[:: max(len(memory) // 600, 1)], "requests": len(statuses), "ok": statuses.count(200)}
 
     def _part(self, plan: Plan, numbers: Sequence[int]) -> dict[str, Any]:
-        todo = asks(plan.world, plan.block, numbers)
-        with serving(plan.model) as server, ThreadPoolExecutor(CLIENTS) as pool:
+        with tempfile.TemporaryDirectory() as folder:
+            return self._measured(plan, numbers, Path(folder))
+
+    def _measured(self, plan: Plan, numbers: Sequence[int], folder: Path) -> dict[str, Any]:
+        sets, deltas = (EDITED, folder) if self.deltas else (erased(), None)
+        make = partial(delta_policy, plan.world.pipe, folder=folder) if self.deltas else policy
+        todo, policies = asks(plan.world, plan.block, numbers, sets), [make(concepts) for concepts in sets]
+        with serving(plan.model, policies, deltas) as server, ThreadPoolExecutor(CLIENTS) as pool:
             list(pool.map(server.ask, todo[:WARM]))
             with sampled(server, 0.5) as memory:
                 began = time.monotonic()
@@ -260,7 +303,8 @@ class Load(Experiment):
         pictures = {"service": [Image.open(io.BytesIO(each)) for _, status, each in answers if status == 200]}
         if len(pictures["service"]) < len(todo):
             raise RuntimeError(f"Expected {len(todo)} pictures, got {len(pictures['service'])} from the server.")
-        for name, draw in {"base": self._base, "guard": self._guard}.items():
+        guard = efface.Guard({str(k): efface.Policy(**each) for k, each in enumerate(policies)}, deltas=deltas)
+        for name, draw in {"base": self._base, "guard": partial(self._guard, guard)}.items():
             began = time.monotonic()
             pictures[name] = draw(plan.world, todo)
             seconds[name] = time.monotonic() - began
@@ -287,17 +331,15 @@ class Load(Experiment):
                 made += efface.pictures.to_pil(images)
         return made
 
-    @staticmethod
-    def _guard(world: World, todo: Sequence[Ask]) -> list[Image.Image]:
-        made: list[Image.Image] = []
-        guard = efface.Guard({str(k): efface.Policy(**policy(some)) for k, some in enumerate(erased())})
+    def _guard(self, guard: efface.Guard, world: World, todo: Sequence[Ask]) -> list[Image.Image]:
+        made: dict[int, Image.Image] = {}
         with one_thread():
-            for k in range(0, len(todo), BATCH):
-                some = todo[k : k + BATCH]
+            for numbers in batches(todo, self.deltas):
+                some = [todo[k] for k in numbers]
                 prompts, tenants = [each.prompt for each in some], [str(each.policy) for each in some]
                 found = guard(world.pipe, prompts, tenants, [each.seed for each in some], num_inference_steps=STEPS)
-                made += [image for image in found.images if image is not None]
-        return made
+                made |= {k: image for k, image in zip(numbers, found.images, strict=True) if image is not None}
+        return [made[k] for k in range(len(todo))]
 
     # ---- what the card says
 
@@ -305,13 +347,22 @@ class Load(Experiment):
         raw = [each["raw"] for _, each in found]
         if self.minutes:
             return minutes(plan.n, raw[0])
-        figures = {name: _figures(name, raw) for name in ("service", "guard", "base")}
-        figures["service"] |= _service(raw)
+        sets = EDITED if self.deltas else erased()
+        figures = {name: _figures(name, raw, sets) for name in ("service", "guard", "base")}
+        figures["service"] |= _service(raw, sets)
         rows = [{"row": name, "figures": each} for name, each in figures.items()]
         return {"rows": rows, "ratios": _ratios(raw), "verdict": _verdict(figures["service"], _ratios(raw))}
 
     def names(self, units: Sequence[Unit]) -> list[str]:
         return ["service"]
+
+
+def batches(todo: Sequence[Ask], apart: bool) -> list[list[int]]:
+    """The numbers of the requests of each batch: in their order, or each policy's `apart`."""
+    groups: dict[int, list[int]] = {}
+    for k, each in enumerate(todo):
+        groups.setdefault(each.policy if apart else 0, []).append(k)
+    return [some[k : k + BATCH] for some in groups.values() for k in range(0, len(some), BATCH)]
 
 
 def shown(world: World, images: Tensor) -> list[list[int]]:
@@ -321,11 +372,11 @@ def shown(world: World, images: Tensor) -> list[list[int]]:
     return [[k for k, each in enumerate(row) if each] for row in there.tolist()]
 
 
-def _requests(name: str, raw: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, set[int], set[int]]]:
+def _requests(name: str, raw: Sequence[Mapping[str, Any]], sets: Sets) -> list[tuple[int, int, set[int], set[int]]]:
     """Per request: policy, asked concept, erased concepts, concepts that the picture shows."""
-    sets = [{CONCEPTS.index(each) for each in some} for some in erased()]
+    gone = [{CONCEPTS.index(each) for each in some} for some in sets]
     return [
-        (policy, asked, sets[policy], set(shows))
+        (policy, asked, gone[policy], set(shows))
         for part in raw
         for policy, asked, shows in zip(part["policy"], part["asked"], part["shows"][name], strict=True)
     ]
@@ -335,8 +386,8 @@ def _rate(hits: int, n: int) -> dict[str, Any]:
     return {"hits": hits, "n": n, "interval": [round(each, 4) for each in wilson(hits, n)]}
 
 
-def _figures(name: str, raw: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    every = _requests(name, raw)
+def _figures(name: str, raw: Sequence[Mapping[str, Any]], sets: Sets) -> dict[str, Any]:
+    every = _requests(name, raw, sets)
     wanted = [(asked in shows) for _, asked, gone, shows in every if asked in gone]
     others = [(asked in shows) for _, asked, gone, shows in every if asked not in gone]
     never = [bool(shows - {asked}) for _, asked, _, shows in every]
@@ -348,9 +399,9 @@ def _figures(name: str, raw: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _service(raw: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _service(raw: Sequence[Mapping[str, Any]], sets: Sets) -> dict[str, Any]:
     """What only the service has: leaks, delays, memory."""
-    pairs = zip(_requests("service", raw), _requests("guard", raw), strict=True)
+    pairs = zip(*(_requests(name, raw, sets) for name in ("service", "guard")), strict=True)
     leaks = sum(bool((here & gone) - alone) for (_, _, gone, here), (_, _, _, alone) in pairs)
     apart = [each for part in raw for each in part["apart"]]
     delays = sorted(each for part in raw for each in part["delays"])

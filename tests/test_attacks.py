@@ -20,10 +20,11 @@ from torch import Tensor
 import efface
 from efface import Concept, checks, redteam, registry
 from efface._latents import latents_of
-from efface.attacks._compose import Composition, Denoiser, Seen, Term, encoded
+from efface.attacks._compose import Composition, Denoiser, Seen, Term
 from efface.attacks._contract import ACCESS, Attack, BudgetSpent, Cost, Proposal, Target
 from efface.attacks._fit import fit, solved
 from efface.attacks._pictures import Visible, from_pictures, half_mask
+from efface.attacks._texts import encoded
 from efface.attacks._words import random_text, words
 from efface.attacks.latent_inversion import Near, inverted
 from efface.attacks.quantisation import rounded
@@ -540,7 +541,7 @@ def test_what_cannot_be_attacked_is_refused_with_the_reason(emoji: Any, tmp_path
 def test_the_budget_counts_rows_with_gradients_twice() -> None:
     pipe = tiny.untouched("sd1")
     victim = GuardedModel(pipe, (), None, (1,), budget=5)
-    text = encoded(pipe, [BEER]).text
+    text = encoded(pipe, [BEER])[0].text
     sample = torch.zeros(1, 4, 8, 8)
     with victim.metered():
         with torch.no_grad():
@@ -742,7 +743,8 @@ def test_translations_replace_known_words() -> None:
     target = Target(Concept("beer"), "a beer at night")
     made = [each.prompt for each in efface.Translation().propose(target, ON_EMOJI)]
     assert "a cerveza at noche" in made and "cerveza noche" in made
-    assert list(efface.Translation().propose(Target(Concept("x"), "a rocket"), ON_EMOJI)) == []
+    with pytest.raises(ValueError, match="words that have translations"):
+        next(efface.Translation().propose(Target(Concept("x"), "a rocket"), ON_EMOJI))
 
 
 def test_best_of_n_tries_seeds_until_the_search_sees_it() -> None:
@@ -774,10 +776,10 @@ def test_a_schedule_switches_the_prompt() -> None:
 def test_seen_from_outside_the_denoiser_predicts_what_the_pipeline_does() -> None:
     pipe = tiny.untouched("sd1")
     denoiser, both, found = Denoiser(pipe), encoded(pipe, [BEER, ""]), []
-    with denoiser.watched(found.append, both.rows(0, 1), both.rows(1, 1)):
+    with denoiser.watched(found.append, *both):
         tiny.latents(pipe, BEER, num_inference_steps=2, guidance_scale=3.0)
     assert len(found) == 2 and found[0].time < found[1].time
-    (again,) = denoiser.predict(found[0], [both.rows(0, 1)])
+    (again,) = denoiser.predict(found[0], both[:1])
     assert torch.allclose(again, found[0].conditional, atol=1e-5)
 
 

@@ -92,17 +92,32 @@ def test_pictures_are_the_same_to_the_bit(family: str, made: list[int]) -> None:
 
 def test_the_first_call_needs_no_more_than_applying(sd1: Any, made: list[int]) -> None:
     with EIUP(ALCOHOL).apply(sd1):
-        assert made == [1, 15]  # "" for the width; 1 + 12 neutral texts and two phrases
+        assert made == [1, 12, 2]  # "" for the width and as a neutral text; the other neutral texts; two phrases
         latents(sd1, PROMPTS)
         latents(sd1, "another night")
-        assert made == [1, 15]
+        assert made == [1, 12, 2]
+
+
+def test_a_concept_is_found_again_beside_others(sd1: Any, made: list[int]) -> None:
+    """As in a server, whose batches mix policies in ever new ways."""
+    guard = Guard({"kids": [ALCOHOL], "zoo": [CAT], "both": [CAT, ALCOHOL]})
+    first = guard(sd1, PROMPTS[:2], ["kids", "zoo"], [1, 2], num_inference_steps=2)
+    known = len(made)
+    second = guard(sd1, PROMPTS[:2], ["both", "kids"], [1, 2], num_inference_steps=2)
+    assert len(made) == known > 0
+    kept = entries(sd1)
+    assert kept is not None and len(kept) == 4  # "", the other neutral texts, and each concept
+    with anew():
+        again = guard(sd1, PROMPTS[:2], ["both", "kids"], [1, 2], num_inference_steps=2)
+    assert torch.equal(second.again.pictures, again.again.pictures)  # type: ignore[arg-type]
+    assert not torch.equal(first.again.pictures, second.again.pictures)  # type: ignore[arg-type]
 
 
 def test_settings_of_a_call_count(made: list[int]) -> None:
     pipe = pipeline("sd3")
     with EIUP(ALCOHOL).apply(pipe):
         found = [latents(pipe, PROMPTS, max_sequence_length=length) for length in (32, 64, 32, 64)]
-        assert made == [1, 15, 15, 15]  # with 256 by default
+        assert made == [1, *[1, 12, 2] * 3]  # with 256 by default
         with anew():
             want = [latents(pipe, PROMPTS, max_sequence_length=length) for length in (32, 64)]
     assert equal(found, want * 2) and change(*want) > 1e-6
@@ -442,7 +457,7 @@ def test_a_guard_encodes_the_texts_of_its_policies_once(made: list[int]) -> None
     first = draw()
     before = len(made)
     second = draw()
-    assert len(made) == before == 2 and torch.equal(first, second)
+    assert len(made) == before == 4 and torch.equal(first, second)
     with anew():
         assert torch.equal(draw(), first)
 
@@ -464,5 +479,5 @@ def test_threads_share_a_guard(made: list[int]) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(made) == 3 and change(*want) > 1e-3
+    assert len(made) == 4 and change(*want) > 1e-3  # "", the other neutral texts, and two concepts
     assert all(len(found[k]) == 3 and all(torch.equal(x, want[k]) for x in found[k]) for k in (0, 1))

@@ -127,7 +127,7 @@ ORDER = {
     ),
     "delta": (
         *("factors", "watch", "overlay", "applied", "embeddings", "words", "base", "table", "gates"),
-        *("forms", "file", "lora", "delta", "features", "steering", "tokens", "state"),
+        *("forms", "file", "lora", "artefact", "delta", "features", "steering", "tokens", "state"),
         "__init__",
     ),
     "runs": (
@@ -139,8 +139,8 @@ ORDER = {
         *("networks", "reward", "figure", "__init__"),
     ),
     "attacks": (
-        *("_words", "_contract", "_vocabulary", "_tokens", "_encoders", "_noising", "_recording", "_directions"),
-        *("_whitebox", "_masked", "_compose", "_fit", "_pictures", "__init__"),
+        *("_words", "_contract", "_texts", "_vocabulary", "_tokens", "_encoders", "_noising", "_recording"),
+        *("_directions", "_whitebox", "_masked", "_search", "_compose", "_fit", "_pictures", "__init__"),
         *("best_of_n", "concept_arithmetics", "concept_inversion", "gcg", "guidance_sweep", "image_to_image"),
         "detector_guidance",
         *(
@@ -161,9 +161,9 @@ ORDER = {
         "__init__",
     ),
     "serve": (
-        *("tables", "database", "errors", "log", "metrics", "audit", "keys", "policies", "fields", "jobs", "leases"),
-        *("fair", "service", "backend", "pulse", "worker", "watch", "http", "images", "own", "studio", "app", "run"),
-        *("cluster", "__init__"),
+        *("tables", "database", "errors", "log", "bell", "metrics", "audit", "keys", "policies", "fields", "claims"),
+        *("jobs", "leases", "fair", "service", "backend", "pulse", "ends", "worker", "watch", "http", "images", "own"),
+        *("studio", "app", "run", "cluster", "__init__"),
     ),
     "report": (
         "words",

@@ -378,7 +378,7 @@ def test_a_client_that_leaves_cancels_its_request_unless_it_can_ask_again(desk: 
             more = tuple(f"{each}{stream}" for each in more)
             with socket.create_connection(address) as line:
                 line.sendall(raw(desk, *more, body=f'{{"prompt": "a cat", "steps": 3, "stream": {stream}}}'))
-                assert desk.stub.began.wait(5)
+                assert desk.stub.began.wait(20)
             ((name, _),) = desk.service.jobs.running()
             if state == "done":
                 time.sleep(0.2)
@@ -392,7 +392,7 @@ def test_a_reader_of_events_that_leaves_cancels_nothing(desk: Desk, address: tup
 
     desk.stub.gate.clear()
     name = accept(desk)
-    assert desk.stub.began.wait(5)
+    assert desk.stub.began.wait(20)
     with socket.create_connection(address, 5) as line:
         head = f"authorization: Bearer {desk.keys['kids']}"
         line.sendall(f"GET /v1/efface/jobs/{name}/events HTTP/1.1\r\nhost: x\r\n{head}\r\n\r\n".encode())

@@ -30,10 +30,11 @@ from hypothesis import strategies as st
 from efface.serve import jobs as module
 from efface.serve import tables
 from efface.serve.audit import Audit
+from efface.serve.claims import End, Picture
 from efface.serve.database import Database, Unavailable
 from efface.serve.errors import Refused
 from efface.serve.fair import Fair
-from efface.serve.jobs import Jobs, New, Picture, Waiting
+from efface.serve.jobs import Jobs, New, Waiting
 from efface.serve.keys import Keys
 from efface.serve.leases import Leases
 from efface.serve.policies import Policies, effective
@@ -440,6 +441,69 @@ def test_only_the_holder_of_the_present_fence_finishes_a_job(database: Database)
     assert jobs.pictures(name) == [PICTURE]
     found = jobs.get("kids", name)
     assert found is not None and found.state == "done" and found.request == {"n": 1} and jobs.get("press", name) is None
+
+
+def test_the_jobs_of_a_batch_end_together_or_not_at_all(database: Database) -> None:
+    jobs = Jobs(database)
+    names = [jobs.accept(new(), nothing)[0] for _ in range(4)]
+    claims = jobs.claim(names, "a")
+    assert jobs.release(claims[1].id, claims[1].fence, 0, nothing)  # another worker takes it
+    told: list[tuple[str, str]] = []
+    failed = Refused(500, "It failed. Tell the operator.", "drawing_failed")
+    errors = (None, None, failed, None)
+
+    def ends(last: Any) -> list[End]:
+        def also(name: str) -> Any:
+            return lambda connection, state: told.append((name, state))
+
+        every = [also(claim.id) for claim in claims]
+        every[3] = last or every[3]
+        return [End(c, [] if e else [PICTURE], e, a) for c, e, a in zip(claims, errors, every, strict=True)]
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no entry")
+
+    with pytest.raises(RuntimeError, match="no entry"):
+        jobs.finish_all(ends(broken))
+    states = jobs.states(names)
+    assert [states[name][0] for name in names] == ["running", "queued", "running", "running"]
+    assert all(jobs.pictures(name) == [] for name in names)
+    told.clear()
+    assert jobs.finish_all(ends(None)) == ["done", "", "failed", "done"]
+    assert told == [(names[0], "done"), (names[2], "failed"), (names[3], "done")]
+    assert [len(jobs.pictures(name)) for name in names] == [1, 0, 0, 1]
+    assert jobs.finish_all(ends(None)) == [""] * 4
+
+
+def test_heartbeats_ends_and_cancellations_lock_in_one_order(database: Database) -> None:
+    """Else the database would end one of two transactions that wait for each other."""
+    jobs, audit = Jobs(database), Audit(database, PEPPER)
+    errors: list[BaseException] = []
+
+    def entry(connection: sql.Connection, state: str = "") -> None:
+        audit.add(connection, "event", {"state": state})
+
+    def tried(act: Any) -> None:
+        try:
+            act()
+        except Unavailable as error:
+            errors.append(error)
+
+    for _ in range(8):
+        names = [jobs.accept(new(), nothing)[0] for _ in range(6)]
+        claims = jobs.claim(names, "a")
+        acts = [lambda claims=claims: [jobs.beat(claims[::-1], k) for k in range(3)]]
+        acts += [lambda claims=claims: jobs.finish_all([End(claim, [PICTURE], None, entry) for claim in claims])]
+        acts += [lambda name=name: jobs.cancel("kids", name, entry) for name in names[::-1]]
+        threads = [threading.Thread(target=tried, args=(act,)) for act in acts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        states = jobs.states(names)
+        assert {states[name][0] for name in names} <= {"done", "cancelled"}
+        assert all(jobs.pictures(name) == [] for name in names)  # a cancelled job and a deleted one have none
+    assert errors == [] and audit.verify()[1] == ""
 
 
 def test_a_job_whose_workers_die_fails_after_three_attempts(database: Database) -> None:

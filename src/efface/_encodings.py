@@ -30,7 +30,7 @@ _PRIVATE = ("_internal_dict", "_lora_scale")  # of a pipeline's private attribut
 _FOLLOWED = ("encode_prompt", "check_inputs", "progress_bar", "maybe_free_model_hooks", "save_pretrained")
 _GUARD = threading.Lock()
 _OF: weakref.WeakKeyDictionary[Any, weakref.ref[Encodings]] = weakref.WeakKeyDictionary()
-_COMPARED: ContextVar[set[Weights] | None] = ContextVar("efface_compared", default=None)
+_COMPARED: ContextVar[_Once | None] = ContextVar("efface_compared", default=None)
 
 Parts = tuple[Any, ...]
 """What `encode_prompt` returns. Only tensors and None are kept."""
@@ -49,8 +49,11 @@ def held(pipe: DiffusionPipeline) -> Encodings:
 
 @contextmanager
 def compared_once() -> Iterator[None]:
-    """Inside, the bits of the encoders' weights are compared once; outside, at each use."""
-    token = _COMPARED.set(set())
+    """Inside, the bits of the encoders' weights and all other facts are compared once; outside, at each use.
+
+    Each use still compares the weights' identity, address, version and dtype.
+    """
+    token = _COMPARED.set(_Once())
     try:
         yield
     finally:
@@ -80,11 +83,12 @@ def kept(
         return make()
     try:
         key = frozen(dict(arguments)), tuple(map(tuple, ids)), setting(pipe._execution_device)
-        state = _state(pipe, encode)
+        once = _COMPARED.get() or _Once()
+        state = once.state(pipe, encode)
     except Incomparable:
         here.clear()
         return make()
-    return here.of(key, state, lambda: _state(pipe, encode), make)
+    return here.of(key, state, lambda: once.state(pipe, encode, now=True), make)
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,20 @@ class State:
 
     facts: tuple[Any, ...]
     tensors: list[Tensor]
+
+
+class _Once:
+    """What was compared in a block of `compared_once`."""
+
+    def __init__(self) -> None:
+        self.weights: set[Weights] = set()
+        self._found: tuple[Any, Any, State] | None = None
+
+    def state(self, pipe: DiffusionPipeline, encode: Callable[..., Any], *, now: bool = False) -> State:
+        """What decides the pipeline's encodings in this block, or `now`."""
+        if now or self._found is None or self._found[0] is not pipe or self._found[1] != encode:
+            self._found = pipe, encode, _state(pipe, encode)
+        return self._found[2]
 
 
 class Encodings:
@@ -152,7 +170,7 @@ class Encodings:
         """Whether the entries are of this state."""
         if self._weights is None or self._facts != state.facts or not self._weights.are(state.tensors):
             return False
-        if self._weights in (_COMPARED.get() or ()):
+        if (once := _COMPARED.get()) is not None and self._weights in once.weights:
             return True
         if not self._weights.have_bits_of(state.tensors):
             return False
@@ -160,8 +178,8 @@ class Encodings:
         return True
 
     def _noted(self) -> None:
-        if (compared := _COMPARED.get()) is not None and self._weights is not None:
-            compared.add(self._weights)
+        if (once := _COMPARED.get()) is not None and self._weights is not None:
+            once.weights.add(self._weights)
 
 
 def _size(entry: tuple[tuple[Tensor, torch.device] | None, ...]) -> int:

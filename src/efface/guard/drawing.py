@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from .. import api
+from .._encodings import compared_once
 from ..hooks.sites import records
 from .deltas import present
 from .partial import Partial, callback
@@ -53,7 +55,9 @@ class Drawing:
         """
         pipe, batch, edits = self.pipe, self.batch, self.policies[0].deltas
         needed, call = lines(self.policies, pipe, factor), dict(batch.call)
-        with api.stack(pipe, *(line.eraser for line in needed)) as applied:
+        with ExitStack() as on:
+            with compared_once():
+                applied = on.enter_context(api.stack(pipe, *(line.eraser for line in needed)))
 
             def logs() -> list[tuple[Line, Record]]:
                 found = {id(handle): record for handle, record in records(pipe)}
@@ -66,14 +70,14 @@ class Drawing:
             if follows and (self.on_step is not None or partial is not None):
                 call["callback_on_step_end"] = callback(self.on_step, partial, unproven)
             self.pictures = api.draw(pipe, batch.prompts, batch.seeds, len(batch.prompts), batch.guidance, **call)
-            on, lacks = present(pipe, edits, self.deltas)
+            edited, lacks = present(pipe, edits, self.deltas)
             final, steps = logs(), int(batch.call["num_inference_steps"])
         self.rows = []
         for k, (policy, tenant) in enumerate(zip(self.policies, batch.tenants, strict=True)):
             acted, why = proven(policy, final, k, steps)
             why = "; ".join(filter(None, (why, lacks)))
             outcome = "not proven" if why else "drawn"
-            self.rows.append(RowRecord(tenant, policy.hash, policy.version, outcome, acted, (), why, on))
+            self.rows.append(RowRecord(tenant, policy.hash, policy.version, outcome, acted, (), why, edited))
         return self
 
     def judge(self, detectors: Mapping[str, Sequence[tuple[str, Detector]]]) -> Drawing:

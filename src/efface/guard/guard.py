@@ -115,6 +115,32 @@ class Guard:
         """
         return cls(file.read(path), deltas=deltas)
 
+    @classmethod
+    def joined(cls, guards: Sequence[Guard]) -> Guard:
+        """A guard of all tenants of several guards. It shares their detectors, and the deltas of the first one.
+
+        A server keeps a guard for each policy, and joins those of a batch.
+
+        Args:
+            guards: the guards. A tenant of several has the policy of the last one.
+
+        Raises:
+            ValueError: there is no guard.
+
+        Example:
+            >>> import efface
+            >>> kids, press = efface.Guard({"kids": ["alcohol"]}), efface.Guard({"press": efface.unguarded})
+            >>> [*efface.Guard.joined([kids, press]).policies]
+            ['kids', 'press']
+        """
+        if not guards:
+            raise ValueError(checks.refusal("at least one guard", guards, "Give guards."))
+        made = cls.__new__(cls)
+        made._policies = {tenant: policy for each in guards for tenant, policy in each._policies.items()}
+        made._detectors = {name: found for each in guards for name, found in each._detectors.items()}
+        made._shelf, made._encodings = guards[0]._shelf, guards[0]._encodings
+        return made
+
     @property
     def policies(self) -> dict[str, Policy]:
         """Tenant to policy, as a copy."""

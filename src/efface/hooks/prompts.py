@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,17 @@ class Encoder:
         if key not in self.known:
             self.known[key] = encode(self.pipe, texts, constant=True, **settings)
         return self.known[key]
+
+    def each(self, groups: Sequence[Sequence[str]]) -> Encoded:
+        """The texts of several groups, in order.
+
+        Each group is encoded alone, unless the longest text of all would change the others: so its encoding is found
+        again in later calls, whatever other groups these have.
+        """
+        some = [list(group) for group in groups if group]
+        if len(some) == 1 or not family(self.pipe).padded_to_limit:
+            return self([*itertools.chain(*some)])
+        return _joined([self(group) for group in some])
 
 
 @dataclass(eq=False)  # compared by identity: the same method may be applied twice
@@ -103,7 +114,8 @@ class Applied:
             self.sets = _by_length(encoder, [text for _, text in texts], family(pipe).padded_to_limit)
             self.encoded = self.sets[0].text.states
         else:
-            made = encoder([*itertools.chain(*neutral), *(text for _, text in texts)])
+            own = itertools.groupby(texts, lambda each: each[0])
+            made = encoder.each([*neutral, *([text for _, text in some] for _, some in own)])
             sizes, text = [len(group) for group in neutral], Text(made.text, made.mask)
             n = sum(sizes)
             self.encoded, which = made.text, tuple(range(len(texts)))
@@ -212,6 +224,20 @@ class Applied:
                 f"call's text is {text.dtype} on {text.device}. Call the pipeline, which encodes them again, or apply "
                 "the eraser again."
             )
+
+
+def _joined(parts: Sequence[Encoded]) -> Encoded:
+    """Texts of one length that were encoded apart."""
+    masks, pools = (
+        [x for x in each if x is not None] for each in zip(*((p.mask, p.pooled) for p in parts), strict=True)
+    )
+    return Encoded(
+        torch.cat([part.text for part in parts]),
+        torch.cat(pools) if len(pools) == len(parts) else None,
+        tuple(itertools.chain(*(part.own for part in parts))),
+        torch.cat([part.padding for part in parts]),
+        torch.cat(masks) if len(masks) == len(parts) else None,
+    )
 
 
 def _by_length(encoder: Encoder, texts: list[str], together: bool) -> tuple[ErasurePrompts, ...]:

@@ -3,7 +3,7 @@
 from ..attacks._contract import ACCESS, Access, Attack, Cost, Proposal, Target, Victim
 from .folder import opened
 from .result import AttackResult, Share
-from .run import attack, build, default_prompts
+from .run import attack, build, check_access, default_prompts
 
 __all__ = [
     "ACCESS",
@@ -17,6 +17,7 @@ __all__ = [
     "Victim",
     "attack",
     "build",
+    "check_access",
     "default_prompts",
     "opened",
 ]

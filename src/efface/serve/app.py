@@ -30,9 +30,10 @@ def create_app(service: Service, *, studio: bool = False) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        app.state.watcher = Watcher(service.jobs)
+        app.state.watcher = Watcher(service.jobs, service.ended)
         task = asyncio.create_task(app.state.watcher.run())
-        yield
+        with service.arrived.ringing():
+            yield
         task.cancel()
 
     app = FastAPI(

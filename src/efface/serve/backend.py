@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 QUALITY = 90
 KEPT = 100
+"""Policies whose guards are kept."""
 REFUSALS = (ValueError, TypeError, OSError, ImportError)
 
 
@@ -113,8 +114,7 @@ class PipelineBackend:
 
         self.pipe, self.name, self.sizes = pipe, name, tuple(sizes)
         self._shelf = Shelf(deltas)
-        self._guards: OrderedDict[frozenset[str], Guard] = OrderedDict()
-        self._fitting: set[tuple[Any, ...]] = {()}  # sets of deltas that were on the model once
+        self._guards: OrderedDict[str, Guard] = OrderedDict()  # of one policy each, by its hash
 
     @property
     def shows(self) -> bool:
@@ -126,17 +126,14 @@ class PipelineBackend:
         return api.cut_off(self.pipe, prompt)
 
     def check(self, policy: Policy) -> None:
-        guard = self._guard({policy.hash: policy})
-        if policy.weights not in self._fitting:
-            guard.check(self.pipe)
-            self._fitting.add(policy.weights)
+        self._guard(policy)
 
     def draw(
         self, rows: Sequence[Row], call: Mapping[str, Any], on_step: Callable[[int], None], on_partial: OnPartial
     ) -> list[Drawn]:
-        from ..guard import Partial
+        from ..guard import Guard, Partial
 
-        guard = self._guard({row.policy.hash: row.policy for row in rows})
+        guard = Guard.joined([self._guard(row.policy) for row in rows])
         width, height = call["size"]
         options: dict[str, Any] = {"num_inference_steps": call["steps"], "width": width, "height": height}
         if call["negative_prompt"]:
@@ -158,17 +155,20 @@ class PipelineBackend:
         )
         return [Drawn(image, record.as_json()) for image, record in zip(made.images, made.rows, strict=True)]
 
-    def _guard(self, policies: Mapping[str, Policy]) -> Guard:
-        """The guard of these policies. Detectors may hold large models, so the latest guards are kept."""
+    def _guard(self, policy: Policy) -> Guard:
+        """The guard of a policy, whose deltas were on the model once. The latest ones are kept, because their detectors
+        may hold large models."""
         from ..guard import Guard
 
-        key = frozenset(policies)
-        if key not in self._guards:
-            self._guards[key] = Guard(policies, deltas=self._shelf)
-        self._guards.move_to_end(key)
+        if policy.hash not in self._guards:
+            guard = Guard({policy.hash: policy}, deltas=self._shelf)
+            if policy.deltas:
+                guard.check(self.pipe)
+            self._guards[policy.hash] = guard
+        self._guards.move_to_end(policy.hash)
         while len(self._guards) > KEPT:
             self._guards.popitem(last=False)
-        return self._guards[key]
+        return self._guards[policy.hash]
 
 
 def check_deltas(service: Service, backend: Backend) -> None:

@@ -17,16 +17,17 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from .. import checks
+from .claims import Picture
 from .database import Unavailable
 from .errors import Refused, unavailable
 from .fields import ImageRequest, batch_facts, cost_of, key_of, parsed, size_of
 from .http import body_of, enter, holder_of, service_of
-from .jobs import LIVE, Job, New, Picture
+from .jobs import LIVE, Job, New
 from .keys import Holder
 from .log import named, told
 from .policies import effective
 from .service import Service
-from .watch import Watcher
+from .watch import PAUSE, Watcher
 
 routes = APIRouter()
 LOOK = 0.2
@@ -131,7 +132,9 @@ def accept(service: Service, holder: Holder, asked: ImageRequest, idempotency: s
         service.keys.spend(connection, holder.key, cost)  # before the audit log, as when a key is revoked
         service.audit.add(connection, "job accepted", entry)
 
-    return service.jobs.accept(new, also, lambda *load: _check_room(service, cost, *load))[0]
+    name, _ = service.jobs.accept(new, also, lambda *load: _check_room(service, cost, *load))
+    service.arrived.ring()
+    return name
 
 
 def _check_room(service: Service, cost: float, total: int, own: int, waiting: float, more: int = 0) -> None:
@@ -265,7 +268,7 @@ async def _events(
     ended, last, partial_events = False, -1, _PartialEvents(service, holder, name, partial)
     yield f": accepted {name}\n\n"
     try:
-        async for state, step, steps in watcher.follow(name, service.limits.wait):
+        async for state, step, steps in watcher.follow(name, service.limits.wait, LOOK if partial else PAUSE):
             ended = state not in LIVE
             if step != last and not ended:
                 last = step

@@ -14,6 +14,7 @@ import sqlalchemy as sql
 from sqlalchemy.exc import IntegrityError
 
 from . import tables
+from .claims import Claim, End, Ended, Picture, drop, ended, held, mine
 from .database import Database
 from .errors import Refused, restored
 
@@ -23,8 +24,6 @@ ATTEMPTS = 3
 LOST = Refused(500, "Workers ended while drawing this request. Send it again, or tell the operator.", "worker_lost")
 Also = Callable[[sql.Connection], None]
 """Runs in the transaction that accepts or cancels a job, such as an audit entry."""
-Ended = Callable[[sql.Connection, str], None]
-"""As `Also`, for the transaction that ends a job, with the state that it ends in."""
 Room = Callable[[int, int, float], None]
 """Raises Refused if there is no room, given the live jobs in total and of the tenant, and the cost of all."""
 
@@ -65,29 +64,6 @@ class Waiting:
     batch: str
     rows: int
     cost: float
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A job that a worker holds. Only with the present fence can it finish the job."""
-
-    id: str
-    fence: int
-    tenant: str
-    key: str
-    policy: int
-    policy_hash: str
-    rows: int
-    cost: float
-    request: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A row of a finished job: its file, or None if it was blocked, and its record."""
-
-    content: bytes | None
-    record: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -197,7 +173,7 @@ class Jobs:
             ended = {"state": "cancelled", "finished": time.time(), "request": "{}"}
             if not connection.execute(_T.update().where(*mine, _T.c.state == "queued").values(ended)).rowcount:
                 connection.execute(_T.update().where(*mine, _T.c.state == "running").values(cancel=True))
-            _drop(connection, [name], tables.pictures, tables.partial)
+            drop(connection, [name], tables.pictures, tables.partial)
             also(connection)
             return True
 
@@ -217,7 +193,7 @@ class Jobs:
         """Deletes jobs that finished longer ago with their pictures, and returns the number of jobs."""
         old = _T.c.finished.is_not(None), _T.c.finished < time.time() - seconds
         with self.database.writing() as connection:
-            _drop(connection, sql.select(_T.c.id).where(*old), tables.pictures, tables.partial)
+            drop(connection, sql.select(_T.c.id).where(*old), tables.pictures, tables.partial)
             return connection.execute(_T.delete().where(*old)).rowcount
 
     # ---- what workers do
@@ -234,34 +210,32 @@ class Jobs:
     def claim(self, names: Sequence[str], owner: str) -> list[Claim]:
         """Claims those of the jobs that are still queued. Other workers do not wait for it."""
         query = sql.select(_T).where(_T.c.id.in_(names), _T.c.state == "queued").order_by(_T.c.seq)
-        made = []
+        changes = {"state": "running", "owner": owner, "beat": 0, "step": 0}
+        counts = {"fence": _T.c.fence + 1, "attempts": _T.c.attempts + 1}
+        same = ("id", "tenant", "key", "policy", "policy_hash", "rows", "cost")
         with self.database.writing() as connection:
-            for row in connection.execute(query.with_for_update(skip_locked=True)).mappings().all():
-                changes = {"state": "running", "owner": owner, "fence": row["fence"] + 1, "beat": 0, "step": 0}
-                changes["attempts"] = row["attempts"] + 1
-                connection.execute(_T.update().where(_T.c.id == row["id"]).values(changes))
-                same = ("id", "tenant", "key", "policy", "policy_hash", "rows", "cost")
-                request = json.loads(row["request"])
-                made.append(Claim(**{name: row[name] for name in same}, fence=changes["fence"], request=request))
-        return made
+            found = connection.execute(query.with_for_update(skip_locked=True)).mappings().all()
+            if found:
+                these = _T.c.id.in_([row["id"] for row in found])
+                connection.execute(_T.update().where(these).values(changes | counts))
+        return [
+            Claim(**{name: row[name] for name in same}, fence=row["fence"] + 1, request=json.loads(row["request"]))
+            for row in found
+        ]
 
     def beat(self, claims: Sequence[Claim], step: int) -> tuple[set[str], set[str]]:
         """Shows that the holder lives. Returns the jobs that it still holds, and those that are to be cancelled."""
-        held, cancelled = set(), set()
         with self.database.writing() as connection:
-            for each in claims:
-                mine = _mine(each)
-                if connection.execute(_T.update().where(*mine).values(beat=_T.c.beat + 1, step=step)).rowcount:
-                    held.add(each.id)
-                    if connection.execute(sql.select(_T.c.cancel).where(*mine)).scalar():
-                        cancelled.add(each.id)
-        return held, cancelled
+            found = held(connection, claims)
+            if found:
+                connection.execute(_T.update().where(_T.c.id.in_(list(found))).values(beat=_T.c.beat + 1, step=step))
+        return set(found), {name for name, cancel in found.items() if cancel}
 
     def show(self, claim: Claim, number: int, content: bytes) -> bool:
         """Stores a partial picture of a job. False, without a trace, if the claim was lost."""
         table = tables.partial
         with self.database.writing() as connection:
-            if connection.execute(sql.select(_T.c.id).where(*_mine(claim)).with_for_update()).first() is None:
+            if connection.execute(sql.select(_T.c.id).where(*mine(claim)).with_for_update()).first() is None:
                 return False
             connection.execute(table.delete().where(table.c.job == claim.id, table.c.number == number))
             connection.execute(table.insert().values(job=claim.id, number=number, content=content))
@@ -272,31 +246,17 @@ class Jobs:
 
         It returns "", without a trace, if the claim was lost.
         """
+        return self.finish_all([End(claim, pictures, error, also)])[0]
+
+    def finish_all(self, ends: Sequence[End]) -> list[str]:
+        """As `finish`, for several jobs in one transaction."""
         with self.database.writing() as connection:
-            row = connection.execute(sql.select(_T.c.cancel).where(*_mine(claim)).with_for_update()).first()
-            if row is None:
-                return ""
-            state = "cancelled" if row.cancel else "failed" if error else "done"
-            stored = None if error is None else json.dumps(error.stored())
-            values: dict[str, Any] = {"state": state, "error": stored, "finished": time.time(), "owner": None}
-            request = {
-                name: value
-                for name, value in claim.request.items()
-                if name in ("n", "size", "quality", "output_format")
-            }
-            values["request"] = json.dumps(request)
-            if state == "done":
-                values["step"] = _T.c.steps
-                rows = [
-                    {"job": claim.id, "number": k, "content": each.content, "record": json.dumps(each.record)}
-                    for k, each in enumerate(pictures)
-                ]
-                connection.execute(tables.pictures.insert(), rows)
-            else:
-                _drop(connection, [claim.id], tables.partial)
-            connection.execute(_T.update().where(*_mine(claim)).values(values))
-            also(connection, state)
-            return state
+            found = held(connection, [end.claim for end in ends])
+            kept = [end for end in ends if end.claim.id in found]
+            states = {end.claim.id: ended(connection, end, found[end.claim.id]) for end in kept}
+            for end in kept:  # after all jobs, because who holds the audit log may not wait for a job
+                end.also(connection, states[end.claim.id])
+        return [states.get(end.claim.id, "") for end in ends]
 
     def running(self) -> dict[tuple[str, int], int]:
         """The beat of each running job, by id and fence."""
@@ -326,18 +286,9 @@ class Jobs:
                 }
             connection.execute(_T.update().where(*same).values(values))
             if values["state"] != "queued":
-                _drop(connection, [name], tables.partial)
+                drop(connection, [name], tables.partial)
                 also(connection, values["state"])
             return str(values["state"])
-
-
-def _mine(claim: Claim) -> tuple[Any, ...]:
-    return _T.c.id == claim.id, _T.c.fence == claim.fence, _T.c.state == "running"
-
-
-def _drop(connection: sql.Connection, jobs: Any, *which: sql.Table) -> None:
-    for table in which:
-        connection.execute(table.delete().where(table.c.job.in_(jobs)))
 
 
 def _load(connection: sql.Connection, tenant: str, model: str) -> tuple[int, int, float]:

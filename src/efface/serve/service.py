@@ -12,6 +12,7 @@ from typing import Any
 
 from .. import checks, files
 from .audit import Audit
+from .bell import Bell
 from .database import Database
 from .jobs import Jobs
 from .keys import PEPPER, Keys
@@ -81,6 +82,10 @@ class Service:
     stalled: threading.Event = field(default_factory=threading.Event)
     open: Counter[str] = field(default_factory=Counter)
     """Open requests of this process per tenant."""
+    arrived: Bell = field(default_factory=Bell)
+    """Rung when this process has accepted a job."""
+    ended: Bell = field(default_factory=Bell)
+    """Rung when a worker of this process has finished jobs, or stored a partial picture."""
 
     def __post_init__(self) -> None:
         self.audit = Audit(self.database, self.pepper)

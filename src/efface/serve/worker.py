@@ -7,19 +7,19 @@ import functools
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
-import sqlalchemy as sql
-
-from .. import files
 from ..guard import DELIVERED
 from ..progress import Cancelled
-from .backend import REFUSALS, Backend, Drawn, Row, encoded
+from .backend import REFUSALS, Backend, Drawn, Row
+from .claims import Claim
 from .database import Unavailable
+from .ends import Done, Ends
 from .errors import Refused
 from .fair import Fair
-from .jobs import LOST, Claim, Picture
 from .leases import Leases
 from .log import named, told
 from .policies import effective
@@ -27,12 +27,11 @@ from .pulse import Pulse
 from .service import Service
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from ..guard import Policy
 
 FAILURES = (RuntimeError, ValueError, TypeError, OSError, MemoryError)
-PAUSE = 0.05
+PAUSE, SELDOM = 0.05, 0.25
+"""Seconds between two looks for jobs: if no application of this process could ring, and if one can."""
 EXPIRE = 60.0
 """Seconds between deletions of old jobs."""
 T = TypeVar("T")
@@ -51,43 +50,64 @@ class Worker(threading.Thread):
         super().__init__(name=name or f"worker-{secrets.token_hex(6)}", daemon=True)
         self._service, self._backend, self._jobs = service, backend, service.jobs
         self._fair, self._leases = Fair(service.limits.rows), Leases(service.limits.lease)
-        self._stop_asked = threading.Event()
+        self._ends = Ends(service, self.name)
+        self._ending: list[Future[None]] = []  # of the batch before
+        self._stop_asked, self._woken = threading.Event(), threading.Event()
+        self._missed = threading.Event()  # heartbeats, since the last sweep
         self._swept = self._expired = -EXPIRE
         self._entry: tuple[int, str] | None = None  # the last one of the audit log, when it was looked for
-        self._shown: dict[str, list[str]] = {}  # job to the SHA-256 of its partial pictures
         self._context = contextvars.copy_context()  # what the caller allows, such as downloads of detectors
 
     def run(self) -> None:
         self._context.run(self._run)
 
     def _run(self) -> None:
-        self._service.warm.set()
+        service = self._service
+        with (
+            service.arrived.heard(self._woken.set),
+            service.ended.ringing(),
+            ThreadPoolExecutor(1, f"{self.name}-ends") as background,
+        ):
+            service.warm.set()
+            try:
+                while not self._stop_asked.is_set():
+                    self._turn(background)
+                self._settle()
+            finally:
+                service.warm.clear()
+
+    def _turn(self, background: Executor) -> None:
+        """Draws a batch, or waits for jobs."""
+        self._woken.clear()
         try:
-            while not self._stop_asked.is_set():
-                try:
-                    drew = self.once()
-                except Unavailable:
-                    self._leases.forget()
-                    self._stop_asked.wait(1.0)
-                    continue
-                if not drew:
-                    self._stop_asked.wait(PAUSE)
-        finally:
-            self._service.warm.clear()
+            if self.once(background):
+                return
+        except Unavailable:
+            self._missed.set()
+            self._stop_asked.wait(1.0)
+            return
+        self._woken.wait(min(SELDOM, self._service.limits.lease / 5) if self._service.arrived.rings else PAUSE)
 
     def stop(self) -> None:
         """Ends the worker after its batch."""
         self._stop_asked.set()
+        self._woken.set()
 
-    def once(self) -> int:
-        """Draws one batch, and returns the number of its jobs; 0 if none is queued."""
+    def once(self, background: Executor | None = None) -> int:
+        """Draws one batch, and returns the number of its jobs; 0 if none is queued.
+
+        Args:
+            background: ends the jobs while the next batch is drawn. None: they have ended when it returns.
+        """
         self._sweep()
         waiting = self._jobs.waiting(self._service.model)
         self._service.metrics.queue.set(len(waiting))
         chosen = self._fair.choose(waiting)
         claims = self._jobs.claim([job.id for job in chosen], self.name) if chosen else []
         if claims:
-            self._draw(claims)
+            self._draw(claims, background)
+        else:
+            self._settle()
         return len(claims)
 
     def _sweep(self) -> None:
@@ -96,8 +116,11 @@ class Worker(threading.Thread):
         if now - self._swept < limits.lease / 5:
             return
         self._swept = now
+        if self._missed.is_set():
+            self._missed.clear()
+            self._leases.forget()
         for name, fence, beat in self._leases.dead(self._jobs.running()):
-            self._jobs.release(name, fence, beat, self._lost(name))
+            self._jobs.release(name, fence, beat, self._ends.lost(name))
         self._check_log()
         if now - self._expired >= min(EXPIRE, limits.keep):
             self._expired = now
@@ -112,30 +135,37 @@ class Worker(threading.Thread):
         self._entry = audit.last()
         metrics.entries.set(self._entry[0])
 
-    def _lost(self, name: str) -> Callable[[sql.Connection, str], None]:
-        """Writes the end of a job that workers lost to the audit log."""
-
-        def also(connection: sql.Connection, state: str) -> None:
-            facts = {"job": name, "state": state, "error": LOST.code, "rows": [], "worker": self.name}
-            self._service.audit.add(connection, "job finished", facts)
-
-        return also
-
     # ---- one batch
 
-    def _draw(self, claims: Sequence[Claim]) -> None:
-        with Pulse(self._service, claims) as pulse:
-            self._work(claims, pulse)
-        if pulse.missed:
-            self._leases.forget()
+    def _draw(self, claims: Sequence[Claim], background: Executor | None) -> None:
+        pulse = Pulse(self._service, claims, self._missed.set)
+        if background is None:
+            with pulse:
+                for done in self._work(claims, pulse):
+                    self._end(done)
+            return
+        pulse.start()
+        ending = list[Future[None]]()
+        try:
+            for done in self._work(claims, pulse):
+                self._settle()  # pictures of one batch at most wait
+                ending.append(background.submit(self._end, done))
+        finally:
+            self._ending += [*ending, background.submit(pulse.end)]
 
-    def _work(self, claims: Sequence[Claim], pulse: Pulse) -> None:
+    def _settle(self) -> None:
+        """Waits until the jobs of the batch before have ended. Raises what went wrong with them."""
+        while self._ending:
+            self._ending.pop(0).result()
+
+    def _work(self, claims: Sequence[Claim], pulse: Pulse) -> Iterator[list[Done]]:
+        """Draws jobs, and gives them as they are done."""
         ready: list[tuple[Claim, list[Row]]] = []
         for claim in claims:
             try:
                 rows = self._stubborn(functools.partial(self._rows, claim))
             except Refused as error:
-                self._finish(claim, [], error)
+                yield [Done(claim, error=error)]
                 continue
             if rows is None:  # stopped without the database: others take the jobs
                 return
@@ -147,15 +177,17 @@ class Worker(threading.Thread):
         if drawn:
             seconds, cost = time.monotonic() - began, sum(claim.cost for claim, _ in ready)
             self._service.metrics.drew(len(drawn), cost, seconds)
-            for claim, some in ready:
-                mine, drawn = drawn[: len(some)], drawn[len(some) :]
-                self._deliver(claim, [_proven(row, each) for row, each in zip(some, mine, strict=True)])
+            yield _divided(ready, drawn)
         elif failure is not None and len(ready) > 1:  # one request may spoil the batch of others
             for claim, _ in ready:
-                self._work([claim], pulse)
+                yield from self._work([claim], pulse)
         else:
-            for claim, _ in ready:
-                self._finish(claim, [], CANCELLED if failure is None else _failed(failure))
+            yield [Done(claim, error=CANCELLED if failure is None else _failed(failure)) for claim, _ in ready]
+
+    def _end(self, done: Sequence[Done]) -> None:
+        """Ends jobs. They stay with this worker while the database is away, until the worker is stopped."""
+        ends = [self._ends.made(each) for each in done]
+        self._stubborn(lambda: self._ends.commit(ends))
 
     def _attempt(
         self, ready: Sequence[tuple[Claim, list[Row]]], pulse: Pulse
@@ -168,7 +200,7 @@ class Worker(threading.Thread):
                 most = self._service.limits.rows
                 for k in range(0, len(owned), most):  # a job may have more rows than fit
                     part = owned[k : k + most]
-                    show = functools.partial(self._show, part)
+                    show = functools.partial(self._ends.show, part)
                     made += self._backend.draw([row for _, row in part], call, on_step, show)
             return made, None
         except Cancelled:
@@ -176,16 +208,6 @@ class Worker(threading.Thread):
         except FAILURES as error:
             told("drawing failed", error=named(error), jobs=[claim.id for claim, _ in ready])
             return [], error
-
-    def _show(self, owned: Sequence[tuple[Claim, Row]], k: int, number: int, picture: Image) -> None:
-        """Stores a partial picture. One that cannot be stored now is left out."""
-        claim, row = owned[k]
-        content = self._encoded(claim, picture, row.policy.hash)
-        try:
-            if self._jobs.show(claim, number, content):
-                self._shown.setdefault(claim.id, []).append(files.sha256(content))
-        except Unavailable as error:
-            told("partial picture left out", job=claim.id, error=named(error))
 
     def _rows(self, claim: Claim) -> list[Row]:
         """The rows of a job. Raises Refused if its policy is not the stored one, or its prompt is too long."""
@@ -223,61 +245,6 @@ class Worker(threading.Thread):
                 raise Refused(400, message, "invalid_value", "also_erase") from None
             raise Refused(500, "The policy of this key cannot act. Tell the operator.", "policy_not_applied") from None
 
-    def _deliver(self, claim: Claim, drawn: Sequence[Drawn]) -> None:
-        """Finishes a job with its pictures, unless a row is not proven or all are blocked."""
-        metrics = self._service.metrics
-        for each in drawn:
-            for seen in each.record["detections"]:
-                for concept in seen:
-                    metrics.hits.labels(concept).inc()
-        error = None
-        if unproven := [each for each in drawn if each.record["outcome"] == "not proven"]:
-            metrics.unproven.inc(len(unproven))
-            message = (
-                "The record does not prove that the policy acted, so the pictures are withheld. Tell the operator."
-            )
-            error = Refused(500, message, "policy_not_applied")
-        elif all(each.picture is None for each in drawn):
-            message = "A detector found erased concepts in every picture. Change the prompt."
-            error = Refused(403, message, "content_blocked", "prompt")
-        pictures = [self._picture(claim, each) for each in drawn]
-        self._finish(claim, pictures, error)
-
-    def _picture(self, claim: Claim, drawn: Drawn) -> Picture:
-        record = dict(drawn.record)
-        if drawn.picture is None:
-            return Picture(None, record)
-        content = self._encoded(claim, drawn.picture, str(record["policy"]))
-        return Picture(content, record | {"sha256": files.sha256(content)})
-
-    def _encoded(self, claim: Claim, picture: Image, policy: str) -> bytes:
-        facts, request = {"efface:model": self._service.model, "efface:policy": policy}, claim.request
-        return encoded(picture, request["output_format"], request["output_compression"], facts)
-
-    def _finish(self, claim: Claim, pictures: Sequence[Picture], error: Refused | None) -> None:
-        request = claim.request
-        facts = {
-            "job": claim.id,
-            "tenant": claim.tenant,
-            "key": claim.key,
-            "policy": claim.policy_hash,
-            "also_erase": request["also_erase"],
-            "model": self._service.model,
-            "call": request["call"],
-            "seed": request["seed"],
-            "prompt": self._service.audit.keyed(request["prompt"]),
-            "error": None if error is None else error.code,
-            "rows": [each.record for each in pictures],
-            "partial_pictures": list(dict.fromkeys(self._shown.pop(claim.id, []))),
-            "worker": self.name,
-        }
-
-        def also(connection: sql.Connection, state: str) -> None:
-            self._service.audit.add(connection, "job finished", facts | {"state": state})
-
-        if state := self._stubborn(lambda: self._jobs.finish(claim, pictures, error, also)):
-            self._service.metrics.finished.labels(state).inc()
-
     def _stubborn(self, act: Callable[[], T]) -> T | None:
         """Tries again while the database is away. None if the worker is stopped meanwhile."""
         while True:
@@ -289,6 +256,14 @@ class Worker(threading.Thread):
 
 
 CANCELLED = Refused(409, "The request was cancelled. Send it again.", "cancelled")
+
+
+def _divided(ready: Sequence[tuple[Claim, list[Row]]], drawn: Sequence[Drawn]) -> list[Done]:
+    """The rows of a batch, by job."""
+    made, left = list[Done](), iter(drawn)
+    for claim, rows in ready:
+        made.append(Done(claim, [_proven(row, each) for row, each in zip(rows, islice(left, len(rows)), strict=True)]))
+    return made
 
 
 def _proven(row: Row, drawn: Drawn) -> Drawn:
