@@ -28,6 +28,7 @@ from efface.core import Concept, config
 from efface.detectors import _encoders
 from efface.feedback import Evidence, Judgement, Store, load, pool
 from efface.feedback.reward import RewardModel
+from efface.intervals import difference
 from efface.pictures import to_pil
 from efface.pipelines import draw
 
@@ -37,7 +38,7 @@ from .runner import Experiment, Plan, Unit, timed
 from .worlds import SEEDS
 
 ANNOTATOR, JUDGE = 0, 1  # places of the two detectors
-MEMBERS, STRIDE = ("seen", "unseen"), 2_000
+MEMBERS, OTHERS, STRIDE = ("seen", "unseen"), ("near", "far"), 2_000
 LOOKED = ROOT / "results" / "judged_alcohol.jsonl"
 HOSTS: dict[str, Any] = {"eiup": efface.EIUP, "sld": efface.SLD, "negative_prompt": efface.NegativePrompt}
 TRAINERS: dict[str, Any] = {"esd": efface.ESD, "sdd": efface.SDD}
@@ -297,6 +298,74 @@ class Feedback(Experiment):
         }
         judge = {**plan.facts["detector"], "name": f"the second detector of `{plan.model}`; the first one annotated"}
         return {"rows": list(rows.values()), "pictures": pictures, "tokens": tokens, "cells": cells, "detector": judge}
+
+    def derived(self, card: dict[str, Any]) -> dict[str, Any]:
+        """Each token of 200 judgements against the words that leave least, by method; and tokens by judgements."""
+        compared, verdict = [], []
+        for name, about in self.concepts.items():
+            of = self._outcomes(card, name, about)
+            for method in dict.fromkeys(row.partition(" | ")[0] for row in of if row != "base"):
+                mine = {row: each for row, each in of.items() if row.startswith(f"{method} | ")}
+                words = min((row for row in mine if "words" in row), key=lambda row: _mean(mine[row]["left"]))
+                token = f"{method} | {said(200, 0.0)}"
+                found = {"concept": name, "method": method, "words": words.partition(": ")[2]}
+                for what, cells in (("left", MEMBERS), ("kept", OTHERS)):
+                    clusters = [(cell, k % len(about.cells[cell])) for cell in cells for k in range(card["n"])]
+                    gap = difference(of[token][what], of[words][what], clusters)
+                    found[what] = {
+                        "token": _mean(of[token][what]),
+                        "words": _mean(of[words][what]),
+                        "difference": gap.value,
+                        "interval": list(gap.interval),
+                    }
+                found["better"] = _better(found["left"]["interval"], found["kept"]["interval"])
+                compared.append(found)
+                verdict.append(_in_words(found))
+            by = [
+                f"{row.partition(' | ')[2]}: {100 * _mean(each['left']):.0f} %"
+                for row, each in of.items()
+                if row.startswith("eiup | ") and "words" not in row
+            ]
+            verdict.append(f"{name}, members left by EIUP, by what the token was learned from: {'; '.join(by)}.")
+        return {"comparisons": compared, "verdict": verdict}
+
+    @staticmethod
+    def _outcomes(card: Mapping[str, Any], name: str, about: Fuzzy) -> dict[str, dict[str, list[int]]]:
+        """Row to whether a member is left in each picture of members, and whether each other thing is there."""
+        of: dict[str, dict[str, list[int]]] = {}
+        for what, cells in (("left", MEMBERS), ("kept", OTHERS)):
+            for cell in cells:
+                for key, (digits,) in card["pictures"].items():
+                    concept, _, rest = key.partition(" | ")
+                    row, _, at = rest.rpartition(" | ")
+                    if (concept, at) == (name, cell):
+                        of.setdefault(row, {}).setdefault(what, []).extend(map(int, digits))
+        return of
+
+
+def _mean(values: Sequence[int]) -> float:
+    return sum(values) / len(values)
+
+
+def _better(left: Sequence[float], kept: Sequence[float]) -> str:
+    """What erases more, if it retains no less for sure: "pictures", "words", or "" where the intervals do not say."""
+    if left[1] < 0 and kept[1] >= 0:
+        return "pictures"
+    return "words" if left[0] > 0 and kept[0] <= 0 else ""
+
+
+def _in_words(found: Mapping[str, Any]) -> str:
+    parts = []
+    for what, about in (("left", "of the members are left"), ("kept", "of other things are retained")):
+        each = found[what]
+        low, high = (100 * bound for bound in each["interval"])
+        gap = f"{100 * each['difference']:+.0f} points [{low:.0f}, {high:.0f}]"
+        parts.append(
+            f"{100 * each['token']:.0f} % {about}, with words ({found['words']}) {100 * each['words']:.0f} %, {gap}"
+        )
+    who = {"pictures": "Pictures beat words.", "words": "Words beat pictures.", "": "The intervals do not decide."}
+    first = f"{found['concept']}, {found['method']}: with the token of 200 judgements"
+    return f"{first} {'; '.join(parts)}. {who[found['better']]}"
 
 
 def said(count: int, answers: float | Path) -> str:

@@ -697,7 +697,7 @@ def test_an_attribute_that_the_model_never_draws_is_refused(sd1: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"steps": 0}, "`steps` to be an integer >= 1"),
+        ({"steps": 0}, "a whole number `steps` >= 1"),
         ({"pictures": 1}, "`pictures`"),
         ({"lr": 0}, "lr"),
         ({"guidance": 1, "anti": True}, "`anti` uses negative prompts"),

@@ -879,3 +879,26 @@ def test_words_and_a_learned_token_are_compared(tmp_path: Path, monkeypatch: pyt
     wrong = feedback.judged(plan(tmp_path, trial), pool, "alcohol", about, 1.0)
     assert sum(wrong.shares.values()) == 60 - learned["yes"]  # every answer is turned around
     assert "second detector" in tables.caption(card, "trial")
+
+
+def test_the_card_of_feedback_says_whether_pictures_beat_words() -> None:
+    cells = {"seen": ("a", "b"), "unseen": ("c",), "near": ("d",), "far": ("e", "f")}
+    about = feedback.Fuzzy(cells, {"name": ("x",), "list": ("x", "y")})
+    trial = feedback.Feedback(**ABOUT, concepts={"x": about}, n=24)
+    base = dict.fromkeys(cells, "1" * 24)
+
+    def judged(words: str, token: str, kept: str = "1") -> dict[str, Any]:
+        """The verdict if words leave and keep this, and the token that; the name alone leaves everything."""
+        rows = {"base": base, "sld | words: name": base}
+        rows["sld | words: list"] = base | dict.fromkeys(("seen", "unseen"), words * 24)
+        rows["sld | 200 judgements"] = base | dict.fromkeys(("seen", "unseen"), token * 24)
+        rows["sld | 200 judgements"] |= dict.fromkeys(("near", "far"), kept * 24)
+        pictures = {f"x | {row} | {cell}": [digits] for row, of in rows.items() for cell, digits in of.items()}
+        return trial.derived({"n": 24, "pictures": pictures})
+
+    won, lost, open_ = judged("1", "0"), judged("0", "1"), judged("0", "0")
+    assert [each["comparisons"][0]["better"] for each in (won, lost, open_)] == ["pictures", "words", ""]
+    assert judged("1", "0", kept="0")["comparisons"][0]["better"] == ""  # it ruins near things
+    (found,) = lost["comparisons"]
+    assert found["words"] == "list" and (found["left"]["token"], found["left"]["words"]) == (1.0, 0.0)
+    assert "100 % of the members are left, with words (list) 0 %, +100 points" in lost["verdict"][0]

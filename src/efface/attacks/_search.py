@@ -22,7 +22,7 @@ class TokenAttack(Attack):
     Every whole-number field is a count. Fields named `lr`, `weight_decay` and `forbidden` mean the same in all attacks.
     """
 
-    least: ClassVar[Mapping[str, int]] = {}
+    _least: ClassVar[Mapping[str, int]] = {}
     """The smallest value of a count, if it is not 1."""
     calls_denoiser: ClassVar[bool] = False
     """Whether it calls the denoiser with texts, latents and times of its own."""
@@ -31,7 +31,7 @@ class TokenAttack(Attack):
         for each in dataclasses.fields(self):
             value = getattr(self, each.name)
             if each.type == "int":
-                checks.whole(each.name, value, self.least.get(each.name, 1))
+                checks.whole(each.name, value, self._least.get(each.name, 1))
             elif each.name in ("lr", "weight_decay"):
                 checks.number(each.name, value, 0, above=each.name == "lr")
             elif each.name == "forbidden" and value is not None:

@@ -82,7 +82,7 @@ class ConceptInversion(TokenAttack):
 
     access: ClassVar[Access] = "embeddings"
     calls_denoiser: ClassVar[bool] = True
-    least: ClassVar[Mapping[str, int]] = {"momentum_steps": 0}
+    _least: ClassVar[Mapping[str, int]] = {"momentum_steps": 0}
 
     tokens: int = 1
     steps: int = 5000

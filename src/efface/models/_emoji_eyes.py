@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .. import checks
+from .emoji.weights import check
 
 WIDTHS = (128, 144)
 
@@ -314,12 +315,11 @@ class AnyEyes:
         return torch.stack(rows)
 
     @classmethod
-    def load(cls, folder: Path, check: Callable[[Path, str], Path], cure: str) -> Self:
+    def load(cls, folder: Path, cure: str) -> Self:
         """Loads both eyes from `eyes.safetensors` (fp16) and `eyes.json` in `folder`.
 
         Args:
             folder: where the files are.
-            check: returns a path if its file has that SHA-256.
             cure: what to do if a file is missing or damaged.
 
         Raises:
@@ -337,7 +337,7 @@ class AnyEyes:
             raise ValueError(f"{card} is damaged ({error}). {cure}") from error
         if (icons, styles) != (list(cls.vocabulary.icons), list(cls.vocabulary.styles)):
             raise ValueError(f"{card} was made for another vocabulary. {cure}")
-        path = check(folder / "eyes.safetensors", expected)
+        path = check(folder / "eyes.safetensors", expected, cure)
         tensors = load_file(path)
         for k, eye in enumerate(models):
             # `num_batches_tracked` is bookkeeping of training and not stored.

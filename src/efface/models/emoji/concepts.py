@@ -145,10 +145,7 @@ def prompts(concept: str, cell: str) -> list[tuple[str, tuple[str, ...]]]:
         >>> prompts("gambling", "theme")
         [('a casino', ('cocktail-glass',))]
     """
-    if cell not in CELLS:
-        raise ValueError(
-            f"Expected `cell` to be one of {', '.join(CELLS)}, got {checks.shown(cell)}. Give one of these."
-        )
+    checks.choice("cell", cell, CELLS)
     icons, captions, themes = truth(concept), _captions(), vocabulary()["themes"]
     rng = random.Random(f"{plain(concept)}, {cell}")
     unstyled = sorted(vocabulary()["captions"])

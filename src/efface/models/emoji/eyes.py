@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._emoji_eyes import WIDTHS, AnyEye, AnyEyes, Block, Seen, Vocabulary
 from .concepts import truth, vocabulary
-from .weights import CURE, FOLDER, check
+from .weights import CURE, FOLDER
 
 __all__ = [
     "FEMALE",
@@ -120,4 +120,4 @@ def load_eyes(folder: Path | None = None) -> Eyes:
         FileNotFoundError: one of the files is missing.
         ValueError: a file is damaged, or was made for another vocabulary.
     """
-    return Eyes.load(FOLDER if folder is None else Path(folder), check, CURE)
+    return Eyes.load(FOLDER if folder is None else Path(folder), CURE)

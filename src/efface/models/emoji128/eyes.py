@@ -10,7 +10,7 @@ from pathlib import Path
 
 from efface.models._emoji_eyes import WIDTHS, AnyEye, AnyEyes, Vocabulary
 
-from . import CURE, FOLDER, check
+from . import CURE, FOLDER
 from .concepts import ICONS, PEOPLE, STYLES, VOCABULARY, truth
 
 __all__ = ["ICONS", "INDEX", "PEOPLE", "STYLES", "VOCABULARY", "WIDTHS", "Eye", "Eyes", "load_eyes"]
@@ -40,4 +40,4 @@ def load_eyes(folder: Path | None = None) -> Eyes:
         FileNotFoundError: one of the files is missing.
         ValueError: a file is damaged, or was made for another vocabulary.
     """
-    return Eyes.load(FOLDER if folder is None else Path(folder), check, CURE)
+    return Eyes.load(FOLDER if folder is None else Path(folder), CURE)
