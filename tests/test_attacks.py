@@ -401,6 +401,21 @@ def test_the_verdict_says_luck_a_weak_control_and_a_ruined_model() -> None:
     assert any("luck is not ruled out" in warning for warning in alone.warnings())
 
 
+def test_texts_found_without_the_guard_that_do_better_than_gradients_are_a_warning() -> None:
+    """Two judged pictures of four for the texts, one for the gradients."""
+
+    def named(name: str, access: str, attacked: int) -> AttackResult:
+        made = result(arms(4, 0, attacked, 0))
+        return dataclasses.replace(made, setting={**made.setting, "attack": {"method": name}, "access": access})
+
+    blind, white, other = named("gcg", "text", 2), named("p4d", "gradients", 1), named("best_of_n", "text", 4)
+    warning = redteam.masking([other, white, blind])
+    assert warning.startswith("Possibly masked gradients") and "gcg 50.0 %" in warning and "p4d 25.0 %" in warning
+    assert redteam.masking([other, blind]) == redteam.masking([other, white]) == redteam.masking([]) == ""
+    assert redteam.masking([blind, named("p4d", "gradients", 2)]) == ""
+    assert redteam.masking([blind, white, named("unlearndiffatk", "gradients", 3)]) == ""
+
+
 def test_a_prompt_without_a_proposal_counts_as_before() -> None:
     outcomes = arms(4, 1, 0, 0)
     del outcomes["attacked"], outcomes["control"]
