@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml constraints.txt
 install: $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/efface erase "a night at the pub" --concept alcohol --images 32 --seed 1000000 --overwrite --out efface-out/demo
+	$(BIN)/efface erase "a night at the pub" --model emoji-128 --concept alcohol --images 32 --seed 1000000 --overwrite --out efface-out/demo
 
 lint: $(STAMP)
 	$(BIN)/ruff check

@@ -1,4 +1,4 @@
-"""The pictures of README and docs, drawn again: `python docs/pictures.py`, about two minutes on two cores.
+"""The pictures of README and docs, drawn again: `python docs/pictures.py`, about three minutes on two cores.
 
 Nothing is picked: each row shows the first prompts of its cell, each with one seed. No figure is measured on these
 seeds.
@@ -28,7 +28,7 @@ def cell(concept: str, name: str, n: int = N) -> list[str]:
 
 def rows(prompts: list[str], erasers: dict[str, efface.Eraser]) -> Image.Image:
     """The base model's pictures, and below them those with each eraser on."""
-    pipe = efface.load("emoji")
+    pipe = efface.load("emoji-128")
     pipe.set_progress_bar_config(disable=True)
     seeds = [SEED + k for k in range(len(prompts))]
     found = {"base": to_pil(draw(pipe, prompts, seeds))}

@@ -40,9 +40,7 @@ def block(marker: str, root: Path = ROOT) -> str:
     found = [(name, card(name, root)) for name in names]
     new = [(name, each) for name, each in found if isinstance(each, dict) and "form" in each]
     if new:
-        return "\n\n".join(
-            f"{tables.caption(each, name)}\n\n{tables.of_card(each)}" for name, each in new
-        ).removesuffix("\n")
+        return "\n\n".join(shown(each, name) for name, each in new)
     content = b"".join((root / f"results/{name}.json").read_bytes() for name in names)
     if hashlib.sha256(content).hexdigest() != digest:
         raise ValueError(
@@ -152,13 +150,33 @@ def load() -> str:
     return "\n\n".join(parts)
 
 
+def shown(found: Mapping[str, Any], name: str) -> str:
+    """A card's caption and table."""
+    return f"{tables.caption(found, name)}\n\n{tables.of_card(found)}".rstrip()
+
+
+def judged() -> str:
+    """Tokens that were learned from judged pictures, beside the best words; `experiments/feedback.py`."""
+    found, lines = card("feedback"), []
+    for each in found["comparisons"]:
+        cells = [f"{100 * each[what][who]:.0f} %" for what in ("left", "kept") for who in ("token", "words")]
+        low, high = (100 * bound for bound in each["left"]["interval"])
+        gap = f"{100 * each['left']['difference']:+.0f} [{low:.0f}, {high:.0f}]"
+        head = f"{each['concept']}, `{each['method']}`"
+        lines.append([head, *cells[:2], gap, *cells[2:], each["better"] or "undecided"])
+    head = ["", "members left: token", "best words", "difference, points", "other things retained: token", "best words"]
+    by = [line for line in found["verdict"] if "by what the token was learned from" in line]
+    caption = tables.caption({**found, "verdict": by}, "feedback")
+    return f"{caption}\n\n{table([*head, 'better'], lines)}"
+
+
 ATTACKS = ("attacks", "gradient_attacks", "peer_attacks")
 
 
 def attacks(root: Path = ROOT) -> str:
     """The cards of attacks that there are; `experiments/redteam.py`."""
     found = {name: card(name, root) for name in ATTACKS if (root / f"results/{name}.json").is_file()}
-    parts = [f"{tables.caption(each, name)}\n\n{tables.of_card(each)}".rstrip() for name, each in found.items()]
+    parts = [shown(each, name) for name, each in found.items()]
     missing = [f"`python -m experiments {name}`" for name in ATTACKS if name not in found]
     return "\n\n".join([*parts, *([f"Without a card so far: {', '.join(missing)}."] if missing else [])])
 
@@ -272,6 +290,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "families": families,
     "costs": costs,
     "load": load,
+    "judged": judged,
+    "drawings": lambda: shown(card("eiup_cost"), "eiup_cost"),
     "attacks": attacks,
     "leaderboard": ranking,
     "judge": labelled,

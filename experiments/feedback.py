@@ -3,6 +3,9 @@
 The first detector stands for the annotator: it sees pixels alone, and a share of its answers is turned around. The
 second one judges what is drawn, alone. Both were trained on the same pictures, so a real annotator would agree less.
 Members that are `unseen` are in no prompt of the judged pictures.
+
+The pictures of one token were judged by looking instead: `results/judged_alcohol.jsonl`, from `efface feedback collect
+--sheets`, `read` and `export`. Two passes of a vision-language model filled in the sheets, not people.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import dataclasses
 import hashlib
 import itertools
 import random
+import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,23 +23,28 @@ from typing import Any, ClassVar
 import torch
 
 import efface
-from efface import api
+from efface import api, files
 from efface.core import Concept, config
 from efface.detectors import _encoders
-from efface.feedback import Evidence, Judgement, pool
+from efface.feedback import Evidence, Judgement, Store, load, pool
 from efface.feedback.reward import RewardModel
+from efface.intervals import difference
 from efface.pictures import to_pil
 from efface.pipelines import draw
 
-from .code import code_hash
+from .code import ROOT, code_hash
 from .outcome import PILOT, packed, rate
 from .runner import Experiment, Plan, Unit, timed
 from .worlds import SEEDS
 
 ANNOTATOR, JUDGE = 0, 1  # places of the two detectors
-MEMBERS, STRIDE = ("seen", "unseen"), 2_000
+MEMBERS, OTHERS, STRIDE = ("seen", "unseen"), ("near", "far"), 2_000
+LOOKED = ROOT / "results" / "judged_alcohol.jsonl"
 HOSTS: dict[str, Any] = {"eiup": efface.EIUP, "sld": efface.SLD, "negative_prompt": efface.NegativePrompt}
 TRAINERS: dict[str, Any] = {"esd": efface.ESD, "sdd": efface.SDD}
+
+
+How = tuple[int, float | Path]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +54,14 @@ class Fuzzy:
     Args:
         cells: cell -> icons. `seen` and `unseen` are members, `near` looks or sounds alike and stays, `far` stays.
         words: what a person writes: a name, and a list.
-        judgements: the (number of judgements, share of wrong answers) of each token.
+        judgements: the (number of judged pictures, share of wrong answers) of each token. Instead of a share, a file of
+            judgements that people made by looking at these pictures.
         trainers: whether editors of weights are fitted too.
     """
 
     cells: Mapping[str, tuple[str, ...]]
     words: Mapping[str, tuple[str, ...]]
-    judgements: tuple[tuple[int, float], ...] = ((200, 0.0),)
+    judgements: tuple[How, ...] = ((200, 0.0),)
     trainers: bool = False
 
     @property
@@ -68,7 +78,7 @@ CONCEPTS = {
             "far": ("dog-face", "guitar", "rose", "bus", "pizza", "trophy"),
         },
         {"name": ("alcohol",), "list": ("alcohol", "beer", "wine", "a cocktail", "champagne")},
-        ((50, 0.0), (200, 0.0), (800, 0.0), (200, 0.1), (200, 0.2)),
+        ((50, 0.0), (200, 0.0), (800, 0.0), (200, 0.1), (200, 0.2), (200, LOOKED)),
         trainers=True,
     ),
     "party drinks": Fuzzy(
@@ -140,13 +150,13 @@ class Feedback(Experiment):
                     found += self._cells(plan, name, about, f"{method} | {source}", (), fitted)
         return found
 
-    def _token(self, plan: Plan, name: str, about: Fuzzy, count: int, wrong: float) -> Unit:
-        """The token that is learned from so many judgements."""
+    def _token(self, plan: Plan, name: str, about: Fuzzy, count: int, answers: float | Path) -> Unit:
+        """The token that is learned from so many judged pictures."""
         setting = {
             "token": config(self.fit.resolved(plan.world.pipe)),
             "concept": name,
             "cells": {cell: list(icons) for cell, icons in about.cells.items()},
-            "judgements": [count, wrong],
+            "judgements": [count, files.sha256(answers.read_bytes()) if isinstance(answers, Path) else answers],
             "model": plan.facts["model"],
             "call": dict(plan.call),
             "versions": plan.facts["versions"],
@@ -158,14 +168,18 @@ class Feedback(Experiment):
             folder = self._pool(plan, name, about, count)
             shown = _encoders.embedded(_encoders.encoder("emoji"), [item.path for item in pool(folder)])
             names = [item.picture for item in pool(folder)]
-            evidence = judged(plan, folder, name, about, wrong)
+            evidence = (
+                looked(folder, name, answers)
+                if isinstance(answers, Path)
+                else judged(plan, folder, name, about, answers)
+            )
             reward = RewardModel.fit(evidence, names, shown, encoder="emoji")
             file = artefact(plan, unit).with_suffix(".reward.safetensors")
             reward.save(file)
             fit = dataclasses.replace(self.fit, pictures=str(folder), feedback=str(file))
             fit.fit(plan.world.pipe, Concept(name)).save(artefact(plan, unit))
             yes = sum(share > 0.5 for share in evidence.shares.values())
-            return {"judged": len(names), "yes": yes, "reward": dict(reward.facts)}
+            return {"judged": len(names), "yes": yes, "who": list(evidence.annotators), "reward": dict(reward.facts)}
 
         def pilot() -> float:
             few = [dataclasses.replace(self.fit, steps=k) for k in (1, 5)]
@@ -285,9 +299,79 @@ class Feedback(Experiment):
         judge = {**plan.facts["detector"], "name": f"the second detector of `{plan.model}`; the first one annotated"}
         return {"rows": list(rows.values()), "pictures": pictures, "tokens": tokens, "cells": cells, "detector": judge}
 
+    def derived(self, card: dict[str, Any]) -> dict[str, Any]:
+        """Each token of 200 judgements against the words that leave least, by method; and tokens by judgements."""
+        compared, verdict = [], []
+        for name, about in self.concepts.items():
+            of = self._outcomes(card, name, about)
+            for method in dict.fromkeys(row.partition(" | ")[0] for row in of if row != "base"):
+                mine = {row: each for row, each in of.items() if row.startswith(f"{method} | ")}
+                words = min((row for row in mine if "words" in row), key=lambda row: _mean(mine[row]["left"]))
+                token = f"{method} | {said(200, 0.0)}"
+                found = {"concept": name, "method": method, "words": words.partition(": ")[2]}
+                for what, cells in (("left", MEMBERS), ("kept", OTHERS)):
+                    clusters = [(cell, k % len(about.cells[cell])) for cell in cells for k in range(card["n"])]
+                    gap = difference(of[token][what], of[words][what], clusters)
+                    found[what] = {
+                        "token": _mean(of[token][what]),
+                        "words": _mean(of[words][what]),
+                        "difference": gap.value,
+                        "interval": list(gap.interval),
+                    }
+                found["better"] = _better(found["left"]["interval"], found["kept"]["interval"])
+                compared.append(found)
+                verdict.append(_in_words(found))
+            by = [
+                f"{row.partition(' | ')[2]}: {100 * _mean(each['left']):.0f} %"
+                for row, each in of.items()
+                if row.startswith("eiup | ") and "words" not in row
+            ]
+            verdict.append(f"{name}, members left by EIUP, by what the token was learned from: {'; '.join(by)}.")
+        return {"comparisons": compared, "verdict": verdict}
 
-def said(count: int, wrong: float) -> str:
-    return f"{count} judgements" + (f", {100 * wrong:.0f} % wrong" if wrong else "")
+    @staticmethod
+    def _outcomes(card: Mapping[str, Any], name: str, about: Fuzzy) -> dict[str, dict[str, list[int]]]:
+        """Row to whether a member is left in each picture of members, and whether each other thing is there."""
+        of: dict[str, dict[str, list[int]]] = {}
+        for what, cells in (("left", MEMBERS), ("kept", OTHERS)):
+            for cell in cells:
+                for key, (digits,) in card["pictures"].items():
+                    concept, _, rest = key.partition(" | ")
+                    row, _, at = rest.rpartition(" | ")
+                    if (concept, at) == (name, cell):
+                        of.setdefault(row, {}).setdefault(what, []).extend(map(int, digits))
+        return of
+
+
+def _mean(values: Sequence[int]) -> float:
+    return sum(values) / len(values)
+
+
+def _better(left: Sequence[float], kept: Sequence[float]) -> str:
+    """What erases more, if it retains no less for sure: "pictures", "words", or "" where the intervals do not say."""
+    if left[1] < 0 and kept[1] >= 0:
+        return "pictures"
+    return "words" if left[0] > 0 and kept[0] <= 0 else ""
+
+
+def _in_words(found: Mapping[str, Any]) -> str:
+    parts = []
+    for what, about in (("left", "of the members are left"), ("kept", "of other things are retained")):
+        each = found[what]
+        low, high = (100 * bound for bound in each["interval"])
+        gap = f"{100 * each['difference']:+.0f} points [{low:.0f}, {high:.0f}]"
+        parts.append(
+            f"{100 * each['token']:.0f} % {about}, with words ({found['words']}) {100 * each['words']:.0f} %, {gap}"
+        )
+    who = {"pictures": "Pictures beat words.", "words": "Words beat pictures.", "": "The intervals do not decide."}
+    first = f"{found['concept']}, {found['method']}: with the token of 200 judgements"
+    return f"{first} {'; '.join(parts)}. {who[found['better']]}"
+
+
+def said(count: int, answers: float | Path) -> str:
+    if isinstance(answers, Path):
+        return f"{count} judgements, by looking"
+    return f"{count} judgements" + (f", {100 * answers:.0f} % wrong" if answers else "")
 
 
 def word_of(name: str) -> str:
@@ -315,6 +399,24 @@ def judged(plan: Plan, folder: Path, name: str, about: Fuzzy, wrong: float) -> E
         yes = bool(seen) != (rng.random() < wrong)
         facts = ("0" * 64, "", item.row, item.picture, name, "simulated", 1, "yes" if yes else "no")
         given.append(Judgement(*facts, "2026-01-01T00:00:00+00:00", "binary"))
+    return Evidence.of(given, name)
+
+
+def looked(folder: Path, name: str, file: Path) -> Evidence:
+    """What people said of each picture of a folder, by its SHA-256.
+
+    Raises:
+        ValueError: nobody judged some of these pictures.
+    """
+    shown = {item.picture for item in pool(folder)}
+    with tempfile.TemporaryDirectory() as where, Store(Path(where) / "judged.db") as store:
+        load(store, file)
+        given = [each for each in store.judgements(concept=name) if each.picture in shown]
+    if missing := len(shown - {each.picture for each in given}):
+        raise ValueError(
+            f"Expected judgements of all {len(shown)} pictures of {folder}, got none of {missing} in {file}. Another "
+            f"machine may draw other bits: judge them with `efface feedback collect {folder} --sheets FOLDER`."
+        )
     return Evidence.of(given, name)
 
 

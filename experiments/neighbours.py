@@ -83,7 +83,7 @@ class Neighbours(Experiment):
             "concept": concept,
             "prompts": prompts[:: plan.n],
             "seeds": [numbers[:: plan.n], plan.n],
-            "erasers": [config(each) for each in erased],
+            "erasers": [config(plan.world.filled(each)) for each in erased],
             "code": code_hash(*map(type, erased), draw),
         }
 

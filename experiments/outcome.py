@@ -252,7 +252,7 @@ class Outcome(Experiment):
             "prompts": prompts,
             "keep": keep,
             "seeds": [numbers.start, n],
-            "erasers": [{"delta": fitted.digest}] if fitted else [config(each) for each in erased],
+            "erasers": [{"delta": fitted.digest}] if fitted else [config(plan.world.filled(each)) for each in erased],
             "code": code_hash(*([efface.Delta, type(arm.make)] if fitted else map(type, erased)), draw),
         }
         call = dict(plan.call)

@@ -23,6 +23,7 @@ from torch import Tensor
 import efface
 from efface import checks
 from efface.core import Concept, shipped_concepts
+from efface.families import filled_for
 
 SEEDS = {"tuning": range(10_000), "selection": range(500_000, 1_000_000), "test": range(2_000_000, 3_000_000)}
 CELLS = ("explicit", "theme", "paraphrase", "pair", "bystander")
@@ -80,6 +81,10 @@ class World:
         folder = Path((emoji if self.small else emoji128).__file__).parent
         names = ("vocabulary", "paraphrases") if self.small else ("vocabulary", "held_out")
         return {name: json.loads((folder / f"{name}.json").read_text("utf-8")) for name in names}
+
+    def filled(self, eraser: Any) -> Any:
+        """The eraser with its defaults for this model, which is not loaded for that."""
+        return filled_for(eraser, *(("emoji-128", "emoji") if self.model == "emoji-128" else (self.model,)))
 
     @property
     def data_hash(self) -> str:

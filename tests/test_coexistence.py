@@ -793,7 +793,7 @@ def test_what_is_on_can_be_listed_and_taken_off(sd1: Any) -> None:
     eraser_for("a delta", "sd1").apply(sd1)
     twin = copy.deepcopy(sd1)
     lines = str(efface.active(sd1)).splitlines()
-    note = "not calibrated for SD 1.x/2.x (calibrated: emoji)"
+    note = "not calibrated for SD 1.x/2.x (calibrated: emoji, emoji-128)"
     assert lines == [f"EIUP  strength 2.25  alcohol       {note}", "uce   strength 1     cat, alcohol"]
     efface.active(sd1)[0].strength = 1.0
     assert efface.active(twin)[0].strength == 2.25  # the copy has erasers of its own

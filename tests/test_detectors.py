@@ -30,6 +30,7 @@ from efface import Row, Sample, _hub, registry
 from efface.cli import app
 from efface.detectors import _base, _encoders, _named, classifier, nudenet, open_nsfw
 from efface.detectors.eyes import EmojiEyes
+from efface.jobs import Judge
 from efface.metrics import _features, _judging
 from efface.metrics.agreement import Agreement
 from efface.metrics.detection import Detection
@@ -38,8 +39,11 @@ from efface.metrics.kid import KID
 from efface.metrics.lpips import LPIPS
 from efface.metrics.nudenet_counts import NudenetCounts
 from efface.metrics.removal import Removal
+from efface.models import eyes_of
 from efface.models.emoji.eyes import load_eyes
+from efface.models.emoji128 import eyes as emoji128_eyes
 from efface.pictures import to_pil
+from efface.pipelines import draw
 from efface.thresholds import read_labelled, threshold
 
 
@@ -60,6 +64,34 @@ def test_the_eyes_are_a_detector_and_a_look_is_kept(monkeypatch: pytest.MonkeyPa
     assert "worse" in words
     with pytest.raises(ValueError, match="Unknown concept 'catt'"):
         efface.detector("eyes", "catt")
+
+
+def test_pictures_of_128_pixels_are_judged_by_the_eyes_of_emoji_128() -> None:
+    eyes = efface.detector("eyes", "alcohol")
+    for side, mine, others in (
+        (64, eyes_of("emoji"), eyes_of("emoji-128")),
+        (128, eyes_of("emoji-flux"), eyes_of("emoji")),
+    ):
+        x = torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(side))
+        assert torch.equal(eyes.log_odds(x), mine.log_odds(x, "alcohol"))
+        assert not torch.allclose(eyes.log_odds(x), others.log_odds(x, "alcohol"), atol=1)
+        assert torch.equal(eyes.ratios(eyes.look(x)), mine.ratios(mine.see(x), ["alcohol"]))
+    assert isinstance(eyes_of("emoji-128"), emoji128_eyes.Eyes) and eyes_of("emoji-128").vocabulary.knows("bubble tea")
+    assert not eyes_of("emoji").vocabulary.knows("bubble tea")
+    with pytest.raises(ValueError, match="Expected pictures of one model"):
+        eyes.decide([*eyes.look(torch.zeros(1, 3, 64, 64)), *eyes.look(torch.zeros(1, 3, 128, 128))])
+    with pytest.raises(ValueError, match="Unknown concept 'bubble tea'"):  # only emoji-128 draws it
+        efface.detector("eyes", "bubble tea")(torch.zeros(1, 3, 64, 64))
+
+
+@pytest.mark.long
+def test_the_eyes_see_what_emoji_128_draws() -> None:
+    pipe = efface.load("emoji-128")
+    pipe.set_progress_bar_config(disable=True)
+    images = draw(pipe, ["a beer mug"] * 3 + ["a rocket"] * 3, range(1_000_000, 1_000_006), num_inference_steps=10)
+    assert efface.detector("eyes", "alcohol")(images).tolist() == [[True] * 3 + [False] * 3] * 2
+    judge = Judge([efface.Concept("alcohol"), efface.Concept("nudity")], "emoji-128")
+    assert judge.scores(images)["alcohol"] == [[True] * 3 + [False] * 3] * 2 and judge.not_judged == ["nudity"]
 
 
 @pytest.mark.parametrize(

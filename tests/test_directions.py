@@ -295,7 +295,7 @@ def test_an_extractor_chooses_by_the_prompt() -> None:
     assert change(found[2:3], want) < ROUNDING and change(want, drawn(prompt=PROMPTS[1], seed=2)) > EFFECT
     with both.enhancing(lambda _: "dog").apply(pipe), pytest.raises(ValueError, match="not a shipped|no vector"):
         latents(pipe)
-    with pytest.raises(ValueError, match="does not hold `rows` or `extractor`"):
+    with pytest.raises(ValueError, match="does not hold `extractor`"):
         enhancing.save("unused.safetensors")
 
 
@@ -697,7 +697,7 @@ def test_an_attribute_that_the_model_never_draws_is_refused(sd1: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"steps": 0}, "`steps` to be an integer >= 1"),
+        ({"steps": 0}, "a whole number `steps` >= 1"),
         ({"pictures": 1}, "`pictures`"),
         ({"lr": 0}, "lr"),
         ({"guidance": 1, "anti": True}, "`anti` uses negative prompts"),

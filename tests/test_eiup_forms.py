@@ -117,8 +117,8 @@ def test_forms_are_refused_where_they_mean_nothing() -> None:
         EIUP([CAT], pooled=1.0).apply(pipe)
     with pytest.raises(ValueError, match="`pooled` >= 0"):
         EIUP([CAT], pooled=-1.0)
-    assert (EIUP([CAT], normalization="text").strength, EIUP([CAT], normalization="oblique").strength) == (2.25, 2.0)
-    with EIUP([CAT], normalization="oblique").apply(pipe):
+    with EIUP([CAT], normalization="oblique").apply(pipe) as handle:
+        assert handle.strength == 2.0
         erased = latents(pipe, "a red cat")
     assert change(erased, latents(pipe, "a red cat")) > 1e-2
 

@@ -31,7 +31,7 @@ from torch import nn
 
 import efface
 import efface.api
-from efface import Concept
+from efface import Concept, jobs
 from efface.families import about, family
 from efface.models import emoji128
 from efface.models.emoji128.eyes import ICONS, STYLES, Eye, Eyes, load_eyes
@@ -163,6 +163,40 @@ def test_img2img_inpainting_and_pag_take_the_unet_model(unet_pipe: StableDiffusi
     there = StableDiffusionPAGPipeline.from_pipe(unet_pipe)
     there.set_progress_bar_config(disable=True)
     assert there("a cat", pag_scale=1.0, **call).images[0].shape == (128, 128, 3)
+
+
+def test_erasers_act_with_the_strength_of_this_model_and_record_it(
+    unet_pipe: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    eraser = efface.EIUP("cat")
+    call = {"num_inference_steps": 2, "output_type": "latent"}
+
+    def latents(*erasers: efface.EIUP) -> torch.Tensor:
+        with efface.stack(unet_pipe, *erasers):
+            found: torch.Tensor = unet_pipe("a cat", generator=torch.Generator().manual_seed(3), **call).images
+        return found
+
+    one, more, plain = latents(efface.EIUP("cat", strength=1.0)), latents(efface.EIUP("cat", strength=2.25)), latents()
+    assert torch.equal(latents(eraser), one)
+    assert min(float((one - other).abs().max()) for other in (more, plain)) > 1e-3
+    with eraser.apply(unet_pipe) as handle:
+        assert handle.strength == handle.config()["strength"] == 1.0 and handle.note == "" and eraser.strength is None
+        handle.strength = 3.0
+        handle.strength = None
+        assert handle.strength == 1.0 and torch.equal(latents(), one)
+    there = StableDiffusionImg2ImgPipeline.from_pipe(unet_pipe)
+    with eraser.apply(there) as handle:
+        assert handle.strength == 1.0
+    job = jobs.Erasure(unet_pipe, [eraser], "a cat", images=1, steps=1, seed=7)
+    assert job.run(tmp_path)["eraser"]["strength"] == 1.0
+    row = efface.Row("cat-0", "a cat", 1_000_000)
+    suite = efface.Suite("cats", "1", (row,), call={"num_inference_steps": 1})
+    run = efface.run(suite, unet_pipe, eraser=eraser, out=tmp_path / "run")
+    assert run.record["erasers"][0]["strength"] == 1.0
+    assert efface.verify(run, model=unet_pipe, eraser=eraser, seed=1).same
+    guard = efface.Guard({"kids": ["cat"]})
+    (record,) = guard(unet_pipe, ["a cat"], ["kids"], num_inference_steps=1).rows
+    assert record.acted[0].eraser["strength"] == 1.0
 
 
 def test_img2img_takes_the_flux_model(flux_pipe: FluxPipeline) -> None:
@@ -345,7 +379,7 @@ def test_the_eyes_answer_for_each_picture_and_refuse_what_is_none(tmp_path: Path
     assert eyes.icons(images).shape == (2, 3, len(ICONS)) and eyes.concept(images, "alcohol").shape == (2, 3)
     with pytest.raises(ValueError, match=r"Expected images in \[0, 1\]"):
         eyes.see(images * 3)
-    with pytest.raises(ValueError, match="Expected a concept such as alcohol"):
+    with pytest.raises(ValueError, match="Unknown concept .unicorns.. Did you mean"):
         eyes.concept(images, "unicorns")
     with pytest.raises(FileNotFoundError, match=r"eyes\.json is missing"):
         load_eyes(tmp_path)

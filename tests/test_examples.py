@@ -59,8 +59,8 @@ BLOCKS = [
 
 
 @functools.cache
-def emoji() -> Any:
-    pipe = efface.load("emoji")
+def embedded(model: str) -> Any:
+    pipe = efface.load(model)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -73,9 +73,9 @@ def test_pages_have_code() -> None:
 @pytest.mark.parametrize("code", BLOCKS)
 def test_code_of_a_page_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each block has what the text around it names: `efface`, a pipeline and a detector."""
-    pipe = emoji()
+    pipe = embedded("emoji")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(efface, "load", {"emoji": pipe}.__getitem__)
+    monkeypatch.setattr(efface, "load", {"emoji": pipe, "emoji-128": embedded("emoji-128")}.__getitem__)
     exec(compile(code, "page", "exec"), {"efface": efface, "pipe": pipe, "ConceptEyes": ConceptEyes})
 
 

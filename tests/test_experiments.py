@@ -24,7 +24,7 @@ import efface
 import experiments.__main__ as command
 from efface.intervals import clustered
 from experiments import code, costs, docs, feedback, load, outcome, runner, tables
-from experiments.catalogue import CATALOGUE, EXPERIMENTS, strengths
+from experiments.catalogue import CATALOGUE, EXPERIMENTS, RUN_TIME, strengths
 from experiments.closed_form import ClosedForm
 from experiments.literal import denoiser_calls as calls
 from experiments.literal import finetune, joint_blocks
@@ -489,9 +489,14 @@ def test_the_rule_of_the_smallest_strength(points: list[tuple[float, float, floa
     assert first_that_reaches(rows, {"retention": {"rate": 0.9}}) == chosen
 
 
-def test_the_default_strength_is_what_the_sweep_chose() -> None:
-    card = json.loads((ROOT / "results/eiup_sweep.json").read_text())
-    assert efface.EIUP("cat").strength == card["chosen"]
+@pytest.mark.parametrize(("form", "row"), [("projected", "eiup"), ("swap", "eiup swap")])
+def test_the_default_strength_is_what_the_sweep_of_the_model_chose(form: Any, row: str) -> None:
+    small, larger = (json.loads((ROOT / f"results/{name}.json").read_text()) for name in ("eiup_sweep", RUN_TIME.name))
+    assert (small["model"]["name"], larger["model"]["name"]) == ("emoji", "emoji-128")
+    known = {model: values["strength"] for model, values in efface.EIUP("cat", normalization=form).defaults.items()}
+    assert known == {"emoji": small["chosen"], "emoji-128": float(larger["chosen"][row]), "": small["chosen"]}
+    for model, strength in (("emoji", small["chosen"]), ("emoji-128", float(larger["chosen"][row]))):
+        assert world(model).filled(efface.EIUP("cat", normalization=form)).strength == strength
 
 
 # ---------------------------------------------------------------- what a card counts
@@ -686,6 +691,8 @@ def test_figures_in_the_leaderboards_prose_are_those_of_its_cards() -> None:
     }
     assert f"{nothing['eiup']} of 32 of these" in page and f"{32 - nothing['eiup swap']} of 32, and AdaVD" in page
     readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    (cost,) = (row for row in docs.card("eiup_cost")["rows"] if row["row"] == "7 phrases")
+    assert f"takes {cost['scenes']['emoji, batch 4']['ratio']['median']:.2f} times as long" in readme
     looked = {row["row"]: 100 * row["residual"]["looking"]["rate"] for row in judge["rows"]}
     assert f"in {looked['base']:.1f} % of them, not {left['base']:.1f} %" in readme
     largest = max(abs(looked[name] - left[name]) for name in looked.keys() - {"base"})
@@ -699,7 +706,13 @@ def test_all_cards_together_take_at_most_60_core_hours() -> None:
     )
 
 
-READ_CARDS = ("leaderboard", "eiup_neighbours_flagged")  # which plan by what another card chose
+READ_CARDS = (
+    "leaderboard",
+    "eiup_neighbours_flagged",
+    "attacks",
+    "attacks_few",
+    "peer_attacks",
+)  # which plan by what another card chose
 
 
 @pytest.mark.thinned("long")
@@ -866,3 +879,26 @@ def test_words_and_a_learned_token_are_compared(tmp_path: Path, monkeypatch: pyt
     wrong = feedback.judged(plan(tmp_path, trial), pool, "alcohol", about, 1.0)
     assert sum(wrong.shares.values()) == 60 - learned["yes"]  # every answer is turned around
     assert "second detector" in tables.caption(card, "trial")
+
+
+def test_the_card_of_feedback_says_whether_pictures_beat_words() -> None:
+    cells = {"seen": ("a", "b"), "unseen": ("c",), "near": ("d",), "far": ("e", "f")}
+    about = feedback.Fuzzy(cells, {"name": ("x",), "list": ("x", "y")})
+    trial = feedback.Feedback(**ABOUT, concepts={"x": about}, n=24)
+    base = dict.fromkeys(cells, "1" * 24)
+
+    def judged(words: str, token: str, kept: str = "1") -> dict[str, Any]:
+        """The verdict if words leave and keep this, and the token that; the name alone leaves everything."""
+        rows = {"base": base, "sld | words: name": base}
+        rows["sld | words: list"] = base | dict.fromkeys(("seen", "unseen"), words * 24)
+        rows["sld | 200 judgements"] = base | dict.fromkeys(("seen", "unseen"), token * 24)
+        rows["sld | 200 judgements"] |= dict.fromkeys(("near", "far"), kept * 24)
+        pictures = {f"x | {row} | {cell}": [digits] for row, of in rows.items() for cell, digits in of.items()}
+        return trial.derived({"n": 24, "pictures": pictures})
+
+    won, lost, open_ = judged("1", "0"), judged("0", "1"), judged("0", "0")
+    assert [each["comparisons"][0]["better"] for each in (won, lost, open_)] == ["pictures", "words", ""]
+    assert judged("1", "0", kept="0")["comparisons"][0]["better"] == ""  # it ruins near things
+    (found,) = lost["comparisons"]
+    assert found["words"] == "list" and (found["left"]["token"], found["left"]["words"]) == (1.0, 0.0)
+    assert "100 % of the members are left, with words (list) 0 %, +100 points" in lost["verdict"][0]

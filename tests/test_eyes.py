@@ -121,6 +121,7 @@ def test_what_is_kept_is_all_but_the_concept() -> None:
     class Told:
         """Each picture's number says, by eye, which icons are there."""
 
+        vocabulary = Eyes.vocabulary
         there = (
             (("cat-face", "rocket", "pizza"), ("cat-face", "rocket")),
             (("rocket",), ("rocket",)),

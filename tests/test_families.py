@@ -254,11 +254,30 @@ def test_what_lists_read_in_the_source_is_what_the_classes_say() -> None:
 def test_what_is_filled_in_says_where_it_was_calibrated() -> None:
     emoji, sd = tiny.untouched("bert"), tiny.untouched("sd1")
     assert filled(RECE(), emoji).lam == 100.0 and filled(RECE(), sd).lam == 0.1 and filled(RECE(lam=2.0), sd).lam == 2.0
-    for method in (RECE(), ESD(), EIUP([CAT])):
+    for method, known in ((RECE(), "emoji"), (ESD(), "emoji"), (EIUP([CAT]), "emoji, emoji-128")):
         assert uncalibrated(method, emoji) == ""
-        assert uncalibrated(method, sd) == "not calibrated for SD 1.x/2.x (calibrated: emoji)"
+        assert uncalibrated(method, sd) == f"not calibrated for SD 1.x/2.x (calibrated: {known})"
+    assert uncalibrated(EIUP([CAT], strength=1.0), sd) == "" != uncalibrated(EIUP([CAT], normalization="gated"), emoji)
     assert uncalibrated(RECE.nudity(), sd) == uncalibrated(SLD([CAT]), sd) == uncalibrated(UCE(), sd) == ""
     assert "calibrated: SD 1.x/2.x" in uncalibrated(SLD([CAT]), tiny.untouched("sd3"))
+
+
+def test_a_model_that_its_family_tells_apart_has_defaults_of_its_own_or_the_familys() -> None:
+    """`emoji-128` is told by the config of its denoiser. It has EIUP's strength 1, and RECE's values of the family."""
+    pipe = tiny.pipeline("bert")
+    facts = family(pipe)
+    assert facts.model(pipe) == facts.name == "emoji" and filled(EIUP([CAT]), pipe).strength == 2.25
+    pipe.unet.register_to_config(sample_size=16, in_channels=8, cross_attention_dim=384)
+    assert family(pipe) is facts and facts.model(pipe) == "emoji-128"
+    for form, strength in (("projected", 1.0), ("swap", 1.0), ("oblique", 2.0), ("gated", 1.0)):
+        eraser = EIUP([CAT], normalization=form)  # type: ignore[arg-type]
+        assert filled(eraser, pipe).strength == strength and eraser.strength is None
+        assert (uncalibrated(eraser, pipe) == "") == (form in ("projected", "swap"))
+    assert filled(EIUP([CAT], strength=3.0), pipe).strength == 3.0
+    assert filled(RECE(), pipe).lam == 100.0
+    assert uncalibrated(RECE(), pipe) == "not calibrated for emoji-128 (calibrated: emoji)"
+    pipe.unet.register_to_config(sample_size=32)
+    assert facts.model(pipe) == "emoji"
 
 
 def test_either_of_two_offers_may_be_enough() -> None:
@@ -342,5 +361,5 @@ def test_active_says_where_defaults_were_not_calibrated() -> None:
     pipe = pipeline("sd1")
     with efface.EIUP("cat").apply(pipe), efface.NegativePrompt("cat").apply(pipe):
         eiup, negative = str(efface.active(pipe)).splitlines()
-    assert eiup.endswith("cat  not calibrated for SD 1.x/2.x (calibrated: emoji)")
+    assert eiup.endswith("cat  not calibrated for SD 1.x/2.x (calibrated: emoji, emoji-128)")
     assert negative.endswith("cat")

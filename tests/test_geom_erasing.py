@@ -378,7 +378,7 @@ def test_tokens_of_another_model_are_refused(pipe: Any) -> None:
         ({"setting": "both"}, "`setting` to be one of 'model', 'data'"),
         ({"encoding": "boxes"}, "`encoding` to be one of"),
         ({"negative": "two_pass"}, "`negative` to be one of 'name', 'all'"),
-        ({"grid": 0}, "`grid` to be an integer >= 1"),
+        ({"grid": 0}, "a whole number `grid` >= 1"),
         ({"ratio": 0}, "`ratio` > 0"),
         ({"dropout": 1.0}, r"`dropout` in \[0, 1\)"),
         ({"threshold": 2}, r"`threshold` in \[0, 1\]"),

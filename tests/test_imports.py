@@ -127,7 +127,7 @@ ORDER = {
     ),
     "delta": (
         *("factors", "watch", "overlay", "applied", "embeddings", "words", "base", "table", "gates"),
-        *("forms", "file", "lora", "delta", "features", "steering", "tokens", "state"),
+        *("forms", "file", "lora", "artefact", "delta", "features", "steering", "tokens", "state"),
         "__init__",
     ),
     "runs": (
@@ -139,8 +139,8 @@ ORDER = {
         *("networks", "reward", "figure", "__init__"),
     ),
     "attacks": (
-        *("_words", "_contract", "_vocabulary", "_tokens", "_encoders", "_noising", "_recording", "_directions"),
-        *("_whitebox", "_masked", "_compose", "_fit", "_pictures", "__init__"),
+        *("_words", "_contract", "_texts", "_vocabulary", "_tokens", "_encoders", "_noising", "_recording"),
+        *("_directions", "_whitebox", "_masked", "_search", "_compose", "_fit", "_pictures", "__init__"),
         *("best_of_n", "concept_arithmetics", "concept_inversion", "gcg", "guidance_sweep", "image_to_image"),
         "detector_guidance",
         *(

@@ -193,7 +193,9 @@ def test_a_delta_of_other_parts_than_the_denoiser_is_refused(
     folder, entries = made
     guarded = Guard({"edit": Policy(deltas=[entries["alcohol"]])}, deltas=folder)
     found = guarded._shelf.get(guarded.policies["edit"].deltas[0])
-    monkeypatch.setattr(guarded._shelf, "get", lambda edit: efface.Delta({"text_encoder.x": torch.ones(2)}, "made"))
+    monkeypatch.setattr(
+        guarded._shelf, "get", lambda edit: efface.Delta({"text_encoder.x": torch.ones(2)}, method="made")
+    )
     assert found.weights
     with pytest.raises(ValueError, match="Expected changes of 'unet'"):
         drawn(guarded, pipeline(), ["edit"])

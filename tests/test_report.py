@@ -13,13 +13,16 @@ from collections.abc import Sequence
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from PIL import Image
 
+import efface
 from efface import Row, Sample, Score, runs, write_report
 from efface.records import rows_hash
+from efface.report import verdict
 from efface.report.compare import entries, grouped
 from efface.report.pictures import SIDE, pairs_of
 from efface.runs.folder import claim
@@ -396,3 +399,15 @@ def test_the_console_is_watched(site: str, tmp_path: Path) -> None:
     (tmp_path / "wrong.html").write_text("<link rel=icon href=data:,><script>console.error('seen'); nothing()</script>")
     _, said = browse(f"{site}/wrong.html", tmp_path / "profile")
     assert len(said) == 2 and "seen" in said[0]
+
+
+def test_a_report_names_a_detector_that_was_made_for_another_model() -> None:
+    def named(model: str, detector: str) -> bool:
+        run: Any = SimpleNamespace(
+            scores={"removal": SimpleNamespace(protocol=detector)}, card={"model": {"name": model}}
+        )
+        return any("was made for the emoji models" in line for line in verdict._general([run]))
+
+    eyes = efface.detector("eyes", "cat").name
+    assert named("stable-diffusion", eyes) and not named("stable-diffusion", "nudenet3")
+    assert not any(named(model, eyes) for model in ("emoji", "emoji-128", "emoji-flux + no-cats.safetensors"))

@@ -12,12 +12,15 @@ import re
 import runpy
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import test_prose
 import yaml
 from typer.main import get_command
+from typer.testing import CliRunner
 
 import efface
 from efface import registry
@@ -255,16 +258,39 @@ def test_the_sortable_leaderboard_sorts_and_filters(tmp_path: Path) -> None:
     assert [float(value) for value in values] == sorted(map(float, values), reverse=True)
 
 
-WALKS = re.findall(r"\| `([\w.]+)` in \[[^]]+\]\(\.\./([^)]+)\)", (ROOT / "docs/architecture.md").read_text("utf-8"))
+ARCHITECTURE = (ROOT / "docs/architecture.md").read_text("utf-8")
+STEP = r"\| `([\w.]+)` in \[[^]]+\]\(\.\./([^)]+)\)"
+WALKS = re.findall(STEP, ARCHITECTURE)
 
 
 def test_the_walks_name_what_exists() -> None:
-    assert len(WALKS) == 48
+    assert len(WALKS) == 49
     for name, file in WALKS:
         owner, _, member = name.partition(".")
         nodes = {getattr(n, "name", ""): n for n in ast.parse((ROOT / file).read_text("utf-8")).body}
         assert owner in nodes, (name, file)
         assert not member or member in {getattr(n, "name", "") for n in nodes[owner].body}, (name, file)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not (FOLDER / "model.json").exists(), reason="the emoji weights are not trained yet")
+def test_the_walk_from_the_command_line_is_what_runs(tmp_path: Path) -> None:
+    steps = re.findall(STEP, ARCHITECTURE.partition("## From the command line")[2].partition("\n## ")[0])
+    ran: set[tuple[str, str]] = set()
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        if event == "call":
+            ran.add((frame.f_code.co_qualname, frame.f_code.co_filename))
+
+    args = ["erase", "a night at the pub", "--concept", "alcohol", "--set", "strength=2", "--steps", "2"]
+    sys.setprofile(note)
+    try:
+        result = CliRunner().invoke(app, [*args, "--out", str(tmp_path / "erased")])
+    finally:
+        sys.setprofile(None)
+    assert result.exit_code == 0, result.output
+    assert len(steps) > 15
+    assert [name for name, file in steps if (name, str(ROOT / file)) not in ran] == []
 
 
 # ---------------------------------------------------------------- notebooks

@@ -143,7 +143,7 @@ def test_gradients_are_those_of_what_it_computes(form: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rows": [[DOG]]}, "'dog' has no tensors here. Known: alcohol, cat"),
+        ({"rows": [[DOG]]}, "'dog' has no vector. Known: alcohol, cat"),
         ({"strength": -1}, "strength"),
         ({"vectors": {}}, "at least one module"),
         ({"vectors": {"unet.a:read": torch.zeros(2, 2, 4)}}, r"parts read, taken, middle of 'unet\.a', got read"),

@@ -32,7 +32,7 @@ from efface.attacks.concept_inversion import ConceptInversion
 from efface.attacks.gcg import GCG, Coordinates
 from efface.attacks.p4d import P4D
 from efface.attacks.ring_a_bell import RingABell
-from efface.attacks.unlearndiffatk import UnlearnDiffAtk, clipped, embedded
+from efface.attacks.unlearndiffatk import UnlearnDiffAtk, clipped, embedded, moved
 from efface.delta.embeddings import substituted, tables
 from efface.families import family
 from efface.redteam.victim import GuardedModel
@@ -201,15 +201,11 @@ def test_shares_are_sampled_as_one_hot_rows() -> None:
 
 def test_the_update_of_shares_is_clipped_and_stays_on_the_simplex() -> None:
     table, upstream = {"one": random(1, 9, 5)}, 2 * random(3, 2, 5)
-    shares, optimizer = torch.full((2, 9), 1 / 9), None
-
-    class Linear:
-        def loss(self, text: str, slots: Any, rows: Any, point: Any) -> Tensor:
-            return (rows["one"] * upstream).sum()
-
+    shares = torch.full((2, 9), 1 / 9)
     before, gradient = shares.clone(), upstream @ table["one"].T
     optimizer = torch.optim.SGD([shares], lr=0.1)
-    UnlearnDiffAtk()._update(shares, optimizer, Linear(), "", None, table, None, torch.Generator().manual_seed(0))
+    drawn = sampled(shares, torch.Generator().manual_seed(0)).requires_grad_()
+    moved(shares, optimizer, drawn, (embedded(drawn, table)["one"] * upstream).sum())
     assert (gradient.abs() > 1).any() and (gradient.abs() < 1).any()
     assert torch.allclose(shares, simplex(before - 0.1 * gradient.clamp(-1, 1)))
     assert torch.equal(clipped(gradient), gradient.clamp(-1, 1))

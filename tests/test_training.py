@@ -114,7 +114,7 @@ def test_a_default_fit_exports_as_a_lora_and_one_with_biases_is_refused(
 
 
 def test_what_cannot_be_trained_is_refused(sd1: Any) -> None:
-    with pytest.raises(ValueError, match="one of x, x-strict, joint, u, self, full, got 'xattn'"):
+    with pytest.raises(ValueError, match="one of 'x', 'x-strict', 'joint', 'u', 'self', 'full', got 'xattn'"):
         ESD(train="xattn")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="finds no parameters"):
         trained(torch.nn.Linear(2, 2), "x")

@@ -42,7 +42,7 @@ def handles(model: str | Path) -> dict[str, object]:
 def fields(hat: efface.Concept) -> None:
     """Constructors take a name, a concept or a list of these; fields hold what their types say."""
     assert_type(efface.EIUP("alcohol").concepts[0].name, str)
-    assert_type(efface.EIUP([hat, "weapon"]).strength, float)
+    assert_type(efface.EIUP([hat, "weapon"]).strength, float | None)
     assert_type(efface.EIUP(hat, None).window, tuple[float, float])
     assert_type(efface.EIUP(hat).touches_uncond, bool)
     assert_type(efface.GIE(["cat"], strength=0.5).strength + 1, float)

@@ -41,7 +41,8 @@ def latents_of(pipe: Any, images: Tensor) -> Tensor:
     scale, shift = scaling(pipe)
     weight = next(vae.parameters())
     made = vae.encode((2 * images - 1).to(weight.device, weight.dtype))
-    latents = made.latent_dist.mode() if hasattr(made, "latent_dist") else made.latents
+    plain = "latent" if hasattr(made, "latent") else "latents"  # Sana's autoencoder, and those with a codebook
+    latents = made.latent_dist.mode() if hasattr(made, "latent_dist") else getattr(made, plain)
     latents = (latents.float() - shift) * scale
     if not latents.isfinite().all():
         raise ValueError("The VAE's latents of the pictures are not finite. Load its weights in float32.")

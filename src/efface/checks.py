@@ -165,6 +165,31 @@ def choice(name: str, value: object, choices: Collection[Choice]) -> Choice:
     raise ValueError(refusal(f"{_quoted(name)} to be one of {known}", value, hint or "Give one of these."))
 
 
+def each(owner: object, check: Callable[..., object], *names: str, **bounds: object) -> None:
+    """Checks several fields of a frozen dataclass alike, and stores what the check returns.
+
+    A field whose default is None may be None.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from efface import checks
+        >>> @dataclass(frozen=True)
+        ... class Fit:
+        ...     steps: int = 10
+        ...     batch: int | None = None
+        ...
+        ...     def __post_init__(self):
+        ...         checks.each(self, checks.whole, "steps", "batch")
+        >>> Fit(batch=0)
+        Traceback (most recent call last):
+        ValueError: Expected a whole number `batch` >= 1, got 0. Give 1 or more.
+    """
+    for name in names:
+        value = getattr(owner, name)
+        if value is not None or getattr(type(owner), name, ...) is not None:
+            object.__setattr__(owner, name, check(name, value, **bounds))
+
+
 def text(name: str, value: object, *, empty: bool = False) -> str:
     """A text that is not blank, unless `empty` is True."""
     if not isinstance(value, str):

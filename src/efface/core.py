@@ -134,7 +134,7 @@ class Handle(AbstractContextManager["Handle"]):
 
     Args:
         eraser: the applied eraser.
-        replace: replaces it with a changed eraser.
+        replace: replaces it with a changed eraser. Returns what acts, if that is another one.
         remove: removes it from the pipeline.
         record: returns the record of its edits.
         note: a remark for the user, which `efface.active` shows.
@@ -156,7 +156,7 @@ class Handle(AbstractContextManager["Handle"]):
 
     eraser: Any
     active: bool
-    _replace: Callable[[Any], None]
+    _replace: Callable[[Any], Any]
     _remove: Callable[[], None]
     note: str
     _record: Callable[[], dict[str, Any]]
@@ -164,7 +164,7 @@ class Handle(AbstractContextManager["Handle"]):
     def __init__(
         self,
         eraser: Any,
-        replace: Callable[[Any], None],
+        replace: Callable[[Any], Any],
         remove: Callable[[], None],
         record: Callable[[], dict[str, Any]] = dict,
         note: str = "",
@@ -187,8 +187,8 @@ class Handle(AbstractContextManager["Handle"]):
                 f"{type(self.eraser).__name__} has no field {', '.join(sorted(unknown))}. Set only the fields it has."
             )
         eraser = dataclasses.replace(self.eraser, **fields)
-        self._replace(eraser)
-        vars(self)["eraser"] = eraser
+        acting = self._replace(eraser)
+        vars(self)["eraser"] = eraser if acting is None else acting
 
     @property
     def strength(self) -> float | None:

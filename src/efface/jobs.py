@@ -42,18 +42,19 @@ BATCH = 8
 
 
 class Judge:
-    """Judges pictures with the detectors of the emoji model.
+    """Judges pictures with the detectors of an embedded model.
 
     Args:
         concepts: the erased concepts. `not_judged` lists those without a detector.
+        model: the model that draws the pictures.
     """
 
-    def __init__(self, concepts: Sequence[Concept]) -> None:
-        from .models.emoji.eyes import load_eyes
+    def __init__(self, concepts: Sequence[Concept], model: str = "emoji") -> None:
+        from .models import eyes_of
 
-        self.eyes = load_eyes()
+        self.eyes = eyes_of(model)
         names = dict.fromkeys(c.name for c in concepts)
-        self.judged = [name for name in names if name == "watermark" or drawn_by_emoji(name)]
+        self.judged = [name for name in names if self.eyes.vocabulary.knows(name)]
         self.not_judged = [name for name in names if name not in self.judged]
 
     def scores(self, images: Tensor) -> dict[str, list[list[bool]]]:
@@ -112,7 +113,9 @@ class Erasure:
                     f"Expected `rows` to have one entry for each picture, got {len(rows)} entries for {self.images} "
                     "pictures. Give one list for each picture."
                 )
-        configs = [config(eraser) for eraser in self.erasers]
+        from .families import filled
+
+        configs = [config(filled(eraser, self.pipe)) for eraser in self.erasers]
         self.record = {
             "prompt": self.prompt,
             "negative_prompt": self.negative,

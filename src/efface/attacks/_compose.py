@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from .. import checks
 from .._text import SITES
 from .._weights import denoiser_of
-from ..families import Family, encode_parameters, family
+from ..families import Family, family
 from ..hooks.prediction import in_rows
 from ..hooks.sites import rows_given
+from ._texts import Texts, check_calls, encoded
 
 WITHOUT_GUIDANCE = (
     "The pipeline made no guided denoiser call for the first term, so nothing was composed. Set its guidance scale "
@@ -60,31 +61,6 @@ class Term:
         start, stop = self.window
         when = "" if self.window == (0.0, 1.0) else f" from {start:g} to {stop:g}"
         return f"{self.weight:+g} ({self.prompt or 'empty prompt'}){when}"
-
-
-@dataclass(frozen=True, eq=False)
-class Texts:
-    """Encoded texts as a denoiser call takes them: [k, L, D], pooled [k, P] and mask [k, L] if the family has them."""
-
-    text: Tensor
-    pooled: Tensor | None
-    mask: Tensor | None
-
-    def rows(self, k: int, n: int) -> Texts:
-        """Text k, n times."""
-        pooled, mask = (None if t is None else t[k : k + 1].repeat_interleave(n, 0) for t in (self.pooled, self.mask))
-        return Texts(self.text[k : k + 1].repeat_interleave(n, 0), pooled, mask)
-
-
-def encoded(pipe: Any, texts: Sequence[str], settings: Mapping[str, Any] | None = None) -> Texts:
-    """Texts through the pipeline's current `encode_prompt`, so that erasers that rewrite texts act on them."""
-    facts = family(pipe)
-    call = facts.encoding_arguments(pipe, texts, settings or {})
-    if "do_classifier_free_guidance" in encode_parameters(pipe):
-        call["do_classifier_free_guidance"] = True  # as in the calls that are composed
-    with torch.no_grad():
-        made = dict(zip(facts.returns, pipe.encode_prompt(**call), strict=True))
-    return Texts(made["text"], made.get("pooled"), made.get("mask"))
 
 
 @dataclass(eq=False)
@@ -182,7 +158,7 @@ class Denoiser:
             return []
         n = len(seen.conditional)
         own = torch.arange(seen.first, seen.first + n).repeat(len(texts))
-        rows = [t.rows(0, n) for t in texts]
+        rows = [t.rows(n) for t in texts]
         guarded = getattr(SITES.get(self.module), "applied", None)
         if not guarded or not seen.first:  # weights alone, or guidance in two calls: the texts suffice
             out = self.call(self.with_texts(seen.arguments, own, rows), [True] * len(own))
@@ -215,7 +191,7 @@ class Denoiser:
                     pairs[1] += 1
                     return None
                 first, n = 0, len(text)
-                empty = self.with_texts(arguments, torch.arange(n), [negative.rows(0, n)])
+                empty = self.with_texts(arguments, torch.arange(n), [negative.rows(n)])
                 u = self.call(empty, [False] * n)
                 pairs[0] += 1
             else:
@@ -275,8 +251,7 @@ class Composition:
                 "Expected the first term to have a prompt, because this pipeline calls its denoiser apart for the "
                 "prompt and the empty one, got the empty one. Put another term first."
             )
-        texts = encoded(pipe, [*prompts, ""], self.settings)
-        each = [texts.rows(k, 1) for k in range(len(prompts) + 1)]
+        each = encoded(pipe, [*prompts, ""], self.settings)
         count = 0
 
         def act(seen: Seen) -> Tensor:
@@ -309,6 +284,7 @@ class Composition:
 def check(pipe: Any) -> None:
     """Raises ValueError if predictions of this pipeline cannot be composed."""
     facts = family(pipe)
+    check_calls(pipe)
     if "guidance" not in facts.offered(pipe):
         raise ValueError(
             f"Composition needs an unconditional prediction in each step, but this {type(pipe).__name__} "

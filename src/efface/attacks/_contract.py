@@ -184,12 +184,18 @@ class Attack:
 
     access: ClassVar[Access]
     needs: ClassVar[tuple[str, ...]] = ()  # of the pipeline: names from `efface.families.OFFERS`
+    steals: ClassVar[bool] = False  # whether it works on `Victim.stolen`, which run-time erasers are not part of
     needs_detector: ClassVar[bool] = True  # whether the choice between its proposals uses the detector of the search
 
     def check(self, pipe: Any) -> None:
         """Raises ValueError if the attack cannot work on this pipeline."""
-        from ..families import check
+        from ..families import check, family
 
+        if "image" in family(pipe).settings:
+            raise ValueError(
+                f"Expected a pipeline that draws from a text alone, got a {type(pipe).__name__}, which encodes each "
+                "text with a picture. Attack the text-to-image pipeline of this model."
+            )
         check(self, pipe)
 
     def propose(self, target: Target, victim: Victim) -> Iterator[Proposal]:

@@ -14,6 +14,7 @@ from .._text import encode_cut, fits
 from ..core import Concept
 from ..families import family
 from ._encoders import on_encoders, outputs
+from ._texts import call_settings
 
 Pairs = Sequence[tuple[str, str]]
 Shift = dict[str, tuple[Tensor, dict[str, Tensor]]]
@@ -60,7 +61,7 @@ def check_fit(pipe: Any, texts: Sequence[str]) -> None:
 @torch.no_grad()
 def encoded(pipe: Any, texts: Sequence[str]) -> Tensor:
     """The encoded texts with their pooled states, as vectors [N, F]. Erasers do not act."""
-    text, pooled, _ = encode_cut(pipe, texts, {}, differentiable=False)
+    text, pooled, _ = encode_cut(pipe, texts, call_settings(pipe), differentiable=False)
     parts = [text.float().flatten(1)] + ([] if pooled is None else [pooled.float()])
     return torch.cat(parts, 1)
 
@@ -85,13 +86,20 @@ def directions(pipe: Any, prompt: str, pairs: Pairs) -> Shift:
 
 @contextlib.contextmanager
 def shifted(pipe: Any, shift: Shift, by: float) -> Iterator[Any]:
-    """Inside the block, the encoders' outputs for the prompt are moved along the direction."""
+    """Inside the block, the encoders' outputs for the prompt are moved along the direction.
+
+    Raises:
+        ValueError: after the block, an encoder did not read the prompt.
+    """
+    waiting = set(shift)
 
     def change(name: str, ids: Tensor, out: Any) -> Any:
         prompt, parts = shift[name]
         if ids.shape[-1] != len(prompt):
             return None
         rows = (ids == prompt.to(ids.device)).all(-1)
+        if rows.any():
+            waiting.discard(name)
         moved = {}
         for key, each in _tensors(out):
             there = rows.reshape(-1, *[1] * (each.ndim - 1))
@@ -100,6 +108,11 @@ def shifted(pipe: Any, shift: Shift, by: float) -> Iterator[Any]:
 
     with on_encoders(pipe, change):
         yield pipe
+    if waiting:
+        raise ValueError(
+            f"Expected a call of the pipeline with the attack's prompt, but its {min(waiting)} read other texts, so "
+            "nothing was moved. Call it with that prompt, and with the arguments that it was encoded with."
+        )
 
 
 def _tensors(out: Any) -> Iterator[tuple[str, Tensor]]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._compose import Denoiser, Seen, encoded
+from ._compose import Denoiser, Seen
+from ._texts import encoded
 
 if TYPE_CHECKING:
     from ._contract import Victim
@@ -73,20 +74,19 @@ def fit(
     pipe = victim.pipe
     seen: list[Seen] = []
     with victim.original():
-        both = encoded(pipe, [target, ""], settings)
+        prompt, negative = encoded(pipe, [target, ""], settings)
         denoiser = Denoiser(pipe)
-        with denoiser.watched(seen.append, both.rows(0, 1), both.rows(1, 1)):
+        with denoiser.watched(seen.append, prompt, negative):
             victim.draw_original(target)
     chosen = [seen[int(k)] for k in torch.linspace(0, len(seen) - 1, min(points, len(seen))).round().unique()]
     wanted = torch.stack([guidance * (each.conditional - each.unconditional).flatten(1) for each in chosen])
     base = torch.stack([each.unconditional.flatten(1) for each in chosen])
     with victim.guarded():
-        each_text = encoded(pipe, list(texts), settings)
-        rows = [each_text.rows(k, 1) for k in range(len(texts))]
-        denoiser, spoken = Denoiser(pipe), encoded(pipe, [""], settings).rows(0, 1)
+        *rows, spoken = encoded(pipe, [*texts, ""], settings)
+        denoiser = Denoiser(pipe)
         found = []
         for call in chosen:
-            empty = denoiser.unconditional_texts(call.arguments, call.first).rows(0, 1) if call.first else spoken
+            empty = denoiser.unconditional_texts(call.arguments, call.first).rows(1) if call.first else spoken
             made = denoiser.predict(call, [*rows, empty])
             found.append(torch.stack([(p - made[-1]).flatten(1) for p in made[:-1]]))
     vectors = torch.stack(found)  # [points, k, seeds, d]

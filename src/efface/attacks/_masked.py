@@ -6,6 +6,7 @@ A defence whose gradients are wrong or flat makes gradient attacks fail without 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,7 @@ class GradientCheck:
         held: fixed points, which the search does not use.
         error: the relative difference between slope and finite differences; NaN before the comparison.
         losses: the mean loss on the fixed points, after each measurement.
+        more: makes points for updates, from shares of the trajectory.
     """
 
     who: str
@@ -41,10 +43,48 @@ class GradientCheck:
     held: list[Point]
     error: float = math.nan
     losses: list[float] = field(default_factory=list)
+    more: Callable[[Sequence[float]], list[Point]] = lambda noises: []
 
     @classmethod
     def of(cls, who: str, white: WhiteBox, generator: Generator, batch: int, **points: Any) -> GradientCheck:
-        return cls(who, white, white.points(HELD, batch, generator, **points))
+        def more(noises: Sequence[float]) -> list[Point]:
+            return white.points(noises, batch, generator, **points)
+
+        return cls(who, white, more(HELD), more=more)
+
+    def following(
+        self,
+        rounds: Iterable[Sequence[float]],
+        text: str,
+        slots: Slots,
+        now: Callable[[], Rows],
+        update: Callable[[Point], None],
+        start: Callable[[], Rows] | None = None,
+    ) -> Iterator[tuple[int, str]]:
+        """Runs a search, and yields after each round the number of updates and the result in words.
+
+        Args:
+            rounds: shares of the trajectory, one for each update of a round.
+            text, slots: the prompt, with the slots of soft tokens.
+            now, start: their rows, after a round and at first.
+            update: one update on some noisy pictures, inside the guard and with gradients.
+        """
+
+        def fixed(rows: Rows) -> Rows:
+            return {name: each.detach() for name, each in rows.items()}
+
+        done = 0
+        for noises in rounds:
+            points = self.more(noises)
+            with self.white.victim.guarded(), frozen(self.white.pipe), torch.enable_grad():
+                if not self.losses:
+                    self.begin(text, slots, fixed((start or now)()))
+                for point in points:
+                    update(point)
+                self.measure(text, slots, fixed(now()))
+            done += len(noises)
+            yield done, self.about
+        self.end()
 
     def begin(self, text: str, slots: Slots, rows: Rows) -> None:
         """Compares the gradient with finite differences along it, and measures the loss, inside the guard."""
@@ -94,10 +134,11 @@ def finite_difference_error(white: WhiteBox, text: str, slots: Slots, rows: Rows
     Infinite if the gradient is zero or not finite.
     """
     with frozen(white.pipe), torch.enable_grad():
-        leaves = {name: each.detach().clone().requires_grad_() for name, each in rows.items()}
-        loss = white.loss(text, slots, leaves, point)
-        found = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()), allow_unused=True), strict=True))
-    gradient = {name: torch.zeros_like(leaves[name]) if g is None else g for name, g in found.items()}
+        at = leaves(rows)
+        loss = white.loss(text, slots, at, point)
+        found = dict(zip(at, torch.autograd.grad(loss, list(at.values()), allow_unused=True), strict=True))
+    rows = {name: each.detach() for name, each in at.items()}
+    gradient = {name: torch.zeros_like(rows[name]) if g is None else g for name, g in found.items()}
     norm, size = _norm(gradient), _norm(rows)
     if not (math.isfinite(norm) and norm > 0):
         return math.inf
@@ -118,3 +159,16 @@ def _norm(rows: Rows) -> float:
 def leaves(rows: Rows) -> dict[str, Tensor]:
     """Copies that an optimiser can change."""
     return {name: each.detach().clone().requires_grad_() for name, each in rows.items()}
+
+
+def random_rounds(steps: int, every: int, generator: Generator) -> Iterator[list[float]]:
+    """Random shares of the trajectory for so many updates, in rounds of `every`."""
+    for done in range(0, steps, every):
+        yield torch.rand(min(every, steps - done), generator=generator).tolist()
+
+
+def stepped(loss: Tensor, rows: Rows, optimizer: torch.optim.Optimizer) -> None:
+    """One step of an optimiser on the rows of soft tokens."""
+    for row, slope in zip(rows.values(), torch.autograd.grad(loss, list(rows.values())), strict=True):
+        row.grad = slope
+    optimizer.step()

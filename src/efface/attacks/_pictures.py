@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,19 +31,28 @@ def picture_of(victim: Victim, target: Target) -> Tensor:
 
 
 def from_pictures(pipe: Any) -> Any:
-    """The image-to-image pipeline with the same models.
+    """The image-to-image pipeline with the same models, which starts from a noised picture.
 
     Raises:
         ValueError: diffusers has none for this family.
     """
     from diffusers import AutoPipelineForImage2Image
 
+    refusal = (
+        f"diffusers has no image-to-image pipeline for this {type(pipe).__name__}. Use an attack without a picture."
+    )
     try:
-        return AutoPipelineForImage2Image.from_pipe(pipe, torch_dtype=pipe.dtype)
+        made = AutoPipelineForImage2Image.from_pipe(pipe, torch_dtype=pipe.dtype)
     except ValueError as error:
-        raise ValueError(
-            f"diffusers has no image-to-image pipeline for this {type(pipe).__name__}. Use an attack without a picture."
-        ) from error
+        raise ValueError(refusal) from error
+    if not takes(made, "strength"):  # FLUX.2's reads the picture as a reference, and starts from noise
+        raise ValueError(refusal)
+    return made
+
+
+def takes(pipe: Any, argument: str) -> bool:
+    """Whether the pipeline's call has an argument of this name."""
+    return argument in inspect.signature(type(pipe).__call__).parameters
 
 
 def half_mask(image: Tensor, side: str) -> Tensor:

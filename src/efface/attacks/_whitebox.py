@@ -15,18 +15,16 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .. import checks
-from .._latents import latents_of
+from .._latents import latents_of, scaling
 from .._text import SITES
 from .._weights import denoiser_of
 from ..delta.embeddings import Rows, substituted
-from ..families import encode_parameters, family
+from ..families import family
 from ._contract import Victim
 from ._noising import Noising, Point, noisy_points
 from ._recording import expanded, recorded
+from ._texts import Parts, check_calls, encoded_parts
 from ._vocabulary import Slots
-
-Parts = dict[str, Tensor]
-"""What `encode_prompt` returned, by the names of `Family.returns`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +57,7 @@ class WhiteBox:
             ValueError: the base model does not draw the concept, or the pipeline cannot be attacked by gradients.
         """
         pipe, facts = victim.pipe, family(victim.pipe)
-        Noising.of(pipe)
+        check_white(pipe)
         with recorded(denoiser_of(pipe), facts) as arguments:
             images = victim.draw_original(prompt)
         shown = images[victim.found(images)]
@@ -98,13 +96,9 @@ class WhiteBox:
         The erasers recognise the conditional rows of the next denoiser calls by this encoding.
         """
         facts = family(self.pipe)
-        arguments = facts.encoding_arguments(self.pipe, [text] * rows, {})
-        if "do_classifier_free_guidance" in encode_parameters(self.pipe):
-            arguments["do_classifier_free_guidance"] = self.paired
         if facts.tells_scale(self.pipe):
             setattr(self.pipe, f"_{facts.scale}", self.scale)  # a call with other guidance may have come between
-        made = self.pipe.encode_prompt(**arguments)
-        return {name: part for name, part in zip(facts.returns, made, strict=True) if part is not None}
+        return encoded_parts(self.pipe, [text] * rows, self.paired)
 
     def predict(self, parts: Parts, latents: Tensor, time: float | Tensor) -> Tensor:
         """The conditional prediction, or with `guided` u + s (c - u), in float32.
@@ -196,3 +190,10 @@ class WhiteBox:
                 parts = self.encode(self.prompt, len(noisy))
                 goals += self.predict(parts, noisy, times).split(batch)
         return [Point(p.time, p.noisy, goal, p.earlier) for p, goal in zip(made, goals, strict=True)]
+
+
+def check_white(pipe: Any) -> None:
+    """Raises ValueError if the denoiser of this pipeline cannot be called with other texts, latents and times."""
+    check_calls(pipe)
+    Noising.of(pipe)
+    scaling(pipe)

@@ -59,7 +59,14 @@ def random_text(pipe: Any, like: str, rng: Random, without: Sequence[str] = ()) 
     name = readers(pipe)[0]
     count = max(1, len(own_tokens(pipe, like, name)))
     avoided = frozenset(word for text in without for word in text.lower().split())
-    return " ".join(rng.sample(_allowed(words(tokenizer_of(pipe, name)), avoided), count))
+    tokenizer = tokenizer_of(pipe, name)
+    allowed = _allowed(words(tokenizer), avoided)
+    if not allowed:
+        raise ValueError(
+            f"Expected a tokenizer with words besides those of the concept, got {type(tokenizer).__name__} "
+            "without any, so there are no random texts. Leave the control out."
+        )
+    return " ".join(rng.sample(allowed, count) if count <= len(allowed) else rng.choices(allowed, k=count))
 
 
 @functools.lru_cache(maxsize=8)

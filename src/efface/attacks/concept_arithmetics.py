@@ -47,7 +47,8 @@ class ConceptArithmetics(Attack):
 
     Differs: only the abstract was available, and no official code is public. The composition follows from the abstract
     and from Liu et al.; the recipes, weights and the fit are ours, so this is an attack in the manner of the paper. No
-    number of the paper can be compared.
+    number of the paper can be compared. Qwen-Image's pipeline gives each guided prediction the norm of the conditional
+    one, so there a composition has the right direction, and the norm of `e0 + sum / g`.
 
     Args:
         recipes: which recipes to try, in this order.
@@ -94,8 +95,7 @@ class ConceptArithmetics(Attack):
         object.__setattr__(self, "recipes", known)
         for name in ("weights", "context_weights"):
             object.__setattr__(self, name, tuple(checks.number(name, each) for each in getattr(self, name)))
-        for name in ("contexts", "parts", "siblings"):
-            object.__setattr__(self, name, checks.texts(name, getattr(self, name)))
+        checks.each(self, checks.texts, "contexts", "parts", "siblings")
         checks.text("family", self.family, empty=True)
         object.__setattr__(self, "window", checks.window("window", self.window))
         object.__setattr__(self, "guidance", checks.number("guidance", self.guidance, 1, above=True))

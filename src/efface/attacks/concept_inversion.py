@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from random import Random
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
 from .. import checks
-from ..delta.embeddings import Rows, frozen, mean_row, substituted
-from ._contract import Access, Attack, Proposal, Target, Victim
-from ._masked import GradientCheck, leaves
-from ._tokens import check_prompt, check_tokens
+from ..delta.embeddings import mean_row, substituted
+from ._contract import Access, Proposal, Target, Victim
+from ._masked import GradientCheck, leaves, random_rounds, stepped
+from ._noising import Point
+from ._search import TokenAttack
+from ._tokens import check_prompt
 from ._vocabulary import Slots
 from ._whitebox import WhiteBox
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
 
 __all__ = ["ConceptInversion"]
 
@@ -28,7 +27,7 @@ TEMPLATES = ("a {}", "a photo of a {}", "a picture of a {}", "a drawing of one {
 
 
 @dataclass(frozen=True)
-class ConceptInversion(Attack):
+class ConceptInversion(TokenAttack):
     """Circumventing Concept Erasure (CCE): learns the input embedding of a new word on pictures of the concept.
 
         v* = argmin_v E_{t, e} || y(z_0, e, t) - m(z_t, t, tau(template with v)) ||^2
@@ -82,6 +81,8 @@ class ConceptInversion(Attack):
     """
 
     access: ClassVar[Access] = "embeddings"
+    calls_denoiser: ClassVar[bool] = True
+    _least: ClassVar[Mapping[str, int]] = {"momentum_steps": 0}
 
     tokens: int = 1
     steps: int = 5000
@@ -94,20 +95,12 @@ class ConceptInversion(Attack):
     momentum_steps: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "steps", "batch", "every"):
-            checks.whole(name, getattr(self, name))
-        checks.whole("momentum_steps", self.momentum_steps, 0)
-        checks.number("lr", self.lr, 0, above=True)
-        checks.number("weight_decay", self.weight_decay, 0)
+        super().__post_init__()
         checks.text("initial", self.initial)
         object.__setattr__(self, "templates", checks.texts("templates", self.templates))
         if not self.templates or any(each.split().count("{}") != 1 for each in self.templates):
             cure = 'Write for example ("a photo of a {}",).'
             raise ValueError(checks.refusal('`templates` with one separate "{}" each', self.templates, cure))
-
-    def check(self, pipe: DiffusionPipeline) -> None:
-        super().check(pipe)
-        check_tokens(pipe)
 
     def propose(self, target: Target, victim: Victim) -> Iterator[Proposal]:
         pipe, generator = victim.pipe, Generator().manual_seed(target.seed)
@@ -118,24 +111,17 @@ class ConceptInversion(Attack):
             check_prompt(pipe, text, self.tokens)
         white, rows = WhiteBox.of(victim, target.prompt), leaves(mean_row(pipe, self.initial, self.tokens))
         optimizer = torch.optim.AdamW(list(rows.values()), lr=self.lr, weight_decay=self.weight_decay)
+
+        def update(point: Point) -> None:
+            which = int(torch.randint(len(texts), (1,), generator=generator))
+            stepped(white.loss(texts[which], slots, rows, point), rows, optimizer)
+
         earlier = self.momentum_steps if white.guided else 0
         check = GradientCheck.of("ConceptInversion", white, generator, self.batch, earlier=earlier)
-        for done in range(0, self.steps, self.every):
-            count = min(self.every, self.steps - done)
-            noises = torch.rand(count, generator=generator).tolist()
-            points = white.points(noises, self.batch, generator, earlier=earlier)
-            which = torch.randint(len(texts), (count,), generator=generator).tolist()
-            with victim.guarded(), frozen(pipe), torch.enable_grad():
-                if not check.losses:
-                    check.begin(texts[0], slots, _still(rows))
-                for point, k in zip(points, which, strict=True):
-                    loss = white.loss(texts[k], slots, rows, point)
-                    for row, slope in zip(rows.values(), torch.autograd.grad(loss, list(rows.values())), strict=True):
-                        row.grad = slope
-                    optimizer.step()
-                check.measure(texts[0], slots, _still(rows))
-            yield _proposal(texts[0], slots, _still(rows), f"after {done + count} updates: {check.about}")
-        check.end()
+        rounds = random_rounds(self.steps, self.every, generator)
+        for done, about in check.following(rounds, texts[0], slots, lambda: rows, update):
+            still = {name: each.detach().clone() for name, each in rows.items()}
+            yield _proposal(texts[0], slots, still, f"after {done} updates: {about}")
 
     def control(self, proposal: Proposal, target: Target, victim: Victim, rng: Random) -> Proposal:
         """The same prompt with random embeddings of equal norm."""
@@ -145,10 +131,6 @@ class ConceptInversion(Attack):
             drawn = torch.randn(each.shape, generator=generator).to(each)
             rows[name] = drawn * (each.norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True))
         return dataclasses.replace(_proposal(proposal.prompt, slots, rows, ""), about="random embeddings of equal norm")
-
-
-def _still(rows: Rows) -> dict[str, Tensor]:
-    return {name: each.detach().clone() for name, each in rows.items()}
 
 
 def _proposal(text: str, slots: Slots, rows: dict[str, Tensor], about: str) -> Proposal:

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
 
-from .. import checks
 from ..delta.embeddings import Rows, frozen, substituted, tables
-from ._contract import Access, Attack, Proposal, Target, Victim
+from ._contract import Access, Proposal, Target, Victim
 from ._encoders import summaries
-from ._tokens import check_prompt, check_tokens
+from ._search import TokenAttack
+from ._tokens import check_prompt
 from ._vocabulary import Slots, Vocabulary, forbidden
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
 
 __all__ = ["GCG"]
 
 
 @dataclass(frozen=True)
-class GCG(Attack):
+class GCG(TokenAttack):
     """Greedy coordinate gradient (GCG) on the text encoder, towards the target sentence; the text part of MMA.
 
         max_words cos( s(words), s(P) )                s: the state that represents a whole text, P: the target's prompt
@@ -78,16 +75,6 @@ class GCG(Attack):
     every: int = 100
     batch: int = 128
     forbidden: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("tokens", "steps", "top", "candidates", "restarts", "every", "batch"):
-            checks.whole(name, getattr(self, name))
-        if self.forbidden is not None:
-            object.__setattr__(self, "forbidden", checks.texts("forbidden", self.forbidden))
-
-    def check(self, pipe: DiffusionPipeline) -> None:
-        super().check(pipe)
-        check_tokens(pipe)
 
     def propose(self, target: Target, victim: Victim) -> Iterator[Proposal]:
         pipe, generator = victim.pipe, Generator().manual_seed(target.seed)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from .. import checks
+from .._latents import scaling
 from ._contract import Access, Attack, Proposal, Target
 from ._noising import Noising
 from ._pictures import Visible, half_mask, picture_of
@@ -61,6 +62,7 @@ class Inpainting(Attack):
     def check(self, pipe: Any) -> None:
         super().check(pipe)
         Noising.of(pipe)
+        scaling(pipe)
 
     def propose(self, target: Target, victim: Victim) -> Iterator[Proposal]:
         image = picture_of(victim, target)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from .._latents import latents_of
+from .._latents import latents_of, scaling
 from ..families import family
 from ._contract import Access, Attack, Proposal, Target
 from ._noising import Noising
@@ -67,6 +67,7 @@ class LatentInversion(Attack):
 
     def check(self, pipe: Any) -> None:
         super().check(pipe)
+        scaling(pipe)
         if Noising.of(pipe).kind in ("flow", "sample"):
             raise ValueError(
                 f"Expected a scheduler that DDIM can invert, got {type(pipe.scheduler).__name__}. Use image_to_image, "

@@ -43,7 +43,7 @@ class Lookalike(Attack):
     Shapes: none; texts only.
 
     Raises:
-        ValueError: a kind is unknown.
+        ValueError: a kind is unknown; or the tokenizer knows none of the characters.
 
     Example:
         >>> Lookalike(("apart",)).kinds
@@ -59,12 +59,18 @@ class Lookalike(Attack):
         object.__setattr__(self, "kinds", tuple(checks.choice("kinds", each, known) for each in self.kinds))
 
     def propose(self, target: Target, victim: Victim) -> Iterator[Proposal]:
-        pipe = victim.pipe
+        pipe, proposed = victim.pipe, False
         for kind in self.kinds:
             words = target.prompt.split()
             text = " ".join(_written(word, kind) if len(word) > 2 else word for word in words)
             if text != target.prompt and not any(unknown(tokenizer_of(pipe, name), text) for name in readers(pipe)):
+                proposed = True
                 yield Proposal(text, about=kind)
+        if self.kinds and not proposed:
+            raise ValueError(
+                f"Expected a tokenizer that knows look-alikes of {checks.shown(target.prompt)}, got one that knows "
+                "none. Use an attack in plain words, such as paraphrase."
+            )
 
 
 def _written(word: str, kind: str) -> str:

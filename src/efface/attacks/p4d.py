@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Generator
 
 from .. import checks
-from ..delta.embeddings import frozen, tables
-from ._contract import Access, Attack, Proposal, Target, Victim
-from ._masked import GradientCheck, leaves
-from ._tokens import check_prompt, check_tokens, projected
+from ..delta.embeddings import tables
+from ._contract import Access, Proposal, Target, Victim
+from ._masked import GradientCheck, leaves, random_rounds, stepped
+from ._noising import Point
+from ._search import TokenAttack, texts
+from ._tokens import check_prompt, nearest, projected
 from ._vocabulary import Slots, Vocabulary, forbidden
 from ._whitebox import WhiteBox
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
 
 __all__ = ["P4D"]
 
@@ -26,7 +25,7 @@ Variant = Literal["n", "k", "union"]
 
 
 @dataclass(frozen=True)
-class P4D(Attack):
+class P4D(TokenAttack):
     """Prompting4Debugging (P4D): projected gradients on soft tokens, towards the base model's prediction.
 
         L = || b(z_t, t, tau(P)) - m(z_t, t, tau(P*)) ||^2        b: base model, m: guarded model
@@ -74,6 +73,7 @@ class P4D(Attack):
     """
 
     access: ClassVar[Access] = "gradients"
+    calls_denoiser: ClassVar[bool] = True
 
     variant: Variant = "union"
     tokens: int = 16
@@ -87,16 +87,7 @@ class P4D(Attack):
 
     def __post_init__(self) -> None:
         checks.choice("variant", self.variant, get_args(Variant))
-        for name in ("tokens", "spacing", "steps", "batch", "every"):
-            checks.whole(name, getattr(self, name))
-        checks.number("lr", self.lr, 0, above=True)
-        checks.number("weight_decay", self.weight_decay, 0)
-        if self.forbidden is not None:
-            object.__setattr__(self, "forbidden", checks.texts("forbidden", self.forbidden))
-
-    def check(self, pipe: DiffusionPipeline) -> None:
-        super().check(pipe)
-        check_tokens(pipe)
+        super().__post_init__()
 
     def propose(self, target: Target, victim: Victim) -> Iterator[Proposal]:
         self.check(victim.pipe)
@@ -131,28 +122,14 @@ class P4D(Attack):
         start = torch.randint(len(vocabulary), (len(slots),), generator=generator)
         rows = leaves({name: each[start.to(each.device)] for name, each in table.items()})
         optimizer = torch.optim.AdamW(list(rows.values()), lr=self.lr, weight_decay=self.weight_decay)
-        check, proposed = GradientCheck.of("P4D", white, generator, self.batch, to_base=True), {""}
-        for done in range(0, self.steps, self.every):
-            count = min(self.every, self.steps - done)
-            noises = torch.rand(count, generator=generator).tolist()
-            points = white.points(noises, self.batch, generator, to_base=True)
-            with white.victim.guarded(), frozen(pipe), torch.enable_grad():
-                if not check.losses:
-                    check.begin(text, slots, _hard(projected(rows, table)[1]))
-                for point in points:
-                    loss = white.loss(text, slots, projected(rows, table)[1], point)
-                    for row, slope in zip(rows.values(), torch.autograd.grad(loss, list(rows.values())), strict=True):
-                        row.grad = slope
-                    optimizer.step()
-                entries, hard = projected(rows, table)
-                check.measure(text, slots, _hard(hard))
-            chosen = entries.tolist()
-            written = vocabulary.written(text, slots, chosen)
-            if written not in proposed and vocabulary.reads_back(pipe, text, slots, chosen):
-                proposed.add(written)
-                yield Proposal(written, about=f"after {done + count} updates: {check.about}")
-        check.end()
 
+        def soft() -> dict[str, torch.Tensor]:
+            return projected(rows, table)[1]
 
-def _hard(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: each.detach() for name, each in rows.items()}
+        def update(point: Point) -> None:
+            stepped(white.loss(text, slots, soft(), point), rows, optimizer)
+
+        check = GradientCheck.of("P4D", white, generator, self.batch, to_base=True)
+        found = check.following(random_rounds(self.steps, self.every, generator), text, slots, soft, update)
+        written = ((nearest(rows, table).tolist(), f"after {done} updates: {about}") for done, about in found)
+        yield from texts(pipe, vocabulary, text, slots, written)

@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .. import checks
 from ._contract import Access, Attack, Proposal, Target
+from ._pictures import takes
 from ._words import random_text
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class PromptAsNegative(Attack):
     Shapes: predictions [B, C, h, w]; FLUX [B, L, C].
 
     Raises:
-        ValueError: a guidance scale is not above 1, or the pipeline has no guidance.
+        ValueError: a guidance scale is not above 1, or the pipeline has no guidance or takes no negative prompt.
 
     Example:
         >>> from efface import Concept
@@ -59,6 +60,14 @@ class PromptAsNegative(Attack):
             checks.text("prompts", each, empty=True)
         scales = tuple(checks.number("guidance", g, 1, above=True) for g in self.guidance)
         object.__setattr__(self, "guidance", scales)
+
+    def check(self, pipe: Any) -> None:
+        super().check(pipe)
+        if not takes(pipe, "negative_prompt"):
+            raise ValueError(
+                f"Expected a pipeline whose call takes a negative prompt, got a {type(pipe).__name__}. Use "
+                "concept_arithmetics with sign_flip, which composes the same without one."
+            )
 
     def propose(self, target: Target, victim: Victim) -> Iterator[Proposal]:
         for scale in self.guidance or (None,):

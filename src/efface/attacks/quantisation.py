@@ -48,6 +48,7 @@ class Quantisation(Attack):
     """
 
     access: ClassVar[Access] = "weights"
+    steals: ClassVar[bool] = True
 
     bits: tuple[int, ...] = (8, 6, 5, 4)
 

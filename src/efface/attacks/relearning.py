@@ -17,7 +17,7 @@ from .._latents import latents_of
 from .._weights import denoiser_of
 from ..families import family
 from ._contract import Access, Attack, Proposal, Target
-from ._whitebox import WhiteBox
+from ._whitebox import WhiteBox, check_white
 from ._words import random_text
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ class Relearning(Attack):
     Shapes: latents [k, C, h, w]; FLUX [k, L, C].
 
     Raises:
-        ValueError: a field is out of range; an eraser acts at run time, so weights do not hold it.
+        ValueError: a field is out of range; an eraser acts at run time, so weights do not hold it; or the denoiser
+            cannot be called outside of the pipeline.
 
     Example:
         >>> Relearning(unrelated="a house").unrelated
@@ -59,6 +60,7 @@ class Relearning(Attack):
     """
 
     access: ClassVar[Access] = "weights"
+    steals: ClassVar[bool] = True
 
     pictures: int = 8
     unrelated: str = ""
@@ -74,6 +76,10 @@ class Relearning(Attack):
         checks.text("unrelated", self.unrelated, empty=True)
         object.__setattr__(self, "steps", tuple(sorted(self.steps)))
         object.__setattr__(self, "lr", checks.number("lr", self.lr, 0, above=True))
+
+    def check(self, pipe: Any) -> None:
+        super().check(pipe)
+        check_white(pipe)
 
     def propose(self, target: Target, victim: Victim) -> Iterator[Proposal]:
         for done, stolen, state in self._trained(self.unrelated or target.prompt, target, victim):

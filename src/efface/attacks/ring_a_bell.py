@@ -11,6 +11,7 @@ from .. import checks
 from ..fields import computed
 from ._contract import Access, Attack, Proposal, Target, Victim
 from ._directions import Pairs, check_fit, check_length, default_pairs, directions, encoded, goals, pair, shifted
+from ._search import texts
 from ._tokens import check_prompt
 from ._vocabulary import Slots, Vocabulary, forbidden
 
@@ -89,14 +90,11 @@ class RingABell(Attack):
     def __post_init__(self) -> None:
         checks.choice("mode", self.mode, get_args(Mode))
         checks.number("eta", self.eta)
-        for name in ("tokens", "keep", "generations", "every", "batch"):
-            checks.whole(name, getattr(self, name))
+        checks.each(self, checks.whole, "tokens", "keep", "generations", "every", "batch")
         checks.whole("population", self.population, max(2, self.keep + 1))
-        for name in ("crossover", "mutation"):
-            checks.share(name, getattr(self, name))
+        checks.each(self, checks.share, "crossover", "mutation")
         object.__setattr__(self, "pairs", tuple(pair(each) for each in self.pairs))
-        if self.forbidden is not None:
-            object.__setattr__(self, "forbidden", checks.texts("forbidden", self.forbidden))
+        checks.each(self, checks.texts, "forbidden")
 
     def check(self, pipe: DiffusionPipeline) -> None:
         super().check(pipe)
@@ -118,18 +116,17 @@ class RingABell(Attack):
         goal = goals(pipe, target.prompt, pairs, self.eta)
 
         def distances(some: Sequence[Entries]) -> list[float]:
-            texts, found = [vocabulary.written(template, slots, each) for each in some], []
-            for k in range(0, len(texts), self.batch):
-                found += (encoded(pipe, texts[k : k + self.batch]) - goal).square().sum(1).tolist()
-            return found
+            written, far = [vocabulary.written(template, slots, each) for each in some], []
+            for k in range(0, len(written), self.batch):
+                far += (encoded(pipe, written[k : k + self.batch]) - goal).square().sum(1).tolist()
+            return far
 
-        last = ""
-        for generation, (best, far) in enumerate(self.evolve(distances, len(vocabulary), Random(target.seed)), 1):
-            written = vocabulary.written(template, slots, best)
-            due = generation % self.every == 0 or generation == self.generations
-            if due and written != last and vocabulary.reads_back(pipe, template, slots, best):
-                last = written
-                yield Proposal(written, about=f"after {generation} generations: squared distance {far:.4g}")
+        found = (
+            (best, f"after {k} generations: squared distance {far:.4g}")
+            for k, (best, far) in enumerate(self.evolve(distances, len(vocabulary), Random(target.seed)), 1)
+            if k % self.every == 0 or k == self.generations
+        )
+        yield from texts(pipe, vocabulary, template, slots, found)
 
     def _continuous(self, target: Target, pipe: Any, pairs: Pairs) -> Proposal:
         """The prompt, whose encoding is moved. A phrase of the concept is also an erasure prompt, which must not be."""

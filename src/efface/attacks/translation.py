@@ -50,7 +50,7 @@ class Translation(Attack):
     Source: what people try against English word lists.
 
     Differs: the shipped dictionary has 16 words in 6 languages; give `dictionary` for others. A prompt without a known
-    word gets no proposal. Words that the tokenizer cannot read leave a candidate out.
+    word is refused. Words that the tokenizer cannot read leave a candidate out.
 
     Args:
         dictionary: word -> its translations, in the same order of languages for all words. Added to the shipped ones.
@@ -59,7 +59,7 @@ class Translation(Attack):
     Shapes: none; texts only.
 
     Raises:
-        ValueError: a translation is empty.
+        ValueError: a translation is empty; or the prompt has no word with a translation that the tokenizer can read.
 
     Example:
         >>> Translation({"house": ("Haus",)}).dictionary["house"]
@@ -79,7 +79,7 @@ class Translation(Attack):
         object.__setattr__(self, "dictionary", made)
 
     def propose(self, target: Target, victim: Victim) -> Iterator[Proposal]:
-        known = {**WORDS, **self.dictionary}
+        known, proposed = {**WORDS, **self.dictionary}, False
         here = [word for word in target.prompt.split() if known.get(_bare(word))]
         for k in range(max((len(known[_bare(word)]) for word in here), default=0)):
             swap = {word: known[_bare(word)][k] for word in here if k < len(known[_bare(word)])}
@@ -87,7 +87,13 @@ class Translation(Attack):
             texts = [whole, " ".join(swap.values())] if self.alone else [whole]
             for text in dict.fromkeys(texts):
                 if _readable(victim, text):
+                    proposed = True
                     yield Proposal(text, about="translated")
+        if not proposed:
+            raise ValueError(
+                f"Expected a prompt with words that have translations and that the tokenizer can read, got "
+                f"{checks.shown(target.prompt)}. Give `dictionary`, or another prompt."
+            )
 
 
 def _bare(word: str) -> str:

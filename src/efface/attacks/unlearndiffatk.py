@@ -4,28 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
-from .. import checks
-from ..delta.embeddings import Rows, frozen, tables
-from ._contract import Access, Attack, Proposal, Target, Victim
+from ..delta.embeddings import Rows, tables
+from ._contract import Access, Proposal, Target, Victim
 from ._masked import GradientCheck
 from ._noising import Point
-from ._tokens import check_prompt, check_tokens, sampled, simplex
+from ._search import TokenAttack, texts
+from ._tokens import check_prompt, sampled, simplex
 from ._vocabulary import Slots, Vocabulary, forbidden
 from ._whitebox import WhiteBox
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
 
 __all__ = ["UnlearnDiffAtk"]
 
 
 @dataclass(frozen=True)
-class UnlearnDiffAtk(Attack):
+class UnlearnDiffAtk(TokenAttack):
     """UnlearnDiffAtk: the guarded model as its own classifier of the concept, on relaxed one-hot words.
 
         min_delta E_e || y(z_0, e, t) - m(z_t, t, tau(delta + P)) ||^2    m: guarded model, z_0: the concept
@@ -71,6 +68,7 @@ class UnlearnDiffAtk(Attack):
     """
 
     access: ClassVar[Access] = "gradients"
+    calls_denoiser: ClassVar[bool] = True
 
     tokens: int = 5
     times: int = 50
@@ -79,18 +77,6 @@ class UnlearnDiffAtk(Attack):
     weight_decay: float = 0.1
     batch: int = 1
     forbidden: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("tokens", "times", "iterations", "batch"):
-            checks.whole(name, getattr(self, name))
-        checks.number("lr", self.lr, 0, above=True)
-        checks.number("weight_decay", self.weight_decay, 0)
-        if self.forbidden is not None:
-            object.__setattr__(self, "forbidden", checks.texts("forbidden", self.forbidden))
-
-    def check(self, pipe: DiffusionPipeline) -> None:
-        super().check(pipe)
-        check_tokens(pipe)
 
     def propose(self, target: Target, victim: Victim) -> Iterator[Proposal]:
         pipe, generator = victim.pipe, Generator().manual_seed(target.seed)
@@ -103,46 +89,38 @@ class UnlearnDiffAtk(Attack):
         device = next(iter(table.values())).device
         shares = torch.full((len(slots), len(vocabulary)), 1 / len(vocabulary), device=device)
         optimizer = torch.optim.Adam([shares], lr=self.lr, weight_decay=self.weight_decay)
-        check, proposed = GradientCheck.of("UnlearnDiffAtk", white, generator, self.batch), {""}
-        for k in range(self.times):
-            noise = (k + 0.5) / self.times
-            points = white.points([noise] * self.iterations, self.batch, generator)
-            with victim.guarded(), frozen(pipe):
-                if not check.losses:
-                    check.begin(text, slots, embedded(sampled(shares, generator), table))
-                for point in points:
-                    self._update(shares, optimizer, white, text, slots, table, point, generator)
-                chosen = shares.argmax(-1).tolist()
-                check.measure(text, slots, {name: each[chosen] for name, each in table.items()})
-            written = vocabulary.written(text, slots, chosen)
-            if written not in proposed and vocabulary.reads_back(pipe, text, slots, chosen):
-                proposed.add(written)
-                yield Proposal(written, about=f"after {k + 1} of {self.times} times: {check.about}")
-        check.end()
 
-    def _update(
-        self,
-        shares: Tensor,
-        optimizer: torch.optim.Optimizer,
-        white: WhiteBox,
-        text: str,
-        slots: Slots,
-        table: Rows,
-        point: Point,
-        generator: Generator,
-    ) -> None:
-        """One update of u [k, V]."""
-        drawn = sampled(shares, generator).requires_grad_()
-        with torch.enable_grad():
-            loss = white.loss(text, slots, embedded(drawn, table), point)
-        shares.grad = clipped(torch.autograd.grad(loss, drawn)[0])
-        optimizer.step()
-        shares.copy_(simplex(shares))
+        def best() -> list[int]:
+            chosen: list[int] = shares.argmax(-1).tolist()
+            return chosen
+
+        def update(point: Point) -> None:
+            drawn = sampled(shares, generator).requires_grad_()
+            moved(shares, optimizer, drawn, white.loss(text, slots, embedded(drawn, table), point))
+
+        def now() -> dict[str, Tensor]:
+            return {name: each[best()] for name, each in table.items()}
+
+        def first() -> dict[str, Tensor]:
+            return embedded(sampled(shares, generator), table)
+
+        check = GradientCheck.of("UnlearnDiffAtk", white, generator, self.batch)
+        rounds = ([(k + 0.5) / self.times] * self.iterations for k in range(self.times))
+        after = enumerate(check.following(rounds, text, slots, now, update, first), 1)
+        found = ((best(), f"after {k} of {self.times} times: {about}") for k, (_, about) in after)
+        yield from texts(pipe, vocabulary, text, slots, found)
 
 
 def embedded(shares: Tensor, table: Rows) -> dict[str, Tensor]:
     """The input embeddings [k, D] of words with these shares [k, V]."""
     return {name: shares @ each for name, each in table.items()}
+
+
+def moved(shares: Tensor, optimizer: torch.optim.Optimizer, drawn: Tensor, loss: Tensor) -> None:
+    """One update of u [k, V], from the loss of the words drawn."""
+    shares.grad = clipped(torch.autograd.grad(loss, drawn)[0])
+    optimizer.step()
+    shares.copy_(simplex(shares))
 
 
 def clipped(gradient: Tensor) -> Tensor:

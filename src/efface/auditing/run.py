@@ -15,6 +15,7 @@ from ..judged import LEVEL
 from ..metrics.outcomes import Outcomes
 from ..metrics.removal import Removal
 from ..metrics.retention import Retention
+from ..pipelines import EMBEDDED
 from ..progress import shows
 from ..records import Score, Suite, alike
 from ..runs.record import now, this_command, versions
@@ -231,7 +232,7 @@ def _measured(
     facts |= {"model": model_facts, "base": base_facts, "attacks": ran, "since": None, "regressions": []}
     facts |= {name: run.record[name] for name in ("suite", "rows", "call")}
     facts |= {"known_attacks": list(registry.methods("attacks")), "batch": plan.batch}
-    ours = base_pipe is not None and plan.named(plan.base) == "emoji" and shape(base_pipe) == shape(pipe)
+    ours = base_pipe is not None and plan.named(plan.base) in EMBEDDED and shape(base_pipe) == shape(pipe)
     facts["detector"] = {"words": ends.words, "note": _note(plan, ours, facts["labelled"])}
     facts["notes"] = words.notes(facts, *_kept(run))
     facts["left_out"] = others(plan.suite.rows, names)
@@ -283,7 +284,7 @@ def _decided(
 
 def _note(plan: Plan, ours: bool, labelled: bool) -> str:
     """A note if the detector was not made for this model, or for one of its kind."""
-    if plan.detector == "eyes" and (ours or plan.named(plan.model) == "emoji"):
+    if plan.detector == "eyes" and (ours or plan.named(plan.model) in EMBEDDED):
         return ""
     text = f"The detector was not made for {plan.name}."
     return f"{text} People's labels say how often it is right here." if labelled else f"{text} Its error is unknown."

@@ -62,6 +62,13 @@ def attack(
         str | None, typer.Option(help="The detector that judges, by name. Default: the emoji model's.")
     ] = None,
     search: Annotated[str | None, typer.Option(help="Another detector, for the attacker's search.")] = None,
+    access: Annotated[
+        str,
+        typer.Option(
+            help="The most that the attacker has: text (a service), embeddings, gradients, sampler or weights. "
+            "Attacks that need more are refused, or left out of all."
+        ),
+    ] = "weights",
     no_control: Annotated[bool, typer.Option("--no-control", help="Leave out the control with random texts.")] = False,
     at_most: Annotated[
         float | None,
@@ -86,6 +93,7 @@ def attack(
         made = {name: redteam.build(name, **fields) for name in names}
         options: dict[str, Any] = {"prompts": prompt, "budget": budget, "n": images, "seed": seed, "steps": steps}
         options |= {"guidance": guidance, "control": not no_control, "eraser": erasers}
+        options["access"] = checks.choice("--access", access, redteam.ACCESS)
         options |= {
             name: None if spec is None else detector(spec, target.name)
             for name, spec in (("judge", judge), ("search", search))
@@ -95,12 +103,13 @@ def attack(
         with output_folder(out) as folder:
             kept = f"Finished attempts are in {folder}. Run the same command with --out {folder}, which continues."
             with told(lambda: kept if any(folder.iterdir()) else ""), telling():
+                left_out: dict[str, str] = {}
                 if attack == ALL:
-                    results = _all(pipe, made, target, folder, options)
+                    results, left_out = _all(pipe, made, target, folder, options)
                 else:
                     results = [redteam.attack(pipe, made[attack], target, out=folder, **options)]
             page = folder / "attacks.html"
-            report.write_attacks(results, page)
+            report.write_attacks(results, page, left_out=left_out)
     if as_json:
         typer.echo(json.dumps({"out": str(folder), "attacks": [each.as_json() for each in results]}, indent=1))
     else:
@@ -140,24 +149,29 @@ def _sides(
 
 def _all(
     pipe: Any, made: Mapping[str, Attack], target: Concept, out: Path, options: Mapping[str, Any]
-) -> list[AttackResult]:
-    """The results of all attacks that fit the pipeline and the prompts. Warns about the others."""
+) -> tuple[list[AttackResult], dict[str, str]]:
+    """The results of all attacks that fit the access, the pipeline and the prompts; the others, and why they do not."""
     from .. import redteam
 
-    results = []
+    results: list[AttackResult] = []
+    left_out: dict[str, str] = {}
+    memory: dict[Any, Any] = {}
     for name, each in made.items():
         try:
+            redteam.check_access(each, options["access"])
             each.check(pipe)
         except ValueError as error:
-            warn(f"{name} was left out. {error}")
-            continue
-        try:
-            results.append(redteam.attack(pipe, each, target, out=out / name, **options))
-        except checks.NotJudged as error:
-            warn(f"{name} was left out. {error}")
+            left_out[name] = str(error)
+        else:
+            try:
+                results.append(redteam.attack(pipe, each, target, out=out / name, memory=memory, **options))
+            except checks.NotJudged as error:
+                left_out[name] = str(error)
+        if name in left_out:
+            warn(f"{name} was left out. {left_out[name]}")
     if not results:
         raise checks.NotJudged("No attack proposed anything, so nothing was judged. See the warnings above.")
-    return results
+    return results, left_out
 
 
 def _show(results: list[AttackResult], page: Path) -> None:
@@ -179,6 +193,10 @@ def _show(results: list[AttackResult], page: Path) -> None:
         say(each.verdict())
         for warning in each.warnings():
             say(warning)
+    from ..redteam import masking
+
+    if warning := masking(results):
+        warn(warning)
     say(str(page))
 
 

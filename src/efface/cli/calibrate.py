@@ -78,9 +78,10 @@ def calibrate(
             check_folder(out)
         pipe = load(model, loading)
         eraser.apply(pipe).remove()
+        from ..models import eyes_of
         from ..models.emoji.eyes import ConceptEyes
 
-        eyes, done = ConceptEyes(about.name), Counter[str]()
+        eyes, done = ConceptEyes(about.name, eyes_of(model)), Counter[str]()
         with (
             output_folder(out) as folder,
             told(lambda: f"Finished strengths are in {folder}. The same command with --out continues."),

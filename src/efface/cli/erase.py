@@ -64,6 +64,7 @@ def erase(
         check_guidance(erasers, guidance)
         check_folder(out, overwrite)
         from .. import api, jobs
+        from ..pipelines import EMBEDDED
 
         pipe = load(model, loading)
         check_guidance(erasers, guidance, pipe)
@@ -71,7 +72,7 @@ def erase(
         for what, text in (("prompt", prompt), ("negative prompt", negative)):
             if lost := api.cut_off(pipe, text):
                 warn(f"The {what} is longer than the text encoder's limit. It ignores {lost!r}.")
-        judge = jobs.Judge(targets) if model == "emoji" else None
+        judge = jobs.Judge(targets, model) if model in EMBEDDED else None
         job = jobs.Erasure(pipe, erasers, prompt, negative, model, seed, images, steps, guidance, judge)
         with output_folder(out) as folder, told(lambda: job.finished(folder)), telling():
             record = job.run(folder)

@@ -3,7 +3,6 @@ which hold vectors, edits of outputs and new words in its place."""
 
 from collections.abc import Callable
 
-from . import file
 from .applied import check_written, forget, handles, unedited
 from .delta import Delta, active
 from .factors import Change, Factors, dense
@@ -30,9 +29,6 @@ __all__ = [
 ]
 
 KINDS: dict[str, Callable[..., Delta | Directions | Steering | Tokens]] = {
-    file.WEIGHTS: Delta,
-    file.DIRECTIONS: Directions,
-    file.TOKENS: Tokens._read,
-    file.STEERING: Steering,
+    each._kind: each._read for each in (Delta, Directions, Tokens, Steering)
 }
 """The makers of what a file of `efface fit` may hold, by kind."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,10 +14,11 @@ import torch
 
 from .. import checks
 from ..core import Concepts, ConceptsField, Handle, as_concepts
-from ..fields import Converted, field_names
+from ..fields import Converted
 from . import file, words
 from .applied import AppliedDelta, check_written, entries, forget
-from .base import Base, base_hash, check_after, check_base, common_base, kind, origin, own_values, strengths
+from .artefact import Artefact, listed
+from .base import check_after, check_base, common_base, kind, origin, own_values, strengths
 from .factors import Change, Factors, added, dense, each, scaled, tensors, truncate
 from .lora import Layout, export
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Delta:
+class Delta(Artefact):
     """The result of an editor: changes of weights, their base model, and their origin.
 
     A delta is an eraser: `apply` adds the changes to the pipeline's weights, and returns a handle that removes them.
@@ -68,19 +69,15 @@ class Delta:
         (64, 64)
     """
 
+    _kind: ClassVar[str] = file.WEIGHTS
+    _apart: ClassVar[tuple[str, ...]] = ("weights",)
     off: ClassVar[Mapping[str, Any] | None] = {"strength": 0.0}
     touches_uncond: ClassVar[bool] = True
 
     weights: Mapping[str, Change]
+    _: KW_ONLY
     method: str
-    fields: Mapping[str, Any] = field(default_factory=dict)
     concepts: ConceptsField = Converted(())
-    seed: int = 0
-    model: str = ""
-    base: Base = field(default_factory=dict)
-    after: Mapping[str, float] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
-    info: Mapping[str, Any] = field(default_factory=dict)
     strength: float = 1.0
 
     def __post_init__(self) -> None:
@@ -127,13 +124,11 @@ class Delta:
 
     def __repr__(self) -> str:
         """One line: method, concepts, strength, number and rank of the changed tensors, base model."""
-        names = [concept.name for concept in self.concepts]
-        concepts = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        concepts = listed([concept.name for concept in self.concepts]) or "no concepts"
         ranks = [change.rank for change in self.weights.values() if isinstance(change, Factors)]
         kinds = ([f"rank <= {max(ranks)}"] if ranks else []) + (["dense"] if len(ranks) < len(self.weights) else [])
         size = f"{len(self.weights)} tensors ({' or '.join(kinds)})"
-        shown = (self.method, concepts or "no concepts", f"strength {self.strength:g}", size)
-        return f"Delta({', '.join(shown)}, base model {self.model or 'unknown'!r})"
+        return self._line(self.method, concepts, f"strength {self.strength:g}", size)
 
     # ---- on a pipeline
 
@@ -180,10 +175,6 @@ class Delta:
             )
         self.apply(pipe)
         forget(pipe)
-
-    def config(self) -> dict[str, Any]:
-        """The facts for records: everything except the tensors, and their hash."""
-        return self._header() | {"base": self.base_hash, "hash": self.hash}
 
     # ---- arithmetic on the changes
 
@@ -264,11 +255,6 @@ class Delta:
 
     # ---- files
 
-    @property
-    def base_hash(self) -> str:
-        """One hash over the model's own values of the changed tensors, at the precision of the fit."""
-        return base_hash(self.base)
-
     @cached_property
     def hash(self) -> str:
         """SHA-256 over names, shapes and values of the changes (not the strength), the base, and `after`."""
@@ -278,34 +264,6 @@ class Delta:
                 digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
-
-    def _header(self) -> dict[str, Any]:
-        """Everything except the tensors, as JSON types."""
-        found = {name: getattr(self, name) for name in field_names(self) if name != "weights"}
-        found["concepts"] = [asdict(c) for c in self.concepts]
-        as_json: dict[str, Any] = json.loads(json.dumps(found))
-        return as_json
-
-    def save(self, path: str | Path) -> None:
-        """Writes one safetensors file: the factors or tensors, and everything else as JSON in the header.
-
-        The file appears completely or not at all.
-
-        Raises:
-            OSError: the file cannot be written, for example on a full disk. An older file stays.
-        """
-        file.save(path, self.weights, self._header())
-
-    @classmethod
-    def load(cls, path: str | Path) -> Delta:
-        """Reads a file that `save` wrote.
-
-        Raises:
-            FileNotFoundError: the file does not exist.
-            ValueError: the file is incomplete, damaged, of a newer version, not a delta, or does not identify its base
-                model.
-        """
-        return file.load(path, {file.WEIGHTS: cls})
 
     def export(
         self, path: str | Path, layout: Layout = "diffusers", rank: int | None = None, dtype: torch.dtype | None = None

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from inspect import BoundArguments
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import checks
-from .._weights import digest
-from ..core import Concept, Concepts, ConceptsField, Handle, RowsField, as_concepts
-from ..fields import Converted, computed
-from ..hooks import DenoiserCall, Memory, Method
+from ..core import Concept, Concepts, ConceptsField
+from ..fields import Converted
+from ..hooks import DenoiserCall, Memory
 from . import file, table
-from .applied import check_written
-from .base import Base, base_hash, check_after, common_base, origin, own_values
+from .artefact import Vectors, listed
+from .base import common_base
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-FACTS = ("method", "fields", "seed", "model", "versions", "info", "strength", "window", "shares", "base", "after")
-
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Directions(Method):
+class Directions(Vectors):
     """Adds one learned vector per concept to the output h of named modules, on the conditional rows.
 
         h <- h + strength sum_k w_k c_k            w_k: 1 if concept k acts on the row, 0 otherwise
@@ -82,30 +75,17 @@ class Directions(Method):
         {'0': 2}
     """
 
-    off: ClassVar[dict[str, Any] | None] = {"strength": 0.0}
+    _kind: ClassVar[str] = file.DIRECTIONS
+    _apart: ClassVar[tuple[str, ...]] = ("vectors", "rows", "extractor")
     touches_uncond: ClassVar[bool] = False
-    steers: ClassVar[tuple[str, ...]] = computed(lambda self: tuple(n.partition(".")[2] for n in self.vectors))
 
-    vectors: Mapping[str, Tensor]
-    concepts: ConceptsField = Converted(())
-    strength: float = 1.0
-    window: tuple[float, float] = (0.0, 1.0)
-    rows: RowsField = Converted(None)
+    concepts: ConceptsField = Converted(())  # again: mypy would take it for what the constructor takes
     shares: Converted[Sequence[float] | None, tuple[float, ...] | None] = Converted(None)
     extractor: Callable[[str], Concepts] | None = None
-    method: str = ""
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    model: str = ""
-    base: Base = field(default_factory=dict)
-    after: Mapping[str, float] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
-    info: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         table.check_vectors(self.vectors, self.concepts)
-        self._known([concept for row in self.rows or () for concept in row])
         if sum(each is not None for each in (self.rows, self.shares, self.extractor)) > 1:
             raise ValueError("Expected one of `rows`, `shares` and `extractor`, got several. Leave out all but one.")
         if self.extractor is not None and not callable(self.extractor):
@@ -113,53 +93,10 @@ class Directions(Method):
         if self.shares is not None:
             object.__setattr__(self, "shares", table.shares_of(self.shares, self.names))
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the concepts."""
-        return tuple(concept.name for concept in self.concepts)
-
-    def _known(self, concepts: Concepts) -> tuple[Concept, ...]:
-        """These concepts. Raises ValueError if one has no vector."""
-        found = as_concepts(concepts, self.concepts)
-        if unknown := [concept.name for concept in found if concept not in self.concepts]:
-            raise ValueError(f"{checks.shown(unknown[0])} has no vector. Known: {', '.join(self.names)}.")
-        return found
-
-    @classmethod
-    def fitted(
-        cls,
-        editor: Any,
-        pipe: DiffusionPipeline,
-        vectors: Mapping[str, Tensor],
-        concepts: Concepts,
-        *,
-        seed: int = 0,
-        info: Mapping[str, Any] | None = None,
-        **use: Any,
-    ) -> Directions:
-        """Makes the directions that an editor returns, for the model of `pipe` with the applied deltas.
-
-        Args:
-            editor, pipe, concepts, seed, info: as for `Delta.fitted`.
-            vectors: as in `Directions`.
-            use: the fields `strength`, `window` and `shares`.
-
-        Raises:
-            ValueError: the pipeline lacks a module, or the vectors are not as in `Directions`.
-        """
-        return cls(
-            {name: v.detach().to("cpu", torch.float32).contiguous() for name, v in vectors.items()},
-            as_concepts(concepts),
-            **origin(editor, pipe, own_values(pipe, table.weights_of(pipe, vectors)), seed=seed, info=info),
-            **use,
-        )
-
     def __repr__(self) -> str:
         """One line: method, concepts, strength, shapes and modules, base model."""
-        names = ", ".join(self.names[:3]) + (f" and {len(self.names) - 3} more" if len(self.names) > 3 else "")
         where = ", ".join(f"{list(v.shape[1:])} at {name}" for name, v in self.vectors.items())
-        shown = (self.method, names, f"strength {self.strength:g}", where)
-        return f"Directions({', '.join(shown)}, base model {self.model or 'unknown'!r})"
+        return self._line(self.method, listed(self.names), f"strength {self.strength:g}", where)
 
     # ---- how the vectors are used
 
@@ -186,16 +123,9 @@ class Directions(Method):
 
     # ---- on a pipeline
 
-    def apply(self, pipe: DiffusionPipeline) -> Handle:
-        check_written(pipe)
-        table.check_model(pipe, self.vectors, self.base, self.model)
-        check_after(pipe, self.after)
-        return super().apply(pipe)
-
     def check(self, pipe: DiffusionPipeline) -> None:
         """Raises ValueError if a vector is zero, the denoiser lacks a module, or is compiled and `shares` are drawn."""
         super().check(pipe)
-        table.weights_of(pipe, self.vectors)
         table.check_not_zero(self.vectors, self.names)
         if self.shares is not None:
             table.check_not_compiled(pipe)
@@ -279,51 +209,7 @@ class Directions(Method):
     def __sub__(self, other: Directions) -> Directions:
         return self + -other if isinstance(other, Directions) else NotImplemented
 
-    # ---- files
-
-    @property
-    def base_hash(self) -> str:
-        """One hash over the modules' own weights, at the precision of the fit."""
-        return base_hash(self.base)
-
-    @cached_property
-    def hash(self) -> str:
-        """SHA-256 over names, shapes and values of the vectors (not the strength), the base, and `after`."""
-        told = json.dumps([self.base_hash, sorted(self.after.items()), self.names])
-        return hashlib.sha256(f"{told}{digest(self.vectors)}".encode()).hexdigest()
-
-    def _header(self) -> dict[str, Any]:
-        facts = {name: getattr(self, name) for name in FACTS}
-        found = facts | {"kind": file.DIRECTIONS, "concepts": [asdict(c) for c in self.concepts]}
-        as_json: dict[str, Any] = json.loads(json.dumps(found))
-        return as_json
-
     def config(self) -> dict[str, Any]:
-        """The facts for records: everything except the tensors, and their hash."""
-        rows = None if self.rows is None else [[concept.name for concept in row] for row in self.rows]
         extractor = None if self.extractor is None else getattr(self.extractor, "__qualname__", repr(self.extractor))
         shapes = {name: list(v.shape[1:]) for name, v in self.vectors.items()}
-        more = {"rows": rows, "extractor": extractor, "modules": shapes, "base": self.base_hash, "hash": self.hash}
-        return self._header() | more
-
-    def save(self, path: str | Path) -> None:
-        """Writes one safetensors file: the vectors, and everything else as JSON in the header.
-
-        Raises:
-            ValueError: `rows` or `extractor` is set, which a file does not hold.
-            OSError: the file cannot be written. An older file stays.
-        """
-        if self.rows is not None or self.extractor is not None:
-            raise ValueError("A file does not hold `rows` or `extractor`. Save the directions without them.")
-        file.save(path, self.vectors, self._header())
-
-    @classmethod
-    def load(cls, path: str | Path) -> Directions:
-        """Reads a file that `save` wrote.
-
-        Raises:
-            FileNotFoundError: the file does not exist.
-            ValueError: the file is incomplete, damaged, of a newer version, holds no directions, or does not identify
-                its base model.
-        """
-        return file.load(path, {file.DIRECTIONS: cls})
+        return super().config() | {"extractor": extractor, "modules": shapes}

@@ -27,7 +27,7 @@ LACKS: dict[str, Callable[..., str]] = {
     WEIGHTS: lacks,
     DIRECTIONS: unidentified,
     TOKENS: lambda base, tensors: lacks(base, {name: each for name, each in tensors.items() if "." not in name}),
-    STEERING: lambda base, tensors: unidentified(base, dict.fromkeys(modules_of(tensors))),
+    STEERING: lambda base, tensors: unidentified(base, modules_of(tensors)),
 }
 """By kind: names what the base has no hash of, or returns ""."""
 ANEW = "Make it again with `efface fit`."

@@ -38,10 +38,7 @@ def export(
         ValueError: `layout` is unknown, `rank` is below 1, or a LoRA cannot hold the changes.
         OSError: the file cannot be written. An older file stays.
     """
-    if layout not in get_args(Layout):
-        raise ValueError(
-            f"Expected `layout` to be 'diffusers' or 'kohya', got {checks.shown(layout)}. Give one of the two."
-        )
+    checks.choice("layout", layout, get_args(Layout))
     part = next(iter(weights)).partition(".")[0]
     wrong = [n for n, c in weights.items() if not (n.startswith(PARTS) and len(c.shape) in (2, 4))]
     if wrong:

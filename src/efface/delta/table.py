@@ -8,7 +8,7 @@ import json
 import math
 import warnings
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,7 +66,7 @@ def check_not_compiled(pipe: DiffusionPipeline) -> None:
         )
 
 
-def weights_of(pipe: DiffusionPipeline, modules: Mapping[str, Any]) -> dict[str, Tensor]:
+def weights_of(pipe: DiffusionPipeline, modules: Collection[str]) -> dict[str, Tensor]:
     """The parameters of modules, such as "unet.mid_block", by canonical name.
 
     Raises:
@@ -86,14 +86,14 @@ def weights_of(pipe: DiffusionPipeline, modules: Mapping[str, Any]) -> dict[str,
     return found
 
 
-def unidentified(base: Base, modules: Mapping[str, Any]) -> str:
+def unidentified(base: Base, modules: Collection[str]) -> str:
     """The module without a hash in `base`; "" if all have one."""
     known = set(itertools.chain(*base.values()))
     lost = [name for name in modules if not any(each.startswith(f"{name}.") for each in known)]
     return f"the weights of {lost[0]!r}" if lost else ""
 
 
-def check_model(pipe: DiffusionPipeline, modules: Mapping[str, Any], base: Base, model: str) -> None:
+def check_model(pipe: DiffusionPipeline, modules: Collection[str], base: Base, model: str) -> None:
     """Raises ValueError unless `base` describes the modules of the pipeline."""
     if what := unidentified(base, modules):
         raise ValueError(

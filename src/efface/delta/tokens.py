@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .._weights import digest
 from ..core import Concepts, ConceptsField, Handle, as_concepts
 from ..fields import Converted
 from . import file, words
 from .applied import check_written
-from .base import Base, base_hash, check_after, check_values, lacks, origin
+from .artefact import Artefact, listed
+from .base import check_after, check_values, lacks, origin
 from .delta import Delta
 from .embeddings import Rows, only_rows_learn, tables
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-FACTS = ("words", "method", "fields", "seed", "model", "versions", "info", "base", "after")
-
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Tokens:
+class Tokens(Artefact):
     """New words of a model, with one learned input embedding per word and text encoder.
 
         E'(i) = E(i) for the n known tokens i <= n,   E'(n + j) = v_j for the new word j
@@ -73,20 +68,16 @@ class Tokens:
         Tokens(<pet>, base model 'emoji')
     """
 
+    _kind: ClassVar[str] = file.TOKENS
+    _apart: ClassVar[tuple[str, ...]] = ("embeddings", "delta")
     off: ClassVar[Mapping[str, Any] | None] = None
     touches_uncond: ClassVar[bool] = True
 
     embeddings: Mapping[str, Tensor]
     words: Converted[Sequence[str], tuple[str, ...]] = Converted(())
     concepts: ConceptsField = Converted(())
+    _: KW_ONLY
     method: str = "tokens"
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    model: str = ""
-    base: Base = field(default_factory=dict)
-    after: Mapping[str, float] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
-    info: Mapping[str, Any] = field(default_factory=dict)
     delta: Delta | None = None
 
     def __post_init__(self) -> None:
@@ -140,13 +131,8 @@ class Tokens:
 
     def __repr__(self) -> str:
         """One line: method, words, base model."""
-        shown = ", ".join(self.words[:3]) + (f" and {len(self.words) - 3} more" if len(self.words) > 3 else "")
-        parts = [
-            "" if self.method == "tokens" else self.method,
-            shown,
-            "" if self.delta is None else "with changed weights",
-        ]
-        return f"Tokens({', '.join(filter(None, parts))}, base model {self.model or 'unknown'!r})"
+        method = "" if self.method == "tokens" else self.method
+        return self._line(method, listed(self.words), "" if self.delta is None else "with changed weights")
 
     # ---- on a pipeline
 
@@ -178,48 +164,16 @@ class Tokens:
 
     # ---- files
 
-    @property
-    def base_hash(self) -> str:
-        """One hash over the encoders' tables, at the precision of the fit."""
-        return base_hash(self.base)
-
-    @cached_property
-    def hash(self) -> str:
-        """SHA-256 over the words, their embeddings, the base, `after`, and the hash of the delta."""
-        told = [self.base_hash, sorted(self.after.items()), self.words, self.delta.hash if self.delta else ""]
-        return hashlib.sha256(f"{json.dumps(told)}{digest(self.embeddings)}".encode()).hexdigest()
+    def _told(self) -> Sequence[Any]:
+        return self.words, self.delta.hash if self.delta else ""
 
     def _header(self) -> dict[str, Any]:
-        found = {name: getattr(self, name) for name in FACTS}
-        found |= {"kind": file.TOKENS, "concepts": [asdict(c) for c in self.concepts]}
-        if self.delta is not None:
-            found["delta"] = self.delta._header() | {"format": file.FORMAT}
-        as_json: dict[str, Any] = json.loads(json.dumps(found))
-        return as_json
-
-    def config(self) -> dict[str, Any]:
-        """The facts for records: everything except the tensors, and their hash."""
-        return self._header() | {"base": self.base_hash, "hash": self.hash}
+        inner = {} if self.delta is None else {"delta": self.delta._header() | {"format": file.FORMAT}}
+        return super()._header() | inner
 
     def save(self, path: str | Path) -> None:
-        """Writes one safetensors file: the embeddings, the changed weights, and everything else in the header.
-
-        Raises:
-            OSError: the file cannot be written. An older file stays.
-        """
         weights = {} if self.delta is None else self.delta.weights
         file.save(path, {**self.embeddings, **weights}, self._header())
-
-    @classmethod
-    def load(cls, path: str | Path) -> Tokens:
-        """Reads a file that `save` wrote.
-
-        Raises:
-            FileNotFoundError: the file does not exist.
-            ValueError: the file is incomplete, damaged, of a newer version, holds no tokens, or does not identify its
-                base model.
-        """
-        return file.load(path, {file.TOKENS: cls._read})
 
     @classmethod
     def _read(cls, tensors: Mapping[str, Any], **header: Any) -> Tokens:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from .. import checks
 from .._text import check_phrases, encode
 from .._weights import keys_values
 from ..core import Concept
@@ -19,11 +18,6 @@ if TYPE_CHECKING:
 
 
 Tokens = Literal["last", "tail", "all"]
-
-
-def check_positive(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise ValueError(f"Expected `{name}` to be a finite number > 0, got {checks.shown(value)}. Give more than 0.")
 
 
 # ---------------------------------------------------------------- texts

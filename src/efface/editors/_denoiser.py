@@ -45,10 +45,7 @@ def trained(
     Raises:
         ValueError: the mode is unknown or finds no parameters, or a LoRA is loaded.
     """
-    if train not in get_args(Train):
-        raise ValueError(
-            f"Expected `train` to be one of {', '.join(get_args(Train))}, got {checks.shown(train)}. Give one of these."
-        )
+    checks.choice("train", train, get_args(Train))
     names = [name for name, weight in denoiser.named_parameters() if biases or weight.ndim > 1]
     if any(".base_layer." in name or ".lora_" in name for name in names):
         raise ValueError("A LoRA is loaded. Unload it (`pipe.unload_lora_weights()`) or fuse it before `fit`.")

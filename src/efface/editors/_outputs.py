@@ -144,10 +144,8 @@ def moments(pipe: DiffusionPipeline, texts: Sequence[str], second: bool = True, 
 
 def check_drawing(editor: Any) -> None:
     """Checks the fields that describe a drawing: `sampler_steps`, `guidance` and `batch`."""
-    if editor.sampler_steps is not None:
-        checks.whole("sampler_steps", editor.sampler_steps)
-    checks.whole("batch", editor.batch)
-    checks.number("guidance", editor.guidance, 1)
+    checks.each(editor, checks.whole, "sampler_steps", "batch")
+    checks.each(editor, checks.number, "guidance", least=1)
 
 
 def turns(texts: Sequence[str], n: int) -> list[str]:

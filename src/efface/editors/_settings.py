@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args
@@ -74,28 +73,14 @@ class Training(FamilyDefaults):
     biases: bool = False
 
     def __post_init__(self) -> None:
-        for name, choices in (("train", get_args(Train)), ("precision", get_args(Precision))):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"Expected `{name}` to be one of {', '.join(choices)}, got {checks.shown(getattr(self, name))}. "
-                    "Give one "
-                    "of these."
-                )
-        for name, least in (("steps", 0), ("batch", 1), ("reuse", 1), ("accumulate", 1), ("sampler_steps", 1)):
-            if getattr(self, name) is not None or name == "accumulate":
-                check_integer(name, getattr(self, name), least)
-        for name in ("guidance", "weight_decay", "clip"):
-            check_number(name, getattr(self, name))
-        if type(self.biases) is not bool:
-            raise ValueError(
-                f"Expected `biases` to be True or False, got {checks.shown(self.biases)}. Give one of the two."
-            )
-        if self.lr is not None and not check_number("lr", self.lr) > 0:
-            raise ValueError(f"Expected `lr` > 0, got {checks.shown(self.lr)}. Give more than 0.")
-        if self.guidance < 1:
-            raise ValueError(
-                f"Expected `guidance` >= 1 (no guidance), got {checks.shown(self.guidance)}. Give 1 or more."
-            )
+        checks.choice("train", self.train, get_args(Train))
+        checks.choice("precision", self.precision, get_args(Precision))
+        checks.choice("biases", self.biases, (True, False))
+        checks.each(self, checks.whole, "steps", least=0)
+        checks.each(self, checks.whole, "batch", "reuse", "accumulate", "sampler_steps")
+        checks.each(self, checks.number, "weight_decay", "clip", least=0)
+        checks.each(self, checks.number, "guidance", least=1)
+        checks.each(self, checks.number, "lr", least=0, above=True)
 
     def resolved(self, pipe: DiffusionPipeline) -> Self:
         """Replaces fields that are None by the family's values. `lr` is a third for "u" and "full".
@@ -110,22 +95,6 @@ class Training(FamilyDefaults):
     def denoiser(self, pipe: DiffusionPipeline, texts: Sequence[str]) -> Denoiser:
         """The pipeline's denoiser for a fit with these resolved settings."""
         return Denoiser(pipe, texts, self.train, self.sampler_steps or 1, self.precision, self.biases)
-
-
-def check_integer(name: str, value: Any, least: int) -> None:
-    """Raises ValueError unless the value is an integer >= least."""
-    if type(value) is not int or value < least:
-        raise ValueError(
-            f"Expected `{name}` to be an integer >= {least}, got {checks.shown(value)}. Give {least} or more."
-        )
-
-
-def check_number(name: str, value: Any, least: float = 0.0, most: float = math.inf) -> float:
-    """Raises ValueError unless the value is a finite number within the bounds."""
-    if type(value) not in (int, float) or not math.isfinite(value) or not least <= value <= most:
-        bounds = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-        raise ValueError(f"Expected `{name}` to be a number {bounds}, got {checks.shown(value)}. Give such a number.")
-    return float(value)
 
 
 def phrases(pipe: DiffusionPipeline, concepts: Concepts, *more: str) -> tuple[tuple[Concept, ...], list[str]]:

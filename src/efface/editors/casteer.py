@@ -91,13 +91,12 @@ class CASteer(FamilyDefaults):
     batch: int = 8
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "subjects", checks.texts("subjects", self.subjects))
-        object.__setattr__(self, "window", checks.window("window", self.window))
+        checks.each(self, checks.texts, "subjects")
+        checks.each(self, checks.window, "window")
+        checks.each(self, checks.number, "strength", least=0)
         check_drawing(self)
         if not self.subjects:
             raise ValueError(checks.refusal("at least one of `subjects`", self.subjects, "Write ('a dog', 'a tree')."))
-        if self.strength is not None:
-            checks.number("strength", self.strength, 0)
         if self.template is not None and not all(word in self.template for word in ("{subject}", "{concept}")):
             cure = 'Write for example "{subject} with {concept}".'
             raise ValueError(checks.refusal("`template` with {subject} and {concept}", self.template, cure))

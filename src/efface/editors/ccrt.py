@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from ..delta import Delta, active, unedited
 from ._misalignment import Misalignment
 from ._round import Round
 from ._search import ENTITIES, Broader, Calibration
-from ._settings import Training, check_integer, check_number, phrases
+from ._settings import Training, phrases
 from .esd import ESD
 
 if TYPE_CHECKING:
@@ -102,15 +101,13 @@ class CCRT(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        bounds = {"eta": (-1, math.inf), "reg": (0, math.inf), "mutation": (0, 1), "search_guidance": (1, math.inf)}
-        for name, (least, most) in bounds.items():
-            check_number(name, getattr(self, name), least, most)
-        for name, least in (("keep", 2), ("generations", 0)):
-            check_integer(name, getattr(self, name), least)
-        if self.teacher not in get_args(Teacher):
-            raise ValueError(
-                f"Expected `teacher` to be 'base' or 'previous', got {checks.shown(self.teacher)}. Give one of the two."
-            )
+        checks.choice("teacher", self.teacher, get_args(Teacher))
+        checks.each(self, checks.number, "eta", least=-1)
+        checks.each(self, checks.number, "reg", least=0)
+        checks.each(self, checks.number, "search_guidance", least=1)
+        checks.each(self, checks.share, "mutation")
+        checks.each(self, checks.whole, "keep", least=2)
+        checks.each(self, checks.whole, "generations", least=0)
         if self.template is not None and "{}" not in self.template:
             raise ValueError(
                 f"Expected `template` to hold {{}} for the entities, got {checks.shown(self.template)}. Add it."

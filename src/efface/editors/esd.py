@@ -15,7 +15,7 @@ from .._weights import learning
 from ..core import Concepts, Detector, config
 from ..delta import Delta
 from ._denoiser import Denoiser, Points, Weights, mse
-from ._settings import Training, check_number, phrases
+from ._settings import Training, phrases
 from ._training import look, run
 
 if TYPE_CHECKING:
@@ -104,13 +104,8 @@ class ESD(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.drawn_by not in get_args(Drawer):
-            raise ValueError(
-                f"Expected `drawn_by` to be 'student' or 'frozen', got {checks.shown(self.drawn_by)}. Give one of the "
-                "two."
-            )
-        if self.eta is not None:
-            check_number("eta", self.eta, least=-1)
+        checks.choice("drawn_by", self.drawn_by, get_args(Drawer))
+        checks.each(self, checks.number, "eta", least=-1)
 
     @classmethod
     def paper(cls, train: Any = "x", eta: float = 1.0) -> ESD:

@@ -20,7 +20,7 @@ from ._examples import detected, given, read
 from ._geometry import Encoding, Grid, start
 from ._located import Data, Located, drawing, picture_size, weighted
 from ._redrawing import Redrawn, redraw
-from ._settings import FamilyDefaults, Training, check_integer, check_number, phrases
+from ._settings import FamilyDefaults, Training, phrases
 from ._training import run
 
 if TYPE_CHECKING:
@@ -122,17 +122,11 @@ class GeomErasing(FamilyDefaults):
         for name, known in named.items():
             checks.choice(name, getattr(self, name), get_args(known))
         checks.choice("flip", self.flip, (True, False))
-        for name in ("grid", "steps", "batch"):
-            if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), 1)
-        for name in ("lr", "lr_weights"):
-            if getattr(self, name) is not None:
-                checks.number(name, getattr(self, name), 0, above=True)
-        checks.number("ratio", self.ratio, 0, above=True)
-        checks.share("threshold", self.threshold)
-        checks.number("dropout", self.dropout, 0, 1, below=True)
-        check_number("weight_decay", self.weight_decay)
-        check_number("clip", self.clip)
+        checks.each(self, checks.whole, "grid", "steps", "batch")
+        checks.each(self, checks.number, "lr", "lr_weights", "ratio", least=0, above=True)
+        checks.each(self, checks.share, "threshold")
+        checks.each(self, checks.number, "dropout", least=0, most=1, below=True)
+        checks.each(self, checks.number, "weight_decay", "clip", least=0)
 
     @classmethod
     def data_removal(cls, data: str = "", **fields: Any) -> Self:

@@ -105,14 +105,12 @@ class GLoCE(FamilyDefaults):
     batch: int = 8
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "preserve", checks.texts("preserve", self.preserve))
-        for name in (name for name in ("observed", "window") if getattr(self, name) is not None):
-            object.__setattr__(self, name, checks.window(name, getattr(self, name)))
+        checks.each(self, checks.texts, "preserve")
+        checks.each(self, checks.window, "observed", "window")
         check_drawing(self)
-        for name, least in (("rank", 1), ("surrogate_rank", 1), ("pictures", 2)):
-            checks.whole(name, getattr(self, name), least)
-        if self.threshold is not None:
-            checks.number("threshold", self.threshold, 0, above=True)
+        checks.each(self, checks.whole, "rank", "surrogate_rank")
+        checks.each(self, checks.whole, "pictures", least=2)
+        checks.each(self, checks.number, "threshold", least=0, above=True)
 
     @classmethod
     def celebrities(cls, preserve: Sequence[str] = ()) -> GLoCE:

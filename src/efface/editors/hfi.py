@@ -23,7 +23,7 @@ from ..fields import Converted
 from ._denoiser import Precision
 from ._inversion import invert
 from ._judged import Judged, best, judged
-from ._settings import FamilyDefaults, check_integer
+from ._settings import FamilyDefaults
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -121,11 +121,9 @@ class HFI(FamilyDefaults):
             object.__setattr__(self, name, str(getattr(self, name)))
         for name in ("pictures", "feedback", "word", "initial", "removal"):
             checks.text(name, getattr(self, name), empty=True)
-        for name, least in (("vectors", 1), ("top", 1), ("steps", 0), ("batch", 1)):
-            if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), least)
-        if self.lr is not None:
-            checks.number("lr", self.lr, 0, above=True)
+        checks.each(self, checks.whole, "steps", least=0)
+        checks.each(self, checks.whole, "vectors", "top", "batch")
+        checks.each(self, checks.number, "lr", least=0, above=True)
         checks.choice("precision", self.precision, get_args(Precision))
         given = self.templates
         object.__setattr__(self, "templates", checks.texts("templates", [given] if isinstance(given, str) else given))

@@ -20,7 +20,7 @@ from ..families import family
 from ..fields import Converted
 from ._denoiser import Points, Precision
 from ._directions import Steered, Task, latents, loss
-from ._settings import FamilyDefaults, Training, check_integer, check_number
+from ._settings import FamilyDefaults, Training
 from ._training import check_drawn, run, telling
 
 if TYPE_CHECKING:
@@ -114,19 +114,16 @@ class LatentDirections(FamilyDefaults):
 
     def __post_init__(self) -> None:
         checks.choice("precision", self.precision, get_args(Precision))
-        for name, least in (("steps", 1), ("batch", 1), ("pictures", 2), ("sampler_steps", 1)):
-            if getattr(self, name) is not None or name == "batch":
-                check_integer(name, getattr(self, name), least)
-        check_number("guidance", self.guidance, 1)
-        check_number("clip", self.clip)
-        if self.lr is not None:
-            checks.number("lr", self.lr, 0, above=True)
-        for name in ("spatial", "anti"):
-            checks.choice(name, getattr(self, name), (True, False))
+        checks.each(self, checks.whole, "steps", "batch", "sampler_steps")
+        checks.each(self, checks.whole, "pictures", least=2)
+        checks.each(self, checks.number, "guidance", least=1)
+        checks.each(self, checks.number, "clip", least=0)
+        checks.each(self, checks.number, "lr", least=0, above=True)
+        checks.each(self, checks.choice, "spatial", "anti", choices=(True, False))
+        checks.each(self, checks.window, "window")
         for name in ("at", "neutral"):
             given = getattr(self, name)
             object.__setattr__(self, name, checks.texts(name, [given] if isinstance(given, str) else given))
-        object.__setattr__(self, "window", checks.window("window", self.window))
         if self.shares is not None and self.shares != "equal":
             names = [f"concept {k + 1}" for k in range(len(self.shares))]
             object.__setattr__(self, "shares", shares_of(self.shares, names))

@@ -16,12 +16,12 @@ from ..core import Concept, Concepts, as_concepts, config
 from ..delta import Change, Delta, Factors, dense
 from ..delta.factors import added
 from ..families import family
-from ._closed_form import Texts, anchors_of, changes, check_positive, kept_texts, step
+from ._closed_form import Texts, anchors_of, changes, kept_texts, step
 from ._denoiser import Points, Precision, Weights
 from ._directions import Task, latents
 from ._fusion import Attending, divided, fused
 from ._outputs import SUBJECTS
-from ._settings import FamilyDefaults, Training, check_integer, check_number
+from ._settings import FamilyDefaults, Training
 from ._training import run, telling
 
 if TYPE_CHECKING:
@@ -111,21 +111,15 @@ class MACE(FamilyDefaults):
     precision: Precision = "auto"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "preserve", checks.texts("preserve", self.preserve))
-        if self.templates is not None:
-            object.__setattr__(self, "templates", checks.texts("templates", self.templates))
-            if not self.templates or any(each.count("{}") != 1 for each in self.templates):
-                cure = 'Write for example ("a photo of {}",).'
-                raise ValueError(checks.refusal("`templates` with one {} each", self.templates, cure))
-        if self.lam is not None:
-            check_positive("lam", self.lam)
-        check_number("preserve_scale", self.preserve_scale)
-        check_number("guidance", self.guidance, 1)
-        for name, least in (("steps", 0), ("batch", 1), ("pictures", 1), ("sampler_steps", 1)):
-            if getattr(self, name) is not None or name != "sampler_steps":
-                check_integer(name, getattr(self, name), least)
-        if self.lr is not None:
-            checks.number("lr", self.lr, 0, above=True)
+        checks.each(self, checks.texts, "preserve", "templates")
+        if self.templates is not None and (not self.templates or any(t.count("{}") != 1 for t in self.templates)):
+            cure = 'Write for example ("a photo of {}",).'
+            raise ValueError(checks.refusal("`templates` with one {} each", self.templates, cure))
+        checks.each(self, checks.number, "lam", "lr", least=0, above=True)
+        checks.each(self, checks.number, "preserve_scale", least=0)
+        checks.each(self, checks.number, "guidance", least=1)
+        checks.each(self, checks.whole, "steps", least=0)
+        checks.each(self, checks.whole, "batch", "pictures", "sampler_steps")
         start, end = self.times
         object.__setattr__(self, "times", (checks.whole("times[0]", start, 0), checks.whole("times[1]", end, start)))
 

@@ -13,7 +13,6 @@ from .. import checks
 from ..core import Concepts
 from ..delta import Steering
 from ..families import family
-from ._closed_form import check_positive
 from ._outputs import SUBJECTS, Moments, check_drawing, moments, turns, wanted
 from ._settings import FamilyDefaults
 
@@ -105,15 +104,14 @@ class MidSteer(FamilyDefaults):
     def __post_init__(self) -> None:
         checks.choice("mode", self.mode, ("erase", "switch", "leace"))
         checks.choice("positive", self.positive, (True, False))
-        object.__setattr__(self, "neutral", checks.texts("neutral", self.neutral))
-        object.__setattr__(self, "window", checks.window("window", self.window))
+        checks.each(self, checks.texts, "neutral")
+        checks.each(self, checks.window, "window")
+        checks.each(self, checks.number, "strength", least=0)
+        checks.each(self, checks.number, "ridge", least=0, above=True)
         check_drawing(self)
-        check_positive("ridge", self.ridge)
         checks.whole("pictures", self.pictures)
         if not self.neutral:
             raise ValueError(checks.refusal("at least one of `neutral`", self.neutral, "Write ('a dog', 'a tree')."))
-        if self.strength is not None:
-            checks.number("strength", self.strength, 0)
 
     def fit(self, pipe: DiffusionPipeline, concepts: Concepts, *, seed: int = 0) -> Steering:
         """Returns the steering that erases `concepts`. Only reads `pipe`.

@@ -24,7 +24,6 @@ from ._closed_form import (
     Tokens,
     anchors_of,
     changes,
-    check_positive,
     compact,
     condition,
     kept_texts,
@@ -110,14 +109,8 @@ class RECE(FamilyDefaults):
     uce: Converted[Delta | str | Path | None, Delta | None] = Converted(None)
 
     def __post_init__(self) -> None:
-        for name in ("mu", "lam"):
-            if getattr(self, name) is not None:
-                check_positive(name, getattr(self, name))
-        check_positive("preserve_scale", self.preserve_scale)
-        if self.rounds is not None and (type(self.rounds) is not int or self.rounds < 0):
-            raise ValueError(
-                f"Expected `rounds` to be a whole number >= 0, got {checks.shown(self.rounds)}. Give 0 or more."
-            )
+        checks.each(self, checks.number, "mu", "lam", "preserve_scale", least=0, above=True)
+        checks.each(self, checks.whole, "rounds", least=0)
         object.__setattr__(self, "preserve", UCE(tokens=self.tokens, preserve=self.preserve).preserve)  # checks both
         if self.uce is None:
             return

@@ -16,7 +16,7 @@ from ..core import Concept, Concepts, config
 from ..delta import Steering
 from ._adapters import Adapted, attacked
 from ._denoiser import Points, Precision, Weights, mse
-from ._settings import FamilyDefaults, Training, check_integer, check_number, phrases
+from ._settings import FamilyDefaults, Training, phrases
 from ._training import run
 
 if TYPE_CHECKING:
@@ -109,18 +109,13 @@ class Receler(FamilyDefaults):
     precision: Precision = "auto"
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "inner_steps": 0, "slots": 1, "width": 1, "batch": 1, "reuse": 1, "sampler_steps": 1}
-        for name, bound in least.items():
-            if getattr(self, name) is not None or name in ("width", "batch"):
-                check_integer(name, getattr(self, name), bound)
-        if self.lr is not None:
-            checks.number("lr", self.lr, 0, above=True)
-        if self.eta is not None:
-            check_number("eta", self.eta, -1)
-        checks.number("inner_lr", self.inner_lr, 0, above=True)
-        check_number("reg", self.reg)
-        check_number("mask", self.mask, 0, 1)
-        check_number("guidance", self.guidance, 1)
+        checks.each(self, checks.whole, "steps", "slots", "width", "batch", "reuse", "sampler_steps")
+        checks.each(self, checks.whole, "inner_steps", least=0)
+        checks.each(self, checks.number, "lr", "inner_lr", least=0, above=True)
+        checks.each(self, checks.number, "eta", least=-1)
+        checks.each(self, checks.number, "reg", least=0)
+        checks.each(self, checks.number, "guidance", least=1)
+        checks.each(self, checks.share, "mask")
 
     @classmethod
     def paper(cls) -> Receler:

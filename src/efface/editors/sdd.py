@@ -16,7 +16,7 @@ from .._weights import learning
 from ..core import Concepts, Detector, config
 from ..delta import Delta
 from ._denoiser import Denoiser, Points, Weights, mse
-from ._settings import Training, check_number, phrases
+from ._settings import Training, phrases
 from ._training import look, run
 
 if TYPE_CHECKING:
@@ -100,14 +100,8 @@ class SDD(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.prompt_roles not in (None, *get_args(Roles)):
-            raise ValueError(
-                f"Expected `prompt_roles` to be one of {', '.join(get_args(Roles))}, got "
-                f"{checks.shown(self.prompt_roles)}. "
-                "Give one of these."
-            )
-        if self.ema is not None:
-            check_number("ema", self.ema, most=1)
+        checks.each(self, checks.choice, "prompt_roles", choices=get_args(Roles))
+        checks.each(self, checks.share, "ema")
 
     @classmethod
     def paper(cls, prompt_roles: Roles = "code") -> SDD:

@@ -14,8 +14,8 @@ from .._weights import keys_values, learning
 from ..core import Concepts, as_concepts
 from ..delta import Change, Delta
 from ..families import family
-from ._closed_form import Texts, Tokens, anchors_of, changes, check_positive, kept_texts, residual
-from ._settings import FamilyDefaults, check_integer
+from ._closed_form import Texts, Tokens, anchors_of, changes, kept_texts, residual
+from ._settings import FamilyDefaults
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -105,11 +105,9 @@ class SPEED(FamilyDefaults):
         checks.choice("tokens", self.tokens, (*get_args(Tokens), None))
         checks.choice("weights", self.weights, ("values", "keys_values"))
         checks.choice("filter", self.filter, (True, False))
-        object.__setattr__(self, "preserve", checks.texts("preserve", self.preserve))
-        for name in ("scale", "threshold"):
-            if getattr(self, name) is not None:
-                check_positive(name, getattr(self, name))
-        check_integer("copies", self.copies, 0)
+        checks.each(self, checks.texts, "preserve")
+        checks.each(self, checks.number, "scale", "threshold", least=0, above=True)
+        checks.each(self, checks.whole, "copies", least=0)
 
     @classmethod
     def celebrities(cls, preserve: Sequence[str] = ("",)) -> SPEED:

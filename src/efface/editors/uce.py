@@ -20,7 +20,6 @@ from ._closed_form import (
     Tokens,
     anchors_of,
     changes,
-    check_positive,
     condition,
     kept_texts,
     layered,
@@ -125,27 +124,14 @@ class UCE:
     weights: Weights = "layers"
 
     def __post_init__(self) -> None:
-        choices = {"mode": get_args(Mode), "tokens": (*get_args(Tokens), None), "shift": get_args(Shift)}
-        choices |= {"weights": get_args(Weights)}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"Expected `{name}` to be one of {known}, got {checks.shown(getattr(self, name))}. Give one of "
-                    "these."
-                )
-        if isinstance(self.preserve, str):
-            raise ValueError(
-                f"Expected `preserve` to be a sequence of texts, got one text, {checks.shown(self.preserve)}. Put it "
-                "into a "
-                "list."
-            )
+        for name, known in (("mode", Mode), ("shift", Shift), ("weights", Weights)):
+            checks.choice(name, getattr(self, name), get_args(known))
+        checks.each(self, checks.choice, "tokens", choices=get_args(Tokens))
+        checks.each(self, checks.texts, "preserve")
         pairs = self.attributes.items() if isinstance(self.attributes, Mapping) else self.attributes
-        object.__setattr__(self, "preserve", tuple(self.preserve))
         object.__setattr__(self, "attributes", tuple((str(text), float(shift)) for text, shift in pairs))
-        for name in ("erase_scale", "lam"):
-            check_positive(name, getattr(self, name))
-        if self.preserve_scale:
-            check_positive("preserve_scale", self.preserve_scale)
+        checks.each(self, checks.number, "erase_scale", "lam", least=0, above=True)
+        checks.each(self, checks.number, "preserve_scale", least=0)
         if (self.mode == "debias") != bool(self.attributes):
             raise ValueError(
                 f"Expected `attributes` with mode 'debias' and with no other, got mode {self.mode!r} and "

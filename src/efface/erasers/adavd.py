@@ -57,7 +57,8 @@ class AdaVD(Method):
         shift: (slope, threshold) with slope > 0 and threshold in [-1, 1], which leaves tokens alone whose value has a
             lower cosine with the concept's, and takes up to twice the projection from others. None: f = 1.
         tokens: the tokens of a phrase whose values are the directions c_k. "last": its last own token, as in the paper.
-            "own": each of its own tokens. None: "own" on `emoji`, "last" elsewhere.
+            "own": each of its own tokens. None: "own" on `emoji` and `emoji-128`, "last"
+            elsewhere.
         window: (start, end), the part of the trajectory in which it acts: 0 is pure noise, 1 the picture.
         rows: one list of concepts per prompt of the batch, instead of `concepts` for all.
 
@@ -81,7 +82,12 @@ class AdaVD(Method):
 
     off: ClassVar[dict[str, Any] | None] = {"strength": 0.0}
     needs: ClassVar[tuple[str, ...]] = ("cross_text",)
-    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"emoji": {"tokens": "own"}, "": {"tokens": "last"}}
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "emoji": {"tokens": "own"},
+        "emoji-128": {"tokens": "own"},  # with strength 1, as results/run_time_sweep.json chose
+        "SD 1.x/2.x": {"tokens": "last"},  # the paper's
+        "": {"tokens": "last"},
+    }
     edits_attention: ClassVar[bool] = True
     packs: ClassVar[bool] = False
     references: ClassVar[tuple[tuple[str, ...], ...]] = ()

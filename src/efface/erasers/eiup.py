@@ -28,6 +28,7 @@ __all__ = ["EIUP"]
 
 Normalization = Literal["projected", "swap", "text", "oblique", "separate", "gated"]
 STRENGTHS = {"projected": 2.25, "swap": 2.25, "text": 2.25, "oblique": 2.0, "separate": 1.0, "gated": 1.0}
+CALIBRATED = {"emoji": 2.25, "emoji-128": 1.0}  # projected and swap, from results/eiup_sweep, results/run_time_sweep
 PROJECTED = ("projected", "swap", "text", "oblique")
 NEEDS = {"text": ("joint_text",), "separate": ("cross_text",), "gated": ("cross_text",)}
 THINGS = ("dog", "tree", "car", "cup", "house", "star", "book", "hat", "flower", "fish", "shoe", "chair")
@@ -104,9 +105,10 @@ class EIUP(Method):
         strength: >= 0. Projected and swap: the removed share of the concept's component; 1 removes all of it. Values
             above 1 push the other way. Guidance amplifies that, so large values damage pictures. Separate and gated:
             the weight -w of each concept token; with CLIP, values above 1 are usual. Guidance amplifies the edit: a
-            strength for guidance 7.5 is weak without guidance. 0 is the base model. Default: 2.25 for these two
-            forms, the smallest that meets the targets of the projected one on `emoji`, not calibrated in joint
-            attention; 1 for the others.
+            strength for guidance 7.5 is weak without guidance. 0 is the base model. None: for projected and swap 1 on
+            `emoji-128`, which `results/run_time_sweep.json` chose, and 2.25 elsewhere, the smallest that meets the
+            targets of the projected one on `emoji` in `results/eiup_sweep.json`. For "text" 2.25, for "oblique" 2, for
+            the others 1. Not calibrated for other models, nor for other forms.
         window: (start, end), the part of the trajectory with the edit, as fractions: 0 is pure noise, 1 the picture.
         normalization: "projected", "swap", "text", "oblique", "separate" or "gated". "text" needs joint attention, the
             last two cross-attention. "text" and "oblique" are not calibrated on any model.
@@ -150,7 +152,7 @@ class EIUP(Method):
     forms: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         f'`normalization="{form}"`': {"normalization": form} for form in NEEDS
     }
-    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}, "emoji": {}}  # the strength's
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = computed(lambda self: self._defaults)
     edits_attention: ClassVar[bool] = True
     added: ClassVar[tuple[str, ...]] = ("anchors", "threshold", "pooled")
     touches_uncond: ClassVar[bool] = computed(lambda self: self.normalization in PROJECTED)
@@ -161,7 +163,7 @@ class EIUP(Method):
     )
 
     concepts: ConceptsField = Converted(())
-    strength: Converted[float | None, float] = Converted(None)
+    strength: float | None = None
     window: tuple[float, float] = (0.0, 1.0)
     normalization: Normalization = "projected"
     neutral: tuple[tuple[str, ...], ...] = (tuple(f"a {thing}" for thing in THINGS),)
@@ -172,8 +174,6 @@ class EIUP(Method):
 
     def __post_init__(self) -> None:
         checks.choice("normalization", self.normalization, get_args(Normalization))
-        if self.strength is None:
-            object.__setattr__(self, "strength", STRENGTHS[self.normalization])
         super().__post_init__()
         groups = self.neutral if isinstance(self.neutral, (tuple, list)) else ("",)
         if not all(isinstance(g, (tuple, list)) and g and all(isinstance(t, str) for t in g) for g in groups):
@@ -193,6 +193,21 @@ class EIUP(Method):
     def reconstruction(cls, concepts: Concepts, strength: float = 1.0) -> EIUP:
         """E1, the form that the paper's abstract suggests, in the published window (the first 80 %)."""
         return cls(concepts, strength=strength, window=(0.0, 0.8), normalization="separate")
+
+    @property
+    def _defaults(self) -> dict[str, dict[str, float]]:
+        """The strength by model."""
+        known = CALIBRATED if self.normalization in ("projected", "swap") else {}
+        return {"": {"strength": STRENGTHS[self.normalization]}} | {name: {"strength": s} for name, s in known.items()}
+
+    @property
+    def _strength(self) -> float:
+        if self.strength is None:
+            raise ValueError(
+                "Expected `strength` of EIUP to be a number, got None, which a pipeline's model decides. Apply EIUP to "
+                "a pipeline, or give `strength`."
+            )
+        return self.strength
 
     @property
     def _sets(self) -> list[tuple[Concept, ...]]:
@@ -246,21 +261,21 @@ class EIUP(Method):
 
     def edit(self, out: Tensor, cross: CrossAttention, prompts: ErasurePrompts) -> Tensor:
         if self.normalization == "text":
-            added = text_only(out, cross, prompts.text, len(self.neutral), self.strength)
+            added = text_only(out, cross, prompts.text, len(self.neutral), self._strength)
         elif self.normalization in PROJECTED:
             parts = [self._change(out[:, part], texts, cross, prompts) for part, texts in outputs(cross, prompts.text)]
             added = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         else:
-            added = (separate if self.normalization == "separate" else gated)(cross, prompts, self.strength)
+            added = (separate if self.normalization == "separate" else gated)(cross, prompts, self._strength)
         return (out + added).to(out.dtype)
 
     def _change(self, out: Tensor, would_be: Tensor, cross: CrossAttention, prompts: ErasurePrompts) -> Tensor:
         """What `projected`, `swap` and `oblique` add to the outputs of some queries."""
-        given = out, would_be, len(self.neutral), len(prompts.text), self.strength
+        given = out, would_be, len(self.neutral), len(prompts.text), self._strength
         if cross.unconditional:
             return cleared(*given)
         if self.normalization == "oblique":
-            return oblique(out, would_be, len(self.neutral), self.strength)
+            return oblique(out, would_be, len(self.neutral), self._strength)
         if self.normalization == "swap":
             return swapped(*given, self.threshold, cross.memory["anchor_of"][prompts.which])
         return projected(*given)

@@ -82,7 +82,11 @@ class SemanticSurgery(Method):
 
     off: ClassVar[dict[str, Any] | None] = {"strength": 0.0}
     needs: ClassVar[tuple[str, ...]] = ("padded_text",)
-    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {"emoji": {"threshold": 0.42}, "": {"threshold": 0.12}}
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "emoji": {"threshold": 0.42},
+        "SD 1.x/2.x": {"threshold": 0.12},  # the paper's for objects
+        "": {"threshold": 0.12},
+    }
 
     concepts: ConceptsField = Converted(())
     strength: float = 1.0

@@ -6,7 +6,7 @@ and tables follow from both.
 
 from __future__ import annotations
 
-from ._defaults import filled, uncalibrated
+from ._defaults import filled, filled_for, uncalibrated
 from ._find import FAMILIES, denoiser_name, family
 from ._needs import Form, about, check, forms, lacking, matrix, refusal, what_works
 from ._offers import OFFERS, Offer
@@ -28,6 +28,7 @@ __all__ = [
     "encoder_name",
     "family",
     "filled",
+    "filled_for",
     "forms",
     "lacking",
     "matrix",

@@ -181,6 +181,10 @@ class Family(InTexts, InTraining):
         """Whether the pipeline's denoiser has this family's class."""
         return self.denoiser_class in class_names(held(pipe).get(self.denoiser))
 
+    def model(self, pipe: DiffusionPipeline) -> str:
+        """The name in methods' tables of defaults: the family's, unless the family tells its models apart."""
+        return self.name
+
     @property
     def slots(self) -> tuple[str, ...]:
         """The pipeline's attributes for the required text encoders."""

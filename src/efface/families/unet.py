@@ -6,14 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ._parts import bare
 from .base import Family
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
     from torch import Tensor, nn
 
 OFFERED = frozenset(
     {"cross_text", "softmax_self", "guidance", "guidance_scale", "padded_text", "text_weights", "training"}
 )
+EMOJI_128 = "emoji-128"
+LARGER = {"sample_size": 16, "in_channels": 8, "cross_attention_dim": 384}  # of its denoiser's config
 OUTER = ("time_embedding.", "add_embedding.", "conv_norm_out.", "conv_out.")
 
 
@@ -42,5 +46,14 @@ class UNet(Family):
         return {self.text_argument: text, "added_cond_kwargs": dict(added)}
 
 
+@dataclass(frozen=True)
+class Emoji(UNet):
+    """The family of the embedded `emoji` models, told apart by the size of their latents."""
+
+    def model(self, pipe: DiffusionPipeline) -> str:
+        config = getattr(bare(getattr(pipe, self.denoiser)), "config", {})
+        return EMOJI_128 if LARGER.items() <= dict(config).items() else self.name
+
+
 SD = UNet("SD 1.x/2.x", offers=OFFERED | {"causal_text"})
-EMOJI = UNet("emoji", encoders=("Bert",), bidirectional=("tokenizer",))
+EMOJI = Emoji("emoji", encoders=("Bert",), bidirectional=("tokenizer",))

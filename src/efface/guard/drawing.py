@@ -70,14 +70,14 @@ class Drawing:
             if follows and (self.on_step is not None or partial is not None):
                 call["callback_on_step_end"] = callback(self.on_step, partial, unproven)
             self.pictures = api.draw(pipe, batch.prompts, batch.seeds, len(batch.prompts), batch.guidance, **call)
-            on, lacks = present(pipe, edits, self.deltas)
+            edited, lacks = present(pipe, edits, self.deltas)
             final, steps = logs(), int(batch.call["num_inference_steps"])
         self.rows = []
         for k, (policy, tenant) in enumerate(zip(self.policies, batch.tenants, strict=True)):
             acted, why = proven(policy, final, k, steps)
             why = "; ".join(filter(None, (why, lacks)))
             outcome = "not proven" if why else "drawn"
-            self.rows.append(RowRecord(tenant, policy.hash, policy.version, outcome, acted, (), why, on))
+            self.rows.append(RowRecord(tenant, policy.hash, policy.version, outcome, acted, (), why, edited))
         return self
 
     def judge(self, detectors: Mapping[str, Sequence[tuple[str, Detector]]]) -> Drawing:

@@ -47,7 +47,7 @@ class Site:
         self.outputs = Outputs(facts, self.running)
         self.parameters = tuple(inspect.signature(type(denoiser).forward).parameters)[1:]
         self.applied: list[Applied] = []
-        self.copies = Copies(lambda: [applied.method for applied in self.applied], _apply_all)
+        self.copies = Copies(lambda: [(applied.method, applied.handle) for applied in self.applied], _apply_all)
         self.calls = Calls(self)
         self.pipelines = Pipelines(self, self.calls)
         self._hook: weakref.ref[Forward] | None = None  # on the denoiser, which holds it
@@ -74,7 +74,7 @@ class Site:
     # ---- the list
 
     def add(self, pipe: DiffusionPipeline, method: Contract) -> Handle:
-        method = filled(method, pipe)
+        note, method = uncalibrated(method, pipe), filled(method, pipe)
         self._check(pipe, method)
         applied, encodings = Applied(method), self.pipelines.held(pipe)
         check_width(pipe)
@@ -84,11 +84,11 @@ class Site:
         self.refit()
         owner = weakref.ref(pipe)
 
-        def swap(changed: Contract) -> None:
+        def swap(changed: Contract) -> Contract:
             present = owner()
             if present is None:
                 raise ValueError("The pipeline of this eraser was deleted. Apply the eraser to another pipeline.")
-            self._change(present, applied, changed)
+            return self._change(present, applied, filled(changed, present))
 
         def remove() -> None:
             self.applied.remove(applied)
@@ -96,7 +96,6 @@ class Site:
             if not self.applied:
                 self._close()
 
-        note = uncalibrated(method, pipe)
         applied.handle = Handle(method, swap, remove, lambda: applied.record.as_json(), note)
         return applied.handle
 
@@ -119,8 +118,8 @@ class Site:
         for layer in self.layers.own if method.edits_self_attention else ():
             check_unfused(layer.attn, self.facts.denoiser)
 
-    def _change(self, pipe: DiffusionPipeline, applied: Applied, changed: Contract) -> None:
-        """Replaces an applied method by a changed one. After an error the old one stays."""
+    def _change(self, pipe: DiffusionPipeline, applied: Applied, changed: Contract) -> Contract:
+        """Replaces an applied method by a changed one, and returns it. After an error the old one stays."""
         texts = None if self.calls.drawing is None else self.calls.texts
         if texts is not None and changed.guides != applied.method.guides:
             raise ValueError(
@@ -132,6 +131,7 @@ class Site:
         self.prepare(pipe, trial, Encoder(pipe, texts.encoding if texts else None))
         applied.become(trial)
         self._checked = None
+        return changed
 
     def restore(self, applied: Applied, state: Applied) -> None:
         """Gives an eraser its state in another call back, with the fields that it has by now."""
@@ -345,6 +345,6 @@ class Site:
         return out
 
 
-def _apply_all(pipe: DiffusionPipeline, methods: Sequence[Any]) -> None:
-    for method in methods:
-        method.apply(pipe)
+def _apply_all(pipe: DiffusionPipeline, methods: Sequence[tuple[Any, Handle]]) -> None:
+    for method, original in methods:
+        vars(method.apply(pipe))["note"] = original.note  # the fields that were open are filled by now

@@ -57,7 +57,7 @@ def _eye(x: Tensor) -> Tensor:
     from efface.detectors.eyes import networks
     from efface.models.emoji.aligned import features
 
-    both = [features(eye, x)[:, : eye.width] for eye in networks().eyes]
+    both = [features(eye, x)[:, : eye.width] for eye in networks(x).eyes]
     wide = max(f.shape[1] for f in both)  # the detectors differ in width; columns of zeros change no distance
     return torch.stack([torch.nn.functional.pad(f, (0, wide - f.shape[1])) for f in both])
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from efface import checks
 from efface.detectors._base import looks
 from efface.detectors._named import Spec
-from efface.detectors.eyes import EmojiEyes, networks
+from efface.detectors.eyes import EmojiEyes, joined
 from efface.records import Sample, Score
 
 from ._judging import judged
@@ -99,9 +99,8 @@ class DeviationRatio:
         """The class of each sample by each judge, [J, N]; -1 means undecided."""
         if self.detector == "eyes":
             eyes = EmojiEyes(())
-            seen = [x for images in batches(group) for x in looks(eyes, images)]
-            both = type(seen[0])(*(torch.stack(part, 1) for part in zip(*seen, strict=True)))
-            return networks().gender(both), f"{eyes.name}; the surest profession icon"
+            pair, seen = joined([x for images in batches(group) for x in looks(eyes, images)])
+            return pair.gender(seen), f"{eyes.name}; the surest profession icon"
         found = [judged(group, self.detector, functools.partial(_always, name)) for name in self.classes]
         hits = torch.stack([each for each, _ in found])
         return torch.where(hits.sum(0) == 1, hits.int().argmax(0), -1), found[0][1]

@@ -2,8 +2,8 @@
 
 from ..attacks._contract import ACCESS, Access, Attack, Cost, Proposal, Target, Victim
 from .folder import opened
-from .result import AttackResult, Share
-from .run import attack, build, default_prompts
+from .result import AttackResult, Share, masking
+from .run import attack, build, check_access, default_prompts
 
 __all__ = [
     "ACCESS",
@@ -17,6 +17,8 @@ __all__ = [
     "Victim",
     "attack",
     "build",
+    "check_access",
     "default_prompts",
+    "masking",
     "opened",
 ]

@@ -33,6 +33,7 @@ class Search:
         found: the share of the attacker's seeds in which the search detector saw the concept with it.
         tried: how many proposals of the attack were drawn.
         stopped: why it ended: "found", "budget" or "exhausted".
+        alone: as `found`, for the prompt without any attack; None if it was not drawn.
         refused: what the pipeline said about proposals that it does not draw.
         cost: what it cost.
         drawn: these proposals.
@@ -42,29 +43,36 @@ class Search:
     found: float = 0.0
     tried: int = 0
     stopped: str = "exhausted"
+    alone: float | None = None
     refused: list[str] = field(default_factory=list)
     cost: Cost = field(default_factory=Cost)
     drawn: list[Proposal] = field(default_factory=list)
 
 
-def search(victim: GuardedModel, plain: Proposal, proposals: Iterator[Proposal]) -> Search:
+def search(victim: GuardedModel, plain: Proposal, proposals: Iterator[Proposal], alone: float | None = None) -> Search:
     """Draws proposals with the attacker's seeds until one succeeds on all of them, or the budget is spent.
 
     Args:
         victim: the guarded model.
         plain: the prompt without any attack, tried first: an attacker does without an attack that helps nothing.
         proposals: those of the attack.
+        alone: what an earlier search found for `plain`, which is then not drawn again.
     """
-    made = Search()
+    made = Search(alone=alone)
     with victim.guarded(), victim.metered():
         try:
             for proposal in itertools.chain([plain], proposals):
                 try:
-                    found = float(victim.found(victim.draw(proposal)).float().mean())
+                    if proposal is plain and made.alone is not None:
+                        found = made.alone
+                    else:
+                        found = float(victim.found(victim.draw(proposal)).float().mean())
                 except ValueError as error:  # NaN, or a call that the pipeline or the guard refuses
                     made.refused.append(f"{proposal.about}: {error}"[:300])
                     continue
-                if proposal is not plain:
+                if proposal is plain:
+                    made.alone = found
+                else:
                     made.tried += 1
                     made.drawn.append(proposal)
                 if made.best is None or found > made.found:
@@ -99,24 +107,23 @@ def attempt(
     began, pictures = time.perf_counter(), {}
     record: dict[str, Any] = {"prompt": target.prompt, "seeds": list(seeds), "searched": list(victim.seeds)}
     with victim.guarded():
-        effective = float(panel.judge(victim.draw_original(target.prompt)).all(0).float().mean())
+        effective = float(panel.judge(victim.plain(target.prompt, victim.seeds, False)).all(0).float().mean())
         record["drawn_by_base"] = effective
         if effective < DRAWN:
             record["outcomes"], record["seconds"] = {}, round(time.perf_counter() - began, 3)
             return record, {}, {}
-        pictures["base"] = victim.draw_original(target.prompt, seeds)
-        pictures["before"] = victim.draw(Proposal(target.prompt), seeds)
+        pictures["base"] = victim.plain(target.prompt, seeds, False)
+        pictures["before"] = victim.plain(target.prompt, seeds, True)
         plain = Proposal(target.prompt, about="no attack")
         made = search(victim, plain, attack.propose(target, victim))
         arms = {"attacked": made}
         if control:
             rng = Random(f"{target.seed}, {target.prompt}")
-            arms["control"] = search(
-                victim, plain, (attack.control(each, target, victim, rng) for each in list(made.drawn))
-            )
+            lucky = (attack.control(each, target, victim, rng) for each in list(made.drawn))
+            arms["control"] = search(victim, plain, lucky, made.alone)
         for arm, each in arms.items():
             if each.best is not None:
-                pictures[arm] = victim.draw(each.best, seeds)
+                pictures[arm] = pictures["before"] if each.best is plain else victim.draw(each.best, seeds)
     record["outcomes"] = {arm: panel.outcomes(images) for arm, images in pictures.items()}
     record["search"] = {arm: _facts(each) for arm, each in arms.items()}
     record["seconds"] = round(time.perf_counter() - began, 3)
@@ -134,8 +141,7 @@ def quality(victim: GuardedModel, panel: Panel, prompts: Sequence[str], seed: in
         for name in ("guarded", "base"):
             seen = 0
             for k, prompt in enumerate(prompts):
-                one = [seed + k]
-                images = victim.draw(Proposal(prompt), one) if name == "guarded" else victim.draw_original(prompt, one)
+                images = victim.plain(prompt, [seed + k], name == "guarded")
                 seen += int(panel.recognises(images).all(0).sum())
             shares[name] = seen / len(prompts)
     return shares

@@ -42,6 +42,8 @@ class GuardedModel:
         budget: denoiser rows that an attempt may compute, forward and backward together, and 50 times as many rows of
             text encoders; None: no limit.
         batch: pictures per pipeline call.
+        memory: pictures without an attack, which several victims on one pipeline object may share.
+        identity: what tells the guards of this memory apart.
     """
 
     pipe: Any
@@ -52,6 +54,8 @@ class GuardedModel:
     guidance: float | None = None
     budget: int | None = None
     batch: int = 32
+    memory: dict[Any, Tensor] = field(default_factory=dict, repr=False)
+    identity: str = ""
     spent: Cost = field(default_factory=Cost)
     _on: Handles | None = field(default=None, repr=False)
     _counting: bool = field(default=False, repr=False)
@@ -126,14 +130,25 @@ class GuardedModel:
             self.spent.pictures += len(images)
         return images
 
-    def stolen(self) -> GuardedModel:
-        deltas = [each for each in self.erasers if isinstance(each, Delta)]
-        if len(deltas) < len(self.erasers):
-            names = ", ".join(type(each).__name__ for each in self.erasers if not isinstance(each, Delta))
+    def plain(self, prompt: str, seeds: Sequence[int], guarded: bool) -> Tensor:
+        """Pictures of a prompt without an attack, guarded or of the base model. Each is drawn once per `memory`."""
+        key = (self.identity if guarded else None, prompt, tuple(seeds), self.steps, self.guidance, self.batch)
+        if key not in self.memory:
+            self.memory[key] = self.draw(Proposal(prompt), seeds) if guarded else self.draw_original(prompt, seeds)
+        return self.memory[key]
+
+    def check_stolen(self) -> None:
+        """See `stolen`."""
+        others = ", ".join(type(each).__name__ for each in self.erasers if not isinstance(each, Delta))
+        if others:
             raise ValueError(
-                f"{names} acts at run time, so whoever has the weights leaves it out. Attack deltas this way, or the "
+                f"{others} acts at run time, so whoever has the weights leaves it out. Attack deltas this way, or the "
                 "base model."
             )
+
+    def stolen(self) -> GuardedModel:
+        self.check_stolen()
+        deltas = [each for each in self.erasers if isinstance(each, Delta)]
         with self.original():
             denoiser, pipe = denoiser_of(self.pipe), copy.copy(self.pipe)
             module = copy.deepcopy(denoiser)

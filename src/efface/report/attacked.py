@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from .. import __version__, checks, files
 from ..records import Row, Sample
 from ..redteam.folder import opened
 from ..redteam.panel import CONCEPT, NOTHING
-from ..redteam.result import AttackResult
+from ..redteam.result import AttackResult, masking
 from ..redteam.trial import ARMS
 from .pictures import thumbnail
 from .template import renderer
@@ -21,7 +21,11 @@ WORDS = {"base": "base model", "before": "guarded", "attacked": "attacked", "con
 
 
 def write_attacks(
-    results: Sequence[AttackResult | str | Path], out: str | Path, *, shown: int = SHOWN
+    results: Sequence[AttackResult | str | Path],
+    out: str | Path,
+    *,
+    shown: int = SHOWN,
+    left_out: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Writes results of attacks on one eraser into an HTML page, and the numbers into a JSON file next to it.
 
@@ -32,6 +36,7 @@ def write_attacks(
         results: results or their folders.
         out: the page, named .html.
         shown: prompts with pictures per attack.
+        left_out: attacks that were not judged, with the reasons.
 
     Returns:
         The content of the JSON file.
@@ -71,8 +76,11 @@ def write_attacks(
         version=__version__,
         worst=_worst(ordered),
         eraser=_names(first["erasers"]),
+        left_out=dict(left_out or {}),
+        masked=masking(ordered),
     )
-    summary = {"format": 1, "made": made, "efface": __version__, "attacks": [each.as_json() for each in ordered]}
+    summary: dict[str, Any] = {"format": 1, "made": made, "efface": __version__}
+    summary |= {"attacks": [each.as_json() for each in ordered], "left out": dict(left_out or {})}
     out.parent.mkdir(parents=True, exist_ok=True)
     files.write(out, page)
     files.write_json(out.with_suffix(".json"), summary)

@@ -13,8 +13,8 @@ from .compare import Entry
 from .words import ends, percent
 
 MOST = 12  # concepts of a run with a sentence each
-OURS = re.compile(r"emoji( \+ [^/]*)?(, weights [0-9a-f]*)?")
-"""The embedded model that the detectors were made for, also with deltas, as runs and audits name it."""
+OURS = re.compile(r"emoji(-128|-flux)?( \+ [^/]*)?(, weights [0-9a-f]*)?")
+"""The embedded models that the detectors were made for, also with deltas, as runs and audits name it."""
 ENOUGH = 59  # prompts; fewer cannot support a bound of 5 % on new prompts
 
 
@@ -111,10 +111,10 @@ def _missing(found: Sequence[Mapping[str, Any]]) -> list[str]:
 def _general(group: Sequence[Entry]) -> list[str]:
     """What no run of the group says anything about."""
     found = []
-    used = {name for entry in group for name, score in entry.scores.items() if score.protocol.startswith("emoji eyes")}
+    protocols = {score.protocol for entry in group for score in entry.scores.values()}
     model = group[0].card["model"]["name"]
-    if used and not OURS.fullmatch(model):
-        found.append(f"The detector was made for the emoji model, not for {model}.")
+    if any(each.startswith("both eyes of emoji") for each in protocols) and not OURS.fullmatch(model):
+        found.append(f"The detector was made for the emoji models, not for {model}.")
     found.append("Attacks are not part of this report; `efface attack` runs them.")
     found.append("Languages: those of the suite's prompts.")
     return found

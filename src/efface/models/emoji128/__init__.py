@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from efface import checks
 from efface.files import write
 from efface.models import emoji
-from efface.models.emoji.weights import sha256
+from efface.models.emoji.weights import built, check, read_object, sha256
 
 if TYPE_CHECKING:
     import torch
@@ -71,33 +71,6 @@ def text_encoder(dtype: torch.dtype | None = None) -> tuple[EmojiTokenizer, Emoj
     return EmojiTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS), encoder.eval()
 
 
-def _object(path: Path) -> dict[str, Any]:
-    """Reads the JSON object in a file of the package."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing. {CURE}")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a JSON object ({error}). {CURE}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is not a JSON object (it starts with {str(found)[:20]!r}). {CURE}")
-    return found
-
-
-def check(path: Path, expected: str) -> Path:
-    """Returns `path` if the file has the SHA-256 `expected`.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: the file differs from the published one.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing. {CURE}")
-    if (found := sha256(path)) != expected:
-        raise ValueError(f"{path} is damaged, expected SHA-256 {expected}, got {found}. {CURE}")
-    return path
-
-
 def recorded(folder: Path, model: str) -> dict[str, str]:
     """File name to SHA-256 for a model's files, from model.json.
 
@@ -105,7 +78,7 @@ def recorded(folder: Path, model: str) -> dict[str, str]:
         FileNotFoundError, ValueError: model.json is missing, damaged, of another version, or lacks a file of the model.
     """
     path = folder / "model.json"
-    record = _object(path)
+    record = read_object(path, cure=CURE)
     if record.get("version") != VERSION:
         raise ValueError(f"Expected {path} to have version {VERSION}, got {record.get('version')!r}. {CURE}")
     files = record.get("files")
@@ -119,27 +92,11 @@ def recorded(folder: Path, model: str) -> dict[str, str]:
 def record(folder: Path, facts: dict[str, Any] | None = None) -> None:
     """Writes model.json: the SHA-256 of the models' files in `folder`, and facts of the training."""
     path = folder / "model.json"
-    old = _object(path) if path.is_file() else {}
+    old = read_object(path, cure=CURE) if path.is_file() else {}
     names = [name for name in (*SHARED, *FILES["emoji-128"], *FILES["emoji-flux"]) if (folder / name).is_file()]
     files = {name: sha256(folder / name) for name in names}
     new = old | {"version": VERSION, "files": files} | (facts or {})
     write(path, json.dumps(new, indent=2) + "\n")
-
-
-def _module(cls: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
-    """Builds `cls` from `name`.json with the weights of `name`.safetensors."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = folder / f"{name}.safetensors"
-    model = cls.from_config(_object(folder / f"{name}.json"))
-    try:
-        # Cast here and assign: diffusers prints a warning at `model.to(dtype)`.
-        weights = {key: tensor.to(dtype, copy=True) for key, tensor in load_file(path).items()}
-        model.load_state_dict(weights, assign=True)
-    except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{path} does not fit {name}.json ({str(error)[:80]}). {CURE}") from error
-    return model.eval()
 
 
 def with_defaults(pipe: Any) -> Any:
@@ -179,11 +136,7 @@ def load(
         >>> pipe("a cat and a guitar", num_inference_steps=20).images[0].size
         (128, 128)
     """
-    if model not in MODELS:
-        raise ValueError(
-            f"Expected `model` to be one of {', '.join(map(repr, MODELS))}, got {checks.shown(model)}. Give one of "
-            "these."
-        )
+    checks.choice("model", model, MODELS)
     import torch
     from transformers.utils import logging
 
@@ -205,11 +158,11 @@ def load(
 
     folder, dtype = folder or FOLDER, dtype or torch.float32
     for name, expected in recorded(folder, model).items():
-        check(folder / name, expected)
+        check(folder / name, expected, CURE)
     with torch.random.fork_rng(devices=[]):
-        vae = _module(EmojiAutoencoder, folder, "vae", dtype)
-        unet, flux = UNet2DConditionModel, FluxTransformer2DModel
-        denoiser = _module(*((unet, folder, "unet") if model == "emoji-128" else (flux, folder, "flux")), dtype)
+        vae = built(EmojiAutoencoder, folder, "vae", dtype, CURE)
+        cls, name = (UNet2DConditionModel, "unet") if model == "emoji-128" else (FluxTransformer2DModel, "flux")
+        denoiser = built(cls, folder, name, dtype, CURE)
     tokenizer, encoder = text_encoder(dtype)
     parts: dict[str, Any] = {"vae": vae, "text_encoder": encoder, "tokenizer": tokenizer}
     if model == "emoji-128":

@@ -8,30 +8,17 @@ pipelines accept it in `from_pipe`, and slicing and tiling work.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 # diffusers imports this module by path when it loads a saved pipeline, and looks for `ModelMixin` in it.
 from diffusers import AutoencoderKL, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from efface.models.emoji.vae import FOLD, Block
+
 __all__ = ["EmojiAutoencoder", "ModelMixin"]
 
-FOLD = 8
 LOG_VARIANCE = -30.0  # diffusers' lowest: a sample differs from the mean by less than 1e-6
-
-
-class Block(nn.Module):
-    """Residual block of two 3 x 3 convolutions, width kept."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.GroupNorm(16, width)
-        self.inner = nn.Conv2d(width, width, 3, padding=1)
-        self.outer = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.outer(F.silu(self.inner(F.silu(self.norm(x)))))
 
 
 class Encoder(nn.Module):

@@ -1,0 +1,84 @@
+"""Texts as a pipeline call gives them to its denoiser, with the erasers, and the pipelines for which that is known."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..families import Family, encode_parameters, family
+
+Parts = dict[str, Tensor]
+"""What `encode_prompt` returned, by the names of `Family.returns`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """An encoded text in equal rows: [n, L, D], pooled [n, P] and mask [n, L] if the family has them."""
+
+    text: Tensor
+    pooled: Tensor | None
+    mask: Tensor | None
+
+    def rows(self, n: int) -> Texts:
+        """The first row, n times."""
+        pooled, mask = (None if t is None else t[:1].repeat_interleave(n, 0) for t in (self.pooled, self.mask))
+        return Texts(self.text[:1].repeat_interleave(n, 0), pooled, mask)
+
+
+def encoded_parts(pipe: Any, texts: Sequence[str], guided: bool, settings: Mapping[str, Any] | None = None) -> Parts:
+    """Texts through the pipeline's current `encode_prompt`, so that erasers that rewrite texts act on them.
+
+    Args:
+        pipe: the pipeline.
+        texts: one per row.
+        guided: whether the call has guidance.
+        settings: arguments of the pipeline call that change how texts are encoded. Others have the call's defaults.
+    """
+    facts, given = family(pipe), {**call_settings(pipe), **(settings or {})}
+    call = facts.encoding_arguments(pipe, texts, given)
+    if "do_classifier_free_guidance" in encode_parameters(pipe):
+        call["do_classifier_free_guidance"] = guided
+    made = facts.unlisted(pipe.encode_prompt(**call), call)
+    return {name: part for name, part in zip(facts.returns, made, strict=True) if part is not None}
+
+
+def encoded(pipe: Any, texts: Sequence[str], settings: Mapping[str, Any] | None = None) -> list[Texts]:
+    """Each text as a guided call of the pipeline with this prompt alone encodes it, in one row."""
+    together = (
+        [list(texts)] if family(pipe).padded_to_limit else [[text] for text in texts]
+    )  # or as long as the longest
+    found = []
+    for some in together:
+        with torch.no_grad():
+            made = encoded_parts(pipe, some, True, settings)
+        columns = (made["text"], made.get("pooled"), made.get("mask"))
+        for k in range(len(some)):
+            found.append(Texts(*(None if each is None else each[k : k + 1] for each in columns)))
+    return found
+
+
+def call_settings(pipe: Any) -> dict[str, Any]:
+    """The pipeline call's values of the arguments that change how texts are encoded, where `encode_prompt` differs."""
+    from diffusers.utils import is_bs4_available, is_ftfy_available
+
+    call, taken = inspect.signature(type(pipe).__call__).parameters, encode_parameters(pipe)
+    both = [name for name in family(pipe).settings if name in call and name in taken]
+    if not (is_bs4_available() and is_ftfy_available()):
+        both = [name for name in both if name != "clean_caption"]  # the pipeline then leaves it out, with a warning
+    return {name: call[name].default for name in both if call[name].default != taken[name].default}
+
+
+def check_calls(pipe: Any) -> None:
+    """Raises ValueError if an attack cannot call the denoiser by itself, with texts and latents as tensors."""
+    facts = family(pipe)
+    if type(facts).adapted is not Family.adapted:
+        raise ValueError(
+            f"Expected a denoiser that takes texts and latents as tensors, got that of a {type(pipe).__name__} "
+            f"({facts.name}), which takes lists of rows. Use an attack that only calls the pipeline, such as "
+            "best_of_n or image_to_image."
+        )
