@@ -448,7 +448,8 @@ def test_the_jobs_of_a_batch_end_together_or_not_at_all(database: Database) -> N
     jobs = Jobs(database)
     names = [jobs.accept(new(), nothing)[0] for _ in range(4)]
     claims = jobs.claim(names, "a")
-    assert jobs.release(claims[1].id, claims[1].fence, 0, nothing)  # another worker takes it
+    assert jobs.release(claims[1].id, claims[1].fence, 0, nothing)
+    (other,) = jobs.claim([names[1]], "b")
     told: list[tuple[str, str]] = []
     failed = Refused(500, "It failed. Tell the operator.", "drawing_failed")
     errors = (None, None, failed, None)
@@ -467,13 +468,15 @@ def test_the_jobs_of_a_batch_end_together_or_not_at_all(database: Database) -> N
     with pytest.raises(RuntimeError, match="no entry"):
         jobs.finish_all(ends(broken))
     states = jobs.states(names)
-    assert [states[name][0] for name in names] == ["running", "queued", "running", "running"]
+    assert [states[name][0] for name in names] == ["running"] * 4
     assert all(jobs.pictures(name) == [] for name in names)
     told.clear()
     assert jobs.finish_all(ends(None)) == ["done", "", "failed", "done"]
     assert told == [(names[0], "done"), (names[2], "failed"), (names[3], "done")]
     assert [len(jobs.pictures(name)) for name in names] == [1, 0, 0, 1]
     assert jobs.finish_all(ends(None)) == [""] * 4
+    assert jobs.beat(claims, 1)[0] == set() and jobs.beat([other], 1)[0] == {other.id}
+    assert jobs.finish(other, [PICTURE], None, nothing) == "done"
 
 
 def test_heartbeats_ends_and_cancellations_lock_in_one_order(database: Database) -> None:
