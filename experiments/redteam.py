@@ -78,7 +78,7 @@ class Drawable(Experiment):
     question: str
     cap: float
     concepts: tuple[str, ...] = ("alcohol",)
-    pairs: int = 8
+    pairs: int = 16
     n: int = 6
     model: str = "emoji-128"
     block: str = "test"

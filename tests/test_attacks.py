@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -400,6 +401,21 @@ def test_the_verdict_says_luck_a_weak_control_and_a_ruined_model() -> None:
     assert any("luck is not ruled out" in warning for warning in alone.warnings())
 
 
+def test_texts_found_without_the_guard_that_do_better_than_gradients_are_a_warning() -> None:
+    """Two judged pictures of four for the texts, one for the gradients."""
+
+    def named(name: str, access: str, attacked: int) -> AttackResult:
+        made = result(arms(4, 0, attacked, 0))
+        return dataclasses.replace(made, setting={**made.setting, "attack": {"method": name}, "access": access})
+
+    blind, white, other = named("gcg", "text", 2), named("p4d", "gradients", 1), named("best_of_n", "text", 4)
+    warning = redteam.masking([other, white, blind])
+    assert warning.startswith("Possibly masked gradients") and "gcg 50.0 %" in warning and "p4d 25.0 %" in warning
+    assert redteam.masking([other, blind]) == redteam.masking([other, white]) == redteam.masking([]) == ""
+    assert redteam.masking([blind, named("p4d", "gradients", 2)]) == ""
+    assert redteam.masking([blind, white, named("unlearndiffatk", "gradients", 3)]) == ""
+
+
 def test_a_prompt_without_a_proposal_counts_as_before() -> None:
     outcomes = arms(4, 1, 0, 0)
     del outcomes["attacked"], outcomes["control"]
@@ -536,6 +552,108 @@ def test_what_cannot_be_attacked_is_refused_with_the_reason(emoji: Any, tmp_path
     with pytest.raises(checks.NotJudged, match="EIUP acts at run time"):
         cats(emoji, "quantisation", tmp_path / "h", prompts=["a cat"], control=False)
     assert not (tmp_path / "a").exists() and not (tmp_path / "d").exists()
+
+
+class NoTable:
+    """A tokenizer that reads texts and has no table of its tokens."""
+
+    def __init__(self, own: Any) -> None:
+        self.own = own
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.own(*args, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("own", "get_vocab"):
+            raise AttributeError(name)
+        return getattr(self.own, name)
+
+
+FINE = Says(0.9, 0.9)
+BAD: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "no guidance": ("flux2", "guidance_sweep", {}, "needs guidance, but this Flux2Pipeline"),
+    "a black box": ("sd1", "concept_arithmetics", {"access": "text"}, "sampling loop, but the attacker has 'text'"),
+    "a service with embeddings": ("sd1", "p4d", {"access": "embeddings"}, "gradients of the guarded model, but"),
+    "an unknown access": ("sd1", "p4d", {"access": "all"}, "one of 'text', 'embeddings', 'gradients'"),
+    "a budget below one attempt": ("sd1", "best_of_n", {"budget": 99}, "about 100 denoiser rows.*budget is 99"),
+    "a tokenizer without a table": ("no table", "gcg", {}, "table of its tokens"),
+    "a detector that fires on noise": ("sd1", "best_of_n", {"judge": Says(0.1, 0.1)}, "8 of 8 pictures of noise"),
+    "a detector of the search that does": ("sd1", "best_of_n", {"search": Says(0.1)}, "8 of 8 pictures of noise"),
+    "a judge alone": ("sd1", "best_of_n", {"judge": Says(0.9)}, "judge what was optimised for it"),
+    "another model's detectors": ("sd1", "best_of_n", {"judge": None}, "default detectors know the pictures of"),
+    "weights of a run-time eraser": ("sd1", "relearning", {"eraser": efface.EIUP(Concept("beer"))}, "acts at run time"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_in_two_sentences_before_anything_is_drawn(case: str, tmp_path: Any) -> None:
+    kind, attack, options, reason = BAD[case]
+    pipe = tiny.untouched("sd1" if kind == "no table" else kind)
+    if kind == "no table":
+        pipe = copy.copy(pipe)
+        pipe.tokenizer = NoTable(pipe.tokenizer)
+    calls: list[int] = []
+    hook = tiny.denoiser_of(pipe).register_forward_pre_hook(lambda module, args: calls.append(1))
+    given = {"prompts": [BEER], "judge": FINE, "out": tmp_path / "a", **options}
+    try:
+        with pytest.raises(ValueError, match=reason) as told:
+            redteam.attack(pipe, attack, Concept("beer"), **given)
+    finally:
+        hook.remove()
+    first, _, second = str(told.value).rpartition(". ")
+    assert first and second.endswith(".") and calls == [] and not (tmp_path / "a").exists()
+
+
+def test_an_attack_that_the_budget_ends_before_its_first_proposal_is_not_judged(tmp_path: Any) -> None:
+    """One more than the plain prompt costs: the check of the budget cannot know what a proposal of an attack costs."""
+
+    class Drawn:
+        name = "sees every picture of the judge's, none of the search's"
+
+        def __init__(self, sees: bool) -> None:
+            self.sees = sees
+
+        def __call__(self, images: Tensor) -> Tensor:
+            return torch.full(
+                (1, len(images)), self.sees and not bool((images[0] - images[0].mean()).abs().max() > 0.49)
+            )
+
+    pipe = tiny.untouched("sd1")
+    options = {
+        "judge": Drawn(True),
+        "search": Drawn(False),
+        "n": 1,
+        "steps": 2,
+        "budget": 9,
+        "benign": (),
+        "control": False,
+    }
+    with pytest.raises(checks.NotJudged, match=r"\(the budget of 9 rows ended before the first one\).*Raise `budget`"):
+        redteam.attack(pipe, "paraphrase", Concept("beer"), prompts=[BEER], out=tmp_path / "a", **options)
+
+
+def test_attacks_that_share_a_memory_draw_what_is_not_an_attack_once() -> None:
+    pipe = tiny.untouched("sd1")
+    calls: list[int] = []
+    hook = tiny.denoiser_of(pipe).register_forward_pre_hook(lambda module, args: calls.append(1))
+    memory: dict[Any, Any] = {}
+    try:
+        one, two = (
+            GuardedModel(
+                pipe, (efface.EIUP(Concept("beer"), strength=s),), None, (1,), 2, 3.0, memory=memory, identity=name
+            )
+            for s, name in ((1.0, "one"), (3.0, "two"))
+        )
+        made = [victim.plain(BEER, (7, 8), guarded) for victim in (one, two, one, two) for guarded in (False, True)]
+    finally:
+        hook.remove()
+    assert len(calls) == 3 * 2  # the base model, two guards; two steps each
+    assert all(torch.equal(made[k], made[k + 4]) for k in range(4)) and torch.equal(made[0], made[2])
+    assert not torch.equal(made[1], made[3]) and not torch.equal(made[0], made[1])
+    with one.guarded():
+        assert torch.equal(one.draw(Proposal(BEER), (7, 8)), made[1]) and torch.equal(
+            one.draw_original(BEER, (7, 8)), made[0]
+        )
 
 
 def test_the_budget_counts_rows_with_gradients_twice() -> None:

@@ -193,6 +193,10 @@ def _show(results: list[AttackResult], page: Path) -> None:
         say(each.verdict())
         for warning in each.warnings():
             say(warning)
+    from ..redteam import masking
+
+    if warning := masking(results):
+        warn(warning)
     say(str(page))
 
 

@@ -2,7 +2,7 @@
 
 from ..attacks._contract import ACCESS, Access, Attack, Cost, Proposal, Target, Victim
 from .folder import opened
-from .result import AttackResult, Share
+from .result import AttackResult, Share, masking
 from .run import attack, build, check_access, default_prompts
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "build",
     "check_access",
     "default_prompts",
+    "masking",
     "opened",
 ]

@@ -11,7 +11,7 @@ from .. import __version__, checks, files
 from ..records import Row, Sample
 from ..redteam.folder import opened
 from ..redteam.panel import CONCEPT, NOTHING
-from ..redteam.result import AttackResult
+from ..redteam.result import AttackResult, masking
 from ..redteam.trial import ARMS
 from .pictures import thumbnail
 from .template import renderer
@@ -77,6 +77,7 @@ def write_attacks(
         worst=_worst(ordered),
         eraser=_names(first["erasers"]),
         left_out=dict(left_out or {}),
+        masked=masking(ordered),
     )
     summary: dict[str, Any] = {"format": 1, "made": made, "efface": __version__}
     summary |= {"attacks": [each.as_json() for each in ordered], "left out": dict(left_out or {})}
