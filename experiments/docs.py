@@ -155,6 +155,21 @@ def shown(found: Mapping[str, Any], name: str) -> str:
     return f"{tables.caption(found, name)}\n\n{tables.of_card(found)}".rstrip()
 
 
+def judged() -> str:
+    """Tokens that were learned from judged pictures, beside the best words; `experiments/feedback.py`."""
+    found, lines = card("feedback"), []
+    for each in found["comparisons"]:
+        cells = [f"{100 * each[what][who]:.0f} %" for what in ("left", "kept") for who in ("token", "words")]
+        low, high = (100 * bound for bound in each["left"]["interval"])
+        gap = f"{100 * each['left']['difference']:+.0f} [{low:.0f}, {high:.0f}]"
+        head = f"{each['concept']}, `{each['method']}`"
+        lines.append([head, *cells[:2], gap, *cells[2:], each["better"] or "undecided"])
+    head = ["", "members left: token", "best words", "difference, points", "other things retained: token", "best words"]
+    by = [line for line in found["verdict"] if "by what the token was learned from" in line]
+    caption = tables.caption({**found, "verdict": by}, "feedback")
+    return f"{caption}\n\n{table([*head, 'better'], lines)}"
+
+
 ATTACKS = ("attacks", "gradient_attacks", "peer_attacks")
 
 
@@ -275,6 +290,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "families": families,
     "costs": costs,
     "load": load,
+    "judged": judged,
     "drawings": lambda: shown(card("eiup_cost"), "eiup_cost"),
     "attacks": attacks,
     "leaderboard": ranking,

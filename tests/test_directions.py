@@ -295,7 +295,7 @@ def test_an_extractor_chooses_by_the_prompt() -> None:
     assert change(found[2:3], want) < ROUNDING and change(want, drawn(prompt=PROMPTS[1], seed=2)) > EFFECT
     with both.enhancing(lambda _: "dog").apply(pipe), pytest.raises(ValueError, match="not a shipped|no vector"):
         latents(pipe)
-    with pytest.raises(ValueError, match="does not hold `rows` or `extractor`"):
+    with pytest.raises(ValueError, match="does not hold `extractor`"):
         enhancing.save("unused.safetensors")
 
 

@@ -329,7 +329,7 @@ def step() -> tuple[UNet2DConditionModel, int]:
 
 def flops(unet: UNet2DConditionModel, phrases: int, form: str = "projected") -> int:
     """FLOPs of EIUP's edits in a step at 512 x 512 with guidance, once the keys and values are known."""
-    eraser = EIUP(Concept("c", tuple(f"phrase {k}" for k in range(phrases))), normalization=form)
+    eraser = EIUP(Concept("c", tuple(f"phrase {k}" for k in range(phrases))), strength=2.25, normalization=form)
     anchors = 3 if form == "swap" else 0
     with torch.device("meta"):
         text, neutral, empty = [Text(torch.empty(n, 77, 768)) for n in (phrases, 2 + anchors, 1)]

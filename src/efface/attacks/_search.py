@@ -34,8 +34,8 @@ class TokenAttack(Attack):
                 checks.whole(each.name, value, self._least.get(each.name, 1))
             elif each.name in ("lr", "weight_decay"):
                 checks.number(each.name, value, 0, above=each.name == "lr")
-            elif each.name == "forbidden" and value is not None:
-                object.__setattr__(self, "forbidden", checks.texts("forbidden", value))
+            elif each.name == "forbidden":
+                checks.each(self, checks.texts, "forbidden")
 
     def check(self, pipe: Any) -> None:
         super().check(pipe)

@@ -95,8 +95,7 @@ class ConceptArithmetics(Attack):
         object.__setattr__(self, "recipes", known)
         for name in ("weights", "context_weights"):
             object.__setattr__(self, name, tuple(checks.number(name, each) for each in getattr(self, name)))
-        for name in ("contexts", "parts", "siblings"):
-            object.__setattr__(self, name, checks.texts(name, getattr(self, name)))
+        checks.each(self, checks.texts, "contexts", "parts", "siblings")
         checks.text("family", self.family, empty=True)
         object.__setattr__(self, "window", checks.window("window", self.window))
         object.__setattr__(self, "guidance", checks.number("guidance", self.guidance, 1, above=True))

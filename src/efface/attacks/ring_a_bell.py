@@ -90,14 +90,11 @@ class RingABell(Attack):
     def __post_init__(self) -> None:
         checks.choice("mode", self.mode, get_args(Mode))
         checks.number("eta", self.eta)
-        for name in ("tokens", "keep", "generations", "every", "batch"):
-            checks.whole(name, getattr(self, name))
+        checks.each(self, checks.whole, "tokens", "keep", "generations", "every", "batch")
         checks.whole("population", self.population, max(2, self.keep + 1))
-        for name in ("crossover", "mutation"):
-            checks.share(name, getattr(self, name))
+        checks.each(self, checks.share, "crossover", "mutation")
         object.__setattr__(self, "pairs", tuple(pair(each) for each in self.pairs))
-        if self.forbidden is not None:
-            object.__setattr__(self, "forbidden", checks.texts("forbidden", self.forbidden))
+        checks.each(self, checks.texts, "forbidden")
 
     def check(self, pipe: DiffusionPipeline) -> None:
         super().check(pipe)

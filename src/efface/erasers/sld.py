@@ -101,9 +101,8 @@ class SLD(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("sld_guidance_scale", "momentum_scale"):
-            object.__setattr__(self, name, checks.number(name, getattr(self, name), 0))
-        object.__setattr__(self, "threshold", checks.number("threshold", self.threshold))
+        checks.each(self, checks.number, "sld_guidance_scale", "momentum_scale", least=0)
+        checks.each(self, checks.number, "threshold")
         object.__setattr__(self, "momentum_beta", checks.number("momentum_beta", self.momentum_beta, 0, 1, below=True))
         object.__setattr__(self, "warmup", checks.share("warmup", self.warmup))
 

@@ -132,7 +132,7 @@ def _extent(score: Score) -> tuple[float, float, float]:
     if math.isnan(score.value):
         return 0.0, 0.0, 0.0
     low, high = (score.value if math.isnan(x) else min(max(x, 0.0), 1.0) for x in (score.low, score.high))
-    return tuple(round(100 * x, 2) for x in (min(max(score.value, 0.0), 1.0), low, high - low))  # type: ignore[return-value]
+    return round(100 * min(max(score.value, 0.0), 1.0), 2), round(100 * low, 2), round(100 * (high - low), 2)
 
 
 def _pareto(

@@ -77,7 +77,7 @@ def pareto(points: Sequence[tuple[str, Score, Score]], removal: str, retention: 
 
 
 def _beats(a: tuple[str, Score, Score], b: tuple[str, Score, Score]) -> bool:
-    pair = [(a[k].value, b[k].value) for k in (1, 2)]  # type: ignore[union-attr]
+    pair = [(mine.value, other.value) for mine, other in zip(a[1:], b[1:], strict=True)]
     return all(x >= y for x, y in pair) and any(x > y for x, y in pair)
 
 
