@@ -25,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -304,7 +304,9 @@ class Load(Experiment):
         if len(pictures["service"]) < len(todo):
             raise RuntimeError(f"Expected {len(todo)} pictures, got {len(pictures['service'])} from the server.")
         guard = efface.Guard({str(k): efface.Policy(**each) for k, each in enumerate(policies)}, deltas=deltas)
-        for name, draw in {"base": self._base, "guard": partial(self._guard, guard)}.items():
+        draws: dict[str, Callable[[World, Sequence[Ask]], list[Image.Image]]] = {"base": self._base}
+        draws["guard"] = partial(self._guard, guard)
+        for name, draw in draws.items():
             began = time.monotonic()
             pictures[name] = draw(plan.world, todo)
             seconds[name] = time.monotonic() - began

@@ -31,7 +31,7 @@ from efface.serve import jobs as module
 from efface.serve import tables
 from efface.serve.audit import Audit
 from efface.serve.claims import End, Picture
-from efface.serve.database import Database, Unavailable
+from efface.serve.database import CACHE, Database, Unavailable
 from efface.serve.errors import Refused
 from efface.serve.fair import Fair
 from efface.serve.jobs import Jobs, New, Waiting
@@ -39,6 +39,7 @@ from efface.serve.keys import Keys
 from efface.serve.leases import Leases
 from efface.serve.policies import Policies, effective
 from efface.serve.service import Limits, Service
+from efface.serve.turns import Turns
 
 PEPPER = b"p" * 32
 PICTURE = Picture(b"png", {"outcome": "drawn"})
@@ -685,6 +686,49 @@ def test_a_locked_database_is_unavailable_and_comes_back(tmp_path: Path) -> None
     with database.writing(), pytest.raises(Unavailable, match="locked"):
         jobs.accept(new(), nothing)
     assert jobs.accept(new(), nothing)[1]
+    database.close()
+
+
+def test_writers_of_one_process_take_turns(tmp_path: Path) -> None:
+    """Who writes again at once does not overtake who waits, which SQLite itself would let happen."""
+    database, turns, order = Database(f"sqlite:///{tmp_path}/serve.db"), Turns(), list[str]()
+    database.migrate()
+    assert turns.take(1.0) and not turns.take(0.01)
+
+    def later(name: str) -> None:
+        assert turns.take(20.0)
+        order.append(name)
+        turns.give()
+
+    threads = [threading.Thread(target=later, args=(name,)) for name in "bc"]
+    for k, thread in enumerate(threads):
+        thread.start()
+        _until(lambda k=k: len(turns._waiting) == k + 1, 10)
+    turns.give()
+    later("a")
+    for thread in threads:
+        thread.join()
+    assert order == ["b", "c", "a"] and turns.take(0.0)
+    with database.writing() as connection:
+        thread = threading.Thread(target=Jobs(database).accept, args=(new(), nothing))
+        thread.start()
+        _until(lambda: len(database._turns._waiting) == 1, 10)  # without a connection, so readers have one
+        assert database.engine.pool.checkedout() == 1  # type: ignore[attr-defined]
+        connection.execute(sql.text("SELECT 1"))
+    thread.join()
+    assert Jobs(database).count(["queued"]) == 1
+    database.close()
+
+
+def test_connections_keep_few_pages_in_memory(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/serve.db")
+    with database.reading() as one, database.reading() as two:
+        found = [each.exec_driver_sql("PRAGMA cache_size").scalar() for each in (one, two)]
+        assert found == [-CACHE] * 2 and database.engine.pool.size() * CACHE <= 4_096  # type: ignore[attr-defined]
+    for _ in range(3):
+        with database.reading() as connection:
+            connection.exec_driver_sql("SELECT 1")
+    assert database.engine.pool.checkedin() == 2  # type: ignore[attr-defined]
     database.close()
 
 

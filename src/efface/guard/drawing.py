@@ -55,9 +55,9 @@ class Drawing:
         """
         pipe, batch, edits = self.pipe, self.batch, self.policies[0].deltas
         needed, call = lines(self.policies, pipe, factor), dict(batch.call)
-        with ExitStack() as on:
+        with ExitStack() as acting:
             with compared_once():
-                applied = on.enter_context(api.stack(pipe, *(line.eraser for line in needed)))
+                applied = acting.enter_context(api.stack(pipe, *(line.eraser for line in needed)))
 
             def logs() -> list[tuple[Line, Record]]:
                 found = {id(handle): record for handle, record in records(pipe)}

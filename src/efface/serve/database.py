@@ -12,6 +12,7 @@ import sqlalchemy as sql
 from sqlalchemy import event, exc
 
 from .. import _sqlite, checks, files
+from .turns import Turns
 
 WAIT = 10.0
 """Seconds to wait for another process that writes."""
@@ -20,6 +21,8 @@ FROZEN = 3
 PASSING = ("08", "25", "40", "53", "57")
 """Classes of PostgreSQL's errors that pass: connections, standby servers, conflicts, resources, operators."""
 MIGRATING = 0x0EFFACE
+CACHE = 512
+"""KiB of pages that each connection to SQLite keeps in memory."""
 CURE = "Give a URL such as sqlite:////srv/efface/serve.db, with an installed driver."
 
 
@@ -31,7 +34,7 @@ class Database:
     """Transactions on the tables of the service.
 
     A writing transaction is on disk when its block ends. SQLite files are in WAL mode with synchronous=FULL, and
-    writers wait for each other.
+    writers wait for each other: those of one process in turn, because SQLite itself lets some of many wait for long.
 
     Args:
         url: a URL of SQLAlchemy for SQLite or PostgreSQL.
@@ -61,12 +64,14 @@ class Database:
                 _check_file(parsed.database)
             self.name = parsed.database if self.sqlite else parsed.render_as_string(hide_password=True)
             options: dict[str, Any] = {"connect_args": {"timeout": wait}} if self.sqlite else _patience(parsed, wait)
-            self.engine = sql.create_engine(parsed, pool_size=8, max_overflow=32, hide_parameters=True, **options)
+            options |= {"pool_size": 8, "max_overflow": 32, "pool_use_lifo": True}  # few connections, with warm caches
+            self.engine = sql.create_engine(parsed, hide_parameters=True, **options)
         except (exc.ArgumentError, ImportError) as error:
             raise ValueError(f"Expected a database that SQLAlchemy can open, got an error ({error}). {CURE}") from error
+        self._wait, self._turns = wait, Turns()
         if self.sqlite:
             _sqlite.prepare(self.engine)
-            event.listen(self.engine, "connect", lambda it, _: it.execute("PRAGMA secure_delete=ON"))
+            event.listen(self.engine, "connect", _frugal)
         else:
             event.listen(self.engine, "connect", functools.partial(_limited, wait))
 
@@ -79,8 +84,24 @@ class Database:
     @contextlib.contextmanager
     def writing(self) -> Iterator[sql.Connection]:
         """A transaction that is on disk when the block ends, or leaves no trace."""
-        with self._told(), self.engine.connect().execution_options(write=True) as connection, connection.begin():
+        with self._told(), self._alone(), self._writer() as connection, connection.begin():
             yield connection
+
+    def _writer(self) -> sql.Connection:
+        return self.engine.connect().execution_options(write=True)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Waits for other writers of this process, before it takes a connection."""
+        if not self.sqlite:
+            yield
+            return
+        if not self._turns.take(self._wait):
+            raise self._broken(TimeoutError("database is locked"), True)
+        try:
+            yield
+        finally:
+            self._turns.give()
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -157,6 +178,12 @@ def _patience(url: sql.URL, wait: float) -> dict[str, Any]:
         given = {"connect_timeout": max(int(wait / 2), 2), "tcp_user_timeout": int(wait * 1_000)}
         options["connect_args"] = {name: value for name, value in given.items() if name not in url.query}
     return options
+
+
+def _frugal(connection: Any, _: Any) -> None:
+    """Deleted prompts are overwritten, and the pages in memory are few."""
+    connection.execute("PRAGMA secure_delete=ON")
+    connection.execute(f"PRAGMA cache_size=-{CACHE}")
 
 
 def _limited(wait: float, connection: Any, _: Any) -> None:
