@@ -60,7 +60,7 @@ def test_a_day_of_a_server(tmp_path: Path) -> None:
     command("policy", "add", str(folder), str(policies))
     told = {name: command("key", "add", str(folder), "--tenant", name, "--policy", name) for name in ("kids", "teens")}
     keys = {name: text.split()[-1] for name, text in told.items()}
-    with running(folder) as (server, url), concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with running(folder) as (server, url):
         kids, teens = (openai.OpenAI(base_url=f"{url}/v1", api_key=key, timeout=300) for key in keys.values())
         asked: dict[str, Any] = {"seed": SEED, "steps": 4}
 
@@ -95,13 +95,13 @@ def test_a_day_of_a_server(tmp_path: Path) -> None:
             teens.images.generate(prompt=PROMPT)
 
         # killed with an accepted job
-        with accepted(url, keys["kids"], 100, **{"idempotency-key": "order-1"}) as (lost, _):
+        with accepted(url, keys["kids"], 20, **{"idempotency-key": "order-1"}) as (lost, _):
             server.send_signal(signal.SIGKILL)
             server.wait()
     with running(folder) as (server, url), concurrent.futures.ThreadPoolExecutor(1) as pool:
         kids = openai.OpenAI(base_url=f"{url}/v1", api_key=keys["kids"], timeout=300)
         later: Any = kids.images.generate(
-            prompt=PROMPT, stream=True, extra_body=asked | {"steps": 100}, extra_headers={"idempotency-key": "order-1"}
+            prompt=PROMPT, stream=True, extra_body=asked | {"steps": 20}, extra_headers={"idempotency-key": "order-1"}
         )
         assert [event.efface["job"] for event in later] == [lost]
 

@@ -7,7 +7,7 @@ from collections import deque
 
 
 class Turns:
-    """A lock for threads, taken in the order of arrival: who takes it again at once does not overtake who waits.
+    """A lock for threads, taken in the order of arrival. A thread that takes it again and again does not overtake others.
 
     Example:
         >>> from efface.serve.turns import Turns

@@ -159,7 +159,7 @@ class Worker(threading.Thread):
             self._ending.pop(0).result()
 
     def _work(self, claims: Sequence[Claim], pulse: Pulse) -> Iterator[list[Done]]:
-        """Draws jobs, and gives them as they are done."""
+        """Draws jobs, and yields each part of them when it is done."""
         ready: list[tuple[Claim, list[Row]]] = []
         for claim in claims:
             try:
