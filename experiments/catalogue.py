@@ -197,7 +197,7 @@ def peer_guards(plan: Plan) -> dict[str, Guard]:
 
 
 def off_weights(guards: Iterable[str]) -> frozenset[tuple[str, str]]:
-    """Attacks on weights make no sense where no delta holds the erasure, or where a run-time guard is taken off."""
+    """Attacks on weights make no sense where a run-time guard holds the erasure, or a part of it."""
     return frozenset((guard, attack) for guard in guards for attack in WEIGHTS)
 
 

@@ -308,6 +308,8 @@ class Feedback(Experiment):
                 mine = {row: each for row, each in of.items() if row.startswith(f"{method} | ")}
                 words = min((row for row in mine if "words" in row), key=lambda row: _mean(mine[row]["left"]))
                 token = f"{method} | {said(200, 0.0)}"
+                if token not in mine:
+                    continue
                 found = {"concept": name, "method": method, "words": words.partition(": ")[2]}
                 for what, cells in (("left", MEMBERS), ("kept", OTHERS)):
                     clusters = [(cell, k % len(about.cells[cell])) for cell in cells for k in range(card["n"])]

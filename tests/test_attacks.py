@@ -533,7 +533,7 @@ def test_an_interrupted_attack_continues_where_it_was(emoji: Any, tmp_path: Any)
 def test_what_cannot_be_attacked_is_refused_with_the_reason(emoji: Any, tmp_path: Any) -> None:
     with pytest.raises(ValueError, match="One proposal costs about 32"):
         cats(emoji, "best_of_n", tmp_path / "a", budget=31)
-    with pytest.raises(checks.NotJudged, match="draws cat with none of the 1 prompts"):
+    with pytest.raises(checks.NotJudged, match="draws cat with none of 1 prompt, as"):
         cats(emoji, "best_of_n", tmp_path / "b", prompts=["a rocket"])
     with pytest.raises(ValueError, match="held-out seeds would include"):
         cats(emoji, "best_of_n", tmp_path / "c", seed=1)
@@ -547,7 +547,7 @@ def test_what_cannot_be_attacked_is_refused_with_the_reason(emoji: Any, tmp_path
         cats(emoji, "best_of_n", tmp_path / "e")
     with pytest.raises(ValueError, match=r"Unknown.*best_of_m.*best_of_n"):
         cats(emoji, "best_of_m", tmp_path / "f")
-    with pytest.raises(checks.NotJudged, match="drew no proposal"):
+    with pytest.raises(checks.NotJudged, match="drew no proposal for any prompt"):
         cats(emoji, efface.Lookalike(()), tmp_path / "g", prompts=["a cat"], control=False)
     with pytest.raises(checks.NotJudged, match="EIUP acts at run time"):
         cats(emoji, "quantisation", tmp_path / "h", prompts=["a cat"], control=False)

@@ -495,6 +495,11 @@ def test_the_default_strength_is_what_the_sweep_of_the_model_chose(form: Any, ro
     assert (small["model"]["name"], larger["model"]["name"]) == ("emoji", "emoji-128")
     known = {model: values["strength"] for model, values in efface.EIUP("cat", normalization=form).defaults.items()}
     assert known == {"emoji": small["chosen"], "emoji-128": float(larger["chosen"][row]), "": small["chosen"]}
+    rates = [{"retention": point["kept"], "residual": point["left"]} for point in small["points"]]
+    by_the_leaderboards_rule = small["points"][balanced(rates, {})]["strength"]
+    assert (
+        f"the sweep of `emoji` would choose {by_the_leaderboards_rule:g}." in (ROOT / "docs/leaderboard.md").read_text()
+    )
     for model, strength in (("emoji", small["chosen"]), ("emoji-128", float(larger["chosen"][row]))):
         assert world(model).filled(efface.EIUP("cat", normalization=form)).strength == strength
 

@@ -56,9 +56,10 @@ def encoded(pipe: Any, texts: Sequence[str], settings: Mapping[str, Any] | None 
     for some in together:
         with torch.no_grad():
             made = encoded_parts(pipe, some, True, settings)
-        columns = (made["text"], made.get("pooled"), made.get("mask"))
+        columns = (made.get("pooled"), made.get("mask"))
         for k in range(len(some)):
-            found.append(Texts(*(None if each is None else each[k : k + 1] for each in columns)))
+            rest = (None if each is None else each[k : k + 1] for each in columns)
+            found.append(Texts(made["text"][k : k + 1], *rest))
     return found
 
 

@@ -165,8 +165,8 @@ class AttackResult:
             found.append("There is no control with random texts, so luck is not ruled out.")
         if self.not_drawn:
             found.append(
-                f"{len(self.not_drawn)} of {len(self.attempts)} prompts were left out, because the base model does not "
-                "draw the concept with them."
+                f"{len(self.not_drawn)} of {_prompts(len(self.attempts))} were left out, because the base model does "
+                "not draw the concept with them."
             )
         return found
 
@@ -177,7 +177,7 @@ class AttackResult:
             for search in (each["search"]["attacked"] for each in self.without_proposal)
         ]
         return (
-            f"For {len(reasons)} of {self.prompts} prompts the attack drew no proposal ({reasons[0].rstrip('.')}). "
+            f"For {len(reasons)} of {_prompts(self.prompts)} the attack drew no proposal ({reasons[0].rstrip('.')}). "
             "Their pictures count as without the attack."
         )
 
@@ -189,7 +189,7 @@ class AttackResult:
         name, concept = self.setting["attack"]["method"], self.setting["concept"]["name"]
         control, over = self.share("control"), self.over("control")
         text = (
-            f"{name} brings {concept} back in {attacked} of {attacked.n} pictures of {self.prompts} prompts; without "
+            f"{name} brings {concept} back in {attacked} of {attacked.n} pictures of {_prompts(self.prompts)}; without "
             f"it the guarded model shows it in {before}, the base model in {base}."
         )
         if control is not None and over is not None:
@@ -222,6 +222,10 @@ class AttackResult:
             "warnings": self.warnings(),
             "verdict": self.verdict(),
         }
+
+
+def _prompts(count: int) -> str:
+    return f"{count} prompt{'s' * (count != 1)}"
 
 
 TRANSFER = ("gcg", "ring_a_bell")  # find their texts without the guarded model

@@ -269,11 +269,11 @@ def _tried(pipe: Any, eraser: Any) -> tuple[tuple[Any, ...], list[dict[str, Any]
 
 def _check_judged(found: AttackResult, name: str) -> None:
     """Raises NotJudged if there was nothing to attack, or the attack proposed nothing."""
-    prompts, concept = len(found.attempts), found.setting["concept"]["name"]
+    asked, concept = len(found.attempts), found.setting["concept"]["name"]
     if not found.prompts:
         raise checks.NotJudged(
-            f"The base model draws {concept} with none of the {prompts} prompts, as the judge sees it, so there is "
-            "nothing to attack. Give other prompts or another judge."
+            f"The base model draws {concept} with none of {asked} prompt{'s' * (asked != 1)}, as the judge sees it, so "
+            "there is nothing to attack. Give other prompts or another judge."
         )
     searches = [each["search"]["attacked"] for each in found.attacked]
     if any(each["tried"] or each["stopped"] == "found" for each in searches):

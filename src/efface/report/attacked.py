@@ -12,7 +12,7 @@ from ..records import Row, Sample
 from ..redteam.folder import opened
 from ..redteam.panel import CONCEPT, NOTHING
 from ..redteam.result import AttackResult, masking
-from ..redteam.trial import ARMS
+from ..redteam.trial import ALONE, ARMS
 from .pictures import thumbnail
 from .template import renderer
 
@@ -76,6 +76,7 @@ def write_attacks(
         version=__version__,
         worst=_worst(ordered),
         eraser=_names(first["erasers"]),
+        guard=_guard(first["erasers"]),
         left_out=dict(left_out or {}),
         masked=masking(ordered),
     )
@@ -105,6 +106,17 @@ def _worst(ordered: Sequence[AttackResult]) -> str:
 
 def _names(erasers: Sequence[Any]) -> str:
     return " + ".join(str(each["method"]) for each in erasers) or "no eraser"
+
+
+def _guard(erasers: Sequence[Any]) -> str:
+    """The erasers with their strengths, in words."""
+    strengths = (f", strength {each['strength']:g}" if _is_number(each.get("strength")) else "" for each in erasers)
+    words = [f"{each['method']}{strength}" for each, strength in zip(erasers, strengths, strict=True)]
+    return " + ".join(words) or "none, so this is the base model"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _prompts(result: AttackResult, shown: int) -> list[dict[str, Any]]:
@@ -138,6 +150,7 @@ def _prompts(result: AttackResult, shown: int) -> list[dict[str, Any]]:
                 "pictures": arms,
                 "veiled": any(arm["veiled"] for arm in arms),
                 "proposal": best.get("proposal"),
+                "alone": best.get("proposal", {}).get("about") == ALONE,
                 "stopped": best.get("stopped", ""),
                 "tried": best.get("tried", 0),
                 "refused": best.get("refused", []),

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .._emoji_eyes import AnyEye
 from . import text_encoder
-from .eyes import Eye, Eyes, load_eyes
+from .eyes import Eyes, load_eyes
 from .weights import CURE, FOLDER, check, sha256
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ SPACE = 384
 HIDDEN = 512
 
 
-def features(eye: Eye, images: Tensor) -> Tensor:
+def features(eye: AnyEye, images: Tensor) -> Tensor:
     """Maps pictures [N, 3, H, W] in [0, 1] to mean and maximum of the eye's last map: [N, 2 width]."""
     places = eye.body((2 * images - 1).contiguous(memory_format=torch.channels_last)).float().flatten(2)
     return torch.cat([places.mean(2), places.amax(2)], 1)
