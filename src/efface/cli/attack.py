@@ -59,7 +59,7 @@ def attack(
     steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 25,
     guidance: Guidance = None,
     judge: Annotated[
-        str | None, typer.Option(help="The detector that judges, by name. Default: the emoji model's.")
+        str | None, typer.Option(help="The detector that judges, by name. Default: the embedded model's.")
     ] = None,
     search: Annotated[str | None, typer.Option(help="Another detector, for the attacker's search.")] = None,
     access: Annotated[
