@@ -55,8 +55,8 @@ def page() -> str:
             "Whoever has one has those above it.",
             table(["access", "the attacker", "a run-time eraser", "an edited model (delta)", "attacks in Efface"], who),
             "A lower rate is one on the prompts that were measured, and no guarantee for a single picture. "
-            "[Attacks](attacks.md#measured) has rates on the embedded models; `efface attack` measures them on yours, with "
-            "controls.",
+            "[Attacks](attacks.md#measured) has rates on the embedded models; `efface attack` measures them on yours "
+            "with controls.",
             "- [Attacks](attacks.md): how a result is made, and each attack.\n"
             "- [Limits](limits.md): what Efface does not protect against.\n"
             "- [Images API](serve.md#threat-model): what a tenant of the service can try.\n"
