@@ -232,7 +232,10 @@ class Policy(Frozen):
         return self
 
     def _check_redraw(self) -> None:
-        fixed = [repr(each.method) for each in self.erase if getattr(each.build(), "strength", None) is None]
+        from ..families import filled_for
+
+        built = [(each.method, filled_for(each.build(), "")) for each in self.erase]
+        fixed = [repr(method) for method, eraser in built if getattr(eraser, "strength", None) is None]
         if fixed or not self.erase:
             what = fixed[0] if fixed else "A policy with deltas only"
             raise ValueError(f"{what} has no strength to raise for a redraw. Give a `strength`, or choose `block`.")
