@@ -50,10 +50,10 @@ types: $(STAMP)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --durations 20
 
 test-long: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "long and not slow" -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "long and not slow" -n auto --dist worksteal --durations 20
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/slow.py -n auto
