@@ -372,7 +372,7 @@ def flops_of_tenants(unet: UNet2DConditionModel, phrases: int, tenants: int, era
             texts = phrases * len(own := [concept for concept in mine if concept])
             text, neutral = Text(torch.empty(texts, 77, 768)), Text(torch.empty(2, 77, 768))
             every = ErasurePrompts(text, (slice(1, 2),) * texts, which=tuple(range(texts)))
-            method = EIUP(rows=[[concept] if concept else [] for concept in mine])
+            method = EIUP(strength=1.0, rows=[[concept] if concept else [] for concept in mine])
             applied = Applied(method, tuple((c,) for c in own for _ in range(phrases)), (every,), neutral)
             applied.place(1, tenants)
             acting.append((applied, 1.0))

@@ -364,7 +364,7 @@ def test_unknown_concept(name: str) -> None:
 
 
 def test_unknown_cell() -> None:
-    with pytest.raises(ValueError, match="explicit, theme, paraphrase, pair"):
+    with pytest.raises(ValueError, match="'explicit', 'theme', 'paraphrase', 'pair'"):
         emoji.prompts("cat", "themes")
 
 

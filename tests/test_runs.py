@@ -22,6 +22,7 @@ import efface
 from efface import Row, Sample, Score, Suite, files, pipelines, runs
 from efface.cli import app
 from efface.delta import present
+from efface.families import filled
 from efface.models.emoji.weights import FOLDER
 from efface.records import rows_hash
 from efface.runs.folder import claim
@@ -342,7 +343,7 @@ def test_a_run_draws_what_the_pipeline_draws(sd1: Any, tmp_path: Path) -> None:
     assert (images(run) - erased).abs().max() <= 1 / 255
     assert (erased - plain).abs().max() > 8 / 255
     assert told == [(w, n, 3) for w in ("plain", "erased") for n in (0, 2, 3)]
-    assert run.record["erasers"] == [efface.core.config(ALCOHOL)]
+    assert run.record["erasers"] == [efface.core.config(filled(ALCOHOL, sd1))] != [efface.core.config(ALCOHOL)]
     again = efface.run(SUITE, sd1, eraser=ALCOHOL, out=tmp_path / "a", batch=2)
     assert again.record == run.record
 

@@ -121,8 +121,8 @@ def test_a_cancellation_in_the_moment_of_a_poll_is_not_lost(turns: int, idle: De
         task = asyncio.create_task(follow())
         for _ in range(5):
             await asyncio.sleep(0)
-        async with watcher._ticked:
-            watcher._ticked.notify_all()
+        for news in watcher._names["job_x"]:
+            news.set()
         for _ in range(turns):
             await asyncio.sleep(0)
         task.cancel()

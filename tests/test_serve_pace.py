@@ -140,7 +140,9 @@ def test_prompts_and_tenants_leave_nothing_in_memory(quiet: Desk) -> None:
         }
 
     first = kept()
-    assert kept() == first and first["tenants"] <= 10 and first["partial"] == first["ends"] == first["open"] == 0
+    again = kept()
+    assert again.pop("statements") < first.pop("statements") + 5  # one more may be compiled, not one per prompt
+    assert again == first and first["tenants"] <= 10 and first["partial"] == first["ends"] == first["open"] == 0
     assert quiet.service.jobs.count(["done"]) == 120  # the effect: all were drawn
     assert all(each.cache_info().maxsize for each in (policies._read, policies._with))
 

@@ -283,7 +283,6 @@ def test_a_hundred_concepts_at_once(sd1: Any) -> None:
         (lambda p: UCE(tokens="first"), "`tokens`"),  # type: ignore[arg-type]
         (lambda p: UCE(mode="forget"), "`mode`"),  # type: ignore[arg-type]
         (lambda p: UCE(mode="debias"), "Expected `attributes` with mode"),
-        (lambda p: UCE(preserve="dog"), "`preserve`"),  # type: ignore[arg-type]
         (lambda p: RECE(mu=0.0), "`mu`"),
         (lambda p: RECE(rounds=-1), "`rounds`"),
         (lambda p: RECE(lam=float("nan")), "`lam`"),
@@ -292,6 +291,11 @@ def test_a_hundred_concepts_at_once(sd1: Any) -> None:
 def test_bad_input(make: Any, words: str, sd1: Any) -> None:
     with pytest.raises(ValueError, match=words):
         make(sd1)
+
+
+def test_one_text_is_no_sequence_of_texts() -> None:
+    with pytest.raises(TypeError, match="Expected `preserve` to be a sequence of texts, got 'dog'"):
+        UCE(preserve="dog")  # type: ignore[arg-type]
 
 
 def test_a_preserve_set_that_forbids_the_edit_is_told(sd1: Any) -> None:
