@@ -692,6 +692,7 @@ def test_the_guard_is_off_within_original_and_on_again_after_it() -> None:
     assert len(efface.active(pipe)) == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("eraser", ["uce", "eiup"])
 def test_the_guard_is_as_the_innermost_block_says_however_blocks_are_nested(eraser: str) -> None:
     """Two nested `original` put the erasers on twice: deltas were refused, and EIUP stayed on the base model."""

@@ -513,6 +513,7 @@ def test_projections_that_are_fused_keep_the_delta() -> None:
     assert torch.equal(latents(pipe), drawn())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_compiled_denoiser_is_checked(whole: bool) -> None:
     pipe = pipeline("small")

@@ -151,6 +151,7 @@ def test_workers_have_the_callers_model(model: Path, tmp_path: Path) -> None:
         efface.run(SUITE, model, out=tmp_path / "run", ray=Cluster("local", other))
 
 
+@pytest.mark.long
 def test_workers_need_a_model_by_name(sd1: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Expected a model by name for `ray`, got a StableDiffusionPipeline"):
         efface.run(SUITE, sd1, out=tmp_path / "run", ray="local")
