@@ -16,7 +16,7 @@ import torch
 
 from efface.delta import active
 
-SHARE = 3  # of a thinned test, CI takes one case of three, and the fast run every third of these
+SHARE = 3  # of a thinned test, CI takes one case of three, and the fast run every other one of these
 MANY = 4 * SHARE
 
 
@@ -26,8 +26,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     A test with `thinned` is slow for most combinations: `make test-slow` tries them all. CI takes a combination if the
     sum of its places is a multiple of three, so each value of a parameter meets a third of the values of every other
-    one, and another third in the next test. The fast run takes a third of those. Of a test with `thinned("long")`, CI
-    takes all combinations, and the fast run a ninth. Of fewer than twelve combinations the fast run takes a third, and
+    one, and another third in the next test. The fast run takes half of those. Of a test with `thinned("long")`, CI
+    takes all combinations, and the fast run a sixth. Of fewer than twelve combinations the fast run takes a third, and
     of fewer than three all.
     """
     sizes = Counter(_test(item) for item in items)
@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             promise += seen.setdefault(repr(value), len(seen))
         if promise % SHARE:
             item.add_marker(getattr(pytest.mark, *(mark.args or ("slow",))))
-        elif sizes[test] >= MANY and promise % (SHARE * SHARE):
+        elif sizes[test] >= MANY and promise % (2 * SHARE):
             item.add_marker(pytest.mark.long)
 
 

@@ -92,6 +92,7 @@ def test_overwrite_removes_nothing_before_the_model_is_there(tmp_path: Path) -> 
     assert (tmp_path / "out/grid.png").read_text() == "earlier"
 
 
+@pytest.mark.long
 @needs_weights
 def test_overwrite_replaces_results_once_there_are_new_ones_and_nothing_else(tmp_path: Path) -> None:
     args = ["erase", "a cat", "--concept", "cat", "--images", "1", "--out", tmp_path]
@@ -316,6 +317,7 @@ def test_list_shows_methods_and_concepts() -> None:
     assert (done.returncode, "Did you mean 'methods'?" in done.stderr) == (2, True)
 
 
+@pytest.mark.long
 @needs_weights
 def test_erase_writes_pictures_grid_and_record(tmp_path: Path) -> None:
     args = ["erase", "a night at the pub", "--concept", "alcohol", "--images", "3", "--steps", "4", "--seed", "7"]
@@ -406,6 +408,7 @@ def test_a_preset_goes_behind_a_dot(tmp_path: Path) -> None:
     assert (made["method"], made["sld_guidance_scale"], made["warmup"]) == ("sld", 2000.0, 0.1)
 
 
+@pytest.mark.long
 @needs_weights
 def test_without_out_folders_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

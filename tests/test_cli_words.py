@@ -204,6 +204,7 @@ def test_a_bench_takes_guidance_and_its_record_says_it(small: dict[str, Any], tm
     assert said.exit_code == 2 and "SLD needs guidance, but --guidance is 1. Give a value above 1" in flat(said)
 
 
+@pytest.mark.long
 def test_a_method_that_needs_guidance_is_refused_where_the_model_draws_without(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

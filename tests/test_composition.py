@@ -332,6 +332,7 @@ def test_a_second_pipeline_on_the_denoiser_has_to_be_given_the_eraser(sd1: Any) 
         latents(second, PROMPT, image=PICTURE)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_second_thread_is_refused_and_the_first_ones_picture_is_right(compiled: bool) -> None:
     pipe, errors = pipeline("small"), []

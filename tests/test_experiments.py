@@ -445,6 +445,7 @@ def test_methods_are_tuned_alike() -> None:
         Sweep(**ABOUT, points={"a": {"1": None}, "b": {"1": None, "2": None}})
 
 
+@pytest.mark.long
 def test_a_choice_is_measured_by_the_experiment_that_reads_it(tmp_path: Path) -> None:
     sweep = KINDS["sweep"]()
     measured = Outcome(**ABOUT | {"name": "measured"}, **SMALL, arms=partial(outcome.chosen, sweep))

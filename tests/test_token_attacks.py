@@ -473,6 +473,7 @@ def test_p4d_has_no_loss_without_eraser_and_with_the_same_prompt(kind: str) -> N
     assert max(same) < 1e-9 and min(other) > 1e-5
 
 
+@pytest.mark.long
 def test_the_model_denoises_its_concept_best_with_the_true_prompt() -> None:
     guard = GuardedModel(emoji(), (), efface.detector("eyes", "alcohol"), (0, 1), steps=10)
     white, slots = WhiteBox.of(guard, "a beer mug"), Slots.of(guard.pipe, 1)

@@ -531,6 +531,7 @@ def test_a_compiled_denoiser_is_checked(whole: bool) -> None:
     assert not pipe.unet._forward_pre_hooks and not pipe.unet._orig_mod._forward_pre_hooks
 
 
+@pytest.mark.long
 def test_a_denoiser_can_be_compiled_with_a_delta_on() -> None:
     pipe = pipeline("small")
     delta, plain = UCE().fit(pipe, CAT), latents(pipe)
