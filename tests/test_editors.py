@@ -178,7 +178,7 @@ def test_a_preset_of_an_editor_is_had_by_name() -> None:
     [
         ("esd.papre", {}, r"esd has no preset 'papre'\. Did you mean 'paper'\? Its presets: paper, code_2025\."),
         ("esd.paper", {"setps": 3}, r"esd has no field 'setps'\. Did you mean 'steps'"),
-        ("esd.paper", {"drawn_by": "nobody"}, "`drawn_by` to be 'student' or 'frozen'"),
+        ("esd.paper", {"drawn_by": "nobody"}, "`drawn_by` to be one of 'student', 'frozen'"),
         ("uce.debias_2023", {}, "Expected `attributes` with the preset uce.debias_2023, got none. Give it by --set"),
         ("eiup.paper", {}, "'eiup', which is one of the erasers"),
     ],
