@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 
+import efface.api  # noqa: F401 - tests name it, whichever of them runs alone
 from efface.delta import active
 
 SHARE = 3  # of a thinned test, CI takes one case of three, and the fast run every other one of these
