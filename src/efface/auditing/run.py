@@ -126,7 +126,8 @@ def audit(
     base = model if base is None and merged else base
     _check(model, base, targets, merged, at_most, attacks)
     _check_files(labels, since, log, out)
-    usual = suite_of(str(model) if isinstance(model, (str, Path)) else embedded(model) or "emoji")
+    first = model if base is None else base
+    usual = suite_of(str(first) if isinstance(first, (str, Path)) else embedded(first) or "emoji")
     chosen, twice = distinct(suite if suite is not None else runs.make_suite(usual, targets, limit=limit))
     check_asked(chosen.rows, [target.name for target in targets])
     chosen = dataclasses.replace(chosen, rows=alike(chosen.rows, limit))

@@ -106,7 +106,7 @@ def audit(
             "log": log,
             "loading": loading,
             "suite": runs.make_suite(
-                suite or suite_of(model), targets, data, limit, **parse_fields(option, "--option")
+                suite or suite_of(base or model), targets, data, limit, **parse_fields(option, "--option")
             ),
             "command": shlex.join(["efface", *sys.argv[1:]]),
         }
