@@ -45,7 +45,7 @@ def calibrate(
 
     Exit code 3 if no strength meets both goals, 4 if the base model rarely draws the concept.
     """
-    from .._loading import EMBEDDED
+    from ..pipelines import EMBEDDED
 
     with told():
         if model not in EMBEDDED:
