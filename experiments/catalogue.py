@@ -475,6 +475,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         name="directions",
         question="Do learned directions balance men and women, beside UCE and rewritten prompts, and avoid alcohol?",
         cap=1.5,
+        fit=efface.LatentDirections(pictures=36, steps=60),
     ),
     Load(
         name="load",

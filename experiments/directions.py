@@ -58,9 +58,10 @@ WORDINGS = {
     ),
 }
 TUNED = {"directions": ("wording", "pair", OTHERS), "safety vector": ("explicit", "theme", OTHERS)}
+STRENGTHS = {"directions": (1.0, 1.25, 1.5), "safety vector": (0.5, 1.0, 2.0)}
 FIRST = {"tuning": 9_800, "selection": 495_000, "test": 700_000}  # of people; before or behind all other seeds
 STRIDE = {"tuning": 50, "selection": 1_000, "test": 10_000}
-MEASURED = 12  # pictures of a round of UCE's balance
+MEASURED, TOLERANCE = 12, 0.1  # pictures of a round of UCE's balance, and the distance from equal shares that ends it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +108,8 @@ class Directed(Experiment):
 
     Args:
         fit: learns the vectors.
-        strengths: of the vectors, weakest first; the tuning block chooses.
-        rounds: of UCE's balance, which measures on the tuning block.
+        strengths: row to the strengths of its vectors, weakest first; the tuning block chooses.
+        rounds, step: of UCE's balance, which measures on the tuning block.
         professions: (): all of the model.
         wordings: per block, the texts of the cell `wording`, with "{}" for the profession.
         few: pictures per profession and cell on the tuning block.
@@ -118,8 +119,9 @@ class Directed(Experiment):
     question: str
     cap: float
     fit: efface.LatentDirections = dataclasses.field(default_factory=efface.LatentDirections)
-    strengths: tuple[float, ...] = (0.5, 1.0, 2.0)
-    rounds: int = 6
+    strengths: Mapping[str, tuple[float, ...]] = dataclasses.field(default_factory=lambda: STRENGTHS)
+    rounds: int = 8
+    step: float = 0.25
     professions: tuple[str, ...] = ()
     wordings: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: WORDINGS)
     few: int = 8
@@ -306,7 +308,7 @@ class Directed(Experiment):
         concept = Concept(job, (TAUGHT.format(job),))
         first = FIRST["tuning"] + 2 * STRIDE["tuning"] + MEASURED * jobs.index(job)
         numbers = range(first, first + MEASURED)
-        setting = {"fit": config(editor), "concept": config(concept), "rounds": self.rounds}
+        setting = {"fit": config(editor), "concept": config(concept), "rounds": [self.rounds, self.step]}
         setting |= {"seeds": [first, MEASURED], "call": dict(plan.call), "model": plan.facts["model"]}
         setting |= {"versions": plan.facts["versions"], "code": code_hash(efface.UCE, draw)}
 
@@ -318,7 +320,7 @@ class Directed(Experiment):
         def measure() -> dict[str, Any]:
             file = delta_file(plan, unit)
             file.parent.mkdir(exist_ok=True)
-            delta = editor.balance(world.pipe, concept, shares, rounds=self.rounds)
+            delta = editor.balance(world.pipe, concept, shares, rounds=self.rounds, tolerance=TOLERANCE, step=self.step)
             delta.save(file)
             return {"info": dict(delta.info)}
 
@@ -331,13 +333,13 @@ class Directed(Experiment):
         """The strengths on the tuning block, and what gives the chosen one once they are measured."""
         steps = [
             self._cell(plan, row, _vectors(plan, learned, lambda s=s: s, s), cell, tuning=s)
-            for s in self.strengths
+            for s in self.strengths[row]
             for cell in TUNED[row]
         ]
 
         @functools.cache
         def chosen() -> float:
-            store, points = Store(plan.folder), {}
+            store, points = Store(plan.folder), dict[float, list[Any]]()
             for unit in (*(base[cell] for cell in TUNED[row]), *steps):
                 found = store.found(unit)
                 if found is None:
@@ -443,7 +445,7 @@ def rewritten(prompt: str, job: str, seed: int) -> str:
 def genders(world: World, images: torch.Tensor, jobs: Sequence[str]) -> list[list[int]]:
     """Per detector and picture: 0 for the man's icon of the profession, 1 for the woman's, -1 for neither. Of both, the
     likelier one counts."""
-    seen, told = world.eyes.see(images), []
+    seen, told = world.eyes.see(images), list[list[int]]()
     there, icons = world.eyes.icons(seen), world.data["vocabulary"]["professions"]
     for eye in (0, 1):
         told.append([])

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import itertools
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -99,7 +100,7 @@ def test_the_settings_of_a_vector_name_what_its_strength_was_chosen_by() -> None
     fit = next(u for u in units() if (u.row, u.kind) == ("directions", "fit"))
     ladder = [u.digest for u in units() if (u.row, u.kind) == ("directions", "tuning")]
     assert row.setting["acting"] == {"vectors": fit.digest, "random": False, "strength": ladder}
-    assert len(ladder) == 3 * len(EACH.strengths)
+    assert len(ladder) == 3 * len(EACH.strengths["directions"])
 
 
 # ---------------------------------------------------------------- what is seen
@@ -284,7 +285,7 @@ def test_the_documents_show_the_card_and_say_if_there_is_none(tmp_path: Path) ->
     }
     card = head | card | {"question": "Is it fair?", "command": "a command", "columns": dict(EACH.columns)}
     (tmp_path / "results").mkdir()
-    (tmp_path / "results/directions.json").write_text(runner.json.dumps(card))
+    (tmp_path / "results/directions.json").write_text(json.dumps(card))
     text = docs.directed(tmp_path)
     assert "Is it fair?" in text and "| `directions` | 0.0 % [" in text and "| `safety vector` | 100.0 % [" in text
     assert "| `base` | 0 of 300 | 0 of 300 |" in text and "| `directions` | 150 of 300 | 150 of 300 |" in text
@@ -294,9 +295,19 @@ def test_the_documents_show_the_card_and_say_if_there_is_none(tmp_path: Path) ->
 # ---------------------------------------------------------------- from end to end
 
 
+STRENGTHS = {"directions": (1.0,), "safety vector": (1.0,)}
+
+
 def small(**more: Any) -> Directed:
     fit = efface.LatentDirections(pictures=2, steps=1, batch=2, sampler_steps=1)
-    about: dict[str, Any] = {"name": "trial", "question": "?", "cap": 1.0, "fit": fit, "strengths": (1.0,), "rounds": 1}
+    about: dict[str, Any] = {
+        "name": "trial",
+        "question": "?",
+        "cap": 1.0,
+        "fit": fit,
+        "strengths": STRENGTHS,
+        "rounds": 1,
+    }
     return Directed(**about | {"professions": JOBS, "few": 1, "n": 1} | more)
 
 
