@@ -308,7 +308,7 @@ class Directed(Experiment):
         concept = Concept(job, (TAUGHT.format(job),))
         first = FIRST["tuning"] + 2 * STRIDE["tuning"] + MEASURED * jobs.index(job)
         numbers = range(first, first + MEASURED)
-        setting = {"fit": config(editor), "concept": config(concept), "rounds": [self.rounds, self.step]}
+        setting = {"fit": config(editor), "concept": config(concept), "rounds": [self.rounds, self.step, TOLERANCE]}
         setting |= {"seeds": [first, MEASURED], "call": dict(plan.call), "model": plan.facts["model"]}
         setting |= {"versions": plan.facts["versions"], "code": code_hash(efface.UCE, draw)}
 
