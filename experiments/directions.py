@@ -26,7 +26,7 @@ from efface.intervals import holm
 from efface.pipelines import draw
 
 from .code import code_hash
-from .outcome import PILOT, delta_file, least_residual, packed
+from .outcome import delta_file, least_residual, packed
 from .runner import Experiment, Plan, Store, Unit, timed
 from .shares import (
     AVOIDED,
@@ -41,7 +41,7 @@ from .shares import (
     point,
     said,
 )
-from .worlds import SEEDS, World, named, seeds
+from .worlds import SEEDS, World, named, seeds, world
 
 GENDERS = ("male", "female")
 TAUGHT, AGAIN = "a {}", ("the {}", "one {}")  # the text of the fit, and those of the neutral pictures
@@ -61,6 +61,7 @@ TUNED = {"directions": ("wording", "pair", OTHERS), "safety vector": ("explicit"
 STRENGTHS = {"directions": (1.0, 1.25, 1.5), "safety vector": (0.5, 1.0, 2.0)}
 FIRST = {"tuning": 9_800, "selection": 495_000, "test": 700_000}  # of people; before or behind all other seeds
 STRIDE = {"tuning": 50, "selection": 1_000, "test": 10_000}
+TRIAL = 8  # pictures that an estimate draws
 MEASURED, TOLERANCE = 12, 0.1  # pictures of a round of UCE's balance, and the distance from equal shares that ends it
 
 
@@ -464,5 +465,11 @@ def retained(world: World, images: torch.Tensor, keep: Sequence[tuple[str, ...]]
 
 
 def _drawing(plan: Plan) -> float:
-    """Core-seconds of a picture; vectors and deltas of weights add next to nothing."""
-    return timed(lambda: draw(plan.world.pipe, ["a cat"] * PILOT, range(PILOT), **plan.call))[1] / PILOT
+    """Core-seconds of a picture in a batch; vectors and deltas of weights add next to nothing."""
+    return _seconds(plan.model, plan.device, tuple(plan.call.items()))
+
+
+@functools.cache
+def _seconds(model: str, device: str, call: tuple[tuple[str, Any], ...]) -> float:
+    pipe = world(model, device).pipe
+    return timed(lambda: draw(pipe, ["a cat"] * TRIAL, range(TRIAL), **dict(call)))[1] / TRIAL
