@@ -12,6 +12,7 @@ from efface import api
 from efface.models.emoji.weights import FOLDER
 
 from .closed_form import ClosedForm
+from .directions import Directed
 from .feedback import Feedback
 from .literal import denoiser_calls as calls
 from .literal import drawings, finetune, joint_blocks
@@ -469,6 +470,12 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         name="feedback",
         question="Is a token that was learned from judged pictures a better erasure prompt than words?",
         cap=1.5,
+    ),
+    Directed(
+        name="directions",
+        question="Do learned directions balance men and women, beside UCE and rewritten prompts, and avoid alcohol?",
+        cap=1.5,
+        fit=efface.LatentDirections(pictures=36, steps=60),
     ),
     Load(
         name="load",
