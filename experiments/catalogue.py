@@ -13,6 +13,7 @@ from efface.models.emoji.weights import FOLDER
 
 from .closed_form import ClosedForm
 from .feedback import Feedback
+from .geom_erasing import Watermarks
 from .literal import denoiser_calls as calls
 from .literal import drawings, finetune, joint_blocks
 from .load import Load
@@ -468,6 +469,11 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     Feedback(
         name="feedback",
         question="Is a token that was learned from judged pictures a better erasure prompt than words?",
+        cap=1.5,
+    ),
+    Watermarks(
+        name="geom_erasing",
+        question="Does Geom-Erasing take a watermark that no text names out of the model, and out of a fine-tuning?",
         cap=1.5,
     ),
     Load(
