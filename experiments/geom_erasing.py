@@ -147,7 +147,7 @@ ROWS = {  # model removal with the name alone is `negative_prompt`, to the bit: 
     "data removal, two passes": Row("data", twice=True, against=PLAIN),
 }
 AIMS = ("model removal, all words", "data removal, all words")  # the method's default form
-DATA: dict[str, Any] = {"setting": "data", "steps": 600, "lr_weights": 3e-4}
+DATA: dict[str, Any] = {"setting": "data", "steps": 400, "lr_weights": 3e-4}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

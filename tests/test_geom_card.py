@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import efface
 from efface import Concept
 from efface.delta.embeddings import tables as embeddings
 from efface.editors._geometry import start
-from experiments import docs, runner, tables
+from efface.intervals import difference
+from experiments import docs, geom_erasing, runner, tables
 from experiments.catalogue import CATALOGUE
 from experiments.geom_erasing import (
     AIMS,
@@ -35,11 +37,18 @@ from experiments.geom_erasing import (
     resampled,
     words,
 )
+from experiments.outcome import rate
 from experiments.runner import Plan
 from experiments.worlds import CELLS, CONCEPTS, SEEDS, seeds, world
 
 CARD = CATALOGUE["geom_erasing"]
 BASE, WORDS, DATA = "base", *AIMS
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intervals of few resamples."""
+    monkeypatch.setattr(geom_erasing, "difference", partial(difference, draws=100))
 
 
 # ---------------------------------------------------------------- what is drawn
@@ -189,10 +198,10 @@ def card(plain: int, data: int, **more: Any) -> dict[str, Any]:
     for name, count in counts.items():
         marks, icons = "1" * count + "0" * (512 - count), "1" * 400 + "0" * 112
         pictures[name] = {NAME: [marks[:n]] * 2, "icon": [icons[:n]] * 2}
-        rate = tables_rate(marks[:n], prompts)
+        seen = rated(marks[:n], prompts)
         far = {"kid": more.get("kid", -0.5), "interval": [-1.0, 0.1], "n": n, "clean": 480}
         rows.append(
-            {"row": name, NAME: rate, "corners": {"counts": [1, 2, 3, 4]}, "distance": far, "distance against": far}
+            {"row": name, NAME: seen, "corners": {"counts": [1, 2, 3, 4]}, "distance": far, "distance against": far}
         )
     found = {"pictures": 148, "with the badge": 111, "place found": 147}
     made = {"form": 2, "rows": rows, "pictures": pictures, "training pictures": found, "columns": dict(CARD.columns)}
@@ -200,9 +209,7 @@ def card(plain: int, data: int, **more: Any) -> dict[str, Any]:
     return made | CARD.derived(made)
 
 
-def tables_rate(digits: str, prompts: list[str]) -> dict[str, Any]:
-    from experiments.outcome import rate
-
+def rated(digits: str, prompts: list[str]) -> dict[str, Any]:
     return rate(list(map(int, digits)), [prompts[k % len(prompts)] for k in range(len(digits))])
 
 
@@ -244,7 +251,7 @@ def test_an_aim_needs_enough_pictures_and_something_to_remove() -> None:
     made = card(plain=400, data=0)
     for row in made["rows"]:
         if row["row"] == BASE:
-            row[NAME] = tables_rate("1" * 10 + "0" * 502, made["cells"]["one icon"]["prompts"])
+            row[NAME] = rated("1" * 10 + "0" * 502, made["cells"]["one icon"]["prompts"])
     again = CARD.derived(made)
     assert "Not judged: base itself draws the watermark in 2.0 %" in line(again, WORDS)
 
