@@ -14,6 +14,7 @@ from efface.models.emoji.weights import FOLDER
 from .closed_form import ClosedForm
 from .directions import Directed
 from .feedback import Feedback
+from .geom_erasing import Watermarks
 from .literal import denoiser_calls as calls
 from .literal import drawings, finetune, joint_blocks
 from .load import Load
@@ -476,6 +477,11 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         question="Do learned directions balance men and women, beside UCE and rewritten prompts, and avoid alcohol?",
         cap=1.5,
         fit=efface.LatentDirections(pictures=36, steps=60),
+    ),
+    Watermarks(
+        name="geom_erasing",
+        question="Does Geom-Erasing take a watermark that no text names out of the model, and out of a fine-tuning?",
+        cap=1.5,
     ),
     Load(
         name="load",

@@ -171,6 +171,13 @@ def judged() -> str:
     return f"{caption}\n\n{table([*head, 'better'], lines)}"
 
 
+def implicit(root: Path = ROOT) -> str:
+    """Geom-Erasing's card; `experiments/geom_erasing.py`."""
+    if not (root / "results/geom_erasing.json").is_file():
+        return "Without a card so far: `python -m experiments geom_erasing`."
+    return shown(card("geom_erasing", root), "geom_erasing")
+
+
 ATTACKS = ("attacks", "gradient_attacks", "peer_attacks")
 
 
@@ -313,6 +320,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "load": load,
     "directions": directed,
     "judged": judged,
+    "implicit": implicit,
     "drawings": lambda: shown(card("eiup_cost"), "eiup_cost"),
     "attacks": attacks,
     "leaderboard": ranking,
