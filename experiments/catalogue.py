@@ -16,6 +16,7 @@ from .feedback import Feedback
 from .literal import denoiser_calls as calls
 from .literal import drawings, finetune, joint_blocks
 from .load import Load
+from .many import Many
 from .neighbours import Neighbours
 from .outcome import COLUMNS, NEGATIVES, Arm, Outcome, Sweep, balanced, chosen, first_that_reaches
 from .redteam import Drawable, Guard, Redteam
@@ -196,6 +197,11 @@ def peer_guards(plan: Plan) -> dict[str, Guard]:
     return acting | {name: Guard(editors[name].make) for name in ("speed", *PEERS.points)}
 
 
+def of_many(plan: Plan) -> dict[str, Arm]:
+    found = chosen(RUN_TIME, plan) | chosen(EDITORS, plan)
+    return {name: found[name] for name in ("eiup", "uce", "rece")}
+
+
 def off_weights(guards: Iterable[str]) -> frozenset[tuple[str, str]]:
     """Attacks on weights make no sense where a run-time guard holds the erasure, or a part of it."""
     return frozenset((guard, attack) for guard in guards for attack in WEIGHTS)
@@ -323,6 +329,12 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         arms=lambda plan: chosen(RUN_TIME, plan) | chosen(EDITORS, plan) | chosen(PEERS, plan),
         keeps=True,
         primary=tuple(("eiup", rival, metric) for rival in ("esd", "safree") for metric in ("residual", "retention")),
+    ),
+    Many(
+        name="many_concepts",
+        question="With 1, 10 and 100 concepts erased together, what is left of them, what stays, and what does it cost?",
+        cap=1.0,
+        arms=of_many,
     ),
     Outcome(
         name="gie_adapter",

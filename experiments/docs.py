@@ -170,6 +170,13 @@ def judged() -> str:
     return f"{caption}\n\n{table([*head, 'better'], lines)}"
 
 
+def many(root: Path = ROOT) -> str:
+    """One, ten and a hundred concepts; `experiments/many.py`."""
+    if not (root / "results/many_concepts.json").is_file():
+        return "Without a card so far: `python -m experiments many_concepts`."
+    return shown(card("many_concepts", root), "many_concepts")
+
+
 ATTACKS = ("attacks", "gradient_attacks", "peer_attacks")
 
 
@@ -296,6 +303,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "leaderboard": ranking,
     "judge": labelled,
     "settings": settings,
+    "many": many,
     **{marker: partial(block, marker) for marker in EARLIER},
     "gates": lambda: gates(card("emoji_gates")),
 }

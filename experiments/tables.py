@@ -55,9 +55,16 @@ def of_card(card: Mapping[str, Any], form: Format = "md") -> str:
                 lines.append([name, n, seconds, f"{c['memory MiB']:.0f}", f"{c['error']:.0e}"])
         return render(["method", "concepts", "seconds", "MiB", "error"], lines, form)
     lines = [
-        [name, *(percent(row[m]) if m in row else "-" for m in columns)] for name, row in zip(names, rows, strict=True)
+        [name, *(cell(row[m]) if m in row else "-" for m in columns)] for name, row in zip(names, rows, strict=True)
     ]
     return render(["method", *columns.values()], lines, form)
+
+
+def cell(value: Any) -> str:
+    """A rate with its interval, a median with its range, or a number."""
+    if isinstance(value, Mapping):
+        return ratio(value) if "median" in value else percent(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.3g}"
 
 
 def looked(row: Mapping[str, Any]) -> list[str]:
