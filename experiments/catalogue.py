@@ -332,7 +332,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     ),
     Many(
         name="many_concepts",
-        question="With 1, 10 and 100 concepts erased together, what is left of them, what stays, and what does it cost?",
+        question="With 1, 10 and 100 concepts erased together: what is left, what stays, and what does it cost?",
         cap=1.0,
         arms=of_many,
     ),
