@@ -9,8 +9,8 @@ from typing import Any
 
 import efface
 from efface import api
-from efface.models.emoji.weights import FOLDER
 
+from .adapters import Adapted
 from .closed_form import ClosedForm
 from .feedback import Feedback
 from .literal import denoiser_calls as calls
@@ -73,11 +73,6 @@ def negatives() -> dict[str, Arm]:
 
 def stacked(make: Any, strength: float | None, concept: efface.Concept) -> tuple[Any, ...]:
     return make(concept), efface.NegativePrompt(concept, strength=strength)
-
-
-def adapters() -> dict[str, Arm]:
-    fixed = {f"gie {s:g}": Arm(lambda c, s=s: efface.GIE(c, s)) for s in (0.125, 0.25, 0.5, 1.0, 2.0)}
-    return fixed | {"gie adapter": Arm(lambda c: efface.GIE(c, adapter=FOLDER / "gie.safetensors"))}
 
 
 def finetuned() -> dict[str, Any]:
@@ -336,14 +331,13 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         cap=1.0,
         arms=of_many,
     ),
-    Outcome(
+    Adapted(
         name="gie_adapter",
-        question="Does GIE's adapter beat the fixed strength that tuning seeds chose?",
+        question="Does GIE's adapter beat the fixed strength that its ladder of tuning prompts and seeds chose?",
         cap=3.0,
         n=32,
+        concepts=("alcohol", "weapon", "cat", "gambling"),
         cells=("explicit", "theme", "pair"),
-        arms=adapters(),
-        primary=(("gie adapter", "gie 2", "residual"), ("gie adapter", "gie 2", "retention")),
     ),
     Sequenced(
         name="ccrt_sequence",

@@ -434,7 +434,7 @@ def against(
         "worst": max(worst, 0.0),
         "p": least.p,
         "prompts": least.prompts,
-        "breaks": min(sign * bound for bound in least.interval) > 0,
+        "breaks": bool(min(sign * bound for bound in least.interval) > 0),
     }
 
 

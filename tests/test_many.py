@@ -177,7 +177,7 @@ def compare(lost: int, gained: int, metric: str, other: int = 0) -> dict[str, An
 
 def test_a_method_breaks_where_the_interval_of_the_paired_difference_lies_on_the_worse_side() -> None:
     fell = compare(12, 0, "retention", other=10)
-    assert fell["breaks"] and fell["difference"] == -0.5  # of the detector that saw less of a difference
+    assert fell["breaks"] is True and fell["difference"] == -0.5  # of the detector that saw less of a difference
     values = [0] * 20 + [1] * 20, [1] * 40
     whole = difference(*values, [f"other {k // 2}" for k in range(40)])
     assert tuple(fell["interval"]) == whole.interval and fell["interval"][1] < 0
