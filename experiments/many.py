@@ -31,6 +31,7 @@ FIRST = SEEDS["test"].start + 700_000  # after the seeds of all cells, before th
 STRIDE = 50  # seeds of a prompt
 EFFECT = 0.01  # the least relative change of a picture that is timed. A dead hook is cheap
 PAIR = 2  # pictures of a timed drawing
+BATCH = 8  # pictures of a call: a hundred phrases take memory in each
 
 
 class Metric(NamedTuple):
@@ -233,7 +234,7 @@ class Many(Experiment):
     @staticmethod
     def _drawn(plan: Plan, case: Case, of: Sequence[tuple[str, str, int]], call: Mapping[str, Any]) -> torch.Tensor:
         with efface.stack(plan.world.pipe, *case.erasers(plan)):
-            return draw(plan.world.pipe, [text for _, text, _ in of], [seed for _, _, seed in of], **call)
+            return draw(plan.world.pipe, [text for _, text, _ in of], [seed for _, _, seed in of], BATCH, **call)
 
     def _refused(self, plan: Plan) -> list[Unit]:
         """What each run-time method says of more concepts than any row has."""

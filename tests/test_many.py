@@ -35,7 +35,7 @@ def plan(folder: Path, **more: Any) -> Plan:
     return Plan(**{"block": "test", "n": 2, "model": "emoji", "folder": folder / "work", "call": call} | more)
 
 
-def drawn(pipe: Any, prompts: Sequence[str], numbers: Sequence[int], **call: Any) -> torch.Tensor:
+def drawn(pipe: Any, prompts: Sequence[str], numbers: Sequence[int], batch: int, **call: Any) -> torch.Tensor:
     """Noise by seed, and other noise under an eraser."""
     on = 10_000 * len(str(efface.active(pipe)))
     return torch.stack([torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(s + on)) for s in numbers])
@@ -136,7 +136,7 @@ def test_an_update_leaves_the_other_rows_to_the_bit(tmp_path: Path, monkeypatch:
 
 
 def test_a_method_without_effect_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(many, "draw", lambda pipe, prompts, numbers, **call: torch.ones(2, 3, 8, 8))
+    monkeypatch.setattr(many, "draw", lambda pipe, prompts, numbers, batch, **call: torch.ones(2, 3, 8, 8))
     one = dataclasses.replace(TRIAL, counts=(1,), arms=lambda plan: {"eiup": ARMS["eiup"]})
     (last,) = [u for u in one.units(plan(tmp_path)) if u.kind == "round" and u.setting["round"] == 1]
     with pytest.raises(RuntimeError, match=r"'eiup \| 1' changes the pictures by 0\.0000"):
