@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import efface
+from efface.erasers._anchors import PHRASES
 from efface.intervals import difference
 from experiments import docs, many, runner, tables
 from experiments.catalogue import CATALOGUE
@@ -213,6 +214,8 @@ def test_the_first_count_that_breaks_is_named_and_comparisons_are_adjusted_toget
 
 
 def test_the_page_has_the_card_or_says_how_to_draw_it(tmp_path: Path) -> None:
+    page = " ".join((docs.ROOT / "docs/leaderboard.md").read_text("utf-8").split())
+    assert f"EIUP takes at most {PHRASES} phrases in a row" in page
     assert docs.many(tmp_path) == "Without a card so far: `python -m experiments many_concepts`."
     head = {"form": 2, "question": "How many?", "model": {"name": "emoji-128"}, "block": "test", "n": 2}
     head |= {"date": "2026-11-29", "command": "python -m experiments many_concepts", "machine": "one core"}
