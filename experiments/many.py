@@ -109,10 +109,10 @@ class Many(Experiment):
     arms: Callable[[Plan], Mapping[str, Arm]]
     counts: tuple[int, ...] = (1, 10, 100)
     beyond: int = 1000
-    probes: int = 30
+    probes: int = 40
     rounds: int = 5
     tuned: tuple[str, ...] = ("alcohol",)
-    n: int = 2
+    n: int = 1
     model: str = "emoji-128"
     block: str = "test"
     only: tuple[str, ...] = ()
@@ -146,16 +146,16 @@ class Many(Experiment):
         order = sorted(world.captions, key=lambda icon: hashlib.sha256(f"many: {icon}".encode()).hexdigest())
         asked = [icon for icon in order if world.blocks[world.captions[icon]] == plan.block and icon not in tuned]
         uses = collections.Counter(word for text in world.captions.values() for word in words(text))
-        probes = asked[: self.probes]
-        apart = [i for i in asked[self.probes :] if all(uses[word] == 1 for word in words(world.captions[i]))]
+        apart = [icon for icon in asked if all(uses[word] == 1 for word in words(world.captions[icon]))]
         bystanders = apart[: self.probes]
+        probes = [icon for icon in asked if icon not in bystanders][: self.probes]
         others = [icon for icon in order if icon not in {*probes, *bystanders}]
         most = max(*self.counts, self.probes)
         erased = [*probes, *others][:most]
-        if len(bystanders) < self.probes or len(erased) < most:
+        if min(len(bystanders), len(probes)) < self.probes or len(erased) < most:
             raise ValueError(
-                f"Expected {self.probes} bystanders and {most} icons to erase, got {len(bystanders)} and "
-                f"{len(erased)}. Lower `probes` or `counts`."
+                f"Expected {self.probes} bystanders, as many probes, and {most} icons to erase, got {len(bystanders)}, "
+                f"{len(probes)} and {len(erased)}. Lower `probes` or `counts`."
             )
         return Deal(tuple(erased), tuple(bystanders))
 

@@ -52,7 +52,7 @@ def run(experiment: Many, folder: Path, **more: Any) -> Any:
 def test_a_hundred_icons_are_erased_and_no_bystander_is_near_one() -> None:
     where = Plan(SHIPPED.block, SHIPPED.n, SHIPPED.model)
     deal, world = SHIPPED.deal(where), where.world
-    assert len(set(deal.erased)) == 100 and len(set(deal.bystanders)) == 30
+    assert len(set(deal.erased)) == 100 and len(set(deal.bystanders)) == 40
     assert not set(deal.erased) & set(deal.bystanders)
     probes = deal.erased[: SHIPPED.probes]
     assert {world.blocks[world.captions[icon]] for icon in (*probes, *deal.bystanders)} == {"test"}
@@ -87,7 +87,7 @@ def test_its_seeds_are_in_no_cell_and_in_no_other_experiment() -> None:
     asked = SHIPPED.pictures(where, deal, range(SHIPPED.probes))
     used = [seed for some in asked.values() for _, _, seed in some]
     used += [seed for k in range(SHIPPED.rounds + 1) for _, _, seed in SHIPPED._two(where, deal, k)]
-    assert len(used) == len(set(used)) == 60 * many.STRIDE + 2 * 6
+    assert len(used) == len(set(used)) == 80 * many.STRIDE + 2 * 6
     last = seeds("test", CONCEPTS[-1], CELLS[-1], 1).start + STRIDES["test"]
     assert min(used) >= last and max(used) < SEEDS["test"].start + 750_000  # where those of neighbours begin
     with pytest.raises(ValueError, match="Expected n from 1 to 50, got 51"):
@@ -96,7 +96,7 @@ def test_its_seeds_are_in_no_cell_and_in_no_other_experiment() -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"counts": (1, 20, 100)}, "counts that divide 30 probes"), ({"counts": (1, 10, 160)}, "160 icons to erase")],
+    [({"counts": (1, 15, 100)}, "counts that divide 40 probes"), ({"counts": (1, 10, 160)}, "160 icons to erase")],
 )
 def test_counts_that_cannot_be_dealt_are_refused(change: Mapping[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
