@@ -18,6 +18,7 @@ import efface.testing
 from efface import Guard, Policy
 from efface.guard import Erasure, Partial, PolicyNotApplied, drawing, explain, parsed, proof
 from efface.guard import guard as module
+from efface.guard.record import Batch
 from efface.hooks import watch
 from efface.hooks.prompts import Applied
 from efface.testing.tiny import call_options
@@ -115,6 +116,13 @@ def test_two_threads_with_one_denoiser_wait_for_each_other() -> None:
     assert not failures and len(found) == 8
     assert all(change(picture, expected[tenant]) < 1e-5 for tenant, picture in found)
     assert module.lock_of(first) is module.lock_of(second) is not module.lock_of(pipeline())
+
+
+def test_arguments_of_as_many_values_as_rows_are_no_rows() -> None:
+    """Such as two coordinates for two prompts, of which one is drawn again."""
+    given = {"negative_prompt": ["a", "b"], "original_size": (64, 32), "crops_coords_top_left": [0, 8], "eta": 0.0}
+    batch = Batch(lambda: None, ("x", "y"), ("kids", "press"), (1, 2), None, given)  # type: ignore[arg-type]
+    assert batch.some([1]).call == {**given, "negative_prompt": ["b"]}
 
 
 # ---------------------------------------------------------------- fail closed
@@ -288,6 +296,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "concept of another form": ({"erase": [{"name": "cat", "phrase": "x"}]}, "name, phrases, anchor, keep"),
     "not JSON": ({"erase": [LINE | {"fields": {"window": {1}}}]}, "JSON types"),
     "a number": ({"erase": [1]}, "erase"),
+    "an entry with the name of an argument": (
+        {"erase": ["cat"], "self": 1},
+        "`self` of a policy, because it is unknown",
+    ),
 }
 
 
@@ -380,6 +392,7 @@ def test_policies_are_read_from_yaml(tmp_path: Path) -> None:
         ("policies: {kids: }", "to be a mapping"),
         ("policies: {kids: {erase: [no]}}", "erase"),
         ("policies: {kids: {unguarded: 'true'}}", "unguarded"),
+        ("policies: {kids: {self: 1}}", "unknown"),
         ("kids: {erase: [cat]}", "one entry `policies`"),
         ("policies: {kids: {erase: [cat]}}\nmore: 1", "one entry `policies`"),
         ("", "one entry `policies`"),

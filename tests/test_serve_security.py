@@ -277,7 +277,7 @@ def test_a_cancelled_job_ends_its_batch_and_its_request(desk: Desk) -> None:
     assert desk.service.jobs.pictures(name) == []
 
 
-def test_a_database_that_goes_away_and_comes_back(desk: Desk) -> None:
+def test_a_database_that_goes_away_and_comes_back(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     assert desk.post(ASKED).status_code == 200
     there, away = desk.service.database.engine, sql.create_engine("sqlite:////absent/serve.db")
     desk.service.database.engine = away
@@ -291,6 +291,9 @@ def test_a_database_that_goes_away_and_comes_back(desk: Desk) -> None:
     }
     assert desk.client.get("/healthz").status_code == 200
     desk.service.database.engine = there
+    with monkeypatch.context() as patch:  # a disk without room
+        patch.setattr(type(desk.service.database), "usable", lambda _: False)
+        assert desk.client.get("/readyz").status_code == 503
     _until(lambda: desk.client.get("/readyz").status_code == 200)
     assert desk.post(ASKED).status_code == 200
 

@@ -38,7 +38,7 @@ from efface.serve.jobs import Jobs, New, Waiting
 from efface.serve.keys import Keys
 from efface.serve.leases import Leases
 from efface.serve.policies import Policies, effective
-from efface.serve.service import Limits, Service
+from efface.serve.service import Limits, Service, initialise
 from efface.serve.turns import Turns
 
 PEPPER = b"p" * 32
@@ -552,6 +552,19 @@ def test_pictures_expire_and_load_counts_live_jobs(database: Database, monkeypat
     assert jobs.expire(60) == 1 and jobs.pictures(names[0]) == [] and jobs.states(names).keys() == set(names[1:])
 
 
+def test_many_jobs_expire_in_several_transactions(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that deletes all pictures of a day would keep others from writing, such as heartbeats, for too long."""
+    monkeypatch.setattr(module, "EXPIRED", 2)
+    jobs = Jobs(database)
+    names = [jobs.accept(new(), nothing)[0] for _ in range(6)]
+    for claim in jobs.claim(names[:5], "a"):
+        jobs.finish(claim, [PICTURE], None, nothing)
+    left = []
+    for _ in range(4):
+        left.append((jobs.expire(-1.0), len(jobs.states(names)), sum(len(jobs.pictures(name)) for name in names)))
+    assert left == [(2, 4, 3), (2, 2, 1), (1, 1, 0), (0, 1, 0)]
+
+
 def test_a_worker_sees_the_jobs_of_its_own_model(database: Database) -> None:
     jobs = Jobs(database)
     names = [jobs.accept(new(model=model), nothing)[0] for model in ("stub", "other")]
@@ -679,6 +692,24 @@ def test_a_full_disk_accepts_nothing_and_loses_nothing(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match="full"):
         jobs.finish(claim, [Picture(b"x" * 1_000_000, {})], None, nothing)
     assert jobs.states([kept])[kept][0] == "running" and jobs.pictures(kept) == []
+    database.close()
+
+
+def test_an_sqlite_file_is_its_owners_and_a_full_disk_makes_it_unusable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds prompts and pictures."""
+    folder = tmp_path / "service"
+    service, _ = initialise(folder)
+    database = service.database
+    assert folder.stat().st_mode & 0o777 == 0o700
+    with database.reading():
+        found = {each.name: each.stat().st_mode & 0o777 for each in folder.iterdir()}
+    assert found.keys() > {"serve.db", "serve.db-wal", "pepper"} and set(found.values()) == {0o600}
+    assert database.usable()
+    used = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: used._replace(free=2**20))
+    assert not database.usable()
     database.close()
 
 

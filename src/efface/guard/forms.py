@@ -21,7 +21,7 @@ class Frozen(BaseModel):
         strict=True, extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True
     )
 
-    def __init__(self, **entries: Any) -> None:
+    def __init__(self, /, **entries: Any) -> None:
         try:
             super().__init__(**entries)
         except ValidationError as error:

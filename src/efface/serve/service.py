@@ -106,7 +106,7 @@ def initialise(folder: Path, database: str | None = None) -> tuple[Service, str]
         FileExistsError: the folder holds a pepper already.
         ValueError: the database belongs to another service, whose pepper would not fit any more.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     place = folder / PEPPER_FILE
     if files.there(place):
         raise FileExistsError(f"{folder} holds a service already. Name another folder, or use `efface serve key`.")
