@@ -338,6 +338,11 @@ def test_a_policy_has_one_hash_and_does_not_change() -> None:
     ]
     hashes = {Policy(**{**policy.as_json(), **each}).hash for each in changes}
     assert len(hashes | {policy.hash}) == len(changes) + 1
+    copied = policy.model_copy(update={"gate": None})
+    assert copied.gate is None and copied.hash == Policy(**{**policy.as_json(), "gate": None}).hash != policy.hash
+    assert policy.model_copy().hash == policy.hash
+    with pytest.raises(ValueError, match="got an empty one"):
+        policy.model_copy(update={"erase": (), "gate": None})
     with pytest.raises(ValueError, match="frozen"):
         policy.version = 3  # type: ignore[misc]
     with pytest.raises(TypeError):

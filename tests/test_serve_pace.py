@@ -42,6 +42,16 @@ def test_requests_and_workers_are_woken(quiet: Desk, monkeypatch: pytest.MonkeyP
     assert len(quiet.stub.batches) == 2
 
 
+def test_a_watcher_that_ends_by_an_error_ends_the_server(quiet: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else all requests would wait until their time-out, and the server would count as ready."""
+    quiet.start()
+    assert quiet.client.get("/readyz").status_code == 200
+    quiet.service.limits = replace(LIMITS, wait=0.5)
+    monkeypatch.setattr(type(quiet.service.jobs), "states", lambda *_: {}[0])
+    error(quiet.post(ASKED), 504, "timeout")
+    assert quiet.client.get("/readyz").status_code == 503 and quiet.service.stalled.is_set()
+
+
 def test_an_idle_service_seldom_asks_its_database(quiet: Desk) -> None:
     asked: list[str] = []
     quiet.service.limits = replace(LIMITS, lease=60.0)

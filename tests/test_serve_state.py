@@ -902,6 +902,16 @@ def test_jobs_that_fill_a_batch_are_paid_for() -> None:
     assert sum(rows.values()) == 360 and max(rows.values()) - min(rows.values()) <= 8, rows
 
 
+def test_who_filled_rows_that_nobody_wanted_waits_for_few_batches_later() -> None:
+    """One tenant fills the batches of another for hours. Then a third one comes, with jobs of another kind."""
+    fair, few = Fair(8), [("small", "x", 1, 1.0), *[("large", "x", 1, 1.0)] * 20]
+    for _ in range(2_000):
+        assert collections.Counter(job.tenant for job in fair.choose(queue(*few))) == {"small": 1, "large": 7}
+    later = queue(*[("large", "x", 1, 1.0)] * 400, *[("new", "y", 1, 1.0)] * 400)
+    rows = collections.Counter(job.tenant for batch in served(fair, later, 40) for job in batch)
+    assert sum(rows.values()) == 320 and rows["new"] - 24 <= rows["large"] <= rows["new"], rows
+
+
 @pytest.mark.parametrize("keys", [("x", "x"), ("x", "y")])
 def test_tenants_with_full_queues_get_equal_shares_of_the_cost(keys: tuple[str, str]) -> None:
     """One tenant has long jobs, the other short ones."""
