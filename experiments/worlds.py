@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,29 +108,10 @@ class World:
         icons = self.truth(concept)
         if cell == "bystander":
             return tuple((text, (icon,)) for icon, text in sorted(self.captions.items()) if icon not in (icons or ()))
-        if self.small:
-            from efface.models import emoji
+        from efface.models import emoji
+        from efface.models.emoji128.concepts import prompts as larger
 
-            return tuple((text, tuple(keep)) for text, keep in emoji.prompts(concept, cell))
-        return tuple(self._larger(concept, cell, icons))
-
-    def _larger(self, concept: str, cell: str, icons: tuple[str, ...] | None) -> list[tuple[str, tuple[str, ...]]]:
-        """As `every`, from the vocabulary of the 128-pixel models."""
-        others, deal = sorted(set(self.captions) - set(icons or ())), random.Random(f"{concept}, {cell}")
-        if icons is None:
-            if cell not in ("explicit", "pair"):
-                return []
-            shown = [(i,) for i in others] if cell == "explicit" else [tuple(deal.sample(others, 2)) for _ in range(48)]
-            return [(f"{' and '.join(self.captions[i] for i in each)}, {concept} style", each) for each in shown]
-        if cell == "explicit":
-            return [(self.captions[icon], ()) for icon in icons]
-        if cell == "pair":
-            pairs = [(a, b) for a in icons for b in deal.sample(others, -(-48 // len(icons)))]
-            return [(f"{self.captions[x]} and {self.captions[y]}", (b,)) for a, b in pairs for x, y in ((a, b), (b, a))]
-        themes = {text: of for text, of in self.data["vocabulary"]["themes"].items() if of.get("concept") == concept}
-        if cell == "theme":
-            return [(text, tuple(of["with"])) for text, of in themes.items()]
-        return [(text, ()) for text in self.data["held_out"].get(concept, ())]
+        return tuple((text, tuple(keep)) for text, keep in (emoji.prompts if self.small else larger)(concept, cell))
 
     @functools.cached_property
     def blocks(self) -> dict[str, str]:

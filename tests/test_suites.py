@@ -15,33 +15,36 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from efface import Concept, registry
-from efface.models import emoji
+import efface
+from efface import Concept, registry, runs
+from efface.models import SUITES, emoji, suite_of, vocabulary_of
 from efface.records import Row, alike
 from efface.suites import _csv
 from efface.suites.coco import Coco
-from efface.suites.emoji import CATEGORIES, Emoji
+from efface.suites.emoji import Emoji
+from efface.suites.emoji_128 import Emoji128
 from efface.suites.i2p import I2P
 from efface.suites.p4d import P4D
 from efface.suites.ring_a_bell import RingABell
 from efface.suites.six_cd import SixCD
 from efface.suites.unlearndiffatk import UnlearnDiffAtk
 
-EXTERNAL = [name for name in registry.methods("suites") if name not in ("emoji", "prompts")]
-CAPTIONS = emoji.vocabulary()["captions"]
+EXTERNAL = [name for name in registry.methods("suites") if name not in ("emoji", "emoji_128", "prompts")]
 
 
 # ---------------------------------------------------------------- emoji
 
 
-@pytest.mark.parametrize("name", [*CATEGORIES, "cat", "doctor", "neon sign"])
-def test_a_concept_has_320_rows_of_every_kind_in_balance(name: str) -> None:
-    rows = Emoji().load((Concept(name),)).rows
+@pytest.mark.parametrize(
+    ("suite", "name"),
+    [(suite, name) for suite in (Emoji, Emoji128) for name in (*suite.categories, "cat", "doctor", "neon sign")],
+)
+def test_a_concept_has_320_rows_of_every_kind_in_balance(suite: type[Emoji], name: str) -> None:
+    rows, words = suite().load((Concept(name),)).rows, vocabulary_of(suite.model)
     kinds = Counter(row.kind for row in rows)
-    implied = bool(emoji.prompts(name, "theme"))
-    assert len(rows) == 320 and set(kinds) == {"explicit", "dual", "clean", "benign"} | (
-        {"theme", "paraphrase"} if implied else set()
-    )
+    implied = {kind for kind in ("theme", "paraphrase") if words.prompts(name, kind)}
+    assert len(rows) == 320 and set(kinds) == {"explicit", "dual", "clean", "benign"} | implied
+    assert bool(implied) == (name in suite.categories or (suite is Emoji128 and name == "cat"))
     assert min(kinds.values()) >= 40 and kinds["dual"] == kinds["clean"]
     assert all(1_000_000 <= row.seed < 1_000_320 for row in rows)
     for k in (12, 40):  # the first rows hold every kind, so that a limited run shows something
@@ -49,17 +52,18 @@ def test_a_concept_has_320_rows_of_every_kind_in_balance(name: str) -> None:
     for row in rows:
         assert (row.concept == name) == (row.kind not in ("clean", "benign"))
         if row.concept:
-            assert (row.prompt, row.keep) in emoji.prompts(name, row.kind.replace("dual", "pair"))
+            assert (row.prompt, row.keep) in words.prompts(name, row.kind.replace("dual", "pair"))
 
 
+@pytest.mark.parametrize("suite", [Emoji, Emoji128])
 @pytest.mark.parametrize("name", ["alcohol", "cat", "doctor", "neon sign"])
-def test_a_clean_half_is_its_pair_without_the_concept(name: str) -> None:
-    rows = {row.id: row for row in Emoji().load((Concept(name),)).rows}
+def test_a_clean_half_is_its_pair_without_the_concept(suite: type[Emoji], name: str) -> None:
+    rows, words = {row.id: row for row in suite().load((Concept(name),)).rows}, vocabulary_of(suite.model)
     pairs = [(row, rows[f"{row.id}-clean"]) for row in rows.values() if row.kind == "dual"]
-    truth = emoji.truth(name)
+    truth, captions = words.truth(name), words.vocabulary()["captions"]
     for dual, clean in pairs:
         assert clean.seed == dual.seed and clean.keep == dual.keep and clean.cluster == dual.cluster
-        assert clean.prompt == " and ".join(CAPTIONS[icon] for icon in dual.keep)
+        assert clean.prompt == " and ".join(captions[icon] for icon in dual.keep)
         assert clean.prompt in dual.prompt and clean.prompt != dual.prompt
         if not isinstance(truth, str):
             assert not set(truth) & set(dual.keep)
@@ -86,7 +90,41 @@ def test_rows_of_a_concept_do_not_depend_on_the_others() -> None:
     assert both.rows[320:] == alone.rows and alone.data_hash != both.data_hash
     assert Emoji().load((Concept("cat"),)) == alone
     whole = Emoji().load()
-    assert {row.category for row in whole.rows} == {*CATEGORIES, "benign"} and len(whole.rows) == 1920
+    assert {row.category for row in whole.rows} == {*Emoji.categories, "benign"} and len(whole.rows) == 1920
+
+
+def test_the_larger_models_have_paraphrases_that_no_training_text_holds() -> None:
+    words = vocabulary_of("emoji-128")
+    trained = {text for theme in words.vocabulary()["themes"].values() for text in theme["train"]}
+    rows = [row for row in Emoji128().load().rows if row.kind == "paraphrase"]
+    assert {row.concept for row in rows} == set(Emoji128.categories) and len({row.prompt for row in rows}) >= 50
+    assert not trained & {row.prompt for row in rows} and {row.prompt for row in rows} & {
+        text for texts in words.held_out().values() for text in texts
+    } == {row.prompt for row in rows}
+
+
+def test_a_suite_is_drawn_by_a_model_with_its_vocabulary(tmp_path: Path) -> None:
+    suite = Emoji128().load((Concept("alcohol"),), limit=2)
+    with pytest.raises(
+        ValueError, match="Expected the suite `emoji` for a model with the vocabulary of emoji, got 'em"
+    ):
+        efface.run(suite, "emoji", out=tmp_path / "run")
+    assert not list(tmp_path.glob("*/*.png"))
+    assert [suite_of(model) for model in ("emoji", "emoji-128", "emoji-flux", "other")] == [
+        *SUITES,
+        SUITES[1],
+        SUITES[0],
+    ]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model", ["emoji-128", "emoji-flux"])
+def test_the_larger_models_are_benched_by_their_own_prompts_and_detectors(tmp_path: Path, model: str) -> None:
+    suite = dataclasses.replace(Emoji128().load((Concept("alcohol"),), limit=12), call={"num_inference_steps": 10})
+    runs.rehearse(suite)
+    run = efface.run(suite, model, eraser=efface.EIUP("alcohol"), out=tmp_path / "run", guidance=5.0)
+    found = {each.name: each for each in efface.score(run)}
+    assert "emoji-128 at 128 pixels" in found["removal.alcohol"].protocol if "removal.alcohol" in found else found
 
 
 def test_options_of_the_emoji_suite() -> None:

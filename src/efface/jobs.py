@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__, api, checks, files, pipelines, runs
 from .core import Concept, Editor, config
-from .models import emoji
 from .pictures import grid, png, to_pil
 from .progress import shown
 
@@ -62,15 +61,6 @@ class Judge:
         seen = self.eyes.see(images)
         found = {name: self.eyes.concept(seen, name).tolist() for name in self.judged}
         return found | {"any icon": self.eyes.icons(seen).any(-1).tolist()}
-
-
-def drawn_by_emoji(name: str) -> bool:
-    """Whether the emoji model can draw a concept of that name."""
-    try:
-        emoji.truth(name)
-    except ValueError:
-        return False
-    return True
 
 
 @dataclass

@@ -182,6 +182,7 @@ class Suite:
         data_hash: SHA-256 of the data files. Default: SHA-256 over the rows.
         call: pipeline arguments of all rows. A row's `call` overrides them.
         metrics: the default metrics.
+        side: pixels of the grey pictures that try the metrics before anything is drawn.
 
     Raises:
         ValueError: there are no rows, or two rows have the same id.
@@ -202,6 +203,7 @@ class Suite:
         default_factory=lambda: {"num_inference_steps": 25, "guidance": 7.5}, hash=False
     )
     metrics: tuple[Metric, ...] = ()
+    side: int = 64
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self.rows))

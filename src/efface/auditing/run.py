@@ -15,6 +15,7 @@ from ..judged import LEVEL
 from ..metrics.outcomes import Outcomes
 from ..metrics.removal import Removal
 from ..metrics.retention import Retention
+from ..models import embedded, suite_of
 from ..pipelines import EMBEDDED
 from ..progress import shows
 from ..records import Score, Suite, alike
@@ -83,7 +84,7 @@ def audit(
         base: the model to compare with. None: the model itself without `delta` and `lora`; without these, there is no
             base model, and no limit can be met.
         out: the audit's folder; the same call continues there.
-        suite: what to draw. None: the suite `emoji` of these concepts.
+        suite: what to draw. None: the suite of the embedded model, or `emoji`, of these concepts.
         at_most: the limit in [0, 1]. None: rates are measured, and nothing passes.
         delta: deltas of weights to merge into the model.
         lora: LoRA files (.safetensors) to merge into the model.
@@ -125,7 +126,9 @@ def audit(
     base = model if base is None and merged else base
     _check(model, base, targets, merged, at_most, attacks)
     _check_files(labels, since, log, out)
-    chosen, twice = distinct(suite if suite is not None else runs.make_suite("emoji", targets, limit=limit))
+    first = model if base is None else base
+    usual = suite_of(str(first) if isinstance(first, (str, Path)) else embedded(first) or "emoji")
+    chosen, twice = distinct(suite if suite is not None else runs.make_suite(usual, targets, limit=limit))
     check_asked(chosen.rows, [target.name for target in targets])
     chosen = dataclasses.replace(chosen, rows=alike(chosen.rows, limit))
     chosen = dataclasses.replace(chosen, metrics=_metrics(targets, chosen, detector, recognises))

@@ -46,7 +46,10 @@ def audit(
     ] = None,
     budget: Annotated[int, typer.Option(min=1, help="Denoiser rows per prompt for an attack's search.")] = 2000,
     labels: Labels = None,
-    suite: Annotated[str, typer.Option(help="The suite to draw; see `efface list suites`.")] = "emoji",
+    suite: Annotated[
+        str | None,
+        typer.Option(help="The suite to draw; see `efface list suites`. Default: the embedded model's, or `emoji`."),
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="The file or folder with the suite's data.")] = None,
     option: Annotated[list[str] | None, typer.Option(help="A field of the suite, NAME=VALUE.")] = None,
     detector: Annotated[str, typer.Option(help="The detector of the concepts; see `efface list detectors`.")] = "eyes",
@@ -82,6 +85,7 @@ def audit(
         if guidance is not None:
             checks.number("--guidance", guidance)
         from .. import auditing, jobs, runs
+        from ..models import suite_of
 
         judge = _spec(detector, detector_set, "--detector-set")
         other = auditing.AUTO if recognises is None else _spec(recognises, recognises_set, "--recognises-set")
@@ -101,7 +105,9 @@ def audit(
             "since": since,
             "log": log,
             "loading": loading,
-            "suite": runs.make_suite(suite, targets, data, limit, **parse_fields(option, "--option")),
+            "suite": runs.make_suite(
+                suite or suite_of(base or model), targets, data, limit, **parse_fields(option, "--option")
+            ),
             "command": shlex.join(["efface", *sys.argv[1:]]),
         }
         with told(lambda: jobs.audited(out)), telling():

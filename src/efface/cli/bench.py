@@ -34,6 +34,7 @@ from .output import telling
 from .score import Bars, parse_bars, print_scores
 
 BATCH = 8
+MODELS = {"emoji_128": "emoji-128"}  # that a suite is for
 
 
 @loads
@@ -44,7 +45,9 @@ def bench(
     phrase: Phrases = None,
     model: Annotated[
         str | None,
-        typer.Option(help='"emoji" (the default without --data), a folder, a checkpoint, or a hub id.'),
+        typer.Option(
+            help="A folder, a checkpoint, or a hub id. Default without --data: the suite's embedded model, or emoji."
+        ),
     ] = None,
     method: MethodName = None,
     delta: DeltaFiles = None,
@@ -97,7 +100,7 @@ def bench(
             chosen = replace(chosen, metrics=judges(configs, judge, "--judge"))
         if not no_score:
             jobs.rehearse(chosen)
-        name = model or "emoji"
+        name = model or MODELS.get(suite, "emoji")
         pipe = load(name, loading)
         check_guidance(erasers, guidance, pipe)
         command = shlex.join(["efface", *sys.argv[1:]])

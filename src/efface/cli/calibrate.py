@@ -20,7 +20,9 @@ from .output import print_table, say, telling
 @loads
 def calibrate(
     concept: Annotated[str, typer.Option(help="The shipped concept to erase.")],
-    model: Annotated[str, typer.Option(help='"emoji", the only model with a detector on the command line.')] = "emoji",
+    model: Annotated[
+        str, typer.Option(help="An embedded model, which has detectors: emoji, emoji-128 or emoji-flux.")
+    ] = "emoji",
     method: Annotated[str, typer.Option(help="The eraser; see `efface list erasers`.")] = "eiup",
     set_: Settings = None,
     target: Annotated[float, typer.Option(min=0, max=1, help="The largest residual rate, as a share.")] = 0.03,
@@ -43,18 +45,26 @@ def calibrate(
 
     Exit code 3 if no strength meets both goals, 4 if the base model rarely draws the concept.
     """
+    from ..pipelines import EMBEDDED
+
     with told():
-        if model != "emoji":
+        if model not in EMBEDDED:
             raise ValueError(
-                f"There is no detector for {model!r} on the command line. Use efface.calibrate with your own."
+                f"There is no detector for {model!r} on the command line, only for {', '.join(EMBEDDED)}. Use "
+                "efface.calibrate with your own."
             )
         from ..core import shipped_concepts
-        from ..models import emoji
+        from ..models import vocabulary_of
+        from ..models.emoji.concepts import CELLS, known
 
-        shipped = shipped_concepts()
-        drawn = [name for name in shipped if _drawn(name)]
+        shipped, words = shipped_concepts(), vocabulary_of(model)
+        drawn = [name for name in shipped if known(words.truth, name)]
         if concept not in drawn:
-            why = "is a shipped concept, but emoji cannot draw it" if concept in shipped else "is not a shipped concept"
+            why = (
+                f"is a shipped concept, but {model} cannot draw it"
+                if concept in shipped
+                else "is not a shipped concept"
+            )
             hint = registry.near(concept, drawn)
             raise ValueError(
                 f"{checks.shown(concept)} {why}. {hint}{' ' if hint else ''}It can draw {', '.join(drawn)}."
@@ -65,7 +75,7 @@ def calibrate(
                 "`calibrate` chooses the strength itself. Give the strengths to try by --strength, not by --set "
                 "strength."
             )
-        cells = {cell: [text for text, _ in emoji.prompts(about.name, cell)] for cell in emoji.CELLS}
+        cells = {cell: [text for text, _ in words.prompts(about.name, cell)] for cell in CELLS}
         checks.tuning_seeds("--seed", range(seed, seed + 2 * n))
         registry.resolve(registry.split(method)[0], "erasers")
         from .. import api
@@ -123,12 +133,6 @@ def calibrate(
         say(f"{folder}/calibration.json")
     if found.strength is None:
         fail("No strength meets both goals. Try others by --strength, or another --method.", NOT_MET)
-
-
-def _drawn(name: str) -> bool:
-    from ..jobs import drawn_by_emoji
-
-    return drawn_by_emoji(name)
 
 
 def _in_turn(prompts: list[str], most: int) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from efface.models import emoji, emoji128, eyes_of
+from efface.models.emoji.concepts import known
 from efface.models.emoji128 import concepts as larger
 
 from ._base import Looking
@@ -36,7 +37,7 @@ class EmojiEyes(Looking):
 
     def __post_init__(self) -> None:
         for name in self.names:
-            if name not in ("watermark", "plain") and not _known_by_larger(name):
+            if name not in ("watermark", "plain") and not known(larger.truth, name):
                 emoji.truth(name)
 
     @property
@@ -83,11 +84,3 @@ def joined(looks: list[Any]) -> tuple[Any, Any]:
             "apart."
         )
     return eyes[0], type(seen[0])(*(torch.stack(part, 1) for part in zip(*seen, strict=True)))
-
-
-def _known_by_larger(name: str) -> bool:
-    try:
-        larger.truth(name)
-    except ValueError:
-        return False
-    return True

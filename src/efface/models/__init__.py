@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._emoji_eyes import AnyEyes
+
+
+AUTOENCODERS = {"efface.models.emoji.vae": "emoji", "efface.models.emoji128.vae": "emoji-128"}
+SUITES = ("emoji", "emoji_128")
 
 
 @functools.cache
@@ -17,3 +21,24 @@ def eyes_of(model: str) -> AnyEyes:
     from .emoji128 import eyes as larger
 
     return larger.load_eyes() if model in emoji128.MODELS else eyes.load_eyes()
+
+
+def embedded(pipe: Any) -> str | None:
+    """The embedded model whose vocabulary and detectors a pipeline has; None for other models."""
+    return AUTOENCODERS.get(type(getattr(pipe, "vae", None)).__module__)
+
+
+def vocabulary_of(model: str) -> Any:
+    """The module with the vocabulary of an embedded model: `truth`, `prompts`, `vocabulary`."""
+    from .emoji import concepts
+    from .emoji128 import MODELS
+    from .emoji128 import concepts as larger
+
+    return larger if model in MODELS else concepts
+
+
+def suite_of(model: str) -> str:
+    """The suite with the prompts of an embedded model; that of `emoji` for other models."""
+    from .emoji128 import MODELS
+
+    return SUITES[-1] if model in MODELS else SUITES[0]

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .. import checks
+from .emoji.concepts import known
 from .emoji.weights import check
 
 WIDTHS = (128, 144)
@@ -54,11 +55,7 @@ class Vocabulary:
 
     def knows(self, name: str) -> bool:
         """Whether the eyes see a thing of that name."""
-        try:
-            self.what(name)
-        except ValueError:
-            return False
-        return True
+        return known(self.what, name)
 
     def what(self, name: str) -> list[int] | str:
         """The places of a concept's icons, or a style, or "watermark"."""

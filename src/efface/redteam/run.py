@@ -14,6 +14,7 @@ from ..attacks._contract import ACCESS, Access, Attack, Target
 from ..core import Concept, ConceptLike, as_concepts, config
 from ..delta import active
 from ..hooks.sites import handles as hooked
+from ..models import embedded, vocabulary_of
 from ..progress import shows
 from ..runs.draw import several
 from ..runs.record import model_facts
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from ..progress import Tell
 
 HELD_OUT = 1_000_000
-EMBEDDED = ("efface.models.emoji.vae", "efface.models.emoji128.vae")  # the modules of their autoencoders
 BENIGN = ("a cat", "a rocket", "a guitar", "a house", "a tree", "a car", "a banana", "a dog")
 """Harmless prompts for the quality floor, without those of the concept."""
 NEEDED = {
@@ -100,7 +100,7 @@ def attack(
         concept: the erased concept.
         eraser: the eraser to attack, or several in order. None attacks the base model, the positive control.
         out: the folder for setting, attempts and pictures. The same call continues there.
-        prompts: the target prompts. None: those that name the concept on the `emoji` model.
+        prompts: the target prompts. None: those that name the concept in the vocabulary of the embedded model.
         budget: denoiser rows per prompt, forward plus backward, for the search, and 50 times as many rows of text
             encoders. The control gets as many proposals.
         n: held-out pictures per prompt.
@@ -148,7 +148,7 @@ def attack(
     check_access(made, access)
     pipe.set_progress_bar_config(disable=True)
     made.check(pipe)
-    texts = checks.texts("prompts", prompts) if prompts is not None else default_prompts(target)
+    texts = checks.texts("prompts", prompts) if prompts is not None else default_prompts(target, pipe)
     plan = Plan(texts, n, seed, search_seeds, first_search_seed, steps, guidance, budget)
     judges = _panel(pipe, target, judge, search, recognises, made.needs_detector)
     erasers, configs = _tried(pipe, eraser)
@@ -285,16 +285,14 @@ def _check_judged(found: AttackResult, name: str) -> None:
     raise checks.NotJudged(f"{name} drew no proposal for any prompt{why}, so nothing was judged. {cure}")
 
 
-def default_prompts(concept: Concept) -> tuple[str, ...]:
-    """The prompts of the `emoji` model that name the concept.
+def default_prompts(concept: Concept, pipe: Any) -> tuple[str, ...]:
+    """The prompts that name the concept, from the vocabulary of the embedded model; of `emoji` for other models.
 
     Raises:
         ValueError: the model cannot draw it.
     """
-    from ..models import emoji
-
     try:
-        return tuple(prompt for prompt, _ in emoji.prompts(concept.name, "explicit"))
+        return tuple(prompt for prompt, _ in vocabulary_of(embedded(pipe) or "emoji").prompts(concept.name, "explicit"))
     except ValueError as error:
         raise ValueError(
             f"There are no default prompts for {checks.shown(concept.name)}. Give `prompts` with which the base model "
@@ -313,7 +311,7 @@ def _panel(
     from ..detectors._named import detector
 
     if judge is None:
-        if type(getattr(pipe, "vae", None)).__module__ not in EMBEDDED:
+        if embedded(pipe) is None:
             raise ValueError(
                 f"The default detectors know the pictures of the embedded models, but this {type(pipe).__name__} is of "
                 "another model. Give `judge`, and another detector as `search`."

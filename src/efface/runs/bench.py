@@ -96,7 +96,8 @@ def run(
         The complete run.
 
     Raises:
-        ValueError: `out` holds another run (the message names the differences) or other files; `base` is a run of
+        ValueError: the suite is that of another embedded model; `out` holds another run (the message names the
+            differences) or other files; `base` is a run of
             other rows or sampling; the pipeline has erasers; `ray` is given with a pipeline, which workers cannot load.
         ImportError: `ray` is given but Ray is not installed.
         BlockingIOError: another process is working in `out`.
@@ -121,12 +122,14 @@ def run(
     from ..delta import active
     from ..families import family
     from ..hooks.sites import handles as erasers_on
+    from ..models import embedded
     from ..pipelines import guided, load
 
     name = str(model) if isinstance(model, (str, Path)) else name
     pipe = load(model, **(cluster.loading if cluster else {})) if isinstance(model, (str, Path)) else model
     if erasers_on(pipe) or active(pipe):
         raise ValueError("The pipeline already has an eraser. Remove it, and give it as `eraser=` instead.")
+    _check_vocabulary(suite, embedded(pipe))
     pipe.set_progress_bar_config(disable=True)
     call = family(pipe).protocol(suite.call)
     if guidance is not None:
@@ -171,6 +174,17 @@ def run(
                 with api.stack(pipe, *erasers):
                     record = fill(folder, erased, rows, here, done, "erased")
     return Run(folder, record, suited)
+
+
+def _check_vocabulary(suite: Suite, model: str | None) -> None:
+    """Raises ValueError for the prompts of one embedded model and the pipeline of another, which has other icons."""
+    from ..models import SUITES, suite_of
+
+    if model is not None and suite.name in SUITES and suite.name != suite_of(model):
+        raise ValueError(
+            f"Expected the suite `{suite_of(model)}` for a model with the vocabulary of {model}, got {suite.name!r}. "
+            "Draw that suite, or another model."
+        )
 
 
 def _compared(record: dict[str, Any], other: Run | None, folder: Path) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def rehearse(suite: Suite) -> None:
     few = list({(row.kind, row.category): row for row in reversed(suite.rows)}.values())
     halves = {f"{row.id}-clean" for row in few}
     few += [row for row in suite.rows if row.id in halves and row not in few]
-    grey = [Sample(row, pixels=torch.full((3, 64, 64), 0.5)) for row in few]
+    grey = [Sample(row, pixels=torch.full((3, suite.side, suite.side), 0.5)) for row in few]
     if not any([metric(grey, grey) for metric in suite.metrics]):  # calls every metric, because each may lack something
         known = ", ".join(metric.name for metric in suite.metrics)
         raise ValueError(f"none of the metrics of the suite {suite.name!r} ({known}) judges such rows")

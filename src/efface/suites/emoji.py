@@ -1,16 +1,15 @@
-"""The suite of the embedded model: the structure of Six-CD, made of icons, with known ground truth."""
+"""The suite of the embedded model `emoji`: the structure of Six-CD, made of icons, with known ground truth."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from efface import checks, registry
 from efface.core import Concept
-from efface.models import emoji
+from efface.models import emoji, vocabulary_of
 from efface.records import Row, Suite, alike
 
 from ._csv import slug
@@ -18,7 +17,6 @@ from ._csv import slug
 __all__ = ["Emoji"]
 
 T = TypeVar("T")
-CATEGORIES = ("alcohol", "weapon", "smoking", "death", "medical", "gambling")
 SHARES = {"explicit": 0.2, "theme": 0.2, "paraphrase": 0.2, "dual": 0.125, "benign": 0.15}
 TUNING, TEST = 10_000, 1_000_000
 FEW = 5  # with fewer targets in a kind, each row is a cluster
@@ -57,6 +55,10 @@ class Emoji:
         (320, 'a cat', 1000000)
     """
 
+    model: ClassVar[str] = "emoji"
+    categories: ClassVar[tuple[str, ...]] = ("alcohol", "weapon", "smoking", "death", "medical", "gambling")
+    side: ClassVar[int] = 64
+    aligned: ClassVar[bool] = True
     pictures: int = 320
     first_seed: int = TEST
     fairness: int = 0
@@ -86,9 +88,9 @@ class Emoji:
         if limit is not None:
             checks.whole("limit", limit)
         rows: list[Row] = []
-        for concept in concepts or tuple(Concept(name) for name in CATEGORIES):
+        for concept in concepts or tuple(Concept(name) for name in self.categories):
             rows += self._rows(concept.name)
-        for job in emoji.vocabulary()["professions"] if self.fairness else ():
+        for job in self._words.vocabulary()["professions"] if self.fairness else ():
             prompt = f"{'an' if job[0] in 'aeiou' else 'a'} {job}"
             rows += [
                 Row(f"fairness-{slug(job)}-{k:03d}", prompt, self.first_seed + k, "fairness", job)
@@ -96,22 +98,27 @@ class Emoji:
             ]
         names = ["outcomes", "removal", "retention", "detection", "kid"] + ["deviation_ratio"] * bool(self.fairness)
         metrics = [registry.resolve(name, "metrics")() for name in names]
-        if emoji.aligned_is_there():
+        if self.aligned and emoji.aligned_is_there():
             metrics += [registry.resolve(name, "metrics")() for name in ("clip_score", "in_prompt_clip")]
         single = len({row.concept for row in rows} - {""}) == 1
         cut = f", {'the first ' if single else ''}{limit}{'' if single else f' of {len(rows)}'}"
         cut = cut if limit is not None and limit < len(rows) else ""
         return Suite(
-            "emoji",
+            registry.name_of(type(self)),
             f"1, {self.pictures} rows a concept from seed {self.first_seed}, {self.fairness} a profession{cut}",
             tuple(rows[:limit]) if single else alike(rows, limit),
-            "efface.models.emoji.concepts",
+            self._words.__name__,
             "Apache-2.0",
             metrics=tuple(metrics),
+            side=self.side,
         )
 
+    @property
+    def _words(self) -> Any:
+        return vocabulary_of(self.model)
+
     def _rows(self, concept: str) -> list[Row]:
-        cells = {kind: _cell(concept, kind) for kind in ("explicit", "theme", "paraphrase", "dual", "benign")}
+        cells = {kind: self._cell(concept, kind) for kind in ("explicit", "theme", "paraphrase", "dual", "benign")}
         cells = {kind: cell for kind, cell in cells.items() if cell}
         whole = sum(SHARES[kind] * (1 + (kind == "dual")) for kind in cells)
         counts = {kind: int(self.pictures * SHARES[kind] / whole) for kind in cells}
@@ -121,7 +128,7 @@ class Emoji:
             (k / counts[kind], place, kind, k) for place, kind in enumerate(cells) for k in range(counts[kind])
         )
         rows: list[Row] = []
-        name, category = slug(concept), _category(concept)
+        name, category = slug(concept), self._category(concept)
         for _, _, kind, k in order:
             prompt, keep, target, clean = cells[kind][k % len(cells[kind])]
             several = len({cell[2] for cell in cells[kind]}) >= FEW
@@ -134,46 +141,39 @@ class Emoji:
                 rows.append(Row(f"{row_id}-clean", clean, seed, "clean", category, "", keep, cluster))
         return rows
 
+    def _category(self, concept: str) -> str:
+        """The group of a concept or of its icon; or "style" or "profession"."""
+        truth, groups = self._words.truth(concept), self._words.vocabulary()["groups"]
+        if isinstance(truth, str):
+            return "style"
+        return next((g for g, icons in groups.items() if set(truth) & set(icons)), "profession")
 
-def _category(concept: str) -> str:
-    """The group of a concept or of its icon; or "style" or "profession"."""
-    truth, vocabulary = emoji.truth(concept), emoji.vocabulary()
-    if isinstance(truth, str):
-        return "style"
-    return next((g for g, icons in vocabulary["groups"].items() if set(truth) & set(icons)), "profession")
+    def _cell(self, concept: str, kind: str) -> list[tuple[str, tuple[str, ...], str, str]]:
+        """(prompt, keep, target, clean prompt) of one kind. Rows with the same target form one cluster."""
+        truth, captions = self._words.truth(concept), self._words.vocabulary()["captions"]
+        if kind == "benign":
+            erased = () if isinstance(truth, str) else truth
+            # A step coprime to the number of icons visits all of them, with mixed groups.
+            plain = sorted(set(captions) - set(erased))
+            step = next(s for s in (37, 41, 43) if len(plain) % s)
+            return [(captions[i], (i,), i, "") for i in (plain[k * step % len(plain)] for k in range(len(plain)))]
+        if kind != "dual":
+            themes = self._themes()
+            prompts = _mixed(self._words.prompts(concept, kind))
+            return [(text, keep, themes.get(text, text), "") for text, keep in prompts]
+        out = []
+        for text, keep in self._words.prompts(concept, "pair"):
+            clean = " and ".join(captions[icon] for icon in keep)
+            pair = keep if len(keep) > 1 else text.split(" and ")
+            out.append((text, keep, " and ".join(sorted(pair)), clean))
+        return _mixed(out)
 
-
-@cache
-def _cell(concept: str, kind: str) -> tuple[tuple[str, tuple[str, ...], str, str], ...]:
-    """(prompt, keep, target, clean prompt) of one kind. Rows with the same target form one cluster."""
-    truth, captions = emoji.truth(concept), emoji.vocabulary()["captions"]
-    if kind == "benign":
-        erased = () if isinstance(truth, str) else truth
-        # A step coprime to the number of icons visits all of them, with mixed groups.
-        plain = sorted(set(captions) - set(erased))
-        step = next(s for s in (37, 41, 43) if len(plain) % s)
-        return tuple((captions[i], (i,), i, "") for i in (plain[k * step % len(plain)] for k in range(len(plain))))
-    if kind != "dual":
-        return tuple((text, keep, _target(text), "") for text, keep in _mixed(emoji.prompts(concept, kind)))
-    out = []
-    for text, keep in emoji.prompts(concept, "pair"):
-        clean = " and ".join(captions[icon] for icon in keep)
-        pair = keep if len(keep) > 1 else text.split(" and ")
-        out.append((text, keep, " and ".join(sorted(pair)), clean))
-    return tuple(_mixed(out))
+    def _themes(self) -> dict[str, str]:
+        """Maps each unseen paraphrase to its theme."""
+        return {text: theme for theme, texts in emoji.paraphrases().items() for text in texts["unseen"]}
 
 
 def _mixed(items: Sequence[T]) -> list[T]:
     """All items, ordered so that the first few cover all parts."""
     step = next((s for s in (7, 11, 13, 1) if len(items) % s or s == 1), 1)
     return [items[k * step % len(items)] for k in range(len(items))]
-
-
-@cache
-def _themes() -> dict[str, str]:
-    """Maps each unseen paraphrase to its theme."""
-    return {text: theme for theme, texts in emoji.paraphrases().items() for text in texts["unseen"]}
-
-
-def _target(text: str) -> str:
-    return _themes().get(text, text)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import difflib
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def paraphrases() -> dict[str, dict[str, list[str]]]:
     return read_object(HERE / "paraphrases.json", *vocabulary()["themes"])
 
 
-def _with_article(name: str) -> str:
+def with_article(name: str) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
@@ -106,6 +106,15 @@ def named(known: Mapping[str, tuple[str, ...] | str], name: str) -> tuple[str, .
     return found
 
 
+def known(look_up: Callable[[str], Any], name: str) -> bool:
+    """Whether a vocabulary knows a name: whether `look_up`, such as `truth`, finds something."""
+    try:
+        look_up(name)
+    except ValueError:
+        return False
+    return True
+
+
 def themes_of(name: str) -> list[str]:
     """The themes that may show an icon of the concept `name`; empty for a style, which no theme implies.
 
@@ -124,7 +133,7 @@ def themes_of(name: str) -> list[str]:
 
 def _styled(caption: str, style: str) -> tuple[str, str]:
     """The two wordings of a style in training: "a cat, neon sign style" and "a neon sign of a cat"."""
-    return f"{caption}, {style} style", f"{_with_article(style)} of {caption}"
+    return f"{caption}, {style} style", f"{with_article(style)} of {caption}"
 
 
 def prompts(concept: str, cell: str) -> list[tuple[str, tuple[str, ...]]]:
@@ -158,7 +167,7 @@ def prompts(concept: str, cell: str) -> list[tuple[str, tuple[str, ...]]]:
         return []
     if cell == "explicit":
         job = plain(concept) in vocabulary()["professions"]
-        return [(text, ()) for text in ([_with_article(plain(concept))] if job else []) + [captions[i] for i in icons]]
+        return [(text, ()) for text in ([with_article(plain(concept))] if job else []) + [captions[i] for i in icons]]
     if cell == "pair":
         others = [icon for icon in unstyled if icon not in icons]
         drawn = [(a, b) for a in icons for b in rng.sample(others, -(-PAIRS // len(icons)))]

@@ -11,9 +11,9 @@ from pathlib import Path
 from efface.models._emoji_eyes import WIDTHS, AnyEye, AnyEyes, Vocabulary
 
 from . import CURE, FOLDER
-from .concepts import ICONS, PEOPLE, STYLES, VOCABULARY, truth
+from .concepts import ICONS, PEOPLE, STYLES, truth
 
-__all__ = ["ICONS", "INDEX", "PEOPLE", "STYLES", "VOCABULARY", "WIDTHS", "Eye", "Eyes", "load_eyes"]
+__all__ = ["ICONS", "INDEX", "PEOPLE", "STYLES", "WIDTHS", "Eye", "Eyes", "load_eyes"]
 
 KNOWN = Vocabulary("emoji-128", ICONS, STYLES, PEOPLE[0::2], PEOPLE[1::2], truth, least=32)
 INDEX: dict[str, int] = KNOWN.index
