@@ -57,6 +57,19 @@ def test_each_row_has_its_own_policy_whatever_stands_in_the_batch() -> None:
     assert len(efface.active(pipe)) == 0
 
 
+def test_concepts_of_one_name_with_other_phrases_are_kept_apart() -> None:
+    """Two tenants call different things the same, in one batch and one after the other."""
+    lines = {"one": ALCOHOL, "two": CAT}
+    named = {key: {"name": "thing", "phrases": [*concept.phrases]} for key, concept in lines.items()}
+    policies = {key: Policy(erase=[Erasure(concepts=[entry], strength=3.0)]) for key, entry in named.items()}
+    alone = {key: drawn(Guard({key: policy}), pipeline(), [key])[0] for key, policy in policies.items()}
+    assert change(alone["one"], alone["two"]) > 1e-3
+    pipe, guarded = pipeline(), Guard(policies)
+    for tenants in (["two", "one"], ["one"]):
+        for tenant, picture in zip(tenants, drawn(guarded, pipe, tenants), strict=True):
+            assert change(picture, alone[tenant]) < 1e-5, tenants
+
+
 def test_the_record_names_policy_eraser_and_steps_of_each_row() -> None:
     window = Policy(erase=[Erasure(concepts=[ALCOHOL], fields={"window": (0.5, 1.0)}, strength=2.0)], version=4)
     guarded = Guard({**POLICIES, "late": window})
