@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -711,6 +712,19 @@ def test_an_sqlite_file_is_its_owners_and_a_full_disk_makes_it_unusable(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: used._replace(free=2**20))
     assert not database.usable()
     database.close()
+
+
+def test_a_service_that_a_full_disk_refused_can_be_made_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            initialise(tmp_path / "service")
+    service, key = initialise(tmp_path / "service")
+    assert service.keys.holder(key) is not None
+    service.database.close()
 
 
 def test_a_locked_database_is_unavailable_and_comes_back(tmp_path: Path) -> None:

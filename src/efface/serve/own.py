@@ -94,7 +94,7 @@ async def job(request: Request, name: str) -> Response:
 async def delete(request: Request, name: str) -> Response:
     """Cancels a job, and deletes its pictures."""
     service, holder, _ = await _job(request, name)
-    enter(request, holder)
+    enter(request, holder, 2)  # who has as many open requests as it may have, may end them
     if not await run_in_threadpool(cancel, service, holder, name):
         raise NO_JOB
     return JSONResponse({"id": name, "deleted": True})

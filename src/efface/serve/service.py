@@ -118,10 +118,14 @@ def initialise(folder: Path, database: str | None = None) -> tuple[Service, str]
             "database."
         )
     handle = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | files.NO_LINK, 0o600)
-    with os.fdopen(handle, "wb") as file:
-        file.write(os.urandom(PEPPER).hex().encode())
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(os.urandom(PEPPER).hex().encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:  # a full disk: it can be made again
+        place.unlink()
+        raise
     service = Service(opened, _pepper(folder))
     return service, service.keys.add("admin", None, admin=True)[1]
 
