@@ -68,8 +68,8 @@ def encoded(pipe: Any, texts: Sequence[str], settings: Mapping[str, Any] | None 
             made = encoded_parts(pipe, some, True, settings)
         columns = (made.get("pooled"), made.get("mask"))
         for k in range(len(some)):
-            rest = (None if each is None else each[k : k + 1] for each in columns)
-            found.append(Texts(made["text"][k : k + 1], *rest, some[k]))
+            pooled, mask = (None if each is None else each[k : k + 1] for each in columns)
+            found.append(Texts(made["text"][k : k + 1], pooled, mask, some[k]))
     return found
 
 
