@@ -142,7 +142,7 @@ def test_tenants_of_a_busy_server_get_what_their_own_policy_draws(desk: Desk) ->
     pipe = tiny.pipeline("sd1")
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor
     desk.service.model, desk.service.sizes = "tiny", ((side, side),)
-    desk.service.limits = replace(LIMITS, queue=100)
+    desk.service.limits = replace(LIMITS, queue=100, wait=60.0)
     worker = Worker(desk.service, PipelineBackend(pipe, "tiny", desk.service.sizes))
     requests = [(tenant, prompt, seed) for tenant in entries for prompt in tiny.PROMPTS for seed in (7, 8)]
     with desk.client, concurrent.futures.ThreadPoolExecutor(len(requests)) as pool:

@@ -148,7 +148,8 @@ def test_the_migrations_make_the_declared_tables(database: Database) -> None:
         assert compare_metadata(MigrationContext.configure(connection), tables.DATA) == []
 
 
-def test_a_url_of_another_database_is_refused() -> None:
+def test_a_url_of_another_database_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     for url in (
         "mysql://localhost/x",
         "nonsense",
@@ -160,6 +161,7 @@ def test_a_url_of_another_database_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=r"Expected|ordinary file"):
             Database(url)
+    assert not any(tmp_path.iterdir())  # nor does it leave a file
 
 
 def test_a_database_that_cannot_be_used_says_why_and_shows_no_password(tmp_path: Path) -> None:

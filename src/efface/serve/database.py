@@ -74,6 +74,7 @@ class Database:
             raise ValueError(f"Expected a database that SQLAlchemy can open, got an error ({error}). {CURE}") from error
         self._wait, self._turns = wait, Turns()
         if self.sqlite:
+            _make_private(str(parsed.database))
             _sqlite.prepare(self.engine)
             event.listen(self.engine, "connect", _frugal)
         else:
@@ -220,6 +221,9 @@ def _check_file(name: str | None) -> None:
     path = checks.path("database", name)
     if files.there(path):
         files.check_ordinary(path, files.TENSORS)
-        return
+
+
+def _make_private(name: str) -> None:
+    """Makes the file, if there is none, for its owner only: it holds prompts and pictures."""
     with contextlib.suppress(OSError):  # which the first transaction tells
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | files.NO_LINK, 0o600))  # it holds prompts and pictures
+        os.close(os.open(name, os.O_WRONLY | os.O_CREAT | files.NO_LINK, 0o600))
