@@ -171,6 +171,36 @@ def judged() -> str:
     return f"{caption}\n\n{table([*head, 'better'], lines)}"
 
 
+def implicit(root: Path = ROOT) -> str:
+    """Geom-Erasing's card; `experiments/geom_erasing.py`."""
+    if not (root / "results/geom_erasing.json").is_file():
+        return "Without a card so far: `python -m experiments geom_erasing`."
+    return shown(card("geom_erasing", root), "geom_erasing")
+
+
+def many(root: Path = ROOT) -> str:
+    """One, ten and a hundred concepts; `experiments/many.py`."""
+    if not (root / "results/many_concepts.json").is_file():
+        return "Without a card so far: `python -m experiments many_concepts`."
+    return shown(card("many_concepts", root), "many_concepts")
+
+
+ADAPTERS = ("gie_adapter", "gie_adapter-emoji-128")
+
+
+def adapters(root: Path = ROOT) -> str:
+    """GIE's adapter against fixed strengths, on each model; `experiments/adapters.py`."""
+    parts, missing = [], []
+    for name in ADAPTERS:
+        found = card(name, root) if (root / f"results/{name}.json").is_file() else {}
+        if "form" in found:
+            parts.append(shown(found, name))
+        else:
+            experiment, _, model = name.partition("-")
+            missing.append(f"`python -m experiments {experiment}{f' --model {model}' if model else ''}`")
+    return "\n\n".join([*parts, *([f"Without a card so far: {', '.join(missing)}."] if missing else [])])
+
+
 ATTACKS = ("attacks", "gradient_attacks", "peer_attacks")
 
 
@@ -313,11 +343,14 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "load": load,
     "directions": directed,
     "judged": judged,
+    "implicit": implicit,
     "drawings": lambda: shown(card("eiup_cost"), "eiup_cost"),
     "attacks": attacks,
     "leaderboard": ranking,
     "judge": labelled,
     "settings": settings,
+    "many": many,
+    "adapters": adapters,
     **{marker: partial(block, marker) for marker in EARLIER},
     "gates": lambda: gates(card("emoji_gates")),
 }

@@ -83,6 +83,11 @@ class Applied:
     _images_per_prompt: int = 1
 
     @property
+    def reads_words(self) -> bool:
+        """Whether what it does to a text follows from the words, which `encode_prompt` has."""
+        return type(self.method).reread is not Contract.reread and type(self.method).rewrite is not Contract.rewrite
+
+    @property
     def prompts(self) -> ErasurePrompts | None:
         """All erasure prompts of a method that edits attention; for a method that guides, the first set."""
         return self.sets[0] if self.sets else None
@@ -90,6 +95,10 @@ class Applied:
     def become(self, other: Applied) -> None:
         """Takes the method and the state of `other`."""
         vars(self).update(vars(other))
+
+    def drop(self) -> None:
+        """Drops everything but the record. A removed eraser is in cycles, which the garbage collector finds late."""
+        self.become(Applied(self.method, record=self.record, handle=self.handle))
 
     def carried(self) -> list[tuple[Text, dict[int, list[int]]]]:
         """The texts that joint attention carries, each with the positions in it of other texts, by their `id`."""
