@@ -84,7 +84,7 @@ class Applied:
 
     @property
     def reads_words(self) -> bool:
-        """Whether what it does to a text follows from the words, which `encode_prompt` has."""
+        """Whether its change of a text follows from the words, which `encode_prompt` has."""
         return type(self.method).reread is not Contract.reread and type(self.method).rewrite is not Contract.rewrite
 
     @property
