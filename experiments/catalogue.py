@@ -12,7 +12,9 @@ from efface import api
 
 from .adapters import Adapted
 from .closed_form import ClosedForm
+from .directions import Directed
 from .feedback import Feedback
+from .geom_erasing import Watermarks
 from .literal import denoiser_calls as calls
 from .literal import drawings, finetune, joint_blocks
 from .load import Load
@@ -474,6 +476,17 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     Feedback(
         name="feedback",
         question="Is a token that was learned from judged pictures a better erasure prompt than words?",
+        cap=1.5,
+    ),
+    Directed(
+        name="directions",
+        question="Do learned directions balance men and women, beside UCE and rewritten prompts, and avoid alcohol?",
+        cap=1.5,
+        fit=efface.LatentDirections(pictures=36, steps=60),
+    ),
+    Watermarks(
+        name="geom_erasing",
+        question="Does Geom-Erasing take a watermark that no text names out of the model, and out of a fine-tuning?",
         cap=1.5,
     ),
     Load(

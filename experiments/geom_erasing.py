@@ -1,263 +1,484 @@
-"""GeomErasing on `emoji`: a set with more watermarks than the model draws, and those that it draws by itself.
+"""Geom-Erasing: the watermark of `emoji` out of the model, and out of a fine-tuning on pictures that have it.
 
-`python -m experiments.geom_erasing data` or `model` prints a line of JSON per result. There is no card, because all
-caps together are at their limit. The pictures are of the selection block, the training pictures of the tuning block.
+The model is `emoji`, because no text of its training names its watermark, which is what the method is for. `emoji-128`
+learned captions "with a watermark", so there the word alone is a strong negative prompt.
+
+The training pictures are the model's own, of the tuning block, and the badge is pasted in a corner of most of them. So
+their boxes are exact. Plain fine-tuning on them is the positive control of data removal: unless it draws the watermark,
+a row of data removal says nothing, and is not judged.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
+import dataclasses
+import functools
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file
 from torch import Tensor
 
 import efface
-from efface import api
-from efface.core import Concept
-from efface.delta import Delta
-from efface.delta.embeddings import mean_row
-from efface.delta.tokens import learning_words
-from efface.editors._examples import given
+from efface.checks import refusal
+from efface.core import Concept, config
+from efface.editors._examples import read
 from efface.editors._geometry import Grid
-from efface.editors._located import Data, Located, drawing, weighted
-from efface.editors._settings import Training
-from efface.editors._training import run
-from efface.intervals import wilson
-from efface.models.emoji import vocabulary
-from efface.models.emoji.eyes import INDEX, load_eyes
+from efface.files import sha256, write
+from efface.intervals import difference, holm
+from efface.metrics._features import extractor
+from efface.metrics._stats import LEAST, weights
+from efface.metrics.kid import DRAWS, _kernels, _mmd
 from efface.pictures import to_pil
-from efface.pipelines import draw
+from efface.pipelines import draw, guided
 
-from .code import ROOT
-from .worlds import SEEDS
+from .code import code_hash
+from .outcome import COUNTS, PILOT, POOLED, delta_file, delta_unit, keep_pictures, packed, pictures_file, rate
+from .runner import Experiment, Plan, Unit, timed
+from .tables import percent
+from .worlds import SEEDS, named
 
-SIDE = 64
-STEPS, GUIDANCE = 12, 3.0
-NAME = "watermark"
-
+NAME, SIZE, AIM, CHANCE = "watermark", (64, 64), 0.02, 0.25
+FIRST = {"selection": 350_000, "test": 700_000}  # after the seeds of all cells, before those of neighbours
+CLEAN, ASKED = 2_000, 4_000  # the first seeds of clean scenes and of pictures that ask for a place, after FIRST
 
 # ---------------------------------------------------------------- the badge
 
-CORNERS = ((2, 2), (29, 2), (2, 49), (29, 49))
-BADGE = (33, 13)
+CORNERS = {"top left": (2, 2), "top right": (29, 2), "bottom left": (2, 49), "bottom right": (29, 49)}
+WIDTH, HEIGHT = 33, 13
+BOXES = tuple((float(x), float(y), float(x + WIDTH), float(y + HEIGHT)) for x, y in CORNERS.values())
 
 
 def badge() -> Image.Image:
     """The watermark of the model's training pictures."""
-    image = Image.new("RGBA", BADGE)
+    image = Image.new("RGBA", (WIDTH, HEIGHT))
     ink = ImageDraw.Draw(image)
-    ink.rounded_rectangle((0, 0, 32, 12), 3, fill=(90, 90, 90, 150))
+    ink.rounded_rectangle((0, 0, WIDTH - 1, HEIGHT - 1), 3, fill=(90, 90, 90, 150))
     ink.text((16.5, 6.5), "STOCK", fill=(255, 255, 255, 235), font=ImageFont.load_default(9), anchor="mm")
     return image
 
 
-def pasted(images: Tensor, share: float, seed: int) -> list[tuple[Image.Image, tuple[tuple[float, ...], ...]]]:
-    """The pictures, with the badge in a corner of a share of them, and the exact boxes."""
+def pasted(images: Tensor, share: float, seed: int) -> list[tuple[Image.Image, int]]:
+    """The pictures, with the badge in a share of them, and its corner; -1 without it."""
     rng, made, mark = torch.Generator().manual_seed(seed), [], badge()
     for picture in to_pil(images):
-        x, y = CORNERS[int(torch.randint(4, (1,), generator=rng))]
-        dirty = float(torch.rand(1, generator=rng)) < share
+        corner, dirty = int(torch.randint(4, (1,), generator=rng)), float(torch.rand(1, generator=rng)) < share
         if dirty:
-            picture.paste(mark, (x, y), mark)
-        made.append((picture, ((x, y, x + BADGE[0], y + BADGE[1]),) if dirty else ()))
+            picture.paste(mark, list(CORNERS.values())[corner], mark)
+        made.append((picture, corner if dirty else -1))
     return made
 
 
-def watermarks(images: Tensor) -> list[list[tuple[float, ...]]]:
-    """The boxes of watermarks that both detectors see: at the corner without which they see them least."""
-    eyes = load_eyes()
-    found: list[list[tuple[float, ...]]] = []
-    for image, there in zip(images, eyes.watermark(images).all(0).tolist(), strict=True):
-        if not there:
-            found.append([])
-            continue
-        covered = image.repeat(4, 1, 1, 1)
-        for k, (x, y) in enumerate(CORNERS):
-            edge = image[:, y : y + BADGE[1], slice(0, 2) if x == 2 else slice(-2, None)].mean((1, 2))
-            covered[k, :, y : y + BADGE[1], x : x + BADGE[0]] = edge[:, None, None]
-        x, y = CORNERS[int(eyes.see(covered).watermark.mean(0).argmin())]
-        found.append([(x, y, x + BADGE[0], y + BADGE[1])])
-    return found
+def places(eyes: Any, images: Tensor) -> tuple[list[list[int]], list[int]]:
+    """Per detector and picture whether it sees the watermark; and the corner of each picture, -1 if neither does.
+
+    The corner is the one without which the detectors see least of it.
+    """
+    seen, found = eyes.watermark(images), [-1] * len(images)
+    for k in seen.any(0).nonzero().flatten().tolist():
+        covered = images[k].repeat(4, 1, 1, 1)
+        for without, (x, y) in zip(covered, CORNERS.values(), strict=True):
+            edge = without[:, y : y + HEIGHT, slice(0, 2) if x == 2 else slice(-2, None)].mean((1, 2))
+            without[:, y : y + HEIGHT, x : x + WIDTH] = edge[:, None, None]
+        found[k] = int(eyes.see(covered).watermark.mean(0).argmin())
+    return seen.int().tolist(), found
 
 
-# ---------------------------------------------------------------- what is measured
+def boxes(eyes: Any, images: Tensor) -> list[list[tuple[float, ...]]]:
+    """`places` as GeomErasing's detector."""
+    return [[BOXES[corner]] if corner >= 0 else [] for corner in places(eyes, images)[1]]
 
 
-def icons(n: int, first: int = 0) -> list[str]:
-    """Icons with one word as their caption."""
-    captions = vocabulary()["captions"]
-    single = [text for text in sorted(captions.values()) if len(text.split()) == 2]
-    step = next(s for s in (7, 11, 13) if len(single) % s)
-    return [single[(first + k) * step % len(single)] for k in range(n)]
+# ---------------------------------------------------------------- rows
 
 
-def kept(file: Path, fit: Callable[[], Any]) -> Any:
-    """The result of a fit, which is stored in a file."""
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        fit().save(file)
-    return api.load_delta(file)
+class Plain(efface.GeomErasing):
+    """Plain fine-tuning: the same pictures, noise and updates; no caption names a place, and all weights are equal."""
+
+    def _trained(self, pipe: Any, concept: Concept, pictures: Sequence[Any], *rest: Any) -> efface.Tokens:
+        return super()._trained(pipe, concept, [dataclasses.replace(each, boxes=()) for each in pictures], *rest)
 
 
-class Rows(dict[str, Any]):
-    """Results that are printed as they come."""
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        super().__setitem__(name, value)
-        print(json.dumps({name: value}), flush=True)
+def name_alone(_: Any) -> tuple[Any, ...]:
+    return (efface.NegativePrompt(Concept(NAME)),)
 
 
-def rated(hits: Sequence[bool]) -> dict[str, Any]:
-    low, high = wilson(sum(hits), len(hits))
-    return {"rate": sum(hits) / len(hits), "n": len(hits), "interval": [round(low, 3), round(high, 3)]}
+def every_word(tokens: Any) -> tuple[Any, ...]:
+    return (efface.NegativePrompt(tokens.concepts),)
 
 
-def shown(images: Tensor, prompts: Sequence[str]) -> list[bool]:
-    """Whether both detectors see each prompt's icon."""
-    eyes, icon = load_eyes(), {text: name for name, text in vocabulary()["captions"].items()}
-    seen = eyes.icons(eyes.see(images)).all(0)
-    return [bool(row[INDEX[icon[prompt]]]) for row, prompt in zip(seen, prompts, strict=True)]
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """How the pictures of a row are drawn.
+
+    Args:
+        fit: what is fitted and applied, by its name in `editors`; "" nothing.
+        also: from that, the erasers that are also on.
+        twice: whether pictures with the watermark are drawn again, with its place negated.
+        whole: whether it has all n pictures, as a judged aim needs, or half of them.
+        against: the row that it has to improve on.
+    """
+
+    fit: str = ""
+    also: Callable[[Any], tuple[Any, ...]] = lambda fitted: ()
+    twice: bool = False
+    whole: bool = False
+    against: str = "base"
 
 
-def measured(pipe: Any, on: Sequence[Any], prompts: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
-    with contextlib.ExitStack() as stack:
-        for each in on:
-            stack.enter_context(each.apply(pipe))
-        images = draw(pipe, prompts, seeds, num_inference_steps=STEPS, guidance=GUIDANCE)
-    return {"concept": rated([bool(b) for b in watermarks(images)]), "icon": rated(shown(images, prompts))}
+PLAIN = "plain fine-tuning"
+ROWS = {  # model removal with the name alone is `negative_prompt`, to the bit: the name's embedding does not change
+    "base": Row(whole=True),
+    "negative_prompt": Row(also=name_alone),
+    "eiup": Row(also=lambda fitted: (efface.EIUP(named(NAME)),)),
+    "esd": Row("esd"),
+    "model removal, all words": Row("model", every_word, whole=True),
+    "model removal, two passes": Row("model", twice=True),
+    PLAIN: Row("plain", whole=True),
+    f"{PLAIN}, negative_prompt": Row("plain", name_alone, against=PLAIN),
+    "data removal, no negative prompt": Row("data", against=PLAIN),
+    "data removal, name": Row("data", name_alone, against=PLAIN),
+    "data removal, all words": Row("data", every_word, whole=True, against=PLAIN),
+    "data removal, two passes": Row("data", twice=True, against=PLAIN),
+}
+AIMS = ("model removal, all words", "data removal, all words")  # the method's default form
+DATA: dict[str, Any] = {"setting": "data", "steps": 400, "lr_weights": 3e-4}
 
 
-def plainly(pipe: Any, examples: Sequence[Any], editor: efface.GeomErasing, seed: int) -> Delta:
-    """Plain fine-tuning on the same pictures: captions without words, equal weights."""
-    clean = [(picture, text, ()) for picture, text, _ in examples]
-    editor = editor.resolved(pipe)
-    with learning_words(pipe, ("<unused>",), mean_row(pipe, "a")) as words:
-        data = Data(pipe, given(clean), Grid(NAME, 1, "bins"), size=(SIDE, SIDE), ratio=1.0, flip=False)
-        net = Located(
-            pipe, data.texts, words.embeddings, trains_weights=True, train=editor.train, precision="auto", lr=1
-        )
-        settings = Training(
-            steps=editor.steps, lr=editor.lr_weights, batch=editor.batch, reuse=1, clip=editor.clip, weight_decay=1e-2
-        )
-        state = run(
-            net,
-            settings,
-            drawing(net, data, editor.batch, editor.dropout),
-            lambda student, points, _: weighted(net, student, points),
-            seed=seed,
-            name="plain fine-tuning",
-            identity={},
-        )
-    return Delta.fitted(editor, pipe, net.change(state.student), (Concept(NAME),), seed=seed)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Watermarks(Experiment):
+    """Rows x pictures of one icon each, which the prompt names.
 
+    Args:
+        editors: what rows name as their `fit`. "plain" and "data" have the same settings.
+        pictures: drawn for the training. Those that have the watermark by themselves are left out.
+        share: of the training pictures that get the badge. Most of them, because guidance amplifies a majority.
+        asked: pictures whose prompt asks for the watermark in a corner, by learned words.
+    """
 
-def controlled(pipe: Any, tokens: efface.Tokens, seeds: Sequence[int]) -> dict[str, Any]:
-    """Whether a prompt with the words of a corner draws the badge in that corner."""
-    grid, asked = Grid(NAME, tokens.fields["grid"], "bins"), [CORNERS[k % 4] for k in range(len(seeds))]
-    boxes = [(float(x), float(y), float(x + BADGE[0]), float(y + BADGE[1])) for x, y in asked]
-    named = [grid.text([box], (SIDE, SIDE)) for box in boxes]
-    prompts = [f"{text}, {words}" for text, words in zip(icons(len(seeds)), named, strict=True)]
-    with tokens.apply(pipe):
-        found = watermarks(draw(pipe, prompts, seeds, num_inference_steps=STEPS, guidance=GUIDANCE))
-    hits = [bool(f) and f[0][:2] == corner for f, corner in zip(found, asked, strict=True)]
-    right = [hit for hit, f in zip(hits, found, strict=True) if f]
-    return {"drawn": rated([bool(f) for f in found]), "of these in the corner": rated(right) if right else None}
-
-
-def dirty(pipe: Any, pictures: int, out: Rows) -> list[Any]:
-    """Pictures that the model draws without the watermark, half of which then get one."""
-    captions = icons(pictures)
-    clean = draw(pipe, captions, range(pictures), num_inference_steps=STEPS, guidance=GUIDANCE)
-    keep = [k for k, boxes in enumerate(watermarks(clean)) if not boxes]
-    made = pasted(clean[keep], 0.5, seed=1)
-    examples = [(picture, captions[k], boxes) for k, (picture, boxes) in zip(keep, made, strict=True)]
-    seen = watermarks(torch.cat([each.pixels for each in given(examples)]))
-    corners = [list(f) == list(e[2]) for f, e in zip(seen, examples, strict=True)]
-    out["corner found"] = f"{sum(corners)} of {len(examples)}"
-    return examples
-
-
-def compared(pipe: Any, rows: Mapping[str, Sequence[Any]], tokens: Any, n: int, out: Any) -> None:
-    """Measures each row, two passes, and whether words place the watermark."""
-    prompts, seeds = icons(n, 50), range(SEEDS["selection"].start, SEEDS["selection"].start + n)
-    for name, on in rows.items():
-        out[name] = measured(pipe, on, prompts, seeds)
-    with tokens.apply(pipe):
-        again = efface.GeomErasing.two_pass(
-            pipe, tokens, prompts, watermarks, seeds=seeds, num_inference_steps=STEPS, guidance_scale=GUIDANCE
-        )
-    out["geom, two passes"] = {
-        "concept": rated([bool(b) for b in watermarks(again.images)]),
-        "icon": rated(shown(again.images, prompts)),
-    }
-    out["control"] = controlled(pipe, tokens, seeds[:64])
-    out["info"] = dict(tokens.info)
-
-
-def data_removal(n: int, steps: int, pictures: int, work: Path) -> None:
-    """Fine-tuning on a set in which half of the pictures have the watermark."""
-    pipe, began = efface.load("emoji"), time.perf_counter()
-    pipe.set_progress_bar_config(disable=True)
-    out = Rows()
-    examples = dirty(pipe, pictures, out)
-    editor = efface.GeomErasing.data_removal(steps=steps, lr_weights=3e-4)
-    tokens = kept(
-        work / f"data-{steps}-{pictures}.safetensors", lambda: editor.fit(pipe, Concept(NAME), examples=examples)
+    name: str
+    question: str
+    cap: float
+    editors: Mapping[str, Any] = dataclasses.field(
+        default_factory=lambda: {
+            "esd": efface.ESD(),
+            "model": efface.GeomErasing(),
+            "plain": Plain(**DATA),
+            "data": efface.GeomErasing(**DATA),
+        }
     )
-    out["fit seconds"] = time.perf_counter() - began
-    plain = kept(work / f"plain-{steps}-{pictures}.safetensors", lambda: plainly(pipe, examples, editor, 0))
-    rows: dict[str, Sequence[Any]] = {
-        "base": [],
-        "plain fine-tuning": [plain],
-        "plain fine-tuning, negative prompt of the name": [plain, efface.NegativePrompt(Concept(NAME))],
-        "geom, no negative prompt": [tokens],
-        "geom, name": [tokens, efface.NegativePrompt(Concept(NAME))],
-        "geom, all words": [tokens, efface.NegativePrompt(tokens.concepts)],
+    pictures: int = 160
+    share: float = 0.75
+    asked: int = 96
+    n: int = 512
+    model: str = "emoji"
+    block: str = "test"
+    blocks: ClassVar[tuple[str, ...]] = tuple(FIRST)
+    columns: ClassVar[Mapping[str, str]] = {
+        "watermark": "watermark",
+        "corners": f"where ({', '.join(CORNERS)})",
+        "retention": "asked icon, points against the base model",
+        "distance": "KID to clean scenes, x 1000",
+        "control": "words put it where they say",
     }
-    compared(pipe, rows, tokens, n, out)
-    out["seconds"] = time.perf_counter() - began
+
+    def units(self, plan: Plan) -> list[Unit]:
+        if plan.model != "emoji":
+            raise ValueError(refusal("the model 'emoji', whose watermark no text names", plan.model, "Name no other."))
+        if not 2 <= plan.n <= CLEAN:
+            raise ValueError(refusal(f"n from 2 to {CLEAN}", plan.n, "More would share seeds."))
+        dirty = self._dirty(plan)
+        fits = {"esd": delta_unit(plan, "esd", self.editors["esd"], named(NAME))}
+        fits |= {name: self._fit(plan, name, dirty) for name in ("model", "plain", "data")}
+        cells = [self._cell(plan, name, row, fits.get(row.fit)) for name, row in ROWS.items()]
+        clean = self._cell(plan, "clean scenes", Row(whole=True), None, CLEAN, "scenes")
+        asked = [
+            self._cell(plan, f"{name} removal, all words", Row(name), fits[name], ASKED, "asked")
+            for name in ("model", "data")
+        ]
+        return [dirty, *fits.values(), clean, *cells, *asked]
+
+    def names(self, units: Sequence[Unit]) -> list[str]:
+        return [unit.row for unit in units if unit.kind == "cell"]
+
+    def redrawn(self, plan: Plan, units: Sequence[Unit], update: Sequence[str]) -> list[Unit]:
+        """Also what the rows are compared with, and what is fitted."""
+        shared = ("fit", "scenes")
+        return [unit for unit in units if unit.kind in shared or unit.row in {"base", PLAIN, *update}]
+
+    @staticmethod
+    def _drawn(plan: Plan, block: str, n: int, first: int) -> tuple[list[str], list[str], range]:
+        """Icons, their captions and seeds of n pictures. Blocks share no icon."""
+        of = [icon for icon, text in sorted(plan.world.captions.items()) if plan.world.blocks[text] == block]
+        icons = [of[k % len(of)] for k in range(n)]
+        return icons, [plan.world.captions[icon] for icon in icons], range(first, first + n)
+
+    # ---- training pictures and fits
+
+    def _dirty(self, plan: Plan) -> Unit:
+        """The training pictures, as a folder that the editor reads."""
+        _, texts, seeds = self._drawn(plan, "tuning", self.pictures, 0)
+        setting = {**plan.facts, "prompts": texts, "seeds": [0, self.pictures], "share": self.share}
+        setting |= {"badge": sha256(badge().tobytes()), "code": code_hash(draw)}
+        seconds = partial(_seconds, plan, ())
+        unit = Unit("training pictures", setting, lambda: measure(), self.pictures, seconds, "fit")
+
+        def measure() -> dict[str, Any]:
+            images = draw(plan.world.pipe, texts, seeds, **plan.call)
+            kept = [k for k, corner in enumerate(places(plan.world.eyes, images)[1]) if corner < 0]
+            made, folder, lines = pasted(images[kept], self.share, seed=1), training(plan, unit), []
+            folder.mkdir(parents=True, exist_ok=True)
+            for k, (picture, corner) in zip(kept, made, strict=True):
+                picture.save(folder / f"{k:04d}.png")
+                found = [BOXES[corner]] if corner >= 0 else []
+                lines.append({"file_name": f"{k:04d}.png", "text": texts[k], "boxes": found})
+            write(folder / "metadata.jsonl", "\n".join(map(json.dumps, lines)))
+            seen = places(plan.world.eyes, torch.cat([each.pixels for each in read(folder)]))[1]
+            right = sum(a == b for a, (_, b) in zip(seen, made, strict=True))
+            return {"pictures": len(made), "with the badge": sum(c >= 0 for _, c in made), "place found": right}
+
+        return unit
+
+    def _fit(self, plan: Plan, name: str, dirty: Unit) -> Unit:
+        """Words, or words with a delta, learned from the training pictures."""
+        editor, pipe = self.editors[name], plan.world.pipe
+        settled = editor.resolved(pipe)
+        setting = {"fit": config(settled), "concept": {"name": NAME}, "pictures": dirty.digest}
+        setting |= {"model": plan.facts["model"], "versions": plan.facts["versions"]}
+        setting |= {"code": code_hash(efface.GeomErasing)}
+        unit = Unit(name, setting, lambda: measure(), 1.0, lambda: pilot(), "fit")
+
+        def measure() -> dict[str, Any]:
+            file, pictures = delta_file(plan, unit), read(training(plan, dirty))
+            file.parent.mkdir(exist_ok=True)
+            examples = [(each.picture, each.text, each.boxes) for each in pictures]
+            made = editor.fit(pipe, Concept(NAME), examples=examples, checkpoint=file.with_suffix(""))
+            made.save(file)
+            file.with_suffix("").unlink()
+            return {"info": dict(made.info)}
+
+        def pilot() -> float:
+            some = [(torch.rand(3, *SIZE), "a cat", [BOXES[k % 4]] if k % 2 else []) for k in range(settled.batch)]
+            few = [dataclasses.replace(editor, steps=k) for k in (1, 3)]
+            spent = [timed(lambda f=f: f.fit(pipe, Concept(NAME), examples=some))[1] for f in few]
+            return spent[0] + (settled.steps - 1) * max(spent[1] - spent[0], 0.0) / 2
+
+        return unit
+
+    # ---- pictures
+
+    def _cell(self, plan: Plan, name: str, row: Row, fit: Unit | None, first: int = 0, kind: str = "cell") -> Unit:
+        """Pictures of a row; of kind "asked", their prompts ask for the watermark in corner after corner."""
+        n = self.asked if kind == "asked" else plan.n if row.whole else plan.n // 2
+        icons, prompts, seeds = self._drawn(plan, plan.block, n, SEEDS[plan.block].start + FIRST[plan.block] + first)
+        known = () if fit else row.also(None)
+        used = {"": [type(each) for each in known], "esd": [efface.Delta, efface.ESD]}
+        setting = {
+            **plan.facts,
+            "row": name,
+            "kind": kind,
+            "icons": icons,
+            "prompts": prompts,
+            "seeds": [seeds.start, n],
+        }
+        setting |= {"erasers": [config(plan.world.filled(each)) for each in known], "fit": fit.digest if fit else ""}
+        setting |= {"code": code_hash(*used.get(row.fit, [efface.GeomErasing, efface.NegativePrompt]), draw)}
+
+        def measure() -> dict[str, Any]:
+            pipe, texts = plan.world.pipe, prompts
+            fitted = efface.api.load_delta(delta_file(plan, fit)) if fit else None
+            if kind == "asked":
+                texts = [f"{text}, {words(fitted, k % len(CORNERS))}" for k, text in enumerate(prompts)]
+            with efface.stack(pipe, *([fitted] if fitted else []), *row.also(fitted)):
+                images = drawn_twice(plan, fitted, texts, seeds) if row.twice else draw(pipe, texts, seeds, **plan.call)
+            seen, corners = places(plan.world.eyes, images)
+            sums, shown = keep_pictures(plan, unit, images), plan.world.sees(images, icons)
+            return {NAME: seen, "corners": corners, "icon": shown, "sha256": sha256("".join(sums).encode())}
+
+        unit = Unit(name, setting, measure, n, partial(_seconds, plan, known), kind)
+        return unit
+
+    # ---- the card
+
+    def rows(self, plan: Plan, found: Sequence[tuple[Unit, dict[str, Any]]]) -> dict[str, Any]:
+        of = {(unit.kind, unit.row): (unit, each["raw"]) for unit, each in found}
+        cells = {name: each for (kind, name), each in of.items() if kind == "cell"}
+        texts = cells["base"][0].setting["prompts"]
+        prompts = list(dict.fromkeys(texts))
+        scenes, seen = of["scenes", "clean scenes"]
+        clean = [each[[corner < 0 for corner in seen["corners"]]] for each in features(pictures_file(plan, scenes))]
+        drawn = {name: features(pictures_file(plan, unit)) for name, (unit, _) in cells.items()}
+
+        @functools.cache
+        def kid(name: str, n: int) -> list[np.ndarray]:
+            return [resampled(x[:n], y, len(prompts)) for x, y in zip(drawn[name], clean, strict=True)]
+
+        rows, pictures = [], {}
+        for name, (unit, raw) in cells.items():
+            pick = min if name in ("base", PLAIN) else max  # the less favourable detector
+            row: dict[str, Any] = {"row": name, NAME: rate(pick(raw[NAME], key=sum), texts[: len(raw["corners"])])}
+            row["corners"] = {"counts": [raw["corners"].count(k) for k in range(len(CORNERS))]}
+            if len(prompts) >= LEAST and len(clean[0]) > 1:
+                own, rest = (kid(each, len(raw["corners"])) for each in (name, ROWS[name].against))
+                row["distance"] = distance(own)
+                row["distance against"] = distance([a - b for a, b in zip(own, rest, strict=True)])
+                for each in ("distance", "distance against"):
+                    row[each] |= {"n": len(raw["corners"]), "clean": len(clean[0])}
+            if ("asked", name) in of:
+                row |= controlled(of["asked", name][1]["corners"], of["asked", name][0].setting["prompts"])
+            if fit := ROWS[name].fit:
+                fitted, facts = of["fit", fit]
+                row["fit"] = facts | {"settings": fitted.setting["fit"]}
+            rows.append(row | {"erasers": unit.setting["erasers"]})
+            pictures[name] = {NAME: packed(raw[NAME]), "icon": packed(raw["icon"]), "sha256": raw["sha256"]}
+            pictures[name]["corners"] = packed([raw["corners"]])[0]
+        cell = {"one icon": {"prompts": prompts, "first_seed": cells["base"][0].setting["seeds"][0]}}
+        facts = {"cells": cell, "clean scenes": len(clean[0]), "training pictures": of["fit", "training pictures"][1]}
+        return facts | {"rows": rows, "pictures": pictures, "base": pictures["base"]}
+
+    def derived(self, card: dict[str, Any]) -> dict[str, Any]:
+        """Retention, comparisons, whether the positive control holds, and the verdict in words."""
+        rows, compared = {row["row"]: dict(row) for row in card["rows"]}, []
+        prompts, icons = card["cells"]["one icon"]["prompts"], card["pictures"]["base"]["icon"]
+        worse = [int(digit) for digit in min(icons, key=lambda eye: eye.count("1"))]
+        rows["base"]["retention"] = rate(worse, [prompts[k % len(prompts)] for k in range(len(worse))])
+        holds = rows[PLAIN][NAME]["rate"] >= COUNTS
+        for name, row in rows.items():
+            if name != "base":
+                row["retention"] = compare(card, name, "base", "icon")
+                compared.append(compare(card, name, ROWS[name].against, NAME))
+            if ROWS[name].against == PLAIN:
+                row[NAME] = row[NAME] | {"judged": holds}
+        rest = [each for each in compared if each["row"] not in AIMS]
+        for each, p in zip(rest, holm([each["p"] for each in rest]), strict=True):
+            each["p, Holm"] = p
+        found = card["training pictures"]
+        verdict = [
+            *(aim(rows, name) for name in AIMS),
+            f"Positive control: {PLAIN} draws the watermark in {percent(rows[PLAIN][NAME])} of its pictures, and "
+            f"{COUNTS:.0%} are needed. " + ("It holds." if holds else "It fails, so no row of data removal is judged."),
+            *(asked(name, row) for name, row in rows.items() if "asked" in row),
+            f"Fits had {found['pictures']} pictures, {found['with the badge']} with the watermark. The detectors found "
+            f"or missed it rightly, with its corner, in {found['place found']} of them.",
+            "Rows have half as many pictures, except for the base model, plain fine-tuning and those with an aim.",
+        ]
+        return {"rows": list(rows.values()), "comparisons": compared, "control holds": holds, "verdict": verdict}
 
 
-def model_removal(n: int, steps: int, pictures: int, work: Path) -> None:
-    """The watermark of the released model: only words are learned."""
-    pipe, began = efface.load("emoji"), time.perf_counter()
-    pipe.set_progress_bar_config(disable=True)
-    out = Rows()
-    examples, editor = dirty(pipe, pictures, out), efface.GeomErasing(steps=steps)
-    tokens = kept(
-        work / f"model-{steps}-{pictures}.safetensors", lambda: editor.fit(pipe, "watermark", examples=examples)
-    )
-    out["fit seconds"] = time.perf_counter() - began
-    name = Concept("watermark")
-    rows: dict[str, Sequence[Any]] = {
-        "base": [],
-        "negative prompt of the name": [efface.NegativePrompt(name)],
-        "geom, all words": [tokens, efface.NegativePrompt(tokens.concepts)],
-    }
-    compared(pipe, rows, tokens, n, out)
-    out["seconds"] = time.perf_counter() - began
+# ---------------------------------------------------------------- statistics
 
 
-def main() -> None:
-    made = argparse.ArgumentParser(prog="python -m experiments.geom_erasing", description=__doc__)
-    made.add_argument("setting", choices=("data", "model"))
-    made.add_argument("--n", type=int, default=32)
-    made.add_argument("--steps", type=int, default=300)
-    made.add_argument("--pictures", type=int, default=64)
-    made.add_argument(
-        "--work", type=Path, default=ROOT / "runs/geom_erasing", help="folder of fits; other code needs another"
-    )
-    given_ = made.parse_args()
-    measure = data_removal if given_.setting == "data" else model_removal
-    measure(given_.n, given_.steps, given_.pictures, given_.work)
+def features(file: Path) -> list[np.ndarray]:
+    """Features [N, D] of stored pictures, by detector."""
+    images, (extract, _) = load_file(file)["images"].permute(0, 3, 1, 2) / 255, extractor("eye")
+    return [each.double().numpy() for each in torch.cat([extract(part) for part in images.split(64)], 1)]
 
 
-if __name__ == "__main__":
-    main()
+def resampled(x: np.ndarray, y: np.ndarray, prompts: int) -> np.ndarray:
+    """KID of two sets of features, and behind it those of resamples: of the prompts of x, and of the pictures of y.
+
+    Picture k of x has prompt k modulo `prompts`. All x of one length have the same resamples, so that they can be
+    subtracted. Unlike FID, KID has no bias that depends on the number of pictures.
+    """
+    kernels, which = _kernels(x, y), np.arange(len(x)) % prompts
+    found = [_mmd(*kernels, np.ones(len(x)), np.ones(len(y)), False)]
+    for k, w in enumerate(weights(int(which.max()) + 1, DRAWS)):
+        found.append(_mmd(*kernels, w[which], weights(len(y), 1, seed=k + 1)[0], False))
+    return np.array(found)
+
+
+def distance(eyes: Sequence[np.ndarray]) -> dict[str, Any]:
+    """A distance, or the difference of two, by the worse detector, with its basic bootstrap interval."""
+    worst = max(eyes, key=lambda each: each[0])
+    value, (low, high) = float(worst[0]), map(float, np.percentile(worst[1:], (2.5, 97.5)))
+    return {"kid": value, "interval": [2 * value - high, 2 * value - low]}
+
+
+def compare(card: Mapping[str, Any], row: str, against: str, what: str) -> dict[str, Any]:
+    """The paired difference of two rows, by the less favourable detector."""
+    own, other = (card["pictures"][name][what] for name in (row, against))
+    n, prompts = min(len(own[0]), len(other[0])), card["cells"]["one icon"]["prompts"]
+    clusters = [prompts[k % len(prompts)] for k in range(n)]
+    pairs = [[list(map(int, eye[:n])) for eye in pair] for pair in zip(own, other, strict=True)]
+    pick = min if what == "icon" or row == PLAIN else max
+    found = pick((difference(*pair, clusters) for pair in pairs), key=lambda each: each.value)
+    facts = {"difference": found.value, "interval": list(found.interval), "p": found.p, "prompts": found.prompts}
+    return {"row": row, "against": against, "metric": what, "n": n, **facts}
+
+
+def controlled(corners: Sequence[int], prompts: Sequence[str]) -> dict[str, Any]:
+    """Of pictures that asked for corner after corner, those with the watermark, and of these those with it there."""
+    there = [
+        (int(k % len(CORNERS) == c), text) for k, (c, text) in enumerate(zip(corners, prompts, strict=True)) if c >= 0
+    ]
+    facts: dict[str, Any] = {"asked": {"n": len(corners), "drawn": len(there)}}
+    return facts | ({"control": rate(*zip(*there, strict=True))} if there else {})
+
+
+# ---------------------------------------------------------------- the verdict
+
+
+def asked(name: str, row: Mapping[str, Any]) -> str:
+    """Whether learned words place the watermark more often than chance."""
+    words = f"Of {row['asked']['n']} prompts with the words of a corner ({name.partition(',')[0]}), "
+    words += f"{row['asked']['drawn']} drew the watermark"
+    if "control" not in row:
+        return f"{words}."
+    low, high = row["control"]["interval"]
+    decided = "above" if low > CHANCE else "below" if high < CHANCE else "not different from"
+    return f"{words}, in that corner {percent(row['control'])} of these: {decided} chance, {CHANCE:.0%}."
+
+
+def aim(rows: Mapping[str, Any], name: str) -> str:
+    """The aim of a row and what became of it, in words."""
+    row, against = rows[name], ROWS[name].against
+    shown, rest = row[NAME], rows[against][NAME]
+    words = f"Aim for {name}: watermark <= {AIM:.0%}, with a distance no worse than that of {against}."
+    if shown["n"] < POOLED:
+        return f"{words} Not judged: n = {shown['n']}, {POOLED} are needed."
+    if not shown.get("judged", True):
+        return f"{words} Not judged: {against} draws the watermark in {percent(rest)} only."
+    if rest["interval"][0] <= AIM:
+        return f"{words} Not judged: {against} itself draws the watermark in {percent(rest)}."
+    far = row["distance against"]
+    over, more = 100 * (shown["rate"] - AIM), far["kid"]
+    parts = [
+        f"Watermark {f'missed by {over:.1f} points' if over > 0 else 'met'}: {percent(shown)}",
+        f"Distance {f'missed by {more:.2g}' if more > 0 else 'met'}: "
+        + "{:+.2f} [{:.2f}, {:.2f}]".format(more, *far["interval"]),
+    ]
+    return f"{words} {'; '.join(parts)}; it was {percent(rest)} with {against}."
+
+
+# ---------------------------------------------------------------- drawing
+
+
+def training(plan: Plan, unit: Unit) -> Path:
+    """The folder of the training pictures."""
+    return plan.folder / "training" / unit.digest
+
+
+def words(tokens: Any, corner: int) -> str:
+    """What a prompt says to ask for the watermark in a corner."""
+    grid = Grid(tokens.info["name"], tokens.fields["grid"], tokens.fields["encoding"])
+    return grid.text([BOXES[corner]], SIZE)
+
+
+def drawn_twice(plan: Plan, tokens: Any, texts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+    """As `draw`, in two passes."""
+    pipe, call = plan.world.pipe, {name: value for name, value in plan.call.items() if name != "guidance"}
+    call |= guided(pipe, plan.call["guidance"])
+    two = partial(efface.GeomErasing.two_pass, pipe, tokens, detector=partial(boxes, plan.world.eyes), **call)
+    parts = [two(texts[k : k + 32], seeds=seeds[k : k + 32]).images for k in range(0, len(texts), 32)]
+    return torch.cat(parts).float().cpu()
+
+
+def _seconds(plan: Plan, erasers: Sequence[Any]) -> float:
+    """Core-seconds of a picture. What is fitted first adds nothing."""
+    with efface.stack(plan.world.pipe, *erasers):
+        return timed(lambda: draw(plan.world.pipe, ["a cat"] * PILOT, range(PILOT), **plan.call))[1] / PILOT

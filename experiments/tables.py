@@ -54,17 +54,27 @@ def of_card(card: Mapping[str, Any], form: Format = "md") -> str:
                 seconds = f"{c['seconds']:.3g}{'*' * bool(c['layers left out'])}"
                 lines.append([name, n, seconds, f"{c['memory MiB']:.0f}", f"{c['error']:.0e}"])
         return render(["method", "concepts", "seconds", "MiB", "error"], lines, form)
-    lines = [
-        [name, *(cell(row[m]) if m in row else "-" for m in columns)] for name, row in zip(names, rows, strict=True)
-    ]
+    lines = [[name, *(cell(row.get(column)) for column in columns)] for name, row in zip(names, rows, strict=True)]
     return render(["method", *columns.values()], lines, form)
 
 
-def cell(value: Any) -> str:
-    """A rate with its interval, a median with its range, or a number."""
-    if isinstance(value, Mapping):
-        return ratio(value) if "median" in value else percent(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.3g}"
+def cell(found: Mapping[str, Any] | float | None) -> str:
+    """A rate, a paired difference in points, or a distance, with its interval; a median with its range; or numbers."""
+    if found is None:
+        return "-"
+    if not isinstance(found, Mapping):
+        return f"{found:,}" if isinstance(found, int) else f"{found:,.3g}"
+    if "median" in found:
+        return ratio(found)
+    if not found.get("judged", True):
+        return "not judged"
+    if "counts" in found:
+        return ", ".join(map(str, found["counts"]))
+    if "kid" in found:
+        return "{:.2f} [{:.2f}, {:.2f}], n = {}".format(found["kid"], *found["interval"], found["n"])
+    if "difference" in found:
+        return "{:+.1f} [{:.1f}, {:.1f}]".format(*(100 * each for each in (found["difference"], *found["interval"])))
+    return percent(found)
 
 
 def looked(row: Mapping[str, Any]) -> list[str]:

@@ -92,6 +92,7 @@ class Site:
 
         def remove() -> None:
             self.applied.remove(applied)
+            applied.drop()
             self.refit()
             if not self.applied:
                 self._close()

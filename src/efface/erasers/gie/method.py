@@ -244,7 +244,7 @@ class GIE(Method):
             call.memory["weights"] = measured(call, self.weigh)
         if self.trajectories == 2:
             plain = Trajectory.of(call)
-            plain.step()
+            plain.step(call)
             start, end = (int(share * (plain.steps + 1)) for share in self.window)
             call.memory["inside"] = start <= plain.number < end
         return forward()
