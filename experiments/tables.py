@@ -59,11 +59,16 @@ def of_card(card: Mapping[str, Any], form: Format = "md") -> str:
 
 
 def cell(found: Mapping[str, Any] | float | None) -> str:
-    """A rate, a paired difference in points, or a distance, with its interval; a median with its range; or numbers."""
+    """A number, or what `measured` writes; "-" without one."""
     if found is None:
         return "-"
-    if not isinstance(found, Mapping):
-        return f"{found:,}" if isinstance(found, int) else f"{found:,.3g}"
+    if isinstance(found, Mapping):
+        return measured(found)
+    return f"{found:,}" if isinstance(found, int) else f"{found:,.3g}"
+
+
+def measured(found: Mapping[str, Any]) -> str:
+    """A rate, a paired difference in points, or a distance, with its interval; a median with its range; or counts."""
     if "median" in found:
         return ratio(found)
     if not found.get("judged", True):
