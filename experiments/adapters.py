@@ -87,5 +87,5 @@ def worth(best: str, compared: Mapping[str, Any]) -> str:
     elif worse:
         verdict = "The fixed strength does better, so the adapter is not worth its fit."
     else:
-        verdict = "No difference is shown, so the fixed strength, which needs no fit, is enough."
+        verdict = "No difference is shown. Without one, the fixed strength is the choice, for it needs no fit."
     return f"the adapter against `{best}`: {', '.join(parts)}. {verdict}"

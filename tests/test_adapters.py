@@ -123,7 +123,7 @@ def test_the_verdict_says_when_the_adapter_is_worth_its_fit() -> None:
         (good, bad): "The adapter is worth its fit.",
         (bad, good): "The fixed strength does better, so the adapter is not worth its fit.",
         (("0" * 32, "0" * 32), ("2" * 32, "1" * 32)): "It pays only where residual counts more than retention.",
-        (good, good): "No difference is shown, so the fixed strength, which needs no fit, is enough.",
+        (good, good): "Without one, the fixed strength is the choice, for it needs no fit.",
     }
     for (adapter, fixed), verdict in words.items():
         lines = card(adapter, fixed)["verdict"]
