@@ -9,14 +9,16 @@ from typing import Any
 
 import efface
 from efface import api
-from efface.models.emoji.weights import FOLDER
 
+from .adapters import Adapted
 from .closed_form import ClosedForm
+from .directions import Directed
 from .feedback import Feedback
 from .geom_erasing import Watermarks
 from .literal import denoiser_calls as calls
 from .literal import drawings, finetune, joint_blocks
 from .load import Load
+from .many import Many
 from .neighbours import Neighbours
 from .outcome import COLUMNS, NEGATIVES, Arm, Outcome, Sweep, balanced, chosen, first_that_reaches
 from .redteam import Drawable, Guard, Redteam
@@ -73,11 +75,6 @@ def negatives() -> dict[str, Arm]:
 
 def stacked(make: Any, strength: float | None, concept: efface.Concept) -> tuple[Any, ...]:
     return make(concept), efface.NegativePrompt(concept, strength=strength)
-
-
-def adapters() -> dict[str, Arm]:
-    fixed = {f"gie {s:g}": Arm(lambda c, s=s: efface.GIE(c, s)) for s in (0.125, 0.25, 0.5, 1.0, 2.0)}
-    return fixed | {"gie adapter": Arm(lambda c: efface.GIE(c, adapter=FOLDER / "gie.safetensors"))}
 
 
 def finetuned() -> dict[str, Any]:
@@ -195,6 +192,11 @@ def peer_guards(plan: Plan) -> dict[str, Guard]:
     run_time, editors = chosen(RUN_TIME, plan), chosen(EDITORS, plan) | chosen(PEERS, plan)
     acting = {name: Guard(methods=(run_time[name].make,)) for name in ("nag", "adavd", "semantic_surgery", "crg")}
     return acting | {name: Guard(editors[name].make) for name in ("speed", *PEERS.points)}
+
+
+def of_many(plan: Plan) -> dict[str, Arm]:
+    found = chosen(RUN_TIME, plan) | chosen(EDITORS, plan)
+    return {name: found[name] for name in ("eiup", "uce", "rece")}
 
 
 def off_weights(guards: Iterable[str]) -> frozenset[tuple[str, str]]:
@@ -325,14 +327,19 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         keeps=True,
         primary=tuple(("eiup", rival, metric) for rival in ("esd", "safree") for metric in ("residual", "retention")),
     ),
-    Outcome(
+    Many(
+        name="many_concepts",
+        question="With 1, 10 and 100 concepts erased together: what is left, what stays, and what does it cost?",
+        cap=1.0,
+        arms=of_many,
+    ),
+    Adapted(
         name="gie_adapter",
-        question="Does GIE's adapter beat the fixed strength that tuning seeds chose?",
+        question="Does GIE's adapter beat the fixed strength that its ladder of tuning prompts and seeds chose?",
         cap=3.0,
         n=32,
+        concepts=("alcohol", "weapon", "cat", "gambling"),
         cells=("explicit", "theme", "pair"),
-        arms=adapters(),
-        primary=(("gie adapter", "gie 2", "residual"), ("gie adapter", "gie 2", "retention")),
     ),
     Sequenced(
         name="ccrt_sequence",
@@ -470,6 +477,12 @@ EXPERIMENTS: tuple[Experiment, ...] = (
         name="feedback",
         question="Is a token that was learned from judged pictures a better erasure prompt than words?",
         cap=1.5,
+    ),
+    Directed(
+        name="directions",
+        question="Do learned directions balance men and women, beside UCE and rewritten prompts, and avoid alcohol?",
+        cap=1.5,
+        fit=efface.LatentDirections(pictures=36, steps=60),
     ),
     Watermarks(
         name="geom_erasing",

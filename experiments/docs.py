@@ -17,6 +17,7 @@ from typing import Any
 from . import judge, tables
 from .code import ROOT
 from .heat import heat
+from .shares import points
 from .tables import percent
 
 
@@ -177,6 +178,29 @@ def implicit(root: Path = ROOT) -> str:
     return shown(card("geom_erasing", root), "geom_erasing")
 
 
+def many(root: Path = ROOT) -> str:
+    """One, ten and a hundred concepts; `experiments/many.py`."""
+    if not (root / "results/many_concepts.json").is_file():
+        return "Without a card so far: `python -m experiments many_concepts`."
+    return shown(card("many_concepts", root), "many_concepts")
+
+
+ADAPTERS = ("gie_adapter", "gie_adapter-emoji-128")
+
+
+def adapters(root: Path = ROOT) -> str:
+    """GIE's adapter against fixed strengths, on each model; `experiments/adapters.py`."""
+    parts, missing = [], []
+    for name in ADAPTERS:
+        found = card(name, root) if (root / f"results/{name}.json").is_file() else {}
+        if "form" in found:
+            parts.append(shown(found, name))
+        else:
+            experiment, _, model = name.partition("-")
+            missing.append(f"`python -m experiments {experiment}{f' --model {model}' if model else ''}`")
+    return "\n\n".join([*parts, *([f"Without a card so far: {', '.join(missing)}."] if missing else [])])
+
+
 ATTACKS = ("attacks", "gradient_attacks", "peer_attacks")
 
 
@@ -263,6 +287,26 @@ def _most(groups: Sequence[Mapping[str, Any]]) -> str:
     return "; ".join(found) or "none"
 
 
+def directed(root: Path = ROOT) -> str:
+    """Ways to balance men and women beside each other, and ways to avoid alcohol; `experiments/directions.py`."""
+    if not (root / "results/directions.json").is_file():
+        return "Without a card so far: `python -m experiments directions`."
+    found = card("directions", root)
+    kept = {each["row"]: points(each) for each in found["comparisons"] if each["metric"] == "kept"}
+    parts = [tables.caption(found, "directions")]
+    for first in ("deviation", "residual explicit"):
+        rows = [row for row in found["rows"] if first in row]
+        names = [name for name in found["columns"] if any(name in row for row in rows[1:])]
+        lines = [[percent(row[name]) if name in row else "-" for name in names] for row in rows]
+        head = ["", *(found["columns"][name] for name in names), "other icons against the base model"]
+        named = [(f"`{row['row']}`", kept.get(row["row"], "-")) for row in rows]
+        parts.append(table(head, [[name, *line, lost] for (name, lost), line in zip(named, lines, strict=True)]))
+    shares = {row["row"]: row["deviation"]["professions"] for row in found["rows"] if "deviation" in row}
+    jobs = list(dict.fromkeys(job for of in shares.values() for job in of))
+    women = [[f"`{row}`", *(f"{of[job]['women']} of {of[job]['n']}" for job in jobs)] for row, of in shares.items()]
+    return "\n\n".join([*parts, "Women among the pictures that show the profession:", table(["", *jobs], women)])
+
+
 SWEEPS = ("run_time_sweep", "editors_sweep", "peers_sweep")
 
 
@@ -297,6 +341,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "families": families,
     "costs": costs,
     "load": load,
+    "directions": directed,
     "judged": judged,
     "implicit": implicit,
     "drawings": lambda: shown(card("eiup_cost"), "eiup_cost"),
@@ -304,6 +349,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "leaderboard": ranking,
     "judge": labelled,
     "settings": settings,
+    "many": many,
+    "adapters": adapters,
     **{marker: partial(block, marker) for marker in EARLIER},
     "gates": lambda: gates(card("emoji_gates")),
 }

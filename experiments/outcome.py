@@ -115,17 +115,20 @@ def embedded(plan: Plan, made: tuple[Any, ...], variant: str, prompts: Sequence[
 # ---------------------------------------------------------------- editors
 
 
-def delta_unit(plan: Plan, row: str, editor: Any, concept: Concept, seed: int = 0, before: Any = None) -> Unit:
+def delta_unit(
+    plan: Plan, row: str, editor: Any, concept: Concept | tuple[Concept, ...], seed: int = 0, before: Any = None
+) -> Unit:
     """The fit of an editor's delta, which is kept beside the outcomes.
 
     Args:
-        plan, row, editor, concept: what is fitted.
+        plan, row, editor, concept: what is fitted; several concepts together if they are a tuple.
         seed: of the fit.
         before: in a sequence, the fits of earlier rounds, whose deltas are on.
     """
     pipe = plan.world.pipe
     settled = editor.resolved(pipe) if hasattr(editor, "resolved") else editor
-    setting = {"fit": config(settled), "concept": config(concept), "seed": seed, "model": plan.facts["model"]}
+    erased = [config(each) for each in concept] if isinstance(concept, tuple) else config(concept)
+    setting = {"fit": config(settled), "concept": erased, "seed": seed, "model": plan.facts["model"]}
     setting |= {"versions": plan.facts["versions"], "code": code_hash(type(editor))}
     setting |= {} if before is None else {"before": [unit.digest for unit in before]}
     unit = Unit(row, setting, lambda: fit(), 1.0, lambda: pilot(), "fit")
@@ -135,27 +138,27 @@ def delta_unit(plan: Plan, row: str, editor: Any, concept: Concept, seed: int = 
             return some.fit(pipe, concept, seed=seed, **options)
         return some.sequence(pipe, concept, seed=seed, **options)[0]
 
-    whole: list[tuple[Any, float]] = []  # what an estimate has fitted already, and its seconds
+    whole: list[tuple[Any, dict[str, float]]] = []  # what an estimate has fitted already, and its seconds
 
-    def clocked(**options: Any) -> tuple[Any, float]:
+    def clocked(**options: Any) -> tuple[Any, dict[str, float]]:
         began = time.perf_counter()
-        delta = made(editor, **options)
-        return delta, time.perf_counter() - began
+        delta, spent = timed(lambda: made(editor, **options))
+        return delta, {"seconds": time.perf_counter() - began, "core_seconds": spent}
 
     def fit() -> dict[str, Any]:
         file = delta_file(plan, unit)
         file.parent.mkdir(exist_ok=True)
         options = {"checkpoint": file.with_suffix("")} if isinstance(editor, Training) else {}
         with deltas_on(plan, before or ()):
-            delta, seconds = whole.pop() if whole else clocked(**options)
+            delta, took = whole.pop() if whole else clocked(**options)
         delta.save(file)
-        return {"seconds": seconds, "bytes": file.stat().st_size, "info": dict(delta.info)}
+        return took | {"bytes": file.stat().st_size, "info": dict(delta.info)}
 
     def pilot() -> float:
         if not isinstance(editor, Training):
-            found, spent = timed(clocked)
+            found = clocked()
             whole[:] = [found] if before is None else []
-            return spent
+            return found[1]["core_seconds"]
         few = [timed(lambda k=k: made(dataclasses.replace(editor, steps=k)))[1] for k in (1, 3)]
         return few[0] + (settled.steps - 1) * max(few[1] - few[0], 0.0) / 2
 

@@ -58,10 +58,10 @@ def of_card(card: Mapping[str, Any], form: Format = "md") -> str:
     return render(["method", *columns.values()], lines, form)
 
 
-def cell(found: Mapping[str, Any] | None) -> str:
-    """A rate, a paired difference in points, or a distance, with its interval; or counts."""
-    if found is None:
-        return "-"
+def cell(found: Any) -> str:
+    """A rate, a paired difference in points, a distance or a median, with its interval or range; counts; a number."""
+    if not isinstance(found, Mapping):
+        return "-" if found is None else f"{found:,}" if isinstance(found, int) else f"{found:,.3g}"
     if not found.get("judged", True):
         return "not judged"
     if "counts" in found:
@@ -70,7 +70,7 @@ def cell(found: Mapping[str, Any] | None) -> str:
         return "{:.2f} [{:.2f}, {:.2f}], n = {}".format(found["kid"], *found["interval"], found["n"])
     if "difference" in found:
         return "{:+.1f} [{:.1f}, {:.1f}]".format(*(100 * each for each in (found["difference"], *found["interval"])))
-    return percent(found)
+    return ratio(found) if "median" in found else percent(found)
 
 
 def looked(row: Mapping[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ import typer.main
 import yaml
 
 from efface.cli import app as cli
+from efface.cli import serve
 from efface.serve import images, own
 from efface.serve.service import DATABASE_FILE, PEPPER_FILE, Limits
 
@@ -40,6 +41,13 @@ def parsed(arguments: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+def test_the_command_has_the_bounds_of_the_service() -> None:
+    assert serve._limits(serve.DEFAULTS) == Limits()
+    assert serve._limits(serve.DEFAULTS | {"keep": 0.5}).keep == 1_800
+    with pytest.raises(ValueError, match="--keep"):
+        serve._limits(serve.DEFAULTS | {"keep": 0.0})
+
+
 # ---------------------------------------------------------------- systemd
 
 
@@ -57,7 +65,7 @@ def test_the_unit_starts_this_service_and_waits_for_its_drain() -> None:
     given = parsed(arguments[1:])
     assert given["drain"] <= Limits().drain and not given["everywhere"]
     assert int(service["TimeoutStopSec"]) > 2 * given["drain"]  # for the drain, and for the batch after it
-    assert service["ReadWritePaths"] in str(given["folder"]) and service["Restart"] == "on-failure"
+    assert f"/var/lib/{service['StateDirectory']}" in str(given["folder"]) and service["Restart"] == "on-failure"
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
@@ -99,6 +107,8 @@ def test_the_container_has_what_the_service_needs_and_runs_without_rights() -> N
     copied = [name for word, rest in instructions() if word == "COPY" for name in rest.split()[:-1]]
     assert all((ROOT / name).exists() for name in copied)
     assert project["readme"] in copied and "constraints.txt" in copied
+    ignored = (DEPLOY / "Containerfile.dockerignore").read_text("utf-8").split("\n")
+    assert "*" in ignored and {line[1:] for line in ignored if line.startswith("!")} == set(copied)
 
 
 # ---------------------------------------------------------------- Kubernetes

@@ -30,6 +30,7 @@ from efface import Row, Sample, _hub, registry
 from efface.cli import app
 from efface.detectors import _base, _encoders, _named, classifier, nudenet, open_nsfw
 from efface.detectors.eyes import EmojiEyes
+from efface.guard import drawing
 from efface.jobs import Judge
 from efface.metrics import _features, _judging
 from efface.metrics.agreement import Agreement
@@ -356,6 +357,33 @@ def test_agreement_counts_where_two_detectors_differ(monkeypatch: pytest.MonkeyP
         Agreement(("nudenet",))
     with pytest.raises(ValueError, match="Expected two `detectors`, got 'nudenet'"):
         Agreement("nudenet")  # type: ignore[arg-type]
+
+
+def test_what_a_gate_saw_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server draws pictures for ever, and judges each once, by all detectors of its policy."""
+    looked: list[int] = []
+    monkeypatch.setattr(
+        open_nsfw.OpenNSFW, "look", lambda self, x: [*map(float, looked.append(len(x)) or x.mean((1, 2, 3)))]
+    )
+    monkeypatch.setattr(_base, "_looks", OrderedDict())
+    low, high = (open_nsfw.OpenNSFW(threshold=each) for each in (0.2, 0.8))
+    picture = torch.full((3, 8, 8), 0.5)
+    assert drawing._seen([("low", low), ("high", high)], picture) == ("low",)
+    assert looked == [1] and not _base._looks
+    assert bool(low(picture[None])) and not high(picture[None]).any()  # the effect: elsewhere it is
+    assert looked == [1, 1] and len(_base._looks) == 1
+
+
+def test_a_look_that_another_thread_drops_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(self: Any, images: Tensor) -> list[float]:
+        _base._looks.clear()  # as if the other had filled it
+        return [*map(float, images.mean((1, 2, 3)))]
+
+    monkeypatch.setattr(open_nsfw.OpenNSFW, "look", look)
+    monkeypatch.setattr(_base, "_looks", OrderedDict())
+    judge, pictures = open_nsfw.OpenNSFW(), torch.stack([torch.full((3, 8, 8), k / 4) for k in range(4)])
+    assert judge(pictures[:2]).tolist() == [[False, False]] and len(_base._looks) == 2
+    assert judge(pictures).tolist() == [[False, False, True, True]]
 
 
 def test_a_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -564,11 +564,14 @@ def test_only_vectors_learn(sd1: Any) -> None:
     assert all(float(v.norm()) > 0 for v in several.vectors.values())
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+BLOCKS = {"sd3": "transformer_blocks.1", "flux": "single_transformer_blocks.0"}
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl", *BLOCKS])
 def test_its_gradient_is_that_of_the_formula(family: str) -> None:
     """Against finite differences, with the vector of each row; nothing before the module records a graph."""
-    pipe = tiny.untouched(family)
-    net = _directions.Steered(pipe, ["a cat", "a dog"], ["mid_block"], 2, spatial=True, precision="auto")
+    pipe, module = tiny.untouched(family), BLOCKS.get(family, "mid_block")
+    net = _directions.Steered(pipe, ["a cat", "a dog"], [module], 2, spatial=True, precision="auto")
     rng = torch.Generator().manual_seed(3)
     x, noise = torch.randn(2, 3, *net.shape, generator=rng)
     rows = net.numbers(torch.tensor([0, 1, 1]), torch.tensor([1, 2, 0]))
@@ -576,11 +579,14 @@ def test_its_gradient_is_that_of_the_formula(family: str) -> None:
     vectors = net.student()
     (v,) = vectors.values()
     graphs: list[bool] = []
-    hook = pipe.unet.mid_block.register_forward_pre_hook(lambda _, args: graphs.append(args[0].requires_grad))
+    named = [given for given in ("hidden_states",) if family in BLOCKS]
+    hook = net.module.get_submodule(module).register_forward_pre_hook(
+        lambda _, args, kwargs: graphs.append((kwargs[named[0]] if named else args[0]).requires_grad), with_kwargs=True
+    )
     value = _directions.loss(net, vectors, points)
     hook.remove()
     (gradient,) = torch.autograd.grad(value, v)
-    assert graphs == [False] and all(p.grad is None for p in pipe.unet.parameters())
+    assert graphs == [False] and all(p.grad is None for p in net.module.parameters())
     direction = torch.randn(v.shape, generator=rng)
     with torch.no_grad():
         ends = [_directions.loss(net, {n: s * direction for n in vectors}, points) for s in (1e-2, -1e-2)]
@@ -591,6 +597,54 @@ def test_its_gradient_is_that_of_the_formula(family: str) -> None:
         other = direction.clone()
         other[1 - own] *= 7
         assert zero != whole == _directions.loss(net, dict.fromkeys(vectors, other), point)
+
+
+@pytest.mark.parametrize("family", BLOCKS)
+def test_blocks_of_transformers_are_learned(family: str) -> None:
+    """One vector per token of the picture, or one for all; they act as learned when the pipeline draws."""
+    pipe, module = tiny.pipeline(family), BLOCKS[family]
+    pipe.default_sample_size = 8
+    before, editor = everything(pipe), dataclasses.replace(QUICK, at=(module,))
+    directions = editor.fit(pipe, [ALCOHOL, CAT])
+    assert_as_found(pipe, before)
+    assert [*directions.vectors] == [f"transformer.{module}"]
+    assert only_vector(directions).shape == (2, *shape(family, module))
+    assert float(only_vector(directions).flatten(1).norm(dim=1).min()) > 0
+    without = latents(pipe)
+    with directions.apply(pipe):
+        assert change(latents(pipe), without) > 0
+    pooled = dataclasses.replace(editor, spatial=False, anti=True, neutral="a night").fit(pipe, [CAT])
+    assert only_vector(pooled).shape == (1, 1, shape(family, module)[1])
+    with pooled.apply(pipe):
+        assert change(latents(pipe), without) > 0
+
+
+@pytest.mark.parametrize("family", BLOCKS)
+def test_flow_matching_learns_the_velocity_of_the_scheduler(family: str) -> None:
+    """A step of the pipeline's scheduler with the target, from any time to 0, ends at the picture."""
+    pipe = tiny.untouched(family)
+    net = _directions.Steered(pipe, ["a cat"], [BLOCKS[family]], 1, spatial=True, precision="auto")
+    x, noise = torch.randn(2, 1, *net.shape, generator=torch.Generator().manual_seed(0))
+    times = net.scheduler.timesteps
+    points = net.noised(x, times[-1:], noise, torch.zeros(1).long())
+    end = net.scheduler.step(points.target, times[-1], points.x, return_dict=False)[0]
+    assert torch.allclose(end, x, atol=1e-5) and not torch.allclose(points.x, x, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", BLOCKS)
+def test_pictures_of_a_transformer_are_those_of_its_pipeline(family: str) -> None:
+    pipe = tiny.untouched(family)
+    net = _directions.Steered(pipe, ["a cat"], [BLOCKS[family]], 1, spatial=True, precision="auto")
+    tasks, call = (
+        [_directions.Task.of(ALCOHOL, ["a night"], False)],
+        {**facts(pipe).guided(4.0), "num_inference_steps": 2},
+    )
+    found = _directions.latents(pipe, tasks, 2, shape=net.shape, batch=2, seed=5, call=call, cache=None, tell=print)
+    noise = torch.randn(2, *net.shape, generator=torch.Generator().manual_seed(5))
+    given = {**call, "negative_prompt": ["", ""]}
+    packed = _directions.as_called(facts(pipe), noise)
+    want = pipe(["beer", "wine glass"], latents=packed, output_type="latent", **given).images
+    assert torch.equal(_directions.as_called(facts(pipe), found[0]), want) and found[0].shape[1:] == net.shape
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from efface import EIUP, GIE, Concept, load
 from efface._weights import layer_names, text_hash
-from efface.erasers.gie.adapter import Adapter
+from efface.erasers.gie.adapter import SHIPPED, Adapter, best_fixed
 from efface.erasers.gie.fit import Ladder, Row, train
 from efface.hooks.sites import site
 from efface.models.emoji.weights import FOLDER
@@ -605,6 +605,45 @@ def test_a_killed_fit_loses_one_batch(sd1: Any, tmp_path: Path) -> None:
         GIE.fit(sd1, CAT, TEXTS, detector=Bright(), out=out, **QUICK)
     with pytest.raises(ValueError, match="(?s)rows: .*call.num_inference_steps: "):
         GIE.fit(sd1, CAT, TEXTS[:5], detector=Bright(), out=out, **{**QUICK, "num_inference_steps": 3})
+
+
+def test_more_strengths_draw_only_these(sd1: Any, tmp_path: Path) -> None:
+    out, few, more = tmp_path / "a.safetensors", Bright(), Bright()
+    GIE.fit(sd1, CAT, TEXTS, detector=few, out=out, **QUICK | {"strengths": (1,)})
+    GIE.fit(sd1, CAT, TEXTS, detector=more, out=out, **QUICK)
+    assert (few.calls, more.calls) == (4, 4)  # of two batches each: the base model's pictures, and one strength
+    whole = GIE.fit(sd1, CAT, TEXTS, detector=Bright(), out=tmp_path / "b.safetensors", **QUICK)
+    longer, once = Adapter.load(out).facts, Adapter.load(str(whole.adapter)).facts
+    assert longer == once and list(longer["losses"]) == list(longer["best"]) == ["0", "1", "4"]
+    assert sum(longer["best"].values()) == longer["prompts"] == len(TEXTS) and longer["concepts"] == ["cat"]
+    again = Bright()
+    GIE.fit(sd1, CAT, TEXTS, detector=again, out=out, **QUICK | {"strengths": (1,)})
+    assert again.calls == 0 and list(Adapter.load(out).facts["losses"]) == ["0", "1"]
+
+
+def test_a_strength_at_an_end_of_the_ladder_is_not_called_the_best() -> None:
+    inside = {"0": 0.6, "0.5": 0.5, "1": 0.2, "2": 0.2}
+    assert best_fixed(inside) == 1.0  # of equals, the smallest
+    for strength, where in (("0", "the base model"), ("0.5", "the smallest"), ("2", "the largest")):
+        with pytest.raises(ValueError, match=rf"got {strength}, {where} of 0.5 to 2. Fit again with `strengths`"):
+            best_fixed(inside | {strength: 0.1})
+    with pytest.raises(ValueError, match="got 1, the largest of 1 to 1"):
+        best_fixed({"0": 1.0, "1": 0.5})
+    with pytest.raises(ValueError, match="the losses of its ladder, got one without. Fit it again"):
+        best_fixed({})
+
+
+def test_the_shipped_adapter_was_fitted_on_a_ladder_that_ends_at_its_best(tmp_path: Path) -> None:
+    """As docs/methods.md says: half of the prompts that needed erasure did best at 2, the largest strength tried."""
+    setting = json.loads(Path(f"{SHIPPED['emoji']}.ladder.json").read_text("utf-8"))["setting"]
+    copy = tmp_path / "a.ladder.json"
+    copy.write_bytes(Path(f"{SHIPPED['emoji']}.ladder.json").read_bytes())
+    known = [json.loads(key) for key in setting["rows"]]
+    rows = [Row(Concept(name), text, seed) for name, text, seed in known]
+    facts = Ladder(copy, setting).facts(rows, setting["strengths"], fidelity=0.5)
+    assert facts["best"] == {"0": 22, "0.125": 0, "0.25": 1, "0.5": 2, "1": 19, "2": 24}
+    with pytest.raises(ValueError, match="got 2, the largest of 0.125 to 2"):
+        best_fixed(facts["losses"])
 
 
 def test_a_detector_that_sees_nothing_teaches_nothing(sd1: Any, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import efface.testing
 from efface import Guard, Policy
 from efface.guard import Erasure, Partial, PolicyNotApplied, drawing, explain, parsed, proof
 from efface.guard import guard as module
+from efface.guard.record import Batch
 from efface.hooks import watch
 from efface.hooks.prompts import Applied
 from efface.testing.tiny import call_options
@@ -54,6 +55,19 @@ def test_each_row_has_its_own_policy_whatever_stands_in_the_batch() -> None:
         for tenant, picture in zip(tenants, drawn(guarded, pipe, tenants), strict=True):
             assert change(picture, alone[tenant]) < 1e-5, tenant
     assert len(efface.active(pipe)) == 0
+
+
+def test_concepts_of_one_name_with_other_phrases_are_kept_apart() -> None:
+    """Two tenants call different things the same, in one batch and one after the other."""
+    lines = {"one": ALCOHOL, "two": CAT}
+    named = {key: {"name": "thing", "phrases": [*concept.phrases]} for key, concept in lines.items()}
+    policies = {key: Policy(erase=[Erasure(concepts=[entry], strength=3.0)]) for key, entry in named.items()}
+    alone = {key: drawn(Guard({key: policy}), pipeline(), [key])[0] for key, policy in policies.items()}
+    assert change(alone["one"], alone["two"]) > 1e-3
+    pipe, guarded = pipeline(), Guard(policies)
+    for tenants in (["two", "one"], ["one"]):
+        for tenant, picture in zip(tenants, drawn(guarded, pipe, tenants), strict=True):
+            assert change(picture, alone[tenant]) < 1e-5, tenants
 
 
 def test_the_record_names_policy_eraser_and_steps_of_each_row() -> None:
@@ -115,6 +129,13 @@ def test_two_threads_with_one_denoiser_wait_for_each_other() -> None:
     assert not failures and len(found) == 8
     assert all(change(picture, expected[tenant]) < 1e-5 for tenant, picture in found)
     assert module.lock_of(first) is module.lock_of(second) is not module.lock_of(pipeline())
+
+
+def test_arguments_of_as_many_values_as_rows_are_no_rows() -> None:
+    """Such as two coordinates for two prompts, of which one is drawn again."""
+    given = {"negative_prompt": ["a", "b"], "original_size": (64, 32), "crops_coords_top_left": [0, 8], "eta": 0.0}
+    batch = Batch(lambda: None, ("x", "y"), ("kids", "press"), (1, 2), None, given)  # type: ignore[arg-type]
+    assert batch.some([1]).call == {**given, "negative_prompt": ["b"]}
 
 
 # ---------------------------------------------------------------- fail closed
@@ -288,6 +309,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "concept of another form": ({"erase": [{"name": "cat", "phrase": "x"}]}, "name, phrases, anchor, keep"),
     "not JSON": ({"erase": [LINE | {"fields": {"window": {1}}}]}, "JSON types"),
     "a number": ({"erase": [1]}, "erase"),
+    "an entry with the name of an argument": (
+        {"erase": ["cat"], "self": 1},
+        "`self` of a policy, because it is unknown",
+    ),
 }
 
 
@@ -326,6 +351,11 @@ def test_a_policy_has_one_hash_and_does_not_change() -> None:
     ]
     hashes = {Policy(**{**policy.as_json(), **each}).hash for each in changes}
     assert len(hashes | {policy.hash}) == len(changes) + 1
+    copied = policy.model_copy(update={"gate": None})
+    assert copied.gate is None and copied.hash == Policy(**{**policy.as_json(), "gate": None}).hash != policy.hash
+    assert policy.model_copy().hash == policy.hash
+    with pytest.raises(ValueError, match="got an empty one"):
+        policy.model_copy(update={"erase": (), "gate": None})
     with pytest.raises(ValueError, match="frozen"):
         policy.version = 3  # type: ignore[misc]
     with pytest.raises(TypeError):
@@ -380,6 +410,7 @@ def test_policies_are_read_from_yaml(tmp_path: Path) -> None:
         ("policies: {kids: }", "to be a mapping"),
         ("policies: {kids: {erase: [no]}}", "erase"),
         ("policies: {kids: {unguarded: 'true'}}", "unguarded"),
+        ("policies: {kids: {self: 1}}", "unknown"),
         ("kids: {erase: [cat]}", "one entry `policies`"),
         ("policies: {kids: {erase: [cat]}}\nmore: 1", "one entry `policies`"),
         ("", "one entry `policies`"),

@@ -21,7 +21,23 @@ from diffusers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import ALCOHOL, CAT, LIMIT, PROMPT, PROMPTS, WORDS, bare, batch, change, drawn, latents, pipeline, untouched
+from test_conformance import ERASERS
+from tiny import (
+    ALCOHOL,
+    CAT,
+    LIMIT,
+    PROMPT,
+    PROMPTS,
+    WORDS,
+    bare,
+    batch,
+    change,
+    drawn,
+    fitted,
+    latents,
+    pipeline,
+    untouched,
+)
 from tokenizers import normalizers
 from torch import Tensor
 from transformers import T5Config, T5EncoderModel
@@ -521,6 +537,33 @@ def test_a_dropped_pipeline_is_freed_though_an_eraser_is_on() -> None:
     with pytest.raises(ValueError, match="pipeline of this eraser was deleted"):
         handle.strength = 2.0
     handle.remove()
+
+
+@pytest.mark.parametrize("name", ERASERS)
+def test_a_removed_eraser_holds_no_tensors_before_any_garbage_collection(name: str) -> None:
+    def bytes_of_tensors() -> int:
+        every = [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
+        return sum({each.data_ptr(): each.untyped_storage().nbytes() for each in every}.values())
+
+    pipe = pipeline()
+    eraser = fitted(ERASERS[name], pipe)
+
+    def drawing() -> tuple[int, int]:
+        handle = eraser.apply(pipe)
+        latents(pipe)
+        held = bytes_of_tensors()
+        handle.remove()
+        return held, bytes_of_tensors()
+
+    drawing()  # encodings that are kept across calls
+    gc.collect()
+    gc.disable()
+    try:
+        before = bytes_of_tensors()
+        held, after = drawing()
+    finally:
+        gc.enable()
+    assert held > before and after - before <= 64  # the cycle of the hooks holds a number or two
 
 
 def test_pipelines_that_share_a_denoiser_share_its_erasers() -> None:

@@ -132,6 +132,17 @@ def test_a_cancellation_in_the_moment_of_a_poll_is_not_lost(turns: int, idle: De
     assert asyncio.run(main())
 
 
+def test_a_job_that_is_deleted_again_and_again_leaves_one_entry(quiet: Desk) -> None:
+    """Else a tenant could fill the log, which nothing but its operator shortens."""
+    queued, running = accept(quiet), accept(quiet, prompt="a dog")
+    quiet.service.jobs.claim([running], "a")
+    for name in (queued, running):
+        asked = [quiet.client.delete(f"/v1/efface/jobs/{name}", headers=quiet.head()) for _ in range(5)]
+        assert [(each.status_code, each.json()["deleted"]) for each in asked] == [(200, True)] * 5
+    kinds = [(entry["job"], entry["kind"]) for entry in quiet.service.audit.entries() if "job" in entry]
+    assert kinds == [(name, kind) for kind in ("job accepted", "job cancelled") for name in (queued, running)]
+
+
 # ---------------------------------------------------------------- requests with two meanings
 
 

@@ -32,7 +32,9 @@ from typer.testing import CliRunner
 import efface
 from efface.cli import app as cli
 from efface.guard import read
+from efface.serve import fields
 from efface.serve.app import create_app
+from efface.serve.backend import PipelineBackend, Row
 from efface.serve.http import Edge
 from efface.serve.run import check_host
 
@@ -277,7 +279,7 @@ def test_a_cancelled_job_ends_its_batch_and_its_request(desk: Desk) -> None:
     assert desk.service.jobs.pictures(name) == []
 
 
-def test_a_database_that_goes_away_and_comes_back(desk: Desk) -> None:
+def test_a_database_that_goes_away_and_comes_back(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     assert desk.post(ASKED).status_code == 200
     there, away = desk.service.database.engine, sql.create_engine("sqlite:////absent/serve.db")
     desk.service.database.engine = away
@@ -291,6 +293,9 @@ def test_a_database_that_goes_away_and_comes_back(desk: Desk) -> None:
     }
     assert desk.client.get("/healthz").status_code == 200
     desk.service.database.engine = there
+    with monkeypatch.context() as patch:  # a disk without room
+        patch.setattr(type(desk.service.database), "usable", lambda _: False)
+        assert desk.client.get("/readyz").status_code == 503
     _until(lambda: desk.client.get("/readyz").status_code == 200)
     assert desk.post(ASKED).status_code == 200
 
@@ -510,6 +515,23 @@ def command(*arguments: str) -> str:
 
 def _tensor(picture: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
+
+
+@pytest.mark.long
+def test_a_negative_prompt_that_repeats_the_prompt_does_not_bring_a_concept_back() -> None:
+    """At the largest guidance that a request may ask for."""
+    pipe = efface.load("emoji")
+    pipe.set_progress_bar_config(disable=True)
+    prompt, policies = "a beer mug", (efface.Policy(erase=["alcohol"]), efface.unguarded)
+    rows = [Row(prompt, prompt, seed, policy) for policy in policies for seed in (1_000_000, 1_000_001)]
+    asked = fields.parsed(
+        {"prompt": prompt, "negative_prompt": prompt, "guidance_scale": fields.MOST_SCALE, "steps": 8}
+    )
+    call = fields.batch_facts(asked, "emoji", (64, 64), policies[0])
+    drawn = PipelineBackend(pipe, "emoji", ((64, 64),)).draw(rows, call, lambda _: None, lambda *_: None)
+    pictures = [each.picture for each in drawn if each.picture is not None]
+    seen = efface.detector("eyes", "alcohol")(torch.cat([_tensor(picture) for picture in pictures])).any(0)
+    assert seen.tolist() == [False, False, True, True]
 
 
 YAML = "policies: {kids: {erase: [alcohol]}, press: {unguarded: true}}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -38,7 +39,7 @@ from efface.serve.jobs import Jobs, New, Waiting
 from efface.serve.keys import Keys
 from efface.serve.leases import Leases
 from efface.serve.policies import Policies, effective
-from efface.serve.service import Limits, Service
+from efface.serve.service import Limits, Service, initialise
 from efface.serve.turns import Turns
 
 PEPPER = b"p" * 32
@@ -552,6 +553,19 @@ def test_pictures_expire_and_load_counts_live_jobs(database: Database, monkeypat
     assert jobs.expire(60) == 1 and jobs.pictures(names[0]) == [] and jobs.states(names).keys() == set(names[1:])
 
 
+def test_many_jobs_expire_in_several_transactions(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that deletes all pictures of a day would keep others from writing, such as heartbeats, for too long."""
+    monkeypatch.setattr(module, "EXPIRED", 2)
+    jobs = Jobs(database)
+    names = [jobs.accept(new(), nothing)[0] for _ in range(6)]
+    for claim in jobs.claim(names[:5], "a"):
+        jobs.finish(claim, [PICTURE], None, nothing)
+    left = []
+    for _ in range(4):
+        left.append((jobs.expire(-1.0), len(jobs.states(names)), sum(len(jobs.pictures(name)) for name in names)))
+    assert left == [(2, 4, 3), (2, 2, 1), (1, 1, 0), (0, 1, 0)]
+
+
 def test_a_worker_sees_the_jobs_of_its_own_model(database: Database) -> None:
     jobs = Jobs(database)
     names = [jobs.accept(new(model=model), nothing)[0] for model in ("stub", "other")]
@@ -680,6 +694,37 @@ def test_a_full_disk_accepts_nothing_and_loses_nothing(tmp_path: Path) -> None:
         jobs.finish(claim, [Picture(b"x" * 1_000_000, {})], None, nothing)
     assert jobs.states([kept])[kept][0] == "running" and jobs.pictures(kept) == []
     database.close()
+
+
+def test_an_sqlite_file_is_its_owners_and_a_full_disk_makes_it_unusable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds prompts and pictures."""
+    folder = tmp_path / "service"
+    service, _ = initialise(folder)
+    database = service.database
+    assert folder.stat().st_mode & 0o777 == 0o700
+    with database.reading():
+        found = {each.name: each.stat().st_mode & 0o777 for each in folder.iterdir()}
+    assert found.keys() > {"serve.db", "serve.db-wal", "pepper"} and set(found.values()) == {0o600}
+    assert database.usable()
+    used = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: used._replace(free=2**20))
+    assert not database.usable()
+    database.close()
+
+
+def test_a_service_that_a_full_disk_refused_can_be_made_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            initialise(tmp_path / "service")
+    service, key = initialise(tmp_path / "service")
+    assert service.keys.holder(key) is not None
+    service.database.close()
 
 
 def test_a_locked_database_is_unavailable_and_comes_back(tmp_path: Path) -> None:
@@ -869,6 +914,16 @@ def test_jobs_that_fill_a_batch_are_paid_for() -> None:
     waiting = [each for _ in range(400) for each in (("a", "x", 1, 1.0), ("b", "x", 1, 1.0), ("c", "y", 1, 1.0))]
     rows = collections.Counter(job.tenant for batch in served(Fair(4), queue(*waiting), 90) for job in batch)
     assert sum(rows.values()) == 360 and max(rows.values()) - min(rows.values()) <= 8, rows
+
+
+def test_who_filled_rows_that_nobody_wanted_waits_for_few_batches_later() -> None:
+    """One tenant fills the batches of another for hours. Then a third one comes, with jobs of another kind."""
+    fair, few = Fair(8), [("small", "x", 1, 1.0), *[("large", "x", 1, 1.0)] * 20]
+    for _ in range(2_000):
+        assert collections.Counter(job.tenant for job in fair.choose(queue(*few))) == {"small": 1, "large": 7}
+    later = queue(*[("large", "x", 1, 1.0)] * 400, *[("new", "y", 1, 1.0)] * 400)
+    rows = collections.Counter(job.tenant for batch in served(fair, later, 40) for job in batch)
+    assert sum(rows.values()) == 320 and rows["new"] - 24 <= rows["large"] <= rows["new"], rows
 
 
 @pytest.mark.parametrize("keys", [("x", "x"), ("x", "y")])

@@ -45,6 +45,7 @@ HOSTING: dict[str, Any] = {
     "batch": Annotated[int, typer.Option(min=1, help="The largest number of pictures in a batch.")],
     "queue": Annotated[int, typer.Option(min=1, help="The largest number of live jobs.")],
     "tenant_queue": Annotated[int, typer.Option(min=1, help="The largest number of live jobs of a tenant.")],
+    "keep": Annotated[float, typer.Option(help="Hours that jobs and their pictures are kept after they have ended.")],
     "drain": Annotated[float, typer.Option(help="Seconds for accepted jobs after SIGTERM.")],
     "stall": Annotated[float, typer.Option(help="Seconds without a step after which a worker counts as stalled.")],
     "database": DatabaseUrl,
@@ -52,7 +53,7 @@ HOSTING: dict[str, Any] = {
 """The options of every command that serves."""
 DEFAULTS: dict[str, Any] = {
     "name": None, "host": "127.0.0.1", "everywhere": False, "deltas": None, "batch": 8, "queue": 1_000,
-    "tenant_queue": 200, "drain": 60.0, "stall": 600.0, "database": None,
+    "tenant_queue": 200, "keep": 24.0, "drain": 60.0, "stall": 600.0, "database": None,
 }  # fmt: skip
 hosts = shared("hosting", HOSTING, DEFAULTS)
 
@@ -61,7 +62,8 @@ def _limits(hosting: Mapping[str, Any]) -> Limits:
     from ..serve.service import Limits
 
     same = {name: hosting[name] for name in ("queue", "drain", "stall")}
-    return Limits(rows=hosting["batch"], tenant=hosting["tenant_queue"], **same)
+    keep = checks.number("--keep", hosting["keep"], 0, above=True) * 3_600
+    return Limits(rows=hosting["batch"], tenant=hosting["tenant_queue"], keep=keep, **same)
 
 
 def _folder(hosting: Mapping[str, Any]) -> Path | None:

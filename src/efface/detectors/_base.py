@@ -5,7 +5,9 @@ from __future__ import annotations
 import abc
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -13,7 +15,19 @@ from torch import Tensor
 from efface.core import check_pictures
 
 KEPT = 20_000
-_looks: OrderedDict[tuple[str, bytes], Any] = OrderedDict()
+Looks = OrderedDict[tuple[str, bytes], Any]
+_looks: Looks = OrderedDict()
+_own: ContextVar[Looks | None] = ContextVar("efface_looks", default=None)
+
+
+@contextmanager
+def forgetting() -> Iterator[None]:
+    """Inside, results are kept for this block only: those of pictures that are never judged again."""
+    token = _own.set(OrderedDict())
+    try:
+        yield
+    finally:
+        _own.reset(token)
 
 
 def looks(detector: Looking, images: Tensor) -> list[Any]:
@@ -22,15 +36,18 @@ def looks(detector: Looking, images: Tensor) -> list[Any]:
     Raises:
         ValueError: the pictures are not float [N, 3, H, W] in [0, 1].
     """
-    images = check_pictures(images)
+    images, cache = check_pictures(images), _looks if (own := _own.get()) is None else own
     keys = [(detector.look_name, hashlib.sha256(x.contiguous().numpy().tobytes()).digest()) for x in images]
-    new = [k for k, key in enumerate(keys) if key not in _looks]
-    found = dict(zip([keys[k] for k in new], detector.look(images[new]) if new else [], strict=True))
-    out = [found[key] if key in found else _looks[key] for key in keys]
-    _looks.update(found)
-    while len(_looks) > KEPT:
-        _looks.popitem(last=False)
-    return out
+    known = {}
+    for key in keys:
+        with suppress(KeyError):  # another thread may have dropped it
+            known[key] = cache[key]
+    new = [k for k, key in enumerate(keys) if key not in known]
+    known |= (found := dict(zip([keys[k] for k in new], detector.look(images[new]) if new else [], strict=True)))
+    cache.update(found)
+    while len(cache) > KEPT:
+        cache.popitem(last=False)
+    return [known[key] for key in keys]
 
 
 class Looking(abc.ABC):

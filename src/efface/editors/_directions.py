@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from ._training import unobserved
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+    from ..families import Family
 
 CURE = "Move it away, or run the command that started it."
 LEVELS = 8  # noise levels at which a held-out picture is judged
@@ -97,23 +100,23 @@ def latents(
     if cache is not None:
         identity = json.loads(json.dumps({**asked, "base": digest(denoiser)}, default=str))
         made = cached(cache, identity, len(rows), made)
-    shadow, rng = unobserved(pipe), Generator().manual_seed(seed)
+    shadow, rng, facts = unobserved(pipe), Generator().manual_seed(seed), family(pipe)
     for k in range(0, len(rows), batch):
         some = rows[k : k + batch]
         noise = torch.randn(len(some), *shape, generator=rng)
         if k < len(made):
             continue
         prompts, negatives = [row[0] for row in some], [row[1] for row in some]
+        given = {**call, "negative_prompt": negatives} if any(negatives) or "negative_prompt" in call else call
         with torch.no_grad():
             out = shadow(
                 prompts,
-                **({"negative_prompt": negatives} if any(negatives) else {}),
-                latents=noise.to(pipe._execution_device, next(iter(denoiser.values())).dtype),
+                latents=as_called(facts, noise.to(pipe._execution_device, next(iter(denoiser.values())).dtype)),
                 generator=Generator().manual_seed(seed + k),
                 output_type="latent",
-                **call,
+                **given,
             )
-        made = torch.cat([made, out.images.float().cpu()])
+        made = torch.cat([made, facts.training_output(out.images, noise).float().cpu()])
         if cache is not None:
             cache.parent.mkdir(parents=True, exist_ok=True)
             header = {"fit": json.dumps(identity, sort_keys=True), "done": json.dumps(len(made) == len(rows))}
@@ -122,6 +125,13 @@ def latents(
     if not made.isfinite().all():
         raise ValueError("Some of the pictures are NaN. Lower `guidance`, or load the model in float32.")
     return made.unflatten(0, (len(tasks), pictures))
+
+
+def as_called(facts: Family, x: Tensor) -> Tensor:
+    """Latents [N, C, h, w] in the form in which the denoiser receives them."""
+    args, kwargs = facts.training_call(x, torch.zeros((), device=x.device), {})
+    found: Tensor = args[0] if args else kwargs["hidden_states"]
+    return found
 
 
 def cached(cache: Path, identity: Mapping[str, Any], rows: int, empty: Tensor) -> Tensor:
@@ -178,7 +188,7 @@ class Steered(Denoiser):
                 f"Expected `at` to name modules that the {self.prefix[:-1]} runs, got {missing[0]!r}. Use a model with "
                 'this module, or name others, such as "mid_block".'
             )
-        wide = {name: shape if spatial else (shape[0], *(1 for _ in shape[1:])) for name, shape in found.items()}
+        wide = {name: shape if spatial else pooled(shape) for name, shape in found.items()}
         self.shapes = {f"{self.prefix}{name}": (concepts, *wide[name]) for name in modules}
 
     def student(self) -> dict[str, Tensor]:
@@ -200,18 +210,30 @@ class Steered(Denoiser):
 
     @contextmanager
     def _hooked(self, act: Callable[[str, Tensor], Any]) -> Iterator[None]:
-        """Replaces the outputs of the modules by `act(name, output)`."""
+        """Replaces the outputs of the modules by `act(name, output)`; of text and picture, only the picture's."""
         named = dict(self.module.named_modules())
-        hooks = []
+        hooks, picture = [], self.condition.facts.picture_output
+
+        def changed(name: str, _: Any, __: Any, out: Any) -> Any:
+            if isinstance(out, Tensor):
+                return act(name, out)
+            return (*out[:picture], act(name, out[picture]), *out[picture + 1 :])
+
         try:
-            for name in self.modules:
-                if name in named:
-                    hook = lambda _, __, out, name=name: act(name, out)  # noqa: E731
-                    hooks.append(named[name].register_forward_hook(hook))
+            hooks += [
+                named[name].register_forward_hook(partial(changed, name)) for name in self.modules if name in named
+            ]
             yield
         finally:
             for handle in hooks:
                 handle.remove()
+
+    def noised(self, x: Tensor, t: Tensor, noise: Tensor, rows: Tensor) -> Points:
+        """Points at the times t, with the denoiser's target; of flow matching, the velocity from picture to noise."""
+        if "flow_training" not in self.condition.facts.offers:
+            return super().noised(x, t, noise, rows)
+        share = (t.to(x) / self.scheduler.config.num_train_timesteps).reshape(-1, *(1 for _ in x.shape[1:]))
+        return Points(torch.lerp(x, noise, share), t, rows, noise - x)
 
     @torch.no_grad()
     def held_out(self, vectors: Weights, pictures: Tensor, rows: Tensor, seed: int) -> list[float]:
@@ -227,6 +249,11 @@ class Steered(Denoiser):
                     loss = mse(self(points.x, points.t, points.prompt, weights), points.target)
                     total[k] += float(loss) * len(x) / (LEVELS * len(pictures))
         return total
+
+
+def pooled(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of one number per channel: channels are the first dimension of a map, and the last one of tokens."""
+    return (1, shape[-1]) if len(shape) == 2 else (shape[0], *(1 for _ in shape[1:]))
 
 
 def loss(net: Steered, vectors: Weights, points: Points) -> Tensor:

@@ -17,7 +17,7 @@ from ..core import Concepts, Detector, as_concepts, config
 from ..delta import Directions
 from ..delta.table import shares_of
 from ..families import family
-from ..fields import Converted
+from ..fields import Converted, computed
 from ._denoiser import Points, Precision
 from ._directions import Steered, Task, latents, loss
 from ._settings import FamilyDefaults, Training
@@ -38,7 +38,8 @@ class LatentDirections(FamilyDefaults):
         c = argmin_c E || e - e_theta(x_t, t, y-; h <- h + c) ||^2,    x_0 ~ model(y+)
 
     y+ names the concept ("a woman"), y- leaves it out ("a person"), so the vector c supplies what y- lacks. h is the
-    output of the UNet's mid block. All weights are frozen. Models that predict the velocity train on the velocity.
+    output of the UNet's mid block. All weights are frozen. Models that predict the velocity train on the velocity. In
+    flow matching x_t = (1 - t) x_0 + t e, and e - x_0 replaces e as the target.
 
     Paper: H. Li, C. Shen, P. Torr, V. Tresp, J. Gu, 2024, "Self-Discovering Interpretable Diffusion Latent Directions
     for Responsible Text-to-Image Generation", CVPR 2024, arXiv 2311.17216. Its equations were not available, so there
@@ -47,9 +48,10 @@ class LatentDirections(FamilyDefaults):
     Differs: vectors start at zero. The authors start at random values in [-0.1, 0.1], which stay wherever the loss does
     not reach. Pictures stay latents; the authors decode them and encode them again. Texts are padded as in a pipeline
     call; the authors pad to the longest text of a batch. Several concepts train in one run, each for `steps` updates on
-    average. `at` with other modules than the mid block, and `spatial=False`, are extensions that the paper did not
-    test. The prompts of the authors' safety vector were not published; `anti` follows their code. Equal pictures of y+
-    and y- would teach nothing: pass a `detector` to be sure that the model draws the concept.
+    average. `at` with other modules than the mid block, `spatial=False`, and blocks of transformers (SD 3/3.5, FLUX.1),
+    which have no bottleneck, are extensions that the paper did not test. The prompts of the authors' safety vector were
+    not published; `anti` follows their code. Equal pictures of y+ and y- would teach nothing: pass a `detector` to be
+    sure that the model draws the concept.
 
     Args:
         steps: updates per concept, >= 1; code: 2500. None: the family's default, as for `lr`, `pictures` and
@@ -61,7 +63,7 @@ class LatentDirections(FamilyDefaults):
         guidance: guidance scale of the pictures; code: 7.5.
         clip: largest norm of the gradient; code: 0, no clipping.
         precision: "auto", "float32" or "bfloat16" (autocast; vectors stay float32).
-        at: names of the denoiser's modules, such as "mid_block" or "up_blocks.0". (): the bottleneck.
+        at: names of the denoiser's modules, such as "mid_block" or "transformer_blocks.4". (): the bottleneck.
         spatial: whether a vector has a number per position, as in the paper. It then fits one picture size only.
         anti: whether to learn what is left if the concept is the negative prompt: x_0 ~ model(y-, negative = y+). Such
             vectors are added for safety.
@@ -70,12 +72,14 @@ class LatentDirections(FamilyDefaults):
             concept per picture. `Directions.fair` sets it later.
         window: the part of the trajectory with the edit, (start, end): 0 is pure noise, 1 the picture; code: (0, 1).
 
-    Shapes: latents x_t [B, C, h, w]; vectors [K, C, s, s], or [K, C, 1, 1] with `spatial=False`.
+    Shapes: latents x_t [B, C, h, w]; vectors [K, C, s, s], or [K, C, 1, 1] with `spatial=False`. For modules that
+        return Q tokens: [K, Q, C] or [K, 1, C].
 
     Raises:
         ValueError: a field is out of range; a phrase equals a neutral text; `anti` meets a guidance of 1; the pipeline
-            has run-time erasers or a LoRA; the denoiser lacks a module of `at`; a text is over the encoder's limit; the
-            detector sees a concept in less than 30 % of its pictures; or the checkpoint belongs to another fit.
+            has run-time erasers or a LoRA; the denoiser lacks a module of `at`, or is a transformer and `at` is empty;
+            a text is over the encoder's limit; the detector sees a concept in less than 30 % of its pictures; or the
+            checkpoint belongs to another fit.
         TypeError: the family of the pipeline is unknown.
         RuntimeError: the loss is not finite.
 
@@ -91,7 +95,10 @@ class LatentDirections(FamilyDefaults):
         (64, 64)
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("training",)
+    needs: ClassVar[tuple[str, ...]] = computed(
+        lambda self: ("training|flow_training",) if self.at else ("training",), ("training",)
+    )
+    forms: ClassVar[Mapping[str, Mapping[str, Any]]] = {"blocks in `at`": {"at": ("transformer_blocks.0",)}}
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "emoji": {"steps": 50, "lr": 0.02, "pictures": 32, "sampler_steps": 20},
         "": {"steps": 2500, "lr": 0.1, "pictures": 1000, "sampler_steps": 30},

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import api
 from .._encodings import compared_once
+from ..detectors._base import forgetting
 from ..hooks.sites import records
 from .deltas import present
 from .partial import Partial, callback
@@ -94,7 +95,7 @@ class Drawing:
             for k in waiting:
                 row, gate = self.rows[k], gates[k]
                 judges = detectors[self.policies[k].hash]
-                seen = tuple(name for name, judge in judges if _finds(judge, self.pictures[k]))
+                seen = _seen(judges, self.pictures[k])
                 outcome = "redrawn" if redraws else "drawn"
                 if seen:
                     outcome = "logged" if gate.on_detection == "log" else "blocked"
@@ -115,9 +116,10 @@ class Drawing:
             self.rows[k] = replace(new.rows[j], detections=self.rows[k].detections)
 
 
-def _finds(judge: Detector, picture: Tensor) -> bool:
-    """Whether any judge finds the concept in a picture [3, H, W]."""
-    return bool(judge(picture[None].clamp(0, 1)).any())
+def _seen(judges: Sequence[tuple[str, Detector]], picture: Tensor) -> tuple[str, ...]:
+    """The concepts that any judge finds in a picture [3, H, W]."""
+    with forgetting():  # nobody judges it again
+        return tuple(name for name, judge in judges if bool(judge(picture[None].clamp(0, 1)).any()))
 
 
 def alike(policies: Sequence[Policy]) -> list[list[int]]:

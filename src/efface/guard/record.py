@@ -92,10 +92,10 @@ class Batch:
     pictures: Tensor | None = None
 
     def some(self, rows: Sequence[int]) -> Batch:
-        """The batch with these rows only."""
+        """The batch with these rows only. Of the arguments of the call, lists of texts have one per row."""
         call, n = dict(self.call), len(self.prompts)
         for name, value in self.call.items():
-            if isinstance(value, (list, tuple)) and len(value) == n:
+            if isinstance(value, (list, tuple)) and len(value) == n and all(isinstance(each, str) for each in value):
                 call[name] = [value[k] for k in rows]
         prompts, tenants = ([every[k] for k in rows] for every in (self.prompts, self.tenants))
         seeds = tuple(self.seeds[k] for k in rows)

@@ -92,6 +92,7 @@ class Site:
 
         def remove() -> None:
             self.applied.remove(applied)
+            applied.drop()
             self.refit()
             if not self.applied:
                 self._close()
@@ -297,8 +298,7 @@ class Site:
         time = timestep.flatten()[0] if isinstance(timestep, Tensor) and timestep.ndim else timestep
         if self.calls.call is not None and given is None:
             self.calls.call.guarded = True
-        n = len(text)
-        return Batch(first, n, n, prompt, empty, time, self._repelled, empty, not self.layers.projects)
+        return Batch(first, len(text), len(text), prompt, empty, time, self._repelled, empty, not self.layers.projects)
 
     def _first_row(self, text: Tensor, texts: Texts | None) -> int:
         """The number of unconditional rows. Compares texts once per batch, and assigns the methods their rows."""

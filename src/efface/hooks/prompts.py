@@ -91,6 +91,10 @@ class Applied:
         """Takes the method and the state of `other`."""
         vars(self).update(vars(other))
 
+    def drop(self) -> None:
+        """Drops everything but the record. A removed eraser is in cycles, which the garbage collector finds late."""
+        self.become(Applied(self.method, record=self.record, handle=self.handle))
+
     def carried(self) -> list[tuple[Text, dict[int, list[int]]]]:
         """The texts that joint attention carries, each with the positions in it of other texts, by their `id`."""
         found = [] if self.neutral is None else [(self.neutral, {id(self.neutral): [*range(len(self.neutral))]})]

@@ -15,6 +15,7 @@ from . import images, own
 from .database import Unavailable
 from .errors import Refused
 from .http import Edge, broken, missing, refused
+from .log import named, told
 from .service import Service
 from .studio import pages
 from .watch import Watcher
@@ -28,10 +29,17 @@ def create_app(service: Service, *, studio: bool = False) -> FastAPI:
         studio: whether the page at /studio is served.
     """
 
+    def over(task: asyncio.Task[None]) -> None:
+        """Nobody would be told of an end any more, so the process has to end."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            told("watcher ended", error=named(error))
+            service.stalled.set()
+
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         app.state.watcher = Watcher(service.jobs, service.ended)
         task = asyncio.create_task(app.state.watcher.run())
+        task.add_done_callback(over)
         with service.arrived.ringing():
             yield
         task.cancel()

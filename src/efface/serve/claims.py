@@ -95,6 +95,6 @@ def mine(claim: Claim) -> tuple[Any, ...]:
     return _T.c.id == claim.id, _T.c.fence == claim.fence, _T.c.state == "running"
 
 
-def drop(connection: sql.Connection, jobs: Any, *which: sql.Table) -> None:
-    for table in which:
-        connection.execute(table.delete().where(table.c.job.in_(jobs)))
+def drop(connection: sql.Connection, jobs: Sequence[str], *which: sql.Table) -> int:
+    """Deletes the rows of jobs, and returns their number."""
+    return sum(connection.execute(table.delete().where(table.c.job.in_(jobs))).rowcount for table in which)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ FROZEN = 3
 """PostgreSQL ends a transaction whose process does nothing for so many times the wait: it may hold locks."""
 PASSING = ("08", "25", "40", "53", "57")
 """Classes of PostgreSQL's errors that pass: connections, standby servers, conflicts, resources, operators."""
+ROOM = 64 * files.MIB
+"""Bytes that have to be free beside an SQLite file. Pictures of a batch need less."""
 MIGRATING = 0x0EFFACE
 CACHE = 512
 """KiB of pages that each connection to SQLite keeps in memory."""
@@ -151,6 +155,16 @@ class Database:
                 return ""
             return str(connection.execute(sql.text("SELECT version_num FROM alembic_version")).scalar() or "")
 
+    def usable(self) -> bool:
+        """Whether it has tables, and its disk has room. The disk of a PostgreSQL server is not seen from here.
+
+        Raises:
+            Unavailable: it cannot be reached.
+        """
+        if not self.version():
+            return False
+        return not self.sqlite or shutil.disk_usage(Path(str(self.name)).absolute().parent).free >= ROOM
+
     def empty(self) -> bool:
         """Whether no service has written to it."""
         from .tables import audit
@@ -206,3 +220,6 @@ def _check_file(name: str | None) -> None:
     path = checks.path("database", name)
     if files.there(path):
         files.check_ordinary(path, files.TENSORS)
+        return
+    with contextlib.suppress(OSError):  # which the first transaction tells
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | files.NO_LINK, 0o600))  # it holds prompts and pictures

@@ -46,15 +46,18 @@ class Ends:
 
     def __init__(self, service: Service, worker: str) -> None:
         self._service, self._worker = service, worker
-        self._shown: dict[str, list[str]] = {}  # job to the SHA-256 of its partial pictures
 
     def show(self, owned: Sequence[tuple[Claim, Row]], k: int, number: int, picture: Image) -> None:
         """Stores a partial picture. One that cannot be stored now is left out."""
         claim, row = owned[k]
         content = self._encoded(claim, picture, row.policy.hash)
+        facts = {"job": claim.id, "tenant": claim.tenant, "number": number, "sha256": files.sha256(content)}
+
+        def also(connection: sql.Connection) -> None:
+            self._service.audit.add(connection, "partial picture", facts | {"worker": self._worker})
+
         try:
-            if self._service.jobs.show(claim, number, content):
-                self._shown.setdefault(claim.id, []).append(files.sha256(content))
+            if self._service.jobs.show(claim, number, content, also):
                 self._service.ended.ring()
         except Unavailable as error:
             told("partial picture left out", job=claim.id, error=named(error))
@@ -86,10 +89,8 @@ class Ends:
             Unavailable: the database is away. Nothing was changed.
         """
         states = self._service.jobs.finish_all(ends)
-        for end, state in zip(ends, states, strict=True):
-            self._shown.pop(end.claim.id, None)
-            if state:
-                self._service.metrics.finished.labels(state).inc()
+        for state in filter(None, states):
+            self._service.metrics.finished.labels(state).inc()
         self._service.ended.ring()
 
     def lost(self, name: str) -> Callable[[sql.Connection, str], None]:
@@ -118,7 +119,6 @@ class Ends:
             "prompt": self._service.audit.keyed(request["prompt"]),
             "error": None if error is None else error.code,
             "rows": [each.record for each in pictures],
-            "partial_pictures": list(dict.fromkeys(self._shown.get(claim.id, []))),
             "worker": self._worker,
         }
 

@@ -14,7 +14,8 @@ class Fair:
     Tenants form a ring. At its turn a tenant gets a quantum of credit. If it pays the oldest job, this job picks the
     batching key, and the turn lasts as long as the credit. Jobs of the same key fill the batch: the tenant's own, then
     those of whoever has most credit, who pay for them and may go into debt. A tenant in debt waits until its turns have
-    paid it. One without queued jobs loses its credit, but keeps its debt.
+    paid it. A debt is at most `rows` quanta, so that who filled rows that nobody else wanted does not wait for hours
+    later. One without queued jobs loses its credit, but keeps its debt.
 
     Args:
         rows: the largest number of rows in a batch. A job with more rows is a batch by itself.
@@ -36,6 +37,7 @@ class Fair:
         if not by_tenant:
             return []
         quantum = self.quantum or max(job.cost for job in queued)
+        self.credit |= {tenant: max(self.credit[tenant], -self.rows * quantum) for tenant in by_tenant}
         while True:
             tenant = self.ring[0]
             if self._turn != tenant:

@@ -54,14 +54,19 @@ async def holder_of(request: Request, *, admin: bool = False) -> Holder:
     return holder
 
 
-def enter(request: Request, holder: Holder) -> None:
+def enter(request: Request, holder: Holder, times: int = 1) -> None:
     """Counts a request as open, from before its body is read until its answer was taken.
 
+    Args:
+        request: the request.
+        holder: whose it is.
+        times: how many times as many requests of the tenant may be open as it may have jobs.
+
     Raises:
-        Refused: as many requests of the tenant are open as it may have jobs.
+        Refused: so many are open.
     """
     service = service_of(request)
-    if service.open[holder.tenant] >= service.limits.tenant:
+    if service.open[holder.tenant] >= times * service.limits.tenant:
         message = "There are too many open requests of this tenant. Close some, or try again later."
         raise Refused(429, message, "too_many_open", retry=5)
     service.open[holder.tenant] += 1

@@ -21,6 +21,10 @@ from .errors import Refused, restored
 LIVE = ("queued", "running")
 ID = re.compile("job_[0-9a-f]{32}")
 ATTEMPTS = 3
+MOST = 2_000
+"""Queued jobs that a worker sees, unless more fit into its queue."""
+EXPIRED = 50
+"""Jobs that are deleted in one transaction, because others wait for it, and pictures are overwritten."""
 LOST = Refused(500, "Workers ended while drawing this request. Send it again, or tell the operator.", "worker_lost")
 Also = Callable[[sql.Connection], None]
 """Runs in the transaction that accepts or cancels a job, such as an audit entry."""
@@ -64,6 +68,8 @@ class Waiting:
     batch: str
     rows: int
     cost: float
+    again: bool = False
+    """Whether a worker lost it before."""
 
 
 @dataclass(frozen=True)
@@ -165,16 +171,20 @@ class Jobs:
             return [(row.number, row.content) for row in connection.execute(query.order_by(table.c.number))]
 
     def cancel(self, tenant: str, name: str, also: Also) -> bool:
-        """Cancels a live job, and deletes the pictures of a finished one. False if there is no such job."""
+        """Cancels a live job, and deletes the pictures of a finished one. False if there is no such job.
+
+        `also` runs if this changes anything.
+        """
         with self.database.writing() as connection:
             mine = (_T.c.id == name, _T.c.tenant == tenant)
             if connection.execute(sql.select(_T.c.id).where(*mine).with_for_update()).first() is None:
                 return False
             ended = {"state": "cancelled", "finished": time.time(), "request": "{}"}
-            if not connection.execute(_T.update().where(*mine, _T.c.state == "queued").values(ended)).rowcount:
-                connection.execute(_T.update().where(*mine, _T.c.state == "running").values(cancel=True))
-            drop(connection, [name], tables.pictures, tables.partial)
-            also(connection)
+            changed = connection.execute(_T.update().where(*mine, _T.c.state == "queued").values(ended)).rowcount
+            live = *mine, _T.c.state == "running", _T.c.cancel.is_(False)
+            changed += connection.execute(_T.update().where(*live).values(cancel=True)).rowcount
+            if changed + drop(connection, [name], tables.pictures, tables.partial):
+                also(connection)
             return True
 
     def load(self, tenant: str, model: str) -> tuple[int, int, float]:
@@ -190,18 +200,22 @@ class Jobs:
             return int(connection.execute(query).scalar() or 0)
 
     def expire(self, seconds: float) -> int:
-        """Deletes jobs that finished longer ago with their pictures, and returns the number of jobs."""
+        """Deletes at most `EXPIRED` jobs that finished longer ago with their pictures, and returns their number."""
         old = _T.c.finished.is_not(None), _T.c.finished < time.time() - seconds
+        query = sql.select(_T.c.id).where(*old).limit(EXPIRED).with_for_update(skip_locked=True)
         with self.database.writing() as connection:
-            drop(connection, sql.select(_T.c.id).where(*old), tables.pictures, tables.partial)
-            return connection.execute(_T.delete().where(*old)).rowcount
+            names = connection.execute(query).scalars().all()
+            drop(connection, names, tables.pictures, tables.partial)
+            connection.execute(_T.delete().where(_T.c.id.in_(names)))
+        return len(names)
 
     # ---- what workers do
 
-    def waiting(self, model: str, most: int = 2_000) -> list[Waiting]:
+    def waiting(self, model: str, most: int = MOST) -> list[Waiting]:
         """The queued jobs of a model, oldest first."""
-        alone = sql.case((_T.c.attempts > 0, _T.c.batch + _T.c.id), else_=_T.c.batch)
-        columns = [_T.c.seq, _T.c.id, _T.c.tenant, alone, _T.c.rows, _T.c.cost]
+        again = _T.c.attempts > 0
+        alone = sql.case((again, _T.c.batch + _T.c.id), else_=_T.c.batch)
+        columns = [_T.c.seq, _T.c.id, _T.c.tenant, alone, _T.c.rows, _T.c.cost, again]
         query = sql.select(*columns).where(_T.c.state == "queued", _T.c.model == model)
         query = query.order_by(_T.c.seq).limit(most)
         with self.database.reading() as connection:
@@ -231,7 +245,7 @@ class Jobs:
                 connection.execute(_T.update().where(_T.c.id.in_(list(found))).values(beat=_T.c.beat + 1, step=step))
         return set(found), {name for name, cancel in found.items() if cancel}
 
-    def show(self, claim: Claim, number: int, content: bytes) -> bool:
+    def show(self, claim: Claim, number: int, content: bytes, also: Also) -> bool:
         """Stores a partial picture of a job. False, without a trace, if the claim was lost."""
         table = tables.partial
         with self.database.writing() as connection:
@@ -239,6 +253,7 @@ class Jobs:
                 return False
             connection.execute(table.delete().where(table.c.job == claim.id, table.c.number == number))
             connection.execute(table.insert().values(job=claim.id, number=number, content=content))
+            also(connection)
             return True
 
     def finish(self, claim: Claim, pictures: Sequence[Picture], error: Refused | None, also: Ended) -> str:

@@ -12,7 +12,6 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from .. import checks, core
-from .database import Unavailable
 from .errors import Refused
 from .fields import MOST_ROWS, MOST_STEPS, STEPS
 from .http import body_of, enter, holder_of, service_of
@@ -91,10 +90,11 @@ async def job(request: Request, name: str) -> Response:
     return JSONResponse(facts)
 
 
-@routes.delete("/v1/efface/jobs/{name}", responses=documented(400, 401, 403, 404), openapi_extra=SECURED)
+@routes.delete("/v1/efface/jobs/{name}", responses=documented(400, 401, 403, 404, 429), openapi_extra=SECURED)
 async def delete(request: Request, name: str) -> Response:
     """Cancels a job, and deletes its pictures."""
     service, holder, _ = await _job(request, name)
+    enter(request, holder, 2)  # who has as many open requests as it may have, may end them
     if not await run_in_threadpool(cancel, service, holder, name):
         raise NO_JOB
     return JSONResponse({"id": name, "deleted": True})
@@ -179,12 +179,12 @@ async def healthz() -> Response:
 
 @routes.get("/readyz", responses=documented(503))
 async def readyz(request: Request) -> Response:
-    """The database answers, a worker is warm and draws, and the server is not shutting down."""
+    """The database answers and has room, a worker is warm and draws, and the server is not shutting down."""
     service = service_of(request)
     try:
         with anyio.fail_after(5.0):
-            there = bool(await anyio.to_thread.run_sync(service.database.version, abandon_on_cancel=True))
-    except (Unavailable, TimeoutError):
+            there = await anyio.to_thread.run_sync(service.database.usable, abandon_on_cancel=True)
+    except (OSError, ValueError):  # also `Unavailable`, and a time-out
         there = False
     warm = service.warm.is_set() and not service.stalled.is_set()
     facts = {"database": there, "worker": warm, "draining": service.draining.is_set()}

@@ -106,7 +106,7 @@ def initialise(folder: Path, database: str | None = None) -> tuple[Service, str]
         FileExistsError: the folder holds a pepper already.
         ValueError: the database belongs to another service, whose pepper would not fit any more.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     place = folder / PEPPER_FILE
     if files.there(place):
         raise FileExistsError(f"{folder} holds a service already. Name another folder, or use `efface serve key`.")
@@ -118,10 +118,14 @@ def initialise(folder: Path, database: str | None = None) -> tuple[Service, str]
             "database."
         )
     handle = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | files.NO_LINK, 0o600)
-    with os.fdopen(handle, "wb") as file:
-        file.write(os.urandom(PEPPER).hex().encode())
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(os.urandom(PEPPER).hex().encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:  # a full disk: it can be made again
+        place.unlink()
+        raise
     service = Service(opened, _pepper(folder))
     return service, service.keys.add("admin", None, admin=True)[1]
 

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, TypeVar
 from ..guard import DELIVERED
 from ..progress import Cancelled
 from .backend import REFUSALS, Backend, Drawn, Row
-from .claims import Claim
+from .claims import Claim, End
 from .database import Unavailable
 from .ends import Done, Ends
 from .errors import Refused
 from .fair import Fair
+from .jobs import EXPIRED, MOST
 from .leases import Leases
 from .log import named, told
 from .policies import effective
@@ -100,9 +101,12 @@ class Worker(threading.Thread):
             background: ends the jobs while the next batch is drawn. None: they have ended when it returns.
         """
         self._sweep()
-        waiting = self._jobs.waiting(self._service.model)
+        waiting = self._jobs.waiting(self._service.model, max(MOST, self._service.limits.queue))
         self._service.metrics.queue.set(len(waiting))
         chosen = self._fair.choose(waiting)
+        if any(job.again for job in chosen):  # it may end workers, so no other job is drawn or ends beside it
+            self._settle()
+            background = None
         claims = self._jobs.claim([job.id for job in chosen], self.name) if chosen else []
         if claims:
             self._draw(claims, background)
@@ -122,9 +126,8 @@ class Worker(threading.Thread):
         for name, fence, beat in self._leases.dead(self._jobs.running()):
             self._jobs.release(name, fence, beat, self._ends.lost(name))
         self._check_log()
-        if now - self._expired >= min(EXPIRE, limits.keep):
-            self._expired = now
-            self._jobs.expire(limits.keep)
+        if now - self._expired >= min(EXPIRE, limits.keep) and self._jobs.expire(limits.keep) < EXPIRED:
+            self._expired = now  # else there are more, for the next sweep
 
     def _check_log(self) -> None:
         """Tells if the end of the audit log was cut off while this worker runs, which the chain does not show."""
@@ -186,8 +189,16 @@ class Worker(threading.Thread):
 
     def _end(self, done: Sequence[Done]) -> None:
         """Ends jobs. They stay with this worker while the database is away, until the worker is stopped."""
-        ends = [self._ends.made(each) for each in done]
+        ends = [self._made(each) for each in done]
         self._stubborn(lambda: self._ends.commit(ends))
+
+    def _made(self, done: Done) -> End:
+        """A job with its encoded pictures. Pictures that cannot be encoded fail their own job only."""
+        try:
+            return self._ends.made(done)
+        except FAILURES as error:
+            told("encoding failed", error=named(error), job=done.claim.id)
+            return self._ends.made(Done(done.claim, error=_failed(error)))
 
     def _attempt(
         self, ready: Sequence[tuple[Claim, list[Row]]], pulse: Pulse

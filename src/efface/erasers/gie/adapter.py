@@ -16,13 +16,39 @@ from ... import files
 
 VERSION = "1"
 AGAIN = "Fit it again with GIE.fit."
-SHIPPED = {"emoji": Path(__file__).parents[2] / "models/emoji/weights/gie.safetensors"}
-"""The adapters that ship with Efface, by the name of their model."""
+SHIPPED = {
+    name: Path(__file__).parents[2] / f"models/{folder}/weights/gie.safetensors"
+    for name, folder in (("emoji", "emoji"), ("emoji-128", "emoji128"))
+}
+"""Where adapters of the embedded models are, by the name of the model."""
 
 
 def network(layers: int) -> nn.Sequential:
     """`layers` -> 64 -> 32 -> 1, with ReLU between."""
     return nn.Sequential(nn.Linear(layers, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 1))
+
+
+def best_fixed(losses: Mapping[str, float]) -> float:
+    """The fixed strength with the least mean loss on the ladder that trained an adapter.
+
+    Args:
+        losses: strength to mean loss, as `Adapter.facts` holds it; "0" is the base model.
+
+    Raises:
+        ValueError: the best one is the smallest or the largest strength of the ladder, or the base model, so a better
+            one may lie beyond; or there are no losses, because an earlier version fitted the adapter.
+    """
+    if not losses:
+        raise ValueError(f"Expected an adapter with the losses of its ladder, got one without. {AGAIN}")
+    best = min((loss, float(strength)) for strength, loss in losses.items())[1]
+    ladder = sorted(strength for strength in map(float, losses) if strength > 0)
+    if best not in ladder[1:-1]:
+        where = "the base model" if best == 0 else "the largest" if best == ladder[-1] else "the smallest"
+        raise ValueError(
+            f"Expected the best fixed strength inside of its ladder, got {best:g}, {where} of {ladder[0]:g} to "
+            f"{ladder[-1]:g}. Fit again with `strengths` beyond it: only new ones are drawn."
+        )
+    return best
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,9 +118,12 @@ class Adapter:
         name, path = str(path), SHIPPED.get(str(path), Path(path))
         if not files.there(path):
             if name in SHIPPED:
-                raise FileNotFoundError(f"{path} is missing. Reinstall efface.")
+                raise FileNotFoundError(
+                    f"{path} is missing. Reinstall efface, or fit one with recipes/emoji/fit_gie.py."
+                )
+            there = ", ".join(name for name, file in SHIPPED.items() if file.is_file())
             raise FileNotFoundError(
-                f"There is no adapter {path}. Make one with GIE.fit, or name a shipped one ({', '.join(SHIPPED)})."
+                f"There is no adapter {path}. Make one with GIE.fit, or name a shipped one ({there})."
             )
         files.check_ordinary(path, files.TENSORS)
         return _read(str(path), path.stat().st_mtime_ns)

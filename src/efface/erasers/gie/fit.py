@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)
 LEAST = 5  # prompts
+FREE = "strengths"  # of a ladder's settings, what may change: the judgements of other strengths stay
 Progress = Callable[[str, int], None]
 Prompts = Sequence[str] | Mapping[str, Sequence[str]]
 Detectors = Detector | Mapping[str, Detector]
@@ -122,6 +123,7 @@ def fit_adapter(
     layers = tuple(ladder.content["layers"])
     net, mean, std, facts = train(features, targets, groups, held_out, patience, most_epochs, seed)
     facts |= {"pictures": len(rows) * (1 + len(strengths)), "fidelity": fidelity, "strengths": strengths}
+    facts |= ladder.facts(rows, strengths, fidelity)
     return Adapter(
         net, mean, std, layers, text_hash(pipe, unedited(pipe)), type(pipe.text_encoder).__name__, facts
     ).save(out)
@@ -185,7 +187,9 @@ class Ladder:
             if not all(row.get("features") and row.get("0") for row in self.content["judged"].values()):
                 raise ValueError(f"{path} is damaged, because a row lacks features or the base model's picture. {cure}")
             cure = "Delete it, or name another `out`."
-            files.check_same(self.content["setting"], setting, f"{path} was judged with another setting", cure)
+            there, here = ({k: v for k, v in s.items() if k != FREE} for s in (self.content["setting"], setting))
+            files.check_same(there, here, f"{path} was judged with another setting", cure)
+            self.content["setting"] = files.as_json(setting)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.write()  # before anything is drawn
@@ -249,25 +253,40 @@ class Ladder:
         The best strength has the smallest mean over seeds of score + fidelity (1 - faithfulness). Ties go to the
         smallest strength.
         """
-        by_prompt: dict[tuple[str, str], list[Row]] = {}
-        for row in rows:
-            by_prompt.setdefault((row.concept.name, row.prompt), []).append(row)
         features: list[list[float]] = []
         targets: list[float] = []
         groups: list[int] = []
-        for number, mine in enumerate(by_prompt.values()):
-            found = [self.content["judged"][r.key] for r in mine]
-
-            def loss(strength: float, found: list[dict[str, Any]] = found) -> float:
-                pairs = [entry[f"{strength:g}"] for entry in found]
-                return float(sum(score + fidelity * (1 - alike) for score, alike in pairs) / len(pairs))
-
-            best = min((0.0, *strengths), key=lambda s: (round(loss(s), 9), s))
-            for entry in found:
+        for number, (mine, best) in enumerate(self._best(rows, strengths, fidelity)):
+            for entry in (self.content["judged"][r.key] for r in mine):
                 features += entry["features"]
                 targets += [best] * len(entry["features"])
                 groups += [number] * len(entry["features"])
         return torch.tensor(features), torch.tensor(targets), groups
+
+    def facts(self, rows: Sequence[Row], strengths: Sequence[float], fidelity: float) -> dict[str, Any]:
+        """The concepts, the mean loss of each strength over all pictures, and how many prompts did best with it."""
+        losses, best = self._losses(rows, strengths, fidelity), [b for _, b in self._best(rows, strengths, fidelity)]
+        return {
+            "concepts": list(dict.fromkeys(row.concept.name for row in rows)),
+            "losses": {f"{strength:g}": loss for strength, loss in losses.items()},
+            "best": {f"{strength:g}": best.count(strength) for strength in losses},
+        }
+
+    def _best(self, rows: Sequence[Row], strengths: Sequence[float], fidelity: float) -> list[tuple[list[Row], float]]:
+        """Each prompt's rows, and its best strength."""
+        by_prompt: dict[tuple[str, str], list[Row]] = {}
+        for row in rows:
+            by_prompt.setdefault((row.concept.name, row.prompt), []).append(row)
+        losses = [(mine, self._losses(mine, strengths, fidelity)) for mine in by_prompt.values()]
+        return [(mine, min((round(loss, 9), s) for s, loss in each.items())[1]) for mine, each in losses]
+
+    def _losses(self, rows: Sequence[Row], strengths: Sequence[float], fidelity: float) -> dict[float, float]:
+        """The mean loss of the base model's pictures, which have strength 0, and of each strength."""
+        judged, found = [self.content["judged"][row.key] for row in rows], {}
+        for strength in (0.0, *strengths):
+            pairs = [entry[f"{strength:g}"] for entry in judged]
+            found[strength] = float(sum(score + fidelity * (1 - alike) for score, alike in pairs) / len(pairs))
+        return found
 
 
 def train(

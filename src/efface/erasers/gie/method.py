@@ -160,12 +160,13 @@ class GIE(Method):
                 mapping from concept names to texts.
             detector: an `efface.Detector` of the concept; or a mapping from concept names to detectors.
             out: the adapter's file. `<out>.ladder.json` stores the judgements batch by batch, so the same call
-                continues after a kill.
+                continues after a kill, and a call with more `strengths` draws only these.
             how: the settings below, and further arguments of the pipeline, such as `num_inference_steps`.
 
         The settings are:
 
-        - `strengths` (0.5 to 8): the ladder; 0, the base model's picture, is always part of it.
+        - `strengths` (0.5 to 8): the ladder; 0, the base model's picture, is always part of it. The adapter's facts
+        hold the mean loss of each.
         - `seeds`: the seeds of each prompt's pictures, all below 10,000.
         - `faithful` (`efface.pictures.likeness`): maps pictures and the base model's [N, 3, H, W] to [N] in [0, 1]; or
         a mapping from concept names to such functions.
@@ -243,7 +244,7 @@ class GIE(Method):
             call.memory["weights"] = measured(call, self.weigh)
         if self.trajectories == 2:
             plain = Trajectory.of(call)
-            plain.step()
+            plain.step(call)
             start, end = (int(share * (plain.steps + 1)) for share in self.window)
             call.memory["inside"] = start <= plain.number < end
         return forward()

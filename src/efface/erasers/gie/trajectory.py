@@ -22,14 +22,12 @@ class Trajectory:
     """The latents of the second picture, and its layer outputs in the current step.
 
     Args:
-        call: the current denoiser call.
         latents: [B, C, h, w], before the current step.
         scheduler: a copy of the pipeline's scheduler.
         number: the number of this denoiser call, from 0 on; -1 before the first.
         layers: name to the output of each layer.
     """
 
-    call: DenoiserCall
     latents: Tensor
     scheduler: Any
     number: int = -1
@@ -59,16 +57,15 @@ class Trajectory:
             scale = copy.deepcopy(scheduler).scale_model_input(torch.ones_like(call.sample[:1]), call.timestep)
             sample = call.sample[call.first :]
             latents = sample.clone() if bool((scale == 1).all()) else sample / scale
-            call.memory["trajectory"] = cls(call, latents, scheduler)
+            call.memory["trajectory"] = cls(latents, scheduler)
         found: Trajectory = call.memory["trajectory"]
-        found.call = call
         return found
 
-    def step(self) -> None:
-        """Advances the picture by one step, and stores its layer outputs."""
+    def step(self, call: DenoiserCall) -> None:
+        """Advances the picture by one step, with the current denoiser call, and stores its layer outputs."""
         self.number += 1
         self.layers.clear()
-        call, time = self.call, self.call.timestep
+        time = call.timestep
         sample = self.scheduler.scale_model_input(self.latents, time)
         prediction = call.plain(torch.cat([sample] * 2) if call.first else sample, self.layers.__setitem__)
         if call.first and call.pipe is not None:

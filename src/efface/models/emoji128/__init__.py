@@ -46,6 +46,8 @@ FILES = {
     "emoji-flux": ("flux.safetensors", "flux.json"),
 }
 SHARED = ("vae.safetensors", "vae.json")
+ADAPTERS = {"emoji-128": ("gie.safetensors",), "emoji-flux": ()}
+"""GIE's adapter of a model, which is checked if model.json records it."""
 
 
 def text_encoder(dtype: torch.dtype | None = None) -> tuple[EmojiTokenizer, EmojiTextEncoder]:
@@ -86,14 +88,15 @@ def recorded(folder: Path, model: str) -> dict[str, str]:
     if not isinstance(files, dict) or (missing := [name for name in needed if name not in files]):
         lacking = ", ".join(missing) if isinstance(files, dict) else "any file"
         raise ValueError(f"{path} has no sha256 of {lacking}. {CURE}")
-    return {name: files[name] for name in needed}
+    return {name: files[name] for name in (*needed, *(also for also in ADAPTERS[model] if also in files))}
 
 
 def record(folder: Path, facts: dict[str, Any] | None = None) -> None:
     """Writes model.json: the SHA-256 of the models' files in `folder`, and facts of the training."""
     path = folder / "model.json"
     old = read_object(path, cure=CURE) if path.is_file() else {}
-    names = [name for name in (*SHARED, *FILES["emoji-128"], *FILES["emoji-flux"]) if (folder / name).is_file()]
+    every = (*SHARED, *(name for known in (FILES, ADAPTERS) for some in known.values() for name in some))
+    names = [name for name in every if (folder / name).is_file()]
     files = {name: sha256(folder / name) for name in names}
     new = old | {"version": VERSION, "files": files} | (facts or {})
     write(path, json.dumps(new, indent=2) + "\n")
