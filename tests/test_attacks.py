@@ -93,6 +93,20 @@ def test_order_and_splitting_of_terms_do_not_matter(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize(
+    "eraser", [efface.SAFREE(Concept("beer"), alpha=-0.99), efface.SemanticSurgery(Concept("beer"), threshold=-1.0)]
+)
+def test_erasers_that_read_words_read_those_of_each_term(family: str, eraser: Any) -> None:
+    if family == "flux" and isinstance(eraser, efface.SemanticSurgery):
+        pytest.skip("refused there")
+    guarded = drawn(family, BEER, 3.0, None, eraser)
+    assert apart(guarded, drawn(family, BEER, 3.0)) > 1e-4  # it acts on this prompt
+    composed = drawn(family, CAT, 3.0, Composition((Term(CAT, 0.0), Term(BEER, 3.0)), 3.0), eraser)
+    assert apart(composed, guarded) < 1e-4
+    assert apart(drawn(family, CAT, 3.0, None, eraser), guarded) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3", "flux"])
 def test_a_term_acts_in_its_window_only(family: str) -> None:
     never = Composition((Term(BEER, 4.0), Term(CAT, 9.0, (0.9995, 1.0))), 3.0)
     assert apart(drawn(family, BEER, 3.0, never), drawn(family, BEER, 4.0)) < 1e-4

@@ -272,6 +272,7 @@ def test_a_model_with_random_weights_is_not_judged_even_if_people_find_nothing(s
     assert bare.code == 4 and "the base model shows it in 0.0 %" in reasons(bare)
 
 
+@pytest.mark.long
 def test_people_can_say_whether_anything_is_recognisable(store: Store, erased: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"recognises": None, "suite": suite(MANY)}
     label(store, erased, negative=MANY)
@@ -408,6 +409,7 @@ def test_a_rate_that_rose_since_an_earlier_audit_is_a_regression(tmp_path: Path)
     assert better.code == 0 and better.facts["regressions"] == []
 
 
+@pytest.mark.long
 def test_audits_of_other_rows_are_compared_on_the_common_part_or_refused(tmp_path: Path) -> None:
     audit(never, tmp_path / "then", at_most=None, suite=suite(8))
     made = audit(never, tmp_path / "now", at_most=None, since=tmp_path / "then")

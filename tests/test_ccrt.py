@@ -205,6 +205,7 @@ def test_without_the_distillation_it_is_esd_to_the_bit(pipe: Any) -> None:
     assert change(flat(with_it), flat(esd.fit(pipe, ALCOHOL, seed=3))) > 1e-2
 
 
+@pytest.mark.long
 def test_distillation_is_nothing_at_first_and_holds_the_calibration_prompts_in_place(pipe: Any) -> None:
     """At points that were not trained on; while the concept still goes."""
     losses: dict[str, list[float]] = {}
@@ -235,6 +236,7 @@ def test_distillation_is_nothing_at_first_and_holds_the_calibration_prompts_in_p
     assert after < 0.8 * before
 
 
+@pytest.mark.long
 def test_rounds_go_on_from_each_other_with_the_base_model_as_teacher(pipe: Any) -> None:
     before = {name: w.clone() for name, w in pipe.unet.state_dict().items()}
     taught: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -298,6 +300,7 @@ def test_every_calibration_prompt_is_used(pipe: Any) -> None:
     assert seen == {"cat", *delta.info["prompts"]}
 
 
+@pytest.mark.long
 def test_an_interrupted_sequence_goes_on(pipe: Any, tmp_path: Path) -> None:
     editor, update, done = CCRT(**SHORT, **QUICK), _training._update, []
 

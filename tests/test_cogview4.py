@@ -353,6 +353,7 @@ def test_a_broken_call_leaves_no_doubt_about_the_next(pipe: Any) -> None:
             assert torch.equal(latents(pipe), drawn("cogview4", eraser))
 
 
+@pytest.mark.long
 def test_a_compiled_denoiser_needs_guidance_off(pipe: Any) -> None:
     torch._dynamo.reset()
     made = pipeline("cogview4")

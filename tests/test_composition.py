@@ -159,6 +159,7 @@ def spy_on_sld(monkeypatch: pytest.MonkeyPatch, seen: list[Prediction]) -> None:
 # ---------------------------------------------------------------- adapters
 
 
+@pytest.mark.long
 @pytest.mark.thinned
 @each
 @pytest.mark.parametrize("first", ["lora", "eraser"])
@@ -239,6 +240,7 @@ def add_ip_adapter(pipe: Any) -> None:
 SHOWN = torch.randn(2, 1, 12, generator=torch.Generator().manual_seed(2))  # unconditional row, conditional row
 
 
+@pytest.mark.long
 @pytest.mark.thinned
 @each
 def test_an_ip_adapter_takes_part(eraser: Any) -> None:

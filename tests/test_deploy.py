@@ -114,6 +114,7 @@ def test_the_container_has_what_the_service_needs_and_runs_without_rights() -> N
 # ---------------------------------------------------------------- Kubernetes
 
 
+@pytest.mark.long
 def test_kubernetes_knows_every_field_of_the_manifests() -> None:
     validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
     for manifest in MANIFESTS:

@@ -84,6 +84,7 @@ def test_a_push_has_the_length_and_the_direction_that_the_formula_says(family: s
     assert float(rise) > 5 * abs(float(sideways)) > 0
 
 
+@pytest.mark.long
 def test_the_shipped_eyes_give_the_log_odds_that_their_answers_follow_from() -> None:
     eyes, rng = load_eyes(), torch.Generator().manual_seed(0)
     drawn = efface.load("emoji")

@@ -569,6 +569,7 @@ def compile_options() -> Iterator[dict[str, Any]]:
     torch._dynamo.reset()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "projected"])
 def test_the_other_forms_compile_too(form: str, compile_options: dict[str, Any]) -> None:
     pipe = pipeline("small")

@@ -88,6 +88,7 @@ def test_texts_are_projected_once_in_a_layer_over_steps_and_calls(sd1: Any, monk
         assert len(seen) == 3 * layers  # what it would be
 
 
+@pytest.mark.long
 @each_method
 def test_pictures_are_the_same_to_the_bit(method: str, sd1: Any) -> None:
     made = METHODS[method]()
@@ -146,6 +147,7 @@ CHANGES: dict[str, Change] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", CHANGES)
 def test_changed_weights_make_new_keys_and_values(how: str) -> None:
     """The effect on the texts alone: pictures from the kept ones would differ."""
@@ -351,6 +353,7 @@ def flops(unet: UNet2DConditionModel, phrases: int, form: str = "projected") -> 
     return total
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("phrases", LIMITS)
 def test_flops_of_a_step_of_sd15(phrases: int, step: tuple[UNet2DConditionModel, int]) -> None:
     unet, base = step

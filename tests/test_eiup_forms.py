@@ -43,6 +43,7 @@ def least_squares(
     return torch.stack(made)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("family", "form", "negative"),
     [

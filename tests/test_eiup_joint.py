@@ -420,6 +420,7 @@ def compiled(blocks: bool, **options: Any) -> Any:
     return pipe
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("blocks", [True, False])
 def test_one_graph_of_a_compiled_denoiser_is_refused(blocks: bool) -> None:
     pipe = compiled(blocks, fullgraph=True)

@@ -298,6 +298,7 @@ def test_an_update_leaves_the_other_rows_to_the_bit(drawn: Any, monkeypatch: pyt
     assert again["rows"] == new["rows"] and len(again["updates"]) == 2
 
 
+@pytest.mark.long
 def test_a_row_that_is_new_joins_the_card(drawn: Any) -> None:
     experiment, folder, old = drawn
     new = run(dataclasses.replace(experiment, arms=arms(sld=Arm(efface.SLD))), folder, update=["sld"])
@@ -421,6 +422,7 @@ def test_some_concepts_are_never_tuned_on_and_all_are_tested(model: str) -> None
     assert 0 < len(TUNED) < len(CONCEPTS)
 
 
+@pytest.mark.long
 def test_what_chooses_never_sees_the_test_block(tmp_path: Path) -> None:
     sweep = KINDS["sweep"]()
     with pytest.raises(ValueError, match=r"Expected `trial` on the tuning or selection block, because it chooses"):

@@ -392,6 +392,7 @@ def thin(found: list[Any]) -> list[Any]:
     return found if len(found) <= 30 else [found[k * len(found) // 30] for k in range(30)]
 
 
+@pytest.mark.long
 @pytest.mark.thinned("long")
 @pytest.mark.parametrize("name", JSON)
 def test_entries_of_other_types_are_refused_or_decide_nothing(name: str, there: Path) -> None:

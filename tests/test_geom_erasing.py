@@ -209,6 +209,7 @@ def test_data_removal_also_learns_weights_that_come_off(pipe: Any) -> None:
     assert differences(snapshot(pipe), before) == [] and torch.equal(latents(pipe), plain)
 
 
+@pytest.mark.long
 def test_the_command_line_fits_a_folder(tmp_path: Path) -> None:
     folder, out = tmp_path / "data", str(tmp_path / "mark.safetensors")
     folder.mkdir()

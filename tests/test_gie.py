@@ -581,6 +581,7 @@ def test_a_ladder_of_broken_pictures_is_an_error(sd1: Any, tmp_path: Path, monke
         GIE.fit(sd1, CAT, TEXTS, detector=Bright(), out=tmp_path / "a.safetensors", **QUICK)
 
 
+@pytest.mark.long
 def test_a_killed_fit_loses_one_batch(sd1: Any, tmp_path: Path) -> None:
     whole = GIE.fit(sd1, CAT, TEXTS, detector=Bright(), out=tmp_path / "whole.safetensors", **QUICK)
     out = tmp_path / "cat.safetensors"

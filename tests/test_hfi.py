@@ -330,6 +330,7 @@ def test_pictures_of_two_sizes_are_refused(judged: Path) -> None:
         fit.fit(tiny.untouched("sd1"), Concept(WHAT))
 
 
+@pytest.mark.long
 def test_the_command_line_goes_from_judgements_to_an_eraser(judged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "load", lambda *_, **__: copy.deepcopy(tiny.untouched("sd1")))
     out, change_ = judged / "word.safetensors", judged / "no-scary.safetensors"

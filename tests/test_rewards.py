@@ -464,6 +464,7 @@ class Red:
         return torch.stack([level.cos(), level.sin()], 1)[None]
 
 
+@pytest.mark.long
 def test_feedback_becomes_a_reward_on_the_command_line(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

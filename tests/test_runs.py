@@ -79,6 +79,7 @@ work()
 """
 
 
+@pytest.mark.long
 def test_twenty_kills_lose_nothing_and_double_nothing(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", STUB + KILL, tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -72,6 +72,7 @@ def waiting(server: Server) -> list[int]:
     return [each.transport.get_write_buffer_size() for each in server.server_state.connections]  # type: ignore[union-attr]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_reader_that_takes_nothing_is_cut_and_one_that_is_slow_is_not(
     stream: bool, server: Server, desk: Desk

@@ -106,6 +106,7 @@ def test_a_drawing_replica_draws_and_ends_after_its_batch(quiet: Desk) -> None:
     drawer.service.database.close()
 
 
+@pytest.mark.long
 def test_the_application_follows_the_drawing_replicas_and_the_shutdown(
     quiet: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -341,6 +341,7 @@ def test_notebooks_have_outputs_and_are_small() -> None:
 # ---------------------------------------------------------------- scripts for a GPU
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "flux"])
 def test_a_script_runs_on_a_tiny_pipeline(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

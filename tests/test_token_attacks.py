@@ -487,6 +487,7 @@ def test_the_model_denoises_its_concept_best_with_the_true_prompt() -> None:
 # ---------------------------------------------------------------- 6. concept inversion
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_inversion_changes_no_weight_and_leaves_no_trace(kind: str) -> None:
     guard = victim(kind, guard_of(kind))

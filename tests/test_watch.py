@@ -402,6 +402,7 @@ def test_a_foreign_write_beside_loaded_weights_is_an_error() -> None:
 # ---------------------------------------------------------------- precision and place
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_layerwise_casting_under_a_delta(storage: torch.dtype) -> None:
     """It acts as on a model with the change, its strength can be set, and it comes off to the bit."""
@@ -695,6 +696,7 @@ def test_a_replacement_may_have_the_delta_too() -> None:
     assert torch.equal(latents(pipe), drawn()) and "check_inputs" not in vars(pipe)
 
 
+@pytest.mark.long
 @pytest.mark.thinned
 @pytest.mark.parametrize("on", [(0, 1, 2), (1, 0, 2)])
 @pytest.mark.parametrize("off", [*itertools.permutations(range(3))])
@@ -734,6 +736,7 @@ def test_a_method_that_the_user_has_replaced_is_put_back() -> None:
     assert pipe.check_inputs is mine and len(seen) == 1
 
 
+@pytest.mark.long
 def test_a_denoiser_compiled_in_place_is_checked() -> None:
     pipe = pipeline("small")
     UCE().fit(pipe, CAT).apply(pipe)

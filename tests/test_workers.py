@@ -29,9 +29,10 @@ pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not ins
 ROWS = tuple(Row(f"row-{k}", f"a cat {k}", 1_000_000 + k, call={"guidance": 3.0} if k % 3 else {}) for k in range(10))
 SUITE = Suite("cats", "1", ROWS, call={"num_inference_steps": 2, "height": 16, "width": 16})
 ERASER = EIUP(CONCEPT, strength=1.0)
+with_ray = pytest.mark.usefixtures("one_thread")  # which starts it
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Two workers where there are two CPUs, as Ray counts them here."""
     import ray  # which takes seconds
@@ -63,6 +64,7 @@ def drawn(run: efface.Run) -> list[dict[str, Any]]:
     return [{k: v for k, v in entry.items() if k != "seconds"} for each in runs for entry in each.entries()]
 
 
+@with_ray
 @pytest.mark.slow
 def test_workers_draw_the_same_to_the_bit(alone: efface.Run, model: Path, tmp_path: Path) -> None:
     run = efface.run(SUITE, model, eraser=ERASER, out=tmp_path / "run", batch=2, ray="local")
@@ -74,6 +76,7 @@ def test_workers_draw_the_same_to_the_bit(alone: efface.Run, model: Path, tmp_pa
     assert efface.verify(run, model=model).same
 
 
+@with_ray
 @pytest.mark.long
 def test_a_killed_worker_loses_nothing(
     alone: efface.Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -107,6 +110,7 @@ def test_a_killed_worker_loses_nothing(
     assert run.complete and drawn(run) == drawn(alone)
 
 
+@with_ray
 @pytest.mark.slow
 def test_an_unfinished_run_goes_on_with_workers(alone: efface.Run, model: Path, tmp_path: Path) -> None:
     class Stop(Exception):
@@ -122,6 +126,7 @@ def test_an_unfinished_run_goes_on_with_workers(alone: efface.Run, model: Path, 
     assert drawn(run) == drawn(alone)
 
 
+@with_ray
 @pytest.mark.long
 def test_a_workers_error_is_the_callers(model: Path, tmp_path: Path) -> None:
     broken = Suite("cats", "1", ROWS, call={"num_inference_steps": 1, "height": 15, "width": 16})
@@ -129,6 +134,7 @@ def test_a_workers_error_is_the_callers(model: Path, tmp_path: Path) -> None:
         efface.run(broken, model, out=tmp_path / "run", ray="local")
 
 
+@with_ray
 @pytest.mark.slow
 def test_a_worker_that_always_dies_is_an_error_that_says_what_stayed(model: Path, tmp_path: Path) -> None:
     facts = model_facts(efface.load(model), None)
@@ -138,6 +144,7 @@ def test_a_worker_that_always_dies_is_an_error_that_says_what_stayed(model: Path
             there._wait(actor.__ray_call__.remote(lambda self: os._exit(1)))
 
 
+@with_ray
 @pytest.mark.slow
 def test_workers_have_the_callers_model(model: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
@@ -151,6 +158,7 @@ def test_workers_have_the_callers_model(model: Path, tmp_path: Path) -> None:
         efface.run(SUITE, model, out=tmp_path / "run", ray=Cluster("local", other))
 
 
+@with_ray
 @pytest.mark.long
 def test_workers_need_a_model_by_name(sd1: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Expected a model by name for `ray`, got a StableDiffusionPipeline"):
@@ -163,6 +171,7 @@ def test_ray_is_not_imported_where_it_is_not_used() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@with_ray
 @pytest.mark.slow
 def test_a_bench_by_command_draws_on_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.pipeline("small").save_pretrained(tmp_path / "model")

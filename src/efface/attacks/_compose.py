@@ -22,7 +22,7 @@ from .._weights import denoiser_of
 from ..families import Family, family
 from ..hooks.prediction import in_rows
 from ..hooks.sites import rows_given
-from ._texts import Texts, check_calls, encoded
+from ._texts import Texts, check_calls, encoded, reading
 
 WITHOUT_GUIDANCE = (
     "The pipeline made no guided denoiser call for the first term, so nothing was composed. Set its guidance scale "
@@ -92,13 +92,16 @@ class Denoiser:
 
     Args:
         pipe: the pipeline.
+        settings: arguments of the pipeline call that change how texts are encoded.
     """
 
     pipe: Any
+    settings: Mapping[str, Any] = field(default_factory=dict)
     facts: Family = field(init=False)
     module: nn.Module = field(init=False)
     names: tuple[str, ...] = field(init=False)
     busy: bool = field(default=False, init=False)
+    _readings: dict[tuple[str, int], list[tuple[Any, Any]]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.facts, self.module = family(self.pipe), denoiser_of(self.pipe)
@@ -154,9 +157,29 @@ class Denoiser:
 
     def predict(self, seen: Seen, texts: Sequence[Texts]) -> list[Tensor]:
         """The predictions [B, ...] of further texts, each of one row, on the inputs of a call, with the erasers."""
-        if not texts:
-            return []
         n = len(seen.conditional)
+        if texts and self._reading(texts[0].prompt, n):  # erasers that read words have one prompt at a time
+            return [self._read(seen, each, n) for each in texts]
+        return self._predict(seen, texts, n) if texts else []
+
+    def _reading(self, prompt: str, n: int) -> list[tuple[Any, Any]]:
+        if (prompt, n) not in self._readings:
+            self._readings[prompt, n] = reading(self.pipe, prompt, n, self.settings)
+        return self._readings[prompt, n]
+
+    def _read(self, seen: Seen, text: Texts, n: int) -> Tensor:
+        """The prediction of one text, with what the erasers read in it."""
+        found = self._reading(text.prompt, n)
+        outside = [applied.memory for applied, _ in found]
+        try:
+            for applied, memory in found:
+                applied.memory = memory
+            return self._predict(seen, [text], n)[0]
+        finally:
+            for (applied, _), memory in zip(found, outside, strict=True):
+                applied.memory = memory
+
+    def _predict(self, seen: Seen, texts: Sequence[Texts], n: int) -> list[Tensor]:
         own = torch.arange(seen.first, seen.first + n).repeat(len(texts))
         rows = [t.rows(n) for t in texts]
         guarded = getattr(SITES.get(self.module), "applied", None)
@@ -245,7 +268,7 @@ class Composition:
     def __call__(self, pipe: Any) -> Iterator[None]:
         """Composes the calls of this pipeline inside the block."""
         check(pipe)
-        denoiser, prompts = Denoiser(pipe), [term.prompt for term in self.terms]
+        denoiser, prompts = Denoiser(pipe, self.settings), [term.prompt for term in self.terms]
         if denoiser.facts.guidance_in_two_calls and not prompts[0]:
             raise ValueError(
                 "Expected the first term to have a prompt, because this pipeline calls its denoiser apart for the "

@@ -83,7 +83,7 @@ def fit(
     base = torch.stack([each.unconditional.flatten(1) for each in chosen])
     with victim.guarded():
         *rows, spoken = encoded(pipe, [*texts, ""], settings)
-        denoiser = Denoiser(pipe)
+        denoiser = Denoiser(pipe, settings or {})
         found = []
         for call in chosen:
             empty = denoiser.unconditional_texts(call.arguments, call.first).rows(1) if call.first else spoken

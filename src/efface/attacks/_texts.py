@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._text import SITES
+from .._weights import denoiser_of
 from ..families import Family, encode_parameters, family
 
 Parts = dict[str, Tensor]
@@ -18,16 +20,17 @@ Parts = dict[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Texts:
-    """An encoded text in equal rows: [n, L, D], pooled [n, P] and mask [n, L] if the family has them."""
+    """An encoded text in equal rows: [n, L, D], pooled [n, P] and mask [n, L] if the family has them; and its words."""
 
     text: Tensor
     pooled: Tensor | None
     mask: Tensor | None
+    prompt: str = ""
 
     def rows(self, n: int) -> Texts:
         """The first row, n times."""
         pooled, mask = (None if t is None else t[:1].repeat_interleave(n, 0) for t in (self.pooled, self.mask))
-        return Texts(self.text[:1].repeat_interleave(n, 0), pooled, mask)
+        return Texts(self.text[:1].repeat_interleave(n, 0), pooled, mask, self.prompt)
 
 
 def encoded_parts(pipe: Any, texts: Sequence[str], guided: bool, settings: Mapping[str, Any] | None = None) -> Parts:
@@ -39,12 +42,19 @@ def encoded_parts(pipe: Any, texts: Sequence[str], guided: bool, settings: Mappi
         guided: whether the call has guidance.
         settings: arguments of the pipeline call that change how texts are encoded. Others have the call's defaults.
     """
-    facts, given = family(pipe), {**call_settings(pipe), **(settings or {})}
-    call = facts.encoding_arguments(pipe, texts, given)
-    if "do_classifier_free_guidance" in encode_parameters(pipe):
-        call["do_classifier_free_guidance"] = guided
+    facts, call = family(pipe), encoding_call(pipe, texts, guided, settings)
     made = facts.unlisted(pipe.encode_prompt(**call), call)
     return {name: part for name, part in zip(facts.returns, made, strict=True) if part is not None}
+
+
+def encoding_call(
+    pipe: Any, texts: Sequence[str], guided: bool, settings: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The arguments of `encode_prompt` in a call with these prompts; see `encoded_parts`."""
+    call = family(pipe).encoding_arguments(pipe, texts, {**call_settings(pipe), **(settings or {})})
+    if "do_classifier_free_guidance" in encode_parameters(pipe):
+        call["do_classifier_free_guidance"] = guided
+    return call
 
 
 def encoded(pipe: Any, texts: Sequence[str], settings: Mapping[str, Any] | None = None) -> list[Texts]:
@@ -58,8 +68,32 @@ def encoded(pipe: Any, texts: Sequence[str], settings: Mapping[str, Any] | None 
             made = encoded_parts(pipe, some, True, settings)
         columns = (made.get("pooled"), made.get("mask"))
         for k in range(len(some)):
-            rest = (None if each is None else each[k : k + 1] for each in columns)
-            found.append(Texts(made["text"][k : k + 1], *rest))
+            pooled, mask = (None if each is None else each[k : k + 1] for each in columns)
+            found.append(Texts(made["text"][k : k + 1], pooled, mask, some[k]))
+    return found
+
+
+def reading(pipe: Any, prompt: str, n: int, settings: Mapping[str, Any] | None = None) -> list[tuple[Any, Any]]:
+    """The erasers that read a prompt's words, each with its memory of a call with this prompt in n rows.
+
+    A denoiser call with another prompt than the pipeline's needs them. The pipeline's own call goes on as before.
+    """
+    applied = getattr(SITES.get(denoiser_of(pipe)), "applied", [])
+    if not any(each.reads_words for each in applied):
+        return []
+    facts, kind = family(pipe), type(pipe)
+    call = encoding_call(pipe, [prompt] * n, True, settings)
+    bound = inspect.signature(kind.encode_prompt.__get__(pipe)).bind(**call)
+    bound.apply_defaults()
+    bound.arguments.setdefault("num_images_per_prompt", 1)
+    found = []
+    with torch.no_grad():
+        made = facts.unlisted(kind.encode_prompt(pipe, **call), call)
+        for each in applied:
+            memory = dict(each.prepared)
+            made = each.method.rewrite(pipe, made, bound, memory)
+            if each.reads_words:
+                found.append((each, memory))
     return found
 
 

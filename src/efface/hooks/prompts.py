@@ -83,6 +83,11 @@ class Applied:
     _images_per_prompt: int = 1
 
     @property
+    def reads_words(self) -> bool:
+        """Whether its change of a text follows from the words, which `encode_prompt` has."""
+        return type(self.method).reread is not Contract.reread and type(self.method).rewrite is not Contract.rewrite
+
+    @property
     def prompts(self) -> ErasurePrompts | None:
         """All erasure prompts of a method that edits attention; for a method that guides, the first set."""
         return self.sets[0] if self.sets else None

@@ -117,7 +117,6 @@ def run(
     if not rows:
         raise ValueError(f"The suite {suite.name!r} has no rows. Name another concept, or another data folder.")
     cluster = _cluster(ray, model)
-    folder = claim(local(out))
     from .. import api
     from ..delta import active
     from ..families import family
@@ -130,6 +129,7 @@ def run(
     if erasers_on(pipe) or active(pipe):
         raise ValueError("The pipeline already has an eraser. Remove it, and give it as `eraser=` instead.")
     _check_vocabulary(suite, embedded(pipe))
+    folder = claim(local(out))
     pipe.set_progress_bar_config(disable=True)
     call = family(pipe).protocol(suite.call)
     if guidance is not None:
