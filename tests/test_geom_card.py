@@ -183,8 +183,13 @@ def test_a_distance_sees_a_shift_and_equal_rows_differ_by_nothing() -> None:
     more = distance([a - b for a, b in zip(other, own, strict=True)])
     less = distance([a - b for a, b in zip(own, other, strict=True)])
     assert more["interval"][0] > 0 and less == {"kid": 0.0, "interval": [0.0, 0.0]}  # the second sees no difference
-    apart = shifted["interval"][1] - shifted["interval"][0]
-    assert more["interval"][1] - more["interval"][0] < apart  # the resamples are the same
+    close = resampled(near[0] + 1e-3, clean[0], 40)  # rows with the same resamples: what they share cancels
+    assert width(distance([close - own[0]])) < width(distance([close])) / 20
+
+
+def width(found: dict[str, Any]) -> float:
+    low, high = found["interval"]
+    return float(high - low)
 
 
 # ---------------------------------------------------------------- the card
@@ -294,7 +299,12 @@ def test_the_page_says_how_to_draw_the_card_or_shows_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_the_experiment_runs_from_training_pictures_to_the_card(tmp_path: Path) -> None:
+def test_the_experiment_runs_from_training_pictures_to_the_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some = (BASE, "esd", WORDS, "model removal, two passes", PLAIN, DATA)
+    monkeypatch.setattr(geom_erasing, "ROWS", {name: ROWS[name] for name in some})
+    monkeypatch.setattr(geom_erasing, "DRAWS", 20)
     short = {"steps": 2, "batch": 2}
     editors = {
         "esd": efface.ESD(steps=1, sampler_steps=2, batch=1),
@@ -305,7 +315,7 @@ def test_the_experiment_runs_from_training_pictures_to_the_card(tmp_path: Path) 
     trial = dataclasses.replace(CARD, editors=editors, pictures=8, asked=4, n=20)
     plan = Plan("selection", 20, folder=tmp_path, call={"num_inference_steps": 2, "guidance": 7.5})
     made = runner.run(trial, plan, tmp_path / "card.json", "a command", say=lambda _: None)
-    assert made is not None and [row["row"] for row in made["rows"]] == list(ROWS)
+    assert made is not None and [row["row"] for row in made["rows"]] == list(some)
     assert all(row[NAME]["n"] == (20 if ROWS[row["row"]].whole else 10) for row in made["rows"])
     found = made["training pictures"]
     assert 1 <= found["with the badge"] <= found["pictures"] <= 8
