@@ -512,6 +512,29 @@ def test_partial_pictures_need_a_policy_that_allows_them_and_a_pipeline_without_
         shown(guarded, pipe, ["open"], {0: [1]})
 
 
+def test_a_policy_bounds_the_guidance_scale_that_calls_may_ask_for() -> None:
+    pipe, bounded = pipeline(), Policy(erase=WEAK.erase, guidance=[3, 8])
+    guarded = Guard({"weak": WEAK, "bounded": bounded, "late": Policy(erase=WEAK.erase, guidance=[9, 12])})
+
+    def draw(tenants: list[str], guidance: float | None) -> Any:
+        return guarded(pipe, ["a cat"] * len(tenants), tenants, [1] * len(tenants), guidance, num_inference_steps=1)
+
+    for scale in (1.01, 2.9, 8.1):
+        with pytest.raises(ValueError, match=f"a guidance scale from 3 to 8, as the policy says, got {scale}"):
+            draw(["weak", "bounded"], scale)
+    with pytest.raises(ValueError, match="from 9 to 12, as the policy says, got 7.5"):  # the pipeline's default
+        draw(["late"], None)
+    for scale in (3, 8.0, None):
+        assert draw(["bounded"], scale).rows[0].outcome == "drawn"
+    assert draw(["weak"], 1.01).rows[0].outcome == "drawn"
+    again = Policy(**bounded.as_json())
+    assert again == bounded and again.hash != WEAK.hash and "guidance" not in WEAK.as_json()
+    assert bounded.plus(["weapon"]).guidance == (3, 8)
+    for wrong in ([1, 5], [5, 4], [3], [3, 4, 5], 7.5, [3, float("inf")], ["3", 4]):
+        with pytest.raises(ValueError, match="guidance"):
+            Policy(erase=["cat"], guidance=wrong)  # type: ignore[arg-type]
+
+
 # ---------------------------------------------------------------- outcome
 
 

@@ -156,6 +156,16 @@ def test_a_new_version_of_a_policy_acts_on_later_requests_only(quiet: Desk) -> N
     assert names == [["alcohol"], ["weapon"]]
 
 
+def test_the_policys_bounds_of_the_guidance_scale_hold(quiet: Desk) -> None:
+    quiet.service.policies.add("kids", {"erase": ["alcohol"], "guidance": [3, 8]}, "test")
+    for scale in (1.01, 2.99, 20):
+        found = error(quiet.post(ASKED | {"guidance_scale": scale}), 400, "invalid_value")
+        assert found["param"] == "guidance_scale"
+    quiet.start()
+    assert quiet.post(ASKED | {"guidance_scale": 3}).status_code == 200
+    assert quiet.post(ASKED | {"guidance_scale": 1.01}, "press").status_code == 200
+
+
 # ---------------------------------------------------------------- prompts, paths, logs
 
 

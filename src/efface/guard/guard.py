@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import secrets
 import weakref
@@ -18,6 +19,7 @@ from ..core import Concept, Concepts, Detector
 from ..detectors._named import detector, judges_anything_unsafe
 from ..hooks.sites import handles
 from ..pictures import to_pil
+from ..pipelines import guided
 from ..registry import near
 from . import file
 from .deltas import Shelf, edited
@@ -34,7 +36,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STEPS = 25
-OWN = ("prompt", "generator", "output_type", "return_dict", "num_images_per_prompt", "guidance_scale", "true_cfg_scale")
+SCALES = ("guidance_scale", "true_cfg_scale")
+OWN = ("prompt", "generator", "output_type", "return_dict", "num_images_per_prompt", *SCALES)
 """Arguments of a pipeline call that the guard sets."""
 
 
@@ -176,7 +179,8 @@ class Guard:
 
         Raises:
             PolicyNotApplied: the record of a row does not prove that its policy acted. There are no pictures then.
-            ValueError: a tenant is unknown, the numbers differ, or the call has an argument that the guard sets.
+            ValueError: a tenant is unknown, the numbers differ, a policy does not allow the guidance scale, or the call
+                has an argument that the guard sets.
             RuntimeError: the pipeline has run-time erasers already, or another thread uses it without the guard.
         """
         made = self.draw(pipe, prompts, tenants, seeds, guidance, **call)
@@ -209,11 +213,13 @@ class Guard:
             partial: shows pictures of rows that are not finished. Only rows that are proven so far are shown.
 
         Raises:
-            ValueError: a policy does not allow partial pictures, or a delta does not fit the pipeline.
+            ValueError: a policy does not allow partial pictures or the guidance scale, or a delta does not fit the
+                pipeline.
             NotRestored: the weights could not be restored after a call with deltas.
         """
         batch = self._batch(pipe, prompts, tenants, seeds, guidance, call)
         policies = [self.policy(tenant) for tenant in batch.tenants]
+        _check_guidance(pipe, policies, guidance)
         with lock_of(pipe):
             self._encodings[pipe] = held(pipe)  # the erasers of each call are new
             if handles(pipe):
@@ -309,3 +315,12 @@ def _detectors(policy: Policy) -> list[tuple[str, Detector]]:
     if judges_anything_unsafe(spec):
         return [("anything unsafe", detector(spec))]
     return [(concept.name, detector(spec, concept.name)) for concept in policy.concepts]
+
+
+def _check_guidance(pipe: DiffusionPipeline, policies: Sequence[Policy], guidance: float | None) -> None:
+    """Raises ValueError for a scale, or the pipeline's default one, that a policy does not allow."""
+    for policy in policies:
+        if policy.guidance is not None:
+            usual = inspect.signature(type(pipe).__call__).parameters
+            (name,) = (each for each in guided(pipe, policy.guidance[0]) if each in SCALES)
+            policy.check_guidance(usual[name].default if guidance is None else guidance)

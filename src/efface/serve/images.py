@@ -113,6 +113,11 @@ def accept(service: Service, holder: Holder, asked: ImageRequest, idempotency: s
     if asked.partial_images and not policy.partial_pictures:
         message = "The policy of this key allows no partial pictures. Leave out `partial_images`."
         raise Refused(403, message, "no_partial_images", "partial_images")
+    if asked.guidance_scale is not None:
+        try:
+            policy.check_guidance(asked.guidance_scale)
+        except ValueError as error:
+            raise Refused(400, str(error), "invalid_value", "guidance_scale") from None
     facts = batch_facts(asked, service.model, size, policy)
     cost = cost_of(asked, size)
     if idempotency is None:  # without a write, for floods
