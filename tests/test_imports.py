@@ -157,7 +157,20 @@ ORDER = {
     ),
     "redteam": ("victim", "panel", "trial", "result", "forms", "folder", "run", "__init__"),
     "guard": (
-        *("forms", "edit", "policy", "file", "deltas", "proof", "record", "partial", "explain", "drawing", "guard"),
+        *(
+            "forms",
+            "edit",
+            "contradictions",
+            "policy",
+            "file",
+            "deltas",
+            "proof",
+            "record",
+            "partial",
+            "explain",
+            "drawing",
+            "guard",
+        ),
         "__init__",
     ),
     "serve": (

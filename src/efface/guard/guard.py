@@ -17,9 +17,9 @@ from .. import checks
 from .._encodings import Encodings, held
 from ..core import Concept, Concepts, Detector
 from ..detectors._named import detector, judges_anything_unsafe
+from ..families import family
 from ..hooks.sites import handles
 from ..pictures import to_pil
-from ..pipelines import guided
 from ..registry import near
 from . import file
 from .deltas import Shelf, edited
@@ -322,5 +322,5 @@ def _check_guidance(pipe: DiffusionPipeline, policies: Sequence[Policy], guidanc
     for policy in policies:
         if policy.guidance is not None:
             usual = inspect.signature(type(pipe).__call__).parameters
-            (name,) = (each for each in guided(pipe, policy.guidance[0]) if each in SCALES)
+            (name,) = (each for each in family(pipe).guided(policy.guidance[0]) if each in SCALES)
             policy.check_guidance(usual[name].default if guidance is None else guidance)

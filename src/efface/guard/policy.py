@@ -236,7 +236,8 @@ class Policy(Frozen):
             raise ValueError(
                 checks.refusal("`guidance` with a smallest and a largest scale, above 1", self.guidance, "Give two.")
             )
-        check_contradictions(self.erase, self.deltas)
+        methods = [(repr(registry.split(each.method)[0]), each.anchored) for each in self.erase]
+        check_contradictions([(name, concept) for name, some in methods for concept in some], self.deltas)
         for each in self.erase:
             each.check_method()
         if self.gate is not None and self.gate.on_detection == "redraw":
