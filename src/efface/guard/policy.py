@@ -307,7 +307,7 @@ class Policy(Frozen):
             return self
         first = self.erase[0] if self.erase else Erasure(concepts=new)
         added = Erasure(concepts=new, method=first.method, strength=first.strength, fields=first.fields)
-        return self.model_copy(update={"erase": (*self.erase, added)})
+        return self.model_copy(update={"erase": (*self.erase, added), "unguarded": False})
 
     def check_guidance(self, scale: float) -> None:
         """Raises ValueError for a guidance scale that the policy does not allow."""
