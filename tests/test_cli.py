@@ -588,7 +588,7 @@ def test_the_same_fit_command_goes_on_after_an_interruption(tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("args", "expected"),
     [
-        (["bench", "emojii", "--concept", "cat", "--out", "x"], "Did you mean 'emoji'?"),
+        (["bench", "emojii", "--concept", "cat", "--out", "x"], "Did you mean 'emoji'"),
         (["bench", "emoji", "--out", "x"], "nothing to erase"),
         (["bench", "emoji", "--concept", "caat", "--out", "x"], "Did you mean 'cat'"),
         (["bench", "emoji", "--concept", "cat", "--option", "picture=9", "--out", "x"], "Did you mean 'pictures'?"),

@@ -352,7 +352,7 @@ def test_a_full_disk_is_no_traceback(tmp_path: Path, small: dict[str, Any], monk
 def test_what_is_misspelt_is_called_what_it_is(room: str, run_folder: Path, tmp_path: Path) -> None:
     if room == "suites":
         said = call("bench", "emojii", "--concept", "cat", "--out", tmp_path / "b", code=2)
-        assert "Unknown suite 'emojii'. Did you mean 'emoji'?" in said
+        assert "Unknown suite 'emojii'. Did you mean 'emoji'" in said
     else:
         assert "Unknown metric 'removl'. Did you mean 'removal'?" in call(
             "score", run_folder, "--metric", "removl", code=2

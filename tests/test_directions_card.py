@@ -229,6 +229,7 @@ def test_lost_icons_are_counted_against_the_base_model(lost: int, words: str) ->
     assert f"Other icons: {-100 * lost / (2 * N):+.1f} points".replace("-0.0", "+0.0") in found and words in found
 
 
+@pytest.mark.long
 def test_a_control_that_does_as_much_is_named() -> None:
     """And one that does nothing is not in the way."""
     card = card_of(directions=drawn(HALF), random_vectors=drawn(HALF), neutral_vectors=drawn(MEN))

@@ -106,6 +106,7 @@ def test_counts_that_cannot_be_dealt_are_refused(change: Mapping[str, Any], mess
 # ---------------------------------------------------------------- the run
 
 
+@pytest.mark.long
 def test_a_run_fits_draws_times_and_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(many, "draw", drawn)
     card = run(FEW, tmp_path)
