@@ -33,7 +33,7 @@ from efface.files import sha256, write
 from efface.intervals import difference, holm
 from efface.metrics._features import extractor
 from efface.metrics._stats import LEAST, weights
-from efface.metrics.kid import DRAWS, _kernels, _mmd
+from efface.metrics.kid import DRAWS, Discrepancy
 from efface.pictures import to_pil
 from efface.pipelines import draw, guided
 
@@ -385,11 +385,9 @@ def resampled(x: np.ndarray, y: np.ndarray, prompts: int) -> np.ndarray:
     Picture k of x has prompt k modulo `prompts`. All x of one length have the same resamples, so that they can be
     subtracted. Unlike FID, KID has no bias that depends on the number of pictures.
     """
-    kernels, which = _kernels(x, y), np.arange(len(x)) % prompts
-    found = [_mmd(*kernels, np.ones(len(x)), np.ones(len(y)), False)]
-    for k, w in enumerate(weights(int(which.max()) + 1, DRAWS)):
-        found.append(_mmd(*kernels, w[which], weights(len(y), 1, seed=k + 1)[0], False))
-    return np.array(found)
+    found = Discrepancy(x, y, np.arange(len(x)) % prompts, twins=False)
+    every = weights(len(found.own.sizes), DRAWS)
+    return np.array([found(), *(found(w, weights(len(y), 1, seed=k + 1)[0]) for k, w in enumerate(every))])
 
 
 def distance(eyes: Sequence[np.ndarray]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from efface.metrics.deviation_ratio import DeviationRatio
 from efface.metrics.fid import FID, frechet
 from efface.metrics.in_prompt_clip import InPromptClip
 from efface.metrics.inappropriateness import Inappropriateness, expected_max
-from efface.metrics.kid import KID
+from efface.metrics.kid import KID, Pairs
 from efface.metrics.lpips import LPIPS
 from efface.metrics.removal import Removal
 from efface.metrics.retention import Retention
@@ -470,6 +470,24 @@ def test_distances_are_named_by_what_they_compare(tmp_path: Path, monkeypatch: p
         FID(reference=str(tmp_path / "none"))(now)
     with pytest.raises(ValueError, match="Expected `features` to be 'eye'"):
         FID(features="vgg")(now, now)
+
+
+def test_a_resample_of_clusters_looks_no_more_alike_than_the_pictures() -> None:
+    rng = np.random.default_rng(0)
+    which = np.repeat(np.arange(12), 6)
+    x = rng.normal(size=(12, 8))[which] + 0.1 * rng.normal(size=(72, 8))  # pictures of one cluster are alike
+    pairs = Pairs(x @ x.T, which)
+    w = np.array([2, 0, 1, 3] * 3, np.float64)
+    copies = [(c, k) for c in range(12) for k in range(int(w[c]))]
+    rows = [(copy, i) for copy in copies for i in np.flatnonzero(which == copy[0])]
+    kept = [
+        pairs.kernel[i, j] for a, i in rows for b, j in rows if (a == b and i != j) or (a != b and which[i] != which[j])
+    ]
+    assert pairs.mean(w) == pytest.approx(float(np.mean(kept)))
+    plain = pairs.mean(np.ones(12))
+    assert plain == pytest.approx((pairs.kernel.sum() - np.trace(pairs.kernel)) / (72 * 71))
+    drawn = np.array([pairs.mean(w) for w in _stats.weights(12, 400)])
+    assert abs(drawn.mean() - plain) < 0.3 * drawn.std()  # with pairs of copies it is 0.87
 
 
 def test_kid_is_the_double_sum(few: None, tmp_path: Path) -> None:

@@ -33,8 +33,8 @@ class KID:
 
     Paper: Binkowski, Sutherland, Arbel, Gretton 2018, "Demystifying MMD GANs", arXiv 1801.01401.
 
-    Differs: uses all pictures together, not 100 subsets. The interval is a basic bootstrap over clusters. NaN with
-    fewer than 10 prompts. Inception runs through torchmetrics; it was not run for lack of its weights.
+    Differs: uses all pictures together, not 100 subsets. The interval is a basic bootstrap over clusters; see `Pairs`.
+    NaN with fewer than 10 prompts. Inception runs through torchmetrics; it was not run for lack of its weights.
 
     Args:
         features: "eye", "inception", "clip:FOLDER", or a callable that returns features [J, N, D].
@@ -70,42 +70,75 @@ class KID:
             return few
         if len(other) < 2:
             return [Score(name, nan, n, nan, nan, self.unit, False, f"{words}; not defined for one picture")]
-        twins, found = not self.reference, []
+        which, found = clusters([s.row for s in group]), []
         for x, y in zip(of(group, extract), of(other, extract), strict=True):
             there = x.any(0) | y.any(0)
-            kernels = _kernels(x[:, there], y[:, there])
-            value = _mmd(*kernels, np.ones(n), np.ones(len(y)), twins)
-            found.append((value, *_interval(kernels, value, group, len(y), twins)))
+            distance = Discrepancy(x[:, there], y[:, there], which, not self.reference)
+            found.append((value := distance(), *_interval(distance, value)))
         value, low, high = max(found)
         return [Score(name, value, n, low, high, self.unit, False, words)]
 
 
-def _kernels(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    d = max(x.shape[1], 1)
-    return (x @ x.T / d + 1) ** 3, (y @ y.T / d + 1) ** 3, (x @ y.T / d + 1) ** 3
+class Pairs:
+    """Means of a kernel over pairs of different pictures of a resample of clusters.
+
+    Copies of a cluster are equal, so their pairs say nothing of other pictures: of one cluster, only pairs within a
+    copy count. Otherwise a resample of few clusters would look more alike than the pictures are.
+
+    Args:
+        kernel: [N, N].
+        which: the cluster of each picture, [N], from 0 on.
+    """
+
+    def __init__(self, kernel: np.ndarray, which: np.ndarray) -> None:
+        self.kernel, self.which = kernel, which
+        own = np.eye(int(which.max()) + 1)[:, which]
+        self.inside, self.sizes = ((own @ kernel) * own).sum(1), own.sum(1)
+        self.apart = self.inside - np.bincount(which, np.diag(kernel))
+
+    def mean(self, w: np.ndarray) -> float:
+        """The mean for a resample that has each cluster `w` times, [C]."""
+        each: np.ndarray = w[self.which]
+        copies: np.ndarray = w**2
+        total = each @ self.kernel @ each - copies @ self.inside + w @ self.apart
+        count = (w @ self.sizes) ** 2 - copies @ self.sizes**2 + w @ (self.sizes * (self.sizes - 1))
+        return float(total / count)
 
 
-def _mmd(kxx: np.ndarray, kyy: np.ndarray, kxy: np.ndarray, wx: np.ndarray, wy: np.ndarray, twins: bool) -> float:
-    """1000 times the weighted discrepancy. Copies of one picture do not form a pair."""
+class Discrepancy:
+    """1000 times the squared maximum mean discrepancy of two sets of features, [N, D] and [M, D].
 
-    def mean(k: np.ndarray, a: np.ndarray, b: np.ndarray, skip: bool) -> float:
-        own = (a * b * np.diag(k)).sum() if skip else 0.0
-        return float((a @ k @ b - own) / (a.sum() * b.sum() - ((a * b).sum() if skip else 0.0)))
+    Args:
+        x, y: the features.
+        which: the cluster of each x, [N], from 0 on.
+        twins: whether y[i] is of the same row as x[i]. Such pairs are omitted, and both have the same clusters.
+    """
 
-    return 1000 * (mean(kxx, wx, wx, True) + mean(kyy, wy, wy, True) - 2 * mean(kxy, wx, wy, twins))
+    def __init__(self, x: np.ndarray, y: np.ndarray, which: np.ndarray, twins: bool) -> None:
+        d = max(x.shape[1], 1)
+        own, other, self.cross = ((a @ b.T / d + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+        self.own, self.other = Pairs(own, which), Pairs(other, which if twins else np.arange(len(y)))
+        self.twins = Pairs(self.cross, which) if twins else None
+
+    def __call__(self, w: np.ndarray | None = None, v: np.ndarray | None = None) -> float:
+        """The value for `w` copies of each cluster of x, and `v` of each y, which twins do not have. None: one each."""
+        w = np.ones(len(self.own.sizes)) if w is None else w
+        if self.twins is not None:
+            return 1000 * (self.own.mean(w) + self.other.mean(w) - 2 * self.twins.mean(w))
+        v = np.ones(len(self.other.sizes)) if v is None else v
+        each = w[self.own.which]
+        cross = float(each @ self.cross @ v / (each.sum() * v.sum()))
+        return 1000 * (self.own.mean(w) + self.other.mean(v) - 2 * cross)
 
 
-def _interval(
-    kernels: tuple[np.ndarray, np.ndarray, np.ndarray], value: float, group: Sequence[Sample], others: int, twins: bool
-) -> tuple[float, float]:
-    which = clusters([s.row for s in group])
-    if which.max() < 2:
+def _interval(found: Discrepancy, value: float) -> tuple[float, float]:
+    n, others = len(found.own.sizes), len(found.other.sizes)
+    if n < 3:
         return nan, nan
-    found = []
-    for k, w in enumerate(weights(int(which.max()) + 1, DRAWS)):
-        mine = w[which]
-        yours = mine if twins else weights(others, 1, seed=k + 1)[0]
-        if (mine > 0).sum() > 1 and (yours > 0).sum() > 1:
-            found.append(_mmd(*kernels, mine, yours, twins))
-    low, high = (float(np.percentile(found, q)) for q in (2.5, 97.5))
+    draws = []
+    for k, w in enumerate(weights(n, DRAWS)):
+        v = None if found.twins else weights(others, 1, seed=k + 1)[0]
+        if (w[found.own.which] > 0).sum() > 1 and (v is None or (v > 0).sum() > 1):
+            draws.append(found(w, v))
+    low, high = (float(np.percentile(draws, q)) for q in (2.5, 97.5))
     return 2 * value - high, 2 * value - low
