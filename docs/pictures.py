@@ -1,11 +1,14 @@
 """The pictures of README and docs, drawn again: `python docs/pictures.py`, about three minutes on two cores.
 
 Nothing is picked: each row shows the first prompts of its cell, each with one seed. No figure is measured on these
-seeds.
+seeds. `python docs/pictures.py watermarks` shows every third of the first pictures of the card `geom_erasing`, which
+`python -m experiments geom_erasing` has drawn with the same code.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from pathlib import Path
 
 from PIL import Image
@@ -45,7 +48,36 @@ def column(parts: list[Image.Image]) -> Image.Image:
     return out
 
 
+WATERMARKS = {
+    "base": "base",
+    "plain fine-tuning": "fine-tuned",
+    "data removal, all words": "data",
+    "model removal, all words": "model",
+    "negative_prompt": "negative",
+}
+
+
+def watermarks() -> Image.Image:
+    """Rows of the card `geom_erasing`."""
+    sys.path.insert(0, str(DOCS.parent))
+    from safetensors.numpy import load_file
+
+    from experiments.catalogue import CATALOGUE
+    from experiments.outcome import pictures_file
+    from experiments.runner import Plan
+
+    each = CATALOGUE["geom_erasing"]
+    plan = Plan(each.block, each.n, each.model)
+    plan = dataclasses.replace(plan, folder=plan.folder / each.name)
+    files = {unit.row: pictures_file(plan, unit) for unit in each.units(plan) if unit.kind == "cell"}
+    found = {label: load_file(files[row])["images"][: 3 * N * 2 : 3] for row, label in WATERMARKS.items()}
+    return grid({label: [Image.fromarray(one) for one in some] for label, some in found.items()}, side=76)
+
+
 def main() -> None:
+    if sys.argv[1:] == ["watermarks"]:
+        watermarks().save(DOCS / "watermarks.png")
+        return
     prompts = cell("alcohol", "pair", 3) + ["a night at the pub"] * 3
     erasers = {"negative": efface.NegativePrompt("alcohol"), "EIUP": efface.EIUP("alcohol")}
     erasers["EIUP, swap"] = efface.EIUP("alcohol", normalization="swap")

@@ -123,8 +123,9 @@ def test_the_larger_models_are_benched_by_their_own_prompts_and_detectors(tmp_pa
     suite = dataclasses.replace(Emoji128().load((Concept("alcohol"),), limit=12), call={"num_inference_steps": 10})
     runs.rehearse(suite)
     run = efface.run(suite, model, eraser=efface.EIUP("alcohol"), out=tmp_path / "run", guidance=5.0)
-    found = {each.name: each for each in efface.score(run)}
-    assert "emoji-128 at 128 pixels" in found["removal.alcohol"].protocol if "removal.alcohol" in found else found
+    found = {each.metric: each for each in efface.score(run)}
+    assert "emoji-128 at 128 pixels" in found["detection"].protocol
+    assert found["detection.any_icon"].value > 0.5 and found["detection"].value < 0.5
 
 
 def test_options_of_the_emoji_suite() -> None:
