@@ -1,8 +1,9 @@
 """The pictures of README and docs, drawn again: `python docs/pictures.py`, about three minutes on two cores.
 
 Nothing is picked: each row shows the first prompts of its cell, each with one seed. No figure is measured on these
-seeds. `python docs/pictures.py watermarks` shows every third of the first pictures of the card `geom_erasing`, which
-`python -m experiments geom_erasing` has drawn with the same code.
+seeds. `python docs/pictures.py watermarks` shows every third of the first pictures of the card `geom_erasing`, and
+`professions` draws with the vectors of the card `directions`; `python -m experiments` has to have drawn that card with
+the same code.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 import efface
+import efface.api
 from efface.models import emoji
 from efface.pictures import grid, to_pil
 from efface.pipelines import draw
@@ -57,26 +60,52 @@ WATERMARKS = {
 }
 
 
-def watermarks() -> Image.Image:
-    """Rows of the card `geom_erasing`."""
+def drawn(name: str) -> tuple[Any, list[Any]]:
+    """The plan and the units of an experiment."""
     sys.path.insert(0, str(DOCS.parent))
-    from safetensors.numpy import load_file
-
     from experiments.catalogue import CATALOGUE
-    from experiments.outcome import pictures_file
     from experiments.runner import Plan
 
-    each = CATALOGUE["geom_erasing"]
+    each = CATALOGUE[name]
     plan = Plan(each.block, each.n, each.model)
     plan = dataclasses.replace(plan, folder=plan.folder / each.name)
-    files = {unit.row: pictures_file(plan, unit) for unit in each.units(plan) if unit.kind == "cell"}
+    return plan, each.units(plan)
+
+
+def watermarks() -> Image.Image:
+    """Rows of the card `geom_erasing`."""
+    from safetensors.numpy import load_file
+
+    plan, units = drawn("geom_erasing")
+    from experiments.outcome import pictures_file
+
+    files = {unit.row: pictures_file(plan, unit) for unit in units if unit.kind == "cell"}
     found = {label: load_file(files[row])["images"][: 3 * N * 2 : 3] for row, label in WATERMARKS.items()}
     return grid({label: [Image.fromarray(one) for one in some] for label, some in found.items()}, side=76)
 
 
+def professions() -> Image.Image:
+    """Two pictures of each profession: the base model, and with the vectors of the card `directions`."""
+    plan, units = drawn("directions")
+    from experiments.outcome import delta_file
+
+    (fit,) = (unit for unit in units if unit.kind == "fit" and unit.row == "directions")
+    learned = efface.api.load_delta(delta_file(plan, fit)).fair()
+    jobs = [job for job in emoji.vocabulary()["professions"] for _ in range(2)]
+    prompts, seeds = [f"a {job}" for job in jobs], [SEED + k for k in range(len(jobs))]
+    found = {"base": to_pil(draw(plan.world.pipe, prompts, seeds))}
+    with efface.stack(plan.world.pipe, dataclasses.replace(learned, strength=1.25)):
+        found["fair"] = to_pil(draw(plan.world.pipe, prompts, seeds))
+    return grid(found, jobs, side=76)
+
+
+PAGES = {"watermarks": watermarks, "professions": professions}
+
+
 def main() -> None:
-    if sys.argv[1:] == ["watermarks"]:
-        watermarks().save(DOCS / "watermarks.png")
+    for name in sys.argv[1:]:
+        PAGES[name]().save(DOCS / f"{name}.png")
+    if sys.argv[1:]:
         return
     prompts = cell("alcohol", "pair", 3) + ["a night at the pub"] * 3
     erasers = {"negative": efface.NegativePrompt("alcohol"), "EIUP": efface.EIUP("alcohol")}
