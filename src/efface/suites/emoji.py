@@ -159,7 +159,7 @@ class Emoji:
             return [(captions[i], (i,), i, "") for i in (plain[k * step % len(plain)] for k in range(len(plain)))]
         if kind != "dual":
             themes = self._themes()
-            prompts = _mixed(self._words.prompts(concept, kind))
+            prompts: list[tuple[str, tuple[str, ...]]] = _mixed(self._words.prompts(concept, kind))
             return [(text, keep, themes.get(text, text), "") for text, keep in prompts]
         out = []
         for text, keep in self._words.prompts(concept, "pair"):
