@@ -539,13 +539,13 @@ def test_a_dropped_pipeline_is_freed_though_an_eraser_is_on() -> None:
     handle.remove()
 
 
-@pytest.mark.parametrize("name", ERASERS)
-def test_a_removed_eraser_holds_no_tensors_before_any_garbage_collection(name: str) -> None:
+@pytest.mark.parametrize(("name", "kind"), [*((name, "sd1") for name in ERASERS), ("eiup", "sd3"), ("eiup", "pixart")])
+def test_a_removed_eraser_holds_no_tensors_before_any_garbage_collection(name: str, kind: str) -> None:
     def bytes_of_tensors() -> int:
         every = [each for each in gc.get_objects() if type(each) in (Tensor, torch.nn.Parameter)]
         return sum({each.data_ptr(): each.untyped_storage().nbytes() for each in every}.values())
 
-    pipe = pipeline()
+    pipe = pipeline(kind)
     eraser = fitted(ERASERS[name], pipe)
 
     def drawing() -> tuple[int, int]:

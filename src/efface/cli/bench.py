@@ -34,7 +34,6 @@ from .output import telling
 from .score import Bars, parse_bars, print_scores
 
 BATCH = 8
-MODELS = {"emoji_128": "emoji-128"}  # that a suite is for
 
 
 @loads
@@ -93,6 +92,7 @@ def bench(
         targets, erasers = find_erasers(concept, phrase, method, delta, set_)
         check_guidance(erasers, guidance)
         from .. import jobs, runs
+        from ..models import SUITES
 
         chosen = runs.make_suite(suite, targets, data, limit, **parse_fields(option, "--option"))
         if judge:
@@ -100,7 +100,7 @@ def bench(
             chosen = replace(chosen, metrics=judges(configs, judge, "--judge"))
         if not no_score:
             jobs.rehearse(chosen)
-        name = model or MODELS.get(suite, "emoji")
+        name = model or SUITES.get(suite, "emoji")
         pipe = load(name, loading)
         check_guidance(erasers, guidance, pipe)
         command = shlex.join(["efface", *sys.argv[1:]])

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
 
 AUTOENCODERS = {"efface.models.emoji.vae": "emoji", "efface.models.emoji128.vae": "emoji-128"}
-SUITES = ("emoji", "emoji_128")
+SUITES = {"emoji": "emoji", "emoji_128": "emoji-128"}
+"""Suite to the embedded model that draws it by default."""
 
 
 @functools.cache
@@ -41,4 +42,4 @@ def suite_of(model: str) -> str:
     """The suite with the prompts of an embedded model; that of `emoji` for other models."""
     from .emoji128 import MODELS
 
-    return SUITES[-1] if model in MODELS else SUITES[0]
+    return "emoji_128" if model in MODELS else "emoji"

@@ -97,8 +97,8 @@ def run(
 
     Raises:
         ValueError: the suite is that of another embedded model; `out` holds another run (the message names the
-            differences) or other files; `base` is a run of
-            other rows or sampling; the pipeline has erasers; `ray` is given with a pipeline, which workers cannot load.
+            differences) or other files; `base` is a run of other rows or sampling; the pipeline has erasers; `ray` is
+            given with a pipeline, which workers cannot load.
         ImportError: `ray` is given but Ray is not installed.
         BlockingIOError: another process is working in `out`.
         OSError: the disk is full or cannot be written to. Finished pictures stay, and the same call continues.
