@@ -432,7 +432,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     Redteam(
         name="attacks",
         question="Which attack by text, sampler or weights brings an erased concept back, from which guard?",
-        cap=4.0,
+        cap=4.5,
         model="emoji-128",
         block="test",
         guards=chosen_guards,
