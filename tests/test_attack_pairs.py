@@ -20,12 +20,12 @@ from torch import Tensor
 
 import efface
 from efface import Concept, pipelines, redteam, registry
+from efface._condition import call_settings
 from efface._text import read
 from efface.attacks._compose import Composition, Term
 from efface.attacks._contract import Target
 from efface.attacks._directions import directions, shifted
 from efface.attacks._encoders import outputs, summaries
-from efface.attacks._texts import call_settings
 from efface.families import family
 from efface.redteam.victim import GuardedModel
 

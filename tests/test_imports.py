@@ -21,7 +21,7 @@ ROOT = Path(efface.__file__).parent
 # What each part may import, besides itself. `efface` is the package's own `__init__`.
 FILES = {"files", "schema", "pictures", "records"}
 FACTS = {"registry", "checks", "fields", "core", "families"} | FILES
-TEXTS = FACTS | {"_weights", "_unchanged", "_encodings", "_text", "_masking", "_latents"}
+TEXTS = FACTS | {"_weights", "_unchanged", "_encodings", "_text", "_condition", "_masking", "_latents"}
 HOOKS = TEXTS | {"hooks", "delta"}
 MAY_IMPORT: dict[str, set[str]] = {
     "registry": set(),
@@ -40,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_unchanged": set(),
     "_encodings": FACTS | {"_unchanged"},
     "_text": FACTS | {"_weights", "_encodings"},
+    "_condition": FACTS | {"_text"},
     "_masking": FACTS | {"_text"},
     "_latents": set(),
     "hooks": TEXTS,

@@ -443,6 +443,28 @@ def test_fid_of_pictures(tmp_path: Path) -> None:
     assert math.isnan(few.value) and "not defined: 4 pictures for 4 features, take kid" in few.protocol
 
 
+@pytest.mark.parametrize("reference", ["", "coco"])
+def test_the_interval_of_fid_holds_its_value_and_its_mean(monkeypatch: pytest.MonkeyPatch, reference: str) -> None:
+    """Of many draws with 60 clusters of two pictures; the pictures of one cluster are alike."""
+    rng, which = np.random.default_rng(1), np.repeat(np.arange(60), 2)
+    group = [dataclasses.replace(s.row, cluster=f"c{k}") for k, s in zip(which, carrying(np.empty(120)), strict=True)]
+    now = [Sample(row, pixels=torch.zeros(3, 16, 16)) for row in group]
+
+    def one() -> tuple[np.ndarray, np.ndarray]:
+        scene = rng.normal(size=(60, 6))[which] if not reference else 0.0  # which both pictures show
+        x, y = (scene + 0.7 * rng.normal(size=(60, 6))[which] + 0.5 * rng.normal(size=(120, 6)) for _ in range(2))
+        return x + np.array([0.8, 0, 0, 0, 0, 0]), y
+
+    drawn_ = [one() for _ in range(60)]
+    values = [frechet(x, y) for x, y in drawn_]
+    found = [FID(reference=reference)._interval(x, y, v, now) for (x, y), v in zip(drawn_, values, strict=True)]
+    assert all(low < value < high for value, (low, high) in zip(values, found, strict=True))
+    covered = np.mean([low <= np.mean(values) <= high for low, high in found])
+    assert covered >= 0.85
+    width = np.mean([high - low for low, high in found]) / (2 * 1.96 * np.std(values))
+    assert 0.7 < width < 1.6  # neither too narrow nor useless
+
+
 def test_distances_are_named_by_what_they_compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {
         ("eye", ""): "_eye",

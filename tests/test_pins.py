@@ -657,8 +657,8 @@ REFUSALS: dict[str, Callable[[], Any]] = {
     **{
         f"fit {name} on {family}": functools.partial(lambda name, family: fitted(name, double(family)), name, family)
         for name in EDITORS
-        for family in ("pixart", "sd3", "flux")
-        if family == "pixart" or name in ("uce", "rece")  # the others train there
+        for family in ("pixart", "cogview4", "sd3", "flux")
+        if family == "cogview4" or name in ("uce", "rece")  # the others train there
     },
     "erase/method": lambda: efface.erase(double("sd1"), CAT, method="eipu"),
     "erase/no method": lambda: efface.erase(double("sd1"), CAT, method=3),  # type: ignore[arg-type]

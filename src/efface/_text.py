@@ -111,6 +111,14 @@ def check_phrases(pipe: DiffusionPipeline, phrases: Sequence[str], **settings: A
                 )
 
 
+def check_whole(pipe: DiffusionPipeline, texts: Sequence[str], settings: Mapping[str, Any]) -> None:
+    """Raises ValueError if a text has no tokens for one of the encoders, or is over its limit."""
+    facts = family(pipe)
+    for name in readers(pipe):
+        for text in facts.cleaned(pipe, tokenizer_of(pipe, name), texts, settings):
+            _whole(facts, pipe, name, text, settings)
+
+
 def _whole(facts: Family, pipe: DiffusionPipeline, name: str, text: str, settings: Mapping[str, Any]) -> Reading:
     """A cleaned text as an encoder reads it. Raises ValueError if it has no tokens or is too long."""
     found, limit = facts.read(pipe, name, text, settings), facts.limit(pipe, name, settings)
@@ -296,20 +304,6 @@ def pack(pipe: DiffusionPipeline, phrases: Sequence[str], separator: str = " ") 
     return texts
 
 
-@dataclass(frozen=True)
-class Condition:
-    """The denoiser's inputs besides latents and time, one row per text. Row 0 is unconditional."""
-
-    text: Tensor
-    added: dict[str, Tensor]
-    facts: Family
-
-    def at(self, rows: Tensor) -> dict[str, Any]:
-        """The keyword arguments of a denoiser call for these rows."""
-        rows = rows.to(self.text.device)
-        return self.facts.training_arguments(self.text[rows], {name: v[rows] for name, v in self.added.items()})
-
-
 def check_bare(pipe: DiffusionPipeline) -> None:
     """Raises ValueError if run-time erasers are applied, which a fit would learn."""
     present = SITES.get(denoiser_of(pipe))
@@ -318,29 +312,3 @@ def check_bare(pipe: DiffusionPipeline) -> None:
         raise ValueError(
             f"{names} is applied to the pipeline and would affect the training. Call `handle.remove()` before `fit`."
         )
-
-
-def condition(pipe: DiffusionPipeline, texts: Sequence[str]) -> Condition:
-    """Texts as the denoiser gets them in a pipeline call, after the unconditional row of such a call.
-
-    The pipeline's family must offer `training`.
-
-    Raises:
-        ValueError: run-time erasers are applied, or a text has no tokens or is over the encoder's limit.
-    """
-    check_bare(pipe)
-    facts = family(pipe)
-    for name in readers(pipe):
-        for text in facts.cleaned(pipe, tokenizer_of(pipe, name), texts, {}):
-            _whole(facts, pipe, name, text, {})
-    call = facts.encoding_arguments(pipe, list(texts) if facts.returns_negative else ["", *texts], {})
-    if "do_classifier_free_guidance" in call:
-        call["do_classifier_free_guidance"] = True
-    with torch.no_grad():
-        made = dict(zip(facts.returns, pipe.encode_prompt(**call), strict=True))
-    pairs = {"text": "negative", "pooled": "negative_pooled"}.items()
-    if facts.returns_negative:
-        parts = {name: torch.cat([made[negative][:1], made[name]]) for name, negative in pairs if name in made}
-    else:
-        parts = {name: made[name] for name, _ in pairs if name in made}
-    return Condition(parts["text"], facts.training_added(pipe, parts), facts)

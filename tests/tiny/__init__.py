@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import sys
 import tempfile
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -72,6 +75,15 @@ for _found in iter_modules(__path__):
 EACH = tuple(name for file in builders.FILES for name in file.EACH)
 FAMILIES = ("sd1", "sd2", "sdxl")  # with a UNet and CLIP
 ALIKE = ("chroma", "flux2", "qwenimage", "sana")  # whose promises `test_families_2026` tests, in less time
+
+
+@contextlib.contextmanager
+def of_its_size(pipe: Any) -> Iterator[None]:
+    """Calls of this pipeline's class draw at the tiny pipeline's size by default, as real ones do at theirs."""
+    kind = type(pipe)
+    sized = functools.partialmethod(kind.__call__, **builders.call_options(pipe, {}, 1))
+    with mock.patch.object(kind, "__call__", sized):
+        yield
 
 
 def add_lora(pipe: Any) -> None:

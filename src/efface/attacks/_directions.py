@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from .._condition import call_settings
 from .._text import encode_cut, fits
 from ..core import Concept
 from ..families import family
 from ._encoders import on_encoders, outputs
-from ._texts import call_settings
 
 Pairs = Sequence[tuple[str, str]]
 Shift = dict[str, tuple[Tensor, dict[str, Tensor]]]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from .._condition import call_settings
 from .._text import encode_cut, encoder_of, read, readers
 from ..families import family
-from ._texts import call_settings
 
 Change = Callable[[str, Tensor, Any], Any]
 """Receives the tokenizer's name, `input_ids` [N, L] and the encoder's output; returns another output, or None."""

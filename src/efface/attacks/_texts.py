@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._condition import call_settings
 from .._text import SITES
 from .._weights import denoiser_of
 from ..families import Family, encode_parameters, family
@@ -95,17 +96,6 @@ def reading(pipe: Any, prompt: str, n: int, settings: Mapping[str, Any] | None =
             if each.reads_words:
                 found.append((each, memory))
     return found
-
-
-def call_settings(pipe: Any) -> dict[str, Any]:
-    """The pipeline call's values of the arguments that change how texts are encoded, where `encode_prompt` differs."""
-    from diffusers.utils import is_bs4_available, is_ftfy_available
-
-    call, taken = inspect.signature(type(pipe).__call__).parameters, encode_parameters(pipe)
-    both = [name for name in family(pipe).settings if name in call and name in taken]
-    if not (is_bs4_available() and is_ftfy_available()):
-        both = [name for name in both if name != "clean_caption"]  # the pipeline then leaves it out, with a warning
-    return {name: call[name].default for name in both if call[name].default != taken[name].default}
 
 
 def check_calls(pipe: Any) -> None:

@@ -18,7 +18,7 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
 from .. import checks
-from .._text import condition
+from .._condition import condition
 from .._weights import part
 from ..delta.watch import unwatched
 from ..families import family
@@ -39,14 +39,16 @@ def trained(
 ) -> list[str]:
     """The names of the denoiser's parameters that a mode trains. "u" excludes names with the prefixes `outer`.
 
-    Without `biases`, only matrices and convolutions train, because a LoRA can hold only these. `joint`: the names of
-    the layers with joint attention, if the denoiser reads text there.
+    Without `biases`, only the weights of linear layers and ungrouped convolutions train, because a LoRA can hold only
+    these. `joint`: the names of the layers with joint attention, if the denoiser reads text there.
 
     Raises:
         ValueError: the mode is unknown or finds no parameters, or a LoRA is loaded.
     """
     checks.choice("train", train, get_args(Train))
-    names = [name for name, weight in denoiser.named_parameters() if biases or weight.ndim > 1]
+    layers = {name: m for name, m in denoiser.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    in_lora = {f"{name}.weight" for name, layer in layers.items() if getattr(layer, "groups", 1) == 1}
+    names = [name for name, _ in denoiser.named_parameters() if biases or name in in_lora]
     if any(".base_layer." in name or ".lora_" in name for name in names):
         raise ValueError("A LoRA is loaded. Unload it (`pipe.unload_lora_weights()`) or fuse it before `fit`.")
     attention = [
@@ -169,7 +171,8 @@ class Denoiser:
                 "pipeline outside of it."
             )
         config, few = self.module.config, facts.distilled(self.module) or facts.few_steps(pipe)
-        if few or config.out_channels not in (None, config.in_channels):
+        channels = (None, config.in_channels, *([2 * config.in_channels] if facts.variances else []))
+        if few or config.out_channels not in channels:
             raise ValueError(
                 "Expected a text-to-image denoiser with an unconditional prediction, got one for inpainting or "
                 "distilled to few steps. Use a base model with guidance."

@@ -11,10 +11,9 @@ import torch
 from torch import Generator, Tensor
 
 from .. import checks
-from .._text import Condition, encode
+from .._condition import learned_condition
 from ..delta.embeddings import Rows
 from ..delta.tokens import Learned, learning_words
-from ..families import family
 from ._denoiser import Denoiser, Points, Precision, Weights
 from ._settings import Training
 from ._training import run
@@ -85,9 +84,7 @@ class Worded(Denoiser):
 
     def __call__(self, x: Tensor, t: Tensor, prompt: Tensor, weights: Weights | None = None) -> Tensor:
         """The prediction [N, C, h, w], from which gradients reach the embeddings of the words."""
-        facts, made = family(self.pipe), encode(self.pipe, self.texts, differentiable=True)
-        parts = {"text": made.text} | ({} if made.pooled is None else {"pooled": made.pooled})
-        self.condition = Condition(made.text, facts.training_added(self.pipe, parts), facts)
+        self.condition = learned_condition(self.pipe, self.texts)
         return super().__call__(x, t, prompt % len(self.texts), {})
 
     def draw(self, batch: int, rng: Generator) -> Points:

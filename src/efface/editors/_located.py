@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Generator, Tensor, nn
 
+from .._condition import learned_condition
 from .._latents import latents_of
-from .._text import Condition, encode, fits
+from .._text import fits
 from .._weights import part
 from ..families import family
 from ._denoiser import Denoiser, Points, Precision, Weights
@@ -119,9 +120,7 @@ class Located(Denoiser):
         """The prediction [N, C, h, w], with gradients for the words, and for the weights if they train."""
         rows = prompt.tolist()
         texts = list(dict.fromkeys(self.texts[k] for k in rows))
-        made, facts = encode(self.pipe, texts, differentiable=True), family(self.pipe)
-        parts = {"text": made.text} | ({} if made.pooled is None else {"pooled": made.pooled})
-        self.condition = Condition(made.text, facts.training_added(self.pipe, parts), facts)
+        self.condition = learned_condition(self.pipe, texts)
         which = torch.tensor([texts.index(self.texts[k]) for k in rows], device=x.device)
         own = {name: w for name, w in (weights or {}).items() if name in self.base}
         return super().__call__(x, t, which, own or None)

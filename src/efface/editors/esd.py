@@ -36,7 +36,7 @@ class ESD(Training):
 
     The student draws x_t, guided with the prompt c (or f), up to a random step of the pipeline's scheduler. The
     coefficients of the target sum to one, so the formula also holds for v-prediction, and for the velocity of flow
-    matching (SD 3/3.5, FLUX.1).
+    matching (SD 3/3.5, FLUX.1, Sana).
 
     Paper: R. Gandikota, J. Materzynska, J. Fiotto-Kaufman, D. Bau, 2023, "Erasing Concepts from Diffusion Models", ICCV
     2023, arXiv 2303.07345, equation 6. `ESD.paper()` has its settings, `ESD.code_2025()` those of the authors' current

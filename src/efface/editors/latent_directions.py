@@ -48,10 +48,10 @@ class LatentDirections(FamilyDefaults):
     Differs: vectors start at zero. The authors start at random values in [-0.1, 0.1], which stay wherever the loss does
     not reach. Pictures stay latents; the authors decode them and encode them again. Texts are padded as in a pipeline
     call; the authors pad to the longest text of a batch. Several concepts train in one run, each for `steps` updates on
-    average. `at` with other modules than the mid block, `spatial=False`, and blocks of transformers (SD 3/3.5, FLUX.1),
-    which have no bottleneck, are extensions that the paper did not test. The prompts of the authors' safety vector were
-    not published; `anti` follows their code. Equal pictures of y+ and y- would teach nothing: pass a `detector` to be
-    sure that the model draws the concept.
+    average. `at` with other modules than the mid block, `spatial=False`, and blocks of transformers (PixArt, Sana, SD
+    3/3.5, FLUX.1), which have no bottleneck, are extensions that the paper did not test. The prompts of the authors'
+    safety vector were not published; `anti` follows their code. Equal pictures of y+ and y- would teach nothing: pass a
+    `detector` to be sure that the model draws the concept.
 
     Args:
         steps: updates per concept, >= 1; code: 2500. None: the family's default, as for `lr`, `pictures` and
@@ -96,7 +96,7 @@ class LatentDirections(FamilyDefaults):
     """
 
     needs: ClassVar[tuple[str, ...]] = computed(
-        lambda self: ("training|flow_training",) if self.at else ("training",), ("training",)
+        lambda self: ("training|flow_training",) if self.at else ("training", "bottleneck"), ("training", "bottleneck")
     )
     forms: ClassVar[Mapping[str, Mapping[str, Any]]] = {"blocks in `at`": {"at": ("transformer_blocks.0",)}}
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {

@@ -51,12 +51,16 @@ OFFERS: Mapping[str, Offer] = {
         "a denoiser that trains outside of the pipeline's call",
         "The denoiser predicts from latents, time and encoded text alone, on steps of the pipeline's scheduler.",
     ),
+    "bottleneck": Offer(
+        "a bottleneck",
+        "A module in the middle of the denoiser, whose output is smaller than its input.",
+    ),
     "text_inputs": Offer(
         "an input layer for the encoded text",
         "One linear layer reads the states of the text encoder before all other layers of the denoiser.",
     ),
     "flow_training": Offer(
         "a flow-matching denoiser that trains outside of the pipeline's call",
-        "As `training`, for a denoiser with joint attention that predicts velocity.",
+        "As `training`, for a denoiser that predicts velocity.",
     ),
 }

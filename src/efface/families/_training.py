@@ -11,17 +11,20 @@ if TYPE_CHECKING:
 
 
 class InTraining:
-    """The facts for training. The defaults are those of a UNet; other families override what differs.
+    """The facts for training. The defaults are those of a plain transformer; other families override what differs.
 
     Latents are [N, C, h, w] everywhere outside of a denoiser's call.
     """
 
     denoiser: str
     text_argument: str
+    time_argument: str
+    mask_argument: str
+    variances: bool
 
     def training_added(self, pipe: DiffusionPipeline, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Further training inputs of the denoiser, one row per text, from the output of `encode_prompt`."""
-        return {}
+        return {self.mask_argument: parts["mask"]} if "mask" in parts else {}
 
     def training_arguments(self, text: Tensor, added: Mapping[str, Tensor]) -> dict[str, Any]:
         """Keyword arguments of a denoiser call in training, from a text and from rows of `training_added`."""
@@ -31,11 +34,11 @@ class InTraining:
         self, x: Tensor, t: Tensor, arguments: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a denoiser call with latents at times of the scheduler, [N] or []."""
-        return (x, t), dict(arguments)
+        return (), {"hidden_states": x, self.time_argument: t.expand(len(x)), **arguments}
 
     def training_output(self, out: Tensor, x: Tensor) -> Tensor:
-        """The prediction [N, C, h, w] from the denoiser's output for latents x."""
-        return out
+        """The prediction [N, C, h, w] from the denoiser's output for latents x, without predicted variances."""
+        return out[:, : x.shape[1]] if self.variances else out
 
     def latent_shape(self, pipe: DiffusionPipeline) -> tuple[int, int, int]:
         """The latents [C, h, w] of a picture of the pipeline's default size."""

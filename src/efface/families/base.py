@@ -68,6 +68,7 @@ class Family(InTexts, InTraining):
         original: this denoiser's modules as in the checkpoint that the model was published with, see `original_place`.
         bottleneck: the denoiser's module in the middle, whose output is smaller than its input; "" if there is none.
         picture_output: the position of the picture among the outputs of a block that returns text and picture.
+        variances: whether the denoiser may predict variances in further channels, which pipelines leave out.
         outer_layers: prefixes of the names of the denoiser's parameters before and after its blocks.
     """
 
@@ -108,6 +109,7 @@ class Family(InTexts, InTraining):
     original: Mapping[str, str] = field(default_factory=dict, hash=False)
     bottleneck: str = ""
     picture_output: int = 0
+    variances: bool = False
     outer_layers: tuple[str, ...] = ()
 
     # ---- what follows from the facts

@@ -34,6 +34,20 @@ class _Sana(Family):
     def train_timesteps(self, pipe: DiffusionPipeline) -> int:
         return int(super().train_timesteps(pipe) * getattr(pipe, self.denoiser).config.timestep_scale)
 
+    def distilled(self, denoiser: nn.Module) -> bool:
+        return bool(getattr(getattr(denoiser, "config", None), "guidance_embeds", False))
+
+    def training_added(self, pipe: DiffusionPipeline, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The mask, and the factor of the denoiser's times."""
+        scale = parts["mask"].new_ones(len(parts["mask"])) * float(pipe.transformer.config.timestep_scale)
+        return {**super().training_added(pipe, parts), "scale": scale}
+
+    def training_call(
+        self, x: Tensor, t: Tensor, arguments: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        scale = arguments.get("scale", 1.0)
+        return super().training_call(x, t * scale, {name: v for name, v in arguments.items() if name != "scale"})
+
     def projects(self, denoiser: nn.Module, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """The projection stands before the norm."""
         projection: Any = denoiser.caption_projection
@@ -44,10 +58,19 @@ SANA = _Sana(
     "Sana",
     denoiser_class="SanaTransformer2DModel",
     encoders=("Gemma2",),
-    offers=frozenset({"cross_text", "causal_text", "guidance", "guidance_scale", "padded_text"}),
+    offers=frozenset({"cross_text", "causal_text", "guidance", "guidance_scale", "padded_text", "flow_training"}),
     returns=("text", "mask", "negative", "negative_mask"),
     resizable=("tokenizer",),
     settings=("clean_caption", "max_sequence_length", "complex_human_instruction", "lora_scale"),
     width_names=("caption_channels",),
     projection="caption_norm",
+    variances=True,
+    outer_layers=(
+        "patch_embed.",
+        "time_embed.",
+        "caption_projection.",
+        "caption_norm.",
+        "proj_out.",
+        "scale_shift_table",
+    ),
 )

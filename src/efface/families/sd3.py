@@ -50,11 +50,6 @@ class _SD3(Family):
     def training_added(self, pipe: DiffusionPipeline, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {self.pooled_argument: parts["pooled"]}
 
-    def training_call(
-        self, x: Tensor, t: Tensor, arguments: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return (), {"hidden_states": x, self.time_argument: t.expand(len(x)), **arguments}
-
     def set_steps(self, pipe: DiffusionPipeline, scheduler: Any, steps: int, device: Any) -> None:
         from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 

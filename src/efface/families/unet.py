@@ -14,7 +14,16 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 OFFERED = frozenset(
-    {"cross_text", "softmax_self", "guidance", "guidance_scale", "padded_text", "text_weights", "training"}
+    {
+        "cross_text",
+        "softmax_self",
+        "guidance",
+        "guidance_scale",
+        "padded_text",
+        "text_weights",
+        "training",
+        "bottleneck",
+    }
 )
 EMOJI_128 = "emoji-128"
 LARGER = {"sample_size": 16, "in_channels": 8, "cross_attention_dim": 384}  # of its denoiser's config
@@ -44,6 +53,11 @@ class UNet(Family):
 
     def training_arguments(self, text: Tensor, added: Mapping[str, Tensor]) -> dict[str, Any]:
         return {self.text_argument: text, "added_cond_kwargs": dict(added)}
+
+    def training_call(
+        self, x: Tensor, t: Tensor, arguments: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (x, t), dict(arguments)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ...checks import refusal
 from .._emoji_eyes import AnyEye
 from . import text_encoder
 from .eyes import Eyes, load_eyes
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import BertModel, BertTokenizer
 
 SPACE = 384
+SIDE = 64
 HIDDEN = 512
 
 
@@ -80,7 +82,15 @@ class Aligned:
 
     @torch.no_grad()
     def images(self, images: Tensor) -> Tensor:
-        """Maps pictures [N, 3, H, W] in [0, 1] to [2, N, 384], one row per eye."""
+        """Maps pictures [N, 3, 64, 64] in [0, 1] to [2, N, 384], one row per eye.
+
+        Raises:
+            ValueError: the pictures are of another size, so of another model.
+        """
+        if tuple(images.shape[-2:]) != (SIDE, SIDE):
+            cure = "Name a CLIP model as the encoder."
+            what = f"pictures of {SIDE} x {SIDE} pixels, as the model `emoji` draws them, for its encoder"
+            raise ValueError(refusal(what, tuple(images.shape[-2:]), cure))
         x = images.detach().float().cpu()
         return torch.stack([head(features(eye, x)) for eye, head in zip(self.eyes.eyes, self.heads, strict=True)])
 

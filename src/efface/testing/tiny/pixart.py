@@ -9,16 +9,20 @@ from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline, PixArtTransforme
 from .parts import picture_model, scheduler, t5
 
 
-def pixart(kind: type = PixArtAlphaPipeline) -> Any:
-    """T5, whose text is projected and whose padding is masked, and a transformer that predicts variances as well."""
+def pixart(kind: type = PixArtAlphaPipeline, size: int = 8) -> Any:
+    """T5, whose text is projected and whose padding is masked, and a transformer that predicts variances as well.
+
+    With latents of the `size` 128 the transformer is also told the size of the picture.
+    """
     words, encoder = t5(24)
+    heads = 3 if size == 128 else 2  # their width is then divisible by the three numbers of a size
     transformer = PixArtTransformer2DModel(
-        num_attention_heads=2,
+        num_attention_heads=heads,
         attention_head_dim=8,
-        cross_attention_dim=16,
+        cross_attention_dim=8 * heads,
         caption_channels=24,
         num_layers=2,
-        sample_size=8,
+        sample_size=size,
     ).eval()
     for name, weight in transformer.named_parameters():
         if ".attn2.to_" in name and name.endswith("weight"):
