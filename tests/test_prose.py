@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -72,24 +73,33 @@ def paragraphs_of_page(text: str) -> Iterator[str]:
 
 def paragraphs_of_source(text: str) -> Iterator[str]:
     """Docstrings without their examples, and the texts of errors and warnings."""
+    docstrings, raised = written(text)
+    for doc in docstrings:
+        prose = re.sub(r"^ *\S+ {3,}.*$", "", re.split(r"\n\s*(?:Example|Shapes):", doc)[0], flags=re.MULTILINE)
+        yield from re.split(r"\n\s*\n|\n(?=\s*(?:[\w`, ]+:|[-*]|\d+\.) )", prose)
+    yield from raised
+
+
+def messages(text: str) -> list[str]:
+    """The texts of errors that are written where they are raised, with "…" for what is filled in."""
+    return written(text)[1]
+
+
+@functools.cache
+def written(text: str) -> tuple[list[str], list[str]]:
+    """The docstrings of a source, and the texts of its errors."""
+    docstrings, raised = list[str](), list[str]()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, DOCSTRINGS) and (doc := ast.get_docstring(node)):
-            prose = re.sub(r"^ *\S+ {3,}.*$", "", re.split(r"\n\s*(?:Example|Shapes):", doc)[0], flags=re.MULTILINE)
-            yield from re.split(r"\n\s*\n|\n(?=\s*(?:[\w`, ]+:|[-*]|\d+\.) )", prose)
-    yield from messages(text)
-
-
-def messages(text: str) -> Iterator[str]:
-    """The texts of errors that are written where they are raised, with "…" for what is filled in."""
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            docstrings.append(doc)
+        elif isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
             for argument in node.exc.args:
                 if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
-                    yield argument.value
+                    raised.append(argument.value)
                 elif isinstance(argument, ast.JoinedStr):
-                    yield "".join(
-                        str(part.value) if isinstance(part, ast.Constant) else "…" for part in argument.values
-                    )
+                    parts = [str(each.value) if isinstance(each, ast.Constant) else "…" for each in argument.values]
+                    raised.append("".join(parts))
+    return docstrings, raised
 
 
 def faults(paragraph: str) -> Iterator[str]:
