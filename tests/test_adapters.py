@@ -91,6 +91,7 @@ def test_an_adapter_of_the_second_model_is_named_and_checked(tmp_path: Path, mon
 # ---------------------------------------------------------------- the card
 
 
+@pytest.mark.long
 def test_rows_are_the_strengths_of_the_adapters_ladder(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Plan("test", 1, "emoji")
     units = CARD.units(plan)

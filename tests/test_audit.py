@@ -193,6 +193,7 @@ def test_an_audit_is_a_job_that_is_cancelled_and_goes_on(tmp_path: Path) -> None
 # ---------------------------------------------------------------- the bar, in both directions
 
 
+@pytest.mark.long
 def test_a_base_model_exceeds_the_limit_and_an_erased_one_meets_it_with_labels_only(
     store: Store, erased: Path, tmp_path: Path
 ) -> None:
@@ -263,6 +264,7 @@ def reasons(made: auditing.Audit) -> str:
     return "; ".join(made.facts["concepts"][0]["verdict"]["reasons"])
 
 
+@pytest.mark.long
 def test_a_model_with_random_weights_is_not_judged_even_if_people_find_nothing(store: Store, tmp_path: Path) -> None:
     audit(ruin, tmp_path / "a", suite=suite(MANY))
     label(store, tmp_path / "a", truth=lambda item: "nothing", negative=MANY)
@@ -394,6 +396,7 @@ def test_a_log_without_the_package_or_in_no_folder_is_refused_first(
 # ---------------------------------------------------------------- regressions
 
 
+@pytest.mark.long
 def test_a_rate_that_rose_since_an_earlier_audit_is_a_regression(tmp_path: Path) -> None:
     audit(never, tmp_path / "then", at_most=None)
     same = audit(never, tmp_path / "same", at_most=None, since=tmp_path / "then")
@@ -507,6 +510,7 @@ def test_a_damaged_audit_is_refused(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- files of other people
 
 
+@pytest.mark.long
 def test_deltas_and_loras_are_merged_and_pickles_refused(tmp_path: Path) -> None:
     pipe = tiny.pipeline("sd1")
     pipe.save_pretrained(tmp_path / "model")

@@ -81,6 +81,7 @@ def result(card: Any, folder: Path, capsys: pytest.CaptureFixture[str], *options
     return code, captured.out + captured.err
 
 
+@pytest.mark.long
 def test_an_honest_card_passes(card: Any, tmp_path: Path, capsys: Any) -> None:
     code, said = result(card, tmp_path, capsys, "--redraw", "5")
     assert code == 0 and "Nothing differs" in said and "Drew 10 pictures again (--seed 1000000)" in said

@@ -135,6 +135,7 @@ def test_a_prompt_that_is_cut_is_told_once(tmp_path: Path) -> None:
     assert [line.partition(" ")[0] for line in done.stderr.splitlines()] == ["Warning:", "Warning:", "drawn"]
 
 
+@pytest.mark.long
 @needs_weights
 def test_ctrl_c_in_the_middle_keeps_the_pictures_before_erasing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -162,6 +163,7 @@ def test_ctrl_c_in_the_middle_keeps_the_pictures_before_erasing(
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.long
 @needs_weights
 def test_rows_go_with_their_pictures_over_several_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("efface.jobs.BATCH", 2)
@@ -175,6 +177,7 @@ def test_rows_go_with_their_pictures_over_several_batches(tmp_path: Path, monkey
     assert same == [False, True, False]
 
 
+@pytest.mark.long
 @needs_weights
 @pytest.mark.parametrize("full", [1, 3])
 def test_a_full_disk_keeps_counts_and_names(full: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,6 +310,7 @@ def test_an_output_file_is_not_a_folder(tmp_path: Path) -> None:
         assert expected in call("erase", "a cat", "--concept", "cat", "--out", folder, code=2)
 
 
+@pytest.mark.long
 def test_list_shows_methods_and_concepts() -> None:
     assert json.loads(run("list", "methods", "--json").stdout)["methods"]["eiup"].startswith("EIUP: ")
     shown = " ".join(run("list", "concepts").stdout.split())
@@ -389,6 +393,7 @@ def test_an_eraser_that_cannot_be_applied_leaves_no_folder(tmp_path: Path, monke
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 @needs_weights
 def test_a_preset_goes_behind_a_dot(tmp_path: Path) -> None:
     args = [
@@ -440,6 +445,7 @@ def interrupted(*args: object, once: str, cwd: Path) -> str:
     return errors
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("once", ["efface.registry", "torch.nn.functional"])
 def test_ctrl_c_while_loading_is_said_in_a_word(once: str, tmp_path: Path) -> None:
     """The signal comes as soon as that module is there, while the next one is imported."""

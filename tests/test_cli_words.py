@@ -137,6 +137,7 @@ def test_pictures_that_differ_have_an_exit_code(
 # ---------------------------------------------------------------- options
 
 
+@pytest.mark.long
 def test_every_verb_that_loads_a_model_hands_on_how(tmp_path: Path, small: dict[str, Any]) -> None:
     options = ["--device", "cpu", "--dtype", "fp32", "--variant", "fp16", "--config", "c", "--allow-hub"]
     delta = tmp_path / "cat.safetensors"
@@ -192,6 +193,7 @@ def test_models_that_judge_are_downloaded_only_with_allow_hub(
     assert asked == [allow] * 3
 
 
+@pytest.mark.long
 def test_a_bench_takes_guidance_and_its_record_says_it(small: dict[str, Any], tmp_path: Path) -> None:
     args = ["bench", "emoji", "--concept", "cat", "--limit", "1", "--option", "pictures=10", "--no-score"]
     for name, more in (("own", []), ("given", ["--guidance", "2.5"])):
@@ -287,6 +289,7 @@ def test_an_output_path_that_no_record_can_hold_is_refused(verb: list[Any], tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("verb", VERBS_WITH_OUT, ids=lambda verb: " ".join(map(str, verb[:2])))
 def test_overwrite_is_advised_only_where_it_exists(verb: list[Any], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()

@@ -671,6 +671,7 @@ def eraser_for(method: str, family: str) -> Any:
     return _deltas[family]
 
 
+@pytest.mark.long
 @pytest.mark.thinned("long")
 @pytest.mark.parametrize(("name", "method"), grid())
 @pytest.mark.filterwarnings("ignore:.*cpu_offload.*|.*float8.*|.*from_pipe.*")

@@ -189,6 +189,7 @@ def test_the_same_eraser_may_be_on_twice(on_sd1: Trial) -> None:
     conformance.may_be_on_twice(on_sd1)
 
 
+@pytest.mark.long
 def test_all_erasers_at_once_come_off_shuffled(pipe: Any, family: str) -> None:
     conformance.come_off_shuffled([Trial(fitted(eraser, pipe), family, pipe) for eraser in ERASERS.values()])
 

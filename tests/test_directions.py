@@ -547,6 +547,7 @@ def test_directions_of_a_model_with_a_delta_need_that_delta(sd1: Any) -> None:
 # ---------------------------------------------------------------- the fit
 
 
+@pytest.mark.long
 def test_only_vectors_learn(sd1: Any) -> None:
     before = everything(sd1)
     directions = QUICK.fit(sd1, [ALCOHOL, CAT])
@@ -572,6 +573,7 @@ BLOCKS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["sd1", "sdxl", *BLOCKS])
 def test_its_gradient_is_that_of_the_formula(family: str) -> None:
     """Against finite differences, with the vector of each row; nothing before the module records a graph."""

@@ -121,6 +121,7 @@ def test_config_and_delta_survive_json_and_a_file(name: str, sd1: Any, tmp_path:
     assert read.config() == config and torch.equal(drawn("sd1", read), drawn("sd1", delta))
 
 
+@pytest.mark.long
 @each
 def test_a_fit_on_top_of_an_earlier_one_belongs_on_top(name: str, sd1: Any) -> None:
     earlier = fitted(name)

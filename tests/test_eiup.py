@@ -513,6 +513,7 @@ def test_attention_slicing_before_and_after(form: str) -> None:
     assert change(latents(pipe), drawn()) < 1e-5
 
 
+@pytest.mark.long
 @each_kind
 @pytest.mark.parametrize("first", ["lora", "eraser"])
 def test_a_lora_takes_part(first: str, form: str) -> None:

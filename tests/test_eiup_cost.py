@@ -209,6 +209,7 @@ def test_a_delta_that_changes_in_the_middle_of_a_drawing_counts(sd1: Any) -> Non
     assert isinstance(delta, Delta)
 
 
+@pytest.mark.long
 def test_other_concepts_and_settings_make_new_ones_and_old_ones_are_dropped(sd1: Any) -> None:
     with EIUP(ALCOHOL).apply(sd1) as handle:
         kept: _keys.Keys = site(sd1).applied[0].memory[_keys.NAME]
@@ -301,6 +302,7 @@ def test_many_phrases_at_once_are_one_after_the_other(phrases: int, neutral: int
     assert change(narrow.double(), want) < 1e-5
 
 
+@pytest.mark.long
 def test_large_layers_are_edited_in_parts(sd1: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some queries at a time, with a text that differs between the rows too."""
     plain = latents(sd1, PROMPTS)
@@ -400,6 +402,7 @@ def flops_of_tenants(unet: UNet2DConditionModel, phrases: int, tenants: int, era
     return total
 
 
+@pytest.mark.thinned("long")
 @pytest.mark.parametrize("erasers", [1, 2])
 @pytest.mark.parametrize("phrases", [1, 7, pytest.param(35, marks=pytest.mark.long)])
 def test_each_row_of_a_mixed_batch_pays_for_its_own_concept(

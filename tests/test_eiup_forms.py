@@ -142,6 +142,7 @@ def pooled_inputs(pipe: Any, *erasers: Any, **options: Any) -> list[Tensor]:
     return seen
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["sdxl", "sd3", "flux"])
 def test_the_pooled_text_is_projected_on_conditional_rows_within_the_window(family: str) -> None:
     """By the formula, one phrase after the other; rows without concepts stay."""

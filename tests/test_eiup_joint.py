@@ -393,6 +393,7 @@ def test_attention_that_efface_cannot_see_is_an_error(family: str, how: str) -> 
     assert torch.equal(latents(pipe, PROMPTS), plain)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 def test_a_layer_that_does_not_run_is_an_error(family: str) -> None:
     pipe = pipeline(family)

@@ -137,6 +137,7 @@ def test_direct_calls_of_the_denoiser_read_the_anchors(sd1: Any) -> None:
 # ---------------------------------------------------------------- rows
 
 
+@pytest.mark.long
 def test_rows_read_their_own_anchors(sd1: Any) -> None:
     """In any order, and as if each row were alone, whatever other rows erase."""
     moon, pub = (dataclasses.replace(c, anchor=ANCHORS[c.name]) for c in (ALCOHOL, CAT))
@@ -202,6 +203,7 @@ def test_an_anchor_that_means_the_concept_is_warned_of() -> None:
         assert len(said) == warned and all("cosine 0.9" in text and anchor in text for text in said)
 
 
+@pytest.mark.long
 def test_shipped_anchors_follow_their_rule() -> None:
     """Every shipped concept has one that the encoder can read and that means none of its phrases."""
     with warnings.catch_warnings():

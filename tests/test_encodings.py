@@ -428,6 +428,7 @@ def test_no_more_than_the_bound_is_kept_and_the_oldest_goes_first(
     assert equal(encoded(sd1, ["a moon"] * 3), plain(sd1, ["a moon"] * 3)) and kept.size <= 2 * one
 
 
+@pytest.mark.long
 def test_they_go_with_the_last_eraser_or_guard() -> None:
     pipe = pipeline()
     first, second = EIUP(ALCOHOL).apply(pipe), EIUP(CAT).apply(pipe)

@@ -254,6 +254,7 @@ def test_one_process_writes(tmp_path: Path) -> None:
         run(experiment, tmp_path)
 
 
+@pytest.mark.long
 def test_a_damaged_file_of_raw_outcomes_is_named(tmp_path: Path) -> None:
     experiment = KINDS["outcome"]()
     run(experiment, tmp_path)
@@ -280,6 +281,7 @@ def other_code(monkeypatch: pytest.MonkeyPatch, method: type) -> None:
     monkeypatch.setattr(outcome, "code_hash", lambda *used: "0" * 64 if method in used else true(*used))
 
 
+@pytest.mark.long
 def test_an_update_leaves_the_other_rows_to_the_bit(drawn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     experiment, folder, old = drawn
     other_code(monkeypatch, efface.EIUP)
@@ -306,6 +308,7 @@ def test_a_row_that_is_new_joins_the_card(drawn: Any) -> None:
     assert {each["row"] for each in new["comparisons"]} == {"eiup", "negative_prompt", "sld"}
 
 
+@pytest.mark.long
 @pytest.mark.thinned("long")
 @pytest.mark.parametrize("what", ["n", "block", "data_sha256", "base"])
 def test_rows_that_must_not_be_compared_do_not_join(drawn: Any, what: str) -> None:
@@ -325,6 +328,7 @@ def test_an_update_needs_a_card_and_a_row(tmp_path: Path) -> None:
         run(experiment, tmp_path, update=["eip"])
 
 
+@pytest.mark.long
 def test_a_card_of_other_code_is_named(drawn: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     experiment, folder, card = drawn
     where = plan(folder, experiment)
@@ -352,6 +356,7 @@ def test_the_code_of_an_editor_counts_for_its_delta(tmp_path: Path, monkeypatch:
     assert set(runner.outdated(experiment, where, card)) == {"uce"}
 
 
+@pytest.mark.long
 def test_the_test_block_is_drawn_once_per_release(drawn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     experiment, folder, _ = drawn
     other_code(monkeypatch, efface.EIUP)
@@ -625,6 +630,7 @@ def test_a_variant_without_effect_fails(tmp_path: Path) -> None:
         run(dead, tmp_path)
 
 
+@pytest.mark.long
 def test_a_variant_that_is_timed_again_leaves_the_others(tmp_path: Path) -> None:
     experiment = KINDS["overhead"]()
     old = run(experiment, tmp_path)
@@ -723,6 +729,7 @@ READ_CARDS = (
 )  # which plan by what another card chose
 
 
+@pytest.mark.long
 @pytest.mark.thinned("long")
 @pytest.mark.parametrize("name", [name for name in CATALOGUE if name not in READ_CARDS])
 def test_every_experiment_can_be_planned(name: str) -> None:
@@ -804,6 +811,7 @@ def test_the_documents_are_filled_from_the_cards() -> None:
     assert svg == (ROOT / "docs/leaderboard.svg").read_text("utf-8") and "currentColor" not in svg
 
 
+@pytest.mark.long
 def test_a_card_of_this_runner_fills_its_block_and_a_changed_earlier_one_does_not(drawn: Any, tmp_path: Path) -> None:
     _, _, card = drawn
     (tmp_path / "results").mkdir()
@@ -820,6 +828,7 @@ def test_a_card_of_this_runner_fills_its_block_and_a_changed_earlier_one_does_no
         docs.block("measured", tmp_path)
 
 
+@pytest.mark.long
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     experiment = KINDS["outcome"]()
     monkeypatch.setattr(command, "CATALOGUE", {"trial": experiment})

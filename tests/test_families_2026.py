@@ -152,6 +152,7 @@ WORKS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", WORKS)
 def test_erasers_keep_their_promises_or_refuse(family: str) -> None:
     """Fewer promises than in `test_conformance`: the mechanics are those of families with all of them."""

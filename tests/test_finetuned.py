@@ -102,6 +102,7 @@ def test_esd_at_eta_minus_one_has_nothing_to_learn(scene: Any) -> None:
     assert float(max(reached)) < 1e-3 * float(max(w.grad.abs().max() for w in student.values()))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("train", ["x", "u"])
 def test_esd_moves_the_prediction_to_its_target(train: str) -> None:
     """At fixed points the loss falls below a tenth, by the weights it should be, and the delta carries it over."""

@@ -129,6 +129,7 @@ def test_pictures_equal_the_formulas_with_a_weight_for_each_token(values: str, f
         assert change(got, latents(pipe, LONG)) > 1e-3
 
 
+@pytest.mark.long
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     st.lists(st.sampled_from(WORDS), min_size=1, max_size=9),
@@ -566,6 +567,7 @@ def test_fit_draws_a_ladder_and_gives_an_adapter_of_this_model(sd1: Any, tmp_pat
         gie.apply(pipeline("small"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_an_adapter_learns_where_gradients_are_off(mode: Any, sd1: Any, tmp_path: Path) -> None:
     want = GIE.fit(sd1, CAT, TEXTS, detector=Bright(), out=tmp_path / "a.safetensors", **QUICK)
@@ -608,6 +610,7 @@ def test_a_killed_fit_loses_one_batch(sd1: Any, tmp_path: Path) -> None:
         GIE.fit(sd1, CAT, TEXTS[:5], detector=Bright(), out=out, **{**QUICK, "num_inference_steps": 3})
 
 
+@pytest.mark.long
 def test_more_strengths_draw_only_these(sd1: Any, tmp_path: Path) -> None:
     out, few, more = tmp_path / "a.safetensors", Bright(), Bright()
     GIE.fit(sd1, CAT, TEXTS, detector=few, out=out, **QUICK | {"strengths": (1,)})

@@ -105,6 +105,7 @@ def test_rows_are_proven_on_every_family(family: str) -> None:
     assert apart[0] > 1e-2 and apart[1] < 1e-4 and apart[2] > 1e-2, apart
 
 
+@pytest.mark.long
 def test_two_threads_with_one_denoiser_wait_for_each_other() -> None:
     first = pipeline()
     second = type(first)(**first.components)
@@ -488,6 +489,7 @@ def test_latents_are_shown_as_the_pipeline_decodes_them(family: str) -> None:
     assert apart[1] == 0 and apart[0] >= 1, apart  # of 255
 
 
+@pytest.mark.long
 def test_only_rows_that_are_proven_so_far_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     late = Erasure(concepts=[ALCOHOL], fields={"window": (0.5, 1.0)}, strength=2.0)
     policies = {"late": Policy(erase=[late], partial_pictures=True), "press": efface.unguarded}

@@ -526,6 +526,7 @@ def test_what_others_put_on_the_pipeline_stays(sd1: Any) -> None:
     assert torch.equal(latents(pipe), drawn())
 
 
+@pytest.mark.long
 def test_a_dropped_pipeline_is_freed_though_an_eraser_is_on() -> None:
     pipe = pipeline()
     handle = ERASER.apply(pipe)
@@ -539,6 +540,7 @@ def test_a_dropped_pipeline_is_freed_though_an_eraser_is_on() -> None:
     handle.remove()
 
 
+@pytest.mark.thinned("long")
 @pytest.mark.parametrize(("name", "kind"), [*((name, "sd1") for name in ERASERS), ("eiup", "sd3"), ("eiup", "pixart")])
 def test_a_removed_eraser_holds_no_tensors_before_any_garbage_collection(name: str, kind: str) -> None:
     def bytes_of_tensors() -> int:

@@ -41,6 +41,7 @@ def acts(pipe: Any, prompt: Any, **options: Any) -> Tensor:
     return made
 
 
+@pytest.mark.long
 def test_sd3_reads_a_third_prompt_and_does_without_t5() -> None:
     """The third prompt is that of T5."""
     pipe = pipeline("sd3")
@@ -91,6 +92,7 @@ def test_a_prompt_and_a_negative_prompt_may_differ_in_length(family: str) -> Non
     )
 
 
+@pytest.mark.long
 def test_embeddings_with_their_mask_draw_as_the_prompts_do() -> None:
     pipe = pipeline("qwenimage")
     call: dict[str, Any] = {}
@@ -122,6 +124,7 @@ class Small(nn.Module):
         return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 @pytest.mark.parametrize("how", ["layers", "casting"])
 def test_quantised_weights_act_at_run_time_and_are_refused_by_editors(how: str, family: str) -> None:

@@ -180,6 +180,7 @@ class Sourceless(Good):
 ONE = {"families": ["sd1"], "steps": 1}
 
 
+@pytest.mark.long
 @pytest.mark.thinned("long")
 @pytest.mark.parametrize(
     ("method", "promise", "said"),

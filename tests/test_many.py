@@ -63,6 +63,7 @@ def test_a_hundred_icons_are_erased_and_no_bystander_is_near_one() -> None:
         assert shared <= {"a", "of", "and", "the", "in", "with"}, bystander
 
 
+@pytest.mark.long
 def test_every_count_erases_each_probe_once_with_equal_pictures(tmp_path: Path) -> None:
     units = [unit for unit in TRIAL.units(plan(tmp_path)) if unit.kind == "cell" and "pictures" in unit.setting]
     rows: dict[str, list[Any]] = {}

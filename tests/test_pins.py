@@ -561,6 +561,7 @@ def test_a_run_of_today_goes_on(there: Path) -> None:
     assert all((BASE / f).read_bytes() == (FILES / BASE / f).read_bytes() for f in ("run.json", "samples.jsonl"))
 
 
+@pytest.mark.long
 def test_a_calibration_of_today_goes_on(there: Path) -> None:
     """From judgements that are there: nothing is drawn again, and the result is the same."""
     Path("calibration/calibration.json").unlink()

@@ -98,6 +98,7 @@ def test_a_phrase_is_encoded_as_the_pipeline_encodes_it_with_the_pictures(family
     assert int(differing[0]) == columns.start + 1 and made.own[0] == slice(columns.start, columns.stop)
 
 
+@pytest.mark.long
 @each
 def test_what_an_eraser_does_depends_on_the_picture_of_each_call(family: str) -> None:
     """The second call encodes the phrases again: it draws as a pipeline that never saw the first picture."""

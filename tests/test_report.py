@@ -238,6 +238,7 @@ def _entry(folder: Path) -> Any:
     return entries([runs.Run.open(folder)])
 
 
+@pytest.mark.long
 def test_thumbnails_are_bounded(tmp_path: Path) -> None:
     folder = make(tmp_path / "a", side=512)
     shown = page([folder], tmp_path / "report.html", pairs=500)

@@ -313,6 +313,7 @@ def test_what_it_cannot_read_it_refuses(sd1: Any) -> None:
 # ---------------------------------------------------------------- an encoder that understands words
 
 
+@pytest.mark.long
 def test_on_a_trained_encoder_the_triggers_are_the_concepts_words(monkeypatch: pytest.MonkeyPatch) -> None:
     from efface.erasers import safree
 

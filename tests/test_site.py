@@ -69,6 +69,7 @@ def test_links_of_a_written_page_lead_somewhere_in_the_repository(page: Path) ->
     assert [target for target in found if not (ROOT / target).exists()] == []
 
 
+@pytest.mark.long
 def test_links_of_generated_pages_lead_to_pages_of_the_site() -> None:
     written = {path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*") if path.is_file()}
     shown, copied = pages.linked()

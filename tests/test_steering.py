@@ -485,6 +485,7 @@ def test_outside_the_mask_the_adapters_output_costs(sd1: Any) -> None:
     assert all(float((m > 0.1).float().mean()) > 0 and float(m.max()) == pytest.approx(1) for m in maps.values())
 
 
+@pytest.mark.long
 def test_receler_lets_the_attack_find_less(sd1: Any) -> None:
     """The prediction for the concept moves away from the base model's, on noise that the fit did not see."""
     fit = Receler(steps=8, lr=1e-2, inner_steps=2, slots=2, width=8, reuse=2, sampler_steps=3)

@@ -289,6 +289,7 @@ def test_the_prediction_is_that_of_the_guarded_call(kind: str, name: str) -> Non
     assert erasers[name] == () or not torch.allclose(base, wanted, atol=1e-2 * float(wanted.abs().max()))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_gradients_go_through_the_eraser(kind: str) -> None:
     guard = victim(kind, guard_of(kind))
@@ -614,6 +615,7 @@ def test_p4d_k_keeps_the_prompt() -> None:
     assert set(union) == {3, 7}
 
 
+@pytest.mark.long
 def test_p4d_follows_the_base_model_and_unlearndiffatk_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """P4D at random times: the loss of the true prompt without eraser is 0. UnlearnDiffAtk at ascending ones: not 0."""
     guard, seen, original = victim("sd1"), [], WhiteBox.loss

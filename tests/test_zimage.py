@@ -174,6 +174,7 @@ WORKS = ("crg", "eiup", "nag", "negative_prompt", "safree", "sld")
 GATED: dict[str, dict[str, Any]] = {"eiup": {"neutral": NEUTRAL}, "crg": {"threshold": -1.0}}
 
 
+@pytest.mark.long
 def test_erasers_keep_their_promises_or_refuse() -> None:
     pipe, _ = ready("zimage")
     trials = {

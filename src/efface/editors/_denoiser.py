@@ -158,9 +158,7 @@ class Denoiser:
     ) -> None:
         facts = family(pipe)
         self.module, self.prefix = cast("Any", part(pipe, facts.denoiser)), f"{facts.denoiser}."
-        joint = tuple(facts.joint_layers(self.module))
-        self.names = trained(self.module, train, facts.outer_layers, joint, biases=biases)
-        parameters = dict(self.module.named_parameters())
+        parameters, joint = dict(self.module.named_parameters()), tuple(facts.joint_layers(self.module))
         if any(p.is_meta or not p.is_floating_point() or p.element_size() < 2 for p in parameters.values()):
             raise ValueError(
                 "The denoiser is quantised or offloaded. Load it into memory in float32, float16 or bfloat16."
@@ -177,6 +175,7 @@ class Denoiser:
                 "Expected a text-to-image denoiser with an unconditional prediction, got one for inpainting or "
                 "distilled to few steps. Use a base model with guidance."
             )
+        self.names = trained(self.module, train, facts.outer_layers, joint, biases=biases)
         self.base = {self.prefix + n: parameters[n].detach() for n in self.names}
         self.frozen = {n: p.detach() for n, p in parameters.items() if self.prefix + n not in self.base}
         self.device, own = pipe._execution_device, next(iter(parameters.values())).dtype
