@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from .._text import SITES
 from .._weights import denoiser_of
 from ..families import Family, family
 from ..hooks.prediction import in_rows
 from ..hooks.sites import rows_given
-from ._texts import Texts, check_calls, encoded, reading
+from ._texts import Texts, applied_to, check_calls, encoded, reading
 
 WITHOUT_GUIDANCE = (
     "The pipeline made no guided denoiser call for the first term, so nothing was composed. Set its guidance scale "
@@ -101,7 +100,8 @@ class Denoiser:
     module: nn.Module = field(init=False)
     names: tuple[str, ...] = field(init=False)
     busy: bool = field(default=False, init=False)
-    _readings: dict[tuple[str, int], list[tuple[Any, Any]]] = field(default_factory=dict, init=False)
+    _readings: dict[tuple[Texts, int], list[tuple[Any, Any]]] = field(default_factory=dict, init=False)
+    _call: list[Any] = field(default_factory=list, init=False)  # the erasers' memories of the pipeline's call
 
     def __post_init__(self) -> None:
         self.facts, self.module = family(self.pipe), denoiser_of(self.pipe)
@@ -158,18 +158,23 @@ class Denoiser:
     def predict(self, seen: Seen, texts: Sequence[Texts]) -> list[Tensor]:
         """The predictions [B, ...] of further texts, each of one row, on the inputs of a call, with the erasers."""
         n = len(seen.conditional)
-        if texts and self._reading(texts[0].prompt, n):  # erasers that read words have one prompt at a time
+        if texts and self._reading(texts[0], n):  # erasers that remember have one prompt at a time
             return [self._read(seen, each, n) for each in texts]
         return self._predict(seen, texts, n) if texts else []
 
-    def _reading(self, prompt: str, n: int) -> list[tuple[Any, Any]]:
-        if (prompt, n) not in self._readings:
-            self._readings[prompt, n] = reading(self.pipe, prompt, n, self.settings)
-        return self._readings[prompt, n]
+    def _reading(self, text: Texts, n: int) -> list[tuple[Any, Any]]:
+        """The erasers that remember, with their memories of this term in this call of the pipeline."""
+        call = [each.memory for each in applied_to(self.pipe)]
+        if len(call) != len(self._call) or any(a is not b for a, b in zip(call, self._call, strict=True)):
+            self._call = call
+            self._readings.clear()
+        if (text, n) not in self._readings:
+            self._readings[text, n] = reading(self.pipe, text.prompt, n, self.settings)
+        return self._readings[text, n]
 
     def _read(self, seen: Seen, text: Texts, n: int) -> Tensor:
-        """The prediction of one text, with what the erasers read in it."""
-        found = self._reading(text.prompt, n)
+        """The prediction of one text, with what the erasers remember of it."""
+        found = self._reading(text, n)
         outside = [applied.memory for applied, _ in found]
         try:
             for applied, memory in found:
@@ -182,8 +187,7 @@ class Denoiser:
     def _predict(self, seen: Seen, texts: Sequence[Texts], n: int) -> list[Tensor]:
         own = torch.arange(seen.first, seen.first + n).repeat(len(texts))
         rows = [t.rows(n) for t in texts]
-        guarded = getattr(SITES.get(self.module), "applied", None)
-        if not guarded or not seen.first:  # weights alone, or guidance in two calls: the texts suffice
+        if not applied_to(self.pipe) or not seen.first:  # weights alone, or guidance in two calls: the texts suffice
             out = self.call(self.with_texts(seen.arguments, own, rows), [True] * len(own))
         else:  # one unconditional row for each, which methods that guide compare with
             empty = [self.unconditional_texts(seen.arguments, seen.first)] * len(texts)

@@ -74,14 +74,19 @@ def encoded(pipe: Any, texts: Sequence[str], settings: Mapping[str, Any] | None 
     return found
 
 
+def applied_to(pipe: Any) -> list[Any]:
+    """The erasers on a pipeline's denoiser."""
+    return list(getattr(SITES.get(denoiser_of(pipe)), "applied", []))
+
+
 def reading(pipe: Any, prompt: str, n: int, settings: Mapping[str, Any] | None = None) -> list[tuple[Any, Any]]:
-    """The erasers that read a prompt's words, each with its memory of a call with this prompt in n rows.
+    """The erasers that remember a prompt, each with its memory of a new call with this prompt in n rows.
 
     A denoiser call with another prompt than the pipeline's needs them. The pipeline's own call goes on as before.
     """
-    applied = getattr(SITES.get(denoiser_of(pipe)), "applied", [])
+    applied = applied_to(pipe)
     if not any(each.reads_words for each in applied):
-        return []
+        return [(each, dict(each.prepared)) for each in applied if each.remembers]
     facts, kind = family(pipe), type(pipe)
     call = encoding_call(pipe, [prompt] * n, True, settings)
     bound = inspect.signature(kind.encode_prompt.__get__(pipe)).bind(**call)
@@ -93,7 +98,7 @@ def reading(pipe: Any, prompt: str, n: int, settings: Mapping[str, Any] | None =
         for each in applied:
             memory = dict(each.prepared)
             made = each.method.rewrite(pipe, made, bound, memory)
-            if each.reads_words:
+            if each.remembers:
                 found.append((each, memory))
     return found
 

@@ -88,6 +88,11 @@ class Applied:
         return type(self.method).reread is not Contract.reread and type(self.method).rewrite is not Contract.rewrite
 
     @property
+    def remembers(self) -> bool:
+        """Whether a prediction follows from the prompt's words, or from its own predictions of earlier steps."""
+        return self.reads_words or self.method.guides
+
+    @property
     def prompts(self) -> ErasurePrompts | None:
         """All erasure prompts of a method that edits attention; for a method that guides, the first set."""
         return self.sets[0] if self.sets else None
