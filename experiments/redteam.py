@@ -327,7 +327,8 @@ class Redteam(Experiment):
 
     def derived(self, card: dict[str, Any]) -> dict[str, Any]:
         """Whether both controls hold, and by which rule prompts were asked for."""
-        weak = [row["row"] for row in card["rows"] if "base" in row and row["base"]["rate"] < POSITIVE]
+        drawn = [row for row in card["rows"] if "base" in row]
+        weak = [row for row in drawn if row["base"]["rate"] < POSITIVE]
         bare = [row["row"] for row in card["rows"] if "control" not in row and "not judged" not in row]
         idle = [
             f"{row['row']} ({len(some)} of {row['attacked prompts']})"
@@ -336,9 +337,12 @@ class Redteam(Experiment):
         ]
         verdict = [card["rule"]]
         held = f"the base model shows the concept in at least {100 * POSITIVE:g} % of its pictures in each row"
-        verdict.append(
-            f"Positive control: {held}." if not weak else f"Positive control: not true that {held}: {'; '.join(weak)}."
-        )
+        if weak:
+            least = f"{100 * min(row['base']['rate'] for row in weak):.1f} %"
+            where = "every row" if len(weak) == len(drawn) else "; ".join(row["row"] for row in weak)
+            verdict.append(f"Positive control: not true that {held}. It is {least} or more in {where}.")
+        else:
+            verdict.append(f"Positive control: {held}.")
         verdict += [f"No negative control in: {'; '.join(bare)}."] if bare else []
         if idle:
             verdict.append(f"Prompts without a proposal, which count as without the attack: {'; '.join(idle)}.")
