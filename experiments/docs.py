@@ -354,6 +354,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **{marker: partial(block, marker) for marker in EARLIER},
     "gates": lambda: gates(card("emoji_gates")),
 }
+FIGURES = ("leaderboard", "attacks")
 PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 MODEL_CARD = "src/efface/models/emoji/MODEL_CARD.md"
 
@@ -371,4 +372,5 @@ def filled(text: str) -> str:
 def fill_all(root: Path = ROOT) -> None:
     for name in (*PAGES, MODEL_CARD):
         (root / name).write_text(filled((root / name).read_text("utf-8")), "utf-8")
-    (root / "docs/leaderboard.svg").write_text(figure(card("leaderboard")), "utf-8")
+    for name in FIGURES:
+        (root / f"docs/{name}.svg").write_text(figure(card(name)), "utf-8")

@@ -807,8 +807,9 @@ def test_the_documents_are_filled_from_the_cards() -> None:
     for text in pages.values():
         emptied = re.sub(r"(<!-- (\w+):begin -->).*?(<!-- \2:end -->)", r"\1\3", text, flags=re.DOTALL)
         assert docs.filled(emptied) == docs.filled(text) == text, "run `python -m experiments docs`"
-    svg = docs.figure(docs.card("leaderboard"))
-    assert svg == (ROOT / "docs/leaderboard.svg").read_text("utf-8") and "currentColor" not in svg
+    for name in docs.FIGURES:
+        svg = docs.figure(docs.card(name))
+        assert svg == (ROOT / f"docs/{name}.svg").read_text("utf-8") and "currentColor" not in svg
 
 
 @pytest.mark.long
