@@ -21,7 +21,7 @@ from .._weights import denoiser_of
 from ..families import Family, family
 from ..hooks.prediction import in_rows
 from ..hooks.sites import rows_given
-from ._texts import Texts, applied_to, check_calls, encoded, reading
+from ._texts import Memories, Texts, applied_to, check_calls, encoded
 
 WITHOUT_GUIDANCE = (
     "The pipeline made no guided denoiser call for the first term, so nothing was composed. Set its guidance scale "
@@ -100,11 +100,11 @@ class Denoiser:
     module: nn.Module = field(init=False)
     names: tuple[str, ...] = field(init=False)
     busy: bool = field(default=False, init=False)
-    _readings: dict[tuple[Texts, int], list[tuple[Any, Any]]] = field(default_factory=dict, init=False)
-    _call: list[Any] = field(default_factory=list, init=False)  # the erasers' memories of the pipeline's call
+    memories: Memories = field(init=False)
 
     def __post_init__(self) -> None:
         self.facts, self.module = family(self.pipe), denoiser_of(self.pipe)
+        self.memories = Memories(self.pipe, self.settings)
         self.names = tuple(inspect.signature(type(self.module).forward).parameters)[1:]
 
     def by_name(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,31 +158,13 @@ class Denoiser:
     def predict(self, seen: Seen, texts: Sequence[Texts]) -> list[Tensor]:
         """The predictions [B, ...] of further texts, each of one row, on the inputs of a call, with the erasers."""
         n = len(seen.conditional)
-        if texts and self._reading(texts[0], n):  # erasers that remember have one prompt at a time
-            return [self._read(seen, each, n) for each in texts]
-        return self._predict(seen, texts, n) if texts else []
-
-    def _reading(self, text: Texts, n: int) -> list[tuple[Any, Any]]:
-        """The erasers that remember, with their memories of this term in this call of the pipeline."""
-        call = [each.memory for each in applied_to(self.pipe)]
-        if len(call) != len(self._call) or any(a is not b for a, b in zip(call, self._call, strict=True)):
-            self._call = call
-            self._readings.clear()
-        if (text, n) not in self._readings:
-            self._readings[text, n] = reading(self.pipe, text.prompt, n, self.settings)
-        return self._readings[text, n]
-
-    def _read(self, seen: Seen, text: Texts, n: int) -> Tensor:
-        """The prediction of one text, with what the erasers remember of it."""
-        found = self._reading(text, n)
-        outside = [applied.memory for applied, _ in found]
-        try:
-            for applied, memory in found:
-                applied.memory = memory
-            return self._predict(seen, [text], n)[0]
-        finally:
-            for (applied, _), memory in zip(found, outside, strict=True):
-                applied.memory = memory
+        if not texts or not self.memories.of(texts[0], n):
+            return self._predict(seen, texts, n) if texts else []
+        found = []
+        for each in texts:  # erasers that remember have one prompt at a time
+            with self.memories.acting(each, n):
+                found += self._predict(seen, [each], n)
+        return found
 
     def _predict(self, seen: Seen, texts: Sequence[Texts], n: int) -> list[Tensor]:
         own = torch.arange(seen.first, seen.first + n).repeat(len(texts))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,6 +102,43 @@ def reading(pipe: Any, prompt: str, n: int, settings: Mapping[str, Any] | None =
             if each.remembers:
                 found.append((each, memory))
     return found
+
+
+class Memories:
+    """What erasers remember of texts that are predicted beside the pipeline's own, in one call of the pipeline.
+
+    Args:
+        pipe: the pipeline.
+        settings: arguments of the pipeline call that change how texts are encoded.
+    """
+
+    def __init__(self, pipe: Any, settings: Mapping[str, Any]) -> None:
+        self._pipe, self._settings = pipe, settings
+        self._found: dict[tuple[Texts, int], list[tuple[Any, Any]]] = {}
+        self._call: list[Any] = []  # the erasers' memories of the pipeline's own text
+
+    def of(self, text: Texts, n: int) -> list[tuple[Any, Any]]:
+        """The erasers that remember, each with its memory of this text in n rows."""
+        call = [each.memory for each in applied_to(self._pipe)]
+        if len(call) != len(self._call) or any(a is not b for a, b in zip(call, self._call, strict=True)):
+            self._call = call
+            self._found.clear()
+        if (text, n) not in self._found:
+            self._found[text, n] = reading(self._pipe, text.prompt, n, self._settings)
+        return self._found[text, n]
+
+    @contextlib.contextmanager
+    def acting(self, text: Texts, n: int) -> Iterator[None]:
+        """Gives the erasers their memories of this text inside the block."""
+        found = self.of(text, n)
+        outside = [applied.memory for applied, _ in found]
+        try:
+            for applied, memory in found:
+                applied.memory = memory
+            yield
+        finally:
+            for (applied, _), memory in zip(found, outside, strict=True):
+                applied.memory = memory
 
 
 def check_calls(pipe: Any) -> None:
