@@ -59,18 +59,23 @@ def word() -> Tokens:
 # ---------------------------------------------------------------- the inversion
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl", "pixart"])
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_only_the_new_rows_move(family: str, pipe: Any) -> None:
-    concept = Concept("red cat") if family == "pixart" else DRINKS  # its small vocabulary lacks the others
-    before, start = snapshot(pipe), mean_row(pipe, concept.name, 2)
+    before, start = snapshot(pipe), mean_row(pipe, "party drinks", 2)
     fit = replace(QUICK, vectors=2)
-    made = fit.invert(pipe, pictures(), torch.linspace(0, 1, 8), concept, seed=1_000_000)
+    made = fit.invert(pipe, pictures(), torch.linspace(0, 1, 8), DRINKS, seed=1_000_000)
     assert_same(snapshot(pipe), before)  # every weight and table, bit for bit
-    assert made.words == tuple(f"<{concept.name.replace(' ', '-')}-{k}>" for k in (1, 2))
+    assert made.words == ("<party-drinks-1>", "<party-drinks-2>")
     assert made.embeddings.keys() == start.keys() and len(start) == (2 if family == "sdxl" else 1)
     for name, rows in made.embeddings.items():
         assert bool(((rows - start[name]).norm(dim=1) > 1e-3).all()), name  # all of them do move
     assert made.info["pictures"] == 7 and made.info["steps"] == 6  # a picture of reward 0 is left out
+
+
+def test_a_pipeline_that_removes_words_in_angle_brackets_learns_none() -> None:
+    """PixArt's cleaning of captions takes them for HTML, where its packages are installed."""
+    with pytest.raises(ValueError, match="HFI needs prompts that keep learned words, but this PixArt"):
+        QUICK.invert(tiny.untouched("pixart"), pictures(), torch.linspace(0, 1, 8), DRINKS)
 
 
 def test_equal_rewards_are_plain_textual_inversion() -> None:

@@ -90,6 +90,8 @@ def test_points_are_what_the_denoiser_sees_in_a_call_of_the_pipeline(family: str
     pipe, steps, guidance = pipeline(family), 4, 3.0
     if scheduler:
         pipe.scheduler = FlowMatchEulerDiscreteScheduler(**scheduler)
+    if family == "sana15":
+        pipe.transformer.register_to_config(timestep_scale=0.5)
     seen = drawn(family, pipe, guidance, steps)
     conditional = seen[::2] if family == "flux" else seen
     with tiny.of_its_size(pipe):
@@ -230,6 +232,10 @@ def test_what_cannot_be_trained_is_refused() -> None:
     schnell.scheduler = FlowMatchEulerDiscreteScheduler()
     with pytest.raises(ValueError, match="distilled to few steps. Use a base model"):
         ESD().fit(schnell, CAT)
+    sprint = tiny.pipeline("sana")
+    sprint.transformer.register_to_config(guidance_embeds=True)
+    with pytest.raises(ValueError, match="distilled to few steps. Use a base model"):
+        ESD().fit(sprint, CAT)
     pipe = pipeline("flux")
     pipe.transformer.fuse_qkv_projections()
     with pytest.raises(ValueError, match=r"Call `pipe.transformer.unfuse_qkv_projections\(\)` first"):

@@ -557,6 +557,12 @@ def test_the_eyes_tell_other_pictures_apart() -> None:
     assert math.isnan(FID()(now, base)[0].value)
 
 
+def test_the_encoder_of_emoji_judges_no_pictures_of_other_models() -> None:
+    rows = [Row(f"r{k}", "a cat", 0, kind="benign") for k in range(12)]
+    with pytest.raises(ValueError, match=r"pictures of 64 x 64 pixels.*got \(128, 128\). Name a CLIP model"):
+        ClipScore()([Sample(row, pixels=torch.rand(3, 128, 128)) for row in rows])
+
+
 def test_lpips_compares_twins(monkeypatch: pytest.MonkeyPatch) -> None:
     from efface.metrics import lpips
 

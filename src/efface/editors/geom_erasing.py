@@ -92,7 +92,7 @@ class GeomErasing(FamilyDefaults):
         ['watermark <watermark:0,0> <watermark:1,0> <watermark:2,0>']
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("training",)
+    needs: ClassVar[tuple[str, ...]] = ("training", "learned_words")
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "emoji": {"grid": 4, "steps": 300, "lr": 1e-2, "lr_weights": 1e-4},
         "": {"grid": 8, "steps": 3000, "lr": 1e-3, "lr_weights": 1e-5},

@@ -96,7 +96,7 @@ class HFI(FamilyDefaults):
     """
 
     off: ClassVar[Mapping[str, Any] | None] = None
-    needs: ClassVar[tuple[str, ...]] = ("training",)
+    needs: ClassVar[tuple[str, ...]] = ("training", "learned_words")
     defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "emoji": {"encoder": "emoji", "steps": 200, "lr": 5e-3, "batch": 8},
         "": {"encoder": "openai/clip-vit-large-patch14", "steps": 3000, "lr": 5e-4, "batch": 4},

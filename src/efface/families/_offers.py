@@ -55,6 +55,10 @@ OFFERS: Mapping[str, Offer] = {
         "a bottleneck",
         "A module in the middle of the denoiser, whose output is smaller than its input.",
     ),
+    "learned_words": Offer(
+        "prompts that keep learned words",
+        "A word in angle brackets reaches the text encoder as it is written. PixArt removes such words as HTML.",
+    ),
     "text_inputs": Offer(
         "an input layer for the encoded text",
         "One linear layer reads the states of the text encoder before all other layers of the denoiser.",

@@ -23,6 +23,7 @@ OFFERED = frozenset(
         "text_weights",
         "training",
         "bottleneck",
+        "learned_words",
     }
 )
 EMOJI_128 = "emoji-128"

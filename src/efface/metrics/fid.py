@@ -38,8 +38,8 @@ class FID:
     Differs: the interval is of the mean of the value over other sets of N pictures: 1.96 standard errors of a
     jackknife, which leaves out each of up to 100 groups of clusters in turn. A bootstrap's copies of pictures narrow
     the covariances, so its interval would exclude the value. There is no interval above 512 features, or with fewer
-    than 10 prompts. Inception runs through torchmetrics and resizes like torch-fidelity, not
-    clean-fid. It was not run for lack of its weights.
+    than 10 prompts. Inception runs through torchmetrics and resizes like torch-fidelity, not clean-fid. It was not run
+    for lack of its weights.
 
     Args:
         features: "eye", "inception", "clip:FOLDER", or a callable that returns features [J, N, D].
